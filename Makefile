@@ -1,0 +1,66 @@
+## make setup       a virtual environment with the package in it
+## make train       train the Hidden-CoT student; CONFIG=file:arguments, ARGS="--workdir=runs/mine"
+## make test        format and lint checks, then the fast tests; ARGS="-k pattern"
+## make test-slow   the tests that take minutes
+## make lint        ruff format and ruff check alone
+##
+## Each starts from nothing but Python 3.11 or newer (PYTHON=python3.12 picks one) and its pip.
+## The parity tests need PyTorch (Python 3.11): where pip would fetch a build with CUDA, give the
+## address of PyTorch's index of CPU wheels as TORCH_INDEX.
+
+PYTHON ?= python3
+CONFIG ?= configs/hidden_cot.py
+ARGS ?=
+TORCH_INDEX ?=
+
+SHELL := bash
+COMMA := ,
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-slow lint
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2] if sys.version_info >= (3, 11) else "")' 2>/dev/null)
+ifeq ($(VERSION),)
+$(error geode_jax needs Python 3.11 or newer and "$(PYTHON)" is none: name one, as in make PYTHON=python3.12)
+endif
+
+# The first interpreter gets .venv; another Python version gets a .venv-VERSION beside it, since
+# the two have different jax and flax (pyproject.toml).
+OWNER := $(shell sed -n 's/^version[_a-z]* = \([0-9]*\.[0-9]*\).*/\1/p' .venv/pyvenv.cfg 2>/dev/null)
+VENV := $(if $(filter-out $(VERSION),$(OWNER)),.venv-$(VERSION),.venv)
+RUN := $(VENV)/bin/python
+
+# pip's own words are too many to read and its silence too long: one line for each package, and the
+# end of its log where it fails.
+INSTALL = set -o pipefail; PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install --progress-bar off \
+	$(1) 2>&1 | tee $(VENV)/pip.log \
+	| awk '/^Collecting/ { print "  " $$2; fflush() } /^Installing/ { print "  installing"; fflush() }' \
+	|| { tail -n 20 $(VENV)/pip.log >&2; exit 1; }
+
+help:
+	@sed -n 's/^## \{0,1\}//p' Makefile
+
+setup: $(VENV)/.installed
+
+train: $(VENV)/.installed
+	$(RUN) -m geode_jax.main --config=$(CONFIG) $(ARGS)
+
+test: lint
+	$(RUN) -m pytest --durations=10 $(ARGS)
+
+test-slow: $(VENV)/.installed-test
+	$(RUN) -m pytest -m slow --durations=10 -o faulthandler_timeout=3600 $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+
+$(VENV)/.installed: pyproject.toml
+	@echo "Installing geode_jax for Python $(VERSION) into $(VENV) (once; a few minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(call INSTALL,--editable .)
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "Installing what the tests need into $(VENV)"
+	@$(call INSTALL,--editable '.[test$(COMMA)torch]' $(addprefix --extra-index-url ,$(TORCH_INDEX)))
+	@touch $@

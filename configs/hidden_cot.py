@@ -1,0 +1,197 @@
+"""Hidden-CoT student (Sec. III): [V][T1..TK][Q][A], answer-only loss, eq. 2.
+
+COMMAND   python -m geode_jax.main --config=configs/hidden_cot.py[:ARG,ARG...]
+
+ARG (they compose)
+    laptop | small | full   size. laptop: embedded rooms, 2 CPU cores, 10 minutes. full: the paper's
+                            24 x 2048 student, batch 1, 5 epochs, AdamW 1e-4; needs your export
+                            (--config.data.export=DIR) and a 32k Llama-type tokenizer folder
+                            (--config.tokenizer=DIR). small: the paper's 12 x 1024 for 10 GB, K = 4.
+    thinking=0|2|4|8|16     Table III; 0 is the student without Hidden CoT
+    drop=depth|detection|spatial|multiview|feature      Table II, one auxiliary loss left out
+    only=feature            Sec. IV-C: feature distillation alone, not even the answers
+    encoder=teacher_features    train on the teacher's CLIP-type arrays instead of VGGT's
+    weights=static          Table II: all weights 1 instead of eq. 2
+    vision=off              the blind baseline: the same budget without any view
+    rgbd=FOLDER             a real RGB-D folder (color/ depth/ pose/ intrinsic/) instead of rooms
+
+e.g. `:thinking=0,drop=depth` is one row of Table II. Any field: `--config.train.steps=500`.
+"""
+
+import ml_collections
+
+from configs.common import parse_arg
+from geode_jax.errors import UserError
+from geode_jax.losses import TERMS
+from geode_jax.objectives.hidden_cot import GROUPS
+
+SWITCHES = {
+    "size": ("laptop", ("laptop", "small", "full")),
+    "thinking": (None, (0, 2, 4, 8, 16)),
+    "drop": (None, tuple(GROUPS)),
+    "only": (None, ("feature",)),
+    "encoder": ("vggt", ("vggt", "teacher_features")),
+    "weights": ("uncertainty", ("uncertainty", "static")),
+    "vision": ("on", ("on", "off")),
+    "rgbd": ("", str),
+}
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The configuration for an argument string; see the module's docstring.
+
+    Raises:
+        UserError: an unknown argument, or two that exclude each other.
+    """
+    switch = parse_arg(arg, SWITCHES)
+    if switch["drop"] and switch["only"]:
+        raise UserError("config: drop= and only= exclude each other")
+    config = {"laptop": laptop, "small": small, "full": full}[switch["size"]]()
+    if switch["thinking"] is not None:
+        config.model.thinking_tokens = switch["thinking"]
+    if switch["drop"]:
+        dropped = GROUPS[switch["drop"]]
+        config.loss.terms = tuple(term for term in TERMS if term not in dropped)
+    if switch["only"]:
+        config.loss.terms = GROUPS[switch["only"]]
+    config.data.vision = {"vggt": "vggt/tokens", "teacher_features": "teacher/features"}[
+        switch["encoder"]
+    ]
+    config.loss.weights = switch["weights"]
+    config.loss.vision = switch["vision"] == "on"
+    if switch["rgbd"]:
+        rgbd(config, switch["rgbd"])
+    return config.lock()
+
+
+def base() -> ml_collections.ConfigDict:
+    """What all sizes share: the paper's choices where it states one."""
+    return ml_collections.ConfigDict(
+        {
+            "system": "hidden_cot",
+            "seed": 0,
+            "mesh": (1, -1, 1),  # data, fsdp, model; -1 = the remaining devices
+            "tokenizer": "",  # a Hugging Face tokenizer folder; "" trains one on the questions
+            "data": {
+                "root": "data",  # where rooms and converted RGB-D folders are kept
+                "export": "",
+                "rooms_scenes": 8000,
+                "rooms_seed": 0,
+                "rgbd": "",
+                "vision": "vggt/tokens",
+                "scenes_per_batch": 1,
+                "questions_per_scene": 1,
+                "question_length": 0,  # 0 = the longest of the training split
+                "answer_length": 0,
+                "max_boxes": 64,
+                "workers": 0,
+                "on_bad_scene": "stop",
+                "kind_weights": {},
+            },
+            "model": {
+                "width": 2048,
+                "layers": 24,
+                "heads": 16,
+                "mlp_width": 8192,
+                # Two, which is what 2.29B leaves room for beside VGGT, trunk and embeddings.
+                "cross_layers": (8, 16),
+                "thinking_tokens": 8,
+                "vision_prefix": 1,
+                "heads_width": 256,
+                "depth_bins": 64,
+                "depth_cells": 2,
+                "queries": 64,
+                "detection_layers": 2,
+                "remat": "full",
+                "dtype": "bfloat16",
+            },
+            "loss": {
+                "terms": TERMS,
+                "weights": "uncertainty",
+                "temperature": 2.0,
+                "literal_cross_view": False,
+                "vision": True,
+                "log_variance_bounds": (-7.0, 7.0),
+            },
+            "optimizer": {
+                "name": "adamw",
+                "learning_rate": 1e-4,
+                "weight_decay": 0.01,
+                "warmup_steps": 100,
+                "final_fraction": 0.0,
+                "clip_norm": 1.0,
+            },
+            "train": {
+                "steps": 0,  # 0 = epochs
+                "epochs": 5,
+                "microbatches": 1,
+                "eval_every": 1000,
+                "checkpoint_every": 500,
+                "patience": 5,  # evaluations without a better text loss; 0 = never stop early
+                "max_skipped": 20,  # non-finite steps in a row
+            },
+            "eval": {
+                "reference": "teacher",  # the paper scores against the teacher
+                "val_scenes": 100,
+                "test_scenes": 100,
+                "examples": 10,
+            },
+        }
+    )
+
+
+def full() -> ml_collections.ConfigDict:
+    """The paper's student, Sec. III-C and III-E."""
+    return base()
+
+
+def small() -> ml_collections.ConfigDict:
+    """The paper's "tiny" configuration for 10 GB GPUs: 12 layers, width 1024, smaller K."""
+    config = base()
+    config.model.update({"width": 1024, "layers": 12, "mlp_width": 4096, "cross_layers": (4, 8)})
+    config.model.thinking_tokens = 4
+    config.data.question_length = 96
+    config.data.answer_length = 64
+    return config
+
+
+def laptop() -> ml_collections.ConfigDict:
+    """Embedded rooms on two CPU cores."""
+    config = base()
+    config.data.update(
+        {
+            "export": "rooms",
+            "scenes_per_batch": 8,
+            "questions_per_scene": 16,
+            "max_boxes": 12,
+        }
+    )
+    config.model.update(
+        {
+            "width": 128,
+            "layers": 4,
+            "heads": 4,
+            "mlp_width": 512,
+            "cross_layers": (0, 2),
+            "heads_width": 128,
+            "depth_bins": 16,
+            "queries": 16,
+            "remat": "none",
+            "dtype": "float32",
+        }
+    )
+    config.loss.temperature = 1.0
+    config.loss.log_variance_bounds = (-2.0, 4.0)
+    config.optimizer.update({"name": "muon", "learning_rate": 2e-3, "warmup_steps": 50})
+    config.train.update({"steps": 2000, "eval_every": 500, "checkpoint_every": 250, "patience": 0})
+    config.eval.update({"reference": "truth", "val_scenes": 48, "test_scenes": 200})
+    return config
+
+
+def rgbd(config: ml_collections.ConfigDict, folder: str) -> None:
+    """A real RGB-D folder: few scenes, no boxes, questions measured from its own geometry."""
+    config.data.export = ""
+    config.data.rgbd = folder
+    config.train.steps = 400
+    config.train.eval_every = 100
+    config.train.checkpoint_every = 100

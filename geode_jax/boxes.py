@@ -1,0 +1,52 @@
+"""The code in which the detection head predicts boxes, and the overlap of two boxes.
+
+A box [7] is centre xyz, size xyz (metres, world frame) and yaw about z (radians); its code [8] is
+centre, log size, sin 2 yaw, cos 2 yaw. Any leading axes.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from geode_jax.shapes import Array
+
+
+def encode_boxes(boxes_7: Array) -> jax.Array:
+    """Boxes [..., 7] (centre, size > 0, yaw) as [..., 8]: centre, log size, sin 2 yaw, cos 2 yaw.
+
+    A box turned by 180 degrees is the same box: the doubled angle gives both the same code.
+    """
+    double = 2.0 * boxes_7[..., 6:7]
+    parts = (boxes_7[..., :3], jnp.log(boxes_7[..., 3:6]), jnp.sin(double), jnp.cos(double))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def decode_boxes(boxes_8: Array) -> jax.Array:
+    """The inverse of `encode_boxes`; yaw in (-pi/2, pi/2], sizes from 2.5 mm to 55 m."""
+    yaw = 0.5 * jnp.arctan2(boxes_8[..., 6:7], boxes_8[..., 7:8])
+    return jnp.concatenate([boxes_8[..., :3], _size(boxes_8), yaw], axis=-1)
+
+
+def _size(boxes_8: Array) -> jax.Array:
+    # Bounded: an early prediction must not overflow a volume.
+    return jnp.exp(jnp.clip(boxes_8[..., 3:6], -6.0, 4.0))
+
+
+def _volume(size_3: jax.Array) -> jax.Array:
+    return size_3[..., 0] * size_3[..., 1] * size_3[..., 2]
+
+
+def generalized_iou(a_8: Array, b_8: Array) -> jax.Array:
+    """Generalized IoU (1902.09630) [...] of encoded boxes [..., 8] *with their yaw taken as 0*.
+
+    The volumes of two turned boxes meet in a polyhedron; the axis-aligned form keeps the useful
+    gradient (position and size pull together even without overlap), is exact for equal yaw 0, and
+    is 1 exactly for equal centres and sizes. The yaw itself is learned from the L1 part.
+    """
+    size_a, size_b = _size(a_8), _size(b_8)
+    low_a, high_a = a_8[..., :3] - size_a / 2, a_8[..., :3] + size_a / 2
+    low_b, high_b = b_8[..., :3] - size_b / 2, b_8[..., :3] + size_b / 2
+    overlap = jnp.maximum(jnp.minimum(high_a, high_b) - jnp.maximum(low_a, low_b), 0.0)
+    intersection = _volume(overlap)
+    union = _volume(size_a) + _volume(size_b) - intersection
+    hull = _volume(jnp.maximum(high_a, high_b) - jnp.minimum(low_a, low_b))
+    return intersection / union - (hull - union) / hull

@@ -1,0 +1,223 @@
+"""From a configuration to the pieces of a run; the one place that reads a ConfigDict's sections."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import ml_collections
+from flax import nnx
+
+from geode_jax.data.exports import Export
+from geode_jax.data.pipeline import Pipeline, PipelineConfig, measure_lengths
+from geode_jax.data.prompts import prompt
+from geode_jax.data.rooms import make_rooms
+from geode_jax.data.sources import make_rgbd_export
+from geode_jax.data.tokens import Tokenizer, load_tokenizer, train_tokenizer
+from geode_jax.errors import UserError
+from geode_jax.evaluate.evaluator import Evaluator
+from geode_jax.models.decoder import DecoderConfig
+from geode_jax.models.student import StudentConfig
+from geode_jax.models.task_heads import HeadsConfig
+from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig
+from geode_jax.optimizer import OptimizerConfig, make_optimizer
+from geode_jax.sharding import activate, make_mesh
+from geode_jax.train_step import TrainState, init_state
+
+MIN_PIECE_COUNT = 50
+"""A run of words that occurs less often in the training texts is no token of its own."""
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything `train` needs and `ask` shares with it."""
+
+    config: ml_collections.ConfigDict
+    export: Export
+    tokenizer: Tokenizer
+    pipelines: dict[str, Pipeline]  # train, val, test
+    objective: HiddenCoT
+    mesh: jax.sharding.Mesh
+    graph: nnx.GraphDef
+    optimizer: object
+    state: TrainState  # freshly initialised
+    steps: int
+
+    def evaluator(self) -> Evaluator:
+        """Compiled evaluation of this run's model."""
+        return Evaluator(self.objective, self.graph, self.tokenizer, self.mesh)
+
+
+def build(config: ml_collections.ConfigDict, workdir: Path) -> Run:
+    """Data, tokenizer, model and optimizer of a run.
+
+    Args:
+        config: of `configs/hidden_cot.py`.
+        workdir: keeps the tokenizer, which must not change between a run and its resumption.
+
+    Raises:
+        UserError, ExportError: anything the user can mend, in one line.
+    """
+    export = Export(prepare_export(config.data))
+    tokenizer = prepare_tokenizer(config, export, workdir)
+    pipelines = make_pipelines(config, export, tokenizer)
+    train = pipelines["train"]
+    steps = config.train.steps or config.train.epochs * train.steps_per_epoch
+    objective = HiddenCoT(objective_config(config, export, tokenizer, train))
+    mesh = _mesh(config)
+    optimizer_config = OptimizerConfig(steps=steps, **config.optimizer.to_dict())
+    with activate(mesh):
+        graph, optimizer, state = init_state(
+            objective, lambda params: make_optimizer(optimizer_config, params), config.seed
+        )
+    return Run(
+        config, export, tokenizer, pipelines, objective, mesh, graph, optimizer, state, steps
+    )
+
+
+def _mesh(config) -> jax.sharding.Mesh:
+    try:
+        return make_mesh(tuple(config.mesh))
+    except ValueError as error:
+        raise UserError(f"config: mesh: {error}") from None
+
+
+def prepare_export(data: ml_collections.ConfigDict) -> Path:
+    """The folder of the export; rooms and real RGB-D folders are made where they are missing."""
+    root = Path(data.root)
+    if data.rgbd:
+        source = Path(data.rgbd)
+        folder = root / f"rgbd_{source.name}"
+        if not (folder / "manifest.json").exists():
+            make_rgbd_export(source, folder)
+        return folder
+    if data.export == "rooms":
+        folder = root / f"rooms_{data.rooms_scenes}_s{data.rooms_seed}"
+        if not (folder / "manifest.json").exists():
+            make_rooms(folder, scenes=data.rooms_scenes, seed=data.rooms_seed)
+        return folder
+    if not data.export:
+        raise UserError("config: data.export: this size trains on your export; name its folder")
+    return Path(data.export)
+
+
+def prepare_tokenizer(config, export: Export, workdir: Path) -> Tokenizer:
+    """The run's tokenizer: the folder in the config, or one trained on the training questions."""
+    if config.tokenizer:
+        return load_tokenizer(config.tokenizer)
+    folder = workdir / "tokenizer"
+    if (folder / "tokenizer.json").exists():
+        return load_tokenizer(folder)
+    train = set(export.scene_ids("train"))
+    texts = []
+    for record in export.questions():
+        if record["scene_id"] in train:
+            texts += [prompt(record), " " + record["answer"]]
+    count = min(MIN_PIECE_COUNT, max(2, len(texts) // 1000))
+    tokenizer = train_tokenizer(texts, export.categories, min_count=count)
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def make_pipelines(config, export: Export, tokenizer: Tokenizer) -> dict[str, Pipeline]:
+    """Pipelines of the train, val and test splits; lengths of 0 are measured on the train split."""
+    data = config.data
+    field = {"truth": "answer", "teacher": "teacher_answer"}[config.eval.reference]
+    question, answer = data.question_length, data.answer_length
+    if not (question and answer):
+        lengths = measure_lengths(export, tokenizer, "train", answer_field=field)
+        if not lengths:
+            raise UserError(f"{export.folder}: no question of the train split has a {field}")
+        question = question or lengths["all"].question_max
+        answer = answer or lengths["all"].answer_max
+    common = PipelineConfig(
+        export=str(export.folder),
+        scenes_per_batch=data.scenes_per_batch,
+        questions_per_scene=data.questions_per_scene,
+        question_length=question,
+        answer_length=answer,
+        max_boxes=data.max_boxes,
+        seed=config.seed,
+        workers=data.workers,
+        on_bad_scene=data.on_bad_scene,
+        answer_field=field,
+        kind_weights=data.kind_weights.to_dict(),
+        depth_ratio=config.model.depth_cells,
+        vision=data.vision,
+    )
+    present = {entry["split"] for entry in export.manifest["scenes"]}
+    splits = {"train": "train", "val": "val", "test": "test" if "test" in present else "val"}
+    # Evaluation asks every question once: how often training draws a kind plays no part.
+    asked = dataclasses.replace(common, kind_weights={})
+    return {
+        name: Pipeline(export, tokenizer, common if name == "train" else asked, split)
+        for name, split in splits.items()
+    }
+
+
+def objective_config(
+    config, export: Export, tokenizer: Tokenizer, pipeline: Pipeline
+) -> HiddenCoTConfig:
+    """The model's and the objective's dataclasses, sizes filled in from the data."""
+    model, shapes = config.model, pipeline.shapes
+    decoder = DecoderConfig(
+        vocab_size=tokenizer.vocab_size,
+        width=model.width,
+        layers=model.layers,
+        heads=model.heads,
+        kv_heads=model.heads,
+        head_width=model.width // model.heads,
+        mlp_width=model.mlp_width,
+        cross_layers=tuple(model.cross_layers),
+        remat=model.remat,
+        dtype=model.dtype,
+    )
+    heads = HeadsConfig(
+        width=model.heads_width,
+        depth_bins=shapes.depth_bins or model.depth_bins,
+        depth_cells=model.depth_cells,
+        queries=model.queries,
+        detection_layers=model.detection_layers,
+        categories=max(1, len(export.categories)),
+        teacher_width=shapes.features,
+    )
+    nouns = export.categories or ["object"]
+    student = StudentConfig(
+        decoder=decoder,
+        heads=heads,
+        vision_width=shapes.token_width,
+        patch_grid=shapes.grid,
+        max_views=shapes.views,
+        thinking_tokens=model.thinking_tokens,
+        vision_prefix=model.vision_prefix,
+        category_ids=tuple(tuple(tokenizer.encode(" " + noun)) for noun in nouns),
+    )
+    loss = config.loss
+    return HiddenCoTConfig(
+        student=student,
+        terms=tuple(loss.terms),
+        weights=loss.weights,
+        temperature=loss.temperature,
+        literal_cross_view=loss.literal_cross_view,
+        vision=loss.vision,
+        log_variance_bounds=tuple(loss.log_variance_bounds),
+    )
+
+
+def save_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Keep the configuration beside the run, for `ask` and for whoever reads the results."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+
+
+def load_config(workdir: Path) -> ml_collections.ConfigDict:
+    """The configuration a run was started with.
+
+    Raises:
+        UserError: the folder is no run.
+    """
+    path = workdir / "config.json"
+    try:
+        return ml_collections.ConfigDict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        raise UserError(f"{path}: no run was started in this folder") from None

@@ -1,0 +1,124 @@
+"""Checkpoints: the latest two for resuming, the best one for using. Orbax v1, asynchronous, atomic.
+
+    WORKDIR/checkpoints/latest/<step>   training state + position
+    WORKDIR/checkpoints/best/<step>     the model's parameters at the best validation loss
+
+The position is the global step (the data order is a pure function of it) plus the few numbers the
+loop carries: no iterator is ever pickled.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from geode_jax.errors import UserError
+from geode_jax.train_step import TrainState
+
+logging.getLogger("absl").setLevel(logging.WARNING)
+
+
+class _WhenAsked:
+    """Save decision: the loop decides, Orbax does as told."""
+
+    def should_save(self, step, previous_steps, *, context) -> bool:
+        del step, previous_steps, context
+        return True
+
+
+def _checkpointer(folder: Path, keep: int) -> ocp.training.Checkpointer:
+    return ocp.training.Checkpointer(
+        folder,
+        save_decision_policy=_WhenAsked(),
+        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        cleanup_tmp_directories=True,
+    )
+
+
+class Checkpoints:
+    """Saves and restores a run; use as a context manager, so that writes are finished.
+
+    Raises:
+        UserError: a checkpoint could not be written (disk full, say); the ones before it stay.
+    """
+
+    def __init__(self, workdir: Path):
+        root = workdir.absolute() / "checkpoints"
+        self._folder = root
+        self._latest = _checkpointer(root / "latest", keep=2)
+        self._best = _checkpointer(root / "best", keep=1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        try:
+            self.finish()
+        finally:
+            self._latest.close()
+            self._best.close()
+
+    def save(self, state: TrainState, position: dict[str, Any]) -> None:
+        """Save the training state at its step, in the background."""
+        self._save(self._latest, int(position["step"]), state, position)
+
+    def save_best(self, state: TrainState, position: dict[str, Any]) -> None:
+        """Save the model's parameters as the best so far, in the background."""
+        model = {"params": state.params, "frozen": state.frozen}
+        self._save(self._best, int(position["step"]), model, position)
+
+    def _save(self, checkpointer, step: int, tree, position: dict[str, Any]) -> None:
+        if any(c.step == step for c in checkpointer.checkpoints):
+            return  # a resumed run passes this step again with the same state
+        self.finish()
+        try:
+            checkpointer.save_checkpointables_async(step, {"state": tree}, custom_metadata=position)
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def finish(self) -> None:
+        """Finish background writes; a failure of theirs surfaces here."""
+        try:
+            self._latest.wait()
+            self._best.wait()
+        except Exception as error:  # Orbax re-raises whatever its writer thread met
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> UserError:
+        reason = str(error).strip().splitlines()
+        return UserError(
+            f"{self._folder}: the checkpoint could not be written "
+            f"({reason[0][:200] if reason else type(error).__name__}); earlier ones are intact"
+        )
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The latest training state with `like`'s shardings, and its position; None at the start."""
+        latest = self._latest.latest
+        return None if latest is None else self._load(self._latest, latest, like)
+
+    def restore_best(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """`like` with the best parameters, and their position; None if none was saved."""
+        best = self._best.latest
+        if best is None:
+            return None
+        wanted = {"params": like.params, "frozen": like.frozen}
+        model, position = self._load(self._best, best, wanted)
+        state = TrainState(like.step, model["params"], model["frozen"], like.opt_state)
+        return state, position
+
+    def _load(self, checkpointer, checkpoint, like):
+        self.finish()
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        )
+        try:
+            loaded = checkpointer.load_checkpointables(checkpoint.step, {"state": abstract})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self._folder}: the checkpoint of step {checkpoint.step} does not fit this "
+                "configuration (another model size or optimizer?); use another --workdir"
+            ) from error
+        metadata = checkpointer.checkpointables_metadata(checkpoint.step).custom_metadata
+        return loaded["state"], dict(metadata)

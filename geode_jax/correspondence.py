@@ -1,0 +1,113 @@
+"""Which patches of two views show the same place, and where a depth lands in another view.
+
+Pure geometry for the cross-view and multi-view terms of the Hidden-CoT paper (Sec. III-D.2, eq. 1).
+Cameras are camera-from-world with OpenCV axes; intrinsics are pixels of the patch grid with
+integer patch centres, so that patch (row, column) is at (v, u) = (row, column) and has the
+row-major index `row * gw + column`. In names with two V the first is the view a point is seen in
+(a), the second the view it is projected into (b).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from geode_jax.shapes import Array
+
+# Positions lose centimetres in the one-pass bf16 products that are the default on accelerators.
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+def correspondences(
+    points_SVP3: Array,
+    points_mask_SVP: Array,
+    depth_SVP: Array,
+    extrinsic_SV34: Array,
+    intrinsic_SV33: Array,
+    grid: tuple[int, int],
+    tolerance: float = 0.1,
+) -> tuple[jax.Array, jax.Array]:
+    """For every patch of every view, the patch of every other view that shows the same place.
+
+    The point seen at a patch is projected into the other views. A pair is kept when the point lies
+    in front of the other camera, falls into its grid, and has there the depth that this camera
+    sees, up to a relative tolerance: otherwise something else hides it.
+
+    Args:
+        points_SVP3: world points at the patch centres, metres.
+        points_mask_SVP: which points are known; False for all of a padding view.
+        depth_SVP: metres, the depth each camera sees at a patch; 0 = unknown. An average over the
+            patch will do: the tolerance is meant for that.
+        extrinsic_SV34: camera-from-world.
+        intrinsic_SV33: pixels of the patch grid.
+        grid: (gh, gw) with gh * gw = P.
+        tolerance: largest |z - depth| / z of a visible point.
+
+    Returns:
+        index_SVVP, int32: [s, a, b, p] is the patch of view b where patch p of view a appears (0
+        where there is none), and its bool mask, False for a = b. Both are constants to autodiff.
+    """
+    gh, gw = grid
+    mask_SVP = jnp.asarray(points_mask_SVP, bool)
+    points_SVP3 = jnp.where(mask_SVP[..., None], points_SVP3, 0.0).astype(jnp.float32)
+    camera = _einsum("sbij,sapj->sabpi", extrinsic_SV34[..., :3], points_SVP3)
+    camera = camera + extrinsic_SV34[:, None, :, None, :, 3]
+    z = camera[..., 2]
+    front = z > 1e-3
+    safe_z = jnp.where(front, z, 1.0)
+    k = intrinsic_SV33[:, None, :, None]
+    u = k[..., 0, 0] * camera[..., 0] / safe_z + k[..., 0, 2]
+    v = k[..., 1, 1] * camera[..., 1] / safe_z + k[..., 1, 2]
+    inside = (u >= -0.5) & (u < gw - 0.5) & (v >= -0.5) & (v < gh - 0.5)
+    candidate = front & inside
+    column = jnp.clip(jnp.floor(jnp.where(candidate, u, 0.0) + 0.5).astype(jnp.int32), 0, gw - 1)
+    row = jnp.clip(jnp.floor(jnp.where(candidate, v, 0.0) + 0.5).astype(jnp.int32), 0, gh - 1)
+    index = row * gw + column
+    seen = gather_views(jnp.asarray(depth_SVP, jnp.float32), index)
+    visible = (seen > 0) & (jnp.abs(z - seen) <= tolerance * safe_z)
+    other = ~jnp.eye(z.shape[1], dtype=bool)[None, :, :, None]
+    mask = candidate & visible & other & mask_SVP[:, :, None, :]
+    index = jnp.where(mask, index, 0)
+    return jax.lax.stop_gradient(index), jax.lax.stop_gradient(mask)
+
+
+def gather_views(value_SVP: Array, index_SVVP: Array) -> jax.Array:
+    """The values of view b at the patches an index of `correspondences` names: [S, Va, Vb, P]."""
+
+    def of_view(value_P, index_AP):
+        return value_P.at[index_AP].get(mode="clip")
+
+    over_views = jax.vmap(of_view, in_axes=(0, 1), out_axes=1)
+    return jax.vmap(over_views)(value_SVP, index_SVVP)
+
+
+def reprojection(
+    extrinsic_SV34: Array, intrinsic_SV33: Array, grid: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """How a depth along a patch's ray becomes a depth in another camera: z_b = d * slope + offset.
+
+    Unprojecting depth d at patch p of camera a, moving the point to the world and on into camera b
+    is affine in d, so that both numbers can be computed once from the cameras.
+
+    Args:
+        extrinsic_SV34: camera-from-world.
+        intrinsic_SV33: pixels of the patch grid.
+        grid: (gh, gw).
+
+    Returns:
+        slope_SVVP and offset_SVV (metres), not finite for padding views with zero intrinsics.
+    """
+    gh, gw = grid
+    # Zero intrinsics of padding views divide to inf quietly in jax, with a warning in numpy.
+    extrinsic_SV34, intrinsic_SV33 = jnp.asarray(extrinsic_SV34), jnp.asarray(intrinsic_SV33)
+    row, column = jnp.meshgrid(jnp.arange(gh), jnp.arange(gw), indexing="ij")
+    k = intrinsic_SV33[:, :, None]
+    x = (column.reshape(-1) - k[..., 0, 2]) / k[..., 0, 0]
+    y = (row.reshape(-1) - k[..., 1, 2]) / k[..., 1, 1]
+    ray_SVP3 = jnp.stack([x, y, jnp.ones_like(x)], axis=-1)
+    rotation, translation = extrinsic_SV34[..., :3], extrinsic_SV34[..., 3]
+    # The third row of R_b R_a^T; world = R_a^T (camera - t_a).
+    axis_SVV3 = _einsum("sbj,saij->sabi", rotation[:, :, 2], rotation)
+    slope = _einsum("sabi,sapi->sabp", axis_SVV3, ray_SVP3)
+    offset = translation[:, None, :, 2] - _einsum("sabi,sai->sab", axis_SVV3, translation)
+    return slope, offset

@@ -1,0 +1,592 @@
+"""Batches of scenes with their questions, as a pure function of (seed, step).
+
+Scenes are read straight from the export's safetensors, questions from the ArrayRecord that
+`question_records` made. Nothing here has a state that matters: a run that stops at step k goes on
+with `iterate(k, ...)`, on any number of workers, and gets the same batches.
+"""
+
+import dataclasses
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+
+from geode_jax.data.exports import NUMERIC_KINDS, RELATIONS, Export, ExportError
+from geode_jax.data.packing import lay_out, pack
+from geode_jax.data.prompts import prompt
+from geode_jax.data.question_records import open_question_records, question_lengths
+from geode_jax.data.scene_arrays import (
+    SCENE_TENSORS,
+    SceneShapes,
+    batch_rows,
+    empty_rows,
+    export_sizes,
+    stack_rows,
+)
+from geode_jax.data.tokens import Tokenizer
+from geode_jax.errors import UserError
+from geode_jax.shapes import MAX_OBJECTS, Batch
+
+_CACHE_BYTES = 256 * 2**20  # of tokenized questions, per process
+_TEACHER_COLUMN = {"left_right": 0, "above_below": 2}  # P(left) and P(above), contract section 3
+_SCENE_ORDER, _QUESTION_DRAW, _EVAL_SCENES = range(3)  # independent random streams
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """What a batch looks like.
+
+    Attributes:
+        export: folder of the export.
+        scenes_per_batch, questions_per_scene: S and Q.
+        question_length, answer_length: Lq (bos + prompt) and La (answer + eos). A longer question
+            is left out and counted in `Pipeline.dropped`, never cut.
+        max_boxes: N.
+        rows_per_scene, row_length: M and R of the packed text; as many of the Q drawn questions as
+            fit are asked, in the order they were drawn.
+        vision: the tensor the student sees, "vggt/tokens" or "teacher/features".
+        seed: of the order of scenes and the draw of questions, >= 0.
+        workers: processes that make batches; 0 makes them in a thread of this process.
+        on_bad_scene: "stop" raises at a scene that breaks the contract, "skip" counts it and puts
+            the epoch's next good scene in its place.
+        answer_field: "answer", or "teacher_answer" to learn from and score against the teacher;
+            questions without it are left out and counted.
+        kind_weights: how much more likely a kind is drawn than one of weight 1; 0 never.
+        depth_ratio: r; target depth is [gh * r, gw * r].
+    """
+
+    export: str
+    scenes_per_batch: int
+    questions_per_scene: int
+    question_length: int
+    answer_length: int
+    max_boxes: int
+    rows_per_scene: int
+    row_length: int
+    vision: str = "vggt/tokens"
+    seed: int = 0
+    workers: int = 0
+    on_bad_scene: str = "stop"
+    answer_field: str = "answer"
+    kind_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    depth_ratio: int = 2
+
+    def __post_init__(self):
+        smallest = dict(
+            scenes_per_batch=1,
+            questions_per_scene=1,
+            question_length=1,
+            answer_length=1,
+            max_boxes=0,
+            rows_per_scene=1,
+            row_length=1,
+            seed=0,
+            workers=0,
+            depth_ratio=1,
+        )
+        for name, least in smallest.items():
+            if getattr(self, name) < least:
+                raise UserError(f"data: {name}: {getattr(self, name)} is less than {least}")
+        choices = {
+            "vision": ("vggt/tokens", "teacher/features"),
+            "on_bad_scene": ("stop", "skip"),
+            "answer_field": ("answer", "teacher_answer"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"data: {name}: {getattr(self, name)!r} is not one of {allowed}")
+        for kind, weight in self.kind_weights.items():
+            if not 0 <= weight < float("inf"):
+                raise UserError(f"data: kind_weights: {kind}: {weight} is no weight >= 0")
+
+
+class LengthSummary(NamedTuple):
+    """Token counts of a kind's questions: 99.9th percentile and maximum, bos and eos included."""
+
+    count: int
+    question_p999: int
+    question_max: int
+    answer_p999: int
+    answer_max: int
+
+
+def measure_lengths(
+    export: Export,
+    tokenizer: Tokenizer,
+    split: str = "train",
+    kinds: Sequence[str] | None = None,
+    answer_field: str = "answer",
+    on_bad_scene: str = "stop",
+) -> dict[str, LengthSummary]:
+    """How long questions and answers are, to choose Lq and La by.
+
+    Args:
+        export: opened export.
+        tokenizer: whose tokens count.
+        split: which scenes.
+        kinds: only these; None for all.
+        answer_field: whose lengths `answer_*` are; questions without it are not counted.
+        on_bad_scene: as in `PipelineConfig`.
+
+    Returns:
+        Kind -> summary, and "all" -> that of all kinds together; empty without a question.
+    """
+    lengths = question_lengths(open_question_records(export, on_bad_scene), split, tokenizer)
+    keep = lengths[answer_field] > 0
+    if kinds is not None:
+        keep &= np.isin(lengths["kind"], list(kinds))
+    names = sorted(set(lengths["kind"][keep].tolist()))
+    summaries = {}
+    for name in [*names, "all"] if names else []:
+        chosen = keep if name == "all" else keep & (lengths["kind"] == name)
+        q, a = lengths["question"][chosen], lengths[answer_field][chosen]
+        p999 = [int(np.ceil(np.percentile(x, 99.9))) for x in (q, a)]
+        summaries[name] = LengthSummary(len(q), p999[0], int(q.max()), p999[1], int(a.max()))
+    return summaries
+
+
+class Pipeline:
+    """Batches of one split of an export.
+
+    It can be pickled; workers get a copy each.
+
+    Attributes:
+        steps_per_epoch: after so many steps every scene was seen once (up to S - 1 scenes of an
+            epoch's order are left to the next one).
+        dropped: counts of what is not trained on: `kind <name>` not asked for, `no <field>`,
+            `question too long`, `answer too long`, `boxes beyond max_boxes`, `bad question`,
+            `bad scene`.
+        bad_scenes: scene id -> what is wrong with it, as met so far.
+        max_question_length, max_answer_length: the longest of the split (of the kinds asked for),
+            bos and eos included, what does not fit among them.
+        shapes: the batch's scene sizes.
+    """
+
+    def __init__(
+        self,
+        export: Export,
+        tokenizer: Tokenizer,
+        config: PipelineConfig,
+        split: str,
+        kinds: Sequence[str] | None = None,
+    ):
+        """Args: kinds: only questions of these; None for all.
+
+        Raises:
+            UserError: the split has no question that fits.
+            ExportError: `questions.jsonl` breaks the contract.
+        """
+        self.config, self.split, self._tokenizer, self._export = config, split, tokenizer, export
+        self.dropped: Counter = Counter()
+        self.bad_scenes: dict[str, str] = {}
+        self._records = open_question_records(export, config.on_bad_scene)
+        self.dropped += Counter({"bad question": len(self._records.dropped)})
+        self._choose_questions(kinds)
+        sizes = export_sizes(export)
+        self.shapes = SceneShapes(
+            views=sizes.views,
+            grid=tuple(export.patch_grid),
+            token_width=self._token_width(sizes),
+            depth_ratio=config.depth_ratio,
+            boxes=config.max_boxes,
+            categories=len(export.categories) if sizes.has_detection_probs else 0,
+            features=sizes.features,
+            depth_bins=sizes.depth_bins,
+            vision=config.vision,
+        )
+        beyond = [max(sizes.box_counts[i] - config.max_boxes, 0) for i in self._scene_ids]
+        self.dropped += Counter({"boxes beyond max_boxes": sum(beyond)})
+        self.steps_per_epoch = max(1, len(self._scene_ids) // config.scenes_per_batch)
+        self._reset_caches()
+
+    def _token_width(self, sizes) -> int:
+        if self.config.vision == "vggt/tokens":
+            return self._export.token_width
+        if not sizes.features:
+            raise UserError(f"{self._export.folder}: no scene has teacher/features to train on")
+        return sizes.features
+
+    def _choose_questions(self, kinds: Sequence[str] | None) -> None:
+        """Sets the scenes and which of their questions are used, and counts the others."""
+        config = self.config
+        lengths = question_lengths(self._records, self.split, self._tokenizer)
+        kind, answer = lengths["kind"], lengths[config.answer_field]
+        keep = np.ones(len(kind), bool)
+
+        def drop(reason: str, bad: np.ndarray) -> None:
+            self.dropped += Counter({reason: int((keep & bad).sum())})
+            keep[bad] = False
+
+        for name in sorted(set(kind.tolist())):
+            unwanted = kinds is not None and name not in kinds
+            if unwanted or config.kind_weights.get(name, 1) == 0:
+                drop(f"kind {name}", kind == name)
+        drop(f"no {config.answer_field}", answer == 0)
+        self.max_question_length = int(lengths["question"].max(where=keep, initial=0))
+        self.max_answer_length = int(answer.max(where=keep, initial=0))
+        drop("question too long", lengths["question"] > config.question_length)
+        drop("answer too long", answer > config.answer_length)
+        text = lengths["question"] + answer - 1
+        both = text + lengths["question"] if config.rows_per_scene == 1 else text
+        drop("longer than a packed row", both > config.row_length)
+        if not keep.any():
+            why = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items())
+            raise UserError(
+                f"{self._export.folder}: no question to use in split {self.split}"
+                + (f" ({why})" if why else "")
+            )
+        weights = np.array([config.kind_weights.get(name, 1.0) for name in kind.tolist()])
+        self._scene_ids: list[str] = []
+        self._used: list[np.ndarray] = []  # rows of a scene's questions, and their weights
+        self._weights: list[np.ndarray] = []
+        all_ids = self._records.scene_ids(self.split)
+        first = np.searchsorted(lengths["scene"], np.arange(len(all_ids) + 1))
+        for scene_id, (a, b) in zip(all_ids, itertools.pairwise(first), strict=True):
+            if keep[a:b].any():
+                self._scene_ids.append(scene_id)
+                self._used.append(np.flatnonzero(keep[a:b]))
+                self._weights.append(weights[a:b][keep[a:b]])
+
+    def _reset_caches(self) -> None:
+        self._questions: dict[int, dict[str, np.ndarray]] = {}
+        self._cached_bytes = 0
+        self._orders: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self):
+        state = dict(self.__dict__)
+        for name in ("_questions", "_cached_bytes", "_orders", "_lock"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._reset_caches()
+
+    # --- The order: pure functions of the seed ----------------------------------------------------
+
+    def _random(self, *stream: int) -> np.random.Generator:
+        return np.random.default_rng((self.config.seed, *stream))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The epoch's permutation of scenes."""
+        if epoch not in self._orders:
+            if len(self._orders) > 2:
+                self._orders.clear()
+            random = self._random(_SCENE_ORDER, epoch)
+            self._orders[epoch] = random.permutation(len(self._scene_ids))
+        return self._orders[epoch]
+
+    def _draw(self, epoch: int, scene: int, round_: int) -> np.ndarray:
+        """The scene's used questions in the order they are to be asked; the first that fit are.
+
+        Weighted sampling without replacement: the smallest of exponential times with the kinds'
+        rates (Efraimidis & Spirakis 2006). Where an epoch has fewer scenes than a batch, a scene
+        comes in several rounds, which go on through the same order.
+        """
+        weights = self._weights[scene]
+        times = self._random(_QUESTION_DRAW, epoch, scene).exponential(size=len(weights))
+        order = np.argsort(times / weights)
+        q = self.config.questions_per_scene
+        return np.roll(order, -round_ * q) if len(order) > q else order
+
+    def batch(self, step: int, rows: slice | None = None) -> Batch:
+        """The batch of a global step.
+
+        Args:
+            step: 0 is the first of the first epoch.
+            rows: the scenes of the batch that this process wants (`slice(a, b)`); None for all.
+
+        Returns:
+            A `Batch` of numpy arrays.
+
+        Raises:
+            ExportError: a scene breaks the contract and `on_bad_scene` is "stop".
+            UserError: every scene is bad.
+        """
+        epoch, in_epoch = divmod(step, self.steps_per_epoch)
+        order = self._order(epoch)
+        scenes, questions = [], []
+        for slot in range(self.config.scenes_per_batch)[rows or slice(None)]:
+            position = in_epoch * self.config.scenes_per_batch + slot
+            round_, position = divmod(position, len(order))
+            scene, tensors = self._read_good(np.roll(order, -position))
+            scenes.append(batch_rows(tensors, self.shapes))
+            placed = self._place(scene, self._draw(epoch, scene, round_))
+            questions.append(self._question_rows(scene, placed, tensors))
+        return Batch(**_suffixed(stack_rows(scenes) | stack_rows(questions)))
+
+    # --- Reading ----------------------------------------------------------------------------------
+
+    def _read_good(self, candidates: Sequence[int]) -> tuple[int, dict[str, np.ndarray]]:
+        """The first of the candidates that can be read."""
+        for scene in candidates:
+            tensors = self._read_scene(int(scene))
+            if tensors is not None:
+                return int(scene), tensors
+        raise UserError(f"{self._export.folder}: every scene of split {self.split} is bad")
+
+    def _read_scene(self, scene: int) -> dict[str, np.ndarray] | None:
+        scene_id = self._scene_ids[scene]
+        if scene_id in self.bad_scenes:
+            return None
+        try:
+            tensors = self._export.read_scene(scene_id, SCENE_TENSORS)
+            if self.config.vision not in tensors:
+                raise ExportError(f"scene {scene_id}", f"tensor {self.config.vision}", "missing")
+        except ExportError as error:
+            if self.config.on_bad_scene == "stop":
+                raise
+            self._note_bad({scene_id: str(error)})
+            return None
+        return tensors
+
+    def _note_bad(self, bad_scenes: Mapping[str, str]) -> None:
+        self.bad_scenes.update(bad_scenes)
+        if self.bad_scenes:
+            self.dropped["bad scene"] = len(self.bad_scenes)
+
+    def _question_arrays(self, scene: int) -> dict[str, np.ndarray]:
+        """All used questions of a scene as arrays [n, ...], kept for the next epoch."""
+        arrays = self._questions.get(scene)
+        if arrays is None:
+            arrays = _stack_questions(self._used_records(scene), self._tokenizer, self.config)
+            size = sum(array.nbytes for array in arrays.values())
+            with self._lock:
+                if self._cached_bytes + size <= _CACHE_BYTES:
+                    self._cached_bytes += size
+                    self._questions[scene] = arrays
+        return arrays
+
+    def _used_records(self, scene: int) -> list[dict]:
+        records = self._records.read(self._scene_ids[scene])
+        return [records[i] for i in self._used[scene]]
+
+    def _place(self, scene: int, candidates, *, in_order: bool = False) -> list[tuple]:
+        """The questions of a scene that fill its packed rows; see `packing.pack`."""
+        arrays, config = self._question_arrays(scene), self.config
+        return pack(
+            candidates,
+            arrays["question_length"],
+            arrays["answer_length"],
+            config.rows_per_scene,
+            config.row_length,
+            config.questions_per_scene,
+            in_order=in_order,
+        )
+
+    def _question_rows(self, scene: int, placed: list[tuple], tensors) -> dict[str, np.ndarray]:
+        """Q questions of a scene, padded with empty ones, without shape suffixes."""
+        arrays, config = self._question_arrays(scene), self.config
+        chosen = [question for question, _, _ in placed]
+        rows = {}
+        for name, array in arrays.items():
+            fill = self._tokenizer.pad_id if name in ("question", "answer") else 0
+            row = np.full((config.questions_per_scene, *array.shape[1:]), fill, array.dtype)
+            row[: len(chosen)] = array[chosen]
+            rows[name] = row
+        pairs = rows.pop("object_index")[:, :2]
+        pairs[len(chosen) :] = -1
+        teacher, mask = _teacher_relations(tensors, pairs)
+        packed = lay_out(
+            placed,
+            arrays["question"],
+            arrays["question_length"],
+            arrays["answer"],
+            arrays["answer_length"],
+            config.rows_per_scene,
+            config.row_length,
+            config.questions_per_scene,
+            self._tokenizer.pad_id,
+        )
+        return rows | packed | {"teacher_relations": teacher, "teacher_relations_mask": mask}
+
+    # --- Iterating --------------------------------------------------------------------------------
+
+    def iterate(
+        self, start_step: int, num_steps: int, rows: slice | None = None
+    ) -> Iterator[tuple[int, Batch]]:
+        """(step, batch) of the steps from `start_step`, prepared ahead through grain.
+
+        Batches and their order do not depend on `workers`. With workers, absl's flags are marked
+        as parsed where they are not yet: grain reads some, and would fail outside `absl.app.run`.
+        The entry point needs the usual `if __name__ == "__main__"` guard then.
+
+        Args:
+            start_step: first global step.
+            num_steps: how many.
+            rows: as in `batch`.
+
+        Raises:
+            ExportError, UserError: as `batch`.
+        """
+        steps = grain.MapDataset.range(start_step, start_step + num_steps)
+        # One thread with two batches ahead: more would take cores from the training step.
+        reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        dataset = steps.map(_MakeBatch(self, rows)).to_iter_dataset(reading)
+        if self.config.workers > 0:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(
+                num_workers=self.config.workers, per_worker_buffer_size=2
+            )
+            dataset = dataset.mp_prefetch(options)
+        iterator = iter(dataset)
+        try:
+            for step, made in enumerate(iterator, start=start_step):
+                if isinstance(made.batch, Exception):
+                    raise made.batch
+                self._note_bad(dict(made.bad_scenes))
+                # Out of grain's shared memory, whose arrays must not outlive the interpreter.
+                yield step, jax.tree.map(np.array, made.batch)
+        finally:
+            iterator.close()
+
+    def eval_batches(
+        self, max_scenes: int | None = None, seed: int | None = None
+    ) -> Iterator[tuple[list[list[dict]], Batch]]:
+        """Every question of the split's scenes once, in order.
+
+        A row of a batch holds a scene and up to Q of its questions; a scene with more takes
+        several rows. The last batch is filled with rows that hold no question.
+
+        Args:
+            max_scenes: stop after so many scenes.
+            seed: which scenes, then, and in which order; None takes the first ones, sorted.
+
+        Yields:
+            The records of every row (a list a row, the questions in their columns' order), and
+            the batch.
+        """
+        order = np.arange(len(self._scene_ids))
+        if seed is not None:
+            order = np.random.default_rng((seed, _EVAL_SCENES)).permutation(order)
+        found, scenes, questions = [], [], []
+        for records, scene_rows, question_rows in self._eval_rows(order[:max_scenes]):
+            found.append(records)
+            scenes.append(scene_rows)
+            questions.append(question_rows)
+            if len(found) == self.config.scenes_per_batch:
+                yield found, Batch(**_suffixed(stack_rows(scenes) | stack_rows(questions)))
+                found, scenes, questions = [], [], []
+        if found:
+            missing = self.config.scenes_per_batch - len(found)
+            found += [[] for _ in range(missing)]
+            scenes += [empty_rows(self.shapes)] * missing
+            questions += [self._question_rows(int(order[0]), [], {})] * missing
+            yield found, Batch(**_suffixed(stack_rows(scenes) | stack_rows(questions)))
+
+    def _eval_rows(self, order: Sequence[int]) -> Iterator[tuple]:
+        for scene in map(int, order):
+            tensors = self._read_scene(scene)
+            if tensors is None:
+                continue
+            scene_rows, records = batch_rows(tensors, self.shapes), self._used_records(scene)
+            start = 0
+            while start < len(records):
+                placed = self._place(scene, range(start, len(records)), in_order=True)
+                own = records[start : start + len(placed)]
+                start += len(placed)
+                yield own, scene_rows, self._question_rows(scene, placed, tensors)
+
+
+class _Made(NamedTuple):
+    """What a worker sends back: exceptions travel as values, so that their line stays one line."""
+
+    batch: Batch | Exception
+    bad_scenes: tuple[tuple[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _MakeBatch:
+    pipeline: Pipeline
+    rows: slice | None
+
+    def __call__(self, step: int) -> _Made:
+        try:
+            batch = self.pipeline.batch(int(step), self.rows)
+        except (ExportError, UserError) as error:
+            return _Made(error, ())
+        return _Made(batch, tuple(self.pipeline.bad_scenes.items()))
+
+
+def _stack_questions(
+    records: list[dict], tokenizer: Tokenizer, config: PipelineConfig
+) -> dict[str, np.ndarray]:
+    """Question records as arrays [n, ...]; `object_index` is -1 where no box row is known."""
+    n, lq, la = len(records), config.question_length, config.answer_length
+    arrays = {
+        "question": np.full((n, lq), tokenizer.pad_id, np.int32),
+        "question_length": np.zeros(n, np.int32),
+        "answer": np.full((n, la), tokenizer.pad_id, np.int32),
+        "answer_length": np.zeros(n, np.int32),
+        "objects": np.zeros((n, MAX_OBJECTS, 7), np.float32),
+        "objects_mask": np.zeros((n, MAX_OBJECTS), bool),
+        "object_index": np.full((n, MAX_OBJECTS), -1, np.int32),
+        "relations": np.zeros((n, len(RELATIONS)), np.float32),
+        "relations_mask": np.zeros((n, len(RELATIONS)), bool),
+        "value": np.zeros(n, np.float32),
+        "value_mask": np.zeros(n, bool),
+        "topk_id": np.zeros((n, la, 0), np.int32),
+        "topk_logprob": np.zeros((n, la, 0), np.float32),
+        "topk_mask": np.zeros((n, la), bool),
+    }
+    prompts = tokenizer.encode_batch([prompt(record) for record in records])
+    answers = tokenizer.encode_batch([" " + record[config.answer_field] for record in records])
+    for i, record in enumerate(records):
+        ids = [tokenizer.bos_id, *prompts[i]]
+        arrays["question"][i, lq - len(ids) :] = ids
+        arrays["question_length"][i] = len(ids)
+        ids = [*answers[i], tokenizer.eos_id]
+        arrays["answer"][i, : len(ids)] = ids
+        arrays["answer_length"][i] = len(ids)
+        for j, item in enumerate(record.get("objects", ())[:MAX_OBJECTS]):
+            arrays["objects"][i, j] = item["box"]
+            arrays["objects_mask"][i, j] = True
+            arrays["object_index"][i, j] = item.get("index", -1)
+        for name, probability in record.get("relation", {}).items():
+            arrays["relations"][i, RELATIONS.index(name)] = probability
+            arrays["relations_mask"][i, RELATIONS.index(name)] = True
+        if "value" in record or record["kind"] in NUMERIC_KINDS:
+            arrays["value"][i] = record.get("value", record["answer"])
+            arrays["value_mask"][i] = True
+    return arrays
+
+
+def _teacher_relations(
+    tensors: Mapping[str, np.ndarray], pairs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The teacher's relations of the first two objects of every question.
+
+    Args:
+        tensors: a scene's; `teacher/relations` has row i * N + j for box i relative to box j.
+        pairs: [Q, 2] rows of `target/boxes`, -1 unknown.
+
+    Returns:
+        Probabilities and mask [Q, R].
+    """
+    target = np.zeros((len(pairs), len(RELATIONS)), np.float32)
+    mask = np.zeros(target.shape, bool)
+    relations = tensors.get("teacher/relations")
+    if relations is not None:
+        known = (pairs >= 0).all(axis=1)
+        n = len(tensors["target/boxes"])
+        of_pair = relations[pairs[known, 0] * n + pairs[known, 1]]
+        for name, column in _TEACHER_COLUMN.items():
+            target[known, RELATIONS.index(name)] = of_pair[:, column]
+            mask[known, RELATIONS.index(name)] = True
+    return target, mask
+
+
+_FIELD_NAMES = {field.name.rsplit("_", 1)[0]: field.name for field in dataclasses.fields(Batch)}
+
+
+def _suffixed(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Names with the shape suffixes of `Batch`."""
+    return {_FIELD_NAMES[name]: array for name, array in arrays.items()}

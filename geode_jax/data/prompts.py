@@ -1,0 +1,56 @@
+"""Questions as the model reads them.
+
+The eight VSI-Bench task types get VSI-Bench's own prompt, so that a model trained here reads at
+test time what it read in training. Every other kind is asked as it stands.
+"""
+
+PRE_PROMPT = "These are frames of a video."
+NUMERIC_POST_PROMPT = "Please answer the question using a single word or phrase."
+CHOICE_POST_PROMPT = "Answer with the option's letter from the given choices directly."
+
+VSI_NUMERIC_KINDS = frozenset(
+    {
+        "object_counting",
+        "object_abs_distance",
+        "object_size_estimation",
+        "room_size_estimation",
+    }
+)
+"""VSI-Bench types answered by a number."""
+
+VSI_CHOICE_KINDS = frozenset(
+    {
+        "object_rel_distance",
+        "object_rel_direction_easy",
+        "object_rel_direction_medium",
+        "object_rel_direction_hard",
+        "route_planning",
+        "obj_appearance_order",
+    }
+)
+"""VSI-Bench types answered by an option's letter."""
+
+
+def prompt(record: dict) -> str:
+    """The text that is asked for a question record.
+
+    The VSI-Bench wording is that of the benchmark's own evaluation (`vsibench_doc_to_text` of
+    thinking-in-space and of lmms-eval, which agree): pre-prompt, question, for a choice the
+    options one a line, post-prompt.
+
+    Args:
+        record: a question record; `kind` and `question` are read, and `options` where present.
+
+    Returns:
+        The prompt, lines joined by a newline, no newline at the end.
+    """
+    lines = [record["question"]]
+    options = record.get("options") or []
+    kind = record["kind"]
+    if kind in VSI_NUMERIC_KINDS:
+        lines = [PRE_PROMPT, *lines, NUMERIC_POST_PROMPT]
+    elif kind in VSI_CHOICE_KINDS:
+        lines = [PRE_PROMPT, *lines, "Options:", *options, CHOICE_POST_PROMPT]
+    else:
+        lines += options
+    return "\n".join(lines)

@@ -1,0 +1,446 @@
+"""Rooms: the embedded data set. Deterministic indoor scenes, their exact answers, as an export.
+
+A scene is a rectangular room with 6 to 10 upright boxes (furniture of 16 categories) seen by a
+camera on a short walk of four views. Scene `index` of seed `seed` is a pure function of these two
+numbers. `make_rooms` writes the array contract of `exports.py`; nothing here needs JAX.
+
+What stands in for a pre-trained vision encoder. `vggt/tokens` [4, 64, 76] is a fixed function of
+what the camera sees. A patch is 4 x 4 pixels of a 32 x 32 image; its 2 x 2 sub-cells, row-major,
+give 13 numbers each:
+
+    point / 4 (world), depth / 4, normal (world), mean colour, contrast, two texture slopes
+
+(point, depth, normal at the sub-cell's centre; the other numbers over its 2 x 2 pixels: mean
+colour in [0, 1], standard deviation of the luminance, mean slopes of `raycast.shade`), followed by
+sin and cos of 2 pi f p for the point p seen at the patch centre, f in `FREQUENCIES`, [3 axes, 4
+frequencies, (sin, cos)]. No identity, category or box enters it.
+
+The teacher is the exact oracle, not a model: `features` = share of the 16 pixels of a patch per
+category (last column: room surfaces); `depth_bins` = the depth at the patch centre, shared between
+its two neighbours of `depth_bin_centres(16)` linearly in log depth; `detection_probs` = one-hot
+category of each box; `relations` = see `room_questions.pair_relations`.
+
+Nothing measured on rooms compares with numbers measured on real scenes.
+"""
+
+import colorsys
+import concurrent.futures
+import dataclasses
+import functools
+import multiprocessing
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import tqdm
+
+from geode_jax.data import exports, raycast, room_layout, room_questions
+from geode_jax.data.room_layout import CATEGORIES, VIEWS, RoomObject
+
+GRID, PIXELS = 8, 4
+"""Patches along a side of a view, pixels along a side of a patch."""
+DEPTH_SIDE = 2 * GRID
+"""Side of the depth maps and segmentations."""
+DEPTH_BINS = 16
+FREQUENCIES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+"""Cycles per metre of the Fourier features."""
+TOKEN_WIDTH = 4 * 13 + 3 * len(FREQUENCIES) * 2
+VERSION = 1
+"""Of what a scene id means; changes when the generator changes."""
+TEST_SEED_OFFSET = 1_000_000
+"""The test split of seed s is made of the first scenes of seed s + this."""
+
+MIN_RAYS = 24
+"""A visible object covers this many of the 4096 pixels, and half of some patch."""
+MIN_OBJECTS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class RoomScene:
+    """A furnished room and the four cameras that see it.
+
+    Attributes:
+        seed, index: what the scene is made from.
+        room: size x, y, z in metres.
+        objects: the furniture, visible or not.
+        structure: [6, 3] albedo of floor, ceiling and walls (order of `raycast`).
+        extrinsic: [4, 3, 4] camera-from-world.
+        fov: horizontal field of view of all cameras, radians; pixels are square.
+        pairs: index pairs laid out to be asked about contact, touching or apart by a fair coin.
+    """
+
+    seed: int
+    index: int
+    room: np.ndarray
+    objects: tuple[RoomObject, ...]
+    structure: np.ndarray
+    extrinsic: np.ndarray
+    fov: float
+    pairs: tuple[tuple[int, int], ...]
+
+    @property
+    def scene_id(self) -> str:
+        """Name in exports, `room_s<seed>_<index>`; `scene_from_id` inverts it."""
+        return f"room_s{self.seed}_{self.index:06d}"
+
+    @functools.cached_property
+    def boxes(self) -> np.ndarray:
+        """All boxes [N, 7]."""
+        return np.array([item.box for item in self.objects]).reshape(-1, 7)
+
+    def intrinsic(self, height: int, width: int) -> np.ndarray:
+        """Intrinsics [4, 3, 3] for images of this size."""
+        return np.repeat(raycast.pinhole(self.fov, height, width)[None], len(self.extrinsic), 0)
+
+
+# -------------------------------------------------------------------------------------- scenes
+
+
+def make_scene(seed: int, index: int) -> RoomScene:
+    """Scene `index` of `seed`, a pure function of the two."""
+    return make_and_observe(seed, index)[0]
+
+
+def scene_from_id(scene_id: str) -> RoomScene:
+    """The scene of an id such as `room_s0_000123`.
+
+    Raises:
+        ValueError: the id is not one of a rooms scene.
+    """
+    match = re.fullmatch(r"room_s(\d+)_(\d{6,})", scene_id)
+    if not match:
+        raise ValueError(f"scene {scene_id}: not an id of a room (room_s<seed>_<index>)")
+    return make_scene(int(match[1]), int(match[2]))
+
+
+def make_and_observe(seed: int, index: int) -> tuple[RoomScene, "Observation"]:
+    """The scene and what its cameras see; at least MIN_OBJECTS objects are visible."""
+    rng = np.random.default_rng([seed, index])
+    while True:
+        room = room_layout.sample_room(rng)
+        objects, pairs = room_layout.furnish(rng, room)
+        if len(objects) < MIN_OBJECTS:
+            continue
+        path = room_layout.walk(rng, room, np.array([item.box for item in objects]))
+        if path is None:
+            continue
+        grey = rng.uniform(0.75, 0.95) + rng.uniform(-0.03, 0.03, 3)
+        floor = colorsys.hsv_to_rgb(*rng.uniform((0.05, 0.1, 0.35), (0.12, 0.3, 0.65)))
+        structure = np.concatenate([[floor, [0.97] * 3], np.tile(grey, (4, 1))])
+        scene = RoomScene(seed, index, room, tuple(objects), structure, *path, tuple(pairs))
+        seen = observe(scene)
+        if seen.visible.sum() >= MIN_OBJECTS:
+            return scene, seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What the cameras of a scene see, at the three resolutions the arrays need.
+
+    Attributes:
+        pixels: hits of the 32 x 32 images; `colour`, `slopes` belong to them ([4, 1024, ...]).
+        cells: hits at the centres of the 16 x 16 depth maps.
+        patches: hits at the centres of the 8 x 8 patches.
+        rays: [4, N] pixels that show each object, per view.
+        visible: [N] objects that count as seen, see MIN_RAYS.
+    """
+
+    pixels: raycast.Hits
+    colour: np.ndarray
+    slopes: np.ndarray
+    cells: raycast.Hits
+    patches: raycast.Hits
+    rays: np.ndarray
+    visible: np.ndarray
+
+
+def _looks(scene: RoomScene) -> raycast.Looks:
+    """Appearance of the objects, then of a planked floor and plain ceiling and walls."""
+    items = scene.objects
+    planks = np.zeros((raycast.STRUCTURES, 3))
+    planks[raycast.FLOOR, 0] = 0.12
+    columns = (
+        [*(item.colour for item in items), *scene.structure],
+        [*(item.pattern for item in items), *planks],
+        [*(item.period for item in items), *[0.4] * len(planks)],
+        [*(item.phase for item in items), *[(0.0, 0.0)] * len(planks)],
+    )
+    return raycast.Looks(*(np.array(column, np.float32) for column in columns))
+
+
+def observe(scene: RoomScene) -> Observation:
+    """Cast the rays of all views once and decide which objects are visible."""
+    sides = (GRID * PIXELS, DEPTH_SIDE, GRID)
+    rays = [
+        raycast.pixel_rays(scene.extrinsic, raycast.pinhole(scene.fov, side, side), side, side)
+        for side in sides
+    ]
+    origins = raycast.camera_centres(scene.extrinsic)
+    hits = raycast.cast(scene.boxes, scene.room, origins, np.concatenate(rays, axis=1))
+    ends = np.cumsum([side * side for side in sides])[:-1]
+    parts = zip(*(np.split(getattr(hits, f.name), ends, 1) for f in _HIT_FIELDS), strict=True)
+    pixels, cells, patches = (raycast.Hits(*part) for part in parts)
+    colour, slopes = raycast.shade(pixels, _looks(scene))
+    shows = _by_patch(pixels.surface)[..., None] == np.arange(len(scene.objects))
+    share = shows.sum(2)  # [V, patches, N]
+    rays = share.sum(1)
+    half = (share >= PIXELS * PIXELS // 2).any((0, 1))
+    visible = (rays.sum(0) >= MIN_RAYS) & half
+    return Observation(pixels, colour, slopes, cells, patches, rays, visible)
+
+
+_HIT_FIELDS = dataclasses.fields(raycast.Hits)
+
+
+def _blocks(pixels: np.ndarray, side: int, block: int) -> np.ndarray:
+    """[V, side * side, ...] to [V, blocks, block * block, ...], blocks and insides row-major."""
+    views, rest = pixels.shape[0], pixels.shape[2:]
+    n = side // block
+    tiles = pixels.reshape(views, n, block, n, block, *rest)
+    return tiles.swapaxes(2, 3).reshape(views, n * n, block * block, *rest)
+
+
+def _by_patch(pixels: np.ndarray) -> np.ndarray:
+    return _blocks(pixels, GRID * PIXELS, PIXELS)
+
+
+def render(scene: RoomScene, height: int, width: int) -> dict[str, np.ndarray]:
+    """Pictures of all four views.
+
+    Returns:
+        `rgb` [4, height, width, 3] uint8; `depth` [4, height, width] float32 metres along the
+        optical axis; `normals` [4, height, width, 3] float32, world frame; `instance`
+        [4, height, width] int16, index into `scene.objects`, -1 for the room itself.
+    """
+    rays = raycast.pixel_rays(
+        scene.extrinsic, raycast.pinhole(scene.fov, height, width), height, width
+    )
+    origins = raycast.camera_centres(scene.extrinsic)
+    looks, count = _looks(scene), len(scene.objects)
+    images: dict[str, list] = {"rgb": [], "depth": [], "normals": [], "instance": []}
+    for view in range(len(origins)):
+        hits = raycast.cast(
+            scene.boxes, scene.room, origins[view : view + 1], rays[view : view + 1]
+        )
+        colour, _ = raycast.shade(hits, looks)
+        images["rgb"].append(np.round(colour * 255).astype(np.uint8))
+        images["depth"].append(hits.depth.astype(np.float32))
+        images["normals"].append(hits.normal.astype(np.float32))
+        instance = np.where(hits.surface < count, hits.surface, -1)
+        images["instance"].append(instance.astype(np.int16))
+    return {
+        name: np.concatenate(parts).reshape(len(origins), height, width, *parts[0].shape[2:])
+        for name, parts in images.items()
+    }
+
+
+# --------------------------------------------------------------------------------------- arrays
+
+
+def depth_bin_centres(bins: int, near: float = 0.3, far: float = 10.0) -> np.ndarray:
+    """Centres [bins] of log-spaced depth bins, metres."""
+    return np.geomspace(near, far, bins)
+
+
+def soft_depth_bins(depth: np.ndarray, bins: int) -> np.ndarray:
+    """Depth [...] as probabilities [..., bins]: linear in log depth between two neighbours."""
+    centres = np.log(depth_bin_centres(bins))
+    position = (np.log(depth) - centres[0]) / (centres[1] - centres[0])
+    return np.maximum(0, 1 - np.abs(np.clip(position, 0, bins - 1)[..., None] - np.arange(bins)))
+
+
+def tokens(seen: Observation) -> np.ndarray:
+    """`vggt/tokens` [4, 64, 76] float16; see the module's docstring."""
+    side = GRID * PIXELS
+    colour = _blocks(seen.colour, side, 2)
+    cells = np.concatenate(
+        [
+            seen.cells.point / 4,
+            seen.cells.depth[..., None] / 4,
+            seen.cells.normal,
+            colour.mean(2),
+            raycast.luminance(colour).std(2)[..., None],
+            _blocks(seen.slopes, side, 2).mean(2),
+        ],
+        axis=-1,
+    )
+    cells = _blocks(cells, DEPTH_SIDE, 2).reshape(VIEWS, GRID * GRID, -1)
+    angle = 2 * np.pi * seen.patches.point[..., None] * np.array(FREQUENCIES)
+    waves = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(VIEWS, GRID * GRID, -1)
+    return np.concatenate([cells, waves], -1).astype(np.float16)
+
+
+def scene_arrays(scene: RoomScene, seen: Observation) -> tuple[dict, dict]:
+    """The scene's tensors and its teacher's tensors, as `exports.py` names them."""
+    visible = np.flatnonzero(seen.visible)
+    classes = len(CATEGORIES)
+    category = np.array([item.category for item in scene.objects] + [-1] * raycast.STRUCTURES)
+    maps = (VIEWS, DEPTH_SIDE, DEPTH_SIDE)
+    depth = seen.cells.depth.reshape(maps).astype(np.float32)
+    arrays = {
+        "vggt/tokens": tokens(seen),
+        "vggt/depth": depth,
+        "camera/extrinsic": scene.extrinsic.astype(np.float32),
+        "camera/intrinsic": scene.intrinsic(DEPTH_SIDE, DEPTH_SIDE).astype(np.float32),
+        "target/depth": depth.copy(),
+        "target/boxes": scene.boxes[visible].astype(np.float32),
+        "target/labels": category[visible].astype(np.int32),
+        "target/segmentation": category[seen.cells.surface].reshape(maps).astype(np.int16),
+    }
+    kind = _by_patch(category[seen.pixels.surface] % (classes + 1))  # -1 becomes the last column
+    share = (kind[..., None] == np.arange(classes + 1)).mean(2)
+    bins = soft_depth_bins(seen.patches.depth, DEPTH_BINS)
+    relations = room_questions.pair_relations(scene.boxes[visible], scene.extrinsic[0])
+    teacher = {
+        "features": share.reshape(VIEWS, GRID, GRID, classes + 1).astype(np.float16),
+        "depth_bins": bins.reshape(VIEWS, GRID, GRID, DEPTH_BINS).astype(np.float16),
+        "detection_probs": np.eye(classes, dtype=np.float16)[category[visible]],
+        "relations": relations.reshape(-1, 4).astype(np.float16),
+    }
+    return arrays, teacher
+
+
+def seen_room(scene: RoomScene, seen: Observation) -> room_questions.SeenRoom:
+    """What questions about the scene are made from."""
+    visible = np.flatnonzero(seen.visible)
+    row = {int(n): k for k, n in enumerate(visible)}
+    glimpsed = np.flatnonzero(~seen.visible & (seen.rays.sum(0) >= room_questions.GLIMPSE))
+    return room_questions.SeenRoom(
+        scene_id=scene.scene_id,
+        room=scene.room,
+        names=tuple(scene.objects[n].name for n in visible),
+        boxes=scene.boxes[visible],
+        rays=seen.rays[:, visible],
+        vague=frozenset(scene.objects[n].name for n in glimpsed),
+        pairs=tuple((row[a], row[b]) for a, b in scene.pairs if a in row and b in row),
+        extrinsic=scene.extrinsic,
+        larger=room_layout.larger_prior(),
+        typical=room_layout.typical_lengths(),
+    )
+
+
+def questions(scene: RoomScene, seen: Observation) -> list[dict]:
+    """Question records of a scene, drawn from a random stream of their own."""
+    rng = np.random.default_rng([scene.seed, scene.index, 1])
+    return room_questions.make_questions(seen_room(scene, seen), rng)
+
+
+# --------------------------------------------------------------------------------------- export
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What a worker process needs to write one scene."""
+
+    folder: str
+    manifest: dict
+    seed: int
+    index: int
+    split: str
+    images: bool
+
+
+IMAGE_SIDE = 448
+
+
+def _write(job: _Job) -> tuple[dict, list[dict]]:
+    """Makes and writes one scene; returns its manifest entry and its questions."""
+    scene, seen = make_and_observe(job.seed, job.index)
+    arrays, teacher = scene_arrays(scene, seen)
+    if job.images:
+        arrays["images"] = render(scene, IMAGE_SIDE, IMAGE_SIDE)["rgb"]
+    entry = exports.write_scene(
+        job.folder, scene.scene_id, arrays, teacher, split=job.split, manifest=job.manifest
+    )
+    return entry, questions(scene, seen)
+
+
+def plan_splits(scenes: int, seed: int, test_scenes: int | None) -> list[tuple[int, int, str]]:
+    """(seed, index, split) of every scene: each fifth validates, the test set has its own seed."""
+    if test_scenes is None:
+        test_scenes = max(scenes // 16, int(scenes >= 4))
+    plan = [(seed, index, "val" if index % 5 == 4 else "train") for index in range(scenes)]
+    if 2 <= scenes < 5:
+        plan[-1] = (seed, scenes - 1, "val")
+    return plan + [(seed + TEST_SEED_OFFSET, index, "test") for index in range(test_scenes)]
+
+
+def make_rooms(
+    folder: str | Path,
+    *,
+    scenes: int = 8000,
+    seed: int = 0,
+    test_scenes: int | None = None,
+    images: bool = False,
+    workers: int | None = None,
+    progress: bool = True,
+) -> None:
+    """Writes an export of rooms.
+
+    The content depends on `scenes`, `seed`, `test_scenes` and `images` only, never on `workers`.
+
+    Args:
+        folder: absent, empty, or an unfinished export of rooms.
+        scenes: train and val scenes together, 80 : 20.
+        seed: of train and val; test scenes come from seed + TEST_SEED_OFFSET.
+        test_scenes: scenes // 16 where None, at least 1 from 4 scenes on.
+        images: also write `images` [4, 448, 448, 3] (2.4 MB and about 0.5 s a scene).
+        workers: processes; all available cores where None. 1 works in this process. More are
+            spawned, so a script that calls this needs the `if __name__ == "__main__"` guard.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ExportError: the folder cannot be written, see `exports.ExportWriter`.
+        ValueError: a number is out of range.
+    """
+    if scenes < 1 or not 0 <= seed < TEST_SEED_OFFSET:
+        raise ValueError(f"rooms: scenes must be >= 1 and seed in [0, {TEST_SEED_OFFSET})")
+    workers = _cores() if workers is None else workers
+    with exports.ExportWriter(
+        folder,
+        producer={
+            "project": "geode_jax rooms",
+            "commit": f"rooms version {VERSION}",
+            "weights": "none: tokens are a fixed function of the true geometry and colour",
+            "licence": "CC0-1.0",
+        },
+        dtype="float16",
+        scale="metric",
+        token_width=TOKEN_WIDTH,
+        patch_grid=(GRID, GRID),
+        tokens_contain_depth=True,
+        categories=list(room_layout.NAMES),
+        notes="Synthetic rooms; the teacher is the exact oracle.",
+    ) as writer:
+        jobs = [
+            _Job(str(folder), writer.manifest, *place, images)
+            for place in plan_splits(scenes, seed, test_scenes)
+        ]
+        for entry, records in tqdm.tqdm(
+            _run(jobs, min(workers, len(jobs))),
+            total=len(jobs),
+            desc="rooms",
+            unit="scene",
+            disable=not progress,
+        ):
+            writer.register(entry)
+            writer.add_questions(records)
+
+
+def _run(jobs: list[_Job], workers: int):
+    """Results of the jobs in their order."""
+    if workers <= 1:
+        yield from map(_write, jobs)
+        return
+    # Spawn: no fork of a process that may hold threads or an accelerator.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        yield from pool.map(_write, jobs, chunksize=max(1, min(32, len(jobs) // (4 * workers))))
+
+
+def _cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,301 @@
+"""A scene of an export as the rows of a `Batch`: resampled to the patch grid, padded, masked.
+
+Everything here is a pure function of one scene's tensors. An absent tensor gives zeros and a
+False mask. V, P, N, ... are those of `SceneShapes`, the same for every scene of an export, so that
+a step is compiled once.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from geode_jax.data.exports import Export
+from geode_jax.errors import UserError
+
+SCENE_TENSORS = (
+    "vggt/tokens",
+    "vggt/depth",
+    "vggt/points",
+    "camera/extrinsic",
+    "camera/intrinsic",
+    "target/depth",
+    "target/boxes",
+    "target/labels",
+    "target/segmentation",
+    "teacher/features",
+    "teacher/depth_bins",
+    "teacher/detection_probs",
+    "teacher/relations",
+)
+"""All that is read of a scene."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneShapes:
+    """Sizes of a batch's scene arrays.
+
+    Attributes:
+        views: V, the most views of any scene; scenes with fewer are padded.
+        grid: (gh, gw); P = gh * gw.
+        token_width: C.
+        depth_ratio: r; `target_depth` is [gh * r, gw * r].
+        boxes: N; a scene with more keeps its first N and is not `boxes_known`.
+        categories: c, width of the teacher's detection probabilities, 0 without a teacher.
+        features: F, width of the teacher's patch features, 0 without a teacher.
+        depth_bins: B of the teacher's depth distribution, 0 without a teacher.
+        vision: the tensor that the student sees.
+    """
+
+    views: int
+    grid: tuple[int, int]
+    token_width: int
+    depth_ratio: int
+    boxes: int
+    categories: int = 0
+    features: int = 0
+    depth_bins: int = 0
+    vision: str = "vggt/tokens"
+
+    @property
+    def patches(self) -> int:
+        """P."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportSizes:
+    """The largest sizes in an export, and how many boxes every scene has."""
+
+    views: int
+    features: int
+    depth_bins: int
+    box_counts: dict[str, int]
+    has_detection_probs: bool
+
+
+def export_sizes(export: Export) -> ExportSizes:
+    """Sizes of all scenes of an export, from the files' headers alone (about 40 us a file).
+
+    A file whose header cannot be read is passed over here and refused when it is read.
+
+    Raises:
+        UserError: teacher widths differ between scenes.
+    """
+    views, box_counts, has_detection_probs = 1, {}, False
+    widths = {"teacher/features": 0, "teacher/depth_bins": 0}
+    for entry in export.manifest["scenes"]:
+        scene_id = entry["id"]
+        shapes = _header_shapes(Path(export.folder) / "scenes" / f"{scene_id}.safetensors")
+        if "teacher_sha256" in entry:
+            teacher = _header_shapes(Path(export.folder) / "teacher" / f"{scene_id}.safetensors")
+            shapes |= {f"teacher/{name}": shape for name, shape in teacher.items()}
+        views = max(views, shapes.get("vggt/tokens", [0])[0])
+        box_counts[scene_id] = shapes.get("target/boxes", [0])[0]
+        has_detection_probs |= "teacher/detection_probs" in shapes
+        for name in widths.keys() & shapes.keys():
+            width = shapes[name][-1]
+            if widths[name] not in (0, width):
+                rule = f"width {width}, {widths[name]} in earlier scenes; an export has one"
+                raise UserError(f"scene {scene_id}: tensor {name}: {rule}")
+            widths[name] = width
+    return ExportSizes(
+        views=views,
+        features=widths["teacher/features"],
+        depth_bins=widths["teacher/depth_bins"],
+        box_counts=box_counts,
+        has_detection_probs=has_detection_probs,
+    )
+
+
+def _header_shapes(path: Path) -> dict[str, list[int]]:
+    """Tensor name -> shape of a safetensors file; empty where the header is damaged."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, path.stat().st_size)))
+        return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def batch_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str, np.ndarray]:
+    """One scene's rows of the scene fields of `Batch`, names without their shape suffix.
+
+    Conventions: an intrinsic moves from the (h, w) depth map to the patch grid with pixel centres
+    at integers, u' = (u + 1/2) gw / w - 1/2. Depth hint and pooled target depth are means over the
+    known pixels. The point of a patch is the one seen by the pixel nearest to its centre. Padding
+    views, and scenes without a camera, have identity poses, which can be inverted.
+
+    Args:
+        tensors: what `Export.read_scene` gave for `SCENE_TENSORS`, absent ones left out.
+        shapes: sizes to pad to.
+    """
+    tokens = tensors[shapes.vision]
+    v_own = tokens.shape[0]
+    tokens = tokens.reshape(v_own, -1, shapes.token_width)
+    V, (gh, gw), P = shapes.views, shapes.grid, shapes.patches
+    r, n = shapes.depth_ratio, shapes.boxes
+    rows = {
+        "vision": _padded(tokens, (V, P, shapes.token_width)),
+        "view_mask": np.arange(V) < v_own,
+    }
+    depth = tensors.get("vggt/depth")
+    hint = _patch_mean(depth, shapes.grid) if depth is not None else np.zeros((v_own, gh, gw))
+    rows["depth_hint"] = _padded(hint.reshape(v_own, P), (V, P))
+    rows |= _camera_rows(tensors, shapes, v_own)
+    target = tensors.get("target/depth", np.zeros((0, gh, gw)))
+    rows["target_depth"] = _padded(_patch_mean(target, (gh * r, gw * r)), (V, gh * r, gw * r))
+
+    boxes = tensors.get("target/boxes", np.zeros((0, 7)))
+    labels = tensors.get("target/labels", np.full(len(boxes), -1))
+    rows["target_boxes"] = _padded(boxes[:n], (n, 7))
+    rows["target_labels"] = _padded(labels[:n], (n,), np.int32, fill=-1)
+    rows["boxes_known"] = np.array("target/boxes" in tensors and len(boxes) <= n)
+    segments = tensors.get("target/segmentation", np.full((0, gh, gw), -1))
+    segments = _patch_majority(segments, shapes.grid).reshape(-1, P)
+    rows["target_segmentation"] = _padded(segments, (V, P), np.int32, fill=-2)
+    return rows | _teacher_rows(tensors, shapes)
+
+
+def _teacher_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str, np.ndarray]:
+    V, P, n = shapes.views, shapes.patches, shapes.boxes
+    none = np.zeros((0, 1, 1, 0))
+    features = tensors.get("teacher/features", none)
+    features = features.reshape(-1, P, shapes.features) if features.size else features[:, 0]
+    bins = tensors.get("teacher/depth_bins", none)
+    if bins.size:
+        bins = _patch_mean(np.asarray(bins, np.float32), shapes.grid, known=np.isfinite(bins))
+        bins = (bins / bins.sum(-1, keepdims=True)).reshape(-1, P, shapes.depth_bins)
+    else:
+        bins = bins[:, 0]
+    detection = tensors.get("teacher/detection_probs", np.zeros((0, shapes.categories)))
+    return {
+        "teacher_features": _padded(features, (V, P, shapes.features)),
+        "teacher_features_mask": np.array("teacher/features" in tensors),
+        "teacher_depth_bins": _padded(bins, (V, P, shapes.depth_bins)),
+        "teacher_depth_bins_mask": np.array("teacher/depth_bins" in tensors),
+        "teacher_detection": _padded(detection[:n], (n, shapes.categories)),
+        "teacher_detection_mask": np.array("teacher/detection_probs" in tensors),
+    }
+
+
+def _camera_rows(tensors, shapes: SceneShapes, v_own: int) -> dict[str, np.ndarray]:
+    """Poses on the patch grid and the point that every patch sees."""
+    V, (gh, gw), P = shapes.views, shapes.grid, shapes.patches
+    extrinsic = np.tile(np.eye(3, 4, dtype=np.float32), (V, 1, 1))
+    intrinsic = np.tile(np.eye(3, dtype=np.float32), (V, 1, 1))
+    points, mask = np.zeros((V, P, 3), np.float32), np.zeros((V, P), bool)
+    depth = tensors.get("vggt/depth", tensors.get("target/depth"))
+    stored = tensors.get("vggt/points")
+    has_camera = "camera/extrinsic" in tensors and "camera/intrinsic" in tensors
+    image = depth if depth is not None else stored
+    if has_camera:
+        extrinsic[:v_own] = tensors["camera/extrinsic"]
+    if image is not None:
+        h, w = image.shape[1:3]
+        # The pixel nearest to the centre of patch i, (i + 1/2) h / gh - 1/2; a tie goes up.
+        v = ((np.arange(gh) + 0.5) * h / gh).astype(np.int64)
+        u = ((np.arange(gw) + 0.5) * w / gw).astype(np.int64)
+        if has_camera:
+            K = tensors["camera/intrinsic"].astype(np.float32)
+            to_grid = np.diag([gw / w, gh / h, 1.0]).astype(np.float32)
+            to_grid[:2, 2] = 0.5 * gw / w - 0.5, 0.5 * gh / h - 0.5
+            intrinsic[:v_own] = to_grid @ K
+        known = np.ones((v_own, gh, gw), bool)
+        if depth is not None:
+            z = np.asarray(depth[:, v[:, None], u], np.float32)
+            known = z > 0
+        if stored is not None:
+            seen = np.asarray(stored[:, v[:, None], u], np.float32)
+        elif has_camera:
+            seen = _unproject(u, v, z, K, extrinsic[:v_own])
+        else:
+            seen, known = np.zeros((v_own, gh, gw, 3), np.float32), np.zeros_like(known)
+        points[:v_own] = np.where(known[..., None], seen, 0).reshape(v_own, P, 3)
+        mask[:v_own] = known.reshape(v_own, P)
+    return {"extrinsic": extrinsic, "intrinsic": intrinsic, "points": points, "points_mask": mask}
+
+
+def _unproject(u, v, z, intrinsic, extrinsic) -> np.ndarray:
+    """World points [V, gh, gw, 3] of pixels (u [gw], v [gh]) at depths z [V, gh, gw].
+
+    A camera-from-world pose takes world x to camera R x + t, so world = R^T (camera - t).
+    """
+    grid = np.stack(np.broadcast_arrays(u[None, :], v[:, None], 1.0), axis=-1)
+    rays = np.einsum("vij,hwj->vhwi", np.linalg.inv(intrinsic), grid)
+    in_camera = rays * z[..., None] - extrinsic[:, None, None, :, 3]
+    return np.einsum("vji,vhwj->vhwi", extrinsic[:, :, :3], in_camera).astype(np.float32)
+
+
+def _padded(array, shape: tuple[int, ...], dtype=np.float32, fill=0) -> np.ndarray:
+    """The array in the corner of a larger one."""
+    if array.shape == shape:
+        return array.astype(dtype, copy=False)
+    out = np.full(shape, fill, dtype)
+    if array.size:
+        out[tuple(slice(size) for size in array.shape)] = array
+    return out
+
+
+@functools.lru_cache(maxsize=64)
+def _starts(size: int, cells: int) -> np.ndarray:
+    """First pixel of every cell: pixel y lies in cell floor((y + 1/2) cells / size).
+
+    With more cells than pixels a cell takes the pixel nearest to its centre.
+    """
+    first = np.ceil(np.arange(cells) * size / cells - 0.5).astype(np.int64)
+    return np.clip(first, 0, size - 1)
+
+
+def _patch_mean(values, cells: tuple[int, int], known=None) -> np.ndarray:
+    """Mean over the known pixels of every cell: [V, h, w, ...] -> [V, *cells, ...]; 0 = none known.
+
+    Args:
+        values: depth, or anything else per pixel.
+        cells: rows and columns of the result.
+        known: same shape; values > 0 where None.
+    """
+    values = np.asarray(values, np.float32)
+    known = values > 0 if known is None else known
+    rows, columns = _starts(values.shape[1], cells[0]), _starts(values.shape[2], cells[1])
+
+    def total(array):
+        return np.add.reduceat(np.add.reduceat(array, rows, axis=1), columns, axis=2)
+
+    if (values.shape[1], values.shape[2]) == tuple(cells):
+        return np.where(known, values, 0)
+    count = total(known.astype(np.float32))
+    return total(np.where(known, values, 0)) / np.maximum(count, 1)
+
+
+def _patch_majority(labels: np.ndarray, cells: tuple[int, int]) -> np.ndarray:
+    """The label most pixels of a cell have: [V, h, w] -> [V, *cells] int32; ties avoid -1."""
+    v, h, w = labels.shape
+    # More cells than pixels: repeat the pixels first.
+    labels = np.repeat(np.repeat(labels, -(-cells[0] // h), axis=1), -(-cells[1] // w), axis=2)
+    _, h, w = labels.shape
+    row = np.searchsorted(_starts(h, cells[0]), np.arange(h), side="right") - 1
+    column = np.searchsorted(_starts(w, cells[1]), np.arange(w), side="right") - 1
+    width = int(labels.max(initial=-1)) + 2  # -1 becomes the last, which loses ties
+    cell = (np.arange(v)[:, None, None] * cells[0] + row[:, None]) * cells[1] + column
+    label = np.where(labels < 0, width - 1, labels)
+    ballots = (cell * width + label).reshape(-1)
+    votes = np.bincount(ballots, minlength=v * cells[0] * cells[1] * width)
+    winner = votes.reshape(v, *cells, width).argmax(-1)
+    return np.where(winner == width - 1, -1, winner).astype(np.int32)
+
+
+def empty_rows(shapes: SceneShapes) -> dict[str, np.ndarray]:
+    """Rows of a slot that holds no scene: one visible view of zeros, nothing supervised."""
+    tokens = np.zeros((1, shapes.patches, shapes.token_width), np.float32)
+    return batch_rows({shapes.vision: tokens}, shapes)
+
+
+def stack_rows(rows: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """S scenes' rows as arrays with a leading axis S."""
+    rows = list(rows)
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

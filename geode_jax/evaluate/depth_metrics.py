@@ -1,0 +1,55 @@
+"""Depth errors over valid pixels (Sec. IV-A): RMSE, MAE and the delta < 1.25 share."""
+
+import numpy as np
+
+
+class DepthMetrics:
+    """Accumulates depth errors over batches, every valid pixel with the same weight.
+
+    A pixel is valid where the target is finite and positive (0 is "unknown" in the array contract)
+    and the optional mask says so. A prediction that is not finite is not excused: RMSE and MAE
+    become NaN or infinite, and it fails the delta test, as does a prediction <= 0.
+    """
+
+    def __init__(self):
+        self.pixels = 0
+        self._squared = 0.0
+        self._absolute = 0.0
+        self._inside = 0
+
+    def update(self, prediction, target, mask=None) -> None:
+        """Adds a batch.
+
+        Args:
+          prediction: [...] metres (or the export's scene units), any shape.
+          target: the same shape and unit, 0 or non-finite where unknown.
+          mask: optional bool, broadcast to that shape; False excludes.
+
+        Raises:
+          ValueError: shapes differ (no silent broadcasting).
+        """
+        prediction = np.asarray(prediction, np.float64)
+        target = np.asarray(target, np.float64)
+        if prediction.shape != target.shape:
+            raise ValueError(f"depth: prediction {prediction.shape} but target {target.shape}")
+        valid = np.isfinite(target) & (target > 0)
+        if mask is not None:
+            valid &= np.asarray(mask, bool)
+        prediction, target = prediction[valid], target[valid]
+
+        error = prediction - target
+        self.pixels += error.size
+        self._squared += float(np.sum(error**2))
+        self._absolute += float(np.sum(np.abs(error)))
+        # max(p/t, t/p) < 1.25 without dividing by a prediction of 0.
+        self._inside += int(np.sum((prediction < 1.25 * target) & (target < 1.25 * prediction)))
+
+    def result(self) -> dict[str, float]:
+        """`depth_rmse`, `depth_mae` (unit of the input), `depth_delta1`; empty without a pixel."""
+        if not self.pixels:
+            return {}
+        return {
+            "depth_rmse": float(np.sqrt(self._squared / self.pixels)),
+            "depth_mae": self._absolute / self.pixels,
+            "depth_delta1": self._inside / self.pixels,
+        }

@@ -1,0 +1,193 @@
+"""The end of a run: scores beside their baselines, `summary.json`, `report.html`."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from geode_jax.data import rooms
+from geode_jax.data.exports import Export
+from geode_jax.evaluate import scores as scoring
+from geode_jax.evaluate.efficiency import measure_speed, parameter_counts, peak_memory
+from geode_jax.evaluate.evaluator import Evaluation, Evaluator
+from geode_jax.evaluate.report import depth_colours, write_report
+from geode_jax.evaluate.text_metrics import answer_rows
+from geode_jax.metrics import read_metrics
+from geode_jax.train_step import TrainState
+
+PICTURE = 240
+"""Side in pixels of a rendered view in the report."""
+
+
+def evaluate_and_report(run, state: TrainState, workdir: Path, train: dict) -> dict[str, Any]:
+    """Scores of the test split: the model, the model without its vision, and frequency.
+
+    Args:
+        run: a `build.Run`.
+        state: the parameters to judge.
+        workdir: receives `summary.json`, `predictions.jsonl` and `report.html`.
+        train: facts about the training, for the summary.
+
+    Returns:
+        The summary.
+    """
+    config, pipeline = run.config, run.pipelines["test"]
+    reference, scenes = config.eval.reference, config.eval.test_scenes
+    evaluator = run.evaluator()
+    model = evaluator.run(state, pipeline, scenes, heads=True, label="test")
+    blind = evaluator.run(state, pipeline, scenes, vision=False, label="vision removed")
+    asked = [dict(p) for p in model.predictions]
+    frequency = scoring.frequency_baseline(_train_records(run), asked, reference)
+    columns = {"model": model.predictions, "vision_removed": blind.predictions}
+    columns["frequency"] = frequency
+    scores = {name: scoring.score(p, reference) for name, p in columns.items()}
+    scores["model"] |= model.depth.result() | model.detection.result()
+    scores["model"] |= {
+        f"percent_of_teacher/{k}": v for k, v in scoring.percent_of_teacher(asked).items()
+    }
+    losses = evaluator.losses(state, run.pipelines["val"], config.eval.val_scenes)
+    scores["model"] |= {"val_loss": losses["val/loss"]}
+    if "val/text" in losses:
+        scores["model"] |= {"val_text_loss": losses["val/text"]}
+    efficiency = _efficiency(run, evaluator, state)
+    notes = _notes(run)
+    summary = {
+        "scores": scores,
+        "train": train | peak_memory(),
+        "efficiency": efficiency,
+        "reference": reference,
+        "test_scenes": min(scenes, len(model.depth_maps)),
+        "notes": notes,
+    }
+    _write_json(workdir / "summary.json", summary)
+    lines = [json.dumps(record) + "\n" for record in model.predictions]
+    (workdir / "predictions.jsonl").write_text("".join(lines))
+    write_report(
+        workdir / "report.html",
+        title=f"{config.system}: {workdir.name}",
+        config_text=json.dumps(config.to_dict(), indent=1),
+        metrics_rows=read_metrics(workdir / "metrics.jsonl"),
+        scores=scores,
+        examples=_examples(run.export, model, reference, config.eval.examples),
+        depth_examples=_depth_examples(run, model),
+        efficiency=efficiency | {"training_seconds": train["seconds"], "steps": train["steps"]},
+        notes=notes,
+        score_notes=_score_notes(run.export),
+    )
+    print(scoring.score_table(scores))
+    print("\n".join(f"note: {note}" for note in notes))
+    print(f"report: {workdir / 'report.html'}", flush=True)
+    return summary
+
+
+def _train_records(run) -> list[dict]:
+    train = set(run.export.scene_ids("train"))
+    return [record for record in run.export.questions() if record["scene_id"] in train]
+
+
+def _notes(run) -> list[str]:
+    """What a reader must know to trust the scores."""
+    notes = [
+        "vision removed: the same model without any view. The true blind baseline is a run of its "
+        "own: vision=off.",
+        "frequency: the most common training answer of each kind of question.",
+    ]
+    if run.export.manifest["producer"]["project"] == "geode_jax rooms":
+        notes.append(
+            "rooms are synthetic, their vision tokens a fixed function of the true geometry: "
+            "nothing here compares with the papers' numbers."
+        )
+    dropped = {k: n for k, n in run.pipelines["test"].dropped.items() if n}
+    if dropped:
+        listed = ", ".join(f"{n} x {k}" for k, n in sorted(dropped.items()))
+        notes.append(f"left out of the test: {listed}.")
+    return notes
+
+
+def _score_notes(export: Export) -> dict[str, str]:
+    if not export.manifest["tokens_contain_depth"]:
+        return {}
+    remark = "input contains depth"
+    return {key: remark for key in ("depth_rmse", "depth_mae", "depth_delta1")}
+
+
+def _efficiency(run, evaluator: Evaluator, state: TrainState) -> dict[str, float]:
+    """Table IV's columns for this machine: size, time per answer, memory."""
+    student = jax.tree.leaves(state.params["student"])
+    _, batch = next(iter(run.pipelines["test"].eval_batches(run.config.data.scenes_per_batch)))
+    asked = int(np.sum(np.asarray(batch.answer_length_SQ) > 0))
+    speed = measure_speed(lambda: evaluator.answer_batch(state, batch), asked)
+    return parameter_counts(student) | speed | peak_memory()
+
+
+def _examples(export: Export, model: Evaluation, reference: str, count: int) -> list[dict]:
+    """Answers of different kinds from different scenes, with the first view as it looks."""
+    chosen, kinds, seen = [], set(), set()
+    for record in model.predictions:
+        if record["kind"] not in kinds and record["scene_id"] not in seen:
+            chosen.append(record)
+            kinds.add(record["kind"])
+            seen.add(record["scene_id"])
+    rest = [r for r in model.predictions if r["scene_id"] not in seen]
+    chosen = (chosen + rest)[:count]
+    if not chosen:
+        return []
+    rows = answer_rows(chosen, reference)
+    images = {r["scene_id"]: view_images(export, r["scene_id"]) for r in chosen}
+    examples = []
+    for record, row in zip(chosen, rows, strict=True):
+        image = images[record["scene_id"]]
+        metrics = {k: v for k, v in row.items() if isinstance(v, float)}
+        example = dict(record) | {"metrics": metrics}
+        examples.append(example if image is None else example | {"image": image[0]})
+    return examples
+
+
+def view_images(export: Export, scene_id: str) -> np.ndarray | None:
+    """Pictures [V, H, W, 3] uint8 of a scene: stored ones, rendered rooms, else None."""
+    stored = export.read_scene(scene_id, ["images"]).get("images")
+    if stored is not None:
+        return stored
+    try:
+        scene = rooms.scene_from_id(scene_id)
+    except ValueError:
+        return None
+    return rooms.render(scene, PICTURE, PICTURE)["rgb"]
+
+
+def _depth_examples(run, model: Evaluation, count: int = 3) -> list[dict]:
+    """First views with their true and predicted depth."""
+    examples = []
+    for scene_id, predicted in list(model.depth_maps.items())[:count]:
+        target = run.export.read_scene(scene_id, ["target/depth"]).get("target/depth")
+        if target is None:
+            continue
+        image = view_images(run.export, scene_id)
+        if image is None:
+            image = depth_colours(target, float(target.min()), float(target.max()))
+        examples.append(
+            {
+                "image": image[0],
+                "target": target[0],
+                "prediction": predicted[0],
+                "caption": scene_id,
+            }
+        )
+    return examples
+
+
+def _write_json(path: Path, value: dict) -> None:
+    """At once or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1, default=_plain) + "\n")
+    os.replace(temporary, path)
+
+
+def _plain(value):
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    return float(value)

@@ -1,0 +1,243 @@
+"""All scores of a run under one set of keys, the frequency baseline, and the table they make."""
+
+import dataclasses
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+from geode_jax.evaluate import spatial_metrics, text_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """How one score is shown."""
+
+    key: str
+    label: str
+    group: str
+    better: str = "higher"  # "higher", "lower" or "" where neither is better
+    bounded: bool = True  # in [0, 1]
+
+
+_SPATIAL = "Spatial relations"
+_VSI = "Numbers and VSI-Bench tasks"
+_OTHER = "Other questions"
+_TEXT = "Text"
+_DEPTH = "Depth and detection"
+_RUN = "Validation"
+_TEACHER = "Percent of teacher"
+
+ROWS = (
+    Row("spatial_accuracy", "spatial accuracy (mean)", _SPATIAL),
+    Row("proximity", "proximity", _SPATIAL),
+    Row("contact", "contact", _SPATIAL),
+    Row("size_comparison", "size comparison", _SPATIAL),
+    Row("orientation", "orientation", _SPATIAL),
+    Row("mra", "mean relative accuracy (mean)", _VSI),
+    Row("object_counting", "object counting (MRA)", _VSI),
+    Row("object_abs_distance", "absolute distance (MRA)", _VSI),
+    Row("object_size_estimation", "object size (MRA)", _VSI),
+    Row("room_size_estimation", "room size (MRA)", _VSI),
+    Row("object_rel_distance", "relative distance", _VSI),
+    Row("object_rel_direction", "relative direction (mean)", _VSI),
+    Row("object_rel_direction_easy", "relative direction, easy", _VSI),
+    Row("object_rel_direction_medium", "relative direction, medium", _VSI),
+    Row("object_rel_direction_hard", "relative direction, hard", _VSI),
+    Row("route_planning", "route planning", _VSI),
+    Row("obj_appearance_order", "appearance order", _VSI),
+    Row("vsi_overall", "VSI-Bench overall (macro)", _VSI),
+    Row("vsi_tasks", "VSI-Bench tasks present (of 8)", _VSI, better="", bounded=False),
+    Row("scene_description", "scene description (ROUGE-1 F)", _OTHER),
+    Row("rouge1", "ROUGE-1 F", _TEXT),
+    Row("rouge1_precision", "ROUGE-1 precision", _TEXT),
+    Row("rouge1_recall", "ROUGE-1 recall", _TEXT),
+    Row("rouge2", "ROUGE-2 F", _TEXT),
+    Row("rouge2_precision", "ROUGE-2 precision", _TEXT),
+    Row("rouge2_recall", "ROUGE-2 recall", _TEXT),
+    Row("rougeL", "ROUGE-L F", _TEXT),
+    Row("rougeL_precision", "ROUGE-L precision", _TEXT),
+    Row("rougeL_recall", "ROUGE-L recall", _TEXT),
+    Row("bleu1", "BLEU-1", _TEXT),
+    Row("bleu2", "BLEU-2", _TEXT),
+    Row("bleu3", "BLEU-3", _TEXT),
+    Row("bleu4", "BLEU-4", _TEXT),
+    Row("meteor", "METEOR (exact + stem)", _TEXT),
+    Row("rouge1_per_word", "ROUGE-1 F per word", _TEXT, bounded=False),
+    Row("answer_words", "words per answer", _TEXT, better="", bounded=False),
+    Row("reference_words", "words per reference", _TEXT, better="", bounded=False),
+    Row("length_ratio", "answer / reference length", _TEXT, better="", bounded=False),
+    Row("depth_rmse", "depth RMSE", _DEPTH, better="lower", bounded=False),
+    Row("depth_mae", "depth MAE", _DEPTH, better="lower", bounded=False),
+    Row("depth_delta1", "depth delta < 1.25", _DEPTH),
+    *(
+        Row(f"detection_{key}_{iou}", f"detection {label} at IoU 0.{iou}", _DEPTH)
+        for iou in ("25", "50")
+        for key, label in (
+            ("precision", "precision"),
+            ("recall", "recall"),
+            ("f1", "F1"),
+            ("map", "mAP"),
+        )
+    ),
+    Row("val_loss", "validation loss", _RUN, better="lower", bounded=False),
+    Row("val_text_loss", "validation loss, text only", _RUN, better="lower", bounded=False),
+    Row("questions", "questions scored", _RUN, better="", bounded=False),
+)
+"""Every known score in the order it is shown; a kind that is not listed is shown under its key."""
+
+PERCENT_PREFIX = "percent_of_teacher/"
+"""Prefix of a score's key where it stands as "% of teacher" beside the others."""
+
+PERCENT_KEYS = (
+    *("spatial_accuracy", "proximity", "contact", "size_comparison", "orientation", "mra"),
+    *("rouge1", "rougeL", "bleu1", "meteor"),
+)
+"""The scores that Sec. IV-B prints as "% of teacher", and the numbers' MRA."""
+
+_KNOWN = {row.key: row for row in ROWS}
+
+COLUMN_TITLES = {"vision_removed": "vision removed"}
+
+
+def frequency_baseline(
+    train_records: Sequence[dict], eval_records: Sequence[dict], reference: str = "truth"
+) -> list[dict]:
+    """Answers every question with the most common training answer of its kind.
+
+    Of equally common answers the first in string order is taken, so the result does not depend on
+    the order of the records. A kind that training never saw is answered with "".
+
+    Args:
+      train_records: question records.
+      eval_records: question records to be answered.
+      reference: whose answers are counted, "truth" or "teacher".
+
+    Returns:
+      `eval_records`, copied, each with its "prediction".
+    """
+    counts = defaultdict(Counter)
+    for record in train_records:
+        targets = text_metrics.references(record, reference)
+        if targets:
+            counts[record["kind"]][targets[0]] += 1
+    common = {
+        kind: min(counter.items(), key=lambda item: (-item[1], item[0]))[0]
+        for kind, counter in counts.items()
+    }
+    return [{**record, "prediction": common.get(record["kind"], "")} for record in eval_records]
+
+
+def score(predictions: Sequence[dict], reference: str = "truth") -> dict[str, float]:
+    """Spatial and text scores of generated answers, `ROWS` naming and ordering the keys.
+
+    What has no question has no key, never a 0. `questions` counts the answers scored. With
+    reference "teacher" every accuracy is agreement with the teacher, as in the paper.
+
+    Args:
+      predictions: question records with the generated text under "prediction".
+      reference: "truth" or "teacher"; records without such an answer are left out.
+
+    Raises:
+      ValueError: no predictions.
+      UserError: none of them has such an answer.
+    """
+    kept = text_metrics.with_reference(predictions, reference)
+    return {
+        **spatial_metrics.spatial_scores(kept, reference),
+        **text_metrics.text_scores(kept, reference),
+        "questions": float(len(kept)),
+    }
+
+
+def percent_of_teacher(predictions: Sequence[dict]) -> dict[str, float]:
+    """The paper's "% of teacher": scores against the teacher's answers, times 100.
+
+    Of `PERCENT_KEYS`, those that occur.
+
+    The teacher scores 100 against itself by definition (Sec. IV-B), except METEOR, which stays
+    below 1 for equal texts. Empty if no question carries a teacher's answer.
+    """
+    if not any(text_metrics.references(record, "teacher") for record in predictions):
+        return {}
+    found = score(predictions, "teacher")
+    return {key: 100.0 * found[key] for key in PERCENT_KEYS if key in found}
+
+
+def row_of(key: str) -> Row:
+    """How a score is shown; an unknown key is taken for the accuracy of a kind of question.
+
+    A key may begin with `PERCENT_PREFIX`.
+    """
+    if key.startswith(PERCENT_PREFIX):
+        label = row_of(key.removeprefix(PERCENT_PREFIX)).label
+        return Row(key, label, _TEACHER, bounded=False)
+    return _KNOWN.get(key) or Row(key, key.replace("_", " "), _OTHER)
+
+
+def rows_of(scores: Mapping[str, Mapping[str, float]]) -> list[Row]:
+    """The rows that any of the columns has, in order of `ROWS`, unknown kinds with the others."""
+    keys = {key: None for column in scores.values() for key in column}
+    rows = [row_of(key) for key in keys]
+    groups = [*dict.fromkeys(row.group for row in ROWS), _TEACHER]
+    order = {row.key: i for i, row in enumerate(ROWS)}
+
+    def place(row: Row) -> tuple[int, int]:
+        key = row.key.removeprefix(PERCENT_PREFIX)
+        return groups.index(row.group), order.get(key, len(order))
+
+    return sorted(rows, key=place)
+
+
+def format_score(value: float | None, row: Row) -> str:
+    """A score as text: three decimals, whole numbers as such, "-" where there is none."""
+    if value is None:
+        return "-"
+    if not math.isfinite(value):
+        return str(value)
+    if row.group == _TEACHER:
+        return f"{value:.1f} %"
+    if row.key in ("questions", "vsi_tasks"):
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if row.key == "rouge1_per_word" else f"{value:.3f}"
+
+
+def score_table(
+    scores: Mapping[str, Mapping[str, float]], notes: Mapping[str, str] | None = None
+) -> str:
+    """Scores side by side as an aligned text table.
+
+    Args:
+      scores: column name ("model", "vision_removed", "frequency", ...) to its scores.
+      notes: score key to a remark beside its label, such as "input contains depth".
+
+    Raises:
+      ValueError: no column has any score.
+    """
+    rows = rows_of(scores)
+    if not rows:
+        raise ValueError("no scores to show")
+    notes = notes or {}
+    titles = [COLUMN_TITLES.get(name, name) for name in scores]
+
+    def label(row: Row) -> str:
+        marks = ["lower is better"] if row.better == "lower" else []
+        if row.key in notes:
+            marks.append(notes[row.key])
+        return f"  {row.label}" + (f" ({', '.join(marks)})" if marks else "")
+
+    cells = [[format_score(column.get(row.key), row) for column in scores.values()] for row in rows]
+    first = max(len(label(row)) for row in rows)
+    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+
+    def line(left: str, values: Sequence[str]) -> str:
+        padded = (value.rjust(width) for value, width in zip(values, widths, strict=True))
+        return "  ".join([left.ljust(first), *padded])
+
+    lines = [line("", titles), "-" * (first + sum(widths) + 2 * len(widths))]
+    group = None
+    for row, values in zip(rows, cells, strict=True):
+        if row.group != group:
+            group = row.group
+            lines.append(group)
+        lines.append(line(label(row), values))
+    return "\n".join(lines)

@@ -1,0 +1,115 @@
+"""Greedy decoding with a KV cache: one prefill, one compiled loop that stops early."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from geode_jax.models.decoder import Decoder, KeyValues, fan_out
+from geode_jax.models.student import Student, text_positions
+from geode_jax.ops.attention import Intervals, causal
+from geode_jax.shapes import Array, Batch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """Answers to the Q questions of S scenes.
+
+    Attributes:
+        tokens_SQA: generated ids; from the end token on, `eos_id`.
+        hidden_SQAD: last hidden state at the position of each generated token.
+    """
+
+    tokens_SQA: Array
+    hidden_SQAD: Array
+
+
+def generate(
+    decoder: Decoder,
+    prefix: list[KeyValues],
+    prompt_SQL: Array,
+    prompt_length_SQ: Array,
+    *,
+    seen: list[KeyValues | None] | None,
+    seen_length_S: Array | None,
+    max_new_tokens: int,
+    eos_id: int,
+) -> Generated:
+    """Greedy answers to left-padded prompts that share their scene's prefix.
+
+    Args:
+        decoder: the trunk.
+        prefix: keys and values of the prefix embeddings, from `Decoder.run_prefix`.
+        prompt_SQL: ids, left-padded.
+        prompt_length_SQ: real ids of each prompt.
+        seen: result of `Decoder.see`.
+        seen_length_S: valid vision tokens.
+        max_new_tokens: A.
+        eos_id: ends an answer.
+    """
+    S, Q, L = prompt_SQL.shape
+    B, A = S * Q, max_new_tokens
+    P = prefix[0].k.shape[2]
+    pad = L - jnp.asarray(prompt_length_SQ).reshape(B)
+    vision = {"seen": seen, "seen_length_S": seen_length_S}
+    hidden, cache = decoder.run(
+        decoder.embed(jnp.asarray(prompt_SQL).reshape(B, L)),
+        text_positions(pad, L, P),
+        causal(B, L, start=pad, prefix_end=P),
+        cache=fan_out(prefix, Q, L + A),
+        offset=P,
+        **vision,
+    )
+
+    def advance(carry):
+        i, last, done, cache, tokens, states = carry
+        token = jnp.argmax(decoder.logits(last), axis=-1).astype(jnp.int32)
+        token = jnp.where(done, eos_id, token)
+        column = P + L + i
+        one = jnp.ones((B, 1), jnp.int32)
+        hidden, cache = decoder.run(
+            decoder.embed(token[:, None]),
+            (column - pad)[:, None],
+            Intervals(P * one, P + pad[:, None], (column + 1) * one),
+            cache=cache,
+            offset=column,
+            **vision,
+        )
+        last = hidden[:, 0]
+        tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, i, axis=1)
+        states = jax.lax.dynamic_update_index_in_dim(states, last, i, axis=1)
+        return i + 1, last, done | (token == eos_id), cache, tokens, states
+
+    def going(carry):
+        return (carry[0] < A) & ~jnp.all(carry[2])
+
+    last = hidden[:, -1]
+    # A padding question (length 0) is done before it starts.
+    done = jnp.asarray(prompt_length_SQ).reshape(B) == 0
+    tokens = jnp.full((B, A), eos_id, jnp.int32)
+    states = jnp.zeros((B, A, last.shape[-1]), last.dtype)
+    carry = (jnp.zeros((), jnp.int32), last, done, cache, tokens, states)
+    _, _, _, _, tokens, states = jax.lax.while_loop(going, advance, carry)
+    return Generated(tokens.reshape(S, Q, A), states.reshape(S, Q, A, -1))
+
+
+def answer(student: Student, batch: Batch, *, eos_id: int) -> tuple[Generated, jax.Array]:
+    """The student's greedy answers to a batch's questions, at most A tokens each.
+
+    Returns:
+        The answers, and the decoded thinking tokens [S, K] of the diagnostic mode (Sec. V-d):
+        argmax over the vocabulary at the K thinking positions, never part of an answer.
+    """
+    scene = student.look(batch)
+    generated = generate(
+        student.decoder,
+        scene.prefix,
+        batch.question_SQL,
+        batch.question_length_SQ,
+        seen=scene.seen,
+        seen_length_S=scene.seen_length_S,
+        max_new_tokens=batch.answer_SQA.shape[-1],
+        eos_id=eos_id,
+    )
+    return generated, jnp.argmax(student.thinking_logits(scene), axis=-1)

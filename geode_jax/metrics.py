@@ -1,0 +1,59 @@
+"""Metrics of a run: JSON lines, TensorBoard events, and the progress bar."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Rows of a metrics.jsonl; a half-written last line (a killed run) is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+class MetricsWriter:
+    """Writes `WORKDIR/metrics.jsonl` and TensorBoard events, one row a call.
+
+    Rows of steps at or after `first_step` that an earlier, killed run left behind are dropped, so
+    that a resumed run leaves the same file as an uninterrupted one.
+    """
+
+    def __init__(self, workdir: Path, first_step: int):
+        path = workdir / "metrics.jsonl"
+        rows = [row for row in read_metrics(path) if row["step"] < first_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(temporary, path)
+        self._file = path.open("a")
+        self._events = SummaryWriter(str(workdir / "events"), purge_step=first_step)
+
+    def write(self, step: int, values: dict) -> None:
+        """One row; values become floats."""
+        row = {name: float(np.asarray(value)) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush both files."""
+        self._file.close()
+        self._events.close()
+
+
+def progress(total: int, initial: int, unit: str, label: str) -> tqdm:
+    """A bar with rate and ETA on stderr."""
+    return tqdm(
+        total=total, initial=initial, unit=unit, desc=label, file=sys.stderr, dynamic_ncols=True
+    )

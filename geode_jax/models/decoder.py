@@ -1,0 +1,340 @@
+"""The decoder trunk: one pre-norm transformer of which the student and Qwen2.5 are two configs.
+
+Hidden-CoT Sec. III-C: 24 layers, width 2048, 16 heads, feed-forward 8192, trained from scratch, with
+"cross-modal attention" to the vision features in chosen layers. Grouped-query attention, qkv bias,
+SwiGLU, RMSNorm, a tied head and the RoPE base are switches, which is all that Qwen2.5 needs.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from geode_jax.models.layers import (
+    LayerNorm,
+    Projection,
+    RMSNorm,
+    param,
+    rotary_angles,
+    rotate,
+)
+from geode_jax.ops.attention import Intervals, attention, causal
+from geode_jax.shapes import Array
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What the backward pass keeps of a layer: everything, nothing, or the matrix products."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and switches of a decoder.
+
+    Attributes:
+        vocab_size: X.
+        width: D.
+        layers: number of self-attention blocks.
+        heads: query heads H; `kv_heads` (G) divides it.
+        head_width: E.
+        mlp_width: W.
+        mlp: "gelu" (two matrices) or "swiglu" (three).
+        norm: "layer" or "rms".
+        qkv_bias: bias on query, key and value.
+        linear_bias: bias on the attention output and the feed-forward matrices.
+        tied_head: logits from the embedding matrix.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: epsilon of the norms.
+        cross_layers: blocks that are preceded by cross-attention to the vision features.
+        remat: key of `REMAT`.
+        dtype: of the activations; parameters stay float32.
+    """
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    norm: Literal["layer", "rms"] = "layer"
+    qkv_bias: bool = True
+    linear_bias: bool = True
+    tied_head: bool = False
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    cross_layers: tuple[int, ...] = ()
+    remat: str = "none"
+    dtype: str = "float32"
+
+    def make_norm(self) -> nnx.Module:
+        """The norm of this config over the width."""
+        kind = {"layer": LayerNorm, "rms": RMSNorm}[self.norm]
+        return kind(self.width, eps=self.norm_eps)
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of all blocks, [layer, B, M, G, E] each; one block's are [B, M, G, E]."""
+
+    k: Array
+    v: Array
+
+
+class SelfAttention(nnx.Module):
+    """Causal self-attention with rotary positions and grouped key heads."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        c = config
+        q_names, kv_names = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+        kv = (c.kv_heads, c.head_width)
+        self.q = Projection(
+            (c.width,), (c.heads, c.head_width), q_names, bias=c.qkv_bias, rngs=rngs
+        )
+        self.k = Projection((c.width,), kv, kv_names, bias=c.qkv_bias, rngs=rngs)
+        self.v = Projection((c.width,), kv, kv_names, bias=c.qkv_bias, rngs=rngs)
+        self.out = Projection(
+            (c.heads, c.head_width),
+            (c.width,),
+            ("heads", "head_dim", "embed"),
+            bias=c.linear_bias,
+            scale=(2 * c.layers) ** -0.5,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, x_BLD: Array, angles, intervals: Intervals, cache: KeyValues | None, offset: Array
+    ) -> tuple[jax.Array, KeyValues]:
+        q, k, v = rotate(self.q(x_BLD), angles), rotate(self.k(x_BLD), angles), self.v(x_BLD)
+        if cache is not None:
+            write = jax.lax.dynamic_update_slice_in_dim
+            k = write(cache.k, k.astype(cache.k.dtype), offset, axis=1)
+            v = write(cache.v, v.astype(cache.v.dtype), offset, axis=1)
+        return self.out(attention(q, k, v, intervals)), KeyValues(k, v)
+
+
+class FeedForward(nnx.Module):
+    """GELU (two matrices) or SwiGLU (three)."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        c, names = config, ("embed", "mlp")
+        up = {"bias": c.linear_bias, "rngs": rngs}
+        self.up = Projection((c.width,), (c.mlp_width,), names, **up)
+        self.gate = (
+            Projection((c.width,), (c.mlp_width,), names, **up) if c.mlp == "swiglu" else None
+        )
+        self.down = Projection(
+            (c.mlp_width,),
+            (c.width,),
+            ("mlp", "embed"),
+            bias=c.linear_bias,
+            scale=(2 * c.layers) ** -0.5,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Array) -> jax.Array:
+        up = self.up(x)
+        if self.gate is None:
+            return self.down(jax.nn.gelu(up, approximate=False))
+        return self.down(jax.nn.silu(self.gate(x)) * up)
+
+
+class Block(nnx.Module):
+    """x += attention(norm(x)); x += feed_forward(norm(x))."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = config.make_norm()
+        self.attention = SelfAttention(config, rngs=rngs)
+        self.mlp_norm = config.make_norm()
+        self.mlp = FeedForward(config, rngs=rngs)
+
+    def __call__(self, x_BLD, angles, intervals, cache, offset) -> tuple[jax.Array, KeyValues]:
+        with jax.named_scope("self_attention"):
+            out, kv = self.attention(self.attention_norm(x_BLD), angles, intervals, cache, offset)
+            x_BLD = x_BLD + out
+        with jax.named_scope("feed_forward"):
+            return x_BLD + self.mlp(self.mlp_norm(x_BLD)), kv
+
+
+class CrossAttention(nnx.Module):
+    """ "Cross-modal attention" (Sec. III-C): every position attends to the vision features Z.
+
+    The key kernel starts as a copy of the query kernel, so that at the start a word attends to the
+    features that look like it; with independent kernels this has to be discovered first.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        c, names = config, ("embed", "heads", "head_dim")
+        heads = (c.heads, c.head_width)
+        self.norm = c.make_norm()
+        self.q = Projection((c.width,), heads, names, bias=c.qkv_bias, rngs=rngs)
+        self.k = Projection((c.width,), heads, names, bias=c.qkv_bias, rngs=rngs)
+        self.v = Projection((c.width,), heads, names, bias=c.qkv_bias, rngs=rngs)
+        self.out = Projection(
+            heads, (c.width,), ("heads", "head_dim", "embed"), bias=c.linear_bias, rngs=rngs
+        )
+        self.k.kernel[...] = self.q.kernel[...]
+
+    def keys(self, z_SMD: Array) -> KeyValues:
+        """Keys and values of the vision features, [S, M, H, E]; computed once per scene."""
+        return KeyValues(self.k(z_SMD), self.v(z_SMD))
+
+    def __call__(self, x_BLD: Array, seen: KeyValues, seen_length_S: Array) -> jax.Array:
+        """B = S * Q rows in scene order attend to the first `seen_length` features of theirs."""
+        B, L, D = x_BLD.shape
+        S = seen.k.shape[0]
+        q = self.q(self.norm(x_BLD))
+        q = q.reshape(S, (B // S) * L, *q.shape[2:])
+        end = jnp.broadcast_to(seen_length_S[:, None], q.shape[:2]).astype(jnp.int32)
+        zero = jnp.zeros_like(end)
+        out = self.out(attention(q, *seen, Intervals(zero, zero, end)))
+        return x_BLD + out.reshape(B, L, D)
+
+
+class Stage(nnx.Module):
+    """A run of equal blocks, stacked and scanned, after an optional cross-attention."""
+
+    def __init__(self, config: DecoderConfig, blocks: int, cross: bool, *, rngs: nnx.Rngs):
+        self.remat = config.remat
+        self.cross = CrossAttention(config, rngs=rngs) if cross else None
+
+        @nnx.vmap
+        @nnx.transform_metadata(in_axes=0, out_axes=0, partition="layer")
+        def stack(rngs):
+            return Block(config, rngs=rngs)
+
+        self.blocks = stack(rngs.split(blocks)) if blocks else None
+        self.length = blocks
+
+    def __call__(self, x_BLD, angles, intervals, cache, offset, seen, seen_length_S):
+        if self.cross is not None and seen is not None:
+            with jax.named_scope("cross_attention"):
+                x_BLD = self.cross(x_BLD, seen, seen_length_S)
+
+        def body(x, layer):
+            block, layer_cache = layer
+            return block(x, angles, intervals, layer_cache, offset)
+
+        if self.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT[self.remat])
+        return jax.lax.scan(body, x_BLD, (self.blocks, cache))
+
+
+class Decoder(nnx.Module):
+    """Token embedding, stages of blocks, final norm, language-model head."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        if c.heads % c.kv_heads:
+            raise ValueError(f"decoder: kv_heads {c.kv_heads} does not divide heads {c.heads}")
+        if any(not 0 <= i < c.layers for i in c.cross_layers):
+            raise ValueError(f"decoder: cross_layers {c.cross_layers} outside 0..{c.layers - 1}")
+        table = 0.02 * jax.random.normal(rngs.params(), (c.vocab_size, c.width))
+        self.embedding = param(table, "vocab", "embed")
+        bounds = sorted({0, *c.cross_layers, c.layers})
+        self.stages = nnx.List(
+            Stage(c, stop - first, first in c.cross_layers, rngs=rngs)
+            for first, stop in zip(bounds[:-1], bounds[1:], strict=True)
+        )
+        self.norm = c.make_norm()
+        self.head = (
+            None
+            if c.tied_head
+            else Projection((c.width,), (c.vocab_size,), ("embed", "vocab"), bias=False, rngs=rngs)
+        )
+
+    def embed(self, ids: Array) -> jax.Array:
+        """Token embeddings [..., D] in the activations' dtype."""
+        return self.embedding[...].astype(self.config.dtype)[ids]
+
+    def logits(self, x: Array) -> jax.Array:
+        """Vocabulary logits [..., X] in fp32 of normed hidden states [..., D]."""
+        if self.head is not None:
+            return self.head(x).astype(jnp.float32)
+        return jnp.einsum("...d,xd->...x", x, self.embedding[...].astype(x.dtype)).astype(
+            jnp.float32
+        )
+
+    def see(self, z_SMD: Array) -> list[KeyValues | None]:
+        """Keys and values of the vision features for every stage; computed once per scene."""
+        return [None if s.cross is None else s.cross.keys(z_SMD) for s in self.stages]
+
+    def run(
+        self,
+        x_BLD: Array,
+        positions_BL: Array,
+        intervals: Intervals,
+        *,
+        cache: list[KeyValues] | None = None,
+        offset: Array | int = 0,
+        seen: list[KeyValues | None] | None = None,
+        seen_length_S: Array | None = None,
+    ) -> tuple[jax.Array, list[KeyValues]]:
+        """Embeddings in, normed hidden states and keys/values out.
+
+        Args:
+            x_BLD: embeddings.
+            positions_BL: rotary positions, int32.
+            intervals: visible keys; columns count from the cache's start where there is one.
+            cache: per stage, keys and values [layer, B, M, G, E]; the queries' own keys are
+                written at columns [offset, offset + L).
+            offset: see `cache`.
+            seen: result of `see`, for S scenes; rows are in scene order, B = S * Q.
+            seen_length_S: valid vision tokens per scene; 0 = no vision.
+
+        Returns:
+            [B, L, D], and per stage the keys and values: of the queries, or the updated cache.
+        """
+        angles = rotary_angles(positions_BL, self.config.head_width, self.config.rope_theta)
+        out = []
+        for i, stage in enumerate(self.stages):
+            x_BLD, kv = stage(
+                x_BLD,
+                angles,
+                intervals,
+                None if cache is None else cache[i],
+                offset,
+                None if seen is None else seen[i],
+                seen_length_S,
+            )
+            out.append(kv)
+        return self.norm(x_BLD), out
+
+    def run_prefix(
+        self, prefix_SPD: Array, seen: list[KeyValues | None] | None, seen_length_S: Array | None
+    ) -> tuple[jax.Array, list[KeyValues]]:
+        """Run embeddings that stand before all text of a scene, causally, positions 0..P-1.
+
+        Returns:
+            Hidden states [S, P, D], and the keys and values that `fan_out` hands to the text.
+        """
+        S, P, _ = prefix_SPD.shape
+        positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (S, P))
+        return self.run(prefix_SPD, positions, causal(S, P), seen=seen, seen_length_S=seen_length_S)
+
+    def __call__(self, tokens_BL: Array) -> jax.Array:
+        """Plain causal language model: ids [B, L] -> logits [B, L, X]."""
+        B, L = tokens_BL.shape
+        positions = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
+        x, _ = self.run(self.embed(tokens_BL), positions, causal(B, L))
+        return self.logits(x)
+
+
+def fan_out(cache: list[KeyValues], copies: int, columns: int) -> list[KeyValues]:
+    """The keys and values of S prefixes, for `copies` rows each, with room for `columns` more.
+
+    [layer, S, P, G, E] becomes [layer, S * copies, P + columns, G, E]: every question of a scene
+    reads the same prefix, which was computed once.
+    """
+
+    def widen(x):
+        layer, S, P, G, E = x.shape
+        x = jnp.broadcast_to(x[:, :, None], (layer, S, copies, P, G, E))
+        x = x.reshape(layer, S * copies, P, G, E)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, columns), (0, 0), (0, 0)))
+
+    return jax.tree.map(widen, cache)

@@ -1,0 +1,110 @@
+"""The small pieces every model shares: annotated parameters, projections, norms, rotary positions."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from geode_jax.shapes import Array
+
+LAYER_NORM_EPS = 1e-5
+
+
+def param(value: jax.Array, *names: str | None, contracted: int = 0) -> nnx.Param:
+    """A parameter with one logical axis name (or None) per axis; see `sharding.RULES`.
+
+    `contracted` is the number of input axes of a matrix (0: it is not one); Muon reads it.
+    """
+    return nnx.Param(value, out_sharding=names, contracted=contracted)
+
+
+class Projection(nnx.Module):
+    """y[..., *outputs] = x[..., *inputs] @ kernel[*inputs, *outputs] (+ bias[*outputs]).
+
+    One class for every matrix of the models, with as many input and output axes as the maths has,
+    e.g. inputs (D,), outputs (H, E) for a query projection.
+
+    Args:
+        inputs: sizes of the contracted axes.
+        outputs: sizes of the produced axes.
+        names: logical axis names, inputs then outputs.
+        bias: adds a bias over the outputs.
+        scale: standard deviation of the kernel times sqrt(fan-in); 0 makes the layer start at zero.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        names: tuple[str | None, ...],
+        *,
+        bias: bool,
+        scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        std = scale / math.sqrt(math.prod(inputs))
+        value = std * jax.random.normal(rngs.params(), (*inputs, *outputs))
+        self.contracted = len(inputs)
+        self.kernel = param(value, *names, contracted=len(inputs))
+        self.bias = param(jnp.zeros(outputs), *names[len(inputs) :]) if bias else None
+
+    def __call__(self, x: Array) -> jax.Array:
+        kernel = self.kernel[...].astype(x.dtype)
+        y = jnp.tensordot(x, kernel, axes=self.contracted)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, statistics in fp32."""
+
+    def __init__(self, width: int, *, eps: float = LAYER_NORM_EPS):
+        self.eps = eps
+        self.scale = param(jnp.ones((width,)), None)
+        self.bias = param(jnp.zeros((width,)), None)
+
+    def __call__(self, x: Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last axis, statistics in fp32."""
+
+    def __init__(self, width: int, *, eps: float):
+        self.eps = eps
+        self.scale = param(jnp.ones((width,)), None)
+
+    def __call__(self, x: Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+    """Linear -> GELU -> linear (exact GELU, biases on)."""
+
+    def __init__(self, width_in: int, hidden: int, width_out: int, *, rngs: nnx.Rngs):
+        self.up = Projection((width_in,), (hidden,), ("embed", "mlp"), bias=True, rngs=rngs)
+        self.down = Projection((hidden,), (width_out,), ("mlp", "embed"), bias=True, rngs=rngs)
+
+    def __call__(self, x: Array) -> jax.Array:
+        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+
+
+def rotary_angles(
+    positions_BL: Array, head_width: int, theta: float
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, L, 1, E/2] of rotary positions, in fp32 (bf16 rounds 257 to 256)."""
+    frequency = theta ** -(jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    angle = positions_BL.astype(jnp.float32)[..., None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BLHE: Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary position embedding in the rotate-half convention: pairs are (e, e + E/2)."""
+    cos, sin = angles
+    a, b = jnp.split(x_BLHE.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHE.dtype)

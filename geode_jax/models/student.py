@@ -1,0 +1,260 @@
+"""The Hidden-CoT student (paper Sec. III-C): [V][T1..TK][Q][A] over VGGT features.
+
+Z, V and T of a scene are computed once and shared by all its questions:
+
+    vision tokens --MLP--> Z ---------------------------> depth, detection, feature heads
+                           |-- pooling + depth map --> V
+    [V][T] --trunk (cross-attends to Z)--> keys and values of the prefix
+    [Q][A] --trunk (sees the prefix, cross-attends to Z)--> answer logits
+    [Q]    --trunk (cross-attends to Z, no prefix)-------> spatial head
+
+The two kinds of segment lie packed in the same rows (`data.packing`). The last line is the question's own copy: the paper trains T from the answer loss alone, so nothing
+an auxiliary head reads may have seen T. The copy is not computed at inference.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from geode_jax.models.decoder import Decoder, DecoderConfig, KeyValues, fan_out
+from geode_jax.models.layers import LayerNorm, Mlp, Projection, param
+from geode_jax.models.task_heads import (
+    DepthHead,
+    DetectionHead,
+    DetectionOutput,
+    HeadsConfig,
+    SpatialHead,
+    SpatialOutput,
+)
+from geode_jax.ops.attention import Intervals, attention
+from geode_jax.shapes import Array, Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig:
+    """Sizes of the student.
+
+    Attributes:
+        decoder: the trunk.
+        heads: the task heads.
+        vision_width: C of the vision tokens (2048 for VGGT-1B).
+        patch_grid: (gh, gw) patches of a view, P = gh * gw.
+        max_views: size of the view embedding.
+        thinking_tokens: K; 0 gives the baseline without Hidden CoT.
+        vision_prefix: number of V tokens, 1 in the paper.
+        category_ids: token ids of every category's noun; the patch classifier's weights are their
+            embeddings.
+    """
+
+    decoder: DecoderConfig
+    heads: HeadsConfig
+    vision_width: int
+    patch_grid: tuple[int, int]
+    max_views: int
+    thinking_tokens: int = 8
+    vision_prefix: int = 1
+    category_ids: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def prefix_length(self) -> int:
+        """Columns of [V][T]."""
+        return self.vision_prefix + self.thinking_tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """Everything of S scenes that their questions share."""
+
+    z_SVPD: Array
+    seen_length_S: Array  # valid vision tokens, int32; 0 = vision removed
+    seen: list[KeyValues | None]  # keys and values of Z for cross-attention
+    prefix: list[KeyValues]  # keys and values of [V][T]
+    thinking_SKD: Array  # hidden states at the thinking positions, for the diagnostic mode
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StudentOutput:
+    """Everything the losses of Sec. III-D read."""
+
+    answer_logits_SQAX: Array
+    depth_logits_SVhwB: Array
+    patch_logits_SVPc: Array  # category of the patch; the last class is "none of them"
+    detection: DetectionOutput
+    features_SVPF: Array | None  # the student's spatial features F_s of eq. 1
+    spatial: SpatialOutput
+
+
+class Student(nnx.Module):
+    """See the module's docstring."""
+
+    def __init__(self, config: StudentConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        D = c.decoder.width
+        self.vision_norm = LayerNorm(c.vision_width)
+        self.projector = Mlp(c.vision_width, D, D, rngs=rngs)
+        self.view_embedding = param(
+            0.02 * jax.random.normal(rngs.params(), (c.max_views, D)), None, "embed"
+        )
+        self.z_norm = LayerNorm(D)
+        self.pool_query = param(
+            jax.random.normal(rngs.params(), (c.vision_prefix, D)), None, "embed"
+        )
+        patches = c.patch_grid[0] * c.patch_grid[1]
+        self.depth_encoder = Projection((patches,), (D,), (None, "embed"), bias=True, rngs=rngs)
+        self.thinking = param(
+            0.02 * jax.random.normal(rngs.params(), (1, c.thinking_tokens, D)),
+            None,
+            None,
+            "embed",
+        )
+        self.decoder = Decoder(c.decoder, rngs=rngs)
+        self.depth_head = DepthHead(D, c.heads, rngs=rngs)
+        self.detection_head = DetectionHead(D, c.heads, rngs=rngs)
+        self.none_embedding = param(jax.random.normal(rngs.params(), (1, D)), None, "embed")
+        self.patch_scale = param(jnp.zeros(()))
+        self.feature_head = (
+            Projection((D,), (c.heads.teacher_width,), ("embed", None), bias=True, rngs=rngs)
+            if c.heads.teacher_width
+            else None
+        )
+        self.spatial_head = SpatialHead(D, c.heads, rngs=rngs)
+
+    # --- the scene, once for all its questions ---
+
+    def look(self, batch: Batch) -> Scene:
+        """Z, and the keys and values of [V][T], for the S scenes of a batch."""
+        z_SVPD, seen_length_S = self._project(batch)
+        S, V, P, D = z_SVPD.shape
+        z_SMD = z_SVPD.reshape(S, V * P, D)
+        seen = self.decoder.see(z_SMD)
+        thinking = jnp.broadcast_to(
+            self.thinking[...].astype(z_SMD.dtype), (S, self.config.thinking_tokens, D)
+        )
+        vision = self._vision_prefix(batch, z_SMD, seen_length_S)
+        hidden, prefix = self.decoder.run_prefix(
+            jnp.concatenate([vision, thinking], axis=1), seen, seen_length_S
+        )
+        return Scene(
+            z_SVPD=z_SVPD,
+            seen_length_S=seen_length_S,
+            seen=seen,
+            prefix=prefix,
+            thinking_SKD=hidden[:, self.config.vision_prefix :],
+        )
+
+    def _project(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Z = norm(MLP(norm(tokens)) + view embedding), zero at padding views."""
+        with jax.named_scope("projector"):
+            x = jnp.asarray(batch.vision_SVPC).astype(self.config.decoder.dtype)
+            V, P = x.shape[1:3]
+            view = self.view_embedding[...][:V, None].astype(x.dtype)
+            z = self.z_norm(self.projector(self.vision_norm(x)) + view)
+            mask = jnp.asarray(batch.view_mask_SV)
+            # Padding views stand last, so that the valid tokens are one interval.
+            return z * mask[..., None, None], jnp.sum(mask, axis=1).astype(jnp.int32) * P
+
+    def _vision_prefix(self, batch: Batch, z_SMD: Array, seen_length_S: Array) -> jax.Array:
+        """V = attention pooling of Z + encoding of the depth map -> [S, n_v, D]."""
+        S = z_SMD.shape[0]
+        query = self.pool_query[...].astype(z_SMD.dtype)
+        query = jnp.broadcast_to(query, (S, *query.shape))[:, :, None]
+        end = jnp.broadcast_to(seen_length_S[:, None], query.shape[:2])
+        zero = jnp.zeros_like(end)
+        z_SM1D = z_SMD[:, :, None]
+        pooled = attention(query, z_SM1D, z_SM1D, Intervals(zero, zero, end))[:, :, 0]
+        mask_SV1 = jnp.asarray(batch.view_mask_SV)[..., None]
+        depth_SVD = self.depth_encoder(jnp.log1p(jnp.asarray(batch.depth_hint_SVP)))
+        views = jnp.maximum(jnp.sum(mask_SV1, axis=1), 1)
+        depth_SD = jnp.sum(jnp.where(mask_SV1, depth_SVD, 0), axis=1) / views
+        return pooled + depth_SD[:, None].astype(pooled.dtype)
+
+    def thinking_logits(self, scene: Scene) -> jax.Array:
+        """Diagnostic mode (Sec. V-d): vocabulary logits [S, K, X] at the thinking positions."""
+        return self.decoder.logits(scene.thinking_SKD)
+
+    # --- the questions ---
+
+    def read(self, scene: Scene, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """All questions of the scenes at once, packed, with their answers (teacher forcing).
+
+        Returns:
+            Hidden states [S, Q, A, D] that predict the answer tokens, and the encoding [S, Q, D] of
+            each question: the last state of its own copy, which sees Z but neither V nor T.
+        """
+        S, M, R = batch.packed_SMR.shape
+        P = self.config.prefix_length
+        tokens, position, start, sees = (
+            jnp.asarray(x).reshape(S * M, R)
+            for x in (
+                batch.packed_SMR,
+                batch.packed_position_SMR,
+                batch.packed_start_SMR,
+                batch.packed_prefix_SMR,
+            )
+        )
+        end = jnp.broadcast_to(P + 1 + jnp.arange(R, dtype=jnp.int32), tokens.shape)
+        hidden, _ = self.decoder.run(
+            self.decoder.embed(tokens),
+            P + position,
+            Intervals(jnp.where(sees, P, 0), P + start, end),
+            cache=fan_out(scene.prefix, M, R),
+            offset=P,
+            seen=scene.seen,
+            seen_length_S=scene.seen_length_S,
+        )
+        hidden = hidden.reshape(S, M * R, -1)
+
+        def pick(column):
+            flat = jnp.asarray(column).reshape(S, -1, 1)
+            taken = jnp.take_along_axis(hidden, flat, axis=1)
+            return taken.reshape(*column.shape, hidden.shape[-1])
+
+        return pick(batch.answer_column_SQA), pick(batch.encoding_column_SQ)
+
+    def patch_logits(self, z_SVPD: Array) -> jax.Array:
+        """Category logits [S, V, P, classes + 1] of every patch against the nouns' embeddings.
+
+        Tying the classifier to the word embeddings puts a patch and its noun in one space, so that
+        a question's noun finds its patches by cross-attention.
+        """
+        nouns = jnp.stack(
+            [
+                jnp.mean(self.decoder.embedding[...][jnp.asarray(ids)], axis=0)
+                for ids in self.config.category_ids
+            ]
+        )
+        classes = jnp.concatenate([nouns, self.none_embedding[...]])
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(classes), axis=-1, keepdims=True) + 1e-6)
+        classes = (classes * scale).astype(z_SVPD.dtype)
+        logits = jnp.einsum("svpd,cd->svpc", z_SVPD, classes).astype(jnp.float32)
+        return logits * (jnp.exp(self.patch_scale[...]) * z_SVPD.shape[-1] ** -0.5)
+
+    def __call__(self, batch: Batch) -> StudentOutput:
+        """All outputs of training."""
+        scene = self.look(batch)
+        S, V, P, D = scene.z_SVPD.shape
+        answer_hidden, encoding = self.read(scene, batch)
+        with jax.named_scope("heads"):
+            features = None if self.feature_head is None else self.feature_head(scene.z_SVPD)
+            return StudentOutput(
+                answer_logits_SQAX=self.decoder.logits(answer_hidden),
+                depth_logits_SVhwB=self.depth_head(scene.z_SVPD, self.config.patch_grid).astype(
+                    jnp.float32
+                ),
+                patch_logits_SVPc=self.patch_logits(scene.z_SVPD),
+                detection=self.detection_head(
+                    scene.z_SVPD.reshape(S, V * P, D), scene.seen_length_S
+                ),
+                features_SVPF=features,
+                spatial=self.spatial_head(encoding),
+            )
+
+
+def text_positions(pad_B: Array, columns: int, prefix: int) -> jax.Array:
+    """Rotary positions [B, columns] of left-padded rows: the first real token follows the prefix."""
+    column = jnp.arange(columns, dtype=jnp.int32)
+    return prefix + jnp.maximum(column - pad_B[:, None], 0)

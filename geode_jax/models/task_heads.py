@@ -1,0 +1,171 @@
+"""Depth, detection and spatial heads (Hidden-CoT Sec. III-C "Multi-task Heads").
+
+They read the vision features Z and, for the spatial head, a question encoding that never attends to
+the thinking tokens: the paper trains those from the answer loss alone.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from geode_jax.models.layers import LayerNorm, Mlp, Projection, param
+from geode_jax.ops.attention import Intervals, attention
+from geode_jax.shapes import MAX_OBJECTS, RELATIONS, Array
+
+BOX_CODE = 8
+"""Width of an encoded box; see `losses.encode_boxes`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsConfig:
+    """Sizes of the heads.
+
+    Attributes:
+        width: inner width of every head.
+        depth_bins: B, log-spaced.
+        depth_cells: r; every patch predicts r x r depth values.
+        queries: object queries of the detection head.
+        detection_layers: rounds of query attention.
+        categories: object classes.
+        teacher_width: F, width of the teacher's patch features; 0 = no teacher features.
+    """
+
+    width: int
+    depth_bins: int
+    depth_cells: int
+    queries: int
+    detection_layers: int
+    categories: int
+    teacher_width: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DetectionOutput:
+    """M object queries of each scene."""
+
+    class_logits_SMc: Array  # one sigmoid per category
+    boxes_SMb: Array  # codes, see `losses.encode_boxes`
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SpatialOutput:
+    """What the question is about, in space."""
+
+    relations_SQR: Array  # logits of the first alternative, order of `RELATIONS`
+    objects_SQOb: Array  # box codes of the objects the question names
+    angle_SQ2: Array  # (sin, cos) of the bearing that `losses.relative_angle` defines
+    log_value_SQ: Array  # log of the numeric answer, in the question's unit
+
+
+class DepthHead(nnx.Module):
+    """Bins of log depth for the r x r cells of every patch."""
+
+    def __init__(self, width: int, config: HeadsConfig, *, rngs: nnx.Rngs):
+        self.cells, self.bins = config.depth_cells, config.depth_bins
+        out = self.cells**2 * self.bins
+        self.mlp = Mlp(width, config.width, out, rngs=rngs)
+
+    def __call__(self, z_SVPD: Array, grid: tuple[int, int]) -> jax.Array:
+        """Features [S, V, P, D] -> bin logits [S, V, h, w, B] with (h, w) = r * grid."""
+        S, V = z_SVPD.shape[:2]
+        r = self.cells
+        x = self.mlp(z_SVPD).reshape(S, V, *grid, r, r, self.bins)
+        x = x.transpose(0, 1, 2, 4, 3, 5, 6)
+        return x.reshape(S, V, grid[0] * r, grid[1] * r, self.bins)
+
+
+class QueryLayer(nnx.Module):
+    """Object queries attend to the scene's features, then to each other, then through an MLP."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        names = ("embed", "heads", "head_dim")
+        shape = (heads, width // heads)
+
+        def project(bias=False):
+            return Projection((width,), shape, names, bias=bias, rngs=rngs)
+
+        def merge():
+            return Projection(shape, (width,), ("heads", "head_dim", "embed"), bias=True, rngs=rngs)
+
+        self.look, self.look_keys, self.look_values, self.look_out = (
+            project(),
+            project(),
+            project(),
+            merge(),
+        )
+        self.talk, self.talk_keys, self.talk_values, self.talk_out = (
+            project(),
+            project(),
+            project(),
+            merge(),
+        )
+        self.mlp = Mlp(width, 2 * width, width, rngs=rngs)
+        self.norms = nnx.List(LayerNorm(width) for _ in range(3))
+
+    def __call__(self, x_SMD, place_MD, z_SPD, seen: Intervals, everyone: Intervals) -> jax.Array:
+        y = self.norms[0](x_SMD) + place_MD
+        x_SMD = x_SMD + self.look_out(
+            attention(self.look(y), self.look_keys(z_SPD), self.look_values(z_SPD), seen)
+        )
+        y = self.norms[1](x_SMD)
+        x_SMD = x_SMD + self.talk_out(
+            attention(self.talk(y + place_MD), self.talk_keys(y), self.talk_values(y), everyone)
+        )
+        return x_SMD + self.mlp(self.norms[2](x_SMD))
+
+
+class DetectionHead(nnx.Module):
+    """Set prediction of oriented boxes by learned object queries."""
+
+    HEADS = 4
+
+    def __init__(self, width: int, config: HeadsConfig, *, rngs: nnx.Rngs):
+        w = config.width
+        self.reduce = Projection((width,), (w,), ("embed", None), bias=True, rngs=rngs)
+        self.places = param(jax.random.normal(rngs.params(), (config.queries, w)), None, None)
+        self.layers = nnx.List(
+            QueryLayer(w, self.HEADS, rngs=rngs) for _ in range(config.detection_layers)
+        )
+        self.norm = LayerNorm(w)
+        self.classes = Projection((w,), (config.categories,), (None, None), bias=True, rngs=rngs)
+        # Focal loss starts from rare positives [Lin et al. 2017, Sec. 3.3]: p = 0.05 everywhere.
+        self.classes.bias[...] = jnp.full((config.categories,), -2.94)
+        self.boxes = Mlp(w, w, BOX_CODE, rngs=rngs)
+
+    def __call__(self, z_SMD: Array, seen_length_S: Array) -> DetectionOutput:
+        z = self.reduce(z_SMD)
+        S, (M, w) = z.shape[0], self.places.shape
+        zero = jnp.zeros((S, M), jnp.int32)
+        seen = Intervals(zero, zero, jnp.broadcast_to(seen_length_S[:, None], (S, M)))
+        everyone = Intervals(zero, zero, zero + M)
+        places = self.places[...].astype(z.dtype)
+        x = jnp.zeros((S, M, w), z.dtype)
+        for layer in self.layers:
+            x = layer(x, places, z, seen, everyone)
+        x = self.norm(x)
+        return DetectionOutput(
+            self.classes(x).astype(jnp.float32), self.boxes(x).astype(jnp.float32)
+        )
+
+
+class SpatialHead(nnx.Module):
+    """From the question encoding: relations, the named objects' boxes, their bearing, the number."""
+
+    def __init__(self, width: int, config: HeadsConfig, *, rngs: nnx.Rngs):
+        self.sizes = (len(RELATIONS), MAX_OBJECTS * BOX_CODE, 2, 1)
+        self.mlp = Mlp(width, config.width, sum(self.sizes), rngs=rngs)
+
+    def __call__(self, question_SQD: Array) -> SpatialOutput:
+        x = self.mlp(question_SQD).astype(jnp.float32)
+        bounds = [sum(self.sizes[: i + 1]) for i in range(len(self.sizes) - 1)]
+        relations, objects, angle, value = jnp.split(x, bounds, axis=-1)
+        return SpatialOutput(
+            relations_SQR=relations,
+            objects_SQOb=objects.reshape(*objects.shape[:-1], MAX_OBJECTS, BOX_CODE),
+            angle_SQ2=angle,
+            log_value_SQ=value[..., 0],
+        )

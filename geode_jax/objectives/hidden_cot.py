@@ -1,0 +1,286 @@
+"""Hidden-CoT: the student's losses of Sec. III-D under the uncertainties of eq. 2.
+
+What each term of eq. 2 is made of (`extension` = not in the paper, ours, and why):
+
+| term | losses |
+|---|---|
+| text | cross-entropy on the answer; KL to the teacher's top-k logits where a teacher answered |
+| depth_ce, depth_reg, depth_kl | bin cross-entropy, L1 of the expected depth, KL to the teacher's bins |
+| detection | focal + box loss of matched queries; extension: category of every patch against the nouns' embeddings, so that a question's noun finds its patches |
+| spatial | eq. 1 (features to the teacher's, cross-view); KL of left/right, above/below and the four relations; extension: boxes of the objects the question names, their bearing, the number asked for, regressed from the question's encoding |
+| multiview | L2 between depths predicted by two views, reprojected onto each other |
+| feature | detector probabilities, spatial distributions and depth hints of student and teacher |
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from geode_jax import losses
+from geode_jax.boxes import encode_boxes
+from geode_jax.correspondence import correspondences
+from geode_jax.models.layers import param
+from geode_jax.models.student import Student, StudentConfig, StudentOutput
+from geode_jax.shapes import Array, Batch
+from geode_jax.train_step import Terms
+
+GROUPS = {
+    "depth": ("depth_ce", "depth_reg", "depth_kl"),
+    "detection": ("detection",),
+    "spatial": ("spatial",),
+    "multiview": ("multiview",),
+    "feature": ("feature",),
+}
+"""What `drop=` and `only=` name (Table II) -> terms of eq. 2."""
+
+WEIGHTS_INSIDE = {
+    "spatial/features": 0.5,
+    "spatial/cross_view": 0.1,
+}
+"""Weights inside a term of eq. 2 other than 1; `cross_view` is eq. 1's lambda_cross."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HiddenCoTConfig:
+    """Attributes:
+    student: the model.
+    terms: the terms of eq. 2 that are paid.
+    weights: "uncertainty" (eq. 2) or "static" (all 1).
+    temperature: of the teacher's logits.
+    literal_cross_view: the sign of eq. 1 as printed; see `losses.cross_view`.
+    vision: False trains the blind baseline: no vision tokens, no V, answers only.
+    log_variance_bounds: of log sigma^2.
+    """
+
+    student: StudentConfig
+    terms: tuple[str, ...] = losses.TERMS
+    weights: Literal["uncertainty", "static"] = "uncertainty"
+    temperature: float = 1.0
+    literal_cross_view: bool = False
+    vision: bool = True
+    log_variance_bounds: tuple[float, float] = losses.LOG_VARIANCE_BOUNDS
+
+
+class HiddenCoTModel(nnx.Module):
+    """The student and the learned log-variances of eq. 2."""
+
+    def __init__(self, config: HiddenCoTConfig, *, rngs: nnx.Rngs):
+        self.student = Student(config.student, rngs=rngs)
+        self.log_variance = nnx.Dict({name: param(jnp.zeros(())) for name in losses.TERMS})
+
+
+@dataclasses.dataclass(frozen=True)
+class HiddenCoT:
+    """The `train_step.Objective` of the Hidden-CoT student."""
+
+    config: HiddenCoTConfig
+
+    trainable = nnx.Param
+
+    def build(self, rngs: nnx.Rngs) -> HiddenCoTModel:
+        """The student and its log-variances."""
+        return HiddenCoTModel(self.config, rngs=rngs)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch as the model may see it: without vision for the blind baseline."""
+        return batch if self.config.vision else remove_vision(batch)
+
+    def terms(self, model: HiddenCoTModel, batch: Batch) -> Terms:
+        """All losses that are paid, named `term/part`, as (sum, count)."""
+        batch = self.prepare(batch)
+        out = model.student(batch)
+        terms = text_terms(out, batch, self.config.temperature)
+        if self.config.vision:
+            terms |= depth_terms(out, batch)
+            terms |= detection_terms(out, batch)
+            terms |= spatial_terms(out, batch, self.config)
+        return {name: pair for name, pair in terms.items() if term_of(name) in self.config.terms}
+
+    def total(self, model: HiddenCoTModel, terms: Terms, share: float) -> tuple[Array, dict]:
+        """Eq. 2, or the static ablation; weights by `term/part` for the log."""
+        grouped = {}
+        for term in self.config.terms:
+            parts = {name: pair for name, pair in terms.items() if term_of(name) == term}
+            if parts:
+                inside = [WEIGHTS_INSIDE.get(name, 1.0) for name in parts]
+                grouped[term] = losses.combine(list(parts.values()), inside)
+        if self.config.weights == "static":
+            total, weights = losses.static_total(grouped, dict.fromkeys(grouped, 1.0))
+        else:
+            log_variance = {name: model.log_variance[name][...] for name in grouped}
+            total, weights = losses.uncertainty_total(
+                grouped, log_variance, self.config.log_variance_bounds, share
+            )
+        return total, weights
+
+
+def term_of(name: str) -> str:
+    """`detection/boxes` -> `detection`."""
+    return name.split("/")[0]
+
+
+def remove_vision(batch: Batch) -> Batch:
+    """The same questions without any view: cross-attention and V see nothing."""
+    return dataclasses.replace(batch, view_mask_SV=jnp.zeros_like(batch.view_mask_SV))
+
+
+def text_terms(out: StudentOutput, batch: Batch, temperature: float) -> Terms:
+    """Sec. III-D.1: labels on the answer A only; V, T, Q and padding are never paid."""
+    A = batch.answer_SQA.shape[-1]
+    paid = jnp.arange(A) < jnp.asarray(batch.answer_length_SQ)[..., None]
+    taught = paid & batch.topk_mask_SQA
+    ce = losses.cross_entropy(out.answer_logits_SQAX, batch.answer_SQA, paid & ~taught)
+    kd = losses.distillation(
+        out.answer_logits_SQAX, batch.topk_id_SQAk, batch.topk_logprob_SQAk, taught, temperature
+    )
+    # One mean over all answer tokens, whichever of the two a token pays.
+    return {"text": (ce[0] + kd[0], ce[1] + kd[1])}
+
+
+def patch_depth_logits(depth_logits_SVhwB: Array, grid: tuple[int, int]) -> jax.Array:
+    """Log of the mean bin probabilities of every patch's r x r cells, [S, V, P, B]."""
+    S, V, h, w, B = depth_logits_SVhwB.shape
+    gh, gw = grid
+    prob = jax.nn.softmax(depth_logits_SVhwB, axis=-1)
+    prob = prob.reshape(S, V, gh, h // gh, gw, w // gw, B).mean(axis=(3, 5))
+    return jnp.log(prob.reshape(S, V, gh * gw, B) + 1e-9)
+
+
+def _grid(out: StudentOutput, batch: Batch) -> tuple[int, int]:
+    h, w = out.depth_logits_SVhwB.shape[2:4]
+    r = round((h * w / batch.vision_SVPC.shape[2]) ** 0.5)
+    return h // r, w // r
+
+
+def depth_terms(out: StudentOutput, batch: Batch) -> Terms:
+    """Depth and multi-view consistency of the predicted depth, Sec. III-D.2."""
+    grid = _grid(out, batch)
+    centres = losses.depth_bin_centres(out.depth_logits_SVhwB.shape[-1])
+    target, logits = batch.target_depth_SVhw, out.depth_logits_SVhwB
+    seen_SV11 = jnp.asarray(batch.view_mask_SV)[..., None, None]
+    patch_logits = patch_depth_logits(logits, grid)
+    patch_depth = losses.expected_depth(patch_logits, centres)
+    taught = jnp.asarray(batch.teacher_depth_bins_mask_S)[:, None, None] & seen_SV11[..., 0]
+    index, visible = correspondences(
+        batch.points_SVP3,
+        batch.points_mask_SVP,
+        batch.depth_hint_SVP,
+        batch.extrinsic_SV34,
+        batch.intrinsic_SV33,
+        grid,
+    )
+    depth_m = losses.expected_depth(logits, centres)
+    terms = {
+        "depth_ce": losses.depth_bin_ce(
+            logits, target, jnp.broadcast_to(seen_SV11, target.shape), centres
+        ),
+        "depth_reg": losses.depth_l1(depth_m, target, jnp.broadcast_to(seen_SV11, target.shape)),
+        "multiview": losses.multi_view_consistency(
+            patch_depth, batch.extrinsic_SV34, batch.intrinsic_SV33, grid, index, visible
+        ),
+    }
+    if batch.teacher_depth_bins_SVPB.shape[-1]:
+        taught = jnp.broadcast_to(taught, patch_depth.shape)
+        terms["depth_kl"] = losses.depth_bin_kl(patch_logits, batch.teacher_depth_bins_SVPB, taught)
+        teacher_depth = losses.expected_depth(
+            jnp.log(jnp.asarray(batch.teacher_depth_bins_SVPB) + 1e-9), centres
+        )
+        terms["feature/depth"] = losses.feature_alignment(
+            depth=(patch_depth, teacher_depth, taught)
+        )["depth"]
+    if out.features_SVPF is not None:
+        terms["spatial/cross_view"] = losses.cross_view(out.features_SVPF, index, visible)
+    return terms
+
+
+def detection_terms(out: StudentOutput, batch: Batch) -> Terms:
+    """Boxes and categories, Sec. III-D.2."""
+    found = losses.detection(
+        out.detection.class_logits_SMc,
+        out.detection.boxes_SMb,
+        batch.target_boxes_SN7,
+        batch.target_labels_SN,
+        batch.boxes_known_S,
+    )
+    classes = out.patch_logits_SVPc.shape[-1]
+    labels = jnp.asarray(batch.target_segmentation_SVP)
+    terms = {
+        "detection/classes": found.classes,
+        "detection/boxes": found.boxes,
+        # UNLABELLED (-2) is nobody's word; NO_CATEGORY (-1) is the last class.
+        "detection/patches": losses.cross_entropy(
+            out.patch_logits_SVPc, jnp.where(labels == -1, classes - 1, labels), labels >= -1
+        ),
+    }
+    if batch.teacher_detection_SNc.shape[-1]:
+        taught = (found.query_SN >= 0) & jnp.asarray(batch.teacher_detection_mask_S)[:, None]
+        probabilities = jax.nn.sigmoid(out.detection.class_logits_SMc)
+        terms["feature/detection"] = losses.feature_alignment(
+            detection=(
+                losses.take_matched(probabilities, found.query_SN),
+                batch.teacher_detection_SNc,
+                taught,
+            )
+        )["detection"]
+    return terms
+
+
+def relative_angle(boxes_O7: Array) -> jax.Array:
+    """(sin, cos) of the bearing of object 2 for one who stands at object 0 and faces object 1.
+
+    Seen from above (z up), counter-clockwise positive: sin > 0 is to the left. [..., O, 7] to
+    [..., 2]; zero-length directions give (0, 1).
+    """
+    facing = boxes_O7[..., 1, :2] - boxes_O7[..., 0, :2]
+    towards = boxes_O7[..., 2, :2] - boxes_O7[..., 0, :2]
+    cross = facing[..., 0] * towards[..., 1] - facing[..., 1] * towards[..., 0]
+    dot = jnp.sum(facing * towards, axis=-1)
+    angle = jnp.arctan2(cross, jnp.where((cross == 0) & (dot == 0), 1.0, dot))
+    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def spatial_terms(out: StudentOutput, batch: Batch, config: HiddenCoTConfig) -> Terms:
+    """Eq. 1's features, relations, and what the question is about, Sec. III-D.2 and III-D.3."""
+    del config
+    spatial = out.spatial
+    known_SQO = jnp.asarray(batch.objects_mask_SQO)
+    boxes_SQO7 = jnp.where(known_SQO[..., None], batch.objects_SQO7, 1.0)
+    three_SQ = jnp.all(known_SQO[..., :3], axis=-1)
+    value_SQ = jnp.where(batch.value_mask_SQ, batch.value_SQ, 1.0)
+    terms = {
+        "spatial/relations": losses.binary_kl(
+            spatial.relations_SQR, batch.relations_SQR, batch.relations_mask_SQR
+        ),
+        "spatial/objects": huber(spatial.objects_SQOb, encode_boxes(boxes_SQO7), known_SQO),
+        "spatial/angle": huber(spatial.angle_SQ2, relative_angle(boxes_SQO7), three_SQ),
+        "spatial/value": huber(
+            spatial.log_value_SQ[..., None],
+            jnp.log(jnp.maximum(value_SQ, 1e-2))[..., None],
+            batch.value_mask_SQ,
+        ),
+        "feature/spatial": losses.feature_alignment(
+            spatial=(
+                jax.nn.sigmoid(spatial.relations_SQR),
+                batch.teacher_relations_SQR,
+                batch.teacher_relations_mask_SQR,
+            )
+        )["spatial"],
+    }
+    if out.features_SVPF is not None:
+        mask = jnp.asarray(batch.teacher_features_mask_S)[:, None] & batch.view_mask_SV
+        terms["spatial/features"] = losses.spatial_features(
+            out.features_SVPF, batch.teacher_features_SVPF, mask
+        )
+    return terms
+
+
+def huber(prediction: Array, target: Array, mask: Array) -> losses.Pair:
+    """Huber loss (delta 1) summed over the last axis; count = masked entries [...]."""
+    mask = jnp.asarray(mask)
+    error = jnp.where(mask[..., None], prediction - target, 0.0)
+    size = jnp.abs(error)
+    loss = jnp.where(size < 1, 0.5 * error**2, size - 0.5)
+    return jnp.sum(loss), jnp.sum(mask, dtype=jnp.float32)

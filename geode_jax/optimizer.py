@@ -1,0 +1,114 @@
+"""Optimizer: AdamW as the paper has it, or Muon on the trunk's matrices beside AdamW.
+
+Muon [Jordan 2024] orthogonalises the momentum of a matrix; embeddings, heads, norms, biases, the
+thinking tokens and the log-variances are not such matrices and stay with Adam.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import optax
+from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Attributes:
+    name: "adamw" or "muon".
+    learning_rate: peak, of both Muon (RMS-matched to Adam) and Adam.
+    weight_decay: decoupled, on matrices only.
+    warmup_steps: linear from 0.
+    steps: length of the cosine, warm-up included.
+    final_fraction: of the peak, at the end.
+    clip_norm: global gradient norm.
+    b1, b2: Adam's moments.
+    """
+
+    name: Literal["adamw", "muon"]
+    learning_rate: float
+    weight_decay: float
+    warmup_steps: int
+    steps: int
+    final_fraction: float = 0.0
+    clip_norm: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+
+
+MUON_RMS = 0.2
+"""Scales Muon's update to Adam's usual RMS [Liu et al. 2025], so that one rate serves both."""
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """Linear warm-up, cosine decay, both counted in steps (Sec. III-E)."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=config.steps,
+        end_value=config.learning_rate * config.final_fraction,
+    )
+
+
+def labels(params: nnx.State, name: str) -> list[str]:
+    """ "muon", "decay" (AdamW) or "plain" (Adam without weight decay), in leaf order.
+
+    Muon takes the matrices of the trunk's stages; "decay" the other matrices; everything else
+    (embeddings, norms, biases, thinking tokens, log-variances) is "plain".
+    """
+    out = []
+    for path, variable in nnx.to_flat_state(params):
+        matrix = bool(variable.get_metadata().get("contracted", 0))
+        trunk = "stages" in path
+        out.append(
+            "muon" if matrix and trunk and name == "muon" else "decay" if matrix else "plain"
+        )
+    return out
+
+
+def _matrix_axes(variable: nnx.Variable) -> optax.contrib.MuonDimensionNumbers:
+    """Input and output axes of a kernel [layer?, inputs..., outputs...]."""
+    metadata = variable.get_metadata()
+    first = 1 if metadata["out_sharding"][0] == "layer" else 0
+    axes = tuple(range(first, variable.ndim))
+    return optax.contrib.MuonDimensionNumbers(
+        axes[: metadata["contracted"]], axes[metadata["contracted"] :]
+    )
+
+
+def make_optimizer(config: OptimizerConfig, params: nnx.State) -> optax.GradientTransformation:
+    """The transformation for these parameters; a non-finite gradient leaves everything as it was.
+
+    The state counts the steps skipped so: `notfinite_count` in a row, `total_notfinite` in all.
+    """
+    rate = learning_rate(config)
+    adam = {"b1": config.b1, "b2": config.b2}
+    transforms = {
+        "decay": optax.adamw(rate, weight_decay=config.weight_decay, **adam),
+        "plain": optax.adam(rate, **adam),
+    }
+    structure = jax.tree.structure(params)
+    leaf_labels = labels(params, config.name)
+    if "muon" in leaf_labels:
+        # optax hands a stacked [layer, in, out] kernel to Adam unless told its matrix axes.
+        variables = [variable for _, variable in nnx.to_flat_state(params)]
+        axes = [
+            _matrix_axes(v) if label == "muon" else optax.MaskedNode()
+            for v, label in zip(variables, leaf_labels, strict=True)
+        ]
+        transforms["muon"] = optax.contrib.muon(
+            rate,
+            weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=jax.tree.unflatten(structure, axes),
+            consistent_rms=MUON_RMS,
+        )
+    inner = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.partition(transforms, jax.tree.unflatten(structure, leaf_labels)),
+    )
+    return optax.apply_if_finite(inner, max_consecutive_errors=NEVER)
+
+
+NEVER = 2**31 - 1
+"""The loop decides when skipped steps are too many; optax itself must never apply one."""

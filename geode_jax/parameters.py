@@ -1,0 +1,56 @@
+"""Counting parameters, by the parts the paper names."""
+
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+from flax import nnx
+
+VGGT_AGGREGATOR = 909_000_000
+"""Parameters of VGGT-1B's aggregator (24 + 24 blocks and the DINOv2-L patch embedding), which the
+paper counts with its student: 0.909B by arithmetic from the module definitions."""
+
+_PARTS = (
+    ("cross-attention", ("cross",)),
+    ("trunk", ("blocks",)),
+    ("embeddings and LM head", ("embedding", "head")),
+    ("thinking tokens", ("thinking",)),
+    ("task heads", ("depth_head", "detection_head", "feature_head", "spatial_head",
+                    "none_embedding", "patch_scale")),
+    ("log-variances", ("log_variance",)),
+)  # fmt: skip
+
+
+def part_of(path: Iterable) -> str:
+    """The part of the student a parameter belongs to, from its path."""
+    path = set(path)
+    for part, names in _PARTS:
+        if path & set(names):
+            return part
+    return "trunk" if {"decoder", "norm"} <= path else "vision projector and V"
+
+
+def count_by_part(state: nnx.State) -> dict[str, int]:
+    """Part -> parameters; works on abstract states (`jax.eval_shape`) too."""
+    counts: dict[str, int] = {}
+    for path, variable in nnx.to_flat_state(state):
+        part = part_of(path)
+        counts[part] = counts.get(part, 0) + int(np.prod(variable.shape))
+    return counts
+
+
+def parameter_table(params: nnx.State, frozen: nnx.State) -> str:
+    """Parameters by part, trainable and frozen, as text."""
+    learn, still = count_by_part(params), count_by_part(frozen)
+    names = [name for name, _ in _PARTS] + ["vision projector and V"]
+    rows = [(n, learn.get(n, 0), still.get(n, 0)) for n in names if n in learn or n in still]
+    rows.append(("total", sum(learn.values()), sum(still.values())))
+    lines = [f"{'parameters':<26}{'trainable':>15}{'frozen':>15}"]
+    lines += [f"{name:<26}{a:>15,}{b:>15,}" for name, a, b in rows]
+    return "\n".join(lines)
+
+
+def abstract_state(build, seed: int = 0) -> nnx.State:
+    """Shapes of a model's parameters without creating them; call inside `sharding.activate`."""
+    model = jax.eval_shape(lambda key: build(nnx.Rngs(key)), jax.random.key(seed))
+    return nnx.state(model)

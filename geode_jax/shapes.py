@@ -1,0 +1,101 @@
+"""The dimension key and the arrays that travel between data, models and objectives.
+
+Dimension key (suffixes of names and letters of einsum strings):
+
+| letter | meaning | letter | meaning |
+|---|---|---|---|
+| S | scenes in a batch | D | model width |
+| Q | questions per scene | H | heads (G = key/value heads) |
+| V | views | E | head width |
+| P | patches per view, row-major | K | thinking tokens |
+| C | vision token width | W | feed-forward width |
+| N | boxes of a scene | B | depth bins |
+| O | objects a question names | F | teacher feature width |
+| L | question length (`Lq`) | R | relations, see `RELATIONS` |
+| A | answer length (`La`) | X | vocabulary |
+| M, R | packed text rows of a scene and their columns | | |
+
+Frames: the world frame is the export's (metres, z up for rooms); cameras are camera-from-world with
+OpenCV axes; a box is (centre xyz, size xyz, yaw about z).
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+RELATIONS = (
+    "left_right",
+    "above_below",
+    "proximity",
+    "contact",
+    "size_comparison",
+    "orientation",
+)
+"""Binary relations of the spatial head; a target is the probability of the first alternative."""
+
+MAX_OBJECTS = 4
+"""O: at most this many objects of a question are targets of the spatial head."""
+
+Array = jax.Array | np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """S scenes with Q questions each. Optional supervision is masked, never a zero target.
+
+    Question ids are left-padded to `Lq` (so that the last column is always the question's last
+    token), answers right-padded to `La`.
+    """
+
+    # What the model sees of a scene.
+    vision_SVPC: Array  # float32, `vggt/tokens`
+    view_mask_SV: Array  # bool, False = padding view
+    depth_hint_SVP: Array  # float32 metres, `vggt/depth` averaged over the patch; 0 = unknown
+    points_SVP3: (
+        Array  # float32 world frame, the point seen at the patch centre; for geometry terms
+    )
+    points_mask_SVP: Array  # bool
+    extrinsic_SV34: Array  # float32 camera-from-world
+    intrinsic_SV33: Array  # float32 pixels of the patch grid (gh, gw), integer patch centres
+
+    # Dense and object supervision of a scene.
+    target_depth_SVhw: Array  # float32 metres, 0 = unknown; (h, w) = (gh * r, gw * r)
+    target_boxes_SN7: Array  # float32
+    target_labels_SN: Array  # int32 category, -1 = no box
+    boxes_known_S: Array  # bool: the data set knows all boxes of this scene
+    target_segmentation_SVP: Array  # int32 category of most of the patch, -1 = none, -2 = unknown
+    teacher_features_SVPF: Array  # float32
+    teacher_features_mask_S: Array  # bool
+    teacher_depth_bins_SVPB: Array  # float32 probabilities
+    teacher_depth_bins_mask_S: Array  # bool
+    teacher_detection_SNc: Array  # float32 class probabilities of box n
+    teacher_detection_mask_S: Array  # bool
+
+    # Questions.
+    question_SQL: Array  # int32, bos + prompt, left-padded
+    question_length_SQ: Array  # int32
+    answer_SQA: Array  # int32, answer + eos, right-padded
+    answer_length_SQ: Array  # int32, 0 = padding question
+    objects_SQO7: Array  # float32 boxes of the named objects
+    objects_mask_SQO: Array  # bool
+    relations_SQR: Array  # float32 probability of the first alternative
+    relations_mask_SQR: Array  # bool
+    teacher_relations_SQR: Array  # float32, same convention, from `teacher/relations`
+    teacher_relations_mask_SQR: Array  # bool
+    value_SQ: Array  # float32 numeric answer in the question's unit
+    value_mask_SQ: Array  # bool
+
+    # The same questions packed for training, see `data.packing`.
+    packed_SMR: Array  # int32 token ids
+    packed_position_SMR: Array  # int32, position in its segment
+    packed_start_SMR: Array  # int32, first column of its segment
+    packed_prefix_SMR: Array  # bool, sees [V][T]
+    answer_column_SQA: Array  # int32, flat column (of M * R) that predicts the answer token
+    encoding_column_SQ: Array  # int32, flat column of the last token of the question's copy
+
+    # Teacher logits at the answer positions; width 0 where no teacher answered.
+    topk_id_SQAk: Array  # int32
+    topk_logprob_SQAk: Array  # float32, normalised over the whole vocabulary
+    topk_mask_SQA: Array  # bool

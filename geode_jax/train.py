@@ -1,0 +1,251 @@
+"""Training: build -> restore -> loop -> evaluate. The one visible loop."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from geode_jax.build import Run, build, load_config, save_config
+from geode_jax.checkpoint import Checkpoints
+from geode_jax.errors import UserError
+from geode_jax.evaluate.efficiency import peak_memory
+from geode_jax.evaluate.final import evaluate_and_report
+from geode_jax.metrics import MetricsWriter, progress
+from geode_jax.parameters import parameter_table
+from geode_jax.sharding import activate, shard_batch
+from geode_jax.train_step import TrainState, make_train_step
+
+SIGTERM_EXIT = 128 + signal.SIGTERM
+
+
+class _Stop:
+    """SIGTERM asks the loop to save and leave at the next step."""
+
+    def __init__(self):
+        self.asked = False
+        self._before = None
+
+    def __enter__(self):
+        self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, *_):
+        self.asked = True
+
+
+def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Train to the end (or to an early stop), evaluate the best checkpoint, write the report.
+
+    The same call on the same `workdir` resumes where the run stood: the data order is a pure
+    function of the step, so the result is bitwise that of an uninterrupted run on the same machine.
+
+    Returns:
+        The content of `WORKDIR/summary.json`.
+
+    Raises:
+        UserError, ExportError: one line for the user.
+        SystemExit: stopped by SIGTERM after saving.
+    """
+    jax.config.update("jax_compilation_cache_dir", _cache_folder())
+    _claim(config, workdir)
+    print(f"building: {workdir}", flush=True)
+    run = build(config, workdir)
+    _describe(run)
+    with activate(run.mesh), Checkpoints(workdir) as checkpoints, _Stop() as stop:
+        state, position = _train(run, workdir, checkpoints, stop)
+        best = checkpoints.restore_best(state)
+        if best is not None:
+            state, best_position = best
+            print(f"best checkpoint: step {best_position['step']}", flush=True)
+        train_facts = {
+            "seconds": round(position["seconds"], 1),
+            "steps": position["step"],
+            "skipped_steps": position["skipped"],
+            "best_step": best_position["step"] if best else position["step"],
+            "dropped": dict(run.pipelines["train"].dropped),
+            **peak_memory(),
+        }
+        return evaluate_and_report(run, state, workdir, train_facts)
+
+
+def _train(
+    run: Run, workdir: Path, checkpoints: Checkpoints, stop: _Stop
+) -> tuple[TrainState, dict[str, Any]]:
+    """The loop, in this order: evaluate -> checkpoint -> next batch -> step -> log."""
+    train = run.config.train
+    state = run.state
+    position = {
+        "step": 0,
+        "seconds": 0.0,  # spent in this loop, over all resumptions
+        "skipped": 0,
+        "best": None,  # lowest validation loss so far
+        "worse": 0,  # evaluations since
+        "stopped_early": False,
+    }
+    restored = checkpoints.restore(state)
+    if restored is not None:
+        state, position = restored
+        print(f"resuming at step {position['step']}", flush=True)
+    first = position["step"]
+    train_step = make_train_step(run.objective, run.graph, run.optimizer, train.microbatches)
+    evaluator = run.evaluator()
+    batches = run.pipelines["train"].iterate(first, run.steps - first)
+    started = time.monotonic() - position["seconds"]
+    if first < run.steps:
+        print("compiling the training step (once; later runs reuse it) ...", flush=True)
+    with _Log(run, workdir, position) as log:
+        while True:
+            step = position["step"]
+            if step > first and (step % train.eval_every == 0 or step == run.steps):
+                log.flush()
+                values = evaluator.losses(state, run.pipelines["val"], run.config.eval.val_scenes)
+                log.write(step, values)
+                if _is_best(values, position, train.patience):
+                    checkpoints.save_best(state, position)
+            done = step >= run.steps or position["stopped_early"]
+            if step > first and (step % train.checkpoint_every == 0 or done or stop.asked):
+                log.flush()
+                position["seconds"] = time.monotonic() - started
+                checkpoints.save(state, position)
+            if done:
+                return state, position
+            if stop.asked:
+                checkpoints.finish()
+                print(f"stopped by SIGTERM at step {step}, saved; the same command resumes")
+                raise SystemExit(SIGTERM_EXIT)
+            _, batch = next(batches)
+            state, metrics = train_step(state, shard_batch(batch, run.mesh))
+            position["step"] = step + 1
+            log.step(step + 1, metrics)
+
+
+class _Log:
+    """Metrics and the bar; a step's numbers are fetched while the next step runs."""
+
+    def __init__(self, run: Run, workdir: Path, position: dict[str, Any]):
+        self._position = position
+        self._max_skipped = run.config.train.max_skipped
+        self._pending = None
+        self._writer = MetricsWriter(workdir, position["step"])
+        self._bar = progress(run.steps, position["step"], "step", "training")
+        data = run.config.data
+        self._samples = data.scenes_per_batch * data.questions_per_scene
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+        self._writer.close()
+
+    def step(self, step: int, metrics: dict) -> None:
+        """Note a dispatched step; logs the one before."""
+        before, self._pending = self._pending, (step, metrics)
+        self._fetch(before)
+
+    def flush(self) -> None:
+        """Log the last dispatched step."""
+        before, self._pending = self._pending, None
+        self._fetch(before)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """A row of evaluation values."""
+        self._writer.write(step, values)
+        self._bar.write(
+            f"step {step}: "
+            + ", ".join(
+                f"{n} {values[n]:.3f}" for n in sorted(values) if "/" in n and n.count("/") == 1
+            )
+        )
+
+    def _fetch(self, pending) -> None:
+        if pending is None:
+            return
+        step, metrics = pending
+        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        self._writer.write(step, values)
+        self._bar.update(1)
+        rate = self._bar.format_dict["rate"] or 0.0
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.3f}, {rate * self._samples:.0f} samples/s", refresh=False
+        )
+        self._position["skipped"] = int(values["skipped"])
+        if values["skipped_in_a_row"] > self._max_skipped:
+            raise UserError(
+                f"training: step {step}: {int(values['skipped_in_a_row'])} steps in a row had a "
+                "loss or gradient that is not finite; lower optimizer.learning_rate"
+            )
+
+
+def _is_best(values: dict[str, float], position: dict[str, Any], patience: int) -> bool:
+    """Updates the early-stopping counters.
+
+    The text loss decides: eq. 2's own value moves with the uncertainties, so that two evaluations
+    of it do not compare. Without a text term (`only=feature`) there is nothing but eq. 2.
+    """
+    value = values.get("val/text", values["val/loss"])
+    if position["best"] is None or value < position["best"]:
+        position["best"], position["worse"] = value, 0
+        return True
+    position["worse"] += 1
+    position["stopped_early"] = 0 < patience <= position["worse"]
+    return False
+
+
+_MAY_CHANGE = ("mesh", "data/workers", "data/root", "data/on_bad_scene", "eval/examples",
+               "eval/test_scenes", "train/checkpoint_every")  # fmt: skip
+"""Fields that a resumed run may change: they do not touch what is learned."""
+
+
+def _claim(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Refuse to mix two runs in one folder."""
+    if (workdir / "config.json").exists():
+        old, new = (_flat(json.loads(c.to_json())) for c in (load_config(workdir), config))
+        for name in sorted(old.keys() | new.keys()):
+            if name not in _MAY_CHANGE and old.get(name) != new.get(name):
+                raise UserError(
+                    f"{workdir}: holds a run with {name} = {old.get(name)}, not "
+                    f"{new.get(name)}; use another --workdir, or delete this one"
+                )
+    save_config(config, workdir)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    out = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{name}/")
+        else:
+            out[prefix + name] = value
+    return out
+
+
+def _describe(run: Run) -> None:
+    """What is about to happen, once."""
+    print(parameter_table(run.state.params, run.state.frozen))
+    pipeline = run.pipelines["train"]
+    batch = pipeline.config
+    print(
+        f"batches: {batch.scenes_per_batch} scenes x {batch.questions_per_scene} questions, "
+        f"question length {batch.question_length}, answer length {batch.answer_length}; "
+        f"{run.steps} steps, {pipeline.steps_per_epoch} an epoch"
+    )
+    for reason, count in sorted(pipeline.dropped.items()):
+        if count:
+            print(f"not trained on: {count} x {reason}")
+    sys.stdout.flush()
+
+
+def _cache_folder() -> str:
+    """Compiled programs are kept between runs, where JAX is told to or in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache / "geode_jax" / "xla"))

@@ -1,0 +1,43 @@
+"""What every test shares: no network, one compilation cache, parsed flags, the real data."""
+
+import os
+import time
+from pathlib import Path
+
+import hypothesis
+import pytest
+from absl import flags
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CACHE_DAYS = 7
+
+# Before anything imports jax or transformers; processes that tests start inherit both.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+# Grain's workers refuse to start while absl's flags are unparsed, and pytest is no absl app.
+flags.FLAGS.mark_as_parsed()
+
+# A busy machine is no failure; in CI the same examples every time.
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps compiled programs between runs: compiling is most of what small tests do."""
+    cache = config.cache.mkdir("jax")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    oldest = time.time() - CACHE_DAYS * 24 * 3600
+    for entry in cache.iterdir():
+        if entry.stat().st_mtime < oldest:
+            entry.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of real data, GEODE_JAX_DATA; a test that needs it is skipped without."""
+    folder = Path(os.environ.get("GEODE_JAX_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real data: no folder {folder} (set GEODE_JAX_DATA)")
+    return folder

@@ -1,0 +1,436 @@
+import dataclasses
+import hashlib
+import json
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+from absl import flags
+
+from geode_jax.data.exports import RELATIONS, Export, ExportError
+from geode_jax.data.pipeline import Pipeline, PipelineConfig, measure_lengths
+from geode_jax.data.prompts import prompt
+from geode_jax.data.tokens import Tokenizer, train_tokenizer
+from geode_jax.errors import UserError
+from geode_jax.shapes import Batch
+from tests.data.conftest import CATEGORIES, write_tiny_export
+
+FIELDS = [field.name for field in dataclasses.fields(Batch)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_export) -> Tokenizer:
+    questions = list(tiny_export.questions())
+    texts = [prompt(q) for q in questions] + [f" {q['answer']}" for q in questions]
+    texts += [f" {q['teacher_answer']}" for q in questions if "teacher_answer" in q]
+    return train_tokenizer(texts, CATEGORIES, min_count=2)
+
+
+@pytest.fixture(scope="session")
+def config(tiny_export) -> PipelineConfig:
+    return PipelineConfig(
+        export=str(tiny_export.folder),
+        scenes_per_batch=3,
+        questions_per_scene=4,
+        question_length=24,
+        answer_length=12,
+        max_boxes=6,
+        seed=5,
+    )
+
+
+@pytest.fixture
+def pipeline(tiny_export, tokenizer, config) -> Pipeline:
+    return Pipeline(tiny_export, tokenizer, config, "train")
+
+
+def changed(config: PipelineConfig, **changes) -> PipelineConfig:
+    return dataclasses.replace(config, **changes)
+
+
+def digest(batch: Batch) -> str:
+    found = hashlib.sha256()
+    for name in FIELDS:
+        array = getattr(batch, name)
+        found.update(f"{name}{array.shape}{array.dtype}".encode() + array.tobytes())
+    return found.hexdigest()
+
+
+def asked(batch: Batch, tokenizer: Tokenizer) -> list[list[tuple[str, str]]]:
+    """(prompt, answer) texts of every scene of a batch, padding left out."""
+    return [
+        [
+            (tokenizer.decode(q), tokenizer.decode(a).removeprefix(" "))
+            for q, a, length in zip(*rows, strict=True)
+            if length
+        ]
+        for rows in zip(batch.question_SQL, batch.answer_SQA, batch.answer_length_SQ, strict=True)
+    ]
+
+
+def scenes_of(batch: Batch, export: Export) -> list[str]:
+    """Recognises the scenes of a batch by their tokens."""
+    known = {}
+    for scene_id in export.scene_ids():
+        tokens = export.read_scene(scene_id, ["vggt/tokens"])["vggt/tokens"]
+        known[tokens[0].tobytes()] = scene_id
+    return [known[vision[0].tobytes()] for vision in batch.vision_SVPC]
+
+
+# --- The order ------------------------------------------------------------------------------------
+
+
+def test_a_batch_depends_on_seed_and_step_only(tiny_export, tokenizer, config, pipeline):
+    forward = [digest(pipeline.batch(step)) for step in range(6)]
+    other = pickle.loads(pickle.dumps(Pipeline(tiny_export, tokenizer, config, "train")))
+    backward = [digest(other.batch(step)) for step in reversed(range(6))]
+    assert forward == backward[::-1]
+    assert len(set(forward)) == 6
+    reseeded = Pipeline(tiny_export, tokenizer, changed(config, seed=6), "train")
+    assert digest(reseeded.batch(0)) != forward[0]
+
+
+def test_an_epoch_sees_every_scene_once(tiny_export, tokenizer, config):
+    pipeline = Pipeline(tiny_export, tokenizer, changed(config, scenes_per_batch=1), "train")
+    assert pipeline.steps_per_epoch == 7
+    epochs = []
+    for epoch in range(2):
+        batches = [pipeline.batch(epoch * 7 + i) for i in range(7)]
+        epochs.append([scenes_of(batch, tiny_export)[0] for batch in batches])
+        assert sorted(epochs[-1]) == tiny_export.scene_ids("train")
+    assert epochs[0] != epochs[1]
+
+
+def test_more_scenes_in_a_batch_than_there_are_goes_on_with_other_questions(
+    tiny_export, tokenizer, config
+):
+    wide = changed(config, scenes_per_batch=9, questions_per_scene=3)
+    pipeline = Pipeline(tiny_export, tokenizer, wide, "val")
+    assert pipeline.steps_per_epoch == 1
+    batch = pipeline.batch(0)
+    ids = scenes_of(batch, tiny_export)
+    assert ids[:3] * 3 == ids and sorted(ids[:3]) == tiny_export.scene_ids("val")
+    counts = Counter(q["scene_id"] for q in tiny_export.questions())
+    for scene in range(3):
+        rounds = [batch.question_SQL[scene + 3 * i] for i in range(3)]
+        answers = [batch.answer_SQA[scene + 3 * i] for i in range(3)]
+        pairs = {
+            (q.tobytes(), a.tobytes())
+            for qs, als in zip(rounds, answers, strict=True)
+            for q, a in zip(qs, als, strict=True)
+        }
+        assert len(pairs) >= min(9, counts[ids[scene]]) - 1  # two questions may be alike
+
+
+def test_questions_are_drawn_without_replacement_and_differ_by_epoch(pipeline, tokenizer):
+    draws = {}
+    for step in range(pipeline.steps_per_epoch * 8):
+        epoch = step // pipeline.steps_per_epoch
+        for slot, scene in enumerate(asked(pipeline.batch(step), tokenizer)):
+            assert len(scene) <= 4
+            draws.setdefault(epoch, {})[step, slot] = scene
+    for epoch in range(8):
+        for scene in range(len(pipeline._scene_ids)):
+            order = pipeline._draw(epoch, scene, 0)
+            assert len(set(order.tolist())) == len(order) == min(4, len(pipeline._used[scene]))
+    drawn = {tuple(sorted(pipeline._draw(epoch, 1, 0).tolist())) for epoch in range(8)}
+    assert len(drawn) > 1
+
+
+def test_rows_are_a_part_of_the_global_batch(pipeline):
+    whole, parts = (
+        pipeline.batch(1),
+        [pipeline.batch(1, slice(0, 1)), pipeline.batch(1, slice(1, 3))],
+    )
+    for name in FIELDS:
+        joined = np.concatenate([getattr(part, name) for part in parts])
+        np.testing.assert_array_equal(joined, getattr(whole, name))
+
+
+def test_iterating_gives_the_same_batches_from_any_step(pipeline):
+    expected = [digest(pipeline.batch(step)) for step in range(7)]
+    assert [(s, digest(b)) for s, b in pipeline.iterate(0, 7)] == list(enumerate(expected))
+    assert [digest(b) for _, b in pipeline.iterate(4, 3)] == expected[4:]
+    part = [b.view_mask_SV.shape[0] for _, b in pipeline.iterate(0, 2, slice(0, 2))]
+    assert part == [2, 2]
+
+
+@pytest.mark.parametrize(("workers", "on_bad_scene"), [(1, "skip"), (2, "stop")])
+def test_the_order_is_the_same_for_any_number_of_workers(
+    tiny_export, tokenizer, config, capfd, workers, on_bad_scene
+):
+    one = changed(config, on_bad_scene=on_bad_scene, scenes_per_batch=1)
+    pipeline = Pipeline(tiny_export, tokenizer, one, "train")
+    bad = pipeline._order(0)[4]  # asked for at step 4
+    pipeline._scene_ids[bad] = "unknown"
+    parallel = pickle.loads(pickle.dumps(pipeline))
+    parallel.config = changed(one, workers=workers)
+    flags.FLAGS.unparse_flags()  # as outside absl.app.run
+    found = []
+    if on_bad_scene == "stop":
+        with pytest.raises(ExportError) as error:
+            found.extend(digest(batch) for _, batch in parallel.iterate(1, 7))
+        assert str(error.value) == "scene 'unknown': unknown scene"
+    else:
+        found.extend(digest(batch) for _, batch in parallel.iterate(1, 7))
+        assert parallel.dropped == {"bad scene": 1}  # what a worker met is counted here
+        assert parallel.bad_scenes == {"unknown": "scene 'unknown': unknown scene"}
+    assert flags.FLAGS.is_parsed()
+    assert found == [digest(pipeline.batch(step)) for step in range(1, 1 + len(found))]
+    assert len(found) == {"stop": 3, "skip": 7}[on_bad_scene]
+    assert capfd.readouterr().err == ""
+
+
+# --- What is in a batch ---------------------------------------------------------------------------
+
+
+def test_shapes_and_dtypes_are_those_of_the_key(pipeline):
+    batch = pipeline.batch(0)
+    sizes = dict(S=3, Q=4, V=3, P=6, C=5, L=24, A=12, N=6, O=4, R=6, F=7, B=6, h=4, w=6, c=5, k=0)
+    for name in FIELDS:
+        letters = name.rsplit("_", 1)[1]
+        expected = [int(x) if x.isdigit() else sizes[x] for x in letters]
+        array = getattr(batch, name)
+        assert list(array.shape) == expected, name
+        kind = "b" if "mask" in name or "known" in name else "f"
+        if name.startswith(("question", "answer", "topk_id")) or "labels" in name or "segm" in name:
+            kind = "i"
+        assert array.dtype == {"b": bool, "f": np.float32, "i": np.int32}[kind], name
+    assert all(digest(pipeline.batch(s)) != digest(batch) for s in (1, 2))
+
+
+def test_questions_arrive_with_their_supervision(tiny_export, tokenizer, config):
+    pipeline = Pipeline(tiny_export, tokenizer, changed(config, questions_per_scene=12), "train")
+    records = {}
+    for record in tiny_export.questions():
+        records[record["scene_id"], prompt(record), record["answer"]] = record
+    seen = Counter()
+    for step in range(2):
+        batch = pipeline.batch(step)
+        for s, scene_id in enumerate(scenes_of(batch, tiny_export)):
+            tensors = tiny_export.read_scene(scene_id)
+            for q, pair in enumerate(asked(batch, tokenizer)[s]):
+                record = records[scene_id, *pair]
+                check_question(batch, s, q, record, tensors, tokenizer)
+                seen[record["kind"]] += 1
+            empty = batch.answer_length_SQ[s] == 0
+            assert empty.sum() == 12 - len(asked(batch, tokenizer)[s])
+            for name in ("objects_mask_SQO", "relations_mask_SQR", "value_mask_SQ"):
+                assert not getattr(batch, name)[s][empty].any()
+            assert not batch.teacher_relations_mask_SQR[s][empty].any()
+            assert (batch.question_SQL[s][empty] == tokenizer.pad_id).all()
+    assert len(seen) == 5
+
+
+def check_question(batch, s, q, record, tensors, tokenizer):
+    length, answer_length = batch.question_length_SQ[s, q], batch.answer_length_SQ[s, q]
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt(record))]
+    assert batch.question_SQL[s, q].tolist() == [tokenizer.pad_id] * (24 - length) + ids
+    ids = [*tokenizer.encode(" " + record["answer"]), tokenizer.eos_id]
+    assert batch.answer_SQA[s, q].tolist() == ids + [tokenizer.pad_id] * (12 - answer_length)
+    assert batch.value_mask_SQ[s, q] == ("value" in record)
+    assert batch.value_SQ[s, q] == np.float32(record.get("value", 0))
+    objects = record.get("objects", [])
+    assert batch.objects_mask_SQO[s, q].sum() == len(objects)
+    for o, item in enumerate(objects):
+        np.testing.assert_array_equal(batch.objects_SQO7[s, q, o], np.float32(item["box"]))
+    relation = dict(zip(RELATIONS, batch.relations_SQR[s, q], strict=True))
+    mask = dict(zip(RELATIONS, batch.relations_mask_SQR[s, q], strict=True))
+    assert {name for name in mask if mask[name]} == set(record.get("relation", {}))
+    assert all(relation[n] == np.float32(p) for n, p in record.get("relation", {}).items())
+    teacher = dict(zip(RELATIONS, batch.teacher_relations_SQR[s, q], strict=True))
+    mask = dict(zip(RELATIONS, batch.teacher_relations_mask_SQR[s, q], strict=True))
+    if objects and "teacher/relations" in tensors:
+        i, j = objects[0]["index"], objects[1]["index"]
+        n = len(tensors["target/boxes"])
+        row = tensors["teacher/relations"].reshape(n, n, 4)[i, j]
+        assert (teacher["left_right"], teacher["above_below"]) == (row[0], row[2])
+        assert {name for name in mask if mask[name]} == {"left_right", "above_below"}
+    else:
+        assert not any(mask.values())
+
+
+def test_a_number_in_words_of_the_answer_is_the_value(tmp_path, tokenizer, config):
+    export = write_tiny_export(tmp_path / "export", train=3, val=0)
+    text = (export.folder / "questions.jsonl").read_text().replace('"value": 1.0', '"box": null')
+    records = [json.loads(line) for line in text.splitlines()]
+    for record in records:
+        record.pop("box", None)
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    (export.folder / "questions.jsonl").write_bytes(lines)
+    manifest = export.manifest | {
+        "questions": {"count": len(records), "sha256": hashlib.sha256(lines).hexdigest()}
+    }
+    (export.folder / "manifest.json").write_text(json.dumps(manifest))
+    pipeline = Pipeline(
+        Export(export.folder), tokenizer, config, "train", kinds=["object_counting"]
+    )
+    batch = pipeline.batch(0)
+    ones = [i for i, a in enumerate(asked(batch, tokenizer)) if ("1" in {x for _, x in a})]
+    assert ones
+    for s in ones:
+        q = [answer for _, answer in asked(batch, tokenizer)[s]].index("1")
+        assert batch.value_mask_SQ[s, q] and batch.value_SQ[s, q] == 1
+
+
+# --- Which questions ------------------------------------------------------------------------------
+
+
+def test_kinds_and_weights_choose(tiny_export, tokenizer, config):
+    wanted = ["proximity", "object_counting"]
+    only = Pipeline(tiny_export, tokenizer, config, "train", kinds=wanted)
+    kinds = Counter(q["kind"] for q in tiny_export.questions() if q["scene_id"] < "scene007")
+    assert only.dropped == {
+        f"kind {kind}": n
+        for kind, n in kinds.items()
+        if kind not in ("proximity", "object_counting")
+    }
+    weights = {kind: 0 for kind in kinds} | {"proximity": 1}
+    none = Pipeline(tiny_export, tokenizer, changed(config, kind_weights=weights), "train")
+    assert sum(map(len, none._used)) == kinds["proximity"]
+    heavy = changed(config, questions_per_scene=1, kind_weights={"object_counting": 1e6})
+    batches = [Pipeline(tiny_export, tokenizer, heavy, "train").batch(step) for step in range(2)]
+    texts = [scene[0][0] for batch in batches for scene in asked(batch, tokenizer)]
+    assert all("How many" in text for text in texts)
+
+
+def test_what_is_too_long_is_left_out_and_counted(tiny_export, tokenizer, config):
+    questions = [q for q in tiny_export.questions() if q["scene_id"] < "scene007"]
+    length = {q["id"]: len(tokenizer.encode(prompt(q))) + 1 for q in questions}
+    answer = {q["id"]: len(tokenizer.encode(" " + q["answer"])) + 1 for q in questions}
+    limits = changed(config, question_length=8, answer_length=3)
+    pipeline = Pipeline(tiny_export, tokenizer, limits, "train")
+    too_long = {i for i in length if length[i] > 8}
+    also = {i for i in answer if answer[i] > 3} - too_long
+    assert too_long and also
+    assert pipeline.dropped == {"question too long": len(too_long), "answer too long": len(also)}
+    assert pipeline.max_question_length == max(length.values())
+    assert pipeline.max_answer_length == max(answer.values())
+    found = [record for rows, _ in pipeline.eval_batches() for row in rows for record in row]
+    assert {record["id"] for record in found} == set(length) - too_long - also
+
+
+def test_boxes_beyond_the_limit_are_counted(tiny_export, tokenizer, config):
+    pipeline = Pipeline(tiny_export, tokenizer, changed(config, max_boxes=4), "train")
+    counts = [len(tiny_export.read_scene(i).get("target/boxes", ())) for i in
+              tiny_export.scene_ids("train")]  # fmt: skip
+    assert pipeline.dropped == {"boxes beyond max_boxes": sum(max(n - 4, 0) for n in counts)}
+
+
+def test_the_teachers_answers_can_be_the_reference(tiny_export, tokenizer, config):
+    teacher = changed(config, answer_field="teacher_answer", answer_length=20)
+    pipeline = Pipeline(tiny_export, tokenizer, teacher, "train")
+    texts = [a for scene in asked(pipeline.batch(0), tokenizer) for _, a in scene]
+    assert texts and all(text.startswith("I see") for text in texts)
+    assert pipeline.dropped["no teacher_answer"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds", "said"),
+    [
+        ({}, ["no such kind"], "no question to use in split train"),
+        ({"question_length": 1}, None, "question too long"),
+        ({"seed": -1}, None, "seed: -1"),
+        ({"scenes_per_batch": 0}, None, "scenes_per_batch: 0"),
+        ({"on_bad_scene": "ignore"}, None, "on_bad_scene: 'ignore'"),
+        ({"kind_weights": {"proximity": -1.0}}, None, "proximity: -1.0"),
+    ],
+)
+def test_what_a_user_can_get_wrong_is_one_line(
+    tiny_export, tokenizer, config, changes, kinds, said
+):
+    with pytest.raises(UserError, match=said) as error:
+        Pipeline(tiny_export, tokenizer, changed(config, **changes), "train", kinds)
+    assert "\n" not in str(error.value)
+
+
+# --- Bad scenes -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(tmp_path, tokenizer, config):
+    """An export whose scene002 was damaged after its questions were read."""
+    export = write_tiny_export(tmp_path / "export", train=4, val=1)
+    Pipeline(export, tokenizer, config, "train")
+    path = export.folder / "scenes" / "scene002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    return Export(export.folder)
+
+
+def test_a_bad_scene_stops(damaged, tokenizer, config):
+    pipeline = Pipeline(damaged, tokenizer, changed(config, scenes_per_batch=4), "train")
+    with pytest.raises(ExportError, match="scene002"):
+        pipeline.batch(0)
+    with pytest.raises(ExportError, match="scene002"):
+        list(pipeline.iterate(0, 1))
+
+
+def test_a_bad_scene_is_skipped_and_counted(damaged, tokenizer, config):
+    skip = changed(config, scenes_per_batch=4, on_bad_scene="skip")
+    pipeline = Pipeline(damaged, tokenizer, skip, "train")
+    ids = Counter(scenes_of(pipeline.batch(0), write_good(damaged)))
+    assert set(ids) == {"scene000", "scene001", "scene003"} and sum(ids.values()) == 4
+    assert pipeline.dropped["bad scene"] == 1 and "sha256" in pipeline.bad_scenes["scene002"]
+    again = Pipeline(damaged, tokenizer, skip, "train")
+    assert digest(again.batch(1)) == digest(pipeline.batch(1))
+    rows = [row for rows, _ in pipeline.eval_batches() for row in rows if row]
+    assert {row[0]["scene_id"] for row in rows} == {"scene000", "scene001", "scene003"}
+
+
+def write_good(damaged: Export) -> Export:
+    """The same export, undamaged."""
+    return write_tiny_export(damaged.folder.parent / "good", train=4, val=1)
+
+
+def test_only_bad_scenes_is_an_error(damaged, tokenizer, config):
+    for path in (damaged.folder / "scenes").iterdir():
+        path.write_bytes(b"")
+    pipeline = Pipeline(damaged, tokenizer, changed(config, on_bad_scene="skip"), "train")
+    with pytest.raises(UserError, match="every scene of split train is bad"):
+        pipeline.batch(0)
+
+
+# --- Evaluation and lengths -----------------------------------------------------------------------
+
+
+def test_eval_batches_ask_every_question_once_in_order(tiny_export, tokenizer, config, pipeline):
+    found = []
+    for records, batch in pipeline.eval_batches():
+        assert len(records) == batch.vision_SVPC.shape[0] == 3
+        texts = asked(batch, tokenizer)
+        for row, scene in zip(records, texts, strict=True):
+            assert [(prompt(r), r["answer"]) for r in row] == scene
+        found += [record for row in records for record in row]
+    assert found == [q for q in tiny_export.questions() if q["scene_id"] < "scene007"]
+    again = [digest(batch) for _, batch in pipeline.eval_batches()]
+    assert again == [digest(batch) for _, batch in pipeline.eval_batches()]
+
+
+def test_eval_batches_of_some_scenes(pipeline):
+    def scenes(**kwargs):
+        rows = [row for rows, _ in pipeline.eval_batches(**kwargs) for row in rows if row]
+        return list(dict.fromkeys(row[0]["scene_id"] for row in rows))
+
+    assert scenes(max_scenes=2) == ["scene000", "scene001"]
+    assert len(scenes(max_scenes=3, seed=1)) == 3
+    assert scenes(max_scenes=3, seed=1) == scenes(max_scenes=3, seed=1)
+    assert len({tuple(scenes(max_scenes=3, seed=seed)) for seed in range(5)}) > 1
+
+
+def test_measured_lengths_against_counting(tiny_export, tokenizer):
+    questions = [q for q in tiny_export.questions() if q["scene_id"] < "scene007"]
+    measured = measure_lengths(tiny_export, tokenizer, "train", kinds=["proximity"])
+    assert set(measured) == {"proximity", "all"} and measured["all"] == measured["proximity"]
+    own = [q for q in questions if q["kind"] == "proximity"]
+    lengths = sorted(len(tokenizer.encode(prompt(q))) + 1 for q in own)
+    summary = measured["all"]
+    assert summary.count == len(own) and summary.question_max == lengths[-1]
+    assert lengths[0] <= summary.question_p999 <= lengths[-1]
+    everything = measure_lengths(tiny_export, tokenizer, "train")
+    assert (
+        everything["all"].count
+        == len(questions)
+        == sum(s.count for kind, s in everything.items() if kind != "all")
+    )
+    assert measure_lengths(tiny_export, tokenizer, "test") == {}

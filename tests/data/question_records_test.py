@@ -1,0 +1,165 @@
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from geode_jax.data import question_records
+from geode_jax.data.exports import Export, ExportError
+from geode_jax.data.prompts import prompt
+from geode_jax.data.question_records import open_question_records, question_lengths
+from geode_jax.data.tokens import train_tokenizer
+from geode_jax.errors import UserError
+from tests.data.conftest import CATEGORIES, write_tiny_export
+
+
+def by_scene(export: Export) -> dict[str, list[dict]]:
+    scenes = defaultdict(list)
+    for record in export.questions():
+        scenes[record["scene_id"]].append(record)
+    return dict(scenes)
+
+
+def run(code: str) -> subprocess.Popen:
+    preamble = (
+        "import os, signal, sys\n"
+        "from geode_jax.data.exports import Export\n"
+        "from geode_jax.data import question_records\n"
+    )
+    return subprocess.Popen([sys.executable, "-W", "error", "-c", preamble + code])
+
+
+def leftovers(export: Export) -> list[str]:
+    names = {path.name for path in (export.folder / ".questions").iterdir()}
+    return sorted(name for name in names if name.startswith(("tmp", "lengths")))
+
+
+def test_every_scene_gives_its_questions_in_any_order(tiny_export):
+    records = open_question_records(tiny_export)
+    expected = by_scene(tiny_export)
+    assert sorted(expected) == records.scene_ids("train") + records.scene_ids("val")
+    assert records.scene_ids() == records.scene_ids("train") + records.scene_ids("val")
+    for scene_id in np.random.default_rng(0).permutation(sorted(expected)):
+        assert records.read(str(scene_id)) == expected[scene_id]
+    copy = pickle.loads(pickle.dumps(records))
+    assert copy.read("scene003") == expected["scene003"]
+    assert records.read("a scene without questions") == []
+
+
+def test_records_are_array_record_files_made_once(tiny_export):
+    folder = open_question_records(tiny_export).folder
+    files = sorted(folder.rglob("*array_record*"))
+    assert {file.name.split("-")[1].split(".")[0] for file in files} == {"train", "val"}
+    times = [file.stat().st_mtime_ns for file in files]
+    assert open_question_records(Export(tiny_export.folder)).folder == folder
+    assert [file.stat().st_mtime_ns for file in files] == times
+
+
+def test_tensorflow_is_never_imported(tmp_path):
+    export = write_tiny_export(tmp_path / "export", train=2, val=0)
+    process = run(
+        f"records = question_records.open_question_records(Export({str(export.folder)!r}))\n"
+        "assert records.read('scene001')\n"
+        "import geode_jax.data.pipeline\n"
+        "bad = {'tensorflow', 'tensorboard'} & set(sys.modules)\n"
+        "sys.exit(str(bad) if bad else 0)\n"
+    )
+    assert process.wait() == 0
+
+
+def test_two_processes_may_race_and_one_may_have_been_killed(tmp_path):
+    export = write_tiny_export(tmp_path / "export", train=3, val=1)
+    killed = run(
+        "os.rename = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"question_records.open_question_records(Export({str(export.folder)!r}))\n"
+    )
+    assert killed.wait() == -9
+    assert leftovers(export)
+    racers = [
+        run(f"question_records.open_question_records(Export({str(export.folder)!r}))\n")
+        for _ in range(2)
+    ]
+    assert [racer.wait() for racer in racers] == [0, 0]
+    assert not leftovers(export)
+    records = open_question_records(export)
+    assert {i: records.read(i) for i in records.scene_ids()} == by_scene(export)
+
+
+def test_an_unwritable_export_uses_the_users_cache(tmp_path, monkeypatch):
+    export = write_tiny_export(tmp_path / "export", train=2, val=0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (export.folder / ".questions").write_text("in the way")
+    records = open_question_records(export)
+    assert records.folder.is_relative_to(tmp_path / "cache")
+    assert {i: records.read(i) for i in records.scene_ids()} == by_scene(export)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    export = write_tiny_export(tmp_path / "export", train=2, val=0)
+
+    def no_space(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(question_records.os, "rename", no_space)
+    with pytest.raises(UserError, match="cannot write records: No space left on device"):
+        open_question_records(export)
+    assert not leftovers(export)
+
+
+def test_a_bad_question_stops_or_is_skipped_and_listed(tmp_path):
+    export = write_tiny_export(tmp_path / "export", train=3, val=0)
+    expected = by_scene(export)
+    scene = export.folder / "scenes" / "scene001.safetensors"
+    scene.write_bytes(scene.read_bytes()[:50])  # its questions cannot be checked
+    export = Export(export.folder)
+    with pytest.raises(ExportError, match="scene001"):
+        open_question_records(export)
+    records = open_question_records(export, on_bad="skip")
+    assert len(records.dropped) == len(expected["scene001"])
+    assert all("scene001" in line for line in records.dropped)
+    assert records.read("scene001") == [] and records.read("scene002") == expected["scene002"]
+    with pytest.raises(ExportError):  # what was skipped is not taken for the whole
+        open_question_records(export)
+
+
+def test_other_questions_or_splits_make_other_records(tmp_path):
+    export = write_tiny_export(tmp_path / "a", train=3, val=0)
+    first = open_question_records(export).folder
+    shutil.copytree(export.folder, tmp_path / "b")
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    manifest["scenes"][2]["split"] = "test"
+    (tmp_path / "b" / "manifest.json").write_text(json.dumps(manifest))
+    records = open_question_records(Export(tmp_path / "b"))
+    assert records.folder.name != first.name
+    assert records.scene_ids("test") == ["scene002"]
+
+
+def test_a_damaged_cache_is_noticed(tmp_path):
+    records = open_question_records(write_tiny_export(tmp_path / "export", train=3, val=0))
+    index = records.folder / "index.json"
+    index.write_text(index.read_text().replace("scene001", "scene999"))
+    with pytest.raises(UserError, match="damaged cache"):
+        question_records.QuestionRecords(records.folder).read("scene999")
+
+
+def test_lengths_are_those_of_the_tokenizer(tiny_export, monkeypatch):
+    questions = [q for q in tiny_export.questions() if q["scene_id"] < "scene007"]
+    tokenizer = train_tokenizer([prompt(q) for q in questions], CATEGORIES, 3)
+    records = open_question_records(tiny_export)
+    lengths = question_lengths(records, "train", tokenizer)
+    ids = records.scene_ids("train")
+    assert [ids[i] for i in lengths["scene"]] == [q["scene_id"] for q in questions]
+    assert lengths["kind"].tolist() == [q["kind"] for q in questions]
+    assert lengths["question"].tolist() == [len(tokenizer.encode(prompt(q))) + 1 for q in questions]
+    for field in ("answer", "teacher_answer"):
+        expected = [
+            len(tokenizer.encode(" " + q[field])) + 1 if field in q else 0 for q in questions
+        ]
+        assert lengths[field].tolist() == expected
+    monkeypatch.setattr(question_records, "_token_counts", None)  # now they come from a file
+    again = question_lengths(records, "train", tokenizer)
+    assert all((again[name] == lengths[name]).all() for name in lengths)

@@ -1,0 +1,410 @@
+"""Every question is answered again from its text and the boxes, and cannot be guessed blind.
+
+The answers here come from complex arithmetic on box corners and from the sentences alone; nothing
+of the generator is used but the boxes, the pixel counts and the room.
+"""
+
+import collections
+import functools
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+from geode_jax.data import room_layout, room_questions, rooms
+
+SCENES = 200
+RELATIONS = ("proximity", "contact", "size_comparison", "orientation")
+COUNT = {
+    "proximity": 2, "contact": 2, "size_comparison": 2, "orientation": 2, "object_counting": 2,
+    "object_abs_distance": 3, "object_size_estimation": 3, "room_size_estimation": 1,
+    "object_rel_distance": 2, "object_rel_direction_easy": 1, "object_rel_direction_medium": 1,
+    "object_rel_direction_hard": 1, "route_planning": 1, "obj_appearance_order": 1,
+    "scene_description": 1,
+}  # fmt: skip
+
+
+@functools.cache
+def asked():
+    """[(what is seen, records)] of all scenes."""
+    result = []
+    for index in range(SCENES):
+        scene, seen = rooms.make_and_observe(21, index)
+        result.append((rooms.seen_room(scene, seen), rooms.questions(scene, seen)))
+    return result
+
+
+def of_kind(kind):
+    return [(room, r) for room, records in asked() for r in records if r["kind"] == kind]
+
+
+# -------------------------------------------------------------------- answering independently
+
+
+def outline(box):
+    """Points along the footprint's edge, 2 cm apart or closer, as complex numbers."""
+    corners = np.array([1 + 1j, -1 + 1j, -1 - 1j, 1 - 1j])
+    corners = corners.real * box[3] / 2 + 1j * corners.imag * box[4] / 2
+    steps = np.linspace(0, 1, 130)[:, None]
+    edge = corners + (np.roll(corners, -1) - corners) * steps
+    return complex(box[0], box[1]) + edge.ravel() * np.exp(1j * box[6])
+
+
+def gap(a, b):
+    """Distance of two boxes to about 1 mm: outline to rectangle, both ways."""
+
+    def to_rectangle(points, box):
+        local = (points - complex(box[0], box[1])) * np.exp(-1j * box[6])
+        out = np.maximum(np.abs(local.real) - box[3] / 2, 0)
+        return np.hypot(out, np.maximum(np.abs(local.imag) - box[4] / 2, 0)).min()
+
+    level = min(to_rectangle(outline(a), b), to_rectangle(outline(b), a))
+    high = max(abs(a[2] - b[2]) - (a[5] + b[5]) / 2, 0)
+    return np.hypot(level, high)
+
+
+class Facts:
+    """The boxes by noun."""
+
+    def __init__(self, room):
+        self.room = room
+        self.rows = collections.defaultdict(list)
+        for row, name in enumerate(room.names):
+            self.rows[name].append(row)
+
+    def box(self, name):
+        assert len(self.rows[name]) == 1, f"the {name} is not one object"
+        return self.room.boxes[self.rows[name][0]]
+
+    def gap(self, a, b):
+        return min(
+            gap(self.room.boxes[i], self.room.boxes[j])
+            for i, j in itertools.product(self.rows[a], self.rows[b])
+        )
+
+    def angle(self, stand, face, target):
+        """Degrees to the left from facing `face` to facing `target`."""
+        here, ahead, aside = (complex(*self.box(n)[:2]) for n in (stand, face, target))
+        return np.degrees(np.angle((aside - here) / (ahead - here)))
+
+
+def chosen(record):
+    """Text of the option that the answer's letter names."""
+    options = dict(option.split(". ", 1) for option in record["options"])
+    assert list(options) == list("ABCD"[: len(options)]) and len(set(options.values())) > 1
+    return options[record["answer"]]
+
+
+def groups(pattern, record):
+    match = re.fullmatch(pattern, record["question"])
+    assert match, record["question"]
+    return match.groups()
+
+
+def reply_proximity(room, record):
+    anchor, a, b = groups(r"Which is closer to the (.+), the (.+) or the (.+)\?", record)
+    facts = Facts(room)
+    assert abs(facts.gap(anchor, a) - facts.gap(anchor, b)) > 0.29
+    first = facts.gap(anchor, a) < facts.gap(anchor, b)
+    assert record["relation"]["proximity"] == first
+    return a if first else b
+
+
+def reply_contact(room, record):
+    a, b = groups(r"Is the (.+) touching the (.+)\?", record)
+    distance = Facts(room).gap(a, b)
+    assert distance < 0.021 or distance > 0.249
+    assert record["relation"]["contact"] == (distance < 0.021)
+    return "yes" if distance < 0.021 else "no"
+
+
+def reply_size_comparison(room, record):
+    a, b = groups(r"Which is larger, the (.+) or the (.+)\?", record)
+    ratio = np.prod(Facts(room).box(a)[3:6]) / np.prod(Facts(room).box(b)[3:6])
+    assert max(ratio, 1 / ratio) >= 1.3
+    assert record["relation"]["size_comparison"] == (ratio > 1)
+    return a if ratio > 1 else b
+
+
+def reply_orientation(room, record):
+    pattern = r"If I stand by the (.+) facing the (.+), is the (.+) on my left or on my right\?"
+    angle = Facts(room).angle(*groups(pattern, record))
+    assert 19.9 < abs(angle) < 160.1
+    assert record["relation"]["orientation"] == (angle > 0)
+    return "left" if angle > 0 else "right"
+
+
+def reply_object_counting(room, record):
+    (name,) = groups(r"How many (.+)\(s\) are in this room\?", record)
+    assert name not in room.vague
+    return str(room.names.count(name))
+
+
+def reply_object_abs_distance(room, record):
+    pattern = (
+        r"Measuring from the closest point of each object, what is the direct distance between "
+        r"the (.+) and the (.+) \(in meters\)\?"
+    )
+    return f"{Facts(room).gap(*groups(pattern, record)):.1f}"
+
+
+def reply_object_size_estimation(room, record):
+    pattern = (
+        r"What is the length of the longest dimension \(length, width, or height\) of the (.+), "
+        r"measured in centimeters\?"
+    )
+    return f"{max(Facts(room).box(*groups(pattern, record))[3:6]) * 100:.0f}"
+
+
+def reply_room_size_estimation(room, record):
+    assert record["question"].startswith("What is the size of this room (in square meters)?")
+    return f"{room.room[0] * room.room[1]:.1f}"
+
+
+def reply_object_rel_distance(room, record):
+    pattern = (
+        r"Measuring from the closest point of each object, which of these objects \((.+)\) is the "
+        r"closest to the (.+)\?\nIf there are multiple .+ measure to the closest\."
+    )
+    listed, anchor = groups(pattern, record)
+    facts, names = Facts(room), listed.split(", ")
+    assert [option[3:] for option in record["options"]] == names
+    ranked = sorted(names, key=lambda name: facts.gap(name, anchor))
+    assert facts.gap(ranked[1], anchor) - facts.gap(ranked[0], anchor) > 0.24
+    return ranked[0]
+
+
+def direction(record, room, asked_for):
+    pattern = r"If I am standing by the (.+) and facing the (.+), is the (.+) to " + asked_for
+    stand, face, target = groups(pattern, record)[:3]
+    return Facts(room).angle(stand, face, target)
+
+
+def reply_object_rel_direction_easy(room, record):
+    angle = direction(record, room, r"the left or the right of the (.+)\?")
+    assert 19.9 < abs(angle) < 160.1
+    return "left" if angle > 0 else "right"
+
+
+def reply_object_rel_direction_medium(room, record):
+    angle = direction(record, room, r"my left, right, or back\?\nAn object is to my back .+")
+    assert 19.9 < abs(angle) < 125.1 or abs(angle) > 144.9
+    return "back" if abs(angle) > 135 else "left" if angle > 0 else "right"
+
+
+def reply_object_rel_direction_hard(room, record):
+    pattern = r"my front-left, front-right, back-left, or back-right\?\nThe directions .+"
+    angle = direction(record, room, pattern)
+    assert all(abs(abs(angle) - bound) > 9.9 for bound in (0, 90, 180))
+    return f"{'front' if abs(angle) < 90 else 'back'}-{'left' if angle > 0 else 'right'}"
+
+
+def reply_route_planning(room, record):
+    pattern = (
+        r"You are a robot beginning at the (.+) and facing the (.+)\. You want to navigate to the "
+        r"(.+)\. You will perform the following actions \(Note: for each \[please fill in\], "
+        r"choose either 'turn back,' 'turn left,' or 'turn right\.'\): (1\. .+)\. "
+        r"You have reached the final destination\."
+    )
+    start, face, goal, text = groups(pattern, record)
+    facts = Facts(room)
+
+    def centre(name):
+        return complex(*facts.box(name)[:2])
+
+    here, heading, turns, blank = centre(start), centre(face) - centre(start), [], False
+    for step in re.split(r" ?\d\. ", text)[1:]:
+        if step == "[please fill in]":
+            blank = True
+            continue
+        name = step.removeprefix("Go forward until the ")
+        angle = np.degrees(np.angle((centre(name) - here) / heading))
+        if blank:
+            assert abs(angle) > 44.9 and not 125.1 < abs(angle) < 144.9
+            turns.append("Back" if abs(angle) > 135 else "Left" if angle > 0 else "Right")
+        else:
+            assert abs(angle) < 1e-6
+        heading, here, blank = centre(name) - here, centre(name), False
+    assert name == goal
+    return ", ".join(f"Turn {turn}" for turn in turns)
+
+
+def reply_obj_appearance_order(room, record):
+    pattern = r"What will be the first-time appearance order .+ in the video: (.+)\?"
+    facts, first = Facts(room), {}
+    for name in groups(pattern, record)[0].split(", "):
+        shown = room.rays[:, facts.rows[name]].max(1)
+        first[name] = int(np.flatnonzero(shown >= room_questions.FIRST_SEEN)[0])
+    assert len(set(first.values())) == len(first) >= 3
+    return ", ".join(sorted(first, key=first.get))
+
+
+def reply_scene_description(room, record):
+    area = room.room[0] * room.room[1]
+    size = "small" if area < 18 else "medium" if area < 32 else "large"
+    words = dict(zip(("a", "two", "three", "four", "five"), range(1, 6), strict=True))
+    _, listed = record["answer"].split(" with ")
+    assert len(record["answer"].split()) <= 14
+    items = re.split(", | and ", listed.rstrip("."))
+    for item in items:
+        number, noun = item.split(" ", 1)
+        if words[number] > 1:
+            noun = "bookshelf" if noun == "bookshelves" else noun[:-1]
+        assert room.names.count(noun) == words[number]
+    assert len(items) == min(4, len(set(room.names)))
+    return f"A {size} room with {listed}"
+
+
+REPLIES = {name.removeprefix("reply_"): f for name, f in globals().items() if "reply_" in name}
+
+
+@pytest.mark.parametrize("kind", COUNT)
+def test_answers_follow_from_text_and_boxes(kind):
+    records = of_kind(kind)
+    assert len(records) > SCENES / 4
+    for room, record in records:
+        answer = chosen(record) if "options" in record else record["answer"]
+        assert REPLIES[kind](room, record) == answer, record
+        assert set(record) <= {
+            "id", "scene_id", "kind", "question", "answer", "options", "value", "unit",
+            "rationale", "relation", "objects",
+        }  # fmt: skip
+        assert record["rationale"].endswith(".")
+        if "value" in record:
+            assert record["value"] == float(record["answer"])
+            assert record["unit"] in ("items", "m", "cm", "m2")
+
+
+def test_objects_are_the_nouns_in_order_with_their_boxes():
+    for room, records in asked():
+        for record in records:
+            position = 0
+            for item in record.get("objects", ()):
+                assert item["name"] == room.names[item["index"]]
+                assert item["name"] not in room.vague
+                np.testing.assert_array_equal(item["box"], room.boxes[item["index"]])
+                position = record["question"].index(f"{item['name']}", position)
+            named = {name for name in room.names if re.search(rf"\b{name}\b", record["question"])}
+            if record["kind"] not in ("object_counting", "scene_description"):
+                assert named == {item["name"] for item in record.get("objects", ())}
+
+
+def test_numbers_of_questions():
+    kinds = collections.Counter(r["kind"] for _, records in asked() for r in records)
+    assert set(kinds) == set(COUNT)
+    for room, records in asked():
+        counts = collections.Counter(r["kind"] for r in records)
+        assert all(counts[kind] <= most for kind, most in COUNT.items())
+        numbers = [record["id"].removeprefix(f"{room.scene_id}_") for record in records]
+        assert numbers == [f"{k:02d}" for k in range(len(records))]
+    assert 18 < sum(kinds.values()) / SCENES < 28
+
+
+def test_view_relations_agree_with_the_first_camera():
+    tried = collections.Counter()
+    for room, records in asked():
+        pose = np.vstack([room.extrinsic[0], [0, 0, 0, 1]])
+        for record in records:
+            rows = [item["index"] for item in record.get("objects", ())][:2]
+            for name, axis in (("left_right", 0), ("above_below", 1)):
+                if name in record.get("relation", {}):
+                    a, b = (pose @ [*room.boxes[row][:3], 1] for row in rows)
+                    assert (room.rays[0, rows] > 0).all() and min(a[2], b[2]) > 0
+                    assert record["relation"][name] == (a[axis] / a[2] < b[axis] / b[2])
+                    tried[name, record["relation"][name]] += 1
+    assert len(tried) == 4 and min(tried.values()) > 50
+
+
+# ------------------------------------------------------------------------------ not guessable
+
+
+def blind_accuracy(kind):
+    """Logistic regression on the nouns in their roles and on the last two together.
+
+    Fitted on half of the scenes, tested on the other half, both ways: all that category priors
+    can tell.
+    """
+    records = of_kind(kind)
+    nouns = [[room_layout.NAMES.index(item["name"]) for item in r["objects"]] for _, r in records]
+    label = np.array([r["relation"][kind] for _, r in records])
+    half = np.array([int(room.scene_id[-6:]) % 2 for room, _ in records])
+    size, roles = len(room_layout.NAMES), len(nouns[0])
+    inputs = np.zeros((len(records), size * roles + size * size + 1))
+    for row, named in enumerate(nouns):
+        inputs[row, [size * role + noun for role, noun in enumerate(named)]] = 1
+        inputs[row, size * roles + size * named[-2] + named[-1]] = 1
+        inputs[row, -1] = 1
+    right = 0
+    for test in (0, 1):
+        x, y = inputs[half != test], label[half != test]
+        weights = np.zeros(inputs.shape[1])
+        for _ in range(8):  # Newton steps with a ridge
+            p = 1 / (1 + np.exp(-x @ weights))
+            slope = x.T @ (p - y) + 2 * weights
+            weights -= np.linalg.solve((x.T * (p * (1 - p))) @ x + 2 * np.eye(len(weights)), slope)
+        right += ((inputs[half == test] @ weights > 0) == label[half == test]).sum()
+    return right / len(records)
+
+
+@pytest.mark.parametrize("kind", RELATIONS)
+def test_relations_cannot_be_guessed(kind):
+    labels = [record["relation"][kind] for _, record in of_kind(kind)]
+    assert 0.42 < np.mean(labels) < 0.58
+    assert blind_accuracy(kind) < 0.62
+
+
+def test_the_blind_guesser_would_find_a_prior():
+    """The guesser is no straw man: volumes of categories alone it predicts well."""
+    prior = room_layout.larger_prior()
+    guess = [
+        prior[tuple(item["name"] for item in record["objects"])] > 0.5
+        for _, record in of_kind("size_comparison")
+    ]
+    pairs = itertools.permutations(room_layout.NAMES, 2)
+    raw = [max(prior[pair], 1 - prior[pair]) for pair in pairs]
+    assert np.mean(raw) > 0.7  # what an unbalanced question would give away
+    labels = [record["relation"]["size_comparison"] for _, record in of_kind("size_comparison")]
+    assert np.mean(np.equal(guess, labels)) < 0.62
+
+
+def relative_accuracy(guess, value):
+    """VSI-Bench's mean relative accuracy."""
+    return np.mean(abs(guess - value) / value <= 1 - np.linspace(0.5, 0.95, 10))
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    [
+        ("object_counting", 0.52),
+        ("object_abs_distance", 0.36),
+        ("object_size_estimation", 0.55),
+        ("room_size_estimation", 0.42),
+    ],
+)
+def test_numbers_cannot_be_guessed(kind, most):
+    """The median of the question's own wording (so of its category) scores low."""
+    fit, score = collections.defaultdict(list), []
+    records = [(int(room.scene_id[-6:]) % 2, r) for room, r in of_kind(kind)]
+    wording = {"object_abs_distance": kind}.get(kind)
+    for half, record in records:
+        if half == 0:
+            fit[wording or record["question"]].append(record["value"])
+    overall = np.median([value for values in fit.values() for value in values])
+    for half, record in records:
+        if half == 1:
+            known = fit[wording or record["question"]]
+            guess = np.median(known) if len(known) >= 5 else overall
+            score.append(relative_accuracy(guess, record["value"]))
+    assert np.mean(score) < most
+
+
+@pytest.mark.parametrize("kind", [kind for kind in COUNT if "rel_d" in kind or kind[:5] == "route"])
+def test_no_letter_and_no_class_is_favoured(kind):
+    records = [record for _, record in of_kind(kind)]
+    letters = collections.Counter(record["answer"] for record in records)
+    classes = collections.Counter(chosen(record) for record in records)
+    # Twice the share of one option among as many as there mostly are is far from any real bias.
+    most = max(len(record["options"]) for record in records)
+    assert max(letters.values()) < min(2 / most, 0.6) * len(records)
+    assert max(classes.values()) < 0.6 * len(records)

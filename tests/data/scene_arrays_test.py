@@ -1,0 +1,190 @@
+"""Compared with plain loops over pixels, and with geometry done the other way round."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from geode_jax.data.scene_arrays import (
+    SceneShapes,
+    _patch_majority,
+    _patch_mean,
+    batch_rows,
+    empty_rows,
+    export_sizes,
+)
+from geode_jax.errors import UserError
+from tests.data.conftest import CELL, GRID, TOKEN_WIDTH, tiny_scene, write_tiny_export
+
+SHAPES = SceneShapes(
+    views=3, grid=GRID, token_width=TOKEN_WIDTH, depth_ratio=2, boxes=5, categories=5, features=7,
+    depth_bins=6,
+)  # fmt: skip
+
+
+@pytest.fixture
+def scene():
+    arrays, teacher = tiny_scene(np.random.default_rng(3), views=2, boxes=4)
+    return arrays | {f"teacher/{name}": array for name, array in teacher.items()}
+
+
+def test_depth_is_averaged_over_known_pixels_only(scene):
+    rows = batch_rows(scene, SHAPES)
+    gh, gw = GRID
+    for v in range(2):
+        for p in range(gh * gw):
+            y, x = divmod(p, gw)
+            cell = scene["vggt/depth"][v, y * CELL : (y + 1) * CELL, x * CELL : (x + 1) * CELL]
+            np.testing.assert_allclose(rows["depth_hint"][v, p], cell[cell > 0].mean(), rtol=1e-6)
+        for y in range(gh * 2):
+            for x in range(gw * 2):
+                cell = scene["target/depth"][v, y * 2 : y * 2 + 2, x * 2 : x * 2 + 2]
+                mean = cell[cell > 0].mean() if (cell > 0).any() else 0
+                np.testing.assert_allclose(rows["target_depth"][v, y, x], mean, rtol=1e-6)
+    assert (rows["depth_hint"][2] == 0).all() and (rows["target_depth"][2] == 0).all()
+
+
+def test_a_point_projects_back_to_the_pixel_it_was_seen_at(scene):
+    rows = batch_rows(scene, SHAPES)
+    for v in range(2):
+        pose, camera = scene["camera/extrinsic"][v], scene["camera/intrinsic"][v]
+        for p in np.flatnonzero(rows["points_mask"][v]):
+            y, x = divmod(int(p), GRID[1])
+            seen = pose[:, :3] @ rows["points"][v, p] + pose[:, 3]
+            pixel = (camera @ seen / seen[2])[:2]
+            # Even cells have no centre pixel; the one after the centre is taken.
+            expected = [x * CELL + CELL // 2, y * CELL + CELL // 2]
+            np.testing.assert_allclose(pixel, expected, atol=1e-4)
+            depth = scene["vggt/depth"][v, expected[1], expected[0]]
+            np.testing.assert_allclose(seen[2], depth, rtol=1e-5)
+            on_grid = rows["intrinsic"][v] @ seen / seen[2]
+            # The patch's centre is at (x, y) of the grid; the pixel is half a pixel off.
+            np.testing.assert_allclose(on_grid[:2], [x + 0.5 / CELL, y + 0.5 / CELL], atol=1e-5)
+    known = scene["vggt/depth"][:, CELL // 2 :: CELL, CELL // 2 :: CELL] > 0
+    assert (rows["points_mask"][:2] == known.reshape(2, -1)).all()
+    assert not rows["points_mask"][2].any()
+
+
+def test_stored_points_win_over_unprojected_ones(scene):
+    h, w = GRID[0] * CELL, GRID[1] * CELL
+    points = np.random.default_rng(0).normal(size=(2, h, w, 3)).astype(np.float16)
+    rows = batch_rows(scene | {"vggt/points": points}, SHAPES)
+    mask = rows["points_mask"][:2]
+    chosen = points[:, CELL // 2 :: CELL, CELL // 2 :: CELL].reshape(2, -1, 3)
+    assert (rows["points"][:2][mask] == chosen[mask]).all() and mask.any() and not mask.all()
+    assert (rows["points"][:2][~mask] == 0).all()
+
+
+def test_padding_views_can_be_inverted_and_are_masked(scene):
+    rows = batch_rows(scene, SHAPES)
+    assert rows["view_mask"].tolist() == [True, True, False]
+    assert (rows["extrinsic"][2] == np.eye(3, 4)).all() and (
+        rows["intrinsic"][2] == np.eye(3)
+    ).all()
+    assert (rows["extrinsic"][:2] == scene["camera/extrinsic"]).all()
+    assert (rows["vision"][:2] == scene["vggt/tokens"]).all() and (rows["vision"][2] == 0).all()
+
+
+def test_boxes_are_padded_or_marked_as_not_all(scene):
+    rows = batch_rows(scene, SHAPES)
+    assert (rows["target_boxes"][:4] == scene["target/boxes"]).all()
+    assert rows["target_labels"].tolist() == [*scene["target/labels"], -1]
+    assert rows["boxes_known"]
+    few = SceneShapes(**(SHAPES.__dict__ | {"boxes": 3}))
+    assert not batch_rows(scene, few)["boxes_known"]
+    none = {"target/boxes": np.zeros((0, 7), np.float32), "target/labels": np.zeros(0, np.int32)}
+    rows = batch_rows(scene | none, SHAPES)
+    assert rows["boxes_known"] and (rows["target_labels"] == -1).all()
+
+
+def test_teacher_arrays_reach_the_patch_grid(scene):
+    rows = batch_rows(scene, SHAPES)
+    assert (rows["teacher_features"][:2] == scene["teacher/features"].reshape(2, 6, 7)).all()
+    cells = scene["teacher/depth_bins"].reshape(2, 2, 2, 3, 2, 6).mean(axis=(2, 4))
+    np.testing.assert_allclose(rows["teacher_depth_bins"][:2], cells.reshape(2, 6, 6), atol=1e-6)
+    np.testing.assert_allclose(rows["teacher_depth_bins"][:2].sum(-1), 1, atol=1e-6)
+    assert (rows["teacher_detection"][:4] == scene["teacher/detection_probs"]).all()
+    for name in ("features", "depth_bins", "detection"):
+        assert rows[f"teacher_{name}_mask"]
+
+
+def test_absent_arrays_keep_the_shapes_and_clear_the_masks(scene):
+    full = batch_rows(scene, SHAPES)
+    bare = batch_rows({"vggt/tokens": scene["vggt/tokens"]}, SHAPES)
+    for name, row in full.items():
+        assert (bare[name].shape, bare[name].dtype) == (row.shape, row.dtype), name
+        assert np.isfinite(row).all(), name
+    for name in ("points_mask", "boxes_known", "teacher_features_mask", "teacher_depth_bins_mask"):
+        assert not bare[name].any()
+    assert not bare["teacher_detection_mask"] and (bare["target_segmentation"] == -1).all()
+    assert (bare["target_depth"] == 0).all() and (bare["depth_hint"] == 0).all()
+    assert empty_rows(SHAPES)["view_mask"].tolist() == [True, False, False]
+    without_teacher = SceneShapes(
+        **(SHAPES.__dict__ | dict(categories=0, features=0, depth_bins=0))
+    )
+    bare = batch_rows({"vggt/tokens": scene["vggt/tokens"]}, without_teacher)
+    assert bare["teacher_features"].shape == (3, 6, 0)
+
+
+def test_target_depth_serves_as_geometry_where_vggt_gave_none(scene):
+    del scene["vggt/depth"]
+    rows = batch_rows(scene, SHAPES)
+    assert (rows["depth_hint"] == 0).all()  # the model must not see the target
+    assert rows["points_mask"].any()
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4), st.integers(0, 999)
+)
+def test_pooling_of_any_size_against_loops(h, w, rows, columns, seed):
+    random = np.random.default_rng(seed)
+    labels = random.integers(-1, 3, (1, h, w))
+    values = random.uniform(0.1, 1, (1, h, w)) * (random.random((1, h, w)) < 0.7)
+    mean = _patch_mean(values, (rows, columns))[0]
+    majority = _patch_majority(labels, (rows, columns))[0]
+    for i in range(rows):
+        for j in range(columns):
+            # A pixel belongs to the cell that its centre lies in.
+            ys = [y for y in range(h) if int((y + 0.5) * rows / h) == i]
+            xs = [x for x in range(w) if int((x + 0.5) * columns / w) == j]
+            if not ys or not xs:
+                continue  # more cells than pixels: tested below
+            cell = values[0][np.ix_(ys, xs)]
+            expected = cell[cell > 0].mean() if (cell > 0).any() else 0
+            if rows <= h and columns <= w:
+                np.testing.assert_allclose(mean[i, j], expected, rtol=1e-5)
+                votes = labels[0][np.ix_(ys, xs)].reshape(-1).tolist()
+                most = max(map(votes.count, votes))
+                assert votes.count(majority[i, j]) == most
+                assert majority[i, j] >= 0 or {x for x in votes if votes.count(x) == most} == {-1}
+
+
+def test_more_cells_than_pixels_repeats_the_nearest():
+    values = np.array([[[1.0, 2.0]]])
+    assert _patch_mean(values, (2, 4))[0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
+    assert _patch_majority(values.astype(int), (2, 4))[0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
+
+
+def test_export_sizes_come_from_the_headers(tiny_export, tmp_path):
+    sizes = export_sizes(tiny_export)
+    assert (sizes.views, sizes.features, sizes.depth_bins) == (3, 7, 6)
+    assert sizes.box_counts == {f"scene{i:03}": (3 + i % 4) * (i > 0) for i in range(10)}
+    assert sizes.has_detection_probs
+    export = write_tiny_export(tmp_path / "export", train=5, val=0)
+    for entry in export.manifest["scenes"][1:2]:
+        (export.folder / "scenes" / f"{entry['id']}.safetensors").write_bytes(b"garbage")
+    assert "scene001" in export_sizes(export).box_counts
+
+
+def test_teachers_of_different_width_are_refused(tmp_path):
+    import geode_jax.data.exports as exports
+
+    export = write_tiny_export(tmp_path / "export", train=5, val=0)
+    arrays, teacher = tiny_scene(np.random.default_rng(0), 2, 3)
+    teacher["features"] = teacher["features"][..., :4]
+    entry = exports.write_scene(
+        export.folder, "other", arrays, teacher, split="train", manifest=export.manifest
+    )
+    export.manifest["scenes"].append(entry)
+    with pytest.raises(UserError, match="scene other: tensor teacher/features: width 4"):
+        export_sizes(export)
