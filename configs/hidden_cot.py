@@ -84,6 +84,8 @@ def base() -> ml_collections.ConfigDict:
                 "question_length": 0,  # 0 = the longest of the training split
                 "answer_length": 0,
                 "max_boxes": 64,
+                "rows_per_scene": 1,  # packed text rows of a scene and their length
+                "row_length": 1024,
                 "workers": 0,
                 "on_bad_scene": "stop",
                 "kind_weights": {},
@@ -164,14 +166,25 @@ def laptop() -> ml_collections.ConfigDict:
             "scenes_per_batch": 8,
             "questions_per_scene": 16,
             "max_boxes": 12,
+            "rows_per_scene": 5,
+            "row_length": 64,
         }
     )
+    # Multiple choice with its four options is long; one such question costs three short ones.
+    config.data.kind_weights = {
+        "object_rel_distance": 0.5,
+        "object_rel_direction_easy": 0.5,
+        "object_rel_direction_medium": 0.5,
+        "object_rel_direction_hard": 0.5,
+        "route_planning": 0.3,
+        "obj_appearance_order": 0.5,
+    }
     config.model.update(
         {
             "width": 128,
             "layers": 4,
             "heads": 4,
-            "mlp_width": 512,
+            "mlp_width": 256,
             "cross_layers": (0, 2),
             "heads_width": 128,
             "depth_bins": 16,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -84,18 +85,21 @@ def _mesh(config) -> jax.sharding.Mesh:
 
 def prepare_export(data: ml_collections.ConfigDict) -> Path:
     """The folder of the export; rooms and real RGB-D folders are made where they are missing."""
-    root = Path(data.root)
-    if data.rgbd:
-        source = Path(data.rgbd)
-        folder = root / f"rgbd_{source.name}"
-        if not (folder / "manifest.json").exists():
-            make_rgbd_export(source, folder)
-        return folder
-    if data.export == "rooms":
-        folder = root / f"rooms_{data.rooms_scenes}_s{data.rooms_seed}"
-        if not (folder / "manifest.json").exists():
+    folder = export_folder(data)
+    if not (folder / "manifest.json").exists():
+        if data.rgbd:
+            make_rgbd_export(data.rgbd, folder)
+        elif data.export == "rooms":
             make_rooms(folder, scenes=data.rooms_scenes, seed=data.rooms_seed)
-        return folder
+    return folder
+
+
+def export_folder(data: ml_collections.ConfigDict) -> Path:
+    """Where the export of a run lies, or will."""
+    if data.rgbd:
+        return Path(data.root) / f"rgbd_{Path(data.rgbd).resolve().name}"
+    if data.export == "rooms":
+        return Path(data.root) / f"rooms_{data.rooms_scenes}_s{data.rooms_seed}"
     if not data.export:
         raise UserError("config: data.export: this size trains on your export; name its folder")
     return Path(data.export)
@@ -119,8 +123,8 @@ def prepare_tokenizer(config, export: Export, workdir: Path) -> Tokenizer:
     return tokenizer
 
 
-def make_pipelines(config, export: Export, tokenizer: Tokenizer) -> dict[str, Pipeline]:
-    """Pipelines of the train, val and test splits; lengths of 0 are measured on the train split."""
+def pipeline_config(config, export: Export, tokenizer: Tokenizer) -> PipelineConfig:
+    """What training batches look like; lengths of 0 are measured on the train split."""
     data = config.data
     field = {"truth": "answer", "teacher": "teacher_answer"}[config.eval.reference]
     question, answer = data.question_length, data.answer_length
@@ -130,13 +134,15 @@ def make_pipelines(config, export: Export, tokenizer: Tokenizer) -> dict[str, Pi
             raise UserError(f"{export.folder}: no question of the train split has a {field}")
         question = question or lengths["all"].question_max
         answer = answer or lengths["all"].answer_max
-    common = PipelineConfig(
+    return PipelineConfig(
         export=str(export.folder),
         scenes_per_batch=data.scenes_per_batch,
         questions_per_scene=data.questions_per_scene,
         question_length=question,
         answer_length=answer,
         max_boxes=data.max_boxes,
+        rows_per_scene=data.rows_per_scene,
+        row_length=data.row_length,
         seed=config.seed,
         workers=data.workers,
         on_bad_scene=data.on_bad_scene,
@@ -145,6 +151,11 @@ def make_pipelines(config, export: Export, tokenizer: Tokenizer) -> dict[str, Pi
         depth_ratio=config.model.depth_cells,
         vision=data.vision,
     )
+
+
+def make_pipelines(config, export: Export, tokenizer: Tokenizer) -> dict[str, Pipeline]:
+    """Pipelines of the train, val and test splits."""
+    common = pipeline_config(config, export, tokenizer)
     present = {entry["split"] for entry in export.manifest["scenes"]}
     splits = {"train": "train", "val": "val", "test": "test" if "test" in present else "val"}
     # Evaluation asks every question once: how often training draws a kind plays no part.
@@ -221,3 +232,10 @@ def load_config(workdir: Path) -> ml_collections.ConfigDict:
         return ml_collections.ConfigDict(json.loads(path.read_text()))
     except (OSError, ValueError):
         raise UserError(f"{path}: no run was started in this folder") from None
+
+
+def keep_compiled_programs() -> None:
+    """Keep them between processes: where JAX is told to, or in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache / "geode_jax" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", folder)

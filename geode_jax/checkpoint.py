@@ -122,3 +122,36 @@ class Checkpoints:
             ) from error
         metadata = checkpointer.checkpointables_metadata(checkpoint.step).custom_metadata
         return loaded["state"], dict(metadata)
+
+
+def find_model(workdir: Path) -> Path:
+    """The folder of a run's best checkpoint, or of its latest where none was best yet.
+
+    Raises:
+        UserError: there is none.
+    """
+    for kind in ("best", "latest"):
+        # A checkpoint gets its final name, the step, when it is complete.
+        found = (workdir / "checkpoints" / kind).glob("*")
+        steps = [path for path in found if path.name.isdecimal()]
+        if steps:
+            return max(steps, key=lambda path: int(path.name))
+    raise UserError(f"{workdir}: no checkpoint yet; training has not come to its first one")
+
+
+def load_model(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
+    """The model of a checkpoint, to be used; nothing is written, the run may still be going on.
+
+    Args:
+        folder: from `find_model`.
+        like: "params" and "frozen" with `jax.ShapeDtypeStruct` leaves that have shardings.
+
+    Raises:
+        UserError: the checkpoint cannot be read or is one of another model.
+    """
+    with ocp.Context() as context:
+        context.pytree.loading.partial_load = True  # the latest also holds the optimizer's state
+        try:
+            return ocp.load_checkpointables(folder, {"state": like})["state"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder}: damaged, or a checkpoint of another model") from error

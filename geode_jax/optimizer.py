@@ -45,7 +45,8 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
+        # A short rehearsal of a long config keeps the shape of its schedule.
+        warmup_steps=min(config.warmup_steps, config.steps // 4),
         decay_steps=config.steps,
         end_value=config.learning_rate * config.final_fraction,
     )

@@ -34,8 +34,9 @@ RELATIONS = (
 )
 """Binary relations of the spatial head; a target is the probability of the first alternative."""
 
-MAX_OBJECTS = 4
-"""O: at most this many objects of a question are targets of the spatial head."""
+MAX_OBJECTS = 5
+"""O: at most this many objects of a question are targets of the spatial head (VSI-Bench's
+relative distance names five)."""
 
 Array = jax.Array | np.ndarray
 

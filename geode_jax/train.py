@@ -1,7 +1,6 @@
 """Training: build -> restore -> loop -> evaluate. The one visible loop."""
 
 import json
-import os
 import signal
 import sys
 import time
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from geode_jax.build import Run, build, load_config, save_config
+from geode_jax.build import Run, build, keep_compiled_programs, load_config, save_config
 from geode_jax.checkpoint import Checkpoints
 from geode_jax.errors import UserError
 from geode_jax.evaluate.efficiency import peak_memory
@@ -55,10 +54,11 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict
         UserError, ExportError: one line for the user.
         SystemExit: stopped by SIGTERM after saving.
     """
-    jax.config.update("jax_compilation_cache_dir", _cache_folder())
-    _claim(config, workdir)
+    keep_compiled_programs()
+    _refuse_another(config, workdir)
     print(f"building: {workdir}", flush=True)
     run = build(config, workdir)
+    save_config(config, workdir)
     _describe(run)
     with activate(run.mesh), Checkpoints(workdir) as checkpoints, _Stop() as stop:
         state, position = _train(run, workdir, checkpoints, stop)
@@ -206,7 +206,7 @@ _MAY_CHANGE = ("mesh", "data/workers", "data/root", "data/on_bad_scene", "eval/e
 """Fields that a resumed run may change: they do not touch what is learned."""
 
 
-def _claim(config: ml_collections.ConfigDict, workdir: Path) -> None:
+def _refuse_another(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Refuse to mix two runs in one folder."""
     if (workdir / "config.json").exists():
         old, new = (_flat(json.loads(c.to_json())) for c in (load_config(workdir), config))
@@ -216,7 +216,6 @@ def _claim(config: ml_collections.ConfigDict, workdir: Path) -> None:
                     f"{workdir}: holds a run with {name} = {old.get(name)}, not "
                     f"{new.get(name)}; use another --workdir, or delete this one"
                 )
-    save_config(config, workdir)
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
@@ -243,9 +242,3 @@ def _describe(run: Run) -> None:
         if count:
             print(f"not trained on: {count} x {reason}")
     sys.stdout.flush()
-
-
-def _cache_folder() -> str:
-    """Compiled programs are kept between runs, where JAX is told to or in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache / "geode_jax" / "xla"))

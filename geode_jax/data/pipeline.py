@@ -10,16 +10,17 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
 from absl import flags
 
-from geode_jax.data.exports import NUMERIC_KINDS, RELATIONS, Export, ExportError
-from geode_jax.data.packing import lay_out, pack
+from geode_jax.data.exports import Export, ExportError
+from geode_jax.data.packing import pack
 from geode_jax.data.prompts import prompt
+from geode_jax.data.question_arrays import lay_out_questions, stack_questions
 from geode_jax.data.question_records import open_question_records, question_lengths
 from geode_jax.data.scene_arrays import (
     SCENE_TENSORS,
@@ -31,10 +32,9 @@ from geode_jax.data.scene_arrays import (
 )
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
-from geode_jax.shapes import MAX_OBJECTS, Batch
+from geode_jax.shapes import Batch
 
 _CACHE_BYTES = 256 * 2**20  # of tokenized questions, per process
-_TEACHER_COLUMN = {"left_right": 0, "above_below": 2}  # P(left) and P(above), contract section 3
 _SCENE_ORDER, _QUESTION_DRAW, _EVAL_SCENES = range(3)  # independent random streams
 
 
@@ -337,14 +337,17 @@ class Pipeline:
         if scene_id in self.bad_scenes:
             return None
         try:
-            tensors = self._export.read_scene(scene_id, SCENE_TENSORS)
-            if self.config.vision not in tensors:
-                raise ExportError(f"scene {scene_id}", f"tensor {self.config.vision}", "missing")
+            return self._read_tensors(scene_id)
         except ExportError as error:
             if self.config.on_bad_scene == "stop":
                 raise
             self._note_bad({scene_id: str(error)})
             return None
+
+    def _read_tensors(self, scene_id: str) -> dict[str, np.ndarray]:
+        tensors = self._export.read_scene(scene_id, SCENE_TENSORS)
+        if self.config.vision not in tensors:
+            raise ExportError(f"scene {scene_id}", f"tensor {self.config.vision}", "missing")
         return tensors
 
     def _note_bad(self, bad_scenes: Mapping[str, str]) -> None:
@@ -356,7 +359,14 @@ class Pipeline:
         """All used questions of a scene as arrays [n, ...], kept for the next epoch."""
         arrays = self._questions.get(scene)
         if arrays is None:
-            arrays = _stack_questions(self._used_records(scene), self._tokenizer, self.config)
+            config = self.config
+            arrays = stack_questions(
+                self._used_records(scene),
+                self._tokenizer,
+                config.question_length,
+                config.answer_length,
+                config.answer_field,
+            )
             size = sum(array.nbytes for array in arrays.values())
             with self._lock:
                 if self._cached_bytes + size <= _CACHE_BYTES:
@@ -383,29 +393,43 @@ class Pipeline:
 
     def _question_rows(self, scene: int, placed: list[tuple], tensors) -> dict[str, np.ndarray]:
         """Q questions of a scene, padded with empty ones, without shape suffixes."""
-        arrays, config = self._question_arrays(scene), self.config
-        chosen = [question for question, _, _ in placed]
-        rows = {}
-        for name, array in arrays.items():
-            fill = self._tokenizer.pad_id if name in ("question", "answer") else 0
-            row = np.full((config.questions_per_scene, *array.shape[1:]), fill, array.dtype)
-            row[: len(chosen)] = array[chosen]
-            rows[name] = row
-        pairs = rows.pop("object_index")[:, :2]
-        pairs[len(chosen) :] = -1
-        teacher, mask = _teacher_relations(tensors, pairs)
-        packed = lay_out(
+        config = self.config
+        return lay_out_questions(
+            self._question_arrays(scene),
             placed,
-            arrays["question"],
-            arrays["question_length"],
-            arrays["answer"],
-            arrays["answer_length"],
+            tensors,
+            config.questions_per_scene,
             config.rows_per_scene,
             config.row_length,
-            config.questions_per_scene,
             self._tokenizer.pad_id,
         )
-        return rows | packed | {"teacher_relations": teacher, "teacher_relations_mask": mask}
+
+    def one_question(self, record: Mapping[str, Any]) -> Batch:
+        """A batch of one scene of the export, of any split, and one question about it.
+
+        The question need not be stored, nor fit the configured length: a longer one doubles it as
+        often as it takes. It has no answer, so the batch is for answering alone.
+
+        Args:
+            record: `scene_id`, `kind`, `question`, and `options` where there are some.
+
+        Raises:
+            ExportError: the scene is unknown or breaks the contract.
+        """
+        record = {**record, "answer": "", "teacher_answer": "", "value": 0.0}
+        tokenizer, config = self._tokenizer, self.config
+        length, answer = config.question_length, config.answer_length
+        while length < 1 + len(tokenizer.encode(prompt(record))):
+            length *= 2
+        arrays = stack_questions([record], tokenizer, length, answer, config.answer_field)
+        tensors = self._read_tensors(record["scene_id"])
+        # One packed row for the question with its answer, one for its copy.
+        columns = length + answer
+        questions = lay_out_questions(
+            arrays, [(0, 0, columns)], tensors, 1, 2, columns, tokenizer.pad_id
+        )
+        scene = batch_rows(tensors, self.shapes)
+        return Batch(**_suffixed(stack_rows([scene]) | stack_rows([questions])))
 
     # --- Iterating --------------------------------------------------------------------------------
 
@@ -514,74 +538,6 @@ class _MakeBatch:
         except (ExportError, UserError) as error:
             return _Made(error, ())
         return _Made(batch, tuple(self.pipeline.bad_scenes.items()))
-
-
-def _stack_questions(
-    records: list[dict], tokenizer: Tokenizer, config: PipelineConfig
-) -> dict[str, np.ndarray]:
-    """Question records as arrays [n, ...]; `object_index` is -1 where no box row is known."""
-    n, lq, la = len(records), config.question_length, config.answer_length
-    arrays = {
-        "question": np.full((n, lq), tokenizer.pad_id, np.int32),
-        "question_length": np.zeros(n, np.int32),
-        "answer": np.full((n, la), tokenizer.pad_id, np.int32),
-        "answer_length": np.zeros(n, np.int32),
-        "objects": np.zeros((n, MAX_OBJECTS, 7), np.float32),
-        "objects_mask": np.zeros((n, MAX_OBJECTS), bool),
-        "object_index": np.full((n, MAX_OBJECTS), -1, np.int32),
-        "relations": np.zeros((n, len(RELATIONS)), np.float32),
-        "relations_mask": np.zeros((n, len(RELATIONS)), bool),
-        "value": np.zeros(n, np.float32),
-        "value_mask": np.zeros(n, bool),
-        "topk_id": np.zeros((n, la, 0), np.int32),
-        "topk_logprob": np.zeros((n, la, 0), np.float32),
-        "topk_mask": np.zeros((n, la), bool),
-    }
-    prompts = tokenizer.encode_batch([prompt(record) for record in records])
-    answers = tokenizer.encode_batch([" " + record[config.answer_field] for record in records])
-    for i, record in enumerate(records):
-        ids = [tokenizer.bos_id, *prompts[i]]
-        arrays["question"][i, lq - len(ids) :] = ids
-        arrays["question_length"][i] = len(ids)
-        ids = [*answers[i], tokenizer.eos_id]
-        arrays["answer"][i, : len(ids)] = ids
-        arrays["answer_length"][i] = len(ids)
-        for j, item in enumerate(record.get("objects", ())[:MAX_OBJECTS]):
-            arrays["objects"][i, j] = item["box"]
-            arrays["objects_mask"][i, j] = True
-            arrays["object_index"][i, j] = item.get("index", -1)
-        for name, probability in record.get("relation", {}).items():
-            arrays["relations"][i, RELATIONS.index(name)] = probability
-            arrays["relations_mask"][i, RELATIONS.index(name)] = True
-        if "value" in record or record["kind"] in NUMERIC_KINDS:
-            arrays["value"][i] = record.get("value", record["answer"])
-            arrays["value_mask"][i] = True
-    return arrays
-
-
-def _teacher_relations(
-    tensors: Mapping[str, np.ndarray], pairs: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The teacher's relations of the first two objects of every question.
-
-    Args:
-        tensors: a scene's; `teacher/relations` has row i * N + j for box i relative to box j.
-        pairs: [Q, 2] rows of `target/boxes`, -1 unknown.
-
-    Returns:
-        Probabilities and mask [Q, R].
-    """
-    target = np.zeros((len(pairs), len(RELATIONS)), np.float32)
-    mask = np.zeros(target.shape, bool)
-    relations = tensors.get("teacher/relations")
-    if relations is not None:
-        known = (pairs >= 0).all(axis=1)
-        n = len(tensors["target/boxes"])
-        of_pair = relations[pairs[known, 0] * n + pairs[known, 1]]
-        for name, column in _TEACHER_COLUMN.items():
-            target[known, RELATIONS.index(name)] = of_pair[:, column]
-            mask[known, RELATIONS.index(name)] = True
-    return target, mask
 
 
 _FIELD_NAMES = {field.name.rsplit("_", 1)[0]: field.name for field in dataclasses.fields(Batch)}

@@ -128,7 +128,7 @@ def open_folder(
         path.stem
         for kind, types in (("color", _COLOR), ("depth", _DEPTH), ("pose", (".txt",)))
         for path in (root / kind).glob("*")
-        if path.suffix.lower() in types and path.stem.isdecimal()
+        if path.suffix in types and path.stem.isdecimal()
     }
     names = tuple(sorted(stems, key=lambda name: (int(name), name)))
     if not names:
@@ -263,8 +263,9 @@ def _read_pose_rows(path: Path, names: Sequence[str]) -> dict[str, list[float]]:
 
 
 def _pose_of_row(row: Sequence[float]) -> np.ndarray:
-    """World-from-camera [4, 4] of tx ty tz qx qy qz qw; the quaternion is normalised."""
-    x, y, z, w = np.array(row[3:]) / max(np.linalg.norm(row[3:]), 1e-12)
+    """World-from-camera [4, 4] of tx ty tz qx qy qz qw; not finite where the quaternion is 0."""
+    with np.errstate(invalid="ignore"):
+        x, y, z, w = np.array(row[3:]) / np.linalg.norm(row[3:])
     pose = np.eye(4)
     pose[:3, :3] = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],

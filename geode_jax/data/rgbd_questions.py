@@ -61,7 +61,7 @@ BIN = 0.1
 """Width in log distance of the bins that make near and far surfaces alike frequent."""
 SIZES = 2
 """At most this many space_size questions a scene: they vary least."""
-DIRECTIONS = 36
+DIRECTIONS = 18
 """Horizontal directions over half a turn in which the space is measured."""
 
 
@@ -176,14 +176,17 @@ class Questioner:
         for k in np.argsort(self._rng.exponential(size=len(candidates)) / rarity):
             n, place = candidates[k]
             point, distance = views[n].in_camera(views[n].places[place]), views[n].distances[place]
+            text = f"{distance:.1f}"
+            if float(text) == 0:
+                continue
             question = (
                 f"How far is the surface at the {place} of view {n + 1} from the camera, in meters?"
             )
             rationale = (
                 f"The depth at the {place} of view {n + 1} is {point[2]:.1f} meters. "
-                f"Along the ray that is {distance:.1f} meters."
+                f"Along the ray that is {text} meters."
             )
-            yield _number(question, f"{distance:.1f}", rationale)
+            yield _number(question, text, rationale)
 
     def _nearer_view(self, views: Sequence[SeenView]) -> Iterator[dict]:
         for a, b, place in self._same_place(views):

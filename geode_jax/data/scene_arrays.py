@@ -292,7 +292,8 @@ def _patch_majority(labels: np.ndarray, cells: tuple[int, int]) -> np.ndarray:
 def empty_rows(shapes: SceneShapes) -> dict[str, np.ndarray]:
     """Rows of a slot that holds no scene: one visible view of zeros, nothing supervised."""
     tokens = np.zeros((1, shapes.patches, shapes.token_width), np.float32)
-    return batch_rows({shapes.vision: tokens}, shapes)
+    # The zeros are nobody's features, even where features are what the student sees.
+    return batch_rows({shapes.vision: tokens}, shapes) | {"teacher_features_mask": np.array(False)}
 
 
 def stack_rows(rows: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

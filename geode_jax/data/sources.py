@@ -39,6 +39,8 @@ HELD_OUT = 0.15
 """Share of the frames that each of val and test gets."""
 SLOPE_UNIT = 0.1
 """Change of luminance per pixel that counts as texture slope 1."""
+ONE_SURFACE = 0.03
+"""Depths that differ by less than this share are taken to lie on one surface."""
 STEADY = 0.05
 """Largest spread of depth around a place, relative to its median (10th to 90th percentile)."""
 UP_CONE, UP_WIDTH = np.radians(40), np.radians(10)
@@ -130,7 +132,7 @@ def read_frame(
     tokens = patch_tokens(
         *(a[None] for a in (points, cell_depth, normals, colour, contrast, slopes, patch_points))
     )
-    step = max(1, width // 40)
+    step = max(1, width // 64)
     _, surface = lens.see(
         np.arange(step // 2, height, step)[:, None], np.arange(step // 2, width, step)[None, :], 0
     )
@@ -152,30 +154,44 @@ class _Lens:
         self.depth, self.intrinsic, self.pose = depth, intrinsic, pose
 
     def window(self, v, u, reach: int) -> np.ndarray:
-        """Depths of the (2 reach + 1)^2 pixels around positions: [..., pixels]."""
+        """Depths of the pixels around positions, up to `reach` away: [..., pixels]."""
         height, width = self.depth.shape
-        v, u = np.broadcast_arrays(np.floor(v + 0.5).astype(int), np.floor(u + 0.5).astype(int))
-        across = np.arange(-reach, reach + 1)
-        rows = np.clip(v[..., None, None] + across[:, None], 0, height - 1)
-        columns = np.clip(u[..., None, None] + across, 0, width - 1)
-        return self.depth[rows, columns].reshape(*v.shape, -1)
+        rows, columns = _around(v, reach, height), _around(u, reach, width)
+        window = self.depth[rows[..., :, None], columns[..., None, :]]
+        return window.reshape(*window.shape[:-2], -1)
 
     def see(self, v, u, reach: int) -> tuple[np.ndarray, np.ndarray]:
         """Median depth [...] of the windows at positions and the world points [..., 3] there.
 
-        The median is one of the known depths (the lower of two); 0 and the origin where less than
-        half of a window is known.
+        Where less than half of a window is known: 0 and the origin. Where an edge runs between
+        the two middle depths of an even number, the median is the lower: never between surfaces.
         """
         window = self.window(v, u, reach)
         known = (window > 0).sum(-1)
         ordered = np.sort(np.where(window > 0, window, np.inf), axis=-1)
-        middle = np.maximum(known - 1, 0)[..., None] // 2
-        depth = np.take_along_axis(ordered, middle, axis=-1)[..., 0].astype(np.float64)
-        depth = np.where(2 * known >= window.shape[-1], depth, 0)
+        ordered = np.where(known[..., None] > 0, ordered, 0)
+        low, high = (
+            np.take_along_axis(ordered, np.maximum(known - k, 0)[..., None] // 2, axis=-1)[..., 0]
+            for k in (1, 0)
+        )
+        depth = np.where(high < (1 + ONE_SURFACE) * low, low + (high - low) / 2, low)
+        depth = np.where(2 * known >= window.shape[-1], depth, 0).astype(np.float64)
         (fx, _, cx), (_, fy, cy), _ = self.intrinsic
         camera = np.stack([(u - cx) / fx * depth, (v - cy) / fy * depth, depth], axis=-1)
         world = camera @ self.pose[:3, :3].T + self.pose[:3, 3]
         return depth, np.where(depth[..., None] > 0, world, 0)
+
+
+def _around(position, reach: int, size: int) -> np.ndarray:
+    """Pixels [..., n] that lie evenly around positions [...], clipped to the image.
+
+    Cells of an even size have their centres between two pixels: then n is even.
+    """
+    position = np.asarray(position, np.float64)
+    between = reach > 0 and bool((position % 1 == 0.5).all())
+    first = position - reach + 0.5 if between else np.floor(position + 0.5) - reach
+    pixels = first[..., None].astype(int) + np.arange(2 * reach + (not between))
+    return np.clip(pixels, 0, size - 1)
 
 
 def _normals(lens: _Lens, v, u, reach: int, step: int) -> np.ndarray:

@@ -36,6 +36,8 @@ def config(tiny_export) -> PipelineConfig:
         question_length=24,
         answer_length=12,
         max_boxes=6,
+        rows_per_scene=4,
+        row_length=60,  # any four questions fit
         seed=5,
     )
 
@@ -133,8 +135,9 @@ def test_questions_are_drawn_without_replacement_and_differ_by_epoch(pipeline, t
     for epoch in range(8):
         for scene in range(len(pipeline._scene_ids)):
             order = pipeline._draw(epoch, scene, 0)
-            assert len(set(order.tolist())) == len(order) == min(4, len(pipeline._used[scene]))
-    drawn = {tuple(sorted(pipeline._draw(epoch, 1, 0).tolist())) for epoch in range(8)}
+            # All of them, in order of preference: what does not fit makes room for the next.
+            assert sorted(order.tolist()) == list(range(len(pipeline._used[scene])))
+    drawn = {tuple(sorted(pipeline._draw(epoch, 1, 0)[:4].tolist())) for epoch in range(8)}
     assert len(drawn) > 1
 
 
@@ -187,15 +190,17 @@ def test_the_order_is_the_same_for_any_number_of_workers(
 
 def test_shapes_and_dtypes_are_those_of_the_key(pipeline):
     batch = pipeline.batch(0)
-    sizes = dict(S=3, Q=4, V=3, P=6, C=5, L=24, A=12, N=6, O=4, R=6, F=7, B=6, h=4, w=6, c=5, k=0)
+    sizes = dict(S=3, Q=4, V=3, P=6, C=5, L=24, A=12, N=6, O=5, F=7, B=6, h=4, w=6, c=5, k=0, M=4)
     for name in FIELDS:
         letters = name.rsplit("_", 1)[1]
+        sizes["R"] = 60 if name.startswith("packed") else 6
         expected = [int(x) if x.isdigit() else sizes[x] for x in letters]
         array = getattr(batch, name)
         assert list(array.shape) == expected, name
         kind = "b" if "mask" in name or "known" in name else "f"
-        if name.startswith(("question", "answer", "topk_id")) or "labels" in name or "segm" in name:
-            kind = "i"
+        ids = ("question", "answer", "topk_id", "packed", "encoding")
+        if name.startswith(ids) or "labels" in name or "segm" in name:
+            kind = "b" if name.startswith("packed_prefix") else "i"
         assert array.dtype == {"b": bool, "f": np.float32, "i": np.int32}[kind], name
     assert all(digest(pipeline.batch(s)) != digest(batch) for s in (1, 2))
 
@@ -311,6 +316,23 @@ def test_what_is_too_long_is_left_out_and_counted(tiny_export, tokenizer, config
     assert {record["id"] for record in found} == set(length) - too_long - also
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_no_packed_row_holds_is_left_out_and_counted(tiny_export, tokenizer, config, rows):
+    lengths = {}
+    for q in tiny_export.questions():
+        if q["scene_id"] < "scene007":
+            a, b = (len(tokenizer.encode(text)) + 1 for text in (prompt(q), " " + q["answer"]))
+            # One row holds the question with its answer and the question's own copy.
+            lengths[q["id"]] = a + b - 1 + (a if rows == 1 else 0)
+    limit = sorted(lengths.values())[len(lengths) // 2]
+    few = changed(config, rows_per_scene=rows, row_length=limit)
+    pipeline = Pipeline(tiny_export, tokenizer, few, "train")
+    fits = {i for i in lengths if lengths[i] <= limit}
+    assert pipeline.dropped == {"longer than a packed row": len(lengths) - len(fits)}
+    found = [record for rows, _ in pipeline.eval_batches() for row in rows for record in row]
+    assert sorted(record["id"] for record in found) == sorted(fits)
+
+
 def test_boxes_beyond_the_limit_are_counted(tiny_export, tokenizer, config):
     pipeline = Pipeline(tiny_export, tokenizer, changed(config, max_boxes=4), "train")
     counts = [len(tiny_export.read_scene(i).get("target/boxes", ())) for i in
@@ -335,6 +357,9 @@ def test_the_teachers_answers_can_be_the_reference(tiny_export, tokenizer, confi
         ({"scenes_per_batch": 0}, None, "scenes_per_batch: 0"),
         ({"on_bad_scene": "ignore"}, None, "on_bad_scene: 'ignore'"),
         ({"kind_weights": {"proximity": -1.0}}, None, "proximity: -1.0"),
+        ({"rows_per_scene": 0}, None, "rows_per_scene: 0"),
+        ({"row_length": 2}, None, "longer than a packed row"),
+        ({"vision": "images"}, None, "vision: 'images'"),
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_line(
@@ -343,6 +368,77 @@ def test_what_a_user_can_get_wrong_is_one_line(
     with pytest.raises(UserError, match=said) as error:
         Pipeline(tiny_export, tokenizer, changed(config, **changes), "train", kinds)
     assert "\n" not in str(error.value)
+
+
+# --- Packed rows ----------------------------------------------------------------------------------
+
+
+def unpacked(batch: Batch, s: int, q: int) -> tuple[list[int], list[int], list[int]]:
+    """Segment, answer and copy of a question, read from the packed rows of its scene."""
+    rows, length = batch.packed_SMR.shape[1:]
+    ids, position = batch.packed_SMR[s].reshape(-1), batch.packed_position_SMR[s].reshape(-1)
+    start, sees = batch.packed_start_SMR[s].reshape(-1), batch.packed_prefix_SMR[s].reshape(-1)
+
+    def segment(last: int, prefix: bool) -> list[int]:
+        first = last - position[last]
+        assert 0 <= first // length == last // length < rows
+        assert (start[first : last + 1] == first % length).all()
+        assert (sees[first : last + 1] == prefix).all()
+        assert position[first : last + 1].tolist() == list(range(last + 1 - first))
+        return ids[first : last + 1].tolist()
+
+    columns = batch.answer_column_SQA[s, q, : batch.answer_length_SQ[s, q]]
+    assert (np.diff(columns) == 1).all()
+    text = segment(columns[-1], True)
+    return text, ids[columns].tolist(), segment(batch.encoding_column_SQ[s, q], False)
+
+
+def check_packing(batch: Batch) -> int:
+    """Every question of a batch lies in the rows as it should; returns how many there are."""
+    found = 0
+    for s, q in np.argwhere(batch.answer_length_SQ > 0):
+        a, n = batch.answer_length_SQ[s, q], batch.question_length_SQ[s, q]
+        question, answer = batch.question_SQL[s, q, -n:].tolist(), batch.answer_SQA[s, q, :a]
+        text, read, copy = unpacked(batch, s, q)
+        assert text == question + answer[:-1].tolist()
+        assert read == [question[-1], *answer[:-1]]  # each of them predicts the next
+        assert copy == question
+        found += 1
+    return found
+
+
+def test_packed_rows_hold_the_questions_of_the_batch(tiny_export, tokenizer, config, pipeline):
+    assert check_packing(pipeline.batch(0)) == 12
+    tight = changed(config, questions_per_scene=8, rows_per_scene=2, row_length=40)
+    pipeline = Pipeline(tiny_export, tokenizer, tight, "train")
+    counts = [check_packing(pipeline.batch(step)) for step in range(4)]
+    assert 0 < min(counts) and max(counts) < 24  # some did not fit
+
+
+def test_scenes_can_be_seen_through_the_teachers_features(tmp_path, tokenizer, config):
+    export = write_tiny_export(tmp_path / "export", train=6, val=1)  # 1 and 4 have a teacher
+    features = changed(config, vision="teacher/features", on_bad_scene="skip")
+    pipeline = Pipeline(export, tokenizer, features, "train")
+    batch = pipeline.batch(0)
+    assert batch.vision_SVPC.shape == (3, 3, 6, 7)
+    np.testing.assert_array_equal(batch.vision_SVPC, batch.teacher_features_SVPF)
+    assert np.abs(batch.vision_SVPC).sum(axis=(2, 3)).astype(bool).tolist() == (
+        batch.view_mask_SV.tolist()
+    )
+    with pytest.raises(ExportError, match="tensor teacher/features: missing"):
+        strict = changed(features, on_bad_scene="stop", scenes_per_batch=5)
+        Pipeline(export, tokenizer, strict, "train").batch(0)
+    # A row that holds no scene has no teacher either.
+    wide = changed(features, questions_per_scene=20, scenes_per_batch=4, rows_per_scene=20)
+    ((records, batch),) = Pipeline(export, tokenizer, wide, "train").eval_batches()
+    assert batch.teacher_features_mask_S.tolist() == [bool(row) for row in records]
+    assert [bool(row) for row in records] == [True, True, False, False]
+
+
+def test_only_exports_with_a_teacher_have_its_features(tmp_path, tokenizer, config):
+    export = write_tiny_export(tmp_path / "export", train=1, val=0)
+    with pytest.raises(UserError, match="no scene has teacher/features to train on"):
+        Pipeline(export, tokenizer, changed(config, vision="teacher/features"), "train")
 
 
 # --- Bad scenes -----------------------------------------------------------------------------------
@@ -394,13 +490,18 @@ def test_only_bad_scenes_is_an_error(damaged, tokenizer, config):
 # --- Evaluation and lengths -----------------------------------------------------------------------
 
 
-def test_eval_batches_ask_every_question_once_in_order(tiny_export, tokenizer, config, pipeline):
+@pytest.mark.parametrize("row", [(4, 60), (2, 36), (1, 60)])
+def test_eval_batches_ask_every_question_once_in_order(tiny_export, tokenizer, config, row):
+    rows = changed(config, rows_per_scene=row[0], row_length=row[1])
+    pipeline = Pipeline(tiny_export, tokenizer, rows, "train")
+    assert pipeline.dropped == {}
     found = []
     for records, batch in pipeline.eval_batches():
         assert len(records) == batch.vision_SVPC.shape[0] == 3
         texts = asked(batch, tokenizer)
         for row, scene in zip(records, texts, strict=True):
             assert [(prompt(r), r["answer"]) for r in row] == scene
+        assert check_packing(batch) == sum(map(len, records))
         found += [record for row in records for record in row]
     assert found == [q for q in tiny_export.questions() if q["scene_id"] < "scene007"]
     again = [digest(batch) for _, batch in pipeline.eval_batches()]

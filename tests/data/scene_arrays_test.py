@@ -1,5 +1,7 @@
 """Compared with plain loops over pixels, and with geometry done the other way round."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -116,14 +118,29 @@ def test_absent_arrays_keep_the_shapes_and_clear_the_masks(scene):
         assert np.isfinite(row).all(), name
     for name in ("points_mask", "boxes_known", "teacher_features_mask", "teacher_depth_bins_mask"):
         assert not bare[name].any()
-    assert not bare["teacher_detection_mask"] and (bare["target_segmentation"] == -1).all()
+    assert not bare["teacher_detection_mask"] and (bare["target_segmentation"] == -2).all()
     assert (bare["target_depth"] == 0).all() and (bare["depth_hint"] == 0).all()
-    assert empty_rows(SHAPES)["view_mask"].tolist() == [True, False, False]
+    empty = empty_rows(SHAPES)
+    assert empty["view_mask"].tolist() == [True, False, False]
+    assert (full["target_segmentation"][:2] >= -1).all()  # known, if only to be nothing
+    assert (full["target_segmentation"][2] == -2).all()  # a padding view
     without_teacher = SceneShapes(
         **(SHAPES.__dict__ | dict(categories=0, features=0, depth_bins=0))
     )
     bare = batch_rows({"vggt/tokens": scene["vggt/tokens"]}, without_teacher)
     assert bare["teacher_features"].shape == (3, 6, 0)
+
+
+def test_the_teachers_features_can_be_the_vision(scene):
+    shapes = dataclasses.replace(SHAPES, vision="teacher/features", token_width=7)
+    rows = batch_rows(scene, shapes)
+    np.testing.assert_array_equal(rows["vision"][:2], scene["teacher/features"].reshape(2, 6, 7))
+    np.testing.assert_array_equal(rows["vision"], rows["teacher_features"])
+    for shapes in (shapes, SHAPES):
+        empty = empty_rows(shapes)
+        assert empty["vision"].shape == (3, 6, shapes.token_width) and not empty["vision"].any()
+        masks = [name for name in empty if name.endswith(("_mask", "_known"))]
+        assert [name for name in masks if empty[name].any()] == ["view_mask"]
 
 
 def test_target_depth_serves_as_geometry_where_vggt_gave_none(scene):

@@ -1,0 +1,142 @@
+"""Packed rows, checked column by column against the questions they were made of."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from geode_jax.data.packing import lay_out, pack
+
+PAD = -7
+LQ, LA = 9, 6
+
+
+@st.composite
+def problems(draw):
+    """Random questions of a scene, and rows to put them into."""
+    n = draw(st.integers(0, 8))
+    lengths = [draw(st.lists(st.integers(1, m), min_size=n, max_size=n)) for m in (LQ, LA)]
+    order = draw(st.permutations(range(n)))
+    size = {"rows": draw(st.integers(1, 4)), "columns": draw(st.integers(1, 25))}
+    return np.array(lengths[0], int), np.array(lengths[1], int), order, size, draw(st.integers(1, 9))
+
+
+def segments(placed, question_length, answer_length):
+    """(first column, length, sees the prefix) of everything that was placed."""
+    for i, text, copy in placed:
+        yield text, int(question_length[i] + answer_length[i]) - 1, True
+        yield copy, int(question_length[i]), False
+
+
+def owners(placed, question_length, answer_length, size) -> np.ndarray:
+    """How many segments own each flat column; fails where one leaves its row."""
+    count = np.zeros(size["rows"] * size["columns"], int)
+    for first, length, _ in segments(placed, question_length, answer_length):
+        assert first // size["columns"] == (first + length - 1) // size["columns"]
+        assert 0 <= first and first + length <= count.size
+        count[first : first + length] += 1
+    return count
+
+
+def fits_alone(question, answer, rows, columns) -> bool:
+    return question + answer - 1 <= columns and (rows > 1 or 2 * question + answer - 1 <= columns)
+
+
+@given(problems())
+def test_no_column_has_two_owners_and_no_question_two_places(problem):
+    question_length, answer_length, order, size, limit = problem
+    placed = pack(order, question_length, answer_length, **size, limit=limit)
+    count = owners(placed, question_length, answer_length, size)
+    assert count.max(initial=0) <= 1
+    chosen = [i for i, _, _ in placed]
+    assert len(set(chosen)) == len(chosen) <= limit
+    # In the order of preference.
+    positions = [order.index(i) for i in chosen]
+    assert positions == sorted(positions)
+    # First fit: whoever was passed over had no room, whatever came after.
+    for position, i in enumerate(order):
+        if i in chosen or len([j for j in positions if j < position]) == limit:
+            continue
+        before = [p for p in placed if order.index(p[0]) < position]
+        used = owners(before, question_length, answer_length, size).reshape(size["rows"], -1)
+        free = (size["columns"] - used.sum(1)).tolist()
+        text, copy = int(question_length[i] + answer_length[i]) - 1, int(question_length[i])
+        row = next((r for r, room in enumerate(free) if room >= text), None)
+        if row is not None:
+            free[row] -= text
+            assert max(free) < copy
+
+
+@given(problems())
+def test_in_order_takes_a_beginning(problem):
+    question_length, answer_length, order, size, limit = problem
+    placed = pack(order, question_length, answer_length, **size, limit=limit, in_order=True)
+    assert [i for i, _, _ in placed] == list(order[: len(placed)])
+    assert len(placed) <= limit
+    if order and fits_alone(question_length[order[0]], answer_length[order[0]], **size):
+        assert placed  # else `eval_batches` would never end
+    if len(placed) < min(limit, len(order)):  # the next one did not fit
+        again = pack(
+            order[: len(placed) + 1], question_length, answer_length, **size, limit=limit
+        )
+        assert again == placed
+
+
+@given(problems(), st.integers(0, 3))
+def test_rows_hold_the_questions_and_nothing_else(problem, spare):
+    question_length, answer_length, order, size, limit = problem
+    n, slots = len(order), limit + spare
+    rows, columns = size["rows"], size["columns"]
+    ids = np.arange(n * (LQ + LA)).reshape(n, LQ + LA)  # every token is unlike all others
+    question, answer = ids[:, :LQ].copy(), ids[:, LQ:].copy()
+    question[np.arange(LQ) < LQ - question_length[:, None]] = PAD
+    answer[np.arange(LA) >= answer_length[:, None]] = PAD
+    placed = pack(order, question_length, answer_length, **size, limit=limit)
+    out = lay_out(
+        placed, question, question_length, answer, answer_length, **size, slots=slots, pad_id=PAD
+    )
+    tokens, position, start, sees = (
+        out[f"packed{name}"].reshape(-1) for name in ("", "_position", "_start", "_prefix")
+    )
+    assert out["packed"].shape == (rows, columns)
+    assert out["answer_column"].shape == (slots, LA) and out["encoding_column"].shape == (slots,)
+    assert [out[name].dtype for name in sorted(out)] == [np.int32] * 4 + [bool, np.int32]
+
+    own = owners(placed, question_length, answer_length, size) == 1
+    column = np.arange(rows * columns) % columns
+    assert (tokens[~own] == PAD).all() and not sees[~own].any() and (position[~own] == 0).all()
+    assert (start[~own] == column[~own] + 1).all()  # [start, column] is empty
+    assert (tokens[own] != PAD).all() and (start[own] == (column - position)[own]).all()
+    for first, length, prefix in segments(placed, question_length, answer_length):
+        assert position[first : first + length].tolist() == list(range(length))
+        assert (sees[first : first + length] == prefix).all()
+
+    kept = []
+    for slot, (i, text, copy) in enumerate(placed):
+        q, a = question_length[i], answer_length[i]
+        asked, said = question[i, LQ - q :], answer[i, :a]
+        predictors = out["answer_column"][slot]
+        # The column before an answer token predicts it; the first is the question's last.
+        assert tokens[predictors[:a]].tolist() == [asked[-1], *said[:-1]]
+        assert predictors[0] == text + q - 1 and (predictors[a:] == 0).all()
+        last = out["encoding_column"][slot]
+        assert tokens[last] == asked[-1] and last == copy + q - 1 and not sees[last]
+        kept += [*asked, *said[:-1], *asked]
+    assert sorted(tokens[own]) == sorted(kept)
+    assert (out["answer_column"][len(placed) :] == 0).all()
+    assert (out["encoding_column"][len(placed) :] == 0).all()
+
+
+def test_a_scene_by_hand():
+    question = np.array([[PAD, 1, 2], [PAD, PAD, 3]])
+    answer = np.array([[10, 11, 12], [20, PAD, PAD]])
+    lengths = np.array([2, 1]), np.array([3, 1])
+    placed = pack([0, 1], *lengths, rows=2, columns=5, limit=2)
+    # Row 0: 1 2 10 11 | 3. Row 1: 1 2 | 3.
+    assert placed == [(0, 0, 5), (1, 4, 7)]
+    out = lay_out(placed, question, lengths[0], answer, lengths[1], 2, 5, 3, PAD)
+    assert out["packed"].tolist() == [[1, 2, 10, 11, 3], [1, 2, 3, PAD, PAD]]
+    assert out["packed_position"].tolist() == [[0, 1, 2, 3, 0], [0, 1, 0, 0, 0]]
+    assert out["packed_start"].tolist() == [[0, 0, 0, 0, 4], [0, 0, 2, 4, 5]]
+    assert out["packed_prefix"].tolist() == [[True] * 5, [False] * 5]
+    assert out["answer_column"].tolist() == [[1, 2, 3], [4, 0, 0], [0, 0, 0]]
+    assert out["encoding_column"].tolist() == [6, 7, 0]

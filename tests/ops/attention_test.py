@@ -1,0 +1,138 @@
+"""Against dense attention in float64 with its gradient written out."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from geode_jax.ops.attention import Intervals, attention, causal, visible
+
+B, L, M, H, E = 2, 5, 7, 4, 6
+
+
+def dense_mask(intervals, keys: int) -> np.ndarray:
+    """The contract, key by key."""
+    prefix_end, start, end = (np.asarray(x) for x in intervals)
+    mask = np.zeros((*start.shape, keys), bool)
+    for b, i in np.ndindex(*start.shape):
+        for key in range(keys):
+            mask[b, i, key] = key < prefix_end[b, i] or start[b, i] <= key < end[b, i]
+    return mask
+
+
+def oracle(q, k, v, mask, g):
+    """Output [B, L, H, E] for cotangent g, and the gradients of q, k and v, in float64."""
+    q, k, v, g = (np.asarray(x, np.float64) for x in (q, k, v, g))
+    share = q.shape[2] // k.shape[2]
+    keys, values = np.repeat(k, share, axis=2), np.repeat(v, share, axis=2)
+    scale = q.shape[-1] ** -0.5
+    logits = np.einsum("blhe,bmhe->bhlm", q, keys) * scale
+    mask = np.broadcast_to(mask[:, None], logits.shape)
+    weights = np.where(mask, np.exp(logits - logits.max(-1, keepdims=True)), 0)
+    weights /= np.where(mask.any(-1, keepdims=True), weights.sum(-1, keepdims=True), 1)
+    out = np.einsum("bhlm,bmhe->blhe", weights, values)
+    d_weights = np.einsum("blhe,bmhe->bhlm", g, values)
+    d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True)) * scale
+    d_q = np.einsum("bhlm,bmhe->blhe", d_logits, keys)
+    d_k = np.einsum("bhlm,blhe->bmhe", d_logits, q)
+    d_v = np.einsum("bhlm,blhe->bmhe", weights, g)
+    grouped = (*k.shape[:3], share, k.shape[3])
+    d_k, d_v = (x.reshape(grouped).sum(3) for x in (d_k, d_v))
+    return out, (d_q, d_k, d_v)
+
+
+@jax.jit
+def ours(q, k, v, intervals, g):
+    out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, intervals), q, k, v)
+    return out, vjp(g)
+
+
+@functools.cache
+def arrays(kv_heads: int):
+    random = np.random.default_rng(kv_heads)
+    shapes = (B, L, H, E), (B, M, kv_heads, E), (B, M, kv_heads, E), (B, L, H, E)
+    return tuple(random.normal(size=shape).astype(np.float32) * 1.5 for shape in shapes)
+
+
+column = st.integers(0, M)
+intervals_of_a_batch = st.lists(st.tuples(column, column, column), min_size=B * L, max_size=B * L)
+
+
+@given(intervals_of_a_batch, st.sampled_from([4, 2, 1]))
+@settings(max_examples=60)
+def test_values_and_gradients_against_the_oracle(rows, kv_heads):
+    intervals = Intervals(*np.array(rows, np.int32).reshape(B, L, 3).transpose(2, 0, 1))
+    q, k, v, g = arrays(kv_heads)
+    mask = dense_mask(intervals, M)
+    np.testing.assert_array_equal(visible(intervals, M), mask)
+    out, gradients = ours(q, k, v, intervals, g)
+    expected, expected_gradients = oracle(q, k, v, mask, g)
+    np.testing.assert_allclose(out, expected, atol=2e-6, rtol=1e-5)
+    for name, got, want in zip("qkv", gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5, err_msg=name)
+    # What sees nothing says nothing, and is told nothing: exactly, not nearly.
+    blind = ~mask.any(-1)
+    assert (np.asarray(out)[blind] == 0).all() and (np.asarray(gradients[0])[blind] == 0).all()
+    unseen = ~mask.any(1)
+    for gradient in gradients[1:]:
+        assert (np.asarray(gradient)[unseen] == 0).all()
+
+
+def test_rows_without_keys_stay_finite_beside_huge_values():
+    q, k, v, g = arrays(2)
+    nothing = np.zeros((B, L), np.int32)
+    out, gradients = ours(q * 1e4, k * 1e4, v, Intervals(nothing, nothing + M, nothing), g)
+    assert (np.asarray(out) == 0).all()
+    assert all((np.asarray(gradient) == 0).all() for gradient in gradients)
+
+
+def test_hidden_keys_may_hold_anything_finite():
+    q, k, v, g = arrays(2)
+    zero = np.zeros((B, L), np.int32)
+    intervals = Intervals(zero + 1, zero + 3, zero + 5)  # keys 0, 3, 4
+    out, gradients = ours(q, k, v, intervals, g)
+    hidden = np.array([0, 1, 1, 0, 0, 1, 1], bool)[None, :, None, None]
+    k, v = np.where(hidden, 1e6, k), np.where(hidden, -1e6, v)
+    changed, changed_gradients = ours(q, k, v, intervals, g)
+    np.testing.assert_array_equal(out, changed)
+    for before, after in zip(gradients, changed_gradients, strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_logits_beyond_the_range_of_exp():
+    q, k, v, g = arrays(4)
+    whole = Intervals(*(np.full((B, L), x, np.int32) for x in (0, 0, M)))
+    out, gradients = ours(q * 30, k * 30, v, whole, g)
+    expected, _ = oracle(q * 30, k * 30, v, np.ones((B, L, M), bool), g)
+    np.testing.assert_allclose(out, expected, atol=1e-3)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_bfloat16_is_rounded_once_not_at_every_key():
+    keys = 600
+    random = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(random.normal(size=(1, n, 2, 8)), jnp.bfloat16) for n in (4, keys, keys)
+    )
+    whole = Intervals(*(np.full((1, 4), x, np.int32) for x in (0, 0, keys)))
+    out = attention(q, k, v, whole)
+    assert out.dtype == jnp.bfloat16
+    expected, _ = oracle(q, k, v, np.ones((1, 4, keys), bool), np.zeros((1, 4, 2, 8)))
+    # Values are near 0.05; a sum kept in bfloat16 would lose each weight of 1/600 beside 1.
+    np.testing.assert_allclose(out.astype(np.float32), expected, atol=3e-3)
+
+
+@pytest.mark.parametrize("prefix_end", [0, 2])
+def test_causal_rows_padded_on_the_left(prefix_end):
+    pad = np.array([0, 3])
+    mask = np.asarray(visible(causal(2, 4, start=pad, prefix_end=prefix_end), prefix_end + 4))
+    for b in range(2):
+        for i in range(4):
+            own = {prefix_end + j for j in range(4) if pad[b] <= j <= i}
+            assert set(np.flatnonzero(mask[b, i])) == own | set(range(prefix_end))
+    plain = np.asarray(visible(causal(1, 4), 4))[0]
+    np.testing.assert_array_equal(plain, np.tril(np.ones((4, 4), bool)))
