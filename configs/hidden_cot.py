@@ -189,6 +189,7 @@ def laptop() -> ml_collections.ConfigDict:
             "heads_width": 128,
             "depth_bins": 16,
             "queries": 16,
+            "detection_layers": 1,
             "remat": "none",
             "dtype": "float32",
         }
@@ -196,8 +197,8 @@ def laptop() -> ml_collections.ConfigDict:
     config.loss.temperature = 1.0
     config.loss.log_variance_bounds = (-2.0, 4.0)
     config.optimizer.update({"name": "muon", "learning_rate": 2e-3, "warmup_steps": 50})
-    config.train.update({"steps": 2000, "eval_every": 500, "checkpoint_every": 250, "patience": 0})
-    config.eval.update({"reference": "truth", "val_scenes": 48, "test_scenes": 200})
+    config.train.update({"steps": 1200, "eval_every": 300, "checkpoint_every": 300, "patience": 0})
+    config.eval.update({"reference": "truth", "val_scenes": 32, "test_scenes": 200})
     return config
 
 

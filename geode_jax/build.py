@@ -1,8 +1,10 @@
 """From a configuration to the pieces of a run; the one place that reads a ConfigDict's sections."""
 
 import dataclasses
+import functools
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -17,7 +19,8 @@ from geode_jax.data.sources import make_rgbd_export
 from geode_jax.data.tokens import Tokenizer, load_tokenizer, train_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.evaluate.evaluator import Evaluator
-from geode_jax.models.decoder import DecoderConfig
+from geode_jax.losses import TERMS
+from geode_jax.models.decoder import REMAT, DecoderConfig
 from geode_jax.models.student import StudentConfig
 from geode_jax.models.task_heads import HeadsConfig
 from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig
@@ -59,13 +62,14 @@ def build(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     Raises:
         UserError, ExportError: anything the user can mend, in one line.
     """
+    check_config(config)
+    mesh = _mesh(config)
     export = Export(prepare_export(config.data))
     tokenizer = prepare_tokenizer(config, export, workdir)
     pipelines = make_pipelines(config, export, tokenizer)
     train = pipelines["train"]
     steps = config.train.steps or config.train.epochs * train.steps_per_epoch
     objective = HiddenCoT(objective_config(config, export, tokenizer, train))
-    mesh = _mesh(config)
     optimizer_config = OptimizerConfig(steps=steps, **config.optimizer.to_dict())
     with activate(mesh):
         graph, optimizer, state = init_state(
@@ -74,6 +78,73 @@ def build(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     return Run(
         config, export, tokenizer, pipelines, objective, mesh, graph, optimizer, state, steps
     )
+
+
+def _at_least(least: float) -> tuple[Callable, str]:
+    return lambda value, _: value >= least, f"at least {least}"
+
+
+def _one_of(choices: Sequence[str]) -> tuple[Callable, str]:
+    return lambda value, _: value in choices, f"one of {', '.join(choices)}"
+
+
+_POSITIVE = (lambda value, _: 0 < value < float("inf"), "positive")
+
+_RULES = (
+    (
+        "seed data.question_length data.answer_length model.thinking_tokens model.detection_layers "
+        "optimizer.warmup_steps optimizer.weight_decay optimizer.final_fraction train.steps "
+        "train.patience train.max_skipped eval.examples",
+        *_at_least(0),
+    ),
+    (
+        "model.layers model.heads model.width model.mlp_width model.heads_width "
+        "model.vision_prefix model.depth_cells model.queries train.epochs train.microbatches "
+        "train.eval_every train.checkpoint_every eval.val_scenes eval.test_scenes",
+        *_at_least(1),
+    ),
+    ("model.depth_bins", *_at_least(2)),
+    ("data.rooms_scenes", *_at_least(4)),  # fewer have no val or no test split
+    ("optimizer.learning_rate optimizer.clip_norm loss.temperature", *_POSITIVE),
+    ("mesh", lambda v, _: len(v) == 3 and all(x >= -1 for x in v), "sizes of data, fsdp, model"),
+    ("model.remat", *_one_of(tuple(REMAT))),
+    ("model.dtype", *_one_of(("float32", "bfloat16", "float16"))),
+    ("loss.weights", *_one_of(("uncertainty", "static"))),
+    ("optimizer.name", *_one_of(("adamw", "muon"))),
+    ("eval.reference", *_one_of(("truth", "teacher"))),
+    ("loss.terms", lambda v, _: v and set(v) <= set(TERMS), f"some of {', '.join(TERMS)}"),
+    ("loss.log_variance_bounds", lambda v, _: len(v) == 2 and v[0] < v[1], "two, the lower first"),
+    # Rotary positions turn pairs of a head's channels.
+    ("model.width", lambda v, c: v % (2 * c.model.heads) == 0, "a multiple of 2 * model.heads"),
+    (
+        "model.cross_layers",
+        lambda v, c: all(0 <= layer < c.model.layers for layer in v),
+        "of layers below model.layers",
+    ),
+    (
+        "train.microbatches",
+        lambda v, c: c.data.scenes_per_batch % v == 0,
+        "a divisor of data.scenes_per_batch",
+    ),
+)
+"""(fields, what must hold of a field's value in a configuration, the same in words)."""
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Refuse values that would fail later, in words that do not name the field.
+
+    Raises:
+        UserError: the first field that breaks its rule. The data pipeline checks its own fields.
+    """
+    for names, holds, rule in _RULES:
+        for name in names.split():
+            value = functools.reduce(lambda part, key: part[key], name.split("."), config)
+            try:
+                good = holds(value, config)
+            except TypeError:  # a text among the numbers of a tuple
+                good = False
+            if not good:
+                raise UserError(f"config: {name}: {value} is not {rule}")
 
 
 def _mesh(config) -> jax.sharding.Mesh:

@@ -149,9 +149,10 @@ def load_model(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: the checkpoint cannot be read or is one of another model.
     """
-    with ocp.Context() as context:
-        context.pytree.loading.partial_load = True  # the latest also holds the optimizer's state
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True  # the latest also holds the optimizer's state
+    with context:
         try:
-            return ocp.load_checkpointables(folder, {"state": like})["state"]
+            return ocp.load_checkpointables(folder.absolute(), {"state": like})["state"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: damaged, or a checkpoint of another model") from error

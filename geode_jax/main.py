@@ -1,7 +1,6 @@
 """Train a system: python -m geode_jax.main --config=configs/hidden_cot.py [--workdir=DIR]."""
 
 import os
-import sys
 from pathlib import Path
 
 # Quiet by default; the run prints its own progress.
@@ -10,7 +9,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from geode_jax.errors import UserError
+from geode_jax.errors import UserError, reported
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE[:ARGUMENTS], see configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder; default runs/<system>[-arguments].")
@@ -28,29 +27,46 @@ def _workdir() -> Path:
 
 def main(argv: list[str]) -> None:
     """Train, evaluate, write the report; the same command again resumes."""
-    from geode_jax.data.exports import ExportError
     from geode_jax.train import train_and_evaluate
 
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
     logging.set_verbosity(logging.WARNING)
-    try:
-        if len(argv) > 1:
-            raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
-        train_and_evaluate(_CONFIG.value, _workdir())
-    except (UserError, ExportError) as error:
-        sys.exit(f"error: {error}")
+    train_and_evaluate(_CONFIG.value, _workdir())
 
 
 def run() -> None:
-    """Entry point; a bad flag or configuration is one line, never a traceback."""
-    try:
+    """Entry point; what the user can mend is one line, never a traceback."""
+    with reported():
         app.run(main, flags_parser=_parse)
-    except (UserError, flags.Error) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
-def _parse(argv):
-    return flags.FLAGS(argv)
+def _parse(argv: list[str]) -> list[str]:
+    """absl's parsing; whatever goes wrong with a flag or in the configuration is one line."""
+    try:
+        rest = flags.FLAGS(argv)
+        # A file that is not there is an error only where the configuration is looked at.
+        _ = _CONFIG.value.system
+        return rest
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"config: {_last_line(error)}") from error
+    except flags.Error as error:
+        first = str(error).strip().splitlines()[0]
+        last = _last_line(error)
+        raise UserError(first if first == last else f"{first} {last}") from error
+    except AttributeError as error:
+        while error.args and isinstance(error.args[0], Exception):
+            error = error.args[0]  # ml_collections wraps a KeyError that knows similar names
+        reason = error.args[0] if error.args else error
+        raise UserError(f"config: no such field: {reason}") from error
+    except Exception as error:  # a configuration is a program: it may raise anything
+        raise UserError(f"config: {type(error).__name__}: {error}") from error
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
 
 
 if __name__ == "__main__":

@@ -41,3 +41,11 @@ def data_root() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data: no folder {folder} (set GEODE_JAX_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A finished run of three steps on twelve rooms (`tests.runs.TinyRun`); read only."""
+    from tests.runs import make_tiny_run  # imports JAX, which not every test needs
+
+    return make_tiny_run(tmp_path_factory.mktemp("tiny"))

@@ -7,6 +7,7 @@ import ml_collections
 
 from configs.hidden_cot import get_config
 from geode_jax.data.rooms import make_rooms
+from geode_jax.train import train_and_evaluate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,3 +64,10 @@ def tiny_config(export: Path, arg: str = "", **train) -> ml_collections.ConfigDi
         config.train.update({"steps": 3, "eval_every": 3, "checkpoint_every": 3} | train)
         config.eval.update(val_scenes=2, test_scenes=2, examples=2)
     return config
+
+
+def make_tiny_run(folder: Path) -> TinyRun:
+    """Rooms and a run on them in a new folder; most of its time is compiling."""
+    export, workdir = tiny_rooms(folder / "rooms"), folder / "run"
+    config = tiny_config(export)
+    return TinyRun(workdir, export, config, train_and_evaluate(config, workdir))

@@ -17,7 +17,13 @@ def problems(draw):
     lengths = [draw(st.lists(st.integers(1, m), min_size=n, max_size=n)) for m in (LQ, LA)]
     order = draw(st.permutations(range(n)))
     size = {"rows": draw(st.integers(1, 4)), "columns": draw(st.integers(1, 25))}
-    return np.array(lengths[0], int), np.array(lengths[1], int), order, size, draw(st.integers(1, 9))
+    return (
+        np.array(lengths[0], int),
+        np.array(lengths[1], int),
+        order,
+        size,
+        draw(st.integers(1, 9)),
+    )
 
 
 def segments(placed, question_length, answer_length):
@@ -75,9 +81,7 @@ def test_in_order_takes_a_beginning(problem):
     if order and fits_alone(question_length[order[0]], answer_length[order[0]], **size):
         assert placed  # else `eval_batches` would never end
     if len(placed) < min(limit, len(order)):  # the next one did not fit
-        again = pack(
-            order[: len(placed) + 1], question_length, answer_length, **size, limit=limit
-        )
+        again = pack(order[: len(placed) + 1], question_length, answer_length, **size, limit=limit)
         assert again == placed
 
 

@@ -16,35 +16,16 @@ from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig
 from geode_jax.ops.attention import Intervals, causal
 from geode_jax.parameters import VGGT_AGGREGATOR, abstract_state, count_by_part
 from geode_jax.sharding import activate, make_mesh
+from tests.tiny_models import STUDENT, materialize, quick_jit
 
-TINY = DecoderConfig(
-    vocab_size=19,
-    width=16,
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    head_width=4,
-    mlp_width=24,
-    cross_layers=(1,),
-)
+TINY = STUDENT.decoder  # three layers, cross-attention before the second, two key heads for four
 S, Q, PREFIX, TEXT, SEEN = 2, 3, 3, 4, 5
 LENGTH = PREFIX + TEXT
 
 
-def make(module, *args):
-    """A module whose biases are not zero, so that leaving one out shows."""
-    with activate(make_mesh()):
-        made = jax.jit(lambda key: module(*args, rngs=nnx.Rngs(key)))(jax.random.key(0))
-    random = np.random.default_rng(0)
-    for path, variable in nnx.to_flat_state(nnx.state(made)):
-        if path[-1] == "bias":
-            variable[...] = jnp.asarray(0.3 * random.normal(size=variable.shape), jnp.float32)
-    return made
-
-
 @pytest.fixture(scope="module")
 def tiny() -> Decoder:
-    return make(Decoder, TINY)
+    return materialize(lambda rngs: Decoder(TINY, rngs=rngs))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +40,7 @@ def scenes() -> dict[str, np.ndarray]:
     return arrays | {"seen_length": np.array([SEEN, 2], np.int32)}
 
 
-@jax.jit
+@quick_jit
 def full_hidden(model, rows_BLD, z_SMD, seen_length_S):
     """Rows in scene order through the trunk at once, causally."""
     B, L, _ = rows_BLD.shape
@@ -81,13 +62,13 @@ def whole(tiny, scenes) -> np.ndarray:
 
 
 def test_a_token_at_a_time_equals_the_whole(tiny, scenes, whole):
-    @jax.jit
+    @quick_jit
     def start(model, prefix, z, seen_length):
         seen = model.see(z)
         hidden, cache = model.run_prefix(prefix, seen, seen_length)
         return hidden, fan_out(cache, Q, TEXT), seen
 
-    @jax.jit
+    @quick_jit
     def advance(model, x_BD, column, cache, seen, seen_length):
         at = jnp.full((S * Q, 1), column)
         hidden, cache = model.run(
@@ -108,9 +89,7 @@ def test_a_token_at_a_time_equals_the_whole(tiny, scenes, whole):
     text = scenes["text"].reshape(S * Q, TEXT, -1)
     for i in range(TEXT):
         column = np.int32(PREFIX + i)
-        hidden, cache = advance(
-            tiny, text[:, i], column, cache, seen, scenes["seen_length"]
-        )
+        hidden, cache = advance(tiny, text[:, i], column, cache, seen, scenes["seen_length"])
         np.testing.assert_allclose(hidden, whole[:, PREFIX + i], atol=2e-6)
 
 
@@ -126,7 +105,7 @@ def test_fan_out_keeps_scenes_together_and_leaves_room():
 def test_a_later_token_never_reaches_an_earlier_state(tiny, scenes):
     rows = rows_of(scenes)[::Q]
 
-    @jax.jit
+    @quick_jit
     def gradients(model, rows, z, seen_length):
         """Of every position's state by every embedding and feature: [L, B, L] and [L, S, M]."""
         direction = jax.random.normal(jax.random.key(3), (TINY.width,))
@@ -150,9 +129,9 @@ def test_a_later_token_never_reaches_an_earlier_state(tiny, scenes):
 
 
 def test_cross_attention_reads_the_valid_features_of_its_own_scene(scenes):
-    cross = make(CrossAttention, TINY)
+    cross = materialize(lambda rngs: CrossAttention(TINY, rngs=rngs))
     x = rows_of(scenes)
-    look = jax.jit(lambda cross, x, z, length: cross(x, cross.keys(z), length) - x)
+    look = quick_jit(lambda cross, x, z, length: cross(x, cross.keys(z), length) - x)
     bias = np.asarray(cross.out.bias[...])
     unseeing = look(cross, x, scenes["z"], np.zeros(S, np.int32))
     np.testing.assert_allclose(unseeing, np.broadcast_to(bias, x.shape), atol=1e-6)
@@ -171,28 +150,24 @@ def test_cross_attention_reads_the_valid_features_of_its_own_scene(scenes):
 
 def test_cross_attention_starts_by_looking_for_its_like():
     with activate(make_mesh()):
-        cross = CrossAttention(TINY, rngs=nnx.Rngs(0))
+        cross = quick_jit(lambda key: CrossAttention(TINY, rngs=nnx.Rngs(key)))(jax.random.key(0))
     np.testing.assert_array_equal(cross.q.kernel[...], cross.k.kernel[...])
     assert cross.q.kernel is not cross.k.kernel  # they learn apart
 
 
-def test_a_text_model_needs_no_vision(tiny):
-    """Without features the cross-attention is left out, its bias too."""
-    plain = make(Decoder, dataclasses.replace(TINY, cross_layers=()))
-    stacked = jax.tree.map(
-        lambda *parts: jnp.concatenate(parts), *(nnx.state(s.blocks) for s in tiny.stages)
-    )
-    nnx.update(plain.stages[0].blocks, stacked)
-    for name in ("embedding", "norm", "head"):
-        source, target = getattr(tiny, name), getattr(plain, name)
-        if name == "embedding":
-            target[...] = source[...]
-        else:
-            nnx.update(target, nnx.state(source))
+def test_a_text_model_needs_no_vision(tiny, scenes):
+    """Without features the cross-attention is left out, its bias too, and stages do not matter."""
+    plain = materialize(lambda rngs: Decoder(dataclasses.replace(TINY, cross_layers=()), rngs=rngs))
+    blocks = [nnx.state(stage.blocks) for stage in tiny.stages]
+    nnx.update(plain.stages[0].blocks, jax.tree.map(lambda *x: np.concatenate(x), *blocks))
+    nnx.update(plain.norm, nnx.state(tiny.norm))
+    nnx.update(plain.head, nnx.state(tiny.head))
+    plain.embedding[...] = tiny.embedding[...]
     ids = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 6))
-    logits = jax.jit(lambda model, ids: model(ids))
-    assert logits(tiny, ids).shape == (2, 6, TINY.vocab_size)
-    np.testing.assert_allclose(logits(tiny, ids), logits(plain, ids), atol=1e-5)
+    logits = quick_jit(lambda model: model(ids))
+    expected = logits(tiny)
+    assert expected.shape == (2, 6, TINY.vocab_size) and expected.dtype == np.float32
+    np.testing.assert_allclose(logits(plain), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -270,12 +245,12 @@ def test_qwen2_of_transformers_gives_the_same_logits():
         for parameter in reference.parameters():
             # Large enough that attention is far from uniform and every bias and norm counts.
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    model = make(Decoder, config)
+    model = materialize(lambda rngs: Decoder(config, rngs=rngs))
     copy_qwen2(reference, model)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 300))
     with torch.no_grad():
         expected = reference(torch.from_numpy(ids)).logits.numpy()
-    logits = np.asarray(jax.jit(lambda model, ids: model(ids))(model, ids))
+    logits = np.asarray(quick_jit(lambda model, ids: model(ids))(model, ids))
     np.testing.assert_allclose(logits, expected, atol=2e-4 * np.abs(expected).max())
     assert (logits.argmax(-1) == expected.argmax(-1)).mean() > 0.99
 
@@ -335,18 +310,21 @@ def test_full_has_the_papers_parameters():
 
 def test_layers_of_full_width_train():
     config = full_decoder(vocab_size=32, layers=2, cross_layers=(1,))
-    with activate(make_mesh()):
-        model = jax.jit(lambda key: Decoder(config, rngs=nnx.Rngs(key)))(jax.random.key(0))
+    model = materialize(lambda rngs: Decoder(config, rngs=rngs))
     ids = np.random.default_rng(0).integers(0, 32, (1, 6))
     z = np.random.default_rng(1).normal(size=(1, 4, config.width))
 
-    @jax.jit
+    @quick_jit
     def gradient_norms(model):
         def loss(model):
-            vision = {"seen": model.see(jnp.asarray(z, config.dtype)), "seen_length_S": [4]}
-            vision["seen_length_S"] = jnp.array([4])
             x = model.embed(ids)
-            hidden, kv = model.run(x, jnp.arange(6)[None], causal(1, 6), **vision)
+            hidden, kv = model.run(
+                x,
+                jnp.arange(6)[None],
+                causal(1, 6),
+                seen=model.see(jnp.asarray(z, config.dtype)),
+                seen_length_S=jnp.array([4]),
+            )
             assert x.dtype == hidden.dtype == kv[0].k.dtype == jnp.bfloat16
             log_prob = jax.nn.log_softmax(model.logits(hidden[:, :-1]))
             return -jnp.take_along_axis(log_prob, ids[:, 1:, None], axis=-1).mean()
@@ -357,5 +335,5 @@ def test_layers_of_full_width_train():
     value, norms = gradient_norms(model)
     assert 0.5 * np.log(32) < value < 2 * np.log(32)
     for path, norm in nnx.to_flat_state(norms):
-        # A bias of all keys alike moves no softmax.
+        # A bias that all keys share moves no softmax.
         assert np.isfinite(norm[...]) and (norm[...] > 0 or path[-2:] == ("k", "bias")), path

@@ -115,9 +115,7 @@ def test_logits_beyond_the_range_of_exp():
 def test_bfloat16_is_rounded_once_not_at_every_key():
     keys = 600
     random = np.random.default_rng(0)
-    q, k, v = (
-        jnp.asarray(random.normal(size=(1, n, 2, 8)), jnp.bfloat16) for n in (4, keys, keys)
-    )
+    q, k, v = (jnp.asarray(random.normal(size=(1, n, 2, 8)), jnp.bfloat16) for n in (4, keys, keys))
     whole = Intervals(*(np.full((1, 4), x, np.int32) for x in (0, 0, keys)))
     out = attention(q, k, v, whole)
     assert out.dtype == jnp.bfloat16

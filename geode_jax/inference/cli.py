@@ -1,0 +1,202 @@
+"""The command `geode-jax`: check and make data, ask a trained run.
+
+    geode-jax validate DIR                      is this folder a good export?
+    geode-jax rooms --scenes 100 --out DIR      an export of synthetic rooms
+    geode-jax rgbd --source DIR --out DIR       an export of a real RGB-D folder
+    geode-jax scenes --workdir RUN              what can be asked about
+    geode-jax ask --workdir RUN --scene ID --question "How many chair(s) are in this room?"
+
+Whatever the user can mend is one line on stderr and exit status 2.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+# Quiet by default, as in geode_jax.main.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from geode_jax.data import exports
+from geode_jax.errors import UserError, reported
+
+# A command imports what it needs when it runs: checking a folder shall not wait for JAX.
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command of `argv` (`sys.argv` where None); exits with 2 on an error."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        sys.exit(2)
+    with reported():
+        arguments.run(arguments)
+
+
+def _validate(arguments: argparse.Namespace) -> None:
+    on_error = "skip" if arguments.skip else "stop"
+    summary = exports.validate(arguments.folder, on_error=on_error, progress=True)
+    print(exports.format_summary(summary))
+
+
+def _rooms(arguments: argparse.Namespace) -> None:
+    from geode_jax.data.rooms import make_rooms
+
+    started = time.monotonic()
+    try:
+        make_rooms(
+            arguments.out,
+            scenes=arguments.scenes,
+            seed=arguments.seed,
+            images=arguments.images,
+            workers=arguments.workers,
+        )
+    except exports.ExportError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    print(_made(arguments.out, started))
+
+
+def _rgbd(arguments: argparse.Namespace) -> None:
+    from geode_jax.data.sources import make_rgbd_export
+
+    started = time.monotonic()
+    summary = make_rgbd_export(
+        arguments.source,
+        arguments.out,
+        views_per_scene=arguments.views,
+        patch_grid=tuple(arguments.grid),
+        questions_per_scene=arguments.questions,
+        max_frames=arguments.max_frames,
+        intrinsic=arguments.intrinsic,
+        depth_scale=arguments.depth_scale,
+        seed=arguments.seed,
+    )
+    for reason, count in summary["frames"]["dropped"].items():
+        print(f"dropped {count} frame(s): {reason}")
+    print(_made(arguments.out, started))
+
+
+def _made(folder: Path, started: float) -> str:
+    """The line that closes the making of an export."""
+    manifest = exports.Export(folder).manifest
+    splits = [scene["split"] for scene in manifest["scenes"]]
+    counts = ", ".join(f"{splits.count(s)} {s}" for s in exports.SPLITS if s in splits)
+    return (
+        f"{folder}: {len(splits)} scenes ({counts}), {manifest['questions']['count']} questions, "
+        f"{time.monotonic() - started:.0f} s"
+    )
+
+
+def _scenes(arguments: argparse.Namespace) -> None:
+    from geode_jax.inference.predict import open_run_export
+
+    for scene_id in open_run_export(arguments.workdir).scene_ids(arguments.split):
+        print(scene_id)
+
+
+def _ask(arguments: argparse.Namespace) -> None:
+    from geode_jax.inference.predict import Predictor
+
+    if arguments.question is None and arguments.options:
+        raise UserError("--options: belong to a --question")
+    predictor = Predictor(arguments.workdir)
+    if arguments.question is None:
+        _ask_own(predictor, arguments.scene, arguments.diagnostic)
+        return
+    text = " ".join([arguments.question, *(arguments.options or ())])
+    unknown = predictor.unknown_words(text)
+    answer = predictor.answer(arguments.scene, arguments.question, arguments.options)
+    if unknown:
+        print(f"warning: words the student never read: {', '.join(unknown)}", file=sys.stderr)
+    if arguments.diagnostic:
+        print(f"answer:   {answer.text}\nthinking: {_shown(answer.thinking_tokens)}")
+    else:
+        print(answer.text)
+
+
+def _ask_own(predictor, scene_id: str, diagnostic: bool) -> None:
+    """The questions that the export has of a scene, the student's answers beside the true ones."""
+    records = predictor.questions(scene_id)
+    if not records:
+        raise UserError(f"scene {scene_id}: has no question of its own; give a --question")
+    for number, record in enumerate(records):
+        answer = predictor.answer(scene_id, record["question"], record.get("options"))
+        if diagnostic and number == 0:  # the tokens stand before the question: one set a scene
+            print(f"thinking: {_shown(answer.thinking_tokens)}")
+        asked = " ".join([record["question"], *record.get("options", ())])
+        print(f"{record['kind']}: {' '.join(asked.split())}")
+        print(f"    student: {answer.text}    true: {record['answer']}")
+
+
+def _shown(thinking_tokens: tuple[str, ...]) -> str:
+    """Decoded tokens apart from each other; a token may be several words, or a line break."""
+    if not thinking_tokens:
+        return "none (K = 0)"
+    return " | ".join(token.strip(" ").replace("\n", "\\n") or "␣" for token in thinking_tokens)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="geode-jax", description="Check and make data, ask a trained run."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name, run, text):
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added.add_argument
+
+    add = command("validate", _validate, "check an export and print a summary")
+    add("folder", metavar="DIR", type=Path)
+    add("--skip", action="store_true", help="list bad scenes instead of stopping at the first")
+
+    add = command("rooms", _rooms, "make an export of synthetic rooms")
+    add("--scenes", type=_positive, default=8000, metavar="N", help="train and val; default 8000")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, required=True, metavar="DIR")
+    add("--images", action="store_true", help="pictures too (2.4 MB and half a second a scene)")
+    add("--workers", type=_positive, metavar="W", help="processes; default all cores")
+
+    add = command("rgbd", _rgbd, "make an export of a folder with color/ depth/ pose/ intrinsic/")
+    add("--source", type=Path, required=True, metavar="DIR")
+    add("--out", type=Path, required=True, metavar="DIR")
+    add("--views", type=_positive, default=4, help="of a scene; default 4")
+    add("--grid", type=_positive, nargs=2, default=(8, 8), metavar=("GH", "GW"), help="patches")
+    add("--questions", type=_positive, default=24, help="at most, of a scene; default 24")
+    add("--max-frames", type=_positive, default=300, help="thin out to this many; default 300")
+    add(
+        "--intrinsic",
+        type=float,
+        nargs=4,
+        metavar=("FX", "FY", "CX", "CY"),
+        help="of the depth camera in pixels, where the folder has none",
+    )
+    add("--depth-scale", type=float, default=1000.0, help="depth units in a metre; default 1000")
+    add("--seed", type=int, default=0)
+
+    add = command("scenes", _scenes, "list the scenes that a run can be asked about")
+    add("--workdir", type=Path, required=True, metavar="RUN")
+    add("--split", choices=exports.SPLITS)
+
+    add = command("ask", _ask, "ask a trained run about a scene")
+    add("--workdir", type=Path, required=True, metavar="RUN")
+    add("--scene", required=True, metavar="ID", help="see: geode-jax scenes --workdir RUN")
+    add("--question", help="without it: the scene's own questions, answered")
+    add("--options", nargs="+", metavar="OPTION", help="of a multiple choice: A. chair ...")
+    add("--diagnostic", action="store_true", help="also decode the K thinking tokens")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""A tiny student and a batch with every target, for the tests of models and training."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from geode_jax.data.packing import lay_out, pack
+from geode_jax.models.decoder import DecoderConfig
+from geode_jax.models.student import StudentConfig
+from geode_jax.models.task_heads import HeadsConfig
+from geode_jax.shapes import Batch
+from geode_jax.sharding import activate, make_mesh
+
+STUDENT = StudentConfig(
+    decoder=DecoderConfig(
+        vocab_size=23,
+        width=16,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        head_width=4,
+        mlp_width=24,
+        cross_layers=(1,),
+    ),
+    heads=HeadsConfig(
+        width=8,
+        depth_bins=6,
+        depth_cells=2,
+        queries=4,
+        detection_layers=1,
+        categories=3,
+        teacher_width=7,
+    ),
+    vision_width=5,
+    patch_grid=(2, 2),
+    max_views=3,
+    thinking_tokens=2,
+    vision_prefix=1,
+    category_ids=((4,), (5, 6), (7,)),
+)
+VIEWS, QUESTION, ANSWER, ROWS, COLUMNS = 2, 5, 4, 3, 20
+PAD_ID, EOS_ID = 0, 1
+
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+"""`jax.jit` that compiles in half the time; how fast the program is does not matter here."""
+
+
+def materialize(build, seed: int = 0) -> nnx.Module:
+    """A model with random parameters, norms and biases too, so that leaving one out shows.
+
+    Nothing is compiled, which is most of what creating a model costs.
+
+    Args:
+        build: makes the model from `nnx.Rngs`.
+        seed: of the parameters.
+    """
+    with activate(make_mesh()):
+        abstract = jax.eval_shape(lambda key: build(nnx.Rngs(key)), jax.random.key(0))
+    graph, state = nnx.split(abstract)
+    random = np.random.default_rng(seed)
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        metadata = variable.get_metadata()
+        first = int(metadata["out_sharding"][:1] == ("layer",))
+        fan_in = math.prod(variable.shape[first : first + metadata["contracted"]])
+        size = {"bias": 0.2, "scale": 0.2}.get(path[-1], fan_in**-0.5)
+        value = size * random.standard_normal(variable.shape, np.float32) + (path[-1] == "scale")
+        flat.append((path, variable.replace(jnp.asarray(value, np.float32))))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def tiny_batch(scenes: int = 2, questions: int = 3, seed: int = 0) -> Batch:
+    """Random scenes of which every loss has something to say.
+
+    The last scene has one view, the last question of every scene is padding, and every second
+    answer token has the teacher's logits.
+    """
+    random = np.random.default_rng(seed)
+    S, Q, V, (gh, gw), heads = scenes, questions, VIEWS, STUDENT.patch_grid, STUDENT.heads
+    P, F, B, X = gh * gw, heads.teacher_width, heads.depth_bins, STUDENT.decoder.vocab_size
+
+    def normal(*shape):
+        return random.standard_normal(shape).astype(np.float32)
+
+    asked = np.arange(Q) < Q - 1  # the last question is padding
+
+    def mask(*shape):
+        return (random.random((S, Q, *shape)) < 0.7) & asked[:, None]
+
+    def probabilities(*shape):
+        return random.dirichlet(np.ones(shape[-1]), shape[:-1]).astype(np.float32)
+
+    view_mask = np.ones((S, V), bool)
+    view_mask[-1, 1:] = False
+    boxes = random.uniform(0.3, 2, (S, 3, 7)).astype(np.float32)
+    return Batch(
+        vision_SVPC=normal(S, V, P, STUDENT.vision_width),
+        view_mask_SV=view_mask,
+        target_boxes_SN7=boxes,
+        target_labels_SN=np.tile(np.array([0, 2, -1], np.int32), (S, 1)),
+        boxes_known_S=np.ones(S, bool),
+        target_depth_SVhw=random.uniform(0.5, 5, (S, V, 2 * gh, 2 * gw)).astype(np.float32),
+        target_segmentation_SVP=random.integers(-2, 3, (S, V, P)).astype(np.int32),
+        teacher_features_SVPF=normal(S, V, P, F),
+        teacher_features_mask_S=np.ones(S, bool),
+        teacher_depth_bins_SVPB=probabilities(S, V, P, B),
+        teacher_depth_bins_mask_S=np.ones(S, bool),
+        teacher_detection_SNc=probabilities(S, 3, heads.categories),
+        teacher_detection_mask_S=np.ones(S, bool),
+        objects_SQO7=random.uniform(0.3, 2, (S, Q, 5, 7)).astype(np.float32),
+        objects_mask_SQO=np.broadcast_to(asked[:, None], (S, Q, 5)),
+        relations_SQR=random.random((S, Q, 6)).astype(np.float32),
+        relations_mask_SQR=mask(6),
+        teacher_relations_SQR=random.random((S, Q, 6)).astype(np.float32),
+        teacher_relations_mask_SQR=mask(6),
+        value_SQ=random.uniform(0.5, 9, (S, Q)).astype(np.float32),
+        value_mask_SQ=np.broadcast_to(asked, (S, Q)),
+        topk_id_SQAk=random.permuted(np.tile(np.arange(X), (S, Q, ANSWER, 1)), axis=-1)[
+            ..., :3
+        ].astype(np.int32),
+        topk_logprob_SQAk=np.log(probabilities(S, Q, ANSWER, 4)[..., :3]),
+        topk_mask_SQA=np.broadcast_to(np.arange(ANSWER) % 2 == 1, (S, Q, ANSWER)),
+        **_geometry(S),
+        **_text(S, Q, random),
+    )
+
+
+def _geometry(S: int) -> dict[str, np.ndarray]:
+    """Two cameras side by side that look at the same wall, 2 m away, so that views correspond."""
+    V, (gh, gw) = VIEWS, STUDENT.patch_grid
+    extrinsic = np.tile(np.eye(3, 4, dtype=np.float32), (S, V, 1, 1))
+    extrinsic[:, 1, 0, 3] = 0.1  # far less than a patch
+    intrinsic = np.array([[1, 0, (gw - 1) / 2], [0, 1, (gh - 1) / 2], [0, 0, 1]], np.float32)
+    u, v = np.meshgrid(np.arange(gw), np.arange(gh))
+    rays = np.stack([u, v, np.ones_like(u)], -1).reshape(-1, 3) @ np.linalg.inv(intrinsic).T
+    points = (2 * rays)[None, None] - extrinsic[:, :, None, :, 3]
+    return dict(
+        extrinsic_SV34=extrinsic,
+        intrinsic_SV33=np.tile(intrinsic, (S, V, 1, 1)),
+        points_SVP3=points.astype(np.float32),
+        points_mask_SVP=np.ones((S, V, gh * gw), bool),
+        depth_hint_SVP=np.full((S, V, gh * gw), 2, np.float32),
+    )
+
+
+def _text(S: int, Q: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+    """Questions of 1 to 5 tokens and answers of 1 to 4, as the pipeline lays them out."""
+    question_length = random.integers(1, QUESTION + 1, (S, Q)).astype(np.int32)
+    answer_length = random.integers(1, ANSWER + 1, (S, Q)).astype(np.int32)
+    question_length[0, 0], answer_length[0, 0] = QUESTION, ANSWER
+    question_length[:, -1] = answer_length[:, -1] = 0
+    ids = random.integers(2, STUDENT.decoder.vocab_size, (S, Q, QUESTION + ANSWER), np.int32)
+    question, answer = ids[..., :QUESTION].copy(), ids[..., QUESTION:].copy()
+    question[np.arange(QUESTION) < QUESTION - question_length[..., None]] = PAD_ID
+    answer[np.arange(ANSWER) >= answer_length[..., None]] = PAD_ID
+    packed = []
+    for s in range(S):
+        lengths = question_length[s], answer_length[s]
+        placed = pack(range(Q - 1), *lengths, ROWS, COLUMNS, Q)
+        assert len(placed) == Q - 1
+        packed.append(
+            lay_out(
+                placed, question[s], lengths[0], answer[s], lengths[1], ROWS, COLUMNS, Q, PAD_ID
+            )
+        )
+    names = {name.rsplit("_", 1)[0]: name for name in (f.name for f in dataclasses.fields(Batch))}
+    rows = {names[name]: np.stack([row[name] for row in packed]) for name in packed[0]}
+    return rows | dict(
+        question_SQL=question,
+        question_length_SQ=question_length,
+        answer_SQA=answer,
+        answer_length_SQ=answer_length,
+    )
