@@ -94,7 +94,7 @@ class Checkpoints:
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The latest training state with `like`'s shardings, and its position; None at the start."""
+        """The latest training state, sharded as `like`, and its position; None at the start."""
         latest = self._latest.latest
         return None if latest is None else self._load(self._latest, latest, like)
 

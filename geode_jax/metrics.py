@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 
@@ -25,18 +24,20 @@ def read_metrics(path: Path) -> list[dict]:
 class MetricsWriter:
     """Writes `WORKDIR/metrics.jsonl` and TensorBoard events, one row a call.
 
-    Rows of steps at or after `first_step` that an earlier, killed run left behind are dropped, so
-    that a resumed run leaves the same file as an uninterrupted one.
+    Rows past `last_step`, the step a run resumes from, are what a killed run did after its last
+    checkpoint; they are dropped, so that a resumed run leaves the same file as an unbroken one.
     """
 
-    def __init__(self, workdir: Path, first_step: int):
+    def __init__(self, workdir: Path, last_step: int):
         path = workdir / "metrics.jsonl"
-        rows = [row for row in read_metrics(path) if row["step"] < first_step]
+        rows = [row for row in read_metrics(path) if row["step"] <= last_step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.replace(temporary, path)
         self._file = path.open("a")
-        self._events = SummaryWriter(str(workdir / "events"), purge_step=first_step)
+        from tensorboardX import SummaryWriter  # loads torch wherever torch is installed
+
+        self._events = SummaryWriter(str(workdir / "events"), purge_step=last_step + 1)
 
     def write(self, step: int, values: dict) -> None:
         """One row; values become floats."""

@@ -32,7 +32,7 @@ class Objective(Protocol):
         ...
 
     def total(self, model: nnx.Module, terms: Terms, share: float) -> tuple[Array, dict]:
-        """The loss of `terms`, and weights by name for the log; `share` = this microbatch's part."""
+        """The loss of `terms`, and weights for the log; `share` = this microbatch's part."""
         ...
 
 

@@ -30,6 +30,7 @@ import functools
 import multiprocessing
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -437,7 +438,15 @@ def _run(jobs: list[_Job], workers: int):
     # Spawn: no fork of a process that may hold threads or an accelerator.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(_write, jobs, chunksize=max(1, min(32, len(jobs) // (4 * workers))))
+        # Ctrl-C reaches all processes of a terminal. The workers, which inherit the signal mask,
+        # leave it to this one.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            chunk = max(1, min(32, len(jobs) // (4 * workers)))
+            results = pool.map(_write, jobs, chunksize=chunk)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        yield from results
 
 
 def _cores() -> int:

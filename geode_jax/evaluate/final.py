@@ -15,7 +15,7 @@ from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate.efficiency import measure_speed, parameter_counts, peak_memory
 from geode_jax.evaluate.evaluator import Evaluation, Evaluator
 from geode_jax.evaluate.report import depth_colours, write_report
-from geode_jax.evaluate.text_metrics import answer_rows
+from geode_jax.evaluate.text_metrics import answer_rows, with_reference
 from geode_jax.metrics import read_metrics
 from geode_jax.train_step import TrainState
 
@@ -78,7 +78,7 @@ def evaluate_and_report(run, state: TrainState, workdir: Path, train: dict) -> d
         notes=notes,
         score_notes=_score_notes(run.export),
     )
-    print(scoring.score_table(scores))
+    print(scoring.score_table(scores, _score_notes(run.export)))
     print("\n".join(f"note: {note}" for note in notes))
     print(f"report: {workdir / 'report.html'}", flush=True)
     return summary
@@ -136,6 +136,7 @@ def _examples(export: Export, model: Evaluation, reference: str, count: int) -> 
     chosen = (chosen + rest)[:count]
     if not chosen:
         return []
+    chosen = with_reference(chosen, reference)
     rows = answer_rows(chosen, reference)
     images = {r["scene_id"]: view_images(export, r["scene_id"]) for r in chosen}
     examples = []

@@ -64,7 +64,7 @@ def _rgbd(arguments: argparse.Namespace) -> None:
     from geode_jax.data.sources import make_rgbd_export
 
     started = time.monotonic()
-    summary = make_rgbd_export(
+    make_rgbd_export(  # says what was dropped and why, on stderr
         arguments.source,
         arguments.out,
         views_per_scene=arguments.views,
@@ -75,8 +75,6 @@ def _rgbd(arguments: argparse.Namespace) -> None:
         depth_scale=arguments.depth_scale,
         seed=arguments.seed,
     )
-    for reason, count in summary["frames"]["dropped"].items():
-        print(f"dropped {count} frame(s): {reason}")
     print(_made(arguments.out, started))
 
 

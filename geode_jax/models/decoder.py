@@ -1,11 +1,12 @@
 """The decoder trunk: one pre-norm transformer of which the student and Qwen2.5 are two configs.
 
-Hidden-CoT Sec. III-C: 24 layers, width 2048, 16 heads, feed-forward 8192, trained from scratch, with
+Hidden-CoT Sec. III-C: 24 layers, width 2048, 16 heads, feed-forward 8192, from scratch, with
 "cross-modal attention" to the vision features in chosen layers. Grouped-query attention, qkv bias,
 SwiGLU, RMSNorm, a tied head and the RoPE base are switches, which is all that Qwen2.5 needs.
 """
 
 import dataclasses
+import itertools
 from typing import Literal, NamedTuple
 
 import jax
@@ -238,7 +239,7 @@ class Decoder(nnx.Module):
         bounds = sorted({0, *c.cross_layers, c.layers})
         self.stages = nnx.List(
             Stage(c, stop - first, first in c.cross_layers, rngs=rngs)
-            for first, stop in zip(bounds[:-1], bounds[1:], strict=True)
+            for first, stop in itertools.pairwise(bounds)
         )
         self.norm = c.make_norm()
         self.head = (

@@ -1,4 +1,4 @@
-"""The small pieces every model shares: annotated parameters, projections, norms, rotary positions."""
+"""Pieces every model shares: annotated parameters, projections, norms, rotary positions."""
 
 import math
 

@@ -8,8 +8,9 @@ Z, V and T of a scene are computed once and shared by all its questions:
     [Q][A] --trunk (sees the prefix, cross-attends to Z)--> answer logits
     [Q]    --trunk (cross-attends to Z, no prefix)-------> spatial head
 
-The two kinds of segment lie packed in the same rows (`data.packing`). The last line is the question's own copy: the paper trains T from the answer loss alone, so nothing
-an auxiliary head reads may have seen T. The copy is not computed at inference.
+The two kinds of segment lie packed in the same rows (`data.packing`). The last line is the
+question's own copy: the paper trains T from the answer loss alone, so nothing an auxiliary head
+reads may have seen T. The copy is not computed at inference.
 """
 
 import dataclasses
@@ -255,6 +256,6 @@ class Student(nnx.Module):
 
 
 def text_positions(pad_B: Array, columns: int, prefix: int) -> jax.Array:
-    """Rotary positions [B, columns] of left-padded rows: the first real token follows the prefix."""
+    """Rotary positions [B, columns] of left-padded rows: real tokens follow the prefix."""
     column = jnp.arange(columns, dtype=jnp.int32)
     return prefix + jnp.maximum(column - pad_B[:, None], 0)

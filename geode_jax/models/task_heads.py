@@ -153,7 +153,7 @@ class DetectionHead(nnx.Module):
 
 
 class SpatialHead(nnx.Module):
-    """From the question encoding: relations, the named objects' boxes, their bearing, the number."""
+    """From the question encoding: relations, the named boxes, their bearing, the number."""
 
     def __init__(self, width: int, config: HeadsConfig, *, rngs: nnx.Rngs):
         self.sizes = (len(RELATIONS), MAX_OBJECTS * BOX_CODE, 2, 1)

@@ -1,15 +1,19 @@
 """Hidden-CoT: the student's losses of Sec. III-D under the uncertainties of eq. 2.
 
-What each term of eq. 2 is made of (`extension` = not in the paper, ours, and why):
+What each term of eq. 2 is made of (* = not in the paper, ours):
 
-| term | losses |
-|---|---|
-| text | cross-entropy on the answer; KL to the teacher's top-k logits where a teacher answered |
-| depth_ce, depth_reg, depth_kl | bin cross-entropy, L1 of the expected depth, KL to the teacher's bins |
-| detection | focal + box loss of matched queries; extension: category of every patch against the nouns' embeddings, so that a question's noun finds its patches |
-| spatial | eq. 1 (features to the teacher's, cross-view); KL of left/right, above/below and the four relations; extension: boxes of the objects the question names, their bearing, the number asked for, regressed from the question's encoding |
-| multiview | L2 between depths predicted by two views, reprojected onto each other |
-| feature | detector probabilities, spatial distributions and depth hints of student and teacher |
+text        cross-entropy on the answer; KL to the teacher's top-k logits where a teacher answered
+depth_ce, depth_reg, depth_kl
+            bin cross-entropy, L1 of the expected depth, KL to the teacher's bins
+detection   focal + box loss of matched queries;
+            * the category of every patch against the nouns' embeddings, so that a question's noun
+            finds its patches
+spatial     eq. 1 (features to the teacher's, cross-view); KL of left/right, above/below and the
+            four relations;
+            * boxes of the objects the question names, their bearing, and the number asked for,
+            regressed from the question's encoding
+multiview   L2 between depths predicted by two views, reprojected onto each other
+feature     detector probabilities, spatial distributions, depth hints of student and teacher
 """
 
 import dataclasses
@@ -94,9 +98,9 @@ class HiddenCoT:
         out = model.student(batch)
         terms = text_terms(out, batch, self.config.temperature)
         if self.config.vision:
-            terms |= depth_terms(out, batch)
+            terms |= depth_terms(out, batch, self.config.literal_cross_view)
             terms |= detection_terms(out, batch)
-            terms |= spatial_terms(out, batch, self.config)
+            terms |= spatial_terms(out, batch)
         return {name: pair for name, pair in terms.items() if term_of(name) in self.config.terms}
 
     def total(self, model: HiddenCoTModel, terms: Terms, share: float) -> tuple[Array, dict]:
@@ -155,8 +159,8 @@ def _grid(out: StudentOutput, batch: Batch) -> tuple[int, int]:
     return h // r, w // r
 
 
-def depth_terms(out: StudentOutput, batch: Batch) -> Terms:
-    """Depth and multi-view consistency of the predicted depth, Sec. III-D.2."""
+def depth_terms(out: StudentOutput, batch: Batch, literal_cross_view: bool = False) -> Terms:
+    """Depth and what two views must agree on, Sec. III-D.2 and the second term of eq. 1."""
     grid = _grid(out, batch)
     centres = losses.depth_bin_centres(out.depth_logits_SVhwB.shape[-1])
     target, logits = batch.target_depth_SVhw, out.depth_logits_SVhwB
@@ -192,7 +196,9 @@ def depth_terms(out: StudentOutput, batch: Batch) -> Terms:
             depth=(patch_depth, teacher_depth, taught)
         )["depth"]
     if out.features_SVPF is not None:
-        terms["spatial/cross_view"] = losses.cross_view(out.features_SVPF, index, visible)
+        terms["spatial/cross_view"] = losses.cross_view(
+            out.features_SVPF, index, visible, literal_sign=literal_cross_view
+        )
     return terms
 
 
@@ -242,9 +248,8 @@ def relative_angle(boxes_O7: Array) -> jax.Array:
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
-def spatial_terms(out: StudentOutput, batch: Batch, config: HiddenCoTConfig) -> Terms:
+def spatial_terms(out: StudentOutput, batch: Batch) -> Terms:
     """Eq. 1's features, relations, and what the question is about, Sec. III-D.2 and III-D.3."""
-    del config
     spatial = out.spatial
     known_SQO = jnp.asarray(batch.objects_mask_SQO)
     boxes_SQO7 = jnp.where(known_SQO[..., None], batch.objects_SQO7, 1.0)

@@ -38,7 +38,7 @@ def owners(placed, question_length, answer_length, size) -> np.ndarray:
     count = np.zeros(size["rows"] * size["columns"], int)
     for first, length, _ in segments(placed, question_length, answer_length):
         assert first // size["columns"] == (first + length - 1) // size["columns"]
-        assert 0 <= first and first + length <= count.size
+        assert first >= 0 and first + length <= count.size
         count[first : first + length] += 1
     return count
 

@@ -136,9 +136,9 @@ def test_the_teachers_features_can_be_the_vision(scene):
     rows = batch_rows(scene, shapes)
     np.testing.assert_array_equal(rows["vision"][:2], scene["teacher/features"].reshape(2, 6, 7))
     np.testing.assert_array_equal(rows["vision"], rows["teacher_features"])
-    for shapes in (shapes, SHAPES):
-        empty = empty_rows(shapes)
-        assert empty["vision"].shape == (3, 6, shapes.token_width) and not empty["vision"].any()
+    for sizes in (shapes, SHAPES):
+        empty = empty_rows(sizes)
+        assert empty["vision"].shape == (3, 6, sizes.token_width) and not empty["vision"].any()
         masks = [name for name in empty if name.endswith(("_mask", "_known"))]
         assert [name for name in masks if empty[name].any()] == ["view_mask"]
 

@@ -1,0 +1,234 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from geode_jax.data.exports import Export
+from geode_jax.inference.cli import main
+from tests.data.conftest import write_tiny_export
+from tests.data.sources_test import write_hall
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tiny_export(tmp_path_factory) -> Export:
+    return write_tiny_export(tmp_path_factory.mktemp("exports") / "tiny")
+
+
+@pytest.fixture
+def run(capfd):
+    """Runs a command: (exit status, stdout, stderr)."""
+
+    def call(*arguments) -> tuple[int, str, str]:
+        status = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code
+        return status, *capfd.readouterr()
+
+    return call
+
+
+def one_error(result: tuple[int, str, str]) -> str:
+    """The error line of a failed command, which said nothing else."""
+    status, out, err = result
+    lines = [line for line in err.splitlines() if line.strip() and "scene/s" not in line]
+    assert (status, out) == (2, "")
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]
+
+
+def test_without_a_command_it_explains_itself(run):
+    status, out, err = run()
+    assert (status, out) == (2, "")
+    for command in ("validate", "rooms", "rgbd", "scenes", "ask"):
+        assert command in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["rooms", "--scenes", "0", "--out", "x"], "0 is less than 1"),
+        (["rooms", "--scenes", "many", "--out", "x"], "invalid"),
+        (["rooms"], "--out"),
+        (["ask", "--workdir", "x"], "--scene"),
+        (["scenes", "--workdir", "x", "--split", "tset"], "tset"),
+        (["rgbd", "--source", "x", "--out", "y", "--grid", "3"], "--grid"),
+        (["fly"], "fly"),
+    ],
+)
+def test_wrong_arguments_are_refused(run, arguments, complaint):
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert complaint in err.splitlines()[-1]
+
+
+def test_validate_prints_what_is_there(run, tiny_export):
+    status, out, _ = run("validate", tiny_export.folder)
+    assert status == 0
+    assert "scenes: 10 (7 train, 3 val)" in out
+    for kind in ("object_counting", "proximity", "scene_description"):
+        assert kind in out
+
+
+def test_validate_refuses_or_skips_a_broken_scene(run, tiny_export, tmp_path):
+    assert "nowhere" in one_error(run("validate", tmp_path / "nowhere"))
+    folder = shutil.copytree(tiny_export.folder, tmp_path / "export")
+    broken = folder / "scenes" / "scene003.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-7])
+    assert "scene scene003" in one_error(run("validate", folder))
+    status, out, _ = run("validate", folder, "--skip")
+    assert status == 0
+    assert "scenes: 9 (6 train, 3 val)" in out
+    assert "scene scene003" in out.partition("dropped, with")[2]
+
+
+def test_rooms_are_made_once(run, tmp_path):
+    arguments = ("rooms", "--scenes", 5, "--seed", 7, "--out", tmp_path / "rooms", "--workers", 1)
+    status, out, err = run(*arguments)
+    export = Export(tmp_path / "rooms")
+    asked = sum(1 for _ in export.questions())
+    assert status == 0
+    assert "6/6" in err  # the progress bar
+    line = f"{tmp_path / 'rooms'}: 6 scenes (4 train, 1 val, 1 test), {asked} questions, "
+    assert out.startswith(line) and out.endswith(" s\n") and out.count("\n") == 1
+    assert export.scene_ids()[0].startswith("room_s7_")
+    assert "already" in one_error(run(*arguments))
+    assert "seed" in one_error(run("rooms", "--seed", -1, "--out", tmp_path / "more"))
+    assert not (tmp_path / "more").exists()
+
+
+def test_an_rgbd_folder_becomes_an_export(run, tmp_path):
+    hall = write_hall(tmp_path / "hall", frames=6)
+    pose = np.loadtxt(hall / "pose" / "20.txt")
+    pose[:3, 3] = -np.inf
+    np.savetxt(hall / "pose" / "20.txt", pose)
+    out_folder = tmp_path / "export"
+    arguments = ("--views", 2, "--grid", 4, 5, "--questions", 6, "--max-frames", 5)
+    status, out, err = run("rgbd", "--source", hall, "--out", out_folder, *arguments)
+    assert status == 0, err
+    export = Export(out_folder)
+    assert export.patch_grid == (4, 5)
+    assert export.scene_shapes(export.scene_ids()[0])["vggt/tokens"][0] == 2
+    assert out.startswith(f"{out_folder}: {len(export.scene_ids())} scenes (")
+    dropped = err.splitlines()[-1]
+    assert "1 thinned out" in dropped and "1 dropped" in dropped and "pose" in dropped
+    assert "nowhere" in one_error(run("rgbd", "--source", "nowhere", "--out", tmp_path / "x"))
+
+
+def test_scenes_of_a_run_are_listed_one_a_line(run, tiny_run):
+    ids = Export(tiny_run.export).scene_ids
+    listed = run("scenes", "--workdir", tiny_run.workdir)
+    assert listed == (0, "".join(f"{i}\n" for i in ids()), "")
+    listed = run("scenes", "--workdir", tiny_run.workdir, "--split", "test")
+    assert listed == (0, "".join(f"{i}\n" for i in ids("test")), "")
+    assert len(ids("test")) == 2
+
+
+def test_ask_prints_the_answer_of_the_evaluation_and_nothing_else(run, tiny_run):
+    lines = (tiny_run.workdir / "predictions.jsonl").read_text().splitlines()
+    expected = json.loads(lines[0])
+    ask = ("ask", "--workdir", tiny_run.workdir, "--scene", expected["scene_id"])
+    asked = run(*ask, "--question", expected["question"])
+    assert asked == (0, expected["prediction"] + "\n", "")
+
+    status, out, err = run(*ask, "--question", expected["question"] + " Wallaby?", "--diagnostic")
+    answer, thinking = out.splitlines()
+    assert status == 0
+    assert answer.startswith("answer:   ")
+    assert thinking.startswith("thinking: ")
+    decoded = [token.replace("\n", "\\n") or "␣" for token in expected["thinking_tokens"]]
+    assert [t.strip() for t in thinking[len("thinking: ") :].split(" | ")] == decoded
+    assert err == "warning: words the student never read: Wallaby\n"
+
+
+def test_ask_without_a_question_asks_the_scenes_own(run, tiny_run):
+    lines = (tiny_run.workdir / "predictions.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    scene_id = found[0]["scene_id"]
+    found = {p["id"]: p for p in found if p["scene_id"] == scene_id}
+    status, out, err = run("ask", "--workdir", tiny_run.workdir, "--scene", scene_id)
+    assert (status, err) == (0, "")
+    records = [q for q in Export(tiny_run.export).questions() if q["scene_id"] == scene_id]
+    lines = out.splitlines()
+    assert len(lines) == 2 * len(records)
+    for record, question, answers in zip(records, lines[::2], lines[1::2], strict=True):
+        assert question.startswith(f"{record['kind']}: ")
+        assert record["question"].split()[-1] in question
+        said = found[record["id"]]["prediction"]
+        assert answers == f"    student: {said}    true: {record['answer']}"
+
+
+def test_what_cannot_be_asked_is_one_line(run, tiny_run, tmp_path):
+    ask = ("ask", "--workdir", tiny_run.workdir, "--question", "Is the bed touching the desk?")
+    line = one_error(run(*ask, "--scene", "attic"))
+    assert f"geode-jax scenes --workdir {tiny_run.workdir}" in line
+    scene_id = Export(tiny_run.export).scene_ids()[0]
+    line = one_error(run("ask", "--workdir", tmp_path, "--scene", scene_id))
+    assert "no run was started in this folder" in line
+    options = ("--scene", scene_id, "--options", "A. x")
+    assert "--question" in one_error(run("ask", "--workdir", tiny_run.workdir, *options))
+    assert "no run was started" in one_error(run("scenes", "--workdir", tmp_path))
+    shutil.copy(tiny_run.workdir / "config.json", tmp_path)
+    line = one_error(run("ask", "--workdir", tmp_path, "--scene", scene_id))
+    assert "no checkpoint yet" in line
+
+
+def command(*arguments, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "geode_jax.inference.cli", *map(str, arguments)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_ctrl_c_ends_every_process_without_a_traceback(tmp_path):
+    """As from a terminal, the signal goes to the workers too."""
+    folder = tmp_path / "rooms"
+    child = command(
+        *("rooms", "--scenes", 2000, "--out", folder, "--workers", 2), start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not list((folder / "scenes").glob("*.safetensors")):
+            assert child.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(child.pid, signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+    assert child.returncode == 130
+    assert out == ""
+    assert "Traceback" not in err and "leaked" not in err
+    assert err.splitlines()[-1] == "interrupted"
+    assert not (folder / "manifest.json").exists()
+
+
+def test_a_reader_that_goes_away_is_no_error(tiny_export):
+    child = command("validate", tiny_export.folder)
+    child.stdout.close()  # before it prints: the import alone takes longer
+    assert child.wait(timeout=60) == 1
+    assert "rror" not in child.stderr.read()
+    child.stderr.close()
+
+
+def test_checking_a_folder_does_not_wait_for_jax(tiny_export):
+    code = (
+        "import sys; from geode_jax.inference.cli import main; "
+        f"main(['validate', {str(tiny_export.folder)!r}]); sys.exit('jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True)
+    assert done.returncode == 0, done.stderr

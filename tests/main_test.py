@@ -1,0 +1,106 @@
+"""The training command: what the user can mend is one line and exit status 2."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIG = """
+import ml_collections
+
+
+def get_config(arg=""):
+    if arg == "broken":
+        return {}["field"]
+    if arg == "bad":
+        raise ValueError("first line\\nlast line")
+    return ml_collections.ConfigDict({"system": "test", "train": {"steps": 5}, "size": (1, 2)})
+"""
+
+
+def start(*arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "geode_jax.main", *map(str, arguments)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def error_of(*arguments) -> str:
+    """The one line a refused command ends with."""
+    child = start(*arguments)
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 2, err
+    lines = err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "--config"),
+        (["--config=nowhere.py"], "nowhere.py"),
+        (["--config=nowhere.py", "--config.train.steps=1"], "nowhere.py"),
+        (["--config={config}:broken"], "KeyError: 'field'"),
+        (["--config={config}:bad"], "last line"),
+        (["--config={config}", "--config.train.steps=many"], "--config.train.steps=many"),
+        (["--config={config}", "--config.train.stepz=1"], 'Did you mean "steps"'),
+        (["--config={config}", "--stepz=1"], "stepz"),
+    ],
+)
+def test_a_bad_command_line_is_one_line(config, arguments, complaint):
+    assert complaint in error_of(*(argument.format(config=config) for argument in arguments))
+
+
+def test_a_positional_argument_is_refused(config):
+    assert "unexpected argument 'train'" in error_of("train", f"--config={config}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([":thinking=3"], "thinking=3: not one of 0, 2, 4, 8, 16"),
+        (["", "--config.data.export=nowhere"], "missing in nowhere"),
+        (["", "--config.model.dtype=float31"], "model.dtype: float31"),
+        ([":rgbd=nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_a_bad_value_is_one_line_and_leaves_no_run(tmp_path, arguments, complaint):
+    arg, *fields = arguments
+    workdir, data = tmp_path / "run", tmp_path / "data"
+    places = (f"--workdir={workdir}", f"--config.data.root={data}")
+    config = f"--config=configs/hidden_cot.py{arg}"
+    assert complaint in error_of(config, *fields, *places)
+    assert not (workdir / "config.json").exists()
+    assert not data.exists()
+
+
+def test_ctrl_c_is_no_traceback(tmp_path):
+    data = tmp_path / "data"
+    child = start(
+        "--config=configs/hidden_cot.py", f"--workdir={tmp_path}", f"--config.data.root={data}"
+    )
+    deadline = time.monotonic() + 120
+    while not data.exists():  # it makes rooms first
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(child.pid, signal.SIGINT)
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 130
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == "interrupted"

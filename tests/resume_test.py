@@ -1,0 +1,120 @@
+"""Killed, stopped, and resumed runs end bitwise where an uninterrupted run ends."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from geode_jax.metrics import read_metrics
+from tests.runs import tiny_rooms
+
+STEPS = 12
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.runs import tiny_config
+from geode_jax.train import train_and_evaluate
+if __name__ == "__main__":
+    export, workdir, workers, steps = sys.argv[1:]
+    config = tiny_config(Path(export), steps=int(steps), checkpoint_every=3, eval_every=4)
+    with config.unlocked():
+        config.data.workers = int(workers)
+    train_and_evaluate(config, Path(workdir))
+"""
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    return tiny_rooms(tmp_path_factory.mktemp("resume") / "rooms")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(export, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("resume") / "whole"
+    process = start(export, workdir)
+    assert process.wait() == 0, output(workdir)
+    return workdir
+
+
+def start(export: Path, workdir: Path, workers: int = 0) -> subprocess.Popen:
+    workdir.mkdir(exist_ok=True)
+    script = workdir.parent / "run.py"  # a file: workers import the main module again
+    script.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with (workdir / "output").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, str(script), str(export), str(workdir), str(workers), str(STEPS)],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=REPOSITORY,
+        )
+
+
+def output(workdir: Path) -> str:
+    return (workdir / "output").read_text()[-3000:]
+
+
+def steps_done(workdir: Path) -> int:
+    return max((row["step"] for row in read_metrics(workdir / "metrics.jsonl")), default=0)
+
+
+def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
+    while steps_done(workdir) < step:
+        assert process.poll() is None, output(workdir)
+        time.sleep(0.02)
+
+
+def final_state(workdir: Path) -> list[np.ndarray]:
+    folder = workdir / "checkpoints" / "latest"
+    with ocp.training.Checkpointer(folder) as checkpointer:
+        assert checkpointer.latest.step == STEPS
+        return [np.asarray(x) for x in jax.tree.leaves(checkpointer.load_checkpointables())]
+
+
+def assert_same_end(workdir: Path, reference: Path) -> None:
+    assert read_metrics(workdir / "metrics.jsonl") == read_metrics(reference / "metrics.jsonl")
+    ours, theirs = final_state(workdir), final_state(reference)
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a, b)
+    summaries = [json.loads((w / "summary.json").read_text()) for w in (workdir, reference)]
+    assert summaries[0]["scores"] == summaries[1]["scores"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_where_an_uninterrupted_one_does(export, uninterrupted, tmp_path):
+    workdir = tmp_path / "killed"
+    process = start(export, workdir)
+    wait_for_step(process, workdir, random.randint(1, STEPS - 1))
+    process.kill()
+    process.wait()
+    assert not (workdir / "summary.json").exists()
+    assert start(export, workdir).wait() == 0, output(workdir)
+    assert_same_end(workdir, uninterrupted)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_other_workers_resume(export, uninterrupted, tmp_path):
+    workdir = tmp_path / "stopped"
+    process = start(export, workdir)
+    wait_for_step(process, workdir, 4)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM, output(workdir)
+    assert "stopped by SIGTERM" in output(workdir)
+    stopped = steps_done(workdir)
+    assert 4 <= stopped < STEPS
+    assert start(export, workdir, workers=2).wait() == 0, output(workdir)
+    assert f"resuming at step {stopped}" in output(workdir)
+    assert_same_end(workdir, uninterrupted)
