@@ -78,6 +78,8 @@ def base() -> ml_collections.ConfigDict:
                 "rooms_scenes": 8000,
                 "rooms_seed": 0,
                 "rgbd": "",
+                "rgbd_intrinsic": (),  # fx, fy, cx, cy where the folder has no intrinsic/
+                "rgbd_depth_scale": 1000.0,  # depth values a metre
                 "vision": "vggt/tokens",
                 "scenes_per_batch": 1,
                 "questions_per_scene": 1,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -159,7 +160,12 @@ def prepare_export(data: ml_collections.ConfigDict) -> Path:
     folder = export_folder(data)
     if not (folder / "manifest.json").exists():
         if data.rgbd:
-            make_rgbd_export(data.rgbd, folder)
+            make_rgbd_export(
+                data.rgbd,
+                folder,
+                intrinsic=tuple(data.rgbd_intrinsic) or None,
+                depth_scale=data.rgbd_depth_scale,
+            )
         elif data.export == "rooms":
             make_rooms(folder, scenes=data.rooms_scenes, seed=data.rooms_seed)
     return folder
@@ -168,7 +174,10 @@ def prepare_export(data: ml_collections.ConfigDict) -> Path:
 def export_folder(data: ml_collections.ConfigDict) -> Path:
     """Where the export of a run lies, or will."""
     if data.rgbd:
-        return Path(data.root) / f"rgbd_{Path(data.rgbd).resolve().name}"
+        source = Path(data.rgbd).resolve()
+        what = f"{source} {tuple(data.rgbd_intrinsic)} {data.rgbd_depth_scale}"
+        # Folders of the same name, or other options, are other exports.
+        return Path(data.root) / f"rgbd_{source.name}_{zlib.crc32(what.encode()):08x}"
     if data.export == "rooms":
         return Path(data.root) / f"rooms_{data.rooms_scenes}_s{data.rooms_seed}"
     if not data.export:

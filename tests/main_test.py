@@ -100,7 +100,10 @@ def test_ctrl_c_is_no_traceback(tmp_path):
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(child.pid, signal.SIGINT)
-    _, err = child.communicate(timeout=120)
+    try:
+        _, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
     assert child.returncode == 130
     assert "Traceback" not in err
     assert err.splitlines()[-1] == "interrupted"

@@ -116,7 +116,7 @@ def test_without_a_gradient_only_matrices_shrink(params, muon):
 def few(params) -> nnx.State:
     """Some of each sort, which compile faster."""
     names = ("spatial_head", "thinking", "log_variance", "cross", "embedding")
-    return params.filter(nnx.Any(*map(nnx.PathContains, names)))
+    return nnx.filter_state(params, nnx.Any(*map(nnx.PathContains, names)))
 
 
 def test_without_a_gradient_adamw_shrinks_only_matrices(few):

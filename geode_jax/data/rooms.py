@@ -252,25 +252,52 @@ def soft_depth_bins(depth: np.ndarray, bins: int) -> np.ndarray:
     return np.maximum(0, 1 - np.abs(np.clip(position, 0, bins - 1)[..., None] - np.arange(bins)))
 
 
+def patch_tokens(
+    point: np.ndarray,
+    depth: np.ndarray,
+    normal: np.ndarray,
+    colour: np.ndarray,
+    contrast: np.ndarray,
+    slopes: np.ndarray,
+    centre: np.ndarray,
+) -> np.ndarray:
+    """The stand-in for `vggt/tokens` [V, gh * gw, TOKEN_WIDTH], see the module's docstring.
+
+    Args:
+        point, normal: [V, 2 gh, 2 gw, 3] at the cells' centres, world frame.
+        depth: [V, 2 gh, 2 gw].
+        colour: [V, 2 gh, 2 gw, 3] mean in [0, 1].
+        contrast: [V, 2 gh, 2 gw] standard deviation of the luminance.
+        slopes: [V, 2 gh, 2 gw, 2] mean texture slopes.
+        centre: [V, gh, gw, 3] points at the patches' centres.
+    """
+    cells = np.concatenate(
+        [point / 4, depth[..., None] / 4, normal, colour, contrast[..., None], slopes], axis=-1
+    )
+    v, gh, gw, _ = centre.shape
+    cells = cells.reshape(v, gh, 2, gw, 2, -1).swapaxes(2, 3).reshape(v, gh * gw, -1)
+    angle = 2 * np.pi * centre[..., None] * np.array(FREQUENCIES)
+    waves = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(v, gh * gw, -1)
+    return np.concatenate([cells, waves], -1).astype(np.float16)
+
+
 def tokens(seen: Observation) -> np.ndarray:
-    """`vggt/tokens` [4, 64, 76] float16; see the module's docstring."""
+    """`vggt/tokens` [4, 64, 76] float16 of what the cameras see."""
     side = GRID * PIXELS
     colour = _blocks(seen.colour, side, 2)
-    cells = np.concatenate(
-        [
-            seen.cells.point / 4,
-            seen.cells.depth[..., None] / 4,
-            seen.cells.normal,
-            colour.mean(2),
-            raycast.luminance(colour).std(2)[..., None],
-            _blocks(seen.slopes, side, 2).mean(2),
-        ],
-        axis=-1,
+
+    def cells(pixels: np.ndarray) -> np.ndarray:
+        return pixels.reshape(VIEWS, DEPTH_SIDE, DEPTH_SIDE, *pixels.shape[2:])
+
+    return patch_tokens(
+        point=cells(seen.cells.point),
+        depth=cells(seen.cells.depth),
+        normal=cells(seen.cells.normal),
+        colour=cells(colour.mean(2)),
+        contrast=cells(raycast.luminance(colour).std(2)),
+        slopes=cells(_blocks(seen.slopes, side, 2).mean(2)),
+        centre=seen.patches.point.reshape(VIEWS, GRID, GRID, 3),
     )
-    cells = _blocks(cells, DEPTH_SIDE, 2).reshape(VIEWS, GRID * GRID, -1)
-    angle = 2 * np.pi * seen.patches.point[..., None] * np.array(FREQUENCIES)
-    waves = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(VIEWS, GRID * GRID, -1)
-    return np.concatenate([cells, waves], -1).astype(np.float16)
 
 
 def scene_arrays(scene: RoomScene, seen: Observation) -> tuple[dict, dict]:
@@ -437,7 +464,8 @@ def _run(jobs: list[_Job], workers: int):
         return
     # Spawn: no fork of a process that may hold threads or an accelerator.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
+    try:
         # Ctrl-C reaches all processes of a terminal. The workers, which inherit the signal mask,
         # leave it to this one.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -447,6 +475,8 @@ def _run(jobs: list[_Job], workers: int):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield from results
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _cores() -> int:
