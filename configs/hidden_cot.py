@@ -15,6 +15,9 @@ ARG (they compose)
     vision=off              the blind baseline: the same budget without any view
     rgbd=FOLDER             a real RGB-D folder (color/ depth/ pose/ intrinsic/) instead of rooms
 
+RESULT    laptop, seed 0, 1,200 steps: four relations 0.654, numbers (MRA) 0.663 on held-out rooms;
+          frequency 0.307 and 0.266. Blind, other seeds, K = 0: not measured yet.
+
 e.g. `:thinking=0,drop=depth` is one row of Table II. Any field: `--config.train.steps=500`.
 """
 

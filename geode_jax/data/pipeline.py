@@ -31,7 +31,7 @@ from geode_jax.data.scene_arrays import (
     stack_rows,
 )
 from geode_jax.data.tokens import Tokenizer
-from geode_jax.errors import UserError
+from geode_jax.errors import UserError, no_interrupts
 from geode_jax.shapes import Batch
 
 _CACHE_BYTES = 256 * 2**20  # of tokenized questions, per process
@@ -461,9 +461,11 @@ class Pipeline:
                 num_workers=self.config.workers, per_worker_buffer_size=2
             )
             dataset = dataset.mp_prefetch(options)
-        iterator = iter(dataset)
+        with no_interrupts():
+            iterator = iter(dataset)
+            first = list(itertools.islice(iterator, 1))  # starts the workers
         try:
-            for step, made in enumerate(iterator, start=start_step):
+            for step, made in enumerate(itertools.chain(first, iterator), start=start_step):
                 if isinstance(made.batch, Exception):
                     raise made.batch
                 self._note_bad(dict(made.bad_scenes))
