@@ -100,11 +100,12 @@ def base() -> ml_collections.ConfigDict:
                 "layers": 24,
                 "heads": 16,
                 "mlp_width": 8192,
+                "projector_width": 1024,  # these two: what is left of 2.29B
                 # Two, which is what 2.29B leaves room for beside VGGT, trunk and embeddings.
                 "cross_layers": (8, 16),
                 "thinking_tokens": 8,
                 "vision_prefix": 1,
-                "heads_width": 256,
+                "heads_width": 128,
                 "depth_bins": 64,
                 "depth_cells": 2,
                 "queries": 64,
@@ -190,6 +191,7 @@ def laptop() -> ml_collections.ConfigDict:
             "layers": 4,
             "heads": 4,
             "mlp_width": 256,
+            "projector_width": 128,
             "cross_layers": (0, 2),
             "heads_width": 128,
             "depth_bins": 16,

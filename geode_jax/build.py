@@ -279,6 +279,7 @@ def objective_config(
         vision_width=shapes.token_width,
         patch_grid=shapes.grid,
         max_views=shapes.views,
+        projector_width=model.projector_width,
         thinking_tokens=model.thinking_tokens,
         vision_prefix=model.vision_prefix,
         category_ids=tuple(tuple(tokenizer.encode(" " + noun)) for noun in nouns),

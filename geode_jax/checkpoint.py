@@ -113,15 +113,17 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        try:
-            loaded = checkpointer.load_checkpointables(checkpoint.step, {"state": abstract})
-        except (ValueError, KeyError, TypeError) as error:
+        stored = checkpointer.checkpointables_metadata(checkpoint.step)
+        # Compared before reading: a failed read of Orbax's leaves unfinished tasks behind.
+        # The stored tree is of dicts, whose order is another.
+        shapes = sorted(tuple(x.shape) for x in jax.tree.leaves(stored.metadata["state"]))
+        if shapes != sorted(x.shape for x in jax.tree.leaves(abstract)):
             raise UserError(
                 f"{self._folder}: the checkpoint of step {checkpoint.step} does not fit this "
                 "configuration (another model size or optimizer?); use another --workdir"
-            ) from error
-        metadata = checkpointer.checkpointables_metadata(checkpoint.step).custom_metadata
-        return loaded["state"], dict(metadata)
+            )
+        loaded = checkpointer.load_checkpointables(checkpoint.step, {"state": abstract})
+        return loaded["state"], dict(stored.custom_metadata)
 
 
 def find_model(workdir: Path) -> Path:

@@ -2,10 +2,8 @@
 
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Iterator
-from multiprocessing import resource_tracker
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -38,17 +36,3 @@ def reported() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-
-
-@contextlib.contextmanager
-def no_interrupts() -> Iterator[None]:
-    """Holds Ctrl-C back; processes started meanwhile never hear of it.
-
-    A terminal sends it to all processes. Only the first one shall answer.
-    """
-    resource_tracker.ensure_running()  # starting it would let SIGINT through again
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -39,6 +39,7 @@ STUDENT = StudentConfig(
     vision_width=5,
     patch_grid=(2, 2),
     max_views=3,
+    projector_width=16,
     thinking_tokens=2,
     vision_prefix=1,
     category_ids=((4,), (5, 6), (7,)),

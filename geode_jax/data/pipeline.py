@@ -31,7 +31,8 @@ from geode_jax.data.scene_arrays import (
     stack_rows,
 )
 from geode_jax.data.tokens import Tokenizer
-from geode_jax.errors import UserError, no_interrupts
+from geode_jax.data.workers import deaf_to_ctrl_c
+from geode_jax.errors import UserError
 from geode_jax.shapes import Batch
 
 _CACHE_BYTES = 256 * 2**20  # of tokenized questions, per process
@@ -461,7 +462,7 @@ class Pipeline:
                 num_workers=self.config.workers, per_worker_buffer_size=2
             )
             dataset = dataset.mp_prefetch(options)
-        with no_interrupts():
+        with deaf_to_ctrl_c():
             iterator = iter(dataset)
             first = list(itertools.islice(iterator, 1))  # starts the workers
         try:

@@ -30,7 +30,6 @@ import functools
 import multiprocessing
 import os
 import re
-import signal
 import sys
 from pathlib import Path
 
@@ -39,6 +38,7 @@ import tqdm
 
 from geode_jax.data import exports, raycast, room_layout, room_questions
 from geode_jax.data.room_layout import CATEGORIES, VIEWS, RoomObject
+from geode_jax.data.workers import deaf_to_ctrl_c
 
 GRID, PIXELS = 8, 4
 """Patches along a side of a view, pixels along a side of a patch."""
@@ -466,14 +466,9 @@ def _run(jobs: list[_Job], workers: int):
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
     try:
-        # Ctrl-C reaches all processes of a terminal. The workers, which inherit the signal mask,
-        # leave it to this one.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with deaf_to_ctrl_c():
             chunk = max(1, min(32, len(jobs) // (4 * workers)))
             results = pool.map(_write, jobs, chunksize=chunk)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield from results
     finally:
         pool.shutdown(cancel_futures=True)

@@ -43,6 +43,7 @@ class StudentConfig:
         vision_width: C of the vision tokens (2048 for VGGT-1B).
         patch_grid: (gh, gw) patches of a view, P = gh * gw.
         max_views: size of the view embedding.
+        projector_width: inner width of the projector.
         thinking_tokens: K; 0 gives the baseline without Hidden CoT.
         vision_prefix: number of V tokens, 1 in the paper.
         category_ids: token ids of every category's noun; the patch classifier's weights are their
@@ -54,6 +55,7 @@ class StudentConfig:
     vision_width: int
     patch_grid: tuple[int, int]
     max_views: int
+    projector_width: int
     thinking_tokens: int = 8
     vision_prefix: int = 1
     category_ids: tuple[tuple[int, ...], ...] = ()
@@ -96,7 +98,7 @@ class Student(nnx.Module):
         c = self.config = config
         D = c.decoder.width
         self.vision_norm = LayerNorm(c.vision_width)
-        self.projector = Mlp(c.vision_width, D, D, rngs=rngs)
+        self.projector = Mlp(c.vision_width, c.projector_width, D, rngs=rngs)
         self.view_embedding = param(
             0.02 * jax.random.normal(rngs.params(), (c.max_views, D)), None, "embed"
         )
