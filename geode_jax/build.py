@@ -190,7 +190,8 @@ def prepare_tokenizer(config, export: Export, workdir: Path) -> Tokenizer:
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
     folder = workdir / "tokenizer"
-    if (folder / "tokenizer.json").exists():
+    # Without config.json a start died here: its tokenizer may be of another configuration.
+    if (workdir / "config.json").exists() and (folder / "tokenizer.json").exists():
         return load_tokenizer(folder)
     train = set(export.scene_ids("train"))
     texts = []

@@ -74,7 +74,10 @@ class Checkpoints:
             return  # a resumed run passes this step again with the same state
         self.finish()
         try:
-            checkpointer.save_checkpointables_async(step, {"state": tree}, custom_metadata=position)
+            # A copy: the loop goes on counting in `position` while this is being written.
+            checkpointer.save_checkpointables_async(
+                step, {"state": tree}, custom_metadata=dict(position)
+            )
         except OSError as error:
             raise self._failure(error) from error
 

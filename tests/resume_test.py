@@ -63,7 +63,7 @@ def start(export: Path, workdir: Path, workers: int = 0) -> subprocess.Popen:
 
 
 def output(workdir: Path) -> str:
-    return (workdir / "output").read_text()[-3000:]
+    return (workdir / "output").read_text()
 
 
 def steps_done(workdir: Path) -> int:
