@@ -178,12 +178,12 @@ def laptop() -> ml_collections.ConfigDict:
     )
     # Multiple choice with its four options is long; one such question costs three short ones.
     config.data.kind_weights = {
-        "object_rel_distance": 0.5,
-        "object_rel_direction_easy": 0.5,
-        "object_rel_direction_medium": 0.5,
-        "object_rel_direction_hard": 0.5,
-        "route_planning": 0.3,
-        "obj_appearance_order": 0.5,
+        "object_rel_distance": 0.25,
+        "object_rel_direction_easy": 0.25,
+        "object_rel_direction_medium": 0.25,
+        "object_rel_direction_hard": 0.25,
+        "route_planning": 0.15,
+        "obj_appearance_order": 0.25,
     }
     config.model.update(
         {
@@ -203,7 +203,7 @@ def laptop() -> ml_collections.ConfigDict:
     )
     config.loss.temperature = 1.0
     config.loss.log_variance_bounds = (-2.0, 4.0)
-    config.optimizer.update({"name": "muon", "learning_rate": 2e-3, "warmup_steps": 50})
+    config.optimizer.update({"name": "muon", "learning_rate": 5e-3, "warmup_steps": 50})
     config.train.update({"steps": 1200, "eval_every": 300, "checkpoint_every": 300, "patience": 0})
     config.eval.update({"reference": "truth", "val_scenes": 32, "test_scenes": 200})
     return config

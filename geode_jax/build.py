@@ -15,7 +15,7 @@ from flax import nnx
 from geode_jax.data.exports import Export
 from geode_jax.data.pipeline import Pipeline, PipelineConfig, measure_lengths
 from geode_jax.data.prompts import prompt
-from geode_jax.data.rooms import make_rooms
+from geode_jax.data.rooms import PRODUCER, make_rooms
 from geode_jax.data.sources import make_rgbd_export
 from geode_jax.data.tokens import Tokenizer, load_tokenizer, train_tokenizer
 from geode_jax.errors import UserError
@@ -168,6 +168,12 @@ def prepare_export(data: ml_collections.ConfigDict) -> Path:
             )
         elif data.export == "rooms":
             make_rooms(folder, scenes=data.rooms_scenes, seed=data.rooms_seed)
+    elif data.export == "rooms" and not data.rgbd:
+        producer = Export(folder).manifest["producer"]
+        if producer != PRODUCER:
+            raise UserError(
+                f"{folder}: made by {producer['commit']}, this is {PRODUCER['commit']}; delete it"
+            )
     return folder
 
 
@@ -278,6 +284,7 @@ def objective_config(
         decoder=decoder,
         heads=heads,
         vision_width=shapes.token_width,
+        camera_width=shapes.camera_width,
         patch_grid=shapes.grid,
         max_views=shapes.views,
         projector_width=model.projector_width,

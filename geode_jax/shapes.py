@@ -53,6 +53,8 @@ class Batch:
     # What the model sees of a scene.
     vision_SVPC: Array  # float32, `vggt/tokens`
     view_mask_SV: Array  # bool, False = padding view
+    camera_SVC: Array  # float32, `vggt/camera_tokens`; width 0 where the export has none
+    camera_mask_S: Array  # bool
     depth_hint_SVP: Array  # float32 metres, `vggt/depth` averaged over the patch; 0 = unknown
     points_SVP3: (
         Array  # float32 world frame, the point seen at the patch centre; for geometry terms
@@ -81,6 +83,7 @@ class Batch:
     answer_length_SQ: Array  # int32, 0 = padding question
     objects_SQO7: Array  # float32 boxes of the named objects
     objects_mask_SQO: Array  # bool
+    gaps_SQO: Array  # float32 metres between the closest points of the first of them and each
     relations_SQR: Array  # float32 probability of the first alternative
     relations_mask_SQR: Array  # bool
     teacher_relations_SQR: Array  # float32, same convention, from `teacher/relations`
@@ -95,6 +98,7 @@ class Batch:
     packed_prefix_SMR: Array  # bool, sees [V][T]
     answer_column_SQA: Array  # int32, flat column (of M * R) that predicts the answer token
     encoding_column_SQ: Array  # int32, flat column of the last token of the question's copy
+    object_column_SQO: Array  # int32, of each named object's name there (last token), -1 = nowhere
 
     # Teacher logits at the answer positions; width 0 where no teacher answered.
     topk_id_SQAk: Array  # int32

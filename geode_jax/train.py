@@ -241,4 +241,9 @@ def _describe(run: Run) -> None:
     for reason, count in sorted(pipeline.dropped.items()):
         if count:
             print(f"not trained on: {count} x {reason}")
+    if pipeline.foreign_teacher:
+        print(
+            "logit KD is off: the teacher's logits are over another vocabulary (manifest "
+            "teacher_tokenizer is not the sha256 of this run's tokenizer.json)"
+        )
     sys.stdout.flush()

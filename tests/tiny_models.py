@@ -37,6 +37,7 @@ STUDENT = StudentConfig(
         teacher_width=7,
     ),
     vision_width=5,
+    camera_width=5,
     patch_grid=(2, 2),
     max_views=3,
     projector_width=16,
@@ -117,6 +118,8 @@ def tiny_batch(scenes: int = 2, questions: int = 3, seed: int = 0) -> Batch:
     return Batch(
         vision_SVPC=normal(S, V, P, STUDENT.vision_width),
         view_mask_SV=view_mask,
+        camera_SVC=normal(S, V, STUDENT.camera_width),
+        camera_mask_S=np.arange(S) > 0,
         target_boxes_SN7=boxes,
         target_labels_SN=np.tile(np.array([0, 2, -1], np.int32), (S, 1)),
         boxes_known_S=np.ones(S, bool),
@@ -130,6 +133,7 @@ def tiny_batch(scenes: int = 2, questions: int = 3, seed: int = 0) -> Batch:
         teacher_detection_mask_S=np.ones(S, bool),
         objects_SQO7=random.uniform(0.3, 2, (S, Q, 5, 7)).astype(np.float32),
         objects_mask_SQO=np.broadcast_to(asked[:, None], (S, Q, 5)),
+        gaps_SQO=random.uniform(0, 3, (S, Q, 5)).astype(np.float32),
         relations_SQR=random.random((S, Q, 6)).astype(np.float32),
         relations_mask_SQR=mask(6),
         teacher_relations_SQR=random.random((S, Q, 6)).astype(np.float32),
@@ -186,7 +190,14 @@ def _text(S: int, Q: int, random: np.random.Generator) -> dict[str, np.ndarray]:
         )
     names = {name.rsplit("_", 1)[0]: name for name in (f.name for f in dataclasses.fields(Batch))}
     rows = {names[name]: np.stack([row[name] for row in packed]) for name in packed[0]}
+    # Five names anywhere in the copy of a question, the last one not in its text.
+    length = np.maximum(question_length, 1)[..., None]
+    back = (random.random((S, Q, 5)) * length).astype(np.int32)
+    object_column = rows["encoding_column_SQ"][..., None] - back
+    object_column[..., -1] = -1
+    object_column[:, -1] = -1
     return rows | dict(
+        object_column_SQO=object_column,
         question_SQL=question,
         question_length_SQ=question_length,
         answer_SQA=answer,

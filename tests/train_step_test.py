@@ -59,8 +59,8 @@ class FewTerms(HiddenCoT):
     def terms(self, model, batch):
         student = model.student
         scene = student.look(batch)
-        hidden, encoding = student.read(scene, batch)
-        logits, spatial = student.decoder.logits(hidden), student.spatial_head(encoding)
+        hidden, encoding, names = student.read(scene, batch)
+        logits, spatial = student.decoder.logits(hidden), student.spatial_head(encoding, names)
         out = types.SimpleNamespace(answer_logits_SQAX=logits)
         relations = spatial.relations_SQR, batch.relations_SQR, batch.relations_mask_SQR
         value = spatial.log_value_SQ[..., None], batch.value_SQ[..., None], batch.value_mask_SQ

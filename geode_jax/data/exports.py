@@ -163,6 +163,22 @@ def _probability_rule(*groups: slice) -> Callable:
     return rule
 
 
+def _index_rule(ids: np.ndarray, manifest: dict, dtype: str) -> str | None:
+    if "teacher_tokenizer" not in manifest:
+        return "needs teacher_tokenizer in the manifest: whose ids these are"
+    return f"negative id at {_first(ids < 0)}" if (ids < 0).any() else None
+
+
+def _question_rule(rows: np.ndarray, manifest: dict, dtype: str) -> str | None:
+    bad = np.diff(rows, prepend=0) < 0
+    return f"value at {_first(bad)} is less than the one before" if bad.any() else None
+
+
+def _logprob_rule(logprob: np.ndarray, manifest: dict, dtype: str) -> str | None:
+    bad = logprob > 0
+    return f"log-probability at {_first(bad)} is positive" if bad.any() else None
+
+
 class TensorSpec(NamedTuple):
     """What a tensor of the contract must be.
 
@@ -181,7 +197,7 @@ class TensorSpec(NamedTuple):
 
 
 _FLOAT = ("F32", "F16", "BF16")
-_BOXES = "target/boxes"
+_BOXES, _TOPK_ID = "target/boxes", "teacher/topk_id"
 SPECS: dict[str, TensorSpec] = {
     "vggt/tokens": TensorSpec("V P C", ()),
     "vggt/camera_tokens": TensorSpec("V C", ()),
@@ -207,11 +223,22 @@ SPECS: dict[str, TensorSpec] = {
     "teacher/relations": TensorSpec(
         "N*N 4", _FLOAT, _probability_rule(slice(0, 2), slice(2, 4)), _BOXES
     ),
+    "teacher/answer_question": TensorSpec("T", ("I32",), _question_rule, _TOPK_ID),
+    "teacher/answer_id": TensorSpec("T", ("I32",), _index_rule, _TOPK_ID),
+    _TOPK_ID: TensorSpec("T k", ("I32",), _index_rule, "teacher/topk_logprob"),
+    "teacher/topk_logprob": TensorSpec("T k", _FLOAT, _logprob_rule, "teacher/answer_id"),
 }
 """Every tensor of the contract; writing, reading and validating all go by this table.
 
 Row i*N+j of `teacher/relations`: P(left), P(right), P(above), P(below) of box i relative to box j,
 seen in the first camera.
+
+The teacher's logits, T answer tokens of all its questions one after the other: token t belongs to
+the scene's question number `answer_question[t]` (0 = its first line in questions.jsonl), is
+`answer_id[t]` (the last of an answer is the end token), and had the k likeliest alternatives
+`topk_id[t]` with log-probabilities over the whole vocabulary `topk_logprob[t]`. The ids are those
+of the tokenizer whose `tokenizer.json` has the manifest's sha256 `teacher_tokenizer`. At k = 16 in
+float16 that is 104 bytes a token.
 """
 
 
@@ -529,7 +556,9 @@ _HEADER_FIELDS = {
     "categories": _must(_is_unique_texts, "a list of different non-empty strings"),
     "notes": _must(lambda v: v == "" or _is_text(v), "a string"),
     "created": _TEXT,
+    "teacher_tokenizer": _HASH,
 }
+_OPTIONAL = ("teacher_tokenizer",)
 _MANIFEST_FIELDS = {
     **_HEADER_FIELDS,
     "scenes": _must(lambda v: isinstance(v, list) and len(v) > 0, "a non-empty list"),
@@ -601,12 +630,16 @@ def _parse(where: str, data: bytes) -> Any:
         raise ExportError(where, "", f"not JSON: {_shown(str(error))}") from None
 
 
+def _required(fields: dict) -> list[str]:
+    return [name for name in fields if name not in _OPTIONAL]
+
+
 def _check_manifest(manifest: Any) -> None:
     if isinstance(manifest, dict) and "schema_version" in manifest:  # says most, so it comes first
         wrong = _HEADER_FIELDS["schema_version"](manifest["schema_version"])
         if wrong:
             raise ExportError(_MANIFEST, "schema_version", wrong)
-    _check_fields(_MANIFEST, manifest, _MANIFEST_FIELDS, tuple(_MANIFEST_FIELDS))
+    _check_fields(_MANIFEST, manifest, _MANIFEST_FIELDS, _required(_MANIFEST_FIELDS))
     seen = set()
     for i, entry in enumerate(manifest["scenes"]):
         _check_entry(entry, seen, f"scenes[{i}].")
@@ -741,6 +774,7 @@ class ExportWriter:
         tokens_contain_depth: bool,
         categories: Sequence[str],
         notes: str = "",
+        teacher_tokenizer: str = "",
     ):
         """Opens the folder.
 
@@ -755,6 +789,8 @@ class ExportWriter:
                 depth metrics on them an honesty problem that reports must mention.
             categories: nouns; label i means categories[i].
             notes: anything for the reader.
+            teacher_tokenizer: sha256 of the `tokenizer.json` behind the teacher's token ids; needed
+                where a scene has them.
 
         Raises:
             ExportError: a bad argument, or a folder that may not be written to.
@@ -771,9 +807,11 @@ class ExportWriter:
             "categories": categories if isinstance(categories, str) else list(categories),
             "notes": notes,
         }
+        if teacher_tokenizer:
+            header["teacher_tokenizer"] = teacher_tokenizer
         created = datetime.datetime.now(datetime.timezone.utc)
         self.manifest = {**header, "created": created.isoformat(timespec="seconds")}
-        _check_fields(_MANIFEST, self.manifest, _HEADER_FIELDS, tuple(_HEADER_FIELDS))
+        _check_fields(_MANIFEST, self.manifest, _HEADER_FIELDS, _required(_HEADER_FIELDS))
         self._take_folder(_json_bytes(header))
         self._entries: list[dict] = []
         self._scenes: set[str] = set()

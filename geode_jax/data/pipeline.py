@@ -20,7 +20,12 @@ from absl import flags
 from geode_jax.data.exports import Export, ExportError
 from geode_jax.data.packing import pack
 from geode_jax.data.prompts import prompt
-from geode_jax.data.question_arrays import lay_out_questions, stack_questions
+from geode_jax.data.question_arrays import (
+    TEACHER_LOGITS,
+    add_teacher_logits,
+    lay_out_questions,
+    stack_questions,
+)
 from geode_jax.data.question_records import open_question_records, question_lengths
 from geode_jax.data.scene_arrays import (
     SCENE_TENSORS,
@@ -167,6 +172,8 @@ class Pipeline:
         max_question_length, max_answer_length: the longest of the split (of the kinds asked for),
             bos and eos included, what does not fit among them.
         shapes: the batch's scene sizes.
+        foreign_teacher: the export holds logits of a teacher with another vocabulary, which are
+            left out.
     """
 
     def __init__(
@@ -196,9 +203,11 @@ class Pipeline:
             token_width=self._token_width(sizes),
             depth_ratio=config.depth_ratio,
             boxes=config.max_boxes,
+            camera_width=self._camera_width(sizes),
             categories=len(export.categories) if sizes.has_detection_probs else 0,
             features=sizes.features,
             depth_bins=sizes.depth_bins,
+            topk=sizes.topk if self._teacher_speaks_our_ids(sizes) else 0,
             vision=config.vision,
         )
         beyond = [max(sizes.box_counts[i] - config.max_boxes, 0) for i in self._scene_ids]
@@ -212,6 +221,18 @@ class Pipeline:
         if not sizes.features:
             raise UserError(f"{self._export.folder}: no scene has teacher/features to train on")
         return sizes.features
+
+    def _teacher_speaks_our_ids(self, sizes) -> bool:
+        self.foreign_teacher = (
+            sizes.topk > 0
+            and self._export.manifest.get("teacher_tokenizer") != self._tokenizer.sha256
+        )
+        return not self.foreign_teacher
+
+    def _camera_width(self, sizes) -> int:
+        # Camera tokens are VGGT's; another encoder's features do not come with them.
+        vggt = self.config.vision == "vggt/tokens"
+        return self._export.token_width if vggt and sizes.has_camera_tokens else 0
 
     def _choose_questions(self, kinds: Sequence[str] | None) -> None:
         """Sets the scenes and which of their questions are used, and counts the others."""
@@ -368,6 +389,9 @@ class Pipeline:
                 config.answer_length,
                 config.answer_field,
             )
+            if self.shapes.topk:
+                tensors = self._export.read_scene(self._scene_ids[scene], TEACHER_LOGITS)
+                add_teacher_logits(arrays, tensors, self._used[scene], self.shapes.topk)
             size = sum(array.nbytes for array in arrays.values())
             with self._lock:
                 if self._cached_bytes + size <= _CACHE_BYTES:

@@ -1,5 +1,7 @@
 """Question records as the question rows of a `Batch`: tokens, targets, packed text."""
 
+import bisect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,9 +10,17 @@ import numpy as np
 from geode_jax.data.exports import NUMERIC_KINDS, RELATIONS
 from geode_jax.data.packing import lay_out
 from geode_jax.data.prompts import prompt
+from geode_jax.data.raycast import box_gaps
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.shapes import MAX_OBJECTS
 
+TEACHER_LOGITS = (
+    "teacher/answer_question",
+    "teacher/answer_id",
+    "teacher/topk_id",
+    "teacher/topk_logprob",
+)
+"""What is read of a scene for `add_teacher_logits`."""
 _TEACHER_COLUMN = {"left_right": 0, "above_below": 2}  # P(left) and P(above), contract section 3
 
 
@@ -23,8 +33,9 @@ def stack_questions(
 ) -> dict[str, np.ndarray]:
     """Question records as arrays [n, ...], named as the question fields of `Batch`.
 
-    `object_index` [n, O] beside them is the row of `target/boxes` of every named object, -1 where
-    it is unknown.
+    Beside them, of every named object: `object_index` [n, O], its row of `target/boxes`;
+    `object_place` [n, O], the place in the question (bos = 0) of the last token of its name where
+    the text has it first. -1 where unknown, and of names that stand for several objects.
 
     Args:
         records: n question records whose prompts and answers fit.
@@ -40,7 +51,9 @@ def stack_questions(
         "answer_length": np.zeros(n, np.int32),
         "objects": np.zeros((n, MAX_OBJECTS, 7), np.float32),
         "objects_mask": np.zeros((n, MAX_OBJECTS), bool),
+        "gaps": np.zeros((n, MAX_OBJECTS), np.float32),
         "object_index": np.full((n, MAX_OBJECTS), -1, np.int32),
+        "object_place": np.full((n, MAX_OBJECTS), -1, np.int32),
         "relations": np.zeros((n, len(RELATIONS)), np.float32),
         "relations_mask": np.zeros((n, len(RELATIONS)), bool),
         "value": np.zeros(n, np.float32),
@@ -49,19 +62,31 @@ def stack_questions(
         "topk_logprob": np.zeros((n, la, 0), np.float32),
         "topk_mask": np.zeros((n, la), bool),
     }
-    prompts = tokenizer.encode_batch([prompt(record) for record in records])
+    texts = [prompt(record) for record in records]
+    prompts = tokenizer.encode_with_ends(texts)
     answers = tokenizer.encode_batch([" " + record[answer_field] for record in records])
     for i, record in enumerate(records):
-        ids = [tokenizer.bos_id, *prompts[i]]
+        ids, ends = prompts[i]
+        ids = [tokenizer.bos_id, *ids]
         arrays["question"][i, lq - len(ids) :] = ids
         arrays["question_length"][i] = len(ids)
         ids = [*answers[i], tokenizer.eos_id]
         arrays["answer"][i, : len(ids)] = ids
         arrays["answer_length"][i] = len(ids)
-        for j, item in enumerate(record.get("objects", ())[:MAX_OBJECTS]):
+        objects = record.get("objects", ())[:MAX_OBJECTS]
+        names = [item["name"] for item in objects]
+        for j, item in enumerate(objects):
             arrays["objects"][i, j] = item["box"]
             arrays["objects_mask"][i, j] = True
+            if names.count(item["name"]) > 1:
+                continue
             arrays["object_index"][i, j] = item.get("index", -1)
+            found = re.search(rf"\b{re.escape(item['name'])}\b", texts[i])
+            if found:
+                arrays["object_place"][i, j] = 1 + bisect.bisect_left(ends, found.end())
+        if objects:
+            boxes = np.array([item["box"] for item in objects])
+            arrays["gaps"][i, : len(objects)] = box_gaps(boxes[:1], boxes)[0]
         for name, probability in record.get("relation", {}).items():
             arrays["relations"][i, RELATIONS.index(name)] = probability
             arrays["relations_mask"][i, RELATIONS.index(name)] = True
@@ -69,6 +94,36 @@ def stack_questions(
             arrays["value"][i] = record.get("value", record["answer"])
             arrays["value_mask"][i] = True
     return arrays
+
+
+def add_teacher_logits(
+    arrays: dict[str, np.ndarray], tensors: Mapping[str, np.ndarray], rows: np.ndarray, topk: int
+) -> None:
+    """Fills `topk_id`, `topk_logprob` [n, La, k] and `topk_mask` [n, La] of `stack_questions`.
+
+    Only where the teacher's answer is, id by id, the one that is learned: elsewhere its logits are
+    about another continuation.
+
+    Args:
+        arrays: of `stack_questions`.
+        tensors: the scene's `TEACHER_LOGITS`; without them nothing is masked in.
+        rows: [n] number of every question among the scene's, in the order of questions.jsonl.
+        topk: k.
+    """
+    n, la = arrays["answer"].shape
+    arrays["topk_id"] = np.zeros((n, la, topk), np.int32)
+    arrays["topk_logprob"] = np.zeros((n, la, topk), np.float32)
+    if "teacher/topk_id" not in tensors:
+        return
+    question = tensors["teacher/answer_question"]
+    for i, row in enumerate(rows):
+        own = slice(*np.searchsorted(question, [row, row + 1]))
+        said = tensors["teacher/answer_id"][own]
+        length = arrays["answer_length"][i]
+        if len(said) and np.array_equal(said, arrays["answer"][i, :length]):
+            arrays["topk_id"][i, :length] = tensors["teacher/topk_id"][own]
+            arrays["topk_logprob"][i, :length] = tensors["teacher/topk_logprob"][own]
+            arrays["topk_mask"][i, :length] = True
 
 
 def lay_out_questions(
@@ -91,8 +146,14 @@ def lay_out_questions(
         pad_id: fills what is left.
     """
     chosen = [question for question, _, _ in placed]
-    fields = {}
+    copy = np.array([first for _, _, first in placed], np.int32)
+    place = arrays["object_place"][chosen]
+    object_column = np.full((slots, MAX_OBJECTS), -1, np.int32)
+    object_column[: len(chosen)] = np.where(place < 0, -1, copy[:, None] + place)
+    fields = {"object_column": object_column}
     for name, array in arrays.items():
+        if name == "object_place":
+            continue
         fill = pad_id if name in ("question", "answer") else 0
         field = np.full((slots, *array.shape[1:]), fill, array.dtype)
         field[: len(chosen)] = array[chosen]

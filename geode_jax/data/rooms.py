@@ -48,8 +48,13 @@ DEPTH_BINS = 16
 FREQUENCIES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Cycles per metre of the Fourier features."""
 TOKEN_WIDTH = 4 * 13 + 3 * len(FREQUENCIES) * 2
-VERSION = 1
-"""Of what a scene id means; changes when the generator changes."""
+PRODUCER = {
+    "project": "geode_jax rooms",
+    "commit": "rooms version 2",
+    "weights": "none: tokens are a fixed function of the true geometry and colour",
+    "licence": "CC0-1.0",
+}
+"""The version changes with anything that the generator makes of a scene id."""
 TEST_SEED_OFFSET = 1_000_000
 """The test split of seed s is made of the first scenes of seed s + this."""
 
@@ -428,12 +433,7 @@ def make_rooms(
     workers = _cores() if workers is None else workers
     with exports.ExportWriter(
         folder,
-        producer={
-            "project": "geode_jax rooms",
-            "commit": f"rooms version {VERSION}",
-            "weights": "none: tokens are a fixed function of the true geometry and colour",
-            "licence": "CC0-1.0",
-        },
+        producer=PRODUCER,
         dtype="float16",
         scale="metric",
         token_width=TOKEN_WIDTH,

@@ -18,6 +18,7 @@ from geode_jax.errors import UserError
 
 SCENE_TENSORS = (
     "vggt/tokens",
+    "vggt/camera_tokens",
     "vggt/depth",
     "vggt/points",
     "camera/extrinsic",
@@ -31,7 +32,7 @@ SCENE_TENSORS = (
     "teacher/detection_probs",
     "teacher/relations",
 )
-"""All that is read of a scene."""
+"""All that is read of a scene for its arrays."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +43,13 @@ class SceneShapes:
         views: V, the most views of any scene; scenes with fewer are padded.
         grid: (gh, gw); P = gh * gw.
         token_width: C.
+        camera_width: C where the student sees camera tokens, else 0.
         depth_ratio: r; `target_depth` is [gh * r, gw * r].
         boxes: N; a scene with more keeps its first N and is not `boxes_known`.
         categories: c, width of the teacher's detection probabilities, 0 without a teacher.
         features: F, width of the teacher's patch features, 0 without a teacher.
         depth_bins: B of the teacher's depth distribution, 0 without a teacher.
+        topk: k of the teacher's logits, 0 where there are none for this vocabulary.
         vision: the tensor that the student sees.
     """
 
@@ -55,9 +58,11 @@ class SceneShapes:
     token_width: int
     depth_ratio: int
     boxes: int
+    camera_width: int = 0
     categories: int = 0
     features: int = 0
     depth_bins: int = 0
+    topk: int = 0
     vision: str = "vggt/tokens"
 
     @property
@@ -73,8 +78,10 @@ class ExportSizes:
     views: int
     features: int
     depth_bins: int
+    topk: int
     box_counts: dict[str, int]
     has_detection_probs: bool
+    has_camera_tokens: bool
 
 
 def export_sizes(export: Export) -> ExportSizes:
@@ -85,8 +92,8 @@ def export_sizes(export: Export) -> ExportSizes:
     Raises:
         UserError: teacher widths differ between scenes.
     """
-    views, box_counts, has_detection_probs = 1, {}, False
-    widths = {"teacher/features": 0, "teacher/depth_bins": 0}
+    views, box_counts, has_detection_probs, has_camera_tokens = 1, {}, False, False
+    widths = {"teacher/features": 0, "teacher/depth_bins": 0, "teacher/topk_id": 0}
     for entry in export.manifest["scenes"]:
         scene_id = entry["id"]
         shapes = _header_shapes(Path(export.folder) / "scenes" / f"{scene_id}.safetensors")
@@ -96,6 +103,7 @@ def export_sizes(export: Export) -> ExportSizes:
         views = max(views, shapes.get("vggt/tokens", [0])[0])
         box_counts[scene_id] = shapes.get("target/boxes", [0])[0]
         has_detection_probs |= "teacher/detection_probs" in shapes
+        has_camera_tokens |= "vggt/camera_tokens" in shapes
         for name in widths.keys() & shapes.keys():
             width = shapes[name][-1]
             if widths[name] not in (0, width):
@@ -106,8 +114,10 @@ def export_sizes(export: Export) -> ExportSizes:
         views=views,
         features=widths["teacher/features"],
         depth_bins=widths["teacher/depth_bins"],
+        topk=widths["teacher/topk_id"],
         box_counts=box_counts,
         has_detection_probs=has_detection_probs,
+        has_camera_tokens=has_camera_tokens,
     )
 
 
@@ -143,6 +153,10 @@ def batch_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str,
         "vision": _padded(tokens, (V, P, shapes.token_width)),
         "view_mask": np.arange(V) < v_own,
     }
+    camera = tensors.get("vggt/camera_tokens") if shapes.camera_width else None
+    rows["camera_mask"] = np.array(camera is not None)
+    camera = camera if camera is not None else np.zeros((0, 0))
+    rows["camera"] = _padded(camera, (V, shapes.camera_width))
     depth = tensors.get("vggt/depth")
     hint = _patch_mean(depth, shapes.grid) if depth is not None else np.zeros((v_own, gh, gw))
     rows["depth_hint"] = _padded(hint.reshape(v_own, P), (V, P))

@@ -70,6 +70,11 @@ class Tokenizer:
         batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in batch]
 
+    def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """As `encode_batch`, and where in its text (in characters) every token ends."""
+        batch = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, [end for _, end in encoding.offsets]) for encoding in batch]
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids; special tokens are left out unless `skip_special` is False.
 

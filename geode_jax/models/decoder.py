@@ -112,10 +112,16 @@ class SelfAttention(nnx.Module):
     ) -> tuple[jax.Array, KeyValues]:
         q, k, v = rotate(self.q(x_BLD), angles), rotate(self.k(x_BLD), angles), self.v(x_BLD)
         if cache is not None:
-            write = jax.lax.dynamic_update_slice_in_dim
-            k = write(cache.k, k.astype(cache.k.dtype), offset, axis=1)
-            v = write(cache.v, v.astype(cache.v.dtype), offset, axis=1)
+            k, v = _append(cache.k, k, offset), _append(cache.v, v, offset)
         return self.out(attention(q, k, v, intervals)), KeyValues(k, v)
+
+
+def _append(cache: Array, new: Array, offset: Array | int) -> jax.Array:
+    """New keys or values behind the first `offset` columns; a cache without room grows."""
+    new = new.astype(cache.dtype)
+    if isinstance(offset, int) and offset == cache.shape[1]:
+        return jnp.concatenate([cache, new], axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(cache, new, offset, axis=1)
 
 
 class FeedForward(nnx.Module):
@@ -161,6 +167,11 @@ class Block(nnx.Module):
             return x_BLD + self.mlp(self.mlp_norm(x_BLD)), kv
 
 
+SHARP = 2**0.5
+"""Scale of a new cross-attention's query and key kernels. At 1 a word gives a feature that looks
+like it too little of its attention, beside hundreds that do not, to learn from what it finds."""
+
+
 class CrossAttention(nnx.Module):
     """ "Cross-modal attention" (Sec. III-C): every position attends to the vision features Z.
 
@@ -172,7 +183,7 @@ class CrossAttention(nnx.Module):
         c, names = config, ("embed", "heads", "head_dim")
         heads = (c.heads, c.head_width)
         self.norm = c.make_norm()
-        self.q = Projection((c.width,), heads, names, bias=c.qkv_bias, rngs=rngs)
+        self.q = Projection((c.width,), heads, names, bias=c.qkv_bias, scale=SHARP, rngs=rngs)
         self.k = Projection((c.width,), heads, names, bias=c.qkv_bias, rngs=rngs)
         self.v = Projection((c.width,), heads, names, bias=c.qkv_bias, rngs=rngs)
         self.out = Projection(
@@ -190,7 +201,7 @@ class CrossAttention(nnx.Module):
         S = seen.k.shape[0]
         q = self.q(self.norm(x_BLD))
         q = q.reshape(S, (B // S) * L, *q.shape[2:])
-        end = jnp.broadcast_to(seen_length_S[:, None], q.shape[:2]).astype(jnp.int32)
+        end = seen_length_S[:, None].astype(jnp.int32)
         zero = jnp.zeros_like(end)
         out = self.out(attention(q, *seen, Intervals(zero, zero, end)))
         return x_BLD + out.reshape(B, L, D)
@@ -222,7 +233,9 @@ class Stage(nnx.Module):
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[self.remat])
-        return jax.lax.scan(body, x_BLD, (self.blocks, cache))
+        # Without remat all that a block computes is kept; a loop would copy it into stacked arrays.
+        unroll = self.remat == "none"
+        return jax.lax.scan(body, x_BLD, (self.blocks, cache), unroll=unroll)
 
 
 class Decoder(nnx.Module):
@@ -325,7 +338,7 @@ class Decoder(nnx.Module):
         return self.logits(x)
 
 
-def fan_out(cache: list[KeyValues], copies: int, columns: int) -> list[KeyValues]:
+def fan_out(cache: list[KeyValues], copies: int, columns: int = 0) -> list[KeyValues]:
     """The keys and values of S prefixes, for `copies` rows each, with room for `columns` more.
 
     [layer, S, P, G, E] becomes [layer, S * copies, P + columns, G, E]: every question of a scene

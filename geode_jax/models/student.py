@@ -41,6 +41,7 @@ class StudentConfig:
         decoder: the trunk.
         heads: the task heads.
         vision_width: C of the vision tokens (2048 for VGGT-1B).
+        camera_width: C of the camera tokens, 0 where there are none.
         patch_grid: (gh, gw) patches of a view, P = gh * gw.
         max_views: size of the view embedding.
         projector_width: inner width of the projector.
@@ -56,6 +57,7 @@ class StudentConfig:
     patch_grid: tuple[int, int]
     max_views: int
     projector_width: int
+    camera_width: int = 0
     thinking_tokens: int = 8
     vision_prefix: int = 1
     category_ids: tuple[tuple[int, ...], ...] = ()
@@ -102,6 +104,9 @@ class Student(nnx.Module):
         self.view_embedding = param(
             0.02 * jax.random.normal(rngs.params(), (c.max_views, D)), None, "embed"
         )
+        if c.camera_width:
+            self.camera_norm = LayerNorm(c.camera_width)
+            self.camera = Projection((c.camera_width,), (D,), (None, "embed"), bias=True, rngs=rngs)
         self.z_norm = LayerNorm(D)
         self.pool_query = param(
             jax.random.normal(rngs.params(), (c.vision_prefix, D)), None, "embed"
@@ -124,7 +129,7 @@ class Student(nnx.Module):
             if c.heads.teacher_width
             else None
         )
-        self.spatial_head = SpatialHead(D, c.heads, rngs=rngs)
+        self.spatial_head = SpatialHead(D, rngs=rngs)
 
     # --- the scene, once for all its questions ---
 
@@ -150,12 +155,18 @@ class Student(nnx.Module):
         )
 
     def _project(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Z = norm(MLP(norm(tokens)) + view embedding), zero at padding views."""
+        """Z = norm(MLP(norm(tokens)) + view embedding + camera token), zero at padding views."""
         with jax.named_scope("projector"):
             x = jnp.asarray(batch.vision_SVPC).astype(self.config.decoder.dtype)
             V, P = x.shape[1:3]
             view = self.view_embedding[...][:V, None].astype(x.dtype)
-            z = self.z_norm(self.projector(self.vision_norm(x)) + view)
+            z = self.projector(self.vision_norm(x)) + view
+            if self.config.camera_width:
+                camera = jnp.asarray(batch.camera_SVC).astype(x.dtype)
+                camera = self.camera(self.camera_norm(camera))
+                known = jnp.asarray(batch.camera_mask_S)[:, None, None]
+                z = z + jnp.where(known, camera, 0)[:, :, None]
+            z = self.z_norm(z)
             mask = jnp.asarray(batch.view_mask_SV)
             # Padding views stand last, so that the valid tokens are one interval.
             return z * mask[..., None, None], jnp.sum(mask, axis=1).astype(jnp.int32) * P
@@ -181,12 +192,13 @@ class Student(nnx.Module):
 
     # --- the questions ---
 
-    def read(self, scene: Scene, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def read(self, scene: Scene, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """All questions of the scenes at once, packed, with their answers (teacher forcing).
 
         Returns:
-            Hidden states [S, Q, A, D] that predict the answer tokens, and the encoding [S, Q, D] of
-            each question: the last state of its own copy, which sees Z but neither V nor T.
+            Hidden states [S, Q, A, D] that predict the answer tokens; and from each question's own
+            copy, which sees Z but neither V nor T, its encoding [S, Q, D] (the last state) and the
+            states [S, Q, O, D] at the names of the objects it is about.
         """
         S, M, R = batch.packed_SMR.shape
         P = self.config.prefix_length
@@ -204,7 +216,7 @@ class Student(nnx.Module):
             self.decoder.embed(tokens),
             P + position,
             Intervals(jnp.where(sees, P, 0), P + start, end),
-            cache=fan_out(scene.prefix, M, R),
+            cache=fan_out(scene.prefix, M),
             offset=P,
             seen=scene.seen,
             seen_length_S=scene.seen_length_S,
@@ -212,11 +224,15 @@ class Student(nnx.Module):
         hidden = hidden.reshape(S, M * R, -1)
 
         def pick(column):
-            flat = jnp.asarray(column).reshape(S, -1, 1)
+            flat = jnp.maximum(jnp.asarray(column), 0).reshape(S, -1, 1)
             taken = jnp.take_along_axis(hidden, flat, axis=1)
             return taken.reshape(*column.shape, hidden.shape[-1])
 
-        return pick(batch.answer_column_SQA), pick(batch.encoding_column_SQ)
+        return (
+            pick(batch.answer_column_SQA),
+            pick(batch.encoding_column_SQ),
+            pick(batch.object_column_SQO),
+        )
 
     def patch_logits(self, z_SVPD: Array) -> jax.Array:
         """Category logits [S, V, P, classes + 1] of every patch against the nouns' embeddings.
@@ -240,7 +256,7 @@ class Student(nnx.Module):
         """All outputs of training."""
         scene = self.look(batch)
         S, V, P, D = scene.z_SVPD.shape
-        answer_hidden, encoding = self.read(scene, batch)
+        answer_hidden, encoding, names = self.read(scene, batch)
         with jax.named_scope("heads"):
             features = None if self.feature_head is None else self.feature_head(scene.z_SVPD)
             return StudentOutput(
@@ -253,7 +269,7 @@ class Student(nnx.Module):
                     scene.z_SVPD.reshape(S, V * P, D), scene.seen_length_S
                 ),
                 features_SVPF=features,
-                spatial=self.spatial_head(encoding),
+                spatial=self.spatial_head(encoding, names),
             )
 
 

@@ -16,6 +16,8 @@ from geode_jax.shapes import MAX_OBJECTS, RELATIONS, Array
 
 BOX_CODE = 8
 """Width of an encoded box; see `losses.encode_boxes`."""
+GAP_FLOOR = 0.1
+"""Metres added to a gap before its logarithm: contact is a number, and a clear one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,9 @@ class SpatialOutput:
     """What the question is about, in space."""
 
     relations_SQR: Array  # logits of the first alternative, order of `RELATIONS`
-    objects_SQOb: Array  # box codes of the objects the question names
+    objects_SQOb: Array  # box codes of the objects the question names, read at their names
+    places_SQO3: Array  # their centres, world frame, metres, read where the question ends
+    log_gaps_SQO: Array  # log(gap + GAP_FLOOR) from the first of them to each
     angle_SQ2: Array  # (sin, cos) of the bearing that `losses.relative_angle` defines
     log_value_SQ: Array  # log of the numeric answer, in the question's unit
 
@@ -153,19 +157,28 @@ class DetectionHead(nnx.Module):
 
 
 class SpatialHead(nnx.Module):
-    """From the question encoding: relations, the named boxes, their bearing, the number."""
+    """What a question is about: boxes from the states at the names, the rest from its encoding.
 
-    def __init__(self, width: int, config: HeadsConfig, *, rngs: nnx.Rngs):
-        self.sizes = (len(RELATIONS), MAX_OBJECTS * BOX_CODE, 2, 1)
-        self.mlp = Mlp(width, config.width, sum(self.sizes), rngs=rngs)
+    Linear: what the head can read, the trunk holds in a form that the language-model head can read
+    too. The steps are the order of learning: a name finds its object, the end of the question
+    collects the places, and only then can relations between them be told.
+    """
 
-    def __call__(self, question_SQD: Array) -> SpatialOutput:
-        x = self.mlp(question_SQD).astype(jnp.float32)
-        bounds = [sum(self.sizes[: i + 1]) for i in range(len(self.sizes) - 1)]
-        relations, objects, angle, value = jnp.split(x, bounds, axis=-1)
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        def read(size):
+            return Projection((width,), (size,), ("embed", None), bias=True, rngs=rngs)
+
+        self.objects = read(BOX_CODE)
+        self.places, self.gaps = read(MAX_OBJECTS * 3), read(MAX_OBJECTS)
+        self.relations, self.angle, self.value = read(len(RELATIONS)), read(2), read(1)
+
+    def __call__(self, question_SQD: Array, names_SQOD: Array) -> SpatialOutput:
+        question, names = question_SQD.astype(jnp.float32), names_SQOD.astype(jnp.float32)
         return SpatialOutput(
-            relations_SQR=relations,
-            objects_SQOb=objects.reshape(*objects.shape[:-1], MAX_OBJECTS, BOX_CODE),
-            angle_SQ2=angle,
-            log_value_SQ=value[..., 0],
+            relations_SQR=self.relations(question),
+            objects_SQOb=self.objects(names),
+            places_SQO3=self.places(question).reshape(*question.shape[:2], MAX_OBJECTS, 3),
+            log_gaps_SQO=self.gaps(question),
+            angle_SQ2=self.angle(question),
+            log_value_SQ=self.value(question)[..., 0],
         )

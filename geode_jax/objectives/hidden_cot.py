@@ -10,8 +10,8 @@ detection   focal + box loss of matched queries;
             finds its patches
 spatial     eq. 1 (features to the teacher's, cross-view); KL of left/right, above/below and the
             four relations;
-            * boxes of the objects the question names, their bearing, and the number asked for,
-            regressed from the question's encoding
+            * the boxes of the objects it names, regressed from the states at their names; their
+            places, gaps and bearing and the number asked for, from the question's encoding
 multiview   L2 between depths predicted by two views, reprojected onto each other
 feature     detector probabilities, spatial distributions, depth hints of student and teacher
 """
@@ -28,6 +28,7 @@ from geode_jax.boxes import encode_boxes
 from geode_jax.correspondence import correspondences
 from geode_jax.models.layers import param
 from geode_jax.models.student import Student, StudentConfig, StudentOutput
+from geode_jax.models.task_heads import GAP_FLOOR
 from geode_jax.shapes import Array, Batch
 from geode_jax.train_step import Terms
 
@@ -43,8 +44,12 @@ GROUPS = {
 WEIGHTS_INSIDE = {
     "spatial/features": 0.5,
     "spatial/cross_view": 0.1,
+    "detection/patches": 4.0,
+    "spatial/gaps": 4.0,
+    "spatial/value": 8.0,
 }
-"""Weights inside a term of eq. 2 other than 1; `cross_view` is eq. 1's lambda_cross."""
+"""Weights inside a term of eq. 2 other than 1. `cross_view` is eq. 1's lambda_cross; the others
+would drown in their term: patches beside boxes, and the squares of small errors of logarithms."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,13 +258,20 @@ def spatial_terms(out: StudentOutput, batch: Batch) -> Terms:
     spatial = out.spatial
     known_SQO = jnp.asarray(batch.objects_mask_SQO)
     boxes_SQO7 = jnp.where(known_SQO[..., None], batch.objects_SQO7, 1.0)
-    three_SQ = jnp.all(known_SQO[..., :3], axis=-1)
+    found_SQO = known_SQO & (jnp.asarray(batch.object_column_SQO) >= 0)
+    three_SQ = jnp.all(found_SQO[..., :3], axis=-1)
     value_SQ = jnp.where(batch.value_mask_SQ, batch.value_SQ, 1.0)
     terms = {
         "spatial/relations": losses.binary_kl(
             spatial.relations_SQR, batch.relations_SQR, batch.relations_mask_SQR
         ),
-        "spatial/objects": huber(spatial.objects_SQOb, encode_boxes(boxes_SQO7), known_SQO),
+        "spatial/objects": huber(spatial.objects_SQOb, encode_boxes(boxes_SQO7), found_SQO),
+        "spatial/places": huber(spatial.places_SQO3, boxes_SQO7[..., :3], known_SQO),
+        "spatial/gaps": huber(
+            spatial.log_gaps_SQO[..., 1:, None],
+            jnp.log(jnp.asarray(batch.gaps_SQO) + GAP_FLOOR)[..., 1:, None],
+            known_SQO[..., :1] & known_SQO[..., 1:],
+        ),
         "spatial/angle": huber(spatial.angle_SQ2, relative_angle(boxes_SQO7), three_SQ),
         "spatial/value": huber(
             spatial.log_value_SQ[..., None],

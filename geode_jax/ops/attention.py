@@ -60,7 +60,7 @@ def attention(q_BLHE: Array, k_BMGE: Array, v_BMGE: Array, intervals: Intervals)
         q_BLHE: queries, H heads of width E.
         k_BMGE: keys; G divides H (grouped-query attention: head h reads key head h * G // H).
         v_BMGE: values.
-        intervals: visible keys of each query, [B, L] each.
+        intervals: visible keys of each query, [B, L] each; [B, 1] where all queries see the same.
 
     Returns:
         [B, L, H, E] in the dtype of the queries. A query that sees no key returns zero.

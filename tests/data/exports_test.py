@@ -36,6 +36,7 @@ HEADER = {
     "patch_grid": (2, 3),
     "tokens_contain_depth": True,
     "categories": ["chair", "table", "lamp"],
+    "teacher_tokenizer": "7" * 64,
 }
 VIEWS, BOXES = 2, 3
 few = settings(max_examples=30)
@@ -55,6 +56,8 @@ def make_scene(seed: int = 0) -> dict[str, np.ndarray]:
         arrays[name] /= arrays[name].sum(-1, keepdims=True)
     left_above = rng.random((BOXES**2, 2), "f4")
     arrays["teacher/relations"] = np.stack([left_above, 1 - left_above], -1).reshape(-1, 4)
+    arrays["teacher/answer_question"].sort()
+    arrays["teacher/topk_logprob"] *= -1
     arrays["vggt/tokens"] = arrays["vggt/tokens"].astype("f2")
     arrays["vggt/camera_tokens"] = arrays["vggt/camera_tokens"].astype("f2")
     rotation = np.linalg.qr(rng.normal(size=(VIEWS, 3, 3)))[0]
@@ -396,6 +399,27 @@ BAD_TENSORS = {
         "teacher/relations",
         "probabilities at [4] do not sum to 1",
     ),
+    "logit of a question before": (
+        _set("teacher/answer_question", (0,), 3),
+        "teacher/answer_question",
+        "value at [1] is less than the one before",
+    ),
+    "negative id": (
+        _set("teacher/topk_id", (1, 2), -1),
+        "teacher/topk_id",
+        "negative id at [1, 2]",
+    ),
+    "negative answer id": (_set("teacher/answer_id", (1,), -1), "teacher/answer_id", "negative id"),
+    "positive log-probability": (
+        _set("teacher/topk_logprob", (1, 0), 0.5),
+        "teacher/topk_logprob",
+        "log-probability at [1, 0] is positive",
+    ),
+    "ids without probabilities": (
+        _drop("teacher/topk_logprob"),
+        "teacher/topk_id",
+        "needs teacher/topk_logprob",
+    ),
     "views differ": (
         _replace("vggt/depth", lambda a: a[:1]),
         "vggt/depth",
@@ -489,7 +513,7 @@ def test_any_wrong_rank_or_dtype_is_refused(workbench, data):
     if change == "add an axis":
         arrays[name] = array[..., None]
     elif change == "drop an axis":
-        arrays[name] = array[0]
+        arrays[name] = np.asarray(array[0])
     else:
         arrays[name] = array.astype(change)
     line = refused_both_ways(workbench, arrays)
@@ -770,6 +794,21 @@ def test_bad_manifests(export, field, value, rule):
         assert refusal(Export, export) == f"manifest.json: {field}: missing"
 
 
+def test_token_ids_need_a_vocabulary(export, tmp_path):
+    """Ids mean nothing without the tokenizer they belong to; without ids it may be absent."""
+    rule = "needs teacher_tokenizer in the manifest: whose ids these are"
+    line = refusal(write, tmp_path / "without", teacher_tokenizer="")
+    assert line == f"scene a: tensor teacher/answer_id: {rule}"
+    arrays = {name: array for name, array in make_scene().items() if SPECS[name].dims[0] != "T"}
+    assert (
+        "teacher_tokenizer"
+        not in Export(write(tmp_path / "none", arrays, teacher_tokenizer="")).manifest
+    )
+    manifest = json.loads((export / "manifest.json").read_text())
+    (export / "manifest.json").write_text(json.dumps(manifest | {"teacher_tokenizer": "llama"}))
+    assert "teacher_tokenizer: must be a sha256" in refusal(Export, export)
+
+
 # --- Refusals: questions --------------------------------------------------------------------------
 
 BOX = [0, 0, 0, 1, 1, 1, 0]
@@ -905,9 +944,9 @@ def test_an_interrupted_export_is_no_export_and_is_started_over(tmp_path, pristi
     assert found["questions.jsonl"] == wanted["questions.jsonl"]
 
 
-@pytest.mark.parametrize("limit", [0, 300, 1500, 4000])
+@pytest.mark.parametrize("limit", [0, 400, 1500, 4000])
 def test_a_full_disk_is_one_line_and_leaves_no_export(tmp_path, limit):
-    """The limit on a file's size stands for the full disk; 300 bytes hold the marker only."""
+    """The limit on a file's size stands for the full disk; 400 bytes hold the marker only."""
     folder = tmp_path / "e"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     records = [question(id=f"q{i}") for i in range(100)]
@@ -916,7 +955,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_export(tmp_path, limit):
         line = refusal(write, folder, questions=records)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    name = {0: ".unfinished.json", 300: "a.safetensors", 1500: "a.safetensors"}
+    name = {0: ".unfinished.json", 400: "a.safetensors", 1500: "a.safetensors"}
     assert line.startswith(str(folder))
     assert f"{name.get(limit, 'questions.jsonl')}: cannot be written: File too large" in line
     assert "missing" in refusal(Export, folder)

@@ -8,13 +8,21 @@ import numpy as np
 import pytest
 from absl import flags
 
-from geode_jax.data.exports import RELATIONS, Export, ExportError
+from geode_jax.data.exports import RELATIONS, Export, ExportError, ExportWriter
 from geode_jax.data.pipeline import Pipeline, PipelineConfig, measure_lengths
 from geode_jax.data.prompts import prompt
+from geode_jax.data.raycast import box_gaps
 from geode_jax.data.tokens import Tokenizer, train_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.shapes import Batch
-from tests.data.conftest import CATEGORIES, write_tiny_export
+from tests.data.conftest import (
+    CATEGORIES,
+    GRID,
+    TOKEN_WIDTH,
+    tiny_questions,
+    tiny_scene,
+    write_tiny_export,
+)
 
 FIELDS = [field.name for field in dataclasses.fields(Batch)]
 
@@ -194,11 +202,12 @@ def test_shapes_and_dtypes_are_those_of_the_key(pipeline):
     for name in FIELDS:
         letters = name.rsplit("_", 1)[1]
         sizes["R"] = 60 if name.startswith("packed") else 6
+        sizes["C"] = 0 if name.startswith("camera") else 5  # no scene has camera tokens
         expected = [int(x) if x.isdigit() else sizes[x] for x in letters]
         array = getattr(batch, name)
         assert list(array.shape) == expected, name
         kind = "b" if "mask" in name or "known" in name else "f"
-        ids = ("question", "answer", "topk_id", "packed", "encoding")
+        ids = ("question", "answer", "topk_id", "packed", "encoding", "object_column")
         if name.startswith(ids) or "labels" in name or "segm" in name:
             kind = "b" if name.startswith("packed_prefix") else "i"
         assert array.dtype == {"b": bool, "f": np.float32, "i": np.int32}[kind], name
@@ -238,8 +247,21 @@ def check_question(batch, s, q, record, tensors, tokenizer):
     assert batch.value_SQ[s, q] == np.float32(record.get("value", 0))
     objects = record.get("objects", [])
     assert batch.objects_mask_SQO[s, q].sum() == len(objects)
+    first = batch.encoding_column_SQ[s, q] + 1 - length
     for o, item in enumerate(objects):
         np.testing.assert_array_equal(batch.objects_SQO7[s, q, o], np.float32(item["box"]))
+        boxes = np.array([objects[0]["box"], item["box"]])
+        assert batch.gaps_SQO[s, q, o] == np.float32(box_gaps(boxes, boxes)[0, 1])
+        column, text = batch.object_column_SQO[s, q, o], prompt(record)
+        if item["name"] in text:
+            # The text up to and with the token at its column ends with the name.
+            read = batch.packed_SMR[s].reshape(-1)[first + 1 : column + 1]
+            assert text.startswith(tokenizer.decode(read))
+            assert tokenizer.decode(read).endswith(item["name"])
+            assert text.count(item["name"], 0, len(tokenizer.decode(read))) == 1
+        else:
+            assert column == -1
+    assert (batch.object_column_SQO[s, q, len(objects) :] == -1).all()
     relation = dict(zip(RELATIONS, batch.relations_SQR[s, q], strict=True))
     mask = dict(zip(RELATIONS, batch.relations_mask_SQR[s, q], strict=True))
     assert {name for name in mask if mask[name]} == set(record.get("relation", {}))
@@ -254,6 +276,84 @@ def check_question(batch, s, q, record, tensors, tokenizer):
         assert {name for name in mask if mask[name]} == {"left_right", "above_below"}
     else:
         assert not any(mask.values())
+
+
+def write_with_logits(folder, tokenizer_sha256: str, encode) -> Export:
+    """Three scenes; the teacher answered every question but the first of a scene.
+
+    Its answers are the stored ones, except that of every scene's last question.
+    """
+    random = np.random.default_rng(0)
+    with ExportWriter(
+        folder,
+        producer={"project": "test", "commit": "0", "weights": "none", "licence": "CC0-1.0"},
+        dtype="float32",
+        scale="metric",
+        token_width=TOKEN_WIDTH,
+        patch_grid=GRID,
+        tokens_contain_depth=False,
+        categories=CATEGORIES,
+        teacher_tokenizer=tokenizer_sha256,
+    ) as writer:
+        for i in range(3):
+            scene_id = f"scene{i}"
+            arrays, _ = tiny_scene(random, 2, 4)
+            questions = tiny_questions(random, scene_id, arrays["target/boxes"])
+            said = [encode(" " + q["answer"]) for q in questions]
+            said[-1] = said[-1][::-1] + [5, 6]
+            rows = [[row] * len(ids) for row, ids in enumerate(said) if row]
+            ids = np.concatenate(said[1:]).astype(np.int32)
+            teacher = {
+                "answer_question": np.concatenate(rows).astype(np.int32),
+                "answer_id": ids,
+                "topk_id": np.stack([ids, ids + 1], -1),
+                "topk_logprob": -random.random((len(ids), 2)).astype(np.float16),
+            }
+            split = "train" if i < 2 else "val"
+            writer.add_scene(scene_id, arrays, split=split, teacher=teacher)
+            writer.add_questions(questions)
+    return Export(folder)
+
+
+def test_the_teachers_logits_stand_at_its_answers_tokens(tmp_path, tokenizer, config):
+    def encode(text):
+        return [*tokenizer.encode(text), tokenizer.eos_id]
+
+    export = write_with_logits(tmp_path / "export", tokenizer.sha256, encode)
+    wide = changed(
+        config, scenes_per_batch=2, questions_per_scene=12, kind_weights={"proximity": 2}
+    )
+    pipeline = Pipeline(export, tokenizer, wide, "train")
+    assert not pipeline.foreign_teacher
+    batch, records = pipeline.batch(0), list(export.questions())
+    assert batch.topk_id_SQAk.shape[-1] == 2
+    found = 0
+    for s, scene_id in enumerate(scenes_of(batch, export)):
+        own = [r for r in records if r["scene_id"] == scene_id]
+        tensors = export.read_scene(scene_id)
+        for q, pair in enumerate(asked(batch, tokenizer)[s]):
+            row = [(prompt(r), r["answer"]) for r in own].index(pair)
+            n, mask = batch.answer_length_SQ[s, q], batch.topk_mask_SQA[s, q]
+            if row in (0, len(own) - 1):
+                assert not mask.any()
+                continue
+            assert mask.tolist() == [True] * n + [False] * (len(mask) - n)
+            ids = batch.answer_SQA[s, q, :n]
+            assert batch.topk_id_SQAk[s, q, :n].tolist() == np.stack([ids, ids + 1], -1).tolist()
+            at = tensors["teacher/answer_question"] == row
+            np.testing.assert_array_equal(
+                batch.topk_logprob_SQAk[s, q, :n], tensors["teacher/topk_logprob"][at]
+            )
+            found += 1
+    assert found > 6
+
+
+def test_logits_over_another_vocabulary_are_left_out(tmp_path, tokenizer, config):
+    export = write_with_logits(tmp_path / "export", "0" * 64, tokenizer.encode)
+    pipeline = Pipeline(export, tokenizer, config, "train")
+    assert pipeline.foreign_teacher
+    batch = pipeline.batch(0)
+    assert batch.topk_id_SQAk.shape[-1] == 0 and not batch.topk_mask_SQA.any()
 
 
 def test_a_number_in_words_of_the_answer_is_the_value(tmp_path, tokenizer, config):

@@ -77,6 +77,17 @@ def test_stored_points_win_over_unprojected_ones(scene):
     assert (rows["points"][:2][~mask] == 0).all()
 
 
+def test_camera_tokens_are_padded_and_masked(scene):
+    shapes = dataclasses.replace(SHAPES, camera_width=TOKEN_WIDTH)
+    tokens = np.random.default_rng(0).normal(size=(2, TOKEN_WIDTH)).astype(np.float32)
+    rows = batch_rows(scene | {"vggt/camera_tokens": tokens}, shapes)
+    np.testing.assert_array_equal(rows["camera"], [*tokens, np.zeros(TOKEN_WIDTH)])
+    assert rows["camera_mask"]
+    rows = batch_rows(scene, shapes)
+    assert rows["camera"].shape == (3, TOKEN_WIDTH) and not rows["camera_mask"]
+    assert batch_rows(scene, SHAPES)["camera"].shape == (3, 0)
+
+
 def test_padding_views_can_be_inverted_and_are_masked(scene):
     rows = batch_rows(scene, SHAPES)
     assert rows["view_mask"].tolist() == [True, True, False]

@@ -65,6 +65,15 @@ def paid(batch) -> np.ndarray:
     return np.arange(ANSWER) < batch.answer_length_SQ[..., None]
 
 
+def taught(batch, spatial) -> list[np.ndarray]:
+    """What the spatial head says of questions that are asked, and of names that they contain."""
+    named = asked(batch)[..., None] & (batch.object_column_SQO >= 0)
+    assert 0 < named.sum() < named.size
+    values = {f.name: getattr(spatial, f.name) for f in dataclasses.fields(spatial)}
+    objects = values.pop("objects_SQOb")
+    return [objects[named], *(value[asked(batch)] for value in values.values())]
+
+
 def asked(batch) -> np.ndarray:
     """[S, Q]: questions that are no padding."""
     return batch.answer_length_SQ > 0
@@ -99,9 +108,13 @@ def unpacked(student, batch):
     questions, _ = student.decoder.run(
         rows[:, :L], text_positions(pad, L, prefix), causal(S * Q, L, start=pad), **vision
     )
-    encoding = questions[:, -1].reshape(S, Q, -1)
+    questions = questions.reshape(S, Q, L, -1)
+    # Counted from the end: rows here are padded on the left, and the copy ends with its encoding.
+    back = batch.encoding_column_SQ[..., None] - jnp.maximum(batch.object_column_SQO, 0)
+    place = jnp.clip(L - 1 - back, 0, L - 1)
+    names = jnp.take_along_axis(questions, place.reshape(S, Q, -1, 1), axis=2)
     logits = student.decoder.logits(answers[:, L - 1 :]).reshape(S, Q, ANSWER, -1)
-    return logits, student.spatial_head(encoding)
+    return logits, student.spatial_head(questions[:, :, -1], names)
 
 
 def test_packed_questions_equal_questions_in_rows_of_their_own(model, batch, before):
@@ -110,9 +123,20 @@ def test_packed_questions_equal_questions_in_rows_of_their_own(model, batch, bef
     where = paid(batch)
     assert 0 < where.sum() < where.size
     np.testing.assert_allclose(out.answer_logits_SQAX[where], logits[where], atol=1e-5)
-    where = asked(batch)
-    for got, want in zip(*map(jax.tree.leaves, (out.spatial, spatial)), strict=True):
-        np.testing.assert_allclose(got[where], want[where], atol=1e-5)
+    for got, want in zip(taught(batch, out.spatial), taught(batch, spatial), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_a_camera_token_moves_all_patches_of_its_view_alike(model, batch, before):
+    """And only where the scene has one: the first has none."""
+    camera = batch.camera_SVC + 1.0
+    camera[:, 0, 0] -= 5.0
+    z = [
+        quick_jit(lambda model, batch: model.student._project(batch)[0])(model, b)
+        for b in (batch, changed(batch, camera_SVC=camera))
+    ]
+    assert np.array_equal(z[0][0], z[1][0])
+    assert not np.array_equal(z[0][1, 0], z[1][1, 0])
 
 
 def test_a_question_never_hears_its_neighbours(model, batch, before):
@@ -199,10 +223,9 @@ def test_heads_see_neither_v_nor_the_thinking_tokens(model, batch, before):
         model.student.thinking[...] = thinking
     # The depth hint is what V alone is told.
     hinted, _ = compute(model, changed(batch, depth_hint_SVP=batch.depth_hint_SVP * 3))
-    where = asked(batch)
     for seen in (after, hinted):
-        for got, want in zip(*map(jax.tree.leaves, (seen.spatial, out.spatial)), strict=True):
-            np.testing.assert_array_equal(got[where], want[where])
+        for got, want in zip(taught(batch, seen.spatial), taught(batch, out.spatial), strict=True):
+            np.testing.assert_array_equal(got, want)
         for name in ("depth_logits_SVhwB", "patch_logits_SVPc", "detection", "features_SVPF"):
             assert same(getattr(seen, name), getattr(out, name)), name
         difference = np.abs(seen.answer_logits_SQAX - out.answer_logits_SQAX)[paid(batch)]
