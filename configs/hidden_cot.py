@@ -170,20 +170,20 @@ def laptop() -> ml_collections.ConfigDict:
         {
             "export": "rooms",
             "scenes_per_batch": 8,
-            "questions_per_scene": 16,
+            "questions_per_scene": 14,
             "max_boxes": 12,
-            "rows_per_scene": 5,
+            "rows_per_scene": 4,
             "row_length": 64,
         }
     )
     # Multiple choice with its four options is long; one such question costs three short ones.
     config.data.kind_weights = {
-        "object_rel_distance": 0.25,
-        "object_rel_direction_easy": 0.25,
-        "object_rel_direction_medium": 0.25,
-        "object_rel_direction_hard": 0.25,
-        "route_planning": 0.15,
-        "obj_appearance_order": 0.25,
+        "object_rel_distance": 0.15,
+        "object_rel_direction_easy": 0.15,
+        "object_rel_direction_medium": 0.15,
+        "object_rel_direction_hard": 0.15,
+        "route_planning": 0.1,
+        "obj_appearance_order": 0.15,
     }
     config.model.update(
         {

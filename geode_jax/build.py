@@ -16,6 +16,7 @@ from geode_jax.data.exports import Export
 from geode_jax.data.pipeline import Pipeline, PipelineConfig, measure_lengths
 from geode_jax.data.prompts import prompt
 from geode_jax.data.rooms import PRODUCER, make_rooms
+from geode_jax.data.sources import VERSION as RGBD_VERSION
 from geode_jax.data.sources import make_rgbd_export
 from geode_jax.data.tokens import Tokenizer, load_tokenizer, train_tokenizer
 from geode_jax.errors import UserError
@@ -181,8 +182,8 @@ def export_folder(data: ml_collections.ConfigDict) -> Path:
     """Where the export of a run lies, or will."""
     if data.rgbd:
         source = Path(data.rgbd).resolve()
-        what = f"{source} {tuple(data.rgbd_intrinsic)} {data.rgbd_depth_scale}"
-        # Folders of the same name, or other options, are other exports.
+        what = f"{RGBD_VERSION} {source} {tuple(data.rgbd_intrinsic)} {data.rgbd_depth_scale}"
+        # Folders of the same name, other options, another converter: other exports.
         return Path(data.root) / f"rgbd_{source.name}_{zlib.crc32(what.encode()):08x}"
     if data.export == "rooms":
         return Path(data.root) / f"rooms_{data.rooms_scenes}_s{data.rooms_seed}"

@@ -166,8 +166,7 @@ class _Asker:
     def with_view_relations(self, record: dict) -> dict:
         """Adds left_right and above_below of the first two objects where view 1 shows both."""
         rows = [item["index"] for item in record.get("objects", [])][:2]
-        distinct = len({self.names[n] for n in rows}) == 2
-        if distinct and (self.seen.rays[0, rows] >= FIRST_SEEN).all():
+        if len(rows) == 2 and (self.seen.rays[0, rows] >= FIRST_SEEN).all():
             left, _, above, _ = self.view[rows[0], rows[1]]
             named = (("left_right", left), ("above_below", above))
             sure = {name: float(round(p)) for name, p in named if abs(p - 0.5) > 0.45}
@@ -271,10 +270,7 @@ def _numeric(ask: _Asker, question: str, value: float, text: str, unit: str, row
 
 
 def _object_counting(ask: _Asker) -> Iterator[dict]:
-    """All groups of several, largest first; a single object now and then, so that 1 occurs.
-
-    The objects are all that are counted, from west to east: a list can be learned only in an order.
-    """
+    """All groups of several, largest first; a single object now and then, so that 1 occurs."""
     several = [
         name
         for name, rows in ask.groups.items()
@@ -292,8 +288,7 @@ def _object_counting(ask: _Asker) -> Iterator[dict]:
         ]
         rationale = " ".join([*steps, f"In total there are {len(rows)}."])
         question = f"How many {name}(s) are in this room?"
-        rows = sorted(rows, key=lambda n: ask.boxes[n, 0])
-        yield _numeric(ask, question, len(rows), str(len(rows)), "items", rows, rationale)
+        yield _numeric(ask, question, len(rows), str(len(rows)), "items", (), rationale)
 
 
 def _abs_distance(ask: _Asker) -> Iterator[dict]:

@@ -125,9 +125,12 @@ def _ask_own(predictor, scene_id: str, diagnostic: bool) -> None:
         answer = predictor.answer(scene_id, record["question"], record.get("options"))
         if diagnostic and number == 0:  # the tokens stand before the question: one set a scene
             print(f"thinking: {_shown(answer.thinking_tokens)}")
-        asked = " ".join([record["question"], *record.get("options", ())])
-        print(f"{record['kind']}: {' '.join(asked.split())}")
-        print(f"    student: {answer.text}    true: {record['answer']}")
+        print(f"{record['kind']}: {_one_line(record['question'], *record.get('options', ()))}")
+        print(f"    student: {_one_line(answer.text)}    true: {record['answer']}")
+
+
+def _one_line(*texts: str) -> str:
+    return " ".join(" ".join(texts).split())
 
 
 def _shown(thinking_tokens: tuple[str, ...]) -> str:

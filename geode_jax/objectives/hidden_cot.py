@@ -45,11 +45,9 @@ WEIGHTS_INSIDE = {
     "spatial/features": 0.5,
     "spatial/cross_view": 0.1,
     "detection/patches": 4.0,
-    "spatial/gaps": 4.0,
-    "spatial/value": 8.0,
 }
-"""Weights inside a term of eq. 2 other than 1. `cross_view` is eq. 1's lambda_cross; the others
-would drown in their term: patches beside boxes, and the squares of small errors of logarithms."""
+"""Weights inside a term of eq. 2 other than 1. `cross_view` is eq. 1's lambda_cross; the patches
+would drown beside the boxes, and every question needs them."""
 
 
 @dataclasses.dataclass(frozen=True)

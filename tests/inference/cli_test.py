@@ -164,7 +164,7 @@ def test_ask_without_a_question_asks_the_scenes_own(run, tiny_run):
     for record, question, answers in zip(records, lines[::2], lines[1::2], strict=True):
         assert question.startswith(f"{record['kind']}: ")
         assert record["question"].split()[-1] in question
-        said = found[record["id"]]["prediction"]
+        said = " ".join(found[record["id"]]["prediction"].split())
         assert answers == f"    student: {said}    true: {record['answer']}"
 
 

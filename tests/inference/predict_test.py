@@ -61,7 +61,17 @@ def test_a_single_question_is_batched_as_the_evaluation_batches_it(tiny_run):
         kind_weights={},
     )
     train, test = (Pipeline(export, tokenizer, one, split) for split in ("train", "test"))
-    unasked = ("answer_", "packed_", "encoding_", "relations_", "objects_", "value_", "topk_")
+    unasked = (
+        "answer_",
+        "packed_",
+        "encoding_",
+        "relations_",
+        "objects_",
+        "object_",
+        "gaps_",
+        "value_",
+        "topk_",
+    )
     compared = 0
     for [[record]], expected in test.eval_batches(1):
         # The pipeline of another split, and nothing of the record but what is asked.

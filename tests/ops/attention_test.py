@@ -82,6 +82,17 @@ def test_values_and_gradients_against_the_oracle(rows, kv_heads):
         assert (np.asarray(gradient)[unseen] == 0).all()
 
 
+@pytest.mark.parametrize("shared", [(0, 1, 5), (0, 0, 0)])
+def test_one_interval_for_all_queries_of_a_row(shared):
+    q, k, v, g = arrays(2)
+    short = Intervals(*(np.full((B, 1), x, np.int32) for x in shared))
+    long = Intervals(*(np.broadcast_to(x, (B, L)) for x in short))
+    for got, want in zip(
+        *map(jax.tree.leaves, (ours(q, k, v, short, g), ours(q, k, v, long, g))), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+
+
 def test_rows_without_keys_stay_finite_beside_huge_values():
     q, k, v, g = arrays(2)
     nothing = np.zeros((B, L), np.int32)
