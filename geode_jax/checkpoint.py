@@ -158,6 +158,11 @@ def load_model(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
     context.pytree.loading.partial_load = True  # the latest also holds the optimizer's state
     with context:
         try:
+            # Compared before reading: a failed read of Orbax's leaves unfinished tasks behind.
+            stored = ocp.checkpointables_metadata(folder.absolute()).metadata["state"]
+            shapes = sorted(tuple(x.shape) for k in like for x in jax.tree.leaves(stored[k]))
+            if shapes != sorted(tuple(x.shape) for x in jax.tree.leaves(like)):
+                raise ValueError("other shapes")
             return ocp.load_checkpointables(folder.absolute(), {"state": like})["state"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: damaged, or a checkpoint of another model") from error
