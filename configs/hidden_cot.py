@@ -105,12 +105,12 @@ def base() -> ml_collections.ConfigDict:
                 "layers": 24,
                 "heads": 16,
                 "mlp_width": 8192,
-                "projector_width": 1024,  # these two: what is left of 2.29B
+                "projector_width": 1024,
                 # Two, which is what 2.29B leaves room for beside VGGT, trunk and embeddings.
                 "cross_layers": (8, 16),
                 "thinking_tokens": 8,
                 "vision_prefix": 1,
-                "heads_width": 128,
+                "heads_width": 128,  # with projector_width: what is left of 2.29B
                 "depth_bins": 64,
                 "depth_cells": 2,
                 "queries": 64,
@@ -177,7 +177,7 @@ def laptop() -> ml_collections.ConfigDict:
             "scenes_per_batch": 8,
             "questions_per_scene": 16,
             "max_boxes": 12,
-            "rows_per_scene": 5,
+            "rows_per_scene": 3,
             "row_length": 64,
         }
     )

@@ -13,10 +13,16 @@ from geode_jax.shapes import Array
 def encode_boxes(boxes_7: Array) -> jax.Array:
     """Boxes [..., 7] (centre, size > 0, yaw) as [..., 8]: centre, log size, sin 2 yaw, cos 2 yaw.
 
-    A box turned by 180 degrees is the same box: the doubled angle gives both the same code.
+    A box turned by 180 degrees is the same box, and so is one turned by 90 degrees whose length and
+    width are swapped: of the four names of a box the code is that of the one with yaw in
+    [-45, 45) degrees, so its sizes are those along (nearly) the world's x and y.
     """
-    double = 2.0 * boxes_7[..., 6:7]
-    parts = (boxes_7[..., :3], jnp.log(boxes_7[..., 3:6]), jnp.sin(double), jnp.cos(double))
+    quarter = jnp.round(boxes_7[..., 6:7] / (0.5 * jnp.pi))
+    odd = quarter % 2 == 1
+    double = 2.0 * boxes_7[..., 6:7] - quarter * jnp.pi
+    length, width = boxes_7[..., 3:4], boxes_7[..., 4:5]
+    size = (jnp.where(odd, width, length), jnp.where(odd, length, width), boxes_7[..., 5:6])
+    parts = (boxes_7[..., :3], *(jnp.log(edge) for edge in size), jnp.sin(double), jnp.cos(double))
     return jnp.concatenate(parts, axis=-1)
 
 

@@ -117,16 +117,21 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
         stored = checkpointer.checkpointables_metadata(checkpoint.step)
-        # Compared before reading: a failed read of Orbax's leaves unfinished tasks behind.
-        # The stored tree is of dicts, whose order is another.
-        shapes = sorted(tuple(x.shape) for x in jax.tree.leaves(stored.metadata["state"]))
-        if shapes != sorted(x.shape for x in jax.tree.leaves(abstract)):
+        if _shapes(stored.metadata["state"]) != _shapes(abstract):
             raise UserError(
                 f"{self._folder}: the checkpoint of step {checkpoint.step} does not fit this "
                 "configuration (another model size or optimizer?); use another --workdir"
             )
         loaded = checkpointer.load_checkpointables(checkpoint.step, {"state": abstract})
         return loaded["state"], dict(stored.custom_metadata)
+
+
+def _shapes(tree) -> list[tuple[int, ...]]:
+    """The shapes of a tree, to be compared before reading: Orbax's failed read leaves tasks behind.
+
+    Sorted, because a stored tree is of dicts, whose order is another.
+    """
+    return sorted(tuple(x.shape) for x in jax.tree.leaves(tree))
 
 
 def find_model(workdir: Path) -> Path:
@@ -158,10 +163,8 @@ def load_model(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
     context.pytree.loading.partial_load = True  # the latest also holds the optimizer's state
     with context:
         try:
-            # Compared before reading: a failed read of Orbax's leaves unfinished tasks behind.
             stored = ocp.checkpointables_metadata(folder.absolute()).metadata["state"]
-            shapes = sorted(tuple(x.shape) for k in like for x in jax.tree.leaves(stored[k]))
-            if shapes != sorted(tuple(x.shape) for x in jax.tree.leaves(like)):
+            if _shapes({name: stored[name] for name in like}) != _shapes(like):
                 raise ValueError("other shapes")
             return ocp.load_checkpointables(folder.absolute(), {"state": like})["state"]
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -77,7 +77,7 @@ class Batch:
     teacher_detection_mask_S: Array  # bool
 
     # Questions.
-    question_SQL: Array  # int32, bos + prompt, left-padded
+    question_SQL: Array  # int32, prompt + bos (which opens the answer), left-padded
     question_length_SQ: Array  # int32
     answer_SQA: Array  # int32, answer + eos, right-padded
     answer_length_SQ: Array  # int32, 0 = padding question
@@ -95,10 +95,10 @@ class Batch:
     packed_SMR: Array  # int32 token ids
     packed_position_SMR: Array  # int32, position in its segment
     packed_start_SMR: Array  # int32, first column of its segment
-    packed_prefix_SMR: Array  # bool, sees [V][T]
+    packed_answer_SMR: Array  # bool, bos or answer: sees T
     answer_column_SQA: Array  # int32, flat column (of M * R) that predicts the answer token
-    encoding_column_SQ: Array  # int32, flat column of the last token of the question's copy
-    object_column_SQO: Array  # int32, of each named object's name there (last token), -1 = nowhere
+    encoding_column_SQ: Array  # int32, flat column of the prompt's last token
+    object_column_SQO: Array  # int32, of the last token of each named object's name, -1 = nowhere
 
     # Teacher logits at the answer positions; width 0 where no teacher answered.
     topk_id_SQAk: Array  # int32

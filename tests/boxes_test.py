@@ -1,6 +1,7 @@
 """The box code and the overlap of boxes, against interval arithmetic in float64."""
 
 import numpy as np
+import pytest
 
 from geode_jax.boxes import decode_boxes, encode_boxes, generalized_iou
 
@@ -8,7 +9,7 @@ from geode_jax.boxes import decode_boxes, encode_boxes, generalized_iou
 def draw_boxes(*shape, seed=0):
     rng = np.random.default_rng([seed, *shape])
     parts = [rng.normal(size=(*shape, 3)), rng.uniform(0.2, 2.0, (*shape, 3))]
-    return np.concatenate([*parts, rng.uniform(-1.5, 1.5, (*shape, 1))], -1).astype(np.float32)
+    return np.concatenate([*parts, rng.uniform(-0.75, 0.75, (*shape, 1))], -1).astype(np.float32)
 
 
 def iou_reference(a, b):
@@ -22,11 +23,36 @@ def iou_reference(a, b):
     return inner / union - (outer - union) / outer
 
 
-def test_box_code_round_trip_and_half_turns():
+def corners(boxes):
+    """The corners [..., 8, 3] of boxes [..., 7]."""
+    sides = np.stack(np.meshgrid(*[[-0.5, 0.5]] * 3, indexing="ij"), -1).reshape(8, 3)
+    local = sides * boxes[..., None, 3:6]
+    cos, sin = np.cos(boxes[..., None, 6]), np.sin(boxes[..., None, 6])
+    x = cos * local[..., 0] - sin * local[..., 1]
+    y = sin * local[..., 0] + cos * local[..., 1]
+    return np.stack([x, y, local[..., 2]], -1) + boxes[..., None, :3]
+
+
+def assert_same_corners(a, b):
+    distance = np.linalg.norm(corners(a)[..., :, None, :] - corners(b)[..., None, :, :], axis=-1)
+    assert np.all(distance.min(-1) < 1e-5) and np.all(distance.min(-2) < 1e-5)
+
+
+def test_box_code_round_trip_within_an_eighth_turn():
     boxes = draw_boxes(20)
     np.testing.assert_allclose(decode_boxes(encode_boxes(boxes)), boxes, atol=2e-6)
-    turned = boxes + np.float32([0, 0, 0, 0, 0, 0, np.pi])
-    np.testing.assert_allclose(encode_boxes(turned), encode_boxes(boxes), atol=2e-6)
+
+
+@pytest.mark.parametrize("quarters", [-2, -1, 1, 2, 3])
+def test_every_name_of_a_box_has_one_code_and_decodes_to_the_same_corners(quarters):
+    boxes = draw_boxes(20)
+    turned = boxes + np.float32([0, 0, 0, 0, 0, 0, quarters * np.pi / 2])
+    if quarters % 2:
+        turned[:, [3, 4]] = turned[:, [4, 3]]
+    assert_same_corners(turned, boxes)
+    code = encode_boxes(turned)
+    np.testing.assert_allclose(code, encode_boxes(boxes), atol=4e-6)
+    assert_same_corners(np.asarray(decode_boxes(code)), boxes)
 
 
 def test_generalized_iou():

@@ -33,7 +33,7 @@ def draw_ids(high, *shape, seed=0):
 def draw_boxes(*shape, seed=0):
     rng = np.random.default_rng([seed, *shape])
     parts = [rng.normal(size=(*shape, 3)), rng.uniform(0.2, 2.0, (*shape, 3))]
-    return np.concatenate([*parts, rng.uniform(-1.5, 1.5, (*shape, 1))], -1).astype(np.float32)
+    return np.concatenate([*parts, rng.uniform(-0.75, 0.75, (*shape, 1))], -1).astype(np.float32)
 
 
 def draw_topk(vocabulary, k, *shape, seed=0, temperature=1.0):

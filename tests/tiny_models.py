@@ -169,8 +169,8 @@ def _geometry(S: int) -> dict[str, np.ndarray]:
 
 
 def _text(S: int, Q: int, random: np.random.Generator) -> dict[str, np.ndarray]:
-    """Questions of 1 to 5 tokens and answers of 1 to 4, as the pipeline lays them out."""
-    question_length = random.integers(1, QUESTION + 1, (S, Q)).astype(np.int32)
+    """Questions of 2 to 5 tokens and answers of 1 to 4, as the pipeline lays them out."""
+    question_length = random.integers(2, QUESTION + 1, (S, Q)).astype(np.int32)
     answer_length = random.integers(1, ANSWER + 1, (S, Q)).astype(np.int32)
     question_length[0, 0], answer_length[0, 0] = QUESTION, ANSWER
     question_length[:, -1] = answer_length[:, -1] = 0
@@ -190,8 +190,8 @@ def _text(S: int, Q: int, random: np.random.Generator) -> dict[str, np.ndarray]:
         )
     names = {name.rsplit("_", 1)[0]: name for name in (f.name for f in dataclasses.fields(Batch))}
     rows = {names[name]: np.stack([row[name] for row in packed]) for name in packed[0]}
-    # Five names anywhere in the copy of a question, the last one not in its text.
-    length = np.maximum(question_length, 1)[..., None]
+    # Five names anywhere in a question before its bos, the last one not in its text.
+    length = np.maximum(question_length - 1, 1)[..., None]
     back = (random.random((S, Q, 5)) * length).astype(np.int32)
     object_column = rows["encoding_column_SQ"][..., None] - back
     object_column[..., -1] = -1

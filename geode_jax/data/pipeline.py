@@ -51,7 +51,7 @@ class PipelineConfig:
     Attributes:
         export: folder of the export.
         scenes_per_batch, questions_per_scene: S and Q.
-        question_length, answer_length: Lq (bos + prompt) and La (answer + eos). A longer question
+        question_length, answer_length: Lq (prompt + bos) and La (answer + eos). A longer question
             is left out and counted in `Pipeline.dropped`, never cut.
         max_boxes: N.
         rows_per_scene, row_length: M and R of the packed text; as many of the Q drawn questions as
@@ -197,6 +197,8 @@ class Pipeline:
         self.dropped += Counter({"bad question": len(self._records.dropped)})
         self._choose_questions(kinds)
         sizes = export_sizes(export)
+        their_ids = export.manifest.get("teacher_tokenizer")
+        self.foreign_teacher = sizes.topk > 0 and their_ids != tokenizer.sha256
         self.shapes = SceneShapes(
             views=sizes.views,
             grid=tuple(export.patch_grid),
@@ -207,7 +209,7 @@ class Pipeline:
             categories=len(export.categories) if sizes.has_detection_probs else 0,
             features=sizes.features,
             depth_bins=sizes.depth_bins,
-            topk=sizes.topk if self._teacher_speaks_our_ids(sizes) else 0,
+            topk=0 if self.foreign_teacher else sizes.topk,
             vision=config.vision,
         )
         beyond = [max(sizes.box_counts[i] - config.max_boxes, 0) for i in self._scene_ids]
@@ -221,13 +223,6 @@ class Pipeline:
         if not sizes.features:
             raise UserError(f"{self._export.folder}: no scene has teacher/features to train on")
         return sizes.features
-
-    def _teacher_speaks_our_ids(self, sizes) -> bool:
-        self.foreign_teacher = (
-            sizes.topk > 0
-            and self._export.manifest.get("teacher_tokenizer") != self._tokenizer.sha256
-        )
-        return not self.foreign_teacher
 
     def _camera_width(self, sizes) -> int:
         # Camera tokens are VGGT's; another encoder's features do not come with them.
@@ -254,9 +249,7 @@ class Pipeline:
         self.max_answer_length = int(answer.max(where=keep, initial=0))
         drop("question too long", lengths["question"] > config.question_length)
         drop("answer too long", answer > config.answer_length)
-        text = lengths["question"] + answer - 1
-        both = text + lengths["question"] if config.rows_per_scene == 1 else text
-        drop("longer than a packed row", both > config.row_length)
+        drop("longer than a packed row", lengths["question"] + answer - 1 > config.row_length)
         if not keep.any():
             why = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items())
             raise UserError(
@@ -448,11 +441,8 @@ class Pipeline:
             length *= 2
         arrays = stack_questions([record], tokenizer, length, answer, config.answer_field)
         tensors = self._read_tensors(record["scene_id"])
-        # One packed row for the question with its answer, one for its copy.
         columns = length + answer
-        questions = lay_out_questions(
-            arrays, [(0, 0, columns)], tensors, 1, 2, columns, tokenizer.pad_id
-        )
+        questions = lay_out_questions(arrays, [(0, 0)], tensors, 1, 1, columns, tokenizer.pad_id)
         scene = batch_rows(tensors, self.shapes)
         return Batch(**_suffixed(stack_rows([scene]) | stack_rows([questions])))
 

@@ -34,8 +34,8 @@ def stack_questions(
     """Question records as arrays [n, ...], named as the question fields of `Batch`.
 
     Beside them, of every named object: `object_index` [n, O], its row of `target/boxes`;
-    `object_place` [n, O], the place in the question (bos = 0) of the last token of its name where
-    the text has it first. -1 where unknown, and of names that stand for several objects.
+    `object_place` [n, O], the place in the question of the last token of its name, where the text
+    has it first. -1 where unknown, and of names that stand for several objects.
 
     Args:
         records: n question records whose prompts and answers fit.
@@ -67,7 +67,7 @@ def stack_questions(
     answers = tokenizer.encode_batch([" " + record[answer_field] for record in records])
     for i, record in enumerate(records):
         ids, ends = prompts[i]
-        ids = [tokenizer.bos_id, *ids]
+        ids = [*ids, tokenizer.bos_id]
         arrays["question"][i, lq - len(ids) :] = ids
         arrays["question_length"][i] = len(ids)
         ids = [*answers[i], tokenizer.eos_id]
@@ -83,7 +83,7 @@ def stack_questions(
             arrays["object_index"][i, j] = item.get("index", -1)
             found = re.search(rf"\b{re.escape(item['name'])}\b", texts[i])
             if found:
-                arrays["object_place"][i, j] = 1 + bisect.bisect_left(ends, found.end())
+                arrays["object_place"][i, j] = bisect.bisect_left(ends, found.end())
         if objects:
             boxes = np.array([item["box"] for item in objects])
             arrays["gaps"][i, : len(objects)] = box_gaps(boxes[:1], boxes)[0]
@@ -128,7 +128,7 @@ def add_teacher_logits(
 
 def lay_out_questions(
     arrays: dict[str, np.ndarray],
-    placed: list[tuple],
+    placed: list[tuple[int, int]],
     tensors: Mapping[str, np.ndarray],
     slots: int,
     rows: int,
@@ -145,11 +145,11 @@ def lay_out_questions(
         rows, columns: M and R of the packed text.
         pad_id: fills what is left.
     """
-    chosen = [question for question, _, _ in placed]
-    copy = np.array([first for _, _, first in placed], np.int32)
+    chosen = [question for question, _ in placed]
+    first = np.array([first for _, first in placed], np.int32)
     place = arrays["object_place"][chosen]
     object_column = np.full((slots, MAX_OBJECTS), -1, np.int32)
-    object_column[: len(chosen)] = np.where(place < 0, -1, copy[:, None] + place)
+    object_column[: len(chosen)] = np.where(place < 0, -1, first[:, None] + place)
     fields = {"object_column": object_column}
     for name, array in arrays.items():
         if name == "object_place":

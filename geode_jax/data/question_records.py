@@ -262,8 +262,8 @@ def question_lengths(
 
     Returns:
         Arrays over the n questions of the split, scenes in `records.scene_ids(split)` order:
-        `scene` [n] int32 index of the scene, `kind` [n] strings, `question` [n] int32 bos +
-        prompt, `answer` and `teacher_answer` [n] int32 answer + eos, 0 where there is none.
+        `scene` [n] int32 index of the scene, `kind` [n] strings, `question` [n] int32 prompt
+        + bos, `answer` and `teacher_answer` [n] int32 answer + eos, 0 where there is none.
     """
     file = records.folder / f"lengths-{split}-{tokenizer.sha256[:16]}.npz"
     if file.is_file():

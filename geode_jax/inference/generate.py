@@ -33,6 +33,7 @@ def generate(
     *,
     seen: list[KeyValues | None] | None,
     seen_length_S: Array | None,
+    prompt_prefix: int,
     max_new_tokens: int,
     eos_id: int,
 ) -> Generated:
@@ -45,6 +46,8 @@ def generate(
         prompt_length_SQ: real ids of each prompt.
         seen: result of `Decoder.see`.
         seen_length_S: valid vision tokens.
+        prompt_prefix: columns of the prefix that the prompt sees; its last token, which opens the
+            answer, and the answer see all of them.
         max_new_tokens: A.
         eos_id: ends an answer.
     """
@@ -53,10 +56,12 @@ def generate(
     P = prefix[0].k.shape[2]
     pad = L - jnp.asarray(prompt_length_SQ).reshape(B)
     vision = {"seen": seen, "seen_length_S": seen_length_S}
+    own = causal(B, L, start=pad, prefix_end=P)
+    opens = jnp.arange(L) == L - 1
     hidden, cache = decoder.run(
         decoder.embed(jnp.asarray(prompt_SQL).reshape(B, L)),
         text_positions(pad, L, P),
-        causal(B, L, start=pad, prefix_end=P),
+        own._replace(prefix_end=jnp.where(opens, own.prefix_end, prompt_prefix)),
         cache=fan_out(prefix, Q, L + A),
         offset=P,
         **vision,
@@ -109,6 +114,7 @@ def answer(student: Student, batch: Batch, *, eos_id: int) -> tuple[Generated, j
         batch.question_length_SQ,
         seen=scene.seen,
         seen_length_S=scene.seen_length_S,
+        prompt_prefix=student.config.vision_prefix,
         max_new_tokens=batch.answer_SQA.shape[-1],
         eos_id=eos_id,
     )

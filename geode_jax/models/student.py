@@ -5,12 +5,12 @@ Z, V and T of a scene are computed once and shared by all its questions:
     vision tokens --MLP--> Z ---------------------------> depth, detection, feature heads
                            |-- pooling + depth map --> V
     [V][T] --trunk (cross-attends to Z)--> keys and values of the prefix
-    [Q][A] --trunk (sees the prefix, cross-attends to Z)--> answer logits
-    [Q]    --trunk (cross-attends to Z, no prefix)-------> spatial head
+    [Q]    --trunk (sees V, cross-attends to Z)----------> spatial head
+    [bos][A] --trunk (sees V, T, Q, cross-attends to Z)--> answer logits
 
-The two kinds of segment lie packed in the same rows (`data.packing`). The last line is the
-question's own copy: the paper trains T from the answer loss alone, so nothing an auxiliary head
-reads may have seen T. The copy is not computed at inference.
+The paper trains T from the answer loss alone, so nothing an auxiliary head reads may have seen T.
+Hence the one restriction of the causal mask: T is seen from bos on, which opens the answer, and
+not by the question. What the heads teach of a question is then what its answer reads.
 """
 
 import dataclasses
@@ -196,26 +196,26 @@ class Student(nnx.Module):
         """All questions of the scenes at once, packed, with their answers (teacher forcing).
 
         Returns:
-            Hidden states [S, Q, A, D] that predict the answer tokens; and from each question's own
-            copy, which sees Z but neither V nor T, its encoding [S, Q, D] (the last state) and the
-            states [S, Q, O, D] at the names of the objects it is about.
+            Hidden states [S, Q, A, D] that predict the answer tokens; and of each question, which
+            does not see T, its encoding [S, Q, D] (its last state) and the states [S, Q, O, D] at
+            the names of the objects it is about.
         """
         S, M, R = batch.packed_SMR.shape
         P = self.config.prefix_length
-        tokens, position, start, sees = (
+        tokens, position, start, of_answer = (
             jnp.asarray(x).reshape(S * M, R)
             for x in (
                 batch.packed_SMR,
                 batch.packed_position_SMR,
                 batch.packed_start_SMR,
-                batch.packed_prefix_SMR,
+                batch.packed_answer_SMR,
             )
         )
         end = jnp.broadcast_to(P + 1 + jnp.arange(R, dtype=jnp.int32), tokens.shape)
         hidden, _ = self.decoder.run(
             self.decoder.embed(tokens),
             P + position,
-            Intervals(jnp.where(sees, P, 0), P + start, end),
+            Intervals(jnp.where(of_answer, P, self.config.vision_prefix), P + start, end),
             cache=fan_out(scene.prefix, M),
             offset=P,
             seen=scene.seen,

@@ -15,7 +15,7 @@ from geode_jax.ops.attention import Intervals, attention
 from geode_jax.shapes import MAX_OBJECTS, RELATIONS, Array
 
 BOX_CODE = 8
-"""Width of an encoded box; see `losses.encode_boxes`."""
+"""Width of an encoded box; see `boxes.encode_boxes`."""
 GAP_FLOOR = 0.1
 """Metres added to a gap before its logarithm: contact is a number, and a clear one."""
 
@@ -49,7 +49,7 @@ class DetectionOutput:
     """M object queries of each scene."""
 
     class_logits_SMc: Array  # one sigmoid per category
-    boxes_SMb: Array  # codes, see `losses.encode_boxes`
+    boxes_SMb: Array  # codes, see `boxes.encode_boxes`
 
 
 @jax.tree_util.register_dataclass
@@ -61,7 +61,7 @@ class SpatialOutput:
     objects_SQOb: Array  # box codes of the objects the question names, read at their names
     places_SQO3: Array  # their centres, world frame, metres, read where the question ends
     log_gaps_SQO: Array  # log(gap + GAP_FLOOR) from the first of them to each
-    angle_SQ2: Array  # (sin, cos) of the bearing that `losses.relative_angle` defines
+    angle_SQ2: Array  # (sin, cos) of the bearing, `objectives.hidden_cot.relative_angle`
     log_value_SQ: Array  # log of the numeric answer, in the question's unit
 
 

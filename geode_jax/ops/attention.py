@@ -7,8 +7,9 @@ plan for the kernels) serves them all:
 | use | prefix_end | start | end |
 |---|---|---|---|
 | causal, row padded on the left by p | 0 | p | i + 1 |
-| question of a scene, [V][T] in keys [0, n) | n | first column of the question | i + 1 |
-| cross-attention to m valid vision tokens | 0 | 0 | m |
+| question of a scene, V in keys [0, n) | n | first column of the question | i + 1 |
+| its answer, [V][T] in keys [0, m) | m | first column of the question | i + 1 |
+| cross-attention to k valid vision tokens | 0 | 0 | k |
 """
 
 from typing import NamedTuple

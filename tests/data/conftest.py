@@ -82,22 +82,25 @@ def tiny_questions(random: np.random.Generator, scene_id: str, boxes: np.ndarray
     return records
 
 
+HEADER = {
+    "producer": {"project": "test", "commit": "0", "weights": "none", "licence": "CC0-1.0"},
+    "dtype": "float32",
+    "scale": "metric",
+    "token_width": TOKEN_WIDTH,
+    "patch_grid": GRID,
+    "tokens_contain_depth": False,
+    "categories": CATEGORIES,
+}
+"""What `ExportWriter` needs to know of the exports of these tests."""
+
+
 def write_tiny_export(folder, train: int = 7, val: int = 3, seed: int = 0) -> Export:
     """Writes an export of random valid scenes and opens it.
 
     Scene 0 has tokens alone, every third a teacher; views (1 to 3) and boxes (3 to 6) vary.
     """
     random = np.random.default_rng(seed)
-    with ExportWriter(
-        folder,
-        producer={"project": "test", "commit": "0", "weights": "none", "licence": "CC0-1.0"},
-        dtype="float32",
-        scale="metric",
-        token_width=TOKEN_WIDTH,
-        patch_grid=GRID,
-        tokens_contain_depth=False,
-        categories=CATEGORIES,
-    ) as writer:
+    with ExportWriter(folder, **HEADER) as writer:
         for i in range(train + val):
             arrays, teacher = tiny_scene(random, 1 + i % 3, 3 + i % 4)
             scene_id, split = f"scene{i:03}", "train" if i < train else "val"

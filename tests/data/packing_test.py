@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from geode_jax.data.packing import lay_out, pack
 
-PAD = -7
+PAD, BOS = -7, -8
 LQ, LA = 9, 6
 
 
@@ -14,7 +14,10 @@ LQ, LA = 9, 6
 def problems(draw):
     """Random questions of a scene, and rows to put them into."""
     n = draw(st.integers(0, 8))
-    lengths = [draw(st.lists(st.integers(1, m), min_size=n, max_size=n)) for m in (LQ, LA)]
+    lengths = [
+        draw(st.lists(st.integers(least, most), min_size=n, max_size=n))
+        for least, most in ((2, LQ), (1, LA))
+    ]
     order = draw(st.permutations(range(n)))
     size = {"rows": draw(st.integers(1, 4)), "columns": draw(st.integers(1, 25))}
     return (
@@ -26,25 +29,15 @@ def problems(draw):
     )
 
 
-def segments(placed, question_length, answer_length):
-    """(first column, length, sees the prefix) of everything that was placed."""
-    for i, text, copy in placed:
-        yield text, int(question_length[i] + answer_length[i]) - 1, True
-        yield copy, int(question_length[i]), False
-
-
 def owners(placed, question_length, answer_length, size) -> np.ndarray:
     """How many segments own each flat column; fails where one leaves its row."""
     count = np.zeros(size["rows"] * size["columns"], int)
-    for first, length, _ in segments(placed, question_length, answer_length):
+    for i, first in placed:
+        length = question_length[i] + answer_length[i] - 1
         assert first // size["columns"] == (first + length - 1) // size["columns"]
         assert first >= 0 and first + length <= count.size
         count[first : first + length] += 1
     return count
-
-
-def fits_alone(question, answer, rows, columns) -> bool:
-    return question + answer - 1 <= columns and (rows > 1 or 2 * question + answer - 1 <= columns)
 
 
 @given(problems())
@@ -53,7 +46,7 @@ def test_no_column_has_two_owners_and_no_question_two_places(problem):
     placed = pack(order, question_length, answer_length, **size, limit=limit)
     count = owners(placed, question_length, answer_length, size)
     assert count.max(initial=0) <= 1
-    chosen = [i for i, _, _ in placed]
+    chosen = [i for i, _ in placed]
     assert len(set(chosen)) == len(chosen) <= limit
     # In the order of preference.
     positions = [order.index(i) for i in chosen]
@@ -64,21 +57,17 @@ def test_no_column_has_two_owners_and_no_question_two_places(problem):
             continue
         before = [p for p in placed if order.index(p[0]) < position]
         used = owners(before, question_length, answer_length, size).reshape(size["rows"], -1)
-        free = (size["columns"] - used.sum(1)).tolist()
-        text, copy = int(question_length[i] + answer_length[i]) - 1, int(question_length[i])
-        row = next((r for r, room in enumerate(free) if room >= text), None)
-        if row is not None:
-            free[row] -= text
-            assert max(free) < copy
+        free = size["columns"] - used.sum(1)
+        assert free.max() < question_length[i] + answer_length[i] - 1
 
 
 @given(problems())
 def test_in_order_takes_a_beginning(problem):
     question_length, answer_length, order, size, limit = problem
     placed = pack(order, question_length, answer_length, **size, limit=limit, in_order=True)
-    assert [i for i, _, _ in placed] == list(order[: len(placed)])
+    assert [i for i, _ in placed] == list(order[: len(placed)])
     assert len(placed) <= limit
-    if order and fits_alone(question_length[order[0]], answer_length[order[0]], **size):
+    if order and question_length[order[0]] + answer_length[order[0]] - 1 <= size["columns"]:
         assert placed  # else `eval_batches` would never end
     if len(placed) < min(limit, len(order)):  # the next one did not fit
         again = pack(order[: len(placed) + 1], question_length, answer_length, **size, limit=limit)
@@ -98,49 +87,47 @@ def test_rows_hold_the_questions_and_nothing_else(problem, spare):
     out = lay_out(
         placed, question, question_length, answer, answer_length, **size, slots=slots, pad_id=PAD
     )
-    tokens, position, start, sees = (
-        out[f"packed{name}"].reshape(-1) for name in ("", "_position", "_start", "_prefix")
+    tokens, position, start, of_answer = (
+        out[f"packed{name}"].reshape(-1) for name in ("", "_position", "_start", "_answer")
     )
     assert out["packed"].shape == (rows, columns)
     assert out["answer_column"].shape == (slots, LA) and out["encoding_column"].shape == (slots,)
-    assert [out[name].dtype for name in sorted(out)] == [np.int32] * 4 + [bool, np.int32]
+    assert [out[name].dtype for name in sorted(out)] == [np.int32] * 3 + [bool] + [np.int32] * 2
 
     own = owners(placed, question_length, answer_length, size) == 1
     column = np.arange(rows * columns) % columns
-    assert (tokens[~own] == PAD).all() and not sees[~own].any() and (position[~own] == 0).all()
+    assert (tokens[~own] == PAD).all() and not of_answer[~own].any() and (position[~own] == 0).all()
     assert (start[~own] == column[~own] + 1).all()  # [start, column] is empty
     assert (tokens[own] != PAD).all() and (start[own] == (column - position)[own]).all()
-    for first, length, prefix in segments(placed, question_length, answer_length):
-        assert position[first : first + length].tolist() == list(range(length))
-        assert (sees[first : first + length] == prefix).all()
 
     kept = []
-    for slot, (i, text, copy) in enumerate(placed):
+    for slot, (i, first) in enumerate(placed):
         q, a = question_length[i], answer_length[i]
         asked, said = question[i, LQ - q :], answer[i, :a]
+        segment = slice(first, first + q + a - 1)
+        assert position[segment].tolist() == list(range(q + a - 1))
+        assert of_answer[segment].tolist() == [False] * (q - 1) + [True] * a
         predictors = out["answer_column"][slot]
-        # The column before an answer token predicts it; the first is the question's last.
+        # The column before an answer token predicts it; the first is bos, the question's last.
         assert tokens[predictors[:a]].tolist() == [asked[-1], *said[:-1]]
-        assert predictors[0] == text + q - 1 and (predictors[a:] == 0).all()
-        last = out["encoding_column"][slot]
-        assert tokens[last] == asked[-1] and last == copy + q - 1 and not sees[last]
-        kept += [*asked, *said[:-1], *asked]
+        assert predictors[0] == first + q - 1 and (predictors[a:] == 0).all()
+        assert tokens[out["encoding_column"][slot]] == asked[-2]
+        kept += [*asked, *said[:-1]]
     assert sorted(tokens[own]) == sorted(kept)
     assert (out["answer_column"][len(placed) :] == 0).all()
     assert (out["encoding_column"][len(placed) :] == 0).all()
 
 
 def test_a_scene_by_hand():
-    question = np.array([[PAD, 1, 2], [PAD, PAD, 3]])
+    question = np.array([[1, 2, BOS], [PAD, 3, BOS]])
     answer = np.array([[10, 11, 12], [20, PAD, PAD]])
-    lengths = np.array([2, 1]), np.array([3, 1])
-    placed = pack([0, 1], *lengths, rows=2, columns=5, limit=2)
-    # Row 0: 1 2 10 11 | 3. Row 1: 1 2 | 3.
-    assert placed == [(0, 0, 5), (1, 4, 7)]
-    out = lay_out(placed, question, lengths[0], answer, lengths[1], 2, 5, 3, PAD)
-    assert out["packed"].tolist() == [[1, 2, 10, 11, 3], [1, 2, 3, PAD, PAD]]
-    assert out["packed_position"].tolist() == [[0, 1, 2, 3, 0], [0, 1, 0, 0, 0]]
-    assert out["packed_start"].tolist() == [[0, 0, 0, 0, 4], [0, 0, 2, 4, 5]]
-    assert out["packed_prefix"].tolist() == [[True] * 5, [False] * 5]
-    assert out["answer_column"].tolist() == [[1, 2, 3], [4, 0, 0], [0, 0, 0]]
-    assert out["encoding_column"].tolist() == [6, 7, 0]
+    lengths = np.array([3, 2]), np.array([3, 1])
+    placed = pack([0, 1], *lengths, rows=2, columns=6, limit=2)
+    assert placed == [(0, 0), (1, 6)]
+    out = lay_out(placed, question, lengths[0], answer, lengths[1], 2, 6, 3, PAD)
+    assert out["packed"].tolist() == [[1, 2, BOS, 10, 11, PAD], [3, BOS, PAD, PAD, PAD, PAD]]
+    assert out["packed_position"].tolist() == [[0, 1, 2, 3, 4, 0], [0, 1, 0, 0, 0, 0]]
+    assert out["packed_start"].tolist() == [[0, 0, 0, 0, 0, 6], [0, 0, 3, 4, 5, 6]]
+    assert out["packed_answer"].astype(int).tolist() == [[0, 0, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0]]
+    assert out["answer_column"].tolist() == [[2, 3, 4], [7, 0, 0], [0, 0, 0]]
+    assert out["encoding_column"].tolist() == [1, 6, 0]

@@ -10,7 +10,7 @@ import pytest
 
 from geode_jax.inference.generate import answer
 from geode_jax.models.student import Student
-from geode_jax.ops.attention import causal
+from geode_jax.ops.attention import Intervals
 from tests.tiny_models import ANSWER, QUESTION, STUDENT, materialize, quick_jit, tiny_batch
 
 NEVER = -1
@@ -53,16 +53,24 @@ def forward(student, batch, text_SQL):
     prefix = jnp.repeat(prefix[:, None], Q, axis=1)
     rows = jnp.concatenate([prefix, student.decoder.embed(text_SQL)], axis=2)
     rows = rows.reshape(S * Q, *rows.shape[2:])
-    columns = rows.shape[1]
-    positions = jnp.broadcast_to(jnp.arange(columns), (S * Q, columns))
+    column, P = jnp.arange(rows.shape[1]), student.config.prefix_length
+    positions = jnp.broadcast_to(column, rows.shape[:2])
+    # Causal, but for the question up to its bos, which does not see T.
+    bos = P + jnp.asarray(batch.question_length_SQ).reshape(-1, 1) - 1
+    asks = (column >= P) & (column < bos)
+    intervals = Intervals(
+        prefix_end=jnp.where(asks, student.config.vision_prefix, 0),
+        start=jnp.where(asks, P, 0),
+        end=positions + 1,
+    )
     hidden, _ = student.decoder.run(
         rows,
         positions,
-        causal(S * Q, columns),
+        intervals,
         seen=student.decoder.see(z),
         seen_length_S=seen_length,
     )
-    hidden = hidden.reshape(S, Q, columns, -1)
+    hidden = hidden.reshape(S, Q, *hidden.shape[1:])
     return hidden, student.decoder.logits(hidden)
 
 
