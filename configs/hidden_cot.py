@@ -178,7 +178,7 @@ def laptop() -> ml_collections.ConfigDict:
             "questions_per_scene": 16,
             "max_boxes": 12,
             "rows_per_scene": 3,
-            "row_length": 56,
+            "row_length": 64,
         }
     )
     # Multiple choice with its four options is long; one such question costs three short ones.

@@ -4,19 +4,16 @@ A scene is a rectangular room with 6 to 10 upright boxes (furniture of 16 catego
 camera on a short walk of four views. Scene `index` of seed `seed` is a pure function of these two
 numbers. `make_rooms` writes the array contract of `exports.py`; nothing here needs JAX.
 
-What stands in for a pre-trained vision encoder. `vggt/tokens` [4, 64, 77] is a fixed function of
+What stands in for a pre-trained vision encoder. `vggt/tokens` [4, 64, 76] is a fixed function of
 what the camera sees. A patch is 4 x 4 pixels of a 32 x 32 image; its 2 x 2 sub-cells, row-major,
 give 13 numbers each:
 
-    point / 4 (world), depth / 4 - 1/2, normal (world), mean colour - 1/2, contrast, two texture
-    slopes
+    point / 4 (world), depth / 4, normal (world), mean colour, contrast, two texture slopes
 
 (point, depth, normal at the sub-cell's centre; the other numbers over its 2 x 2 pixels: mean
 colour in [0, 1], standard deviation of the luminance, mean slopes of `raycast.shade`), followed by
 sin and cos of 2 pi f p for the point p seen at the patch centre, f in `FREQUENCIES`, [3 axes, 4
-frequencies, (sin, cos)]. A last number gives all tokens one length, so that the LayerNorm in front
-of the student's projector divides them alike and a metre stays a metre. No identity, category or
-box enters a token.
+frequencies, (sin, cos)]. No identity, category or box enters it.
 
 The teacher is the exact oracle, not a model: `features` = share of the 16 pixels of a patch per
 category (last column: room surfaces); `depth_bins` = the depth at the patch centre, shared between
@@ -50,12 +47,10 @@ DEPTH_SIDE = 2 * GRID
 DEPTH_BINS = 16
 FREQUENCIES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Cycles per metre of the Fourier features."""
-TOKEN_WIDTH = 4 * 13 + 3 * len(FREQUENCIES) * 2 + 1
-TOKEN_LENGTH = 40**0.5
-"""Euclidean length of a token; longer than any in a room without its last number."""
+TOKEN_WIDTH = 4 * 13 + 3 * len(FREQUENCIES) * 2
 PRODUCER = {
     "project": "geode_jax rooms",
-    "commit": "rooms version 2",
+    "commit": "rooms version 1",
     "weights": "none: tokens are a fixed function of the true geometry and colour",
     "licence": "CC0-1.0",
 }
@@ -282,27 +277,17 @@ def patch_tokens(
         centre: [V, gh, gw, 3] points at the patches' centres.
     """
     cells = np.concatenate(
-        [
-            point / 4,
-            depth[..., None] / 4 - 0.5,
-            normal,
-            colour - 0.5,
-            contrast[..., None],
-            slopes,
-        ],
-        axis=-1,
+        [point / 4, depth[..., None] / 4, normal, colour, contrast[..., None], slopes], axis=-1
     )
     v, gh, gw, _ = centre.shape
     cells = cells.reshape(v, gh, 2, gw, 2, -1).swapaxes(2, 3).reshape(v, gh * gw, -1)
     angle = 2 * np.pi * centre[..., None] * np.array(FREQUENCIES)
     waves = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(v, gh * gw, -1)
-    token = np.concatenate([cells, waves], -1)
-    missing = TOKEN_LENGTH**2 - np.sum(token**2, axis=-1, keepdims=True)
-    return np.concatenate([token, np.sqrt(np.maximum(missing, 0))], -1).astype(np.float16)
+    return np.concatenate([cells, waves], -1).astype(np.float16)
 
 
 def tokens(seen: Observation) -> np.ndarray:
-    """`vggt/tokens` [4, 64, 77] float16 of what the cameras see."""
+    """`vggt/tokens` [4, 64, 76] float16 of what the cameras see."""
     side = GRID * PIXELS
     colour = _blocks(seen.colour, side, 2)
 

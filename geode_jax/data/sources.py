@@ -33,7 +33,7 @@ from geode_jax.data.rgbd_questions import PLACES, Questioner, SeenView
 from geode_jax.data.rooms import TOKEN_WIDTH, patch_tokens
 from geode_jax.errors import UserError
 
-VERSION = 2
+VERSION = 1
 """Of what an export of a folder holds; changes when this converter changes."""
 HELD_OUT = 0.15
 """Share of the frames that each of val and test gets."""

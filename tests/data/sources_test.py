@@ -106,7 +106,7 @@ def test_the_export_obeys_the_contract(hall_export):
     kinds = {kind for counts in summary["questions"].values() for kind in counts}
     assert report["questions"].keys() == kinds == set(KINDS)
     tensors = {t["name"]: t["shape"] for t in report["tensors"]}
-    assert tensors["vggt/tokens"] == ["4", "64", "77"]
+    assert tensors["vggt/tokens"] == ["4", "64", "76"]
     assert tensors["target/depth"] == tensors["vggt/depth"] == ["4", "16", "16"]
     assert tensors["images"] == ["4", "64", "80", "3"]
     assert not any("boxes" in name for name in tensors)
@@ -199,9 +199,9 @@ def test_tokens_carry_the_point_the_depth_and_the_colour_of_their_cell(hall_expo
     arrays = export.read_scene(export.scene_ids()[2])
     cell = arrays["vggt/tokens"].astype(np.float32)[:, 8 * 3 + 5, 13:26]  # patch (3, 5), cell 1
     np.testing.assert_allclose(cell[:, :3] * 4, arrays["vggt/points"][:, 6, 11], atol=0.01)
-    np.testing.assert_allclose((cell[:, 3] + 0.5) * 4, arrays["vggt/depth"][:, 6, 11], atol=0.01)
+    np.testing.assert_allclose(cell[:, 3] * 4, arrays["vggt/depth"][:, 6, 11], atol=0.01)
     pixels = arrays["images"][:, 24:28, 55:60].astype(np.float32) / 255
-    np.testing.assert_allclose(cell[:, 7:10] + 0.5, pixels.mean((1, 2)), atol=2e-3)
+    np.testing.assert_allclose(cell[:, 7:10], pixels.mean((1, 2)), atol=2e-3)
 
 
 # ------------------------------------------------------------------------------ splits and order
