@@ -209,7 +209,7 @@ def laptop() -> ml_collections.ConfigDict:
     config.loss.temperature = 1.0
     config.loss.log_variance_bounds = (-2.0, 4.0)
     config.optimizer.update({"name": "muon", "learning_rate": 5e-3, "warmup_steps": 50})
-    config.train.update({"steps": 1200, "eval_every": 300, "checkpoint_every": 300, "patience": 0})
+    config.train.update({"steps": 1500, "eval_every": 375, "checkpoint_every": 375, "patience": 0})
     config.eval.update({"reference": "truth", "val_scenes": 32, "test_scenes": 200})
     return config
 

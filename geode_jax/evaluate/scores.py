@@ -34,6 +34,7 @@ ROWS = (
     Row("size_comparison", "size comparison", _SPATIAL),
     Row("orientation", "orientation", _SPATIAL),
     Row("mra", "mean relative accuracy (mean)", _VSI),
+    Row("metric_mra", "mean relative accuracy without counting", _VSI),
     Row("object_counting", "object counting (MRA)", _VSI),
     Row("object_abs_distance", "absolute distance (MRA)", _VSI),
     Row("object_size_estimation", "object size (MRA)", _VSI),

@@ -152,6 +152,7 @@ def spatial_scores(predictions: Sequence[dict], reference: str = "truth") -> dic
     Keys besides the kinds:
       `spatial_accuracy`: mean of the accuracies of the four relations (of those that occur).
       `mra`: mean over the numeric kinds of the kind's MRA.
+      `metric_mra`: the same over those that measure something, all but `object_counting`.
       `object_rel_direction`: mean of its easy, medium and hard accuracies (of those that occur).
       `vsi_overall`: unweighted mean over the VSI-Bench tasks that occur, and `vsi_tasks`, how many
         of the eight these are; only with 8 is it the benchmark's overall score (x 100 there).
@@ -171,6 +172,7 @@ def spatial_scores(predictions: Sequence[dict], reference: str = "truth") -> dic
 
     add_mean("spatial_accuracy", RELATION_KINDS)
     add_mean("mra", sorted(numeric))
+    add_mean("metric_mra", sorted(numeric - {"object_counting"}))
     add_mean("object_rel_direction", DIRECTION_KINDS)
     add_mean("vsi_overall", VSI_TASKS)
     if "vsi_overall" in scores:

@@ -123,6 +123,7 @@ def test_summaries_are_means_over_kinds_not_over_questions():
     assert found["spatial_accuracy"] == pytest.approx(1 / 3)
     assert found["object_counting"] == pytest.approx(0.7)
     assert found["mra"] == pytest.approx((0.7 + 0.9) / 2)
+    assert found["metric_mra"] == pytest.approx(0.9)
     # Only one of the benchmark's tasks is there; the RGB-D kind is none of them.
     assert found["vsi_overall"] == pytest.approx(0.7)
     assert found["vsi_tasks"] == 1.0
