@@ -241,9 +241,6 @@ def _describe(run: Run) -> None:
     for reason, count in sorted(pipeline.dropped.items()):
         if count:
             print(f"not trained on: {count} x {reason}")
-    if pipeline.foreign_teacher:
-        print(
-            "logit KD is off: the teacher's logits are over another vocabulary (manifest "
-            "teacher_tokenizer is not the sha256 of this run's tokenizer.json)"
-        )
+    if pipeline.logits_left_out:
+        print(f"logit KD is off: {pipeline.logits_left_out}")
     sys.stdout.flush()

@@ -172,8 +172,8 @@ class Pipeline:
         max_question_length, max_answer_length: the longest of the split (of the kinds asked for),
             bos and eos included, what does not fit among them.
         shapes: the batch's scene sizes.
-        foreign_teacher: the export holds logits of a teacher with another vocabulary, which are
-            left out.
+        logits_left_out: why the export's teacher logits are not used; "" where they are, or where
+            there are none.
     """
 
     def __init__(
@@ -197,8 +197,7 @@ class Pipeline:
         self.dropped += Counter({"bad question": len(self._records.dropped)})
         self._choose_questions(kinds)
         sizes = export_sizes(export)
-        their_ids = export.manifest.get("teacher_tokenizer")
-        self.foreign_teacher = sizes.topk > 0 and their_ids != tokenizer.sha256
+        self.logits_left_out = self._why_no_logits() if sizes.topk else ""
         self.shapes = SceneShapes(
             views=sizes.views,
             grid=tuple(export.patch_grid),
@@ -209,13 +208,23 @@ class Pipeline:
             categories=len(export.categories) if sizes.has_detection_probs else 0,
             features=sizes.features,
             depth_bins=sizes.depth_bins,
-            topk=0 if self.foreign_teacher else sizes.topk,
+            topk=0 if self.logits_left_out else sizes.topk,
             vision=config.vision,
         )
         beyond = [max(sizes.box_counts[i] - config.max_boxes, 0) for i in self._scene_ids]
         self.dropped += Counter({"boxes beyond max_boxes": sum(beyond)})
         self.steps_per_epoch = max(1, len(self._scene_ids) // config.scenes_per_batch)
         self._reset_caches()
+
+    def _why_no_logits(self) -> str:
+        if self._export.manifest.get("teacher_tokenizer") != self._tokenizer.sha256:
+            return (
+                "the teacher's logits are over another vocabulary (manifest teacher_tokenizer is "
+                "not the sha256 of this run's tokenizer.json)"
+            )
+        if self._records.dropped:
+            return "bad questions were skipped, and the teacher's logits count questions"
+        return ""
 
     def _token_width(self, sizes) -> int:
         if self.config.vision == "vggt/tokens":

@@ -313,7 +313,7 @@ def test_the_teachers_logits_stand_at_its_answers_tokens(tmp_path, tokenizer, co
         config, scenes_per_batch=2, questions_per_scene=12, kind_weights={"proximity": 2}
     )
     pipeline = Pipeline(export, tokenizer, wide, "train")
-    assert not pipeline.foreign_teacher
+    assert not pipeline.logits_left_out
     batch, records = pipeline.batch(0), list(export.questions())
     assert batch.topk_id_SQAk.shape[-1] == 2
     found = 0
@@ -340,9 +340,20 @@ def test_the_teachers_logits_stand_at_its_answers_tokens(tmp_path, tokenizer, co
 def test_logits_over_another_vocabulary_are_left_out(tmp_path, tokenizer, config):
     export = write_with_logits(tmp_path / "export", "0" * 64, tokenizer.encode)
     pipeline = Pipeline(export, tokenizer, config, "train")
-    assert pipeline.foreign_teacher
+    assert "another vocabulary" in pipeline.logits_left_out
     batch = pipeline.batch(0)
     assert batch.topk_id_SQAk.shape[-1] == 0 and not batch.topk_mask_SQA.any()
+
+
+def test_logits_are_left_out_where_questions_were_skipped(tmp_path, tokenizer, config):
+    """The logits name a question by its number, which is lost when one before it is skipped."""
+    export = write_with_logits(tmp_path / "export", tokenizer.sha256, tokenizer.encode)
+    scene = export.folder / "scenes" / "scene1.safetensors"
+    scene.write_bytes(scene.read_bytes()[:50])
+    skip = changed(config, on_bad_scene="skip")
+    pipeline = Pipeline(Export(export.folder), tokenizer, skip, "train")
+    assert "were skipped" in pipeline.logits_left_out
+    assert pipeline.batch(0).topk_id_SQAk.shape[-1] == 0
 
 
 def test_a_number_in_words_of_the_answer_is_the_value(tmp_path, tokenizer, config):
