@@ -15,13 +15,20 @@ ARG (they compose)
     vision=off              the blind baseline: the same budget without any view
     rgbd=FOLDER             a real RGB-D folder (color/ depth/ pose/ intrinsic/) instead of rooms
 
-RESULT    laptop, seed 0, 1,200 steps, 100 held-out rooms: four relations 0.873, numbers (MRA)
-          0.722; frequency 0.315 and 0.267; blind (`vision=off`) 0.509 and 0.320.
-          Other seeds, K = 0: not measured yet.
-TRIED     14 questions a scene in 4 rows: 0.823 and 0.668. A list of the counted objects as a
-          target, and the number weighted 8 in its term: 0.881 and 0.722. By their losses in the
-          first 600 steps or more, no gain: half the scenes a step and twice the steps, points and
-          colours of every pixel in the tokens, votes of patches for their box, two heads.
+RESULT    laptop, 1,500 steps, 200 held-out rooms, three seeds, mean (least to most):
+          four relations 0.891 (0.882 to 0.905), numbers (MRA) 0.746 (0.741 to 0.749),
+          without counting 0.817 (0.811 to 0.827).
+          Blind (`vision=off`, seed 0): four relations 0.511, numbers 0.322, without counting 0.296;
+          frequency 0.307, 0.266 and 0.211. K = 0 and longer training: not measured yet.
+TRIED     Each question's own copy, which saw neither V nor T, for the heads, and T seen by the
+          question itself: the same losses at the same step, a step of 730 instead of 560 ms on one
+          core. No gain or worse, by their losses in the first 200 to 600 steps: half the scenes a
+          step and twice the steps; points and colours of every pixel in the tokens; tokens of one
+          length; votes of patches for their box; one self-attention over the patches; the heads a
+          block earlier; text weighing 4 times or a third; half the rate. Text loss as a mean over
+          answers instead of tokens: relations 0.891, numbers 0.688 after 1,200 steps (over tokens
+          0.851 and 0.731; 200 and 100 rooms). The first two digits of a numeral as one token:
+          numbers 0.614 after 600 steps (digit by digit 0.631).
 
 e.g. `:thinking=0,drop=depth` is one row of Table II. Any field: `--config.train.steps=500`.
 """
