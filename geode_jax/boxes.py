@@ -14,8 +14,8 @@ def encode_boxes(boxes_7: Array) -> jax.Array:
     """Boxes [..., 7] (centre, size > 0, yaw) as [..., 8]: centre, log size, sin 2 yaw, cos 2 yaw.
 
     A box turned by 180 degrees is the same box, and so is one turned by 90 degrees whose length and
-    width are swapped: of the four names of a box the code is that of the one with yaw in
-    [-45, 45) degrees, so its sizes are those along (nearly) the world's x and y.
+    width are swapped: of the four names of a box the code is that of the one whose yaw is
+    within 45 degrees, so its sizes are those along (nearly) the world's x and y.
     """
     quarter = jnp.round(boxes_7[..., 6:7] / (0.5 * jnp.pi))
     odd = quarter % 2 == 1

@@ -4,7 +4,7 @@ A question and its answer are one segment, [Q][bos][A without its last token]. I
 causally, itself; from bos on, which opens the answer, it also sees the thinking tokens T. So the
 task heads, which must not see T, read the columns of Q, and bos and A predict A.
 
-Padding every question to the longest would compute three columns for each real one; the interval
+Padding every question to the longest would compute several columns for each real one; the interval
 mask of `ops.attention` keeps the segments of a row apart.
 """
 
