@@ -226,9 +226,7 @@ def _place(candidates, size, placed: np.ndarray, clearance: np.ndarray, room) ->
 def _choose_categories(rng) -> tuple[list[int], list[int]]:
     """Categories that occur once (5 to 7 of them) and the list of those that occur 2 to 5 times."""
     order = [int(category) for category in rng.permutation(len(CATEGORIES))]
-    repeats = [int(rng.integers(2, 6))]
-    if repeats[0] <= 3:
-        repeats.append(int(rng.integers(2, 6 - repeats[0])))
+    repeats = [[3, 2], [4], [5]][int(rng.integers(3))]
     many = [order.pop() for _ in repeats]
     most = MOST_OBJECTS - sum(repeats)
     once = [order.pop() for _ in range(int(rng.integers(5, min(most, 7) + 1)))]

@@ -32,8 +32,8 @@ GLIMPSE = 8
 
 MIN_WAY = 0.7
 """Centres must be this far apart, metres, for a direction from one to the other."""
-LONE_SHARE, PAIR_SHARE = 0.25, 0.6
-"""Share of the rooms with a question whose count is 1, of the pairs that are asked about."""
+PAIR_SHARE = 0.75
+"""Share of the pairs of a category that are asked to be counted; larger groups always are."""
 USUAL = 0.35
 """Lengths are less likely asked about, the closer they are to their category's median: in
 proportion to the log of the ratio, up to this log."""
@@ -270,16 +270,14 @@ def _numeric(ask: _Asker, question: str, value: float, text: str, unit: str, row
 
 
 def _object_counting(ask: _Asker) -> Iterator[dict]:
-    """All groups of several, largest first; a single object now and then, so that 1 occurs."""
+    """Groups of several, largest first; single objects are not counted [VSI-Bench, B.1]."""
     several = [
         name
         for name, rows in ask.groups.items()
         if len(rows) > 2 or (len(rows) == 2 and ask.rng.random() < PAIR_SHARE)
     ]
     several.sort(key=lambda name: -len(ask.groups[name]))
-    lone = [name for name, rows in ask.groups.items() if len(rows) == 1]
-    lone = ask.shuffled(lone)[: ask.rng.random() < LONE_SHARE]
-    for name in several + lone:
+    for name in several:
         rows = ask.groups[name]
         first = (ask.seen.rays[:, rows] >= UNSEEN).argmax(0)
         steps = [

@@ -50,7 +50,7 @@ FREQUENCIES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 TOKEN_WIDTH = 4 * 13 + 3 * len(FREQUENCIES) * 2
 PRODUCER = {
     "project": "geode_jax rooms",
-    "commit": "rooms version 1",
+    "commit": "rooms version 2",
     "weights": "none: tokens are a fixed function of the true geometry and colour",
     "licence": "CC0-1.0",
 }

@@ -138,6 +138,7 @@ def reply_orientation(room, record):
 def reply_object_counting(room, record):
     (name,) = groups(r"How many (.+)\(s\) are in this room\?", record)
     assert name not in room.vague
+    assert room.names.count(name) > 1
     return str(room.names.count(name))
 
 
@@ -373,28 +374,33 @@ def relative_accuracy(guess, value):
     return np.mean(abs(guess - value) / value <= 1 - np.linspace(0.5, 0.95, 10))
 
 
+def median(values):
+    """One of the values: no count is a half."""
+    return np.quantile(values, 0.5, method="lower")
+
+
 @pytest.mark.parametrize(
     ("kind", "most"),
     [
-        ("object_counting", 0.52),
+        ("object_counting", 0.621),  # what frequency reaches on VSI-Bench itself
         ("object_abs_distance", 0.36),
         ("object_size_estimation", 0.55),
         ("room_size_estimation", 0.42),
     ],
 )
 def test_numbers_cannot_be_guessed(kind, most):
-    """The median of the question's own wording (so of its category) scores low."""
+    """The median answer to the question's own wording (so of its category) scores low."""
     fit, score = collections.defaultdict(list), []
     records = [(int(room.scene_id[-6:]) % 2, r) for room, r in of_kind(kind)]
     wording = {"object_abs_distance": kind}.get(kind)
     for half, record in records:
         if half == 0:
             fit[wording or record["question"]].append(record["value"])
-    overall = np.median([value for values in fit.values() for value in values])
+    overall = median([value for values in fit.values() for value in values])
     for half, record in records:
         if half == 1:
             known = fit[wording or record["question"]]
-            guess = np.median(known) if len(known) >= 5 else overall
+            guess = median(known) if len(known) >= 5 else overall
             score.append(relative_accuracy(guess, record["value"]))
     assert np.mean(score) < most
 
