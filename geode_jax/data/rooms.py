@@ -15,6 +15,12 @@ colour in [0, 1], standard deviation of the luminance, mean slopes of `raycast.s
 sin and cos of 2 pi f p for the point p seen at the patch centre, f in `FREQUENCIES`, [3 axes, 4
 frequencies, (sin, cos)]. No identity, category or box enters it.
 
+What stands in for a pre-trained point encoder. `sonata/coord` [G, 3] and `sonata/features`
+[G, 10] are the occupied VOXEL-metre voxels of the points at the sub-cells' centres (1,024 of all
+views): mean place, and mean colour, normal, contrast and texture slopes, and the log of 1 + their
+number / 8. The places are metres, z up, the room centred in x and y, its floor at 0: what
+`frames.to_sonata_frame` makes of a reconstruction.
+
 The teacher is the exact oracle, not a model: `features` = share of the 16 pixels of a patch per
 category (last column: room surfaces); `depth_bins` = the depth at the patch centre, shared between
 its two neighbours of `depth_bin_centres(16)` linearly in log depth; `detection_probs` = one-hot
@@ -48,9 +54,11 @@ DEPTH_BINS = 16
 FREQUENCIES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Cycles per metre of the Fourier features."""
 TOKEN_WIDTH = 4 * 13 + 3 * len(FREQUENCIES) * 2
+VOXEL = 0.5
+"""Edge of a point token's voxel, metres: furniture of half a metre and more has one or more."""
 PRODUCER = {
     "project": "geode_jax rooms",
-    "commit": "rooms version 2",
+    "commit": "rooms version 3",
     "weights": "none: tokens are a fixed function of the true geometry and colour",
     "licence": "CC0-1.0",
 }
@@ -305,15 +313,42 @@ def tokens(seen: Observation) -> np.ndarray:
     )
 
 
+def point_tokens(seen: Observation) -> tuple[np.ndarray, np.ndarray]:
+    """`sonata/features` [G, 10] float16 and `sonata/coord` [G, 3] float32, see the docstring."""
+    side = GRID * PIXELS
+    colour = _blocks(seen.colour, side, 2)
+    point = seen.cells.point.reshape(-1, 3)
+    parts = np.concatenate(
+        [
+            point,
+            colour.mean(2).reshape(-1, 3),
+            seen.cells.normal.reshape(-1, 3),
+            raycast.luminance(colour).std(2).reshape(-1, 1),
+            _blocks(seen.slopes, side, 2).mean(2).reshape(-1, 2),
+        ],
+        axis=-1,
+    )
+    voxel = np.floor(point / VOXEL).astype(np.int64)
+    _, index, count = np.unique(voxel, axis=0, return_inverse=True, return_counts=True)
+    sums = np.zeros((len(count), parts.shape[1]))
+    np.add.at(sums, index.reshape(-1), parts)
+    means = sums / count[:, None]
+    features = np.concatenate([means[:, 3:], np.log1p(count[:, None] / 8)], axis=-1)
+    return features.astype(np.float16), means[:, :3].astype(np.float32)
+
+
 def scene_arrays(scene: RoomScene, seen: Observation) -> tuple[dict, dict]:
     """The scene's tensors and its teacher's tensors, as `exports.py` names them."""
     visible = np.flatnonzero(seen.visible)
     classes = len(CATEGORIES)
     category = np.array([item.category for item in scene.objects] + [-1] * raycast.STRUCTURES)
     maps = (VIEWS, DEPTH_SIDE, DEPTH_SIDE)
+    features, coord = point_tokens(seen)
     depth = seen.cells.depth.reshape(maps).astype(np.float32)
     arrays = {
         "vggt/tokens": tokens(seen),
+        "sonata/features": features,
+        "sonata/coord": coord,
         "vggt/depth": depth,
         "camera/extrinsic": scene.extrinsic.astype(np.float32),
         "camera/intrinsic": scene.intrinsic(DEPTH_SIDE, DEPTH_SIDE).astype(np.float32),

@@ -1,0 +1,62 @@
+"""The Direct Regression Head (GEODE Sec. 2.2, eq. 5): the state at a control token is a value."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from geode_jax.boxes import encode_boxes
+from geode_jax.models.layers import LayerNorm, Mlp
+from geode_jax.models.task_heads import BOX_CODE
+from geode_jax.shapes import Array
+
+REG, BOX = "<REG>", "<3DBBOX>"
+"""Control tokens: a number, a box."""
+
+BASE_UNIT = {"m": 1.0, "cm": 0.01, "m2": 1.0, "items": 1.0}
+"""What one of a unit is in the unit that is regressed. VSI-Bench asks for sizes in centimetres and
+for distances in metres: without this, one hundredth of a size would weigh as much as a distance."""
+
+
+def encode_values(values: Array, base_unit: Array) -> jax.Array:
+    """Positive values in their question's unit -> what is regressed, the log in the base unit.
+
+    Lengths, areas and counts are judged by their relative error (VSI-Bench's mean relative
+    accuracy), which a difference of logarithms is.
+    """
+    return jnp.log(jnp.maximum(values * base_unit, 1e-2))
+
+
+def decode_values(codes: Array, base_unit: Array) -> jax.Array:
+    """The inverse of `encode_values`; from 1 cm to 55 km, whatever the code."""
+    return jnp.exp(jnp.clip(codes, -4.6, 11.0)) / base_unit
+
+
+class Drh(nnx.Module):
+    """Two small MLPs on the hidden state at a control token (eq. 5)."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
+        self.norm = LayerNorm(width)
+        self.scalar = Mlp(width, hidden, 1, rngs=rngs)
+        self.box = Mlp(width, hidden, BOX_CODE, rngs=rngs)
+
+    def values(self, hidden_D: Array) -> jax.Array:
+        """States at `<REG>` [..., D] -> codes [...], see `encode_values`."""
+        return self.scalar(self.norm(hidden_D)).astype(jnp.float32)[..., 0]
+
+    def boxes(self, hidden_D: Array) -> jax.Array:
+        """States at `<3DBBOX>` [..., D] -> box codes [..., 8], see `boxes.encode_boxes`."""
+        return self.box(self.norm(hidden_D)).astype(jnp.float32)
+
+
+def value_loss(codes: Array, values: Array, base_unit: Array, mask: Array) -> tuple:
+    """Eq. 6 on values: squared error of the codes as (sum, count) where `mask`."""
+    target = encode_values(jnp.where(mask, values, 1.0), base_unit)
+    error = jnp.where(mask, codes - target, 0.0)
+    return jnp.sum(jnp.square(error)), jnp.sum(mask, dtype=jnp.float32)
+
+
+def box_loss(codes_8: Array, boxes_7: Array, mask: Array) -> tuple:
+    """Eq. 6 on boxes: squared error of the codes (a box of any of its names) as (sum, count)."""
+    target = encode_boxes(jnp.where(mask[..., None], boxes_7, 1.0))
+    error = jnp.where(mask[..., None], codes_8 - target, 0.0)
+    return jnp.sum(jnp.square(error)), jnp.sum(mask, dtype=jnp.float32)

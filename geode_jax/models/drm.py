@@ -1,0 +1,181 @@
+"""The Decoupled Rationale Module (GEODE Sec. 2.1): a room in M rationale tokens.
+
+    frozen ViT tokens --own projection--> F_2D [S, T, D]
+    point features + Fourier code of their places, camera poses --own projections--> F_3D
+    F_fused = F_2D + cross-attention(queries F_2D, keys and values F_3D)        Sec. 2.1.1
+    [F_fused | (question) | M <Spatio> slots] --Mamba--> states at the slots
+    --norm, projection--> E_spatio [S, M, width of the LLM]                     Sec. 2.1.2
+
+Letters of this file beside those of `shapes`: T frozen tokens of all frames, G points, F frames
+whose cameras and points the module sees, J everything 3D (F + G), M slots.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from geode_jax.models.decoder import CrossAttention, DecoderConfig
+from geode_jax.models.layers import LayerNorm, Mlp, Projection, RMSNorm, param
+from geode_jax.models.mamba import MambaBlock, MambaConfig
+from geode_jax.shapes import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DrmConfig:
+    """Sizes of the module; the paper's are not public, so all of them are ours.
+
+    Attributes:
+        width: D of the module.
+        heads: of its cross-attention.
+        layers: Mamba blocks.
+        slots: M.
+        bands: octaves of the Fourier code of a place; the lowest has a period of 16 m.
+        visual_width: of a frozen ViT token.
+        point_width: of a point's feature.
+        llm_width: of the decoder whose prefix the rationale tokens are.
+        max_frames: size of the frame embedding.
+        condition_on_question: the question's embeddings stand before the slots; the paper's module
+            does not see the question.
+    """
+
+    width: int
+    heads: int
+    layers: int
+    slots: int
+    bands: int
+    visual_width: int
+    point_width: int
+    llm_width: int
+    max_frames: int
+    condition_on_question: bool = False
+
+
+def fourier_code(place_3: Array, bands: int) -> jax.Array:
+    """Places [..., 3] in metres as [..., 3 + 6 * bands]: themselves / 4, sines and cosines.
+
+    Without it a point's feature, which says what is there, does not say where (Sonata's features
+    are centred); bands of one octave, from a period of 16 m.
+    """
+    place = jnp.asarray(place_3, jnp.float32)
+    angle = place[..., None] * (2 * jnp.pi / 16 * 2.0 ** jnp.arange(bands))
+    angle = angle.reshape(*place.shape[:-1], 3 * bands)
+    return jnp.concatenate([place / 4, jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def camera_code(extrinsic_34: Array, bands: int) -> jax.Array:
+    """Camera-from-world poses [..., 3, 4] as [..., 9 + 3 + 6 * bands]: its axes and its place."""
+    pose = jnp.asarray(extrinsic_34, jnp.float32)
+    rotation = pose[..., :3]
+    # x_camera = R x + t is 0 at x = -R^T t.
+    centre = -jnp.einsum("...ji,...j->...i", rotation, pose[..., 3])
+    axes = rotation.reshape(*rotation.shape[:-2], 9)
+    return jnp.concatenate([axes, fourier_code(centre, bands)], axis=-1)
+
+
+def valid_first(x_SJD: Array, valid_SJ: Array) -> tuple[jax.Array, jax.Array]:
+    """Rows with the valid entries first, their order kept, and how many there are, int32 [S]."""
+    order = jnp.argsort(~valid_SJ, axis=1, stable=True)
+    count = jnp.sum(valid_SJ, axis=1, dtype=jnp.int32)
+    return jnp.take_along_axis(x_SJD, order[..., None], axis=1), count
+
+
+class Drm(nnx.Module):
+    """See the module's docstring."""
+
+    def __init__(self, config: DrmConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        place = 3 + 6 * c.bands
+        self.visual_norm = LayerNorm(c.visual_width)
+        self.visual = Mlp(c.visual_width, c.width, c.width, rngs=rngs)
+        self.frame_embedding = param(
+            0.02 * jax.random.normal(rngs.params(), (c.max_frames, c.width)), None, "embed"
+        )
+        self.point = Mlp(c.point_width + place, c.width, c.width, rngs=rngs)
+        self.camera = Mlp(9 + place, c.width, c.width, rngs=rngs)
+        self.context_norm = LayerNorm(c.width)
+        attention = DecoderConfig(
+            vocab_size=0,
+            width=c.width,
+            layers=1,
+            heads=c.heads,
+            kv_heads=c.heads,
+            head_width=c.width // c.heads,
+            mlp_width=0,
+        )
+        self.fuse = CrossAttention(attention, rngs=rngs)
+        self.slots = param(jax.random.normal(rngs.params(), (c.slots, c.width)), None, "embed")
+        if c.condition_on_question:
+            self.question = Projection(
+                (c.llm_width,), (c.width,), (None, "embed"), bias=True, rngs=rngs
+            )
+        mamba = MambaConfig(width=c.width, layers=c.layers)
+        self.mamba = nnx.List(MambaBlock(mamba, rngs=rngs) for _ in range(c.layers))
+        self.norm = RMSNorm(c.width, eps=1e-5)
+        self.project = Projection((c.width,), (c.llm_width,), ("embed", None), bias=True, rngs=rngs)
+
+    def __call__(
+        self,
+        visual_SFIC: Array,
+        visual_mask_SF: Array,
+        point_SGC: Array,
+        coord_SG3: Array,
+        point_mask_SG: Array,
+        extrinsic_SV34: Array,
+        camera_mask_SV: Array,
+        question_SLD: Array | None = None,
+        question_mask_SL: Array | None = None,
+    ) -> jax.Array:
+        """E_spatio [S, M, llm_width]. Slot m sees the slots before it, so its first m are those of
+        a module with m slots (Table 3 varies M at inference on one checkpoint).
+
+        Args:
+            visual_SFIC: I frozen ViT tokens of each frame.
+            visual_mask_SF: False = padding frame.
+            point_SGC: point features; `coord_SG3` their places, metres, z up, centred in x and y,
+                floor at 0 (`data.frames`); `point_mask_SG` False = padding.
+            extrinsic_SV34: camera-from-world poses in the same world; `camera_mask_SV` False =
+                padding. They need not be those of the ViT's frames (Table 2).
+            question_SLD: embeddings of the question and their mask, where the module is
+                conditioned on it.
+        """
+        c = self.config
+        S, _, tokens = visual_SFIC.shape[:3]
+        fused = self._fused(
+            visual_SFIC, point_SGC, coord_SG3, point_mask_SG, extrinsic_SV34, camera_mask_SV
+        )
+        slots = jnp.broadcast_to(self.slots[...].astype(fused.dtype), (S, c.slots, c.width))
+        parts, valid = [fused], [jnp.repeat(jnp.asarray(visual_mask_SF), tokens, axis=1)]
+        if c.condition_on_question:
+            parts.append(self.question(question_SLD.astype(fused.dtype)))
+            valid.append(jnp.asarray(question_mask_SL))
+        x = jnp.concatenate([*parts, slots], axis=1)
+        valid = jnp.concatenate([*valid, jnp.ones((S, c.slots), bool)], axis=1)
+        # What is not there goes to the front of the row, and the row begins behind it.
+        order = jnp.argsort(valid, axis=1, stable=True)
+        x = jnp.take_along_axis(x, order[..., None], axis=1)
+        missing = jnp.sum(~valid, axis=1)
+        first = jnp.arange(valid.shape[1]) == missing[:, None]
+        with jax.named_scope("mamba"):
+            for block in self.mamba:
+                x, _ = block(x, None, first)
+        return self.project(self.norm(x[:, -c.slots :]))
+
+    def _fused(self, visual_SFIC, point_SGC, coord_SG3, point_mask_SG, extrinsic, camera_mask):
+        """F_fused [S, F * I, D] = F_2D + cross-attention to points and cameras (Sec. 2.1.1)."""
+        c = self.config
+        S, F, tokens = visual_SFIC.shape[:3]
+        dtype = visual_SFIC.dtype
+        flat = self.visual(self.visual_norm(visual_SFIC))
+        flat = flat + self.frame_embedding[...][:F, None].astype(dtype)
+        places = fourier_code(coord_SG3, c.bands)
+        points = self.point(jnp.concatenate([point_SGC, places], axis=-1).astype(dtype))
+        cameras = self.camera(camera_code(extrinsic, c.bands).astype(dtype))
+        context, count = valid_first(
+            jnp.concatenate([cameras, points], axis=1),
+            jnp.concatenate([jnp.asarray(camera_mask), jnp.asarray(point_mask_SG)], axis=1),
+        )
+        with jax.named_scope("fuse"):
+            seen = self.fuse.keys(self.context_norm(context))
+            return self.fuse(flat.reshape(S, F * tokens, c.width), seen, count)
