@@ -113,12 +113,9 @@ class Student(nnx.Module):
         )
         patches = c.patch_grid[0] * c.patch_grid[1]
         self.depth_encoder = Projection((patches,), (D,), (None, "embed"), bias=True, rngs=rngs)
-        self.thinking = param(
-            0.02 * jax.random.normal(rngs.params(), (1, c.thinking_tokens, D)),
-            None,
-            None,
-            "embed",
-        )
+        thinking = 0.02 * jax.random.normal(rngs.params(), (1, c.thinking_tokens, D))
+        # No parameter of size 0: checkpoints cannot hold one.
+        self.thinking = param(thinking, None, None, "embed") if c.thinking_tokens else None
         self.decoder = Decoder(c.decoder, rngs=rngs)
         self.depth_head = DepthHead(D, c.heads, rngs=rngs)
         self.detection_head = DetectionHead(D, c.heads, rngs=rngs)
@@ -139,13 +136,12 @@ class Student(nnx.Module):
         S, V, P, D = z_SVPD.shape
         z_SMD = z_SVPD.reshape(S, V * P, D)
         seen = self.decoder.see(z_SMD)
-        thinking = jnp.broadcast_to(
-            self.thinking[...].astype(z_SMD.dtype), (S, self.config.thinking_tokens, D)
-        )
-        vision = self._vision_prefix(batch, z_SMD, seen_length_S)
-        hidden, prefix = self.decoder.run_prefix(
-            jnp.concatenate([vision, thinking], axis=1), seen, seen_length_S
-        )
+        columns = self._vision_prefix(batch, z_SMD, seen_length_S)
+        if self.thinking is not None:
+            thinking = self.thinking[...].astype(columns.dtype)
+            thinking = jnp.broadcast_to(thinking, (S, *thinking.shape[1:]))
+            columns = jnp.concatenate([columns, thinking], axis=1)
+        hidden, prefix = self.decoder.run_prefix(columns, seen, seen_length_S)
         return Scene(
             z_SVPD=z_SVPD,
             seen_length_S=seen_length_S,

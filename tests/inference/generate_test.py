@@ -48,8 +48,10 @@ def forward(student, batch, text_SQL):
     z, seen_length = student._project(batch)
     S, Q = text_SQL.shape[:2]
     z = z.reshape(S, -1, z.shape[-1])
-    thinking = jnp.broadcast_to(student.thinking[...], (S, *student.thinking.shape[1:]))
-    prefix = jnp.concatenate([student._vision_prefix(batch, z, seen_length), thinking], axis=1)
+    prefix = student._vision_prefix(batch, z, seen_length)
+    if student.thinking is not None:
+        thinking = jnp.broadcast_to(student.thinking[...], (S, *student.thinking.shape[1:]))
+        prefix = jnp.concatenate([prefix, thinking], axis=1)
     prefix = jnp.repeat(prefix[:, None], Q, axis=1)
     rows = jnp.concatenate([prefix, student.decoder.embed(text_SQL)], axis=2)
     rows = rows.reshape(S * Q, *rows.shape[2:])
