@@ -1,5 +1,6 @@
-"""Metrics of a run: JSON lines, TensorBoard events, and the progress bar."""
+"""Metrics of a run: JSON lines, TensorBoard events, result files, and the progress bar."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -19,6 +20,22 @@ def read_metrics(path: Path) -> list[dict]:
             except json.JSONDecodeError:
                 break
     return rows
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Writes a JSON file at once or not at all; arrays of one number become floats."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=1, default=_plain) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(value):
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    return float(value)
 
 
 class MetricsWriter:

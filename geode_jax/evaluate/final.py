@@ -1,8 +1,6 @@
 """The end of a run: scores beside their baselines, `summary.json`, `report.html`."""
 
-import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from geode_jax.evaluate.efficiency import measure_speed, parameter_counts, peak_
 from geode_jax.evaluate.evaluator import Evaluation, Evaluator
 from geode_jax.evaluate.report import depth_colours, write_report
 from geode_jax.evaluate.text_metrics import answer_rows, with_reference
-from geode_jax.metrics import read_metrics
+from geode_jax.metrics import read_metrics, write_json
 from geode_jax.train_step import TrainState
 
 PICTURE = 240
@@ -63,7 +61,7 @@ def evaluate_and_report(run, state: TrainState, workdir: Path, train: dict) -> d
         "test_scenes": min(scenes, len(model.depth_maps)),
         "notes": notes,
     }
-    _write_json(workdir / "summary.json", summary)
+    write_json(workdir / "summary.json", summary)
     lines = [json.dumps(record) + "\n" for record in model.predictions]
     (workdir / "predictions.jsonl").write_text("".join(lines))
     write_report(
@@ -179,16 +177,3 @@ def _depth_examples(run, model: Evaluation, count: int = 3) -> list[dict]:
             }
         )
     return examples
-
-
-def _write_json(path: Path, value: dict) -> None:
-    """At once or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1, default=_plain) + "\n")
-    os.replace(temporary, path)
-
-
-def _plain(value):
-    if dataclasses.is_dataclass(value):
-        return dataclasses.asdict(value)
-    return float(value)

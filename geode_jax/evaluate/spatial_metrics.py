@@ -146,6 +146,13 @@ def per_kind_scores(predictions: Sequence[dict], reference: str = "truth") -> di
     return {kind: sum(values) / len(values) for kind, values in found.items()}
 
 
+def add_mean(scores: dict[str, float], key: str, members: Sequence[str]) -> None:
+    """Sets `key` to the mean of those `members` that occur in `scores`; without any, nothing."""
+    values = [scores[member] for member in members if member in scores]
+    if values:
+        scores[key] = sum(values) / len(values)
+
+
 def spatial_scores(predictions: Sequence[dict], reference: str = "truth") -> dict[str, float]:
     """Per-kind scores and their summaries; a summary of kinds that do not occur is left out.
 
@@ -164,17 +171,11 @@ def spatial_scores(predictions: Sequence[dict], reference: str = "truth") -> dic
     kinds = per_kind_scores(predictions, reference)
     numeric = {record["kind"] for record in predictions if rule(record) == "number"}
     scores = dict(kinds)
-
-    def add_mean(key: str, members: Sequence[str]):
-        values = [scores[kind] for kind in members if kind in scores]
-        if values:
-            scores[key] = sum(values) / len(values)
-
-    add_mean("spatial_accuracy", RELATION_KINDS)
-    add_mean("mra", sorted(numeric))
-    add_mean("metric_mra", sorted(numeric - {"object_counting"}))
-    add_mean("object_rel_direction", DIRECTION_KINDS)
-    add_mean("vsi_overall", VSI_TASKS)
+    add_mean(scores, "spatial_accuracy", RELATION_KINDS)
+    add_mean(scores, "mra", sorted(numeric))
+    add_mean(scores, "metric_mra", sorted(numeric - {"object_counting"}))
+    add_mean(scores, "object_rel_direction", DIRECTION_KINDS)
+    add_mean(scores, "vsi_overall", VSI_TASKS)
     if "vsi_overall" in scores:
         scores["vsi_tasks"] = float(sum(task in scores for task in VSI_TASKS))
     return scores

@@ -1,10 +1,11 @@
-"""The command `geode-jax`: check and make data, ask a trained run.
+"""The command `geode-jax`: check and make data, ask a trained run, score a benchmark.
 
     geode-jax validate DIR                      is this folder a good export?
     geode-jax rooms --scenes 100 --out DIR      an export of synthetic rooms
     geode-jax rgbd --source DIR --out DIR       an export of a real RGB-D folder
     geode-jax scenes --workdir RUN              what can be asked about
     geode-jax ask --workdir RUN --scene ID --question "How many chair(s) are in this room?"
+    geode-jax evaluate vsi --predictions FILE --dataset FILE    the score of VSI-Bench
 
 Whatever the user can mend is one line on stderr and exit status 2.
 """
@@ -140,6 +141,23 @@ def _shown(thinking_tokens: tuple[str, ...]) -> str:
     return " | ".join(token.strip(" ").replace("\n", "\\n") or "␣" for token in thinking_tokens)
 
 
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from geode_jax.evaluate import vsi_bench
+    from geode_jax.metrics import write_json
+
+    names = ("dataset", "debiased_ids", "blind", "revision", "frames", "decoding")
+    told = {name: getattr(arguments, name) for name in names}
+    out = arguments.out or arguments.predictions.parent / f"{arguments.predictions.stem}.vsi.json"
+    inputs = [arguments.predictions, *(path for path in told.values() if isinstance(path, Path))]
+    if out.resolve() in [path.resolve() for path in inputs]:
+        raise UserError(f"--out: {out} is one of the files to read")
+    result = vsi_bench.evaluate(arguments.predictions, **told)
+    write_json(out, result)
+    print(vsi_bench.table(result["scores"]))
+    print("\n".join(f"note: {note}" for note in result["notes"]))
+    print(f"result: {out}")
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -149,7 +167,7 @@ def _positive(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="geode-jax", description="Check and make data, ask a trained run."
+        prog="geode-jax", description="Check and make data, ask a trained run, score a benchmark."
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
@@ -196,6 +214,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--question", help="without it: the scene's own questions, answered")
     add("--options", nargs="+", metavar="OPTION", help="of a multiple choice: A. chair ...")
     add("--diagnostic", action="store_true", help="also decode the K thinking tokens")
+
+    add = command("evaluate", _evaluate, "score a file of predictions on a benchmark")
+    add("benchmark", choices=("vsi",), help="vsi: VSI-Bench")
+    add(
+        "--predictions", type=Path, required=True, metavar="FILE", help="JSON lines: id, prediction"
+    )
+    add("--dataset", type=Path, metavar="FILE", help="its rows, .jsonl or .parquet; else in these")
+    add(
+        "--debiased-ids", type=Path, metavar="FILE", help="score these questions only, an id a line"
+    )
+    add("--blind", type=Path, metavar="FILE", help="predictions without frames, shown beside")
+    add("--out", type=Path, metavar="FILE", help="result; default PREDICTIONS with .vsi.json")
+    add("--revision", metavar="TEXT", help="of the dataset, for the result file")
+    add("--frames", type=_positive, metavar="N", help="of a video, for the result file")
+    add("--decoding", metavar="TEXT", help="such as greedy, for the result file")
     return parser
 
 

@@ -50,7 +50,7 @@ def one_error(result: tuple[int, str, str]) -> str:
 def test_without_a_command_it_explains_itself(run):
     status, out, err = run()
     assert (status, out) == (2, "")
-    for command in ("validate", "rooms", "rgbd", "scenes", "ask"):
+    for command in ("validate", "rooms", "rgbd", "scenes", "ask", "evaluate"):
         assert command in err
 
 
@@ -63,6 +63,9 @@ def test_without_a_command_it_explains_itself(run):
         (["ask", "--workdir", "x"], "--scene"),
         (["scenes", "--workdir", "x", "--split", "tset"], "tset"),
         (["rgbd", "--source", "x", "--out", "y", "--grid", "3"], "--grid"),
+        (["evaluate", "vsi"], "--predictions"),
+        (["evaluate", "chess", "--predictions", "x"], "chess"),
+        (["evaluate", "vsi", "--predictions", "x", "--frames", "0"], "0 is less than 1"),
         (["fly"], "fly"),
     ],
 )
@@ -181,6 +184,53 @@ def test_what_cannot_be_asked_is_one_line(run, tiny_run, tmp_path):
     shutil.copy(tiny_run.workdir / "config.json", tmp_path)
     line = one_error(run("ask", "--workdir", tmp_path, "--scene", scene_id))
     assert "no checkpoint yet" in line
+
+
+def write_lines(path: Path, *rows: dict) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_vsi_bench_is_scored_into_a_file(run, tmp_path):
+    asked = {"id": 7, "question_type": "object_counting", "ground_truth": "10"}
+    dataset = write_lines(tmp_path / "test.jsonl", asked)
+    predictions = write_lines(tmp_path / "said.jsonl", {"id": 7, "prediction": "11"})
+    evaluate = ("evaluate", "vsi", "--predictions", predictions, "--dataset", dataset)
+    told = ("--revision", "v1", "--frames", 16, "--decoding", "greedy")
+    status, out, err = run(*evaluate, *told)
+    assert (status, err) == (0, "")
+    assert ["overall", "90.0", "100.0", "-"] in [line.split() for line in out.splitlines()]
+    assert "note: means are over what is there, 1 of the 8 tasks" in out
+    file = tmp_path / "said.vsi.json"
+    assert out.endswith(f"result: {file}\n")
+    result = json.loads(file.read_text())
+    assert result["scores"]["model"]["overall"] == pytest.approx(90)
+    assert (result["frames"], result["decoding"]) == (16, "greedy")
+    assert result["dataset"]["revision"] == "v1"
+
+    other = tmp_path / "other.json"
+    assert run(*evaluate, "--blind", predictions, "--out", other)[0] == 0
+    assert "blind" in json.loads(other.read_text())["scores"]
+    assert sorted(tmp_path.iterdir()) == sorted([dataset, predictions, file, other])
+
+
+def test_what_cannot_be_scored_leaves_every_file_as_it_is(run, tmp_path):
+    row = {"id": 7, "question_type": "object_3d_box", "ground_truth": "1", "prediction": "1"}
+    predictions = write_lines(tmp_path / "said.jsonl", row)
+    result = write_lines(tmp_path / "said.vsi.json", {"earlier": "result"})
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    evaluate = ("evaluate", "vsi", "--predictions", predictions)
+    assert "said.jsonl:1: question_type" in one_error(run(*evaluate))
+    assert "nowhere" in one_error(run(*evaluate, "--dataset", tmp_path / "nowhere.jsonl"))
+    assert "one of the files to read" in one_error(run(*evaluate, "--out", predictions))
+    assert "directory" in one_error(run("evaluate", "vsi", "--predictions", tmp_path))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    write_lines(predictions, row | {"question_type": "object_counting"})
+    for out in (tmp_path / "no" / "folder.json", tmp_path):
+        assert "irectory" in one_error(run(*evaluate, "--out", out))
+    assert sorted(tmp_path.iterdir()) == sorted([predictions, result])
+    assert result.read_bytes() == before[result]
 
 
 def command(*arguments, **options) -> subprocess.Popen:

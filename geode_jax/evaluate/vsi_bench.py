@@ -1,0 +1,363 @@
+"""VSI-Bench: the official score of a file of predictions, beside its baselines.
+
+Answers are read, scored and averaged as by the benchmark's own code, vision-x-nyu/thinking-in-space
+`lmms_eval/tasks/vsibench/utils.py`. Two things differ: a question type without a question is
+reported, where that code crashes or counts 0 (its versions differ), and a truth that is no
+positive number, which an error cannot be divided by, is refused.
+
+A row is a question of the dataset, with the answer of a model:
+
+| field | |
+|---|---|
+| `id` | whole number or string, by which files are joined |
+| `question_type` | one of `QUESTION_TYPES` |
+| `ground_truth` | text: an option's letter, or a positive number in items, m, cm or m2 |
+| `options` | of a choice, the lines of the prompt: "A. chair" |
+| `prediction` | the generated text |
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import reprlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from geode_jax import __version__
+from geode_jax.data import prompts
+from geode_jax.errors import UserError
+from geode_jax.evaluate.scores import frequency_baseline, row_of
+from geode_jax.evaluate.spatial_metrics import (
+    CHOICE_KINDS,
+    DIRECTION_KINDS,
+    NUMERIC_KINDS,
+    VSI_TASKS,
+    add_mean,
+    letter_accuracy,
+    number_accuracy,
+)
+
+QUESTION_TYPES = (*NUMERIC_KINDS, *CHOICE_KINDS)
+CHOICE_TASKS = tuple(task for task in VSI_TASKS if task not in NUMERIC_KINDS)
+
+_LABELS = {"na": "number tasks (NA)", "mca": "choice tasks (MCA)"}
+
+
+def prompt(row: dict) -> str:
+    """The text that the benchmark asks for a row, which is `data.prompts.prompt`."""
+    return prompts.prompt({**row, "kind": row["question_type"]})
+
+
+# --- Scores ---------------------------------------------------------------------------------------
+
+
+def question_score(row: dict) -> float:
+    """Accuracy (choice) or mean relative accuracy (number) of one row, in [0, 1].
+
+    Raises:
+      ValueError: the question type is not VSI-Bench's.
+    """
+    if row["question_type"] in NUMERIC_KINDS:
+        # Of the truth the official code takes all, white space included; of an answer one word.
+        return number_accuracy(row["prediction"], row["ground_truth"].strip())
+    if row["question_type"] in CHOICE_KINDS:
+        return letter_accuracy(row["prediction"], row["ground_truth"])
+    raise ValueError(f"question_type: {row['question_type']!r} is none of VSI-Bench")
+
+
+def score(rows: Iterable[dict]) -> dict[str, Any]:
+    """The benchmark's scores of answered questions, 0 to 100; keys as in `averages`."""
+    return averages(_per_type(rows, question_score))
+
+
+def averages(per_type: Mapping[str, float]) -> dict[str, Any]:
+    """The benchmark's averages of the scores of its ten question types.
+
+    What has no question has no key, never a 0; every mean is over what is there.
+
+    Returns:
+      `overall`: unweighted mean of the eight tasks (Table 1).
+      `mca`, `na`: the same of the four choice tasks and of the four number tasks (Table 3).
+      The tasks, `VSI_TASKS`; `object_rel_direction` is the mean of easy, medium and hard.
+      `per_type`: `per_type`.
+      `missing`: the question types that are not there, [] for the whole benchmark.
+    """
+    scores = dict(per_type)
+    add_mean(scores, "object_rel_direction", DIRECTION_KINDS)
+    add_mean(scores, "overall", VSI_TASKS)
+    add_mean(scores, "mca", CHOICE_TASKS)
+    add_mean(scores, "na", NUMERIC_KINDS)
+    shown = ("overall", "mca", "na", *VSI_TASKS)
+    return {
+        **{key: scores[key] for key in shown if key in scores},
+        "per_type": dict(per_type),
+        "missing": [kind for kind in QUESTION_TYPES if kind not in per_type],
+    }
+
+
+def _per_type(rows: Iterable[dict], value: Callable[[dict], float]) -> dict[str, float]:
+    """Mean of `value` over the rows of each question type, in percent."""
+    found = defaultdict(list)
+    for row in rows:
+        found[row["question_type"]].append(value(row))
+    return {kind: 100.0 * sum(values) / len(values) for kind, values in found.items()}
+
+
+def frequency_score(rows: Iterable[dict]) -> dict[str, Any]:
+    """The benchmark's frequency baseline: the most common truth of a type answers all of it."""
+    records = [{**row, "kind": row["question_type"], "answer": row["ground_truth"]} for row in rows]
+    return score(frequency_baseline(records, records))
+
+
+def random_score(rows: Iterable[dict]) -> dict[str, Any]:
+    """What an option picked at random scores in the mean; a number has no such baseline."""
+    choices = [row for row in rows if row["question_type"] in CHOICE_KINDS and row.get("options")]
+    return averages(_per_type(choices, lambda row: 1 / len(row["options"])))
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFile:
+    """A checked file of rows, or of ids of rows.
+
+    Attributes:
+      path: of the file.
+      sha256: of its bytes.
+      rows: the rows under their ids as text, in order.
+    """
+
+    path: Path
+    sha256: str
+    rows: dict[str, dict]
+
+    def named(self) -> dict[str, str]:
+        """What a result file says of this file."""
+        return {"file": str(self.path), "sha256": self.sha256}
+
+
+def read_rows(path: Path, *checks: Callable[[dict, str], None]) -> RowFile:
+    """Reads JSON lines, or parquet where the name ends so.
+
+    Args:
+      path: of the file.
+      checks: each gets a row and where it stands, and raises what is wrong with it.
+
+    Raises:
+      UserError: `FILE:LINE: field: rule` (parquet: `FILE: row N`, from 0), or there is no row.
+    """
+    data = path.read_bytes()
+    rows = {}
+    for where, row in _parsed(path, data):
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: must be a JSON object")
+        key = row.get("id")
+        _require(type(key) in (int, str), row, "id", "a whole number or a string", where)
+        if str(key) in rows:
+            raise UserError(f"{where}: id: duplicate {key!r}")
+        for check in checks:
+            check(row, where)
+        rows[str(key)] = row
+    if not rows:
+        raise UserError(f"{path}: has no rows")
+    return RowFile(path, hashlib.sha256(data).hexdigest(), rows)
+
+
+def _parsed(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:
+    """Where each row stands, and the row."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet  # takes a while, and most files are JSON lines
+
+        try:
+            table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{path}: not parquet: {error}") from None
+        yield from ((f"{path}: row {i}", row) for i, row in enumerate(table.to_pylist()))
+        return
+    for number, line in enumerate(data.splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}:{number}: not JSON: {error}") from None
+            yield f"{path}:{number}", row
+
+
+def _require(good: bool, row: dict, field: str, rule: str, where: str) -> None:
+    if not good:
+        found = f"is {reprlib.repr(row[field])}" if field in row else "is missing"
+        raise UserError(f"{where}: {field}: must be {rule}, {found}")
+
+
+def check_question(row: dict, where: str) -> None:
+    """Checks the fields that the dataset gives.
+
+    Raises:
+      UserError: `where: field: rule`.
+    """
+    kind, truth, options = (row.get(key) for key in ("question_type", "ground_truth", "options"))
+    one_of = f"one of {', '.join(QUESTION_TYPES)}"
+    _require(kind in QUESTION_TYPES, row, "question_type", one_of, where)
+    if kind in NUMERIC_KINDS:
+        _require(_is_positive(truth), row, "ground_truth", "a positive number as a string", where)
+        return
+    if options is not None:
+        good = isinstance(options, list) and options and all(isinstance(o, str) for o in options)
+        _require(good, row, "options", "a list of strings", where)
+    letters = list(ascii_uppercase[: len(options) if options else None])
+    good = isinstance(truth, str) and truth.upper() in letters
+    _require(good, row, "ground_truth", f"a letter from A to {letters[-1]}", where)
+
+
+def _is_positive(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and 0 < float(text) < math.inf
+    except ValueError:
+        return False
+
+
+def check_prediction(row: dict, where: str) -> None:
+    """Checks the field that a model gives.
+
+    Raises:
+      UserError: `where: field: rule`.
+    """
+    _require(isinstance(row.get("prediction"), str), row, "prediction", "a string", where)
+
+
+def _check_carries_truth(row: dict, where: str) -> None:
+    if "ground_truth" not in row:
+        raise UserError(f"{where}: ground_truth: is missing; --dataset names the file that has it")
+
+
+def _kept(questions: RowFile, ids: Path) -> RowFile:
+    """The questions whose ids are lines of a text file."""
+    if ids.name == "pruned_ids.txt":
+        raise UserError(
+            f"{ids}: the dataset's list of what VSI-Bench-Debiased removes; give the ids that stay"
+        )
+    data = ids.read_bytes()
+    rows = {}
+    for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
+        key = line.strip()
+        if key and key not in questions.rows:
+            raise UserError(f"{ids}:{number}: {reprlib.repr(key)} is no id of {questions.path}")
+        if key:
+            rows[key] = questions.rows[key]
+    if not rows:
+        raise UserError(f"{ids}: has no ids")
+    return RowFile(ids, hashlib.sha256(data).hexdigest(), rows)
+
+
+def _answered(questions: RowFile, answers: RowFile) -> list[dict]:
+    """The questions with their predictions, whatever else the file of predictions has."""
+    absent = [key for key in questions.rows if key not in answers.rows]
+    if absent:
+        raise UserError(
+            f"{answers.path}: no prediction for {len(absent)} of {len(questions.rows)} questions "
+            f"of {questions.path}, the first is id {reprlib.repr(absent[0])}"
+        )
+    return [
+        {**question, "prediction": answers.rows[key]["prediction"]}
+        for key, question in questions.rows.items()
+    ]
+
+
+# --- The whole ------------------------------------------------------------------------------------
+
+
+def evaluate(
+    predictions: Path,
+    *,
+    dataset: Path | None = None,
+    debiased_ids: Path | None = None,
+    blind: Path | None = None,
+    revision: str | None = None,
+    frames: int | None = None,
+    decoding: str | None = None,
+) -> dict[str, Any]:
+    """Scores a file of predictions, the baselines beside it, and all that a number depends on.
+
+    Args:
+      predictions: rows with `id` and `prediction`; the whole rows where `dataset` is None.
+      dataset: the dataset's own rows; each needs a prediction, other predictions are left out.
+      debiased_ids: text file, an id a line: only these questions count.
+      blind: rows with `id` and `prediction` of a model that saw no frames.
+      revision: of the dataset, recorded as it stands, like the next two.
+      frames: that the model saw of each video.
+      decoding: how the text was generated.
+
+    Returns:
+      What the result file holds: `scores` (column to the keys of `averages`), `questions` (how
+      many), `notes` (what a reader must know), and the recorded facts, None where not told.
+
+    Raises:
+      UserError: a file breaks its rules.
+    """
+    if dataset is None:
+        checks = (_check_carries_truth, check_question, check_prediction)
+        asked = answers = read_rows(predictions, *checks)
+    else:
+        asked = read_rows(dataset, check_question)
+        answers = read_rows(predictions, check_prediction)
+    files = {"model": answers} | ({"blind": read_rows(blind, check_prediction)} if blind else {})
+    questions = _kept(asked, debiased_ids) if debiased_ids else asked
+
+    rows = questions.rows.values()
+    scores = {name: score(_answered(questions, file)) for name, file in files.items()}
+    scores |= {"frequency": frequency_score(rows), "random": random_score(rows)}
+    return {
+        "benchmark": "VSI-Bench",
+        "evaluator": f"geode_jax {__version__}",
+        "dataset": asked.named() | {"revision": revision},
+        "debiased_ids": questions.named() if debiased_ids else None,
+        "predictions": {name: file.named() for name, file in files.items()},
+        "frames": frames,
+        "decoding": decoding,
+        "questions": len(rows),
+        "scores": scores,
+        "notes": _notes(asked, files, scores["model"]),
+    }
+
+
+def _notes(asked: RowFile, files: dict[str, RowFile], model: dict[str, Any]) -> list[str]:
+    notes = []
+    if model["missing"]:
+        tasks = sum(task in model for task in VSI_TASKS)
+        notes.append(
+            f"means are over what is there, {tasks} of the {len(VSI_TASKS)} tasks: no question is "
+            f"{', '.join(model['missing'])}"
+        )
+    for file in files.values():
+        others = len(file.rows.keys() - asked.rows.keys())
+        if others:
+            notes.append(f"{file.path}: {others} predictions are of no question of {asked.path}")
+    return [
+        *notes,
+        "frequency: the most common truth of each question type, over these same questions",
+        "random: an option at random; numbers have none",
+    ]
+
+
+def table(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """Scores side by side, 0 to 100 with one decimal, "-" where there is none.
+
+    Args:
+      scores: column ("model", "frequency", ...) to the keys of `averages`.
+    """
+    choices = ("object_rel_distance", "object_rel_direction", *CHOICE_KINDS[1:])
+    keys = ("overall", "na", *NUMERIC_KINDS, "mca", *choices)
+    lines = [["", *scores]]
+    for key in keys:
+        values = [(column | column["per_type"]).get(key) for column in scores.values()]
+        cells = ("-" if value is None else f"{value:.1f}" for value in values)
+        lines.append([_LABELS.get(key) or row_of(key).label, *cells])
+    first = max(len(line[0]) for line in lines)
+    return "\n".join(
+        label.ljust(first) + "".join(f"{cell:>11}" for cell in cells) for label, *cells in lines
+    )
