@@ -13,7 +13,7 @@ Dimension key (suffixes of names and letters of einsum strings):
 | O | objects a question names | F | teacher feature width |
 | L | question length (`Lq`) | R | relations, see `RELATIONS` |
 | A | answer length (`La`) | X | vocabulary |
-| M, R | packed text rows of a scene and their columns | | |
+| M, R | packed text rows of a scene and their columns | U | states of a Mamba channel |
 
 Frames: the world frame is the export's (metres, z up for rooms); cameras are camera-from-world with
 OpenCV axes; a box is (centre xyz, size xyz, yaw about z).

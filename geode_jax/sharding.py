@@ -18,6 +18,7 @@ RULES = (
     ("kv_heads", "model"),
     ("head_dim", None),
     ("mlp", "model"),
+    ("inner", "model"),
     ("vocab", "model"),
     ("layer", None),
     ("feature", None),

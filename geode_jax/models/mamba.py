@@ -1,0 +1,188 @@
+"""Mamba-1 [Gu & Dao 2023]: a gated mixer around a short convolution and the selective scan.
+
+Letters of this file: E inner channels, U states of each, W taps of the convolution, R rank of the
+step size. Sizes, names and initialisation are those of the authors' implementation (`mamba_ssm`),
+so that its weights fit.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from geode_jax.models.layers import Projection, RMSNorm, param
+from geode_jax.ops.selective_scan import selective_scan
+from geode_jax.shapes import Array
+
+STEP_SIZES = (1e-3, 1e-1)
+"""Step sizes delta at the start, drawn log-uniformly for each channel [Gu & Dao 2023, Sec. 3.6]."""
+
+PYTORCH = 3**-0.5
+"""`Projection.scale` with the standard deviation of PyTorch's default, U(±fan-in^-1/2)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MambaConfig:
+    """Sizes of a Mamba block.
+
+    Attributes:
+        width: D.
+        layers: number of blocks in the stack; scales the output projections at the start.
+        expand: inner channels per unit of width, E = expand * D.
+        states: U.
+        taps: W.
+        norm_eps: epsilon of the norm.
+    """
+
+    width: int
+    layers: int
+    expand: int = 2
+    states: int = 16
+    taps: int = 4
+    norm_eps: float = 1e-5
+
+    @property
+    def inner(self) -> int:
+        """E."""
+        return self.expand * self.width
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return math.ceil(self.width / 16)
+
+
+class MambaCache(NamedTuple):
+    """What a mixer remembers of the positions so far."""
+
+    window_BWE: Array  # the last taps - 1 inputs of the convolution; zero: none
+    state_BUE: Array  # float32
+
+
+class CausalConvolution(nnx.Module):
+    """Depthwise convolution over a position and the taps - 1 before it, of the same segment."""
+
+    def __init__(self, channels: int, taps: int, *, rngs: nnx.Rngs):
+        # PyTorch's default; the fan-in is the taps. Filters and no matrix: no decay, no Muon.
+        bound = taps**-0.5
+        kernel, bias = (
+            jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+            for shape in ((taps, channels), (channels,))
+        )
+        self.kernel = param(kernel, None, "inner")
+        self.bias = param(bias, "inner")
+
+    def __call__(
+        self, x_BLE: Array, window_BWE: Array | None, first_BL: Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Output [B, L, E], and the window for the positions that follow.
+
+        Args:
+            x_BLE: input.
+            window_BWE: the taps - 1 inputs before x; None: zeros.
+            first_BL: bool, a segment begins here; None: nowhere.
+        """
+        B, L, E = x_BLE.shape
+        before = self.kernel.shape[0] - 1
+        if window_BWE is None:
+            window_BWE = jnp.zeros((B, before, E), x_BLE.dtype)
+        x = jnp.concatenate([window_BWE, x_BLE], axis=1)
+        kernel = self.kernel[...].astype(x.dtype)
+        # Segments in order of their beginning, 0 for what continues the window.
+        first_BL = jnp.zeros((B, L), bool) if first_BL is None else first_BL
+        segment = jnp.pad(jnp.cumsum(first_BL, axis=1), ((0, 0), (before, 0)))[..., None]
+        own = segment[:, before:]
+        y = self.bias[...].astype(x.dtype)
+        for i, tap in enumerate(kernel):
+            y = y + tap * jnp.where(segment[:, i : i + L] == own, x[:, i : i + L], 0)
+        return y, jnp.where(segment[:, L:] == own[:, -1:], x[:, L:], 0)
+
+
+class MambaMixer(nnx.Module):
+    """Projection to x and z, convolution and selective scan of x, gate by z, projection back."""
+
+    def __init__(self, config: MambaConfig, *, rngs: nnx.Rngs):
+        c, D, E = config, config.width, config.inner
+        self.config = c
+        # x and z are an axis of their own, so that a shard of the channels has both of its own.
+        self.in_proj = Projection(
+            (D,), (2, E), ("embed", None, "inner"), bias=False, scale=PYTORCH, rngs=rngs
+        )
+        self.conv = CausalConvolution(E, c.taps, rngs=rngs)
+        self.x_proj = Projection(
+            (E,), (c.rank + 2 * c.states,), ("inner", None), bias=False, scale=PYTORCH, rngs=rngs
+        )
+        self.dt_proj = Projection((c.rank,), (E,), (None, "inner"), bias=True, rngs=rngs)
+        bound = c.rank**-0.5
+        self.dt_proj.kernel[...] = jax.random.uniform(
+            rngs.params(), (c.rank, E), minval=-bound, maxval=bound
+        )
+        low, high = map(math.log, STEP_SIZES)
+        delta = jnp.exp(jax.random.uniform(rngs.params(), (E,), minval=low, maxval=high))
+        self.dt_proj.bias[...] = delta + jnp.log(-jnp.expm1(-delta))  # the inverse of softplus
+        # "S4D-real": A = -1, ..., -U in every channel (Sec. 3.6).
+        A_log = jnp.log(jnp.arange(1, c.states + 1, dtype=jnp.float32))
+        self.A_log = param(jnp.tile(A_log, (E, 1)), "inner", None)
+        self.D = param(jnp.ones((E,)), "inner")
+        self.out_proj = Projection(
+            (E,),
+            (D,),
+            ("inner", "embed"),
+            bias=False,
+            scale=PYTORCH * c.layers**-0.5,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, x_BLD: Array, cache: MambaCache | None = None, first_BL: Array | None = None
+    ) -> tuple[jax.Array, MambaCache]:
+        """See `MambaBlock`."""
+        R, U = self.config.rank, self.config.states
+        x, z = jnp.moveaxis(self.in_proj(x_BLD), -2, 0)
+        window, state = (None, None) if cache is None else cache
+        with jax.named_scope("convolution"):
+            x, window = self.conv(x, window, first_BL)
+            x = jax.nn.silu(x)
+        delta, b, c = jnp.split(self.x_proj(x), (R, R + U), axis=-1)
+        # In fp32: the bias is near -7 where delta is 1e-3, and bf16 would round that by 3%.
+        delta = jax.nn.softplus(self.dt_proj(delta.astype(jnp.float32)))
+        with jax.named_scope("selective_scan"):
+            y, state = selective_scan(
+                x,
+                delta,
+                -jnp.exp(self.A_log[...]),
+                b,
+                c,
+                self.D[...],
+                first_BL=first_BL,
+                state_BUE=state,
+            )
+        return self.out_proj(y * jax.nn.silu(z)), MambaCache(window, state)
+
+
+class MambaBlock(nnx.Module):
+    """x += mixer(norm(x))."""
+
+    def __init__(self, config: MambaConfig, *, rngs: nnx.Rngs):
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.mixer = MambaMixer(config, rngs=rngs)
+
+    def __call__(
+        self, x_BLD: Array, cache: MambaCache | None = None, first_BL: Array | None = None
+    ) -> tuple[jax.Array, MambaCache]:
+        """Any number of positions, one for a step of decoding.
+
+        Args:
+            x_BLD: hidden states.
+            cache: of the positions before; None: there are none.
+            first_BL: bool, a segment of a packed row begins here, which sees nothing from before;
+                None: nowhere.
+
+        Returns:
+            [B, L, D], and the cache for the positions that follow.
+        """
+        out, cache = self.mixer(self.norm(x_BLD), cache, first_BL)
+        return x_BLD + out, cache
