@@ -148,8 +148,9 @@ def plan(
         config = form.read(json, tensors)
         mesh = mesh or make_mesh()
         with activate(mesh):
-            make = functools.partial(form.build, config, rngs=nnx.Rngs(0))
-            graph, state = nnx.get_abstract_model(make, mesh)
+            graph, state = nnx.get_abstract_model(
+                lambda: form.build(config, rngs=nnx.Rngs(0)), mesh
+            )
     except KeyError as error:
         raise UserError(f"{folder / CONFIG}: {error} is missing") from None
     except (ValueError, TypeError, ZeroDivisionError) as error:

@@ -1,5 +1,7 @@
 """One line read in both directions: parts, inverses, and what a table has to be."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -45,7 +47,7 @@ def rules(draw) -> tuple[Rule, tuple[int, ...]]:
     keyed = draw(st.lists(st.sampled_from(axes), unique=True, max_size=len(axes) - 1))
     free = [axis for axis in axes if axis not in keyed]
     cuts = sorted(draw(st.sets(st.integers(1, len(free)))) | {0, len(free)})
-    groups = [free[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    groups = [free[a:b] for a, b in itertools.pairwise(cuts)]
     left = [f"({' '.join(g)})" if len(g) > 1 else g[0] for g in groups]
     left.insert(draw(st.integers(0, len(left))), "1")
     right = draw(st.permutations(axes))
