@@ -149,6 +149,27 @@ def find_model(workdir: Path) -> Path:
     raise UserError(f"{workdir}: no checkpoint yet; training has not come to its first one")
 
 
+def save_model(folder: Path, params: dict[str, jax.Array]) -> None:
+    """Writes parameters as a checkpoint that `load_model` reads.
+
+    Raises:
+        UserError: it could not be written.
+    """
+    try:
+        ocp.save_checkpointables(folder.absolute(), {"state": {"params": params}})
+    except OSError as error:
+        raise UserError(f"{folder}: the checkpoint could not be written ({error})") from error
+
+
+def stored_dtypes(folder: Path) -> dict[str, Any]:
+    """The dtypes of what `save_model` wrote, by name; empty where it is damaged."""
+    try:
+        params = ocp.checkpointables_metadata(folder.absolute()).metadata["state"]["params"]
+        return {name: stored.dtype for name, stored in params.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # `load_model` says it
+
+
 def load_model(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
     """The model of a checkpoint, to be used; nothing is written, the run may still be going on.
 

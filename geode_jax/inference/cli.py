@@ -1,4 +1,4 @@
-"""The command `geode-jax`: check and make data, ask a trained run, score a benchmark.
+"""The command `geode-jax`: data, questions to a trained run, benchmark scores, weights.
 
     geode-jax validate DIR                      is this folder a good export?
     geode-jax rooms --scenes 100 --out DIR      an export of synthetic rooms
@@ -6,6 +6,9 @@
     geode-jax scenes --workdir RUN              what can be asked about
     geode-jax ask --workdir RUN --scene ID --question "How many chair(s) are in this room?"
     geode-jax evaluate vsi --predictions FILE --dataset FILE    the score of VSI-Bench
+    geode-jax convert import --source DIR --out DIR     a Hugging Face folder -> a checkpoint
+    geode-jax convert export --source DIR --out DIR     a checkpoint -> a Hugging Face folder
+    geode-jax convert inspect DIR                       what a Hugging Face folder holds
 
 Whatever the user can mend is one line on stderr and exit status 2.
 """
@@ -158,6 +161,35 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(f"result: {out}")
 
 
+def _import(arguments: argparse.Namespace) -> None:
+    from geode_jax.weights.convert import import_folder
+
+    print(_converted(arguments.out, import_folder(arguments.source, arguments.out)))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from geode_jax.weights.convert import export_folder
+
+    model = export_folder(arguments.source, arguments.out, arguments.model_type)
+    print(_converted(arguments.out, model))
+
+
+def _converted(folder: Path, model) -> str:
+    """The line that closes a conversion."""
+    from geode_jax.weights.convert import count_parameters
+
+    return f"{folder}: {type(model).__name__}, {count_parameters(model):,} parameters"
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from geode_jax.weights.convert import inspect_folder
+
+    table, problems = inspect_folder(arguments.folder)
+    print("\n".join([table, *problems]))
+    if problems:
+        raise UserError(f"{arguments.folder}: {len(problems)} problems, listed above")
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -167,11 +199,11 @@ def _positive(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="geode-jax", description="Check and make data, ask a trained run, score a benchmark."
+        prog="geode-jax", description="Make data, ask a trained run, score it, convert weights."
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    def command(name, run, text):
+    def command(name, run, text, commands=commands):
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
         return added.add_argument
@@ -229,6 +261,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--revision", metavar="TEXT", help="of the dataset, for the result file")
     add("--frames", type=_positive, metavar="N", help="of a video, for the result file")
     add("--decoding", metavar="TEXT", help="such as greedy, for the result file")
+
+    text = "convert pretrained weights of Hugging Face"
+    convert = commands.add_parser("convert", help=text, description=text)
+    directions = convert.add_subparsers(metavar="DIRECTION", required=True)
+    add = command("import", _import, "make a checkpoint of a Hugging Face folder", directions)
+    add("--source", type=Path, required=True, metavar="DIR", help="with config.json, safetensors")
+    add("--out", type=Path, required=True, metavar="DIR")
+
+    add = command("export", _export, "make a Hugging Face folder of a checkpoint", directions)
+    add("--source", type=Path, required=True, metavar="DIR", help="imported, or Hugging Face's own")
+    add("--out", type=Path, required=True, metavar="DIR")
+    add("--model-type", metavar="TYPE", help="another layout, as internvl for an internvl_chat")
+
+    add = command("inspect", _inspect, "list what a Hugging Face folder holds", directions)
+    add("folder", metavar="DIR", type=Path)
     return parser
 
 

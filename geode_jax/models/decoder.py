@@ -20,6 +20,7 @@ from geode_jax.models.layers import (
     param,
     rotary_angles,
     rotate,
+    stack,
 )
 from geode_jax.ops.attention import Intervals, attention, causal
 from geode_jax.shapes import Array
@@ -52,7 +53,7 @@ class DecoderConfig:
         norm_eps: epsilon of the norms.
         cross_layers: blocks that are preceded by cross-attention to the vision features.
         remat: key of `REMAT`.
-        dtype: of the activations; parameters stay float32.
+        dtype: of the activations; parameters are float32, or what a checkpoint stores.
     """
 
     vocab_size: int
@@ -77,6 +78,25 @@ class DecoderConfig:
         """The norm of this config over the width."""
         kind = {"layer": LayerNorm, "rms": RMSNorm}[self.norm]
         return kind(self.width, eps=self.norm_eps)
+
+
+QWEN2P5_1P5B = DecoderConfig(
+    vocab_size=151_936,
+    width=1536,
+    layers=28,
+    heads=12,
+    kv_heads=2,
+    head_width=128,
+    mlp_width=8960,
+    mlp="swiglu",
+    norm="rms",
+    linear_bias=False,
+    tied_head=True,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    dtype="bfloat16",
+)
+"""Qwen2.5-1.5B, base and Instruct: 1,543,714,304 parameters."""
 
 
 class KeyValues(NamedTuple):
@@ -213,13 +233,7 @@ class Stage(nnx.Module):
     def __init__(self, config: DecoderConfig, blocks: int, cross: bool, *, rngs: nnx.Rngs):
         self.remat = config.remat
         self.cross = CrossAttention(config, rngs=rngs) if cross else None
-
-        @nnx.vmap
-        @nnx.transform_metadata(in_axes=0, out_axes=0, partition="layer")
-        def stack(rngs):
-            return Block(config, rngs=rngs)
-
-        self.blocks = stack(rngs.split(blocks)) if blocks else None
+        self.blocks = stack(lambda r: Block(config, rngs=r), blocks, rngs) if blocks else None
         self.length = blocks
 
     def __call__(self, x_BLD, angles, intervals, cache, offset, seen, seen_length_S):
@@ -317,6 +331,14 @@ class Decoder(nnx.Module):
             )
             out.append(kv)
         return self.norm(x_BLD), out
+
+    def no_prefix(self, scenes: int) -> list[KeyValues]:
+        """What `run_prefix` returns of a prefix without columns: text that nothing precedes."""
+        c = self.config
+        return [
+            KeyValues(*jnp.zeros((2, s.length, scenes, 0, c.kv_heads, c.head_width), c.dtype))
+            for s in self.stages
+        ]
 
     def run_prefix(
         self, prefix_SPD: Array, seen: list[KeyValues | None] | None, seen_length_S: Array | None

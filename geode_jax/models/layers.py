@@ -1,6 +1,7 @@
 """Pieces every model shares: annotated parameters, projections, norms, rotary positions."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,17 @@ class Projection(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype)
         y = jnp.tensordot(x, kernel, axes=self.contracted)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Equal layers as one module to scan over: parameters get a first axis, "layer"."""
+
+    @nnx.vmap
+    @nnx.transform_metadata(in_axes=0, out_axes=0, partition="layer")
+    def make_all(rngs):
+        return make(rngs)
+
+    return make_all(rngs.split(layers))
 
 
 class LayerNorm(nnx.Module):

@@ -1,0 +1,345 @@
+"""From a Hugging Face folder to a model and back, and to a checkpoint of our own and back.
+
+`config.json` decides what a folder holds. Parameters keep the dtype of their tensors and are read
+part by part: each device gets its own part of a parameter, no host or device the whole model.
+"""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from geode_jax.checkpoint import load_model, save_model, stored_dtypes
+from geode_jax.errors import UserError
+from geode_jax.models.decoder import Decoder
+from geode_jax.models.internvl import InternVL
+from geode_jax.models.vit import InternViT
+from geode_jax.sharding import activate, make_mesh
+from geode_jax.weights import internvit, qwen2
+from geode_jax.weights.files import (
+    CONFIG,
+    Tensors,
+    claim,
+    copy_companions,
+    read_json,
+    write_config,
+    write_folder,
+)
+from geode_jax.weights.rules import Rule, find_problems
+
+PARAMETERS = "parameters"
+"""Where in an imported folder the checkpoint is."""
+
+_SHOWN = 3
+"""So many problems of a checkpoint are said in one line."""
+
+
+class Format(NamedTuple):
+    """A `model_type` of Hugging Face.
+
+    Attributes:
+        build: class of the model, made from (config, rngs=...).
+        read: (content of `config.json`, names of the tensors) -> config.
+        write: config -> content of `config.json`.
+        rules: config -> rules.
+    """
+
+    build: Callable
+    read: Callable[[Mapping, Any], Any]
+    write: Callable[[Any], dict]
+    rules: Callable[[Any], tuple[Rule, ...]]
+
+
+_DECODER = Format(Decoder, qwen2.read_decoder, qwen2.write_decoder, qwen2.decoder_rules)
+
+
+def _vision(model_type: str) -> Format:
+    return Format(
+        InternViT,
+        lambda json, tensors: internvit.read_vision(json, model_type),
+        functools.partial(internvit.write_vision, model_type=model_type),
+        functools.partial(internvit.vision_rules, model_type=model_type),
+    )
+
+
+def _internvl(model_type: str) -> Format:
+    return Format(
+        InternVL,
+        functools.partial(internvit.read_internvl, model_type=model_type),
+        functools.partial(internvit.write_internvl, model_type=model_type),
+        functools.partial(internvit.internvl_rules, model_type=model_type),
+    )
+
+
+FORMATS = {
+    "qwen2": _DECODER,
+    "llama": _DECODER,
+    "internvl_vision": _vision("internvl_vision"),
+    "intern_vit_6b": _vision("intern_vit_6b"),
+    "internvl": _internvl("internvl"),
+    "internvl_chat": _internvl("internvl_chat"),
+}
+"""Model types; of a model's several, the first whose config says so is what it is saved as."""
+
+
+class Plan(NamedTuple):
+    """What a folder's `config.json` says, with nothing created yet.
+
+    Attributes:
+        json: its content.
+        config: of the model.
+        graph: structure of the model.
+        leaves: path of each parameter -> variable with a `jax.ShapeDtypeStruct` that is sharded.
+        rules: between these and the tensors.
+    """
+
+    json: dict
+    config: Any
+    graph: nnx.GraphDef
+    leaves: dict[str, nnx.Variable]
+    rules: tuple[Rule, ...]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Path -> shape."""
+        return {leaf: variable.shape for leaf, variable in self.leaves.items()}
+
+    def fill(self, values: Mapping[str, jax.Array]) -> nnx.Module:
+        """The model with these parameters."""
+        flat = [
+            (_path(leaf), variable.replace(values[leaf])) for leaf, variable in self.leaves.items()
+        ]
+        return nnx.merge(self.graph, nnx.from_flat_state(flat))
+
+
+def _path(leaf: str) -> tuple[str | int, ...]:
+    return tuple(int(part) if part.isdecimal() else part for part in leaf.split("."))
+
+
+def _leaves(state: nnx.State) -> dict[str, nnx.Variable]:
+    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+
+
+def plan(
+    folder: Path, tensors: Mapping | tuple = (), mesh: jax.sharding.Mesh | None = None
+) -> Plan:
+    """Reads `config.json`.
+
+    Args:
+        folder: of Hugging Face, or imported from there.
+        tensors: names in the checkpoint, where there are some.
+        mesh: of the shardings; all devices where None.
+
+    Raises:
+        UserError: it is missing, damaged or says what is not supported.
+    """
+    json = read_json(folder / CONFIG)
+    kind = json.get("model_type")
+    if kind not in FORMATS:
+        raise UserError(f"{folder / CONFIG}: model_type {kind!r} is none of {', '.join(FORMATS)}")
+    form = FORMATS[kind]
+    try:
+        config = form.read(json, tensors)
+        mesh = mesh or make_mesh()
+        with activate(mesh):
+            graph, state = nnx.get_abstract_model(
+                lambda: form.build(config, rngs=nnx.Rngs(0)), mesh
+            )
+    except KeyError as error:
+        raise UserError(f"{folder / CONFIG}: {error} is missing") from None
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from None
+    return Plan(json, config, graph, _leaves(state), form.rules(config))
+
+
+def load_pretrained(folder: str | Path, *, mesh: jax.sharding.Mesh | None = None) -> nnx.Module:
+    """The model of a folder: a `Decoder`, an `InternViT` or an `InternVL`.
+
+    Args:
+        folder: of Hugging Face, or imported from there by `import_folder`.
+        mesh: where the parameters go; over all devices where None.
+
+    Raises:
+        UserError: everything that keeps the folder from being a model's, in one line.
+    """
+    folder = Path(folder)
+    if (folder / PARAMETERS).is_dir():
+        return _load_imported(folder, mesh)
+    _check_folder(folder)
+    tensors = Tensors(folder)
+    made = plan(folder, tensors.shapes, mesh)
+    _refuse(folder, _problems(made, tensors))
+    rules = {rule.leaf: rule for rule in made.rules}
+
+    def read(leaf: str, variable: nnx.Variable) -> jax.Array:
+        rule, shape = rules[leaf], variable.shape
+        return jax.make_array_from_callback(
+            shape, variable.get_value().sharding, lambda part: rule.read(shape, part, tensors.read)
+        )
+
+    return made.fill({leaf: read(leaf, variable) for leaf, variable in made.leaves.items()})
+
+
+def _load_imported(folder: Path, mesh: jax.sharding.Mesh | None) -> nnx.Module:
+    made, checkpoint = plan(folder, mesh=mesh), folder / PARAMETERS
+    dtypes = stored_dtypes(checkpoint)
+    like = {
+        leaf: jax.ShapeDtypeStruct(
+            x.shape, dtypes.get(leaf, x.dtype), sharding=x.get_value().sharding
+        )
+        for leaf, x in made.leaves.items()
+    }
+    return made.fill(load_model(checkpoint, {"params": like})["params"])
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+
+
+def _problems(made: Plan, tensors: Tensors) -> list[str]:
+    found = find_problems(made.rules, made.shapes, tensors.shapes, qwen2.IGNORED)
+    if found:
+        return found
+    for rule in made.rules:
+        dtypes = {tensors.dtypes[key] for key, _ in rule.tensors(made.shapes[rule.leaf])}
+        if len(dtypes) > 1:
+            found.append(f"{rule.key}: of several dtypes, {', '.join(sorted(dtypes))}")
+    return found
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
+    if problems:
+        more = len(problems) - _SHOWN
+        rest = f"; and {more} more (geode-jax convert inspect lists them)" if more > 0 else ""
+        raise UserError(
+            f"{folder}: does not fit its {CONFIG}: {'; '.join(problems[:_SHOWN])}{rest}"
+        )
+
+
+def save_pretrained(
+    model: nnx.Module, folder: str | Path, *, model_type: str | None = None
+) -> None:
+    """Writes a model as a Hugging Face folder: `config.json` and `model.safetensors`.
+
+    Args:
+        model: a `Decoder`, an `InternViT` or an `InternVL`.
+        folder: a new one.
+        model_type: a key of `FORMATS`; None: that of transformers.
+
+    Raises:
+        UserError: the folder is not empty, or the model has not this form.
+    """
+    _save(model, Path(folder), model_type, {})
+
+
+def _save(model: nnx.Module, folder: Path, model_type: str | None, like: dict) -> None:
+    """`save_pretrained`; a `config.json` of this type says what ours leaves open."""
+    json, form = _describe(model, model_type)
+    leaves = {leaf: np.asarray(v[...]) for leaf, v in _leaves(nnx.state(model)).items()}
+    tensors = {
+        key: tensor
+        for rule in form.rules(model.config)
+        for key, tensor in rule.write(leaves[rule.leaf])
+    }
+    claim(folder)
+    write_folder(folder, _merged(like, json), tensors)
+
+
+def _describe(model: nnx.Module, model_type: str | None) -> tuple[dict, Format]:
+    """The `config.json` of a model, and its format."""
+    forms = {kind: form for kind, form in FORMATS.items() if isinstance(model, form.build)}
+    if not forms:
+        raise UserError(f"{type(model).__name__}: no model of Hugging Face's has this form")
+    try:
+        described = [form.write(model.config) for form in forms.values()]
+    except ValueError as error:
+        raise UserError(f"{type(model).__name__}: {error}") from None
+    json = next((j for j in described if model_type in (None, j["model_type"])), None)
+    if json is None:
+        kinds = ", ".join(dict.fromkeys(j["model_type"] for j in described))
+        raise UserError(f"model_type {model_type!r}: this {type(model).__name__} can be {kinds}")
+    counts = Counter(v.dtype.name for v in _leaves(nnx.state(model)).values())
+    json["dtype"] = counts.most_common(1)[0][0]
+    return json, forms[json["model_type"]]
+
+
+def _merged(old: Mapping, new: Mapping) -> dict:
+    """`old` with the entries of `new`, down to the leaves."""
+    both = {key: _merged(old[key], new[key]) for key in old.keys() & new.keys()
+            if isinstance(old[key], dict) and isinstance(new[key], dict)}  # fmt: skip
+    return {**old, **new, **both}
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def import_folder(source: Path, out: Path) -> nnx.Module:
+    """Makes a checkpoint of our own from a Hugging Face folder; returns the model.
+
+    `out` gets `config.json`, the checkpoint in `parameters`, and whatever stood beside the weights,
+    such as the tokenizer.
+
+    Raises:
+        UserError: the source is damaged, or `out` not empty.
+    """
+    model = load_pretrained(source)
+    json = read_json(source / CONFIG)
+    described, _ = _describe(model, json["model_type"])
+    claim(out)
+    save_model(out / PARAMETERS, {k: v[...] for k, v in _leaves(nnx.state(model)).items()})
+    copy_companions(source, out)
+    write_config(out, _merged(json, described))
+    return model
+
+
+def export_folder(source: Path, out: Path, model_type: str | None = None) -> nnx.Module:
+    """The inverse of `import_folder`; returns the model.
+
+    Args:
+        source: an imported folder, or one of Hugging Face in another layout.
+        out: a new folder.
+        model_type: a key of `FORMATS`; None: what the source was.
+
+    Raises:
+        UserError: the source is damaged, the model has not this form, or `out` is not empty.
+    """
+    model = load_pretrained(source)
+    json = read_json(source / CONFIG)
+    same = model_type in (None, json["model_type"])
+    _save(model, out, json["model_type"] if same else model_type, json if same else {})
+    copy_companions(source, out)
+    return model
+
+
+def inspect_folder(folder: Path) -> tuple[str, list[str]]:
+    """What a Hugging Face folder holds, as a table of its parameters, and all that is wrong.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    _check_folder(folder)
+    tensors = Tensors(folder)
+    made = plan(folder, tensors.shapes)
+    rows = []
+    for rule in made.rules:
+        shape = made.shapes[rule.leaf]
+        key, _ = next(rule.tensors(shape))
+        size = " x ".join(map(str, shape))
+        rows.append((rule.leaf, size, tensors.dtypes.get(key, "-"), rule.key))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    count = sum(math.prod(shape) for shape in made.shapes.values())
+    lines.append(f"{made.json['model_type']}: {count:,} parameters, {len(tensors.shapes)} tensors")
+    return "\n".join(lines), _problems(made, tensors)
+
+
+def count_parameters(model: nnx.Module) -> int:
+    """Of a model, created or abstract."""
+    return sum(math.prod(variable.shape) for variable in _leaves(nnx.state(model)).values())

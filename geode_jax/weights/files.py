@@ -1,0 +1,118 @@
+"""Hugging Face folders: `config.json` beside one safetensors file, or several and an index."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from geode_jax.errors import UserError
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""safetensors' names of the dtypes that a parameter can have."""
+_COMPANIONS = (".json", ".txt", ".jinja", ".model")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: no JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: no JSON object")
+    return value
+
+
+class Tensors:
+    """The tensors of a folder; nothing but their names, shapes and dtypes is read until asked for.
+
+    Attributes:
+        shapes: name -> shape.
+        dtypes: name -> numpy's name of the dtype.
+    """
+
+    def __init__(self, folder: Path):
+        """Opens all files of the folder.
+
+        Raises:
+            UserError: a file is missing or damaged, or holds what is no float.
+        """
+        if (folder / WEIGHTS).exists():
+            names, mapped = [WEIGHTS], None
+        elif (folder / INDEX).exists():
+            mapped = read_json(folder / INDEX).get("weight_map")
+            if not isinstance(mapped, dict):
+                raise UserError(f"{folder / INDEX}: no weight_map")
+            names = sorted(set(mapped.values()))
+        else:
+            raise UserError(f"{folder}: neither {WEIGHTS} nor {INDEX} (no other format is read)")
+        self._file = {key: file for name in names for key, file in _open(folder / name)}
+        if mapped is not None and set(mapped) != set(self._file):
+            odd = sorted(set(mapped) ^ set(self._file))
+            raise UserError(f"{folder / INDEX}: {len(odd)} names differ from the files': {odd[0]}")
+        slices = {key: file.get_slice(key) for key, file in self._file.items()}
+        self.shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
+        stored = {key: s.get_dtype() for key, s in slices.items()}
+        for key, dtype in stored.items():
+            if dtype not in DTYPES:
+                raise UserError(f"{folder}: {key} is {dtype}; only {', '.join(DTYPES)} are read")
+        self.dtypes = {key: DTYPES[dtype] for key, dtype in stored.items()}
+
+    def read(self, key: str, slices: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor."""
+        return self._file[key].get_slice(key)[slices]
+
+
+def _open(path: Path) -> list[tuple[str, safe_open]]:
+    try:
+        file = safe_open(path, framework="np")
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing, and {INDEX} names it") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or cut off ({error})") from None
+    return [(key, file) for key in file.keys()]
+
+
+def claim(folder: Path) -> None:
+    """Makes a folder for a model that is to be written.
+
+    Raises:
+        UserError: it holds something already; a model of two writings would be neither.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise UserError(f"{folder}: not empty; name a new folder")
+
+
+def write_folder(folder: Path, config: dict, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes `config.json` and one safetensors file into a claimed folder."""
+    # safetensors writes the memory behind an array, in whatever order that is.
+    packed = {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
+    half = folder / f"{WEIGHTS}.unfinished"
+    save_file(packed, half, metadata={"format": "pt"})
+    os.replace(half, folder / WEIGHTS)
+    write_config(folder, config)
+
+
+def write_config(folder: Path, config: dict) -> None:
+    """Writes `config.json`."""
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies what belongs to a model beside its weights and sizes: tokenizer, generation."""
+    for path in source.iterdir():
+        if path.suffix in _COMPANIONS and path.name not in (CONFIG, INDEX):
+            shutil.copyfile(path, target / path.name)

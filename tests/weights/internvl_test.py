@@ -1,0 +1,202 @@
+"""InternViT, its projector and InternVL against transformers, in both layouts of the weights."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from geode_jax.models.vit import INTERNVIT_300M
+from geode_jax.weights import load_pretrained, save_pretrained
+from geode_jax.weights.convert import plan
+from tests.tiny_models import quick_jit
+from tests.weights.conftest import close, randomize, reload, same_tensors
+
+IMAGE, PATCH, IMAGE_ID, VOCABULARY = 28, 7, 40, 41
+LAYERS = 2
+VISION = dict(
+    hidden_size=32,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    intermediate_size=40,
+    image_size=(IMAGE, IMAGE),
+    patch_size=(PATCH, PATCH),
+    attention_bias=True,
+    attn_implementation="eager",
+)
+TEXT = dict(
+    model_type="qwen2",
+    vocab_size=VOCABULARY,
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=24,
+    tie_word_embeddings=False,
+)
+
+
+@pytest.fixture(scope="module")
+def case(torch, tmp_path_factory):
+    """(PyTorch's InternVL, the folder that transformers saved, ours from that folder)."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    config = InternVLConfig(
+        vision_config=VISION,
+        text_config=TEXT,
+        image_token_id=IMAGE_ID,
+        image_seq_length=4,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
+    reference = randomize(torch, InternVLForConditionalGeneration(config))
+    folder = tmp_path_factory.mktemp("transformers")
+    reference.save_pretrained(folder)
+    return reference, folder, load_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((2, IMAGE, IMAGE, 3), np.float32)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray:
+    """Two rows, a picture in each at another place."""
+    tokens = np.random.default_rng(1).integers(0, IMAGE_ID, (2, 9))
+    tokens[0, 1:5] = tokens[1, 4:8] = IMAGE_ID
+    return tokens
+
+
+def test_hidden_states_vision_tokens_and_logits_are_those_of_transformers(
+    torch, case, pixels, tokens
+):
+    reference, _, model = case
+
+    @quick_jit
+    def all_of_it(model, pixels, tokens):
+        return model.vision(pixels), model.look(pixels), model(tokens, pixels)
+
+    hidden, seen, logits = all_of_it(model, pixels, tokens)
+    picture = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+    with torch.no_grad():
+        tower = reference.model.vision_tower(picture).last_hidden_state
+        features = reference.model.get_image_features(picture).pooler_output
+        expected = reference(torch.from_numpy(tokens), pixel_values=picture).logits
+    close(hidden, tower.numpy())
+    close(seen, features.numpy())
+    close(logits, expected.numpy())
+
+
+def test_our_export_is_transformers_own(torch, case, tmp_path, pixels, tokens):
+    reference, folder, model = case
+    save_pretrained(model, tmp_path)
+    same_tensors(folder, tmp_path)
+    again = reload(type(reference), tmp_path)
+    inputs = dict(
+        input_ids=torch.from_numpy(tokens),
+        pixel_values=torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()),
+    )
+    with torch.no_grad():
+        np.testing.assert_array_equal(again(**inputs).logits, reference(**inputs).logits)
+
+
+def test_a_vision_tower_alone(torch, case, tmp_path):
+    from transformers import InternVLVisionModel
+
+    reference, _, model = case
+    save_pretrained(model.vision, tmp_path / "vision")
+    again = reload(InternVLVisionModel, tmp_path / "vision")
+    for (name, ours), theirs in zip(
+        again.named_parameters(), reference.model.vision_tower.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+# Names of InternVL and of transformers, as the latter's converter has them.
+OWN_BLOCK = {
+    "attn.proj": "attention.projection_layer",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+
+def own_tensors(folder) -> dict[str, np.ndarray]:
+    """A transformers folder's tensors by InternVL's own names."""
+    source = load_file(folder / "model.safetensors")
+    own = {key: x for key, x in source.items() if key.startswith("language_model.")}
+    for part in ("weight", "bias"):
+        for i, name in ((0, "layer_norm"), (1, "linear_1"), (3, "linear_2")):
+            own[f"mlp1.{i}.{part}"] = source[f"multi_modal_projector.{name}.{part}"]
+        own[f"vision_model.embeddings.patch_embedding.{part}"] = source[
+            f"vision_tower.embeddings.patch_embeddings.projection.{part}"
+        ]
+    own["vision_model.embeddings.class_embedding"] = source["vision_tower.embeddings.cls_token"]
+    own["vision_model.embeddings.position_embedding"] = source[
+        "vision_tower.embeddings.position_embeddings"
+    ]
+    for i in range(LAYERS):
+        ours, theirs = f"vision_model.encoder.layers.{i}", f"vision_tower.encoder.layer.{i}"
+        for part in ("weight", "bias"):
+            qkv = [source[f"{theirs}.attention.{name}_proj.{part}"] for name in "qkv"]
+            own[f"{ours}.attn.qkv.{part}"] = np.concatenate(qkv)
+            for name, called in OWN_BLOCK.items():
+                own[f"{ours}.{name}.{part}"] = source[f"{theirs}.{called}.{part}"]
+        for name, called in (("ls1", "lambda_1"), ("ls2", "lambda_2")):
+            own[f"{ours}.{name}"] = source[f"{theirs}.{called}"]
+    return own
+
+
+def test_internvls_own_layout_holds_the_same_model(case, tmp_path):
+    _, folder, model = case
+    save_pretrained(model, tmp_path / "own", model_type="internvl_chat")
+    written, expected = load_file(tmp_path / "own" / "model.safetensors"), own_tensors(folder)
+    assert written.keys() == expected.keys()
+    for key, tensor in expected.items():
+        np.testing.assert_array_equal(written[key], tensor, err_msg=key)
+    again = load_pretrained(tmp_path / "own")
+    save_pretrained(again, tmp_path / "back")
+    same_tensors(folder, tmp_path / "back")
+    assert again.config == model.config
+
+
+# --- The real ones --------------------------------------------------------------------------------
+
+INTERNVIT_CONFIG = dict(
+    architectures=["InternVisionModel"],
+    attention_dropout=0.0,
+    drop_path_rate=0.1,
+    hidden_act="gelu",
+    hidden_size=1024,
+    image_size=448,
+    intermediate_size=4096,
+    layer_norm_eps=1e-06,
+    model_type="intern_vit_6b",
+    norm_type="layer_norm",
+    num_attention_heads=16,
+    num_channels=3,
+    num_hidden_layers=24,
+    patch_size=14,
+    qk_normalization=False,
+    qkv_bias=True,
+    torch_dtype="bfloat16",
+    use_flash_attn=True,
+)
+
+
+def test_internvit_300m_and_its_projector_have_their_parameters(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(INTERNVIT_CONFIG))
+    made = plan(tmp_path)
+    assert made.config == INTERNVIT_300M
+    assert sum(map(math.prod, made.shapes.values())) == 304_012_288
+
+    text = TEXT | dict(hidden_size=1536, rms_norm_eps=1e-6)
+    whole = dict(model_type="internvl_chat", vision_config=INTERNVIT_CONFIG, llm_config=text)
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    shapes = plan(tmp_path).shapes
+    mlp1 = [math.prod(shape) for leaf, shape in shapes.items() if re.match(r"projector\.", leaf)]
+    assert sum(mlp1) == 8_662_016

@@ -1,0 +1,208 @@
+"""Qwen2 and Llama of transformers: the same logits, the same greedy text, and back."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from geode_jax.inference.generate import generate
+from geode_jax.models.decoder import QWEN2P5_1P5B
+from geode_jax.weights import load_pretrained, save_pretrained
+from geode_jax.weights.convert import plan
+from tests.tiny_models import quick_jit
+from tests.weights.conftest import close, randomize, reload, same_tensors
+
+NEVER = -1
+"""An end token that no model says."""
+VOCABULARY, NEW = 61, 12
+CASES = {
+    "qwen2, tied, a key head for two": ("qwen2", True, 4, 2),
+    "qwen2, one key head for four": ("qwen2", False, 4, 1),
+    "qwen2, a key head each": ("qwen2", True, 2, 2),
+    "llama, a key head for two": ("llama", False, 4, 2),
+}
+
+forward = quick_jit(lambda model, tokens: model(tokens))
+
+
+@quick_jit
+def say(model, prompt_QL, length_Q):
+    """The NEW most likely next tokens of left-padded prompts."""
+    return generate(
+        model,
+        model.no_prefix(1),
+        prompt_QL[None],
+        length_Q[None],
+        seen=None,
+        seen_length_S=None,
+        prompt_prefix=0,
+        max_new_tokens=NEW,
+        eos_id=NEVER,
+    ).tokens_SQA[0]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, torch, tmp_path_factory):
+    """(PyTorch's model, the folder that transformers saved, ours from that folder)."""
+    import transformers
+
+    kind, tied, heads, kv_heads = CASES[request.param]
+    sizes = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=40,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=tied,
+        attn_implementation="eager",
+    )
+    config = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}[kind]
+    model = {"qwen2": transformers.Qwen2ForCausalLM, "llama": transformers.LlamaForCausalLM}[kind]
+    reference = randomize(torch, model(config(**sizes)))
+    folder = tmp_path_factory.mktemp("transformers")
+    reference.save_pretrained(folder)
+    return reference, folder, load_pretrained(folder)
+
+
+def test_the_logits_are_those_of_transformers(torch, case):
+    reference, _, model = case
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (2, 24))
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(tokens)).logits.numpy()
+    close(forward(model, tokens), expected)
+
+
+def test_greedy_text_with_a_cache_is_that_of_transformers(torch, case):
+    reference, _, model = case
+    random = np.random.default_rng(1)
+    length = np.array([5, 3, 1], np.int32)
+    prompt = random.integers(0, VOCABULARY, (3, 5), np.int32)
+    shown = np.arange(5) >= 5 - length[:, None]
+    with torch.no_grad():
+        expected = reference.generate(
+            torch.from_numpy(np.where(shown, prompt, 0)).long(),
+            attention_mask=torch.from_numpy(shown).long(),
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[:, 5:].numpy()
+    assert len(np.unique(expected)) > 4  # no degenerate model
+    np.testing.assert_array_equal(say(model, prompt, length), expected)
+
+
+def test_our_export_is_transformers_own(torch, case, tmp_path):
+    reference, folder, model = case
+    save_pretrained(model, tmp_path)
+    same_tensors(folder, tmp_path)
+    again = reload(type(reference), tmp_path)
+    tokens = torch.from_numpy(np.random.default_rng(2).integers(0, VOCABULARY, (2, 9)))
+    with torch.no_grad():
+        np.testing.assert_array_equal(again(tokens).logits, reference(tokens).logits)
+
+
+# --- The real ones --------------------------------------------------------------------------------
+
+
+def test_qwen2p5_1p5b_is_its_config_and_has_its_parameters(tmp_path):
+    config = dict(
+        architectures=["Qwen2ForCausalLM"],
+        hidden_act="silu",
+        hidden_size=1536,
+        intermediate_size=8960,
+        max_position_embeddings=32768,
+        model_type="qwen2",
+        num_attention_heads=12,
+        num_hidden_layers=28,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-06,
+        rope_theta=1000000.0,
+        sliding_window=32768,
+        tie_word_embeddings=True,
+        torch_dtype="bfloat16",
+        use_sliding_window=False,
+        vocab_size=151936,
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    made = plan(tmp_path)
+    assert made.config == QWEN2P5_1P5B
+    assert sum(map(math.prod, made.shapes.values())) == 1_543_714_304
+
+
+def write_stories(source, folder) -> None:
+    """llama2.c's file as a Hugging Face folder: rotated halves instead of rotated pairs."""
+    raw = source.read_bytes()
+    D, W, layers, H, G, X, context = np.frombuffer(raw, np.int32, 7)
+    E, at = D // H, 28
+
+    def take(*shape):
+        nonlocal at
+        x = np.frombuffer(raw, np.float32, math.prod(shape), at).reshape(shape)
+        at += x.nbytes
+        return x
+
+    def halves(w, heads):
+        w = w.reshape(layers, heads, E // 2, 2, D).swapaxes(2, 3)
+        return np.ascontiguousarray(w).reshape(layers, heads * E, D)
+
+    table = take(X, D)
+    stacks = {"input_layernorm": take(layers, D)}
+    stacks["self_attn.q_proj"] = halves(take(layers, H * E, D), H)
+    stacks["self_attn.k_proj"] = halves(take(layers, G * E, D), G)
+    stacks["self_attn.v_proj"] = take(layers, G * E, D)
+    stacks["self_attn.o_proj"] = take(layers, D, H * E)
+    stacks["post_attention_layernorm"] = take(layers, D)
+    stacks["mlp.gate_proj"] = take(layers, W, D)
+    stacks["mlp.down_proj"] = take(layers, D, W)
+    stacks["mlp.up_proj"] = take(layers, W, D)
+    tensors = {"model.embed_tokens.weight": table, "model.norm.weight": take(D)}
+    for name, stack in stacks.items():
+        tensors |= {f"model.layers.{i}.{name}.weight": w for i, w in enumerate(stack)}
+    # Whatever follows (rotary tables of old files) is no parameter.
+    save_file(tensors, folder / "model.safetensors")
+    config = dict(
+        model_type="llama",
+        vocab_size=int(X),
+        hidden_size=int(D),
+        num_hidden_layers=int(layers),
+        num_attention_heads=int(H),
+        num_key_value_heads=int(G),
+        intermediate_size=int(W),
+        max_position_embeddings=int(context),
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_pretrained_model_tells_its_story(data_root, tmp_path):
+    source = data_root / "stories260k"
+    if not source.is_dir():
+        pytest.skip(f"real data: no folder {source}")
+    golden = json.loads((source / "golden_greedy.json").read_text())
+    first, *rest = golden["greedy_ids"]
+    write_stories(source / "stories260K.bin", tmp_path)
+    model = load_pretrained(tmp_path)
+    logits = forward(model, np.array([golden["greedy_ids"]]))[0]
+    close(logits[0], golden["first_step_logits_after_bos"])
+    np.testing.assert_array_equal(np.argmax(logits[:-1], axis=-1), rest)
+
+    tell = quick_jit(
+        lambda model: generate(
+            model,
+            model.no_prefix(1),
+            np.full((1, 1, 1), first, np.int32),
+            np.ones((1, 1), np.int32),
+            seen=None,
+            seen_length_S=None,
+            prompt_prefix=0,
+            max_new_tokens=len(rest),
+            eos_id=NEVER,
+        ).tokens_SQA[0, 0]
+    )
+    np.testing.assert_array_equal(tell(model), rest)
