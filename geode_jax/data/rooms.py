@@ -330,9 +330,8 @@ def point_tokens(seen: Observation) -> tuple[np.ndarray, np.ndarray]:
     )
     voxel = np.floor(point / VOXEL).astype(np.int64)
     _, index, count = np.unique(voxel, axis=0, return_inverse=True, return_counts=True)
-    sums = np.zeros((len(count), parts.shape[1]))
-    np.add.at(sums, index.reshape(-1), parts)
-    means = sums / count[:, None]
+    order = np.argsort(index.reshape(-1), kind="stable")
+    means = np.add.reduceat(parts[order], np.cumsum(count) - count) / count[:, None]
     features = np.concatenate([means[:, 3:], np.log1p(count[:, None] / 8)], axis=-1)
     return features.astype(np.float16), means[:, :3].astype(np.float32)
 

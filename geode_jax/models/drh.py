@@ -1,5 +1,7 @@
 """The Direct Regression Head (GEODE Sec. 2.2, eq. 5): the state at a control token is a value."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +18,9 @@ BASE_UNIT = {"m": 1.0, "cm": 0.01, "m2": 1.0, "items": 1.0}
 """What one of a unit is in the unit that is regressed. VSI-Bench asks for sizes in centimetres and
 for distances in metres: without this, one hundredth of a size would weigh as much as a distance."""
 
+LEAST = 0.01
+"""The least value that is regressed, in base units; smaller ones count as this."""
+
 
 def encode_values(values: Array, base_unit: Array) -> jax.Array:
     """Positive values in their question's unit -> what is regressed, the log in the base unit.
@@ -23,12 +28,12 @@ def encode_values(values: Array, base_unit: Array) -> jax.Array:
     Lengths, areas and counts are judged by their relative error (VSI-Bench's mean relative
     accuracy), which a difference of logarithms is.
     """
-    return jnp.log(jnp.maximum(values * base_unit, 1e-2))
+    return jnp.log(jnp.maximum(values * base_unit, LEAST))
 
 
 def decode_values(codes: Array, base_unit: Array) -> jax.Array:
-    """The inverse of `encode_values`; from 1 cm to 55 km, whatever the code."""
-    return jnp.exp(jnp.clip(codes, -4.6, 11.0)) / base_unit
+    """The inverse of `encode_values`; from LEAST to 60,000 base units, whatever the code."""
+    return jnp.exp(jnp.clip(codes, math.log(LEAST), 11.0)) / base_unit
 
 
 class Drh(nnx.Module):

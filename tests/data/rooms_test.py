@@ -184,6 +184,26 @@ def test_tokens_know_neither_names_nor_numbers_of_objects(made):
         assert not np.array_equal(rooms.tokens(dark), rooms.tokens(seen))
 
 
+def test_point_tokens_are_the_means_of_occupied_voxels(made):
+    scene, seen = made[2]
+    features, coord = rooms.point_tokens(seen)
+    assert features.dtype == np.float16 and features.shape == (len(coord), 10)
+    points = seen.cells.point.reshape(-1, 3)
+    normals = seen.cells.normal.reshape(-1, 3)
+    own: dict[tuple, list[int]] = {}
+    for i, point in enumerate(points):
+        own.setdefault(tuple(int(np.floor(x / rooms.VOXEL)) for x in point), []).append(i)
+    assert len(own) == len(coord)
+    for feature, place, voxel in zip(features.astype(np.float32), coord, sorted(own), strict=True):
+        rows = own[voxel]
+        np.testing.assert_allclose(place, points[rows].mean(0), atol=1e-5)
+        np.testing.assert_allclose(feature[3:6], normals[rows].mean(0), atol=2e-3)
+        np.testing.assert_allclose(np.expm1(feature[9]) * 8, len(rows), rtol=5e-3)
+    # The frame that Sonata expects: the floor at 0, the room centred.
+    assert coord[:, 2].min() > -1e-6 and coord[:, 2].max() < scene.room[2] + 1e-6
+    assert (np.abs(coord[:, :2]) < scene.room[:2] / 2 + 1e-6).all()
+
+
 def test_pair_relations_are_image_positions(made):
     scene, _ = made[1]
     relations = room_questions.pair_relations(scene.boxes, scene.extrinsic[0])
