@@ -77,6 +77,8 @@ def selective_scan(
         u, delta, b, c, first = x
         return selective_step(state, u, delta, A_EU, b, c, D_E, first)
 
+    # One position after the other: forward and backward of [8, 256, 128, 16] take 76 ms of a CPU
+    # core so, and 298 ms by an associative scan of each chunk, whose steps move all its states.
     def positions(state, x):
         return jax.lax.scan(position, state, x)
 

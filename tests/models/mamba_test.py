@@ -121,8 +121,9 @@ def test_mamba_of_transformers_gives_the_same_output():
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in reference.parameters():
-            # Large enough that states last and every bias and norm counts.
-            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+            # Large enough that every bias and norm counts, and no output drowns the others.
+            std = 0.4 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
     block = materialize(lambda rngs: MambaBlock(config, rngs=rngs))
     copy_mamba(reference, block)
     x = np.random.default_rng(0).standard_normal((2, 70, config.width)).astype(np.float32)
@@ -130,7 +131,7 @@ def test_mamba_of_transformers_gives_the_same_output():
         with torch.no_grad():
             expected = theirs(torch.from_numpy(x)).numpy()
         got = np.asarray(run(part, x)[0])
-        assert np.abs(expected).max() > 1
+        assert np.median(np.abs(expected)) > 0.01 * np.abs(expected).max()
         np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 

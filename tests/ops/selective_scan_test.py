@@ -175,12 +175,12 @@ def test_bfloat16_is_rounded_at_the_end_and_not_in_the_state():
     length = 512
     random = np.random.default_rng(0)
     u, b, c = (jnp.asarray(random.uniform(0.5, 1, (B, length, n)), jnp.bfloat16) for n in (E, U, U))
-    delta = jnp.full((B, length, E), 1 / 256, jnp.bfloat16)
+    delta = jnp.asarray(random.uniform(0.002, 0.006, (B, length, E)), jnp.bfloat16)
     A, D = np.full((E, U), -0.01, np.float32), np.zeros(E, np.float32)
     inputs = (u, delta, A, b, c, D, np.zeros((B, U, E), np.float32))
     y, last = scan(inputs, nowhere(length))
     assert (y.dtype, last.dtype) == (jnp.bfloat16, jnp.float32)
     exact = oracle(inputs, nowhere(length), np.zeros(y.shape), np.zeros(last.shape))[0]
-    # A state kept in bfloat16 would stop growing as soon as it is 256 times what is added.
+    # A state in bfloat16 would stop growing at 256 times what is added.
     np.testing.assert_allclose(last, exact[1], rtol=1e-5)
     np.testing.assert_allclose(y.astype(np.float32), exact[0], rtol=2**-8)
