@@ -50,7 +50,7 @@ def one_error(result: tuple[int, str, str]) -> str:
 def test_without_a_command_it_explains_itself(run):
     status, out, err = run()
     assert (status, out) == (2, "")
-    for command in ("validate", "rooms", "rgbd", "scenes", "ask"):
+    for command in ("validate", "rooms", "rgbd", "scenes", "ask", "convert"):
         assert command in err
 
 
@@ -63,6 +63,8 @@ def test_without_a_command_it_explains_itself(run):
         (["ask", "--workdir", "x"], "--scene"),
         (["scenes", "--workdir", "x", "--split", "tset"], "tset"),
         (["rgbd", "--source", "x", "--out", "y", "--grid", "3"], "--grid"),
+        (["convert", "import", "--source", "x"], "--out"),
+        (["convert"], "DIRECTION"),
         (["fly"], "fly"),
     ],
 )
