@@ -85,7 +85,7 @@ FORMATS = {
     "internvl": _internvl("internvl"),
     "internvl_chat": _internvl("internvl_chat"),
 }
-"""Model types; of a model's several, the first whose config says so is what it is saved as."""
+"""Model types. Of those that a model can be saved as, the first is transformers' own."""
 
 
 class Plan(NamedTuple):

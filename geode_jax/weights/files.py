@@ -114,5 +114,6 @@ def write_config(folder: Path, config: dict) -> None:
 def copy_companions(source: Path, target: Path) -> None:
     """Copies what belongs to a model beside its weights and sizes: tokenizer, generation."""
     for path in source.iterdir():
-        if path.suffix in _COMPANIONS and path.name not in (CONFIG, INDEX):
+        index = path.name.endswith(".index.json")
+        if path.suffix in _COMPANIONS and path.name != CONFIG and not index:
             shutil.copyfile(path, target / path.name)

@@ -50,7 +50,7 @@ def one_error(result: tuple[int, str, str]) -> str:
 def test_without_a_command_it_explains_itself(run):
     status, out, err = run()
     assert (status, out) == (2, "")
-    for command in ("validate", "rooms", "rgbd", "scenes", "ask", "evaluate"):
+    for command in ("validate", "rooms", "rgbd", "scenes", "ask", "evaluate", "convert"):
         assert command in err
 
 
@@ -66,6 +66,8 @@ def test_without_a_command_it_explains_itself(run):
         (["evaluate", "vsi"], "--predictions"),
         (["evaluate", "chess", "--predictions", "x"], "chess"),
         (["evaluate", "vsi", "--predictions", "x", "--frames", "0"], "0 is less than 1"),
+        (["convert", "import", "--source", "x"], "--out"),
+        (["convert"], "DIRECTION"),
         (["fly"], "fly"),
     ],
 )
