@@ -224,12 +224,12 @@ def _place(candidates, size, placed: np.ndarray, clearance: np.ndarray, room) ->
 
 
 def _choose_categories(rng) -> tuple[list[int], list[int]]:
-    """Categories that occur once (5 to 7 of them) and the list of those that occur 2 to 5 times."""
+    """Categories that occur once (5 or 6 of them) and the list of those that occur 2 to 5 times."""
     order = [int(category) for category in rng.permutation(len(CATEGORIES))]
     repeats = [[3, 2], [4], [5]][int(rng.integers(3))]
     many = [order.pop() for _ in repeats]
     most = MOST_OBJECTS - sum(repeats)
-    once = [order.pop() for _ in range(int(rng.integers(5, min(most, 7) + 1)))]
+    once = [order.pop() for _ in range(int(rng.integers(5, most + 1)))]
     return once, [c for c, times in zip(many, repeats, strict=True) for _ in range(times)]
 
 

@@ -296,35 +296,41 @@ def patch_tokens(
 
 def tokens(seen: Observation) -> np.ndarray:
     """`vggt/tokens` [4, 64, 76] float16 of what the cameras see."""
-    side = GRID * PIXELS
-    colour = _blocks(seen.colour, side, 2)
+    colour, contrast, slopes = _cell_looks(seen)
 
-    def cells(pixels: np.ndarray) -> np.ndarray:
-        return pixels.reshape(VIEWS, DEPTH_SIDE, DEPTH_SIDE, *pixels.shape[2:])
+    def cells(values: np.ndarray) -> np.ndarray:
+        return values.reshape(VIEWS, DEPTH_SIDE, DEPTH_SIDE, *values.shape[2:])
 
     return patch_tokens(
         point=cells(seen.cells.point),
         depth=cells(seen.cells.depth),
         normal=cells(seen.cells.normal),
-        colour=cells(colour.mean(2)),
-        contrast=cells(raycast.luminance(colour).std(2)),
-        slopes=cells(_blocks(seen.slopes, side, 2).mean(2)),
+        colour=cells(colour),
+        contrast=cells(contrast),
+        slopes=cells(slopes),
         centre=seen.patches.point.reshape(VIEWS, GRID, GRID, 3),
     )
 
 
-def point_tokens(seen: Observation) -> tuple[np.ndarray, np.ndarray]:
-    """`sonata/features` [G, 10] float16 and `sonata/coord` [G, 3] float32, see the docstring."""
+def _cell_looks(seen: Observation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean colour [V, cells, 3], contrast [V, cells], mean slopes [V, cells, 2] of 2 x 2 pixels."""
     side = GRID * PIXELS
     colour = _blocks(seen.colour, side, 2)
+    slopes = _blocks(seen.slopes, side, 2)
+    return colour.mean(2), raycast.luminance(colour).std(2), slopes.mean(2)
+
+
+def point_tokens(seen: Observation) -> tuple[np.ndarray, np.ndarray]:
+    """`sonata/features` [G, 10] float16 and `sonata/coord` [G, 3] float32, see the docstring."""
+    colour, contrast, slopes = _cell_looks(seen)
     point = seen.cells.point.reshape(-1, 3)
     parts = np.concatenate(
         [
             point,
-            colour.mean(2).reshape(-1, 3),
+            colour.reshape(-1, 3),
             seen.cells.normal.reshape(-1, 3),
-            raycast.luminance(colour).std(2).reshape(-1, 1),
-            _blocks(seen.slopes, side, 2).mean(2).reshape(-1, 2),
+            contrast.reshape(-1, 1),
+            slopes.reshape(-1, 2),
         ],
         axis=-1,
     )

@@ -176,9 +176,12 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _converted(folder: Path, model) -> str:
     """The line that closes a conversion."""
-    from geode_jax.weights.convert import count_parameters
+    from flax import nnx
 
-    return f"{folder}: {type(model).__name__}, {count_parameters(model):,} parameters"
+    from geode_jax.evaluate.efficiency import parameter_counts
+
+    count = parameter_counts(nnx.state(model))["parameters"]
+    return f"{folder}: {type(model).__name__}, {count:,} parameters"
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from geode_jax.boxes import encode_boxes
+from geode_jax.losses import Pair
 from geode_jax.models.layers import LayerNorm, Mlp
 from geode_jax.models.task_heads import BOX_CODE
 from geode_jax.shapes import Array
@@ -53,14 +54,14 @@ class Drh(nnx.Module):
         return self.box(self.norm(hidden_D)).astype(jnp.float32)
 
 
-def value_loss(codes: Array, values: Array, base_unit: Array, mask: Array) -> tuple:
+def value_loss(codes: Array, values: Array, base_unit: Array, mask: Array) -> Pair:
     """Eq. 6 on values: squared error of the codes as (sum, count) where `mask`."""
     target = encode_values(jnp.where(mask, values, 1.0), base_unit)
     error = jnp.where(mask, codes - target, 0.0)
     return jnp.sum(jnp.square(error)), jnp.sum(mask, dtype=jnp.float32)
 
 
-def box_loss(codes_8: Array, boxes_7: Array, mask: Array) -> tuple:
+def box_loss(codes_8: Array, boxes_7: Array, mask: Array) -> Pair:
     """Eq. 6 on boxes: squared error of the codes (a box of any of its names) as (sum, count)."""
     target = encode_boxes(jnp.where(mask[..., None], boxes_7, 1.0))
     error = jnp.where(mask[..., None], codes_8 - target, 0.0)

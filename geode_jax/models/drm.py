@@ -6,8 +6,8 @@
     [F_fused | (question) | M <Spatio> slots] --Mamba--> states at the slots
     --norm, projection--> E_spatio [S, M, width of the LLM]                     Sec. 2.1.2
 
-Letters of this file beside those of `shapes`: T frozen tokens of all frames, G points, F frames
-whose cameras and points the module sees, J everything 3D (F + G), M slots.
+Letters of this file beside those of `shapes`: F frames of the ViT, I tokens of each, T = F * I; V
+views whose cameras and points the module sees, G points, J = V + G everything 3D; M slots.
 """
 
 import dataclasses
@@ -74,11 +74,10 @@ def camera_code(extrinsic_34: Array, bands: int) -> jax.Array:
     return jnp.concatenate([axes, fourier_code(centre, bands)], axis=-1)
 
 
-def valid_first(x_SJD: Array, valid_SJ: Array) -> tuple[jax.Array, jax.Array]:
-    """Rows with the valid entries first, their order kept, and how many there are, int32 [S]."""
-    order = jnp.argsort(~valid_SJ, axis=1, stable=True)
-    count = jnp.sum(valid_SJ, axis=1, dtype=jnp.int32)
-    return jnp.take_along_axis(x_SJD, order[..., None], axis=1), count
+def sort_rows(x_SLD: Array, key_SL: Array) -> jax.Array:
+    """Every row's entries, those whose key is False before the others, their order kept."""
+    order = jnp.argsort(key_SL, axis=1, stable=True)
+    return jnp.take_along_axis(x_SLD, order[..., None], axis=1)
 
 
 class Drm(nnx.Module):
@@ -153,8 +152,7 @@ class Drm(nnx.Module):
         x = jnp.concatenate([*parts, slots], axis=1)
         valid = jnp.concatenate([*valid, jnp.ones((S, c.slots), bool)], axis=1)
         # What is not there goes to the front of the row, and the row begins behind it.
-        order = jnp.argsort(valid, axis=1, stable=True)
-        x = jnp.take_along_axis(x, order[..., None], axis=1)
+        x = sort_rows(x, valid)
         missing = jnp.sum(~valid, axis=1)
         first = jnp.arange(valid.shape[1]) == missing[:, None]
         with jax.named_scope("mamba"):
@@ -172,10 +170,9 @@ class Drm(nnx.Module):
         places = fourier_code(coord_SG3, c.bands)
         points = self.point(jnp.concatenate([point_SGC, places], axis=-1).astype(dtype))
         cameras = self.camera(camera_code(extrinsic, c.bands).astype(dtype))
-        context, count = valid_first(
-            jnp.concatenate([cameras, points], axis=1),
-            jnp.concatenate([jnp.asarray(camera_mask), jnp.asarray(point_mask_SG)], axis=1),
-        )
+        valid = jnp.concatenate([jnp.asarray(camera_mask), jnp.asarray(point_mask_SG)], axis=1)
+        context = sort_rows(jnp.concatenate([cameras, points], axis=1), ~valid)
         with jax.named_scope("fuse"):
             seen = self.fuse.keys(self.context_norm(context))
-            return self.fuse(flat.reshape(S, F * tokens, c.width), seen, count)
+            flat = flat.reshape(S, F * tokens, c.width)
+            return self.fuse(flat, seen, jnp.sum(valid, axis=1, dtype=jnp.int32))

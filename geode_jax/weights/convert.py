@@ -7,7 +7,7 @@ part by part: each device gets its own part of a parameter, no host or device th
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +51,7 @@ class Format(NamedTuple):
     """
 
     build: Callable
-    read: Callable[[Mapping, Any], Any]
+    read: Callable[[Mapping, Collection[str]], Any]
     write: Callable[[Any], dict]
     rules: Callable[[Any], tuple[Rule, ...]]
 
@@ -127,7 +127,7 @@ def _leaves(state: nnx.State) -> dict[str, nnx.Variable]:
 
 
 def plan(
-    folder: Path, tensors: Mapping | tuple = (), mesh: jax.sharding.Mesh | None = None
+    folder: Path, tensors: Collection[str] = (), mesh: jax.sharding.Mesh | None = None
 ) -> Plan:
     """Reads `config.json`.
 
@@ -338,8 +338,3 @@ def inspect_folder(folder: Path) -> tuple[str, list[str]]:
     count = sum(math.prod(shape) for shape in made.shapes.values())
     lines.append(f"{made.json['model_type']}: {count:,} parameters, {len(tensors.shapes)} tensors")
     return "\n".join(lines), _problems(made, tensors)
-
-
-def count_parameters(model: nnx.Module) -> int:
-    """Of a model, created or abstract."""
-    return sum(math.prod(variable.shape) for variable in _leaves(nnx.state(model)).values())

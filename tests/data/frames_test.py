@@ -1,4 +1,4 @@
-"""The frame rule of the point encoder, against definitions and SciPy-free arithmetic."""
+"""The frame rule of the point encoder, against its definition."""
 
 import numpy as np
 import pytest
