@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from geode_jax.models.decoder import Decoder, KeyValues, fan_out
-from geode_jax.models.student import Student, text_positions
+from geode_jax.models.student import Student
 from geode_jax.ops.attention import Intervals, causal
 from geode_jax.shapes import Array, Batch
 
@@ -31,11 +31,12 @@ def generate(
     prompt_SQL: Array,
     prompt_length_SQ: Array,
     *,
-    seen: list[KeyValues | None] | None,
-    seen_length_S: Array | None,
-    prompt_prefix: int,
     max_new_tokens: int,
     eos_id: int,
+    prefix_length_S: Array | None = None,
+    prompt_prefix: int | None = None,
+    seen: list[KeyValues | None] | None = None,
+    seen_length_S: Array | None = None,
 ) -> Generated:
     """Greedy answers to left-padded prompts that share their scene's prefix.
 
@@ -44,24 +45,29 @@ def generate(
         prefix: keys and values of the prefix embeddings, from `Decoder.run_prefix`.
         prompt_SQL: ids, left-padded.
         prompt_length_SQ: real ids of each prompt.
-        seen: result of `Decoder.see`.
-        seen_length_S: valid vision tokens.
-        prompt_prefix: columns of the prefix that the prompt sees; its last token, which opens the
-            answer, and the answer see all of them.
         max_new_tokens: A.
         eos_id: ends an answer.
+        prefix_length_S: valid columns of the prefix, the others stand behind them; None = all.
+        prompt_prefix: columns of the prefix that the prompt sees; its last token, which opens the
+            answer, and the answer see all that are valid. None: the prompt does too.
+        seen: result of `Decoder.see`.
+        seen_length_S: valid vision tokens.
     """
     S, Q, L = prompt_SQL.shape
     B, A = S * Q, max_new_tokens
     P = prefix[0].k.shape[2]
     pad = L - jnp.asarray(prompt_length_SQ).reshape(B)
+    before = jnp.full(B, P) if prefix_length_S is None else jnp.repeat(prefix_length_S, Q)
+    before = before[:, None].astype(jnp.int32)
     vision = {"seen": seen, "seen_length_S": seen_length_S}
-    own = causal(B, L, start=pad, prefix_end=P)
     opens = jnp.arange(L) == L - 1
+    own = causal(B, L, start=pad, prefix_end=P)
     hidden, cache = decoder.run(
         decoder.embed(jnp.asarray(prompt_SQL).reshape(B, L)),
-        text_positions(pad, L, P),
-        own._replace(prefix_end=jnp.where(opens, own.prefix_end, prompt_prefix)),
+        before + text_positions(pad, L),
+        own._replace(
+            prefix_end=jnp.where(opens, before, before if prompt_prefix is None else prompt_prefix)
+        ),
         cache=fan_out(prefix, Q, L + A),
         offset=P,
         **vision,
@@ -72,11 +78,10 @@ def generate(
         token = jnp.argmax(decoder.logits(last), axis=-1).astype(jnp.int32)
         token = jnp.where(done, eos_id, token)
         column = P + L + i
-        one = jnp.ones((B, 1), jnp.int32)
         hidden, cache = decoder.run(
             decoder.embed(token[:, None]),
-            (column - pad)[:, None],
-            Intervals(P * one, P + pad[:, None], (column + 1) * one),
+            before + (L + i - pad)[:, None],
+            Intervals(before, P + pad[:, None], jnp.full((B, 1), column + 1)),
             cache=cache,
             offset=column,
             **vision,
@@ -99,6 +104,12 @@ def generate(
     return Generated(tokens.reshape(S, Q, A), states.reshape(S, Q, A, -1))
 
 
+def text_positions(pad_B: Array, columns: int) -> jax.Array:
+    """Positions [B, columns] of left-padded rows, 0 for the first real token and before it."""
+    column = jnp.arange(columns, dtype=jnp.int32)
+    return jnp.maximum(column - pad_B[:, None], 0)
+
+
 def answer(student: Student, batch: Batch, *, eos_id: int) -> tuple[Generated, jax.Array]:
     """The student's greedy answers to a batch's questions, at most A tokens each.
 
@@ -112,10 +123,10 @@ def answer(student: Student, batch: Batch, *, eos_id: int) -> tuple[Generated, j
         scene.prefix,
         batch.question_SQL,
         batch.question_length_SQ,
-        seen=scene.seen,
-        seen_length_S=scene.seen_length_S,
-        prompt_prefix=student.config.vision_prefix,
         max_new_tokens=batch.answer_SQA.shape[-1],
         eos_id=eos_id,
+        prompt_prefix=student.config.vision_prefix,
+        seen=scene.seen,
+        seen_length_S=scene.seen_length_S,
     )
     return generated, jnp.argmax(student.thinking_logits(scene), axis=-1)

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from geode_jax.models.decoder import Decoder, DecoderConfig, KeyValues, fan_out
+from geode_jax.models.decoder import Decoder, DecoderConfig, KeyValues
 from geode_jax.models.layers import LayerNorm, Mlp, Projection, param
+from geode_jax.models.packed import pick, read_packed
 from geode_jax.models.task_heads import (
     DepthHead,
     DetectionHead,
@@ -196,38 +197,20 @@ class Student(nnx.Module):
             does not see T, its encoding [S, Q, D] (its last state) and the states [S, Q, O, D] at
             the names of the objects it is about.
         """
-        S, M, R = batch.packed_SMR.shape
         P = self.config.prefix_length
-        tokens, position, start, of_answer = (
-            jnp.asarray(x).reshape(S * M, R)
-            for x in (
-                batch.packed_SMR,
-                batch.packed_position_SMR,
-                batch.packed_start_SMR,
-                batch.packed_answer_SMR,
-            )
-        )
-        end = jnp.broadcast_to(P + 1 + jnp.arange(R, dtype=jnp.int32), tokens.shape)
-        hidden, _ = self.decoder.run(
-            self.decoder.embed(tokens),
-            P + position,
-            Intervals(jnp.where(of_answer, P, self.config.vision_prefix), P + start, end),
-            cache=fan_out(scene.prefix, M),
-            offset=P,
+        hidden = read_packed(
+            self.decoder,
+            batch,
+            scene.prefix,
+            jnp.full(len(scene.seen_length_S), P, jnp.int32),
+            jnp.where(batch.packed_answer_SMR, P, self.config.vision_prefix),
             seen=scene.seen,
             seen_length_S=scene.seen_length_S,
         )
-        hidden = hidden.reshape(S, M * R, -1)
-
-        def pick(column):
-            flat = jnp.maximum(jnp.asarray(column), 0).reshape(S, -1, 1)
-            taken = jnp.take_along_axis(hidden, flat, axis=1)
-            return taken.reshape(*column.shape, hidden.shape[-1])
-
         return (
-            pick(batch.answer_column_SQA),
-            pick(batch.encoding_column_SQ),
-            pick(batch.object_column_SQO),
+            pick(hidden, batch.answer_column_SQA),
+            pick(hidden, batch.encoding_column_SQ),
+            pick(hidden, batch.object_column_SQO),
         )
 
     def patch_logits(self, z_SVPD: Array) -> jax.Array:
@@ -267,9 +250,3 @@ class Student(nnx.Module):
                 features_SVPF=features,
                 spatial=self.spatial_head(encoding, names),
             )
-
-
-def text_positions(pad_B: Array, columns: int, prefix: int) -> jax.Array:
-    """Rotary positions [B, columns] of left-padded rows: real tokens follow the prefix."""
-    column = jnp.arange(columns, dtype=jnp.int32)
-    return prefix + jnp.maximum(column - pad_B[:, None], 0)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from geode_jax.inference.generate import text_positions
 from geode_jax.losses import TERMS
 from geode_jax.models.decoder import fan_out
-from geode_jax.models.student import text_positions
 from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig, term_of
 from geode_jax.ops.attention import causal
 from tests.tiny_models import (
@@ -100,7 +100,7 @@ def unpacked(student, batch):
     asks = jnp.arange(columns) < L - 1  # before bos
     states, _ = student.decoder.run(
         rows,
-        text_positions(pad, columns, prefix),
+        prefix + text_positions(pad, columns),
         own._replace(prefix_end=jnp.where(asks, STUDENT.vision_prefix, own.prefix_end)),
         cache=fan_out(scene.prefix, Q, columns),
         offset=prefix,

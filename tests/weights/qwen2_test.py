@@ -35,9 +35,6 @@ def say(model, prompt_QL, length_Q):
         model.no_prefix(1),
         prompt_QL[None],
         length_Q[None],
-        seen=None,
-        seen_length_S=None,
-        prompt_prefix=0,
         max_new_tokens=NEW,
         eos_id=NEVER,
     ).tokens_SQA[0]
@@ -198,9 +195,6 @@ def test_a_pretrained_model_tells_its_story(data_root, tmp_path):
             model.no_prefix(1),
             np.full((1, 1, 1), first, np.int32),
             np.ones((1, 1), np.int32),
-            seen=None,
-            seen_length_S=None,
-            prompt_prefix=0,
             max_new_tokens=len(rest),
             eos_id=NEVER,
         ).tokens_SQA[0, 0]

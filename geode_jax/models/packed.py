@@ -1,0 +1,60 @@
+"""Reading the packed questions of a scene behind the prefix they share; see `data.packing`."""
+
+import jax
+import jax.numpy as jnp
+
+from geode_jax.models.decoder import Decoder, KeyValues, fan_out
+from geode_jax.ops.attention import Intervals
+from geode_jax.shapes import Array, Batch
+
+
+def read_packed(
+    decoder: Decoder,
+    batch: Batch,
+    prefix: list[KeyValues],
+    prefix_length_S: Array,
+    sees_SMR: Array,
+    *,
+    seen: list[KeyValues | None] | None = None,
+    seen_length_S: Array | None = None,
+) -> jax.Array:
+    """Hidden states [S, M * R, D] of all questions of the scenes with their answers, at once.
+
+    Args:
+        decoder: the trunk.
+        batch: its packed text.
+        prefix: keys and values of the prefix embeddings, from `Decoder.run_prefix`.
+        prefix_length_S: valid columns of the prefix; the text's positions follow them.
+        sees_SMR: how many columns of the prefix each token sees, int32.
+        seen: result of `Decoder.see`.
+        seen_length_S: valid vision tokens.
+    """
+    S, M, R = batch.packed_SMR.shape
+    P = prefix[0].k.shape[2]
+    tokens, position, start, sees = (
+        jnp.asarray(x).reshape(S * M, R)
+        for x in (
+            batch.packed_SMR,
+            batch.packed_position_SMR,
+            batch.packed_start_SMR,
+            sees_SMR,
+        )
+    )
+    end = jnp.broadcast_to(P + 1 + jnp.arange(R, dtype=jnp.int32), tokens.shape)
+    hidden, _ = decoder.run(
+        decoder.embed(tokens),
+        jnp.repeat(prefix_length_S, M)[:, None] + position,
+        Intervals(sees, P + start, end),
+        cache=fan_out(prefix, M),
+        offset=P,
+        seen=seen,
+        seen_length_S=seen_length_S,
+    )
+    return hidden.reshape(S, M * R, -1)
+
+
+def pick(hidden_SLD: Array, column: Array) -> jax.Array:
+    """States at flat columns [S, ...] of a scene's rows, [S, ..., D]; -1 gives some state."""
+    flat = jnp.maximum(jnp.asarray(column), 0).reshape(len(column), -1, 1)
+    taken = jnp.take_along_axis(hidden_SLD, flat, axis=1)
+    return taken.reshape(*column.shape, hidden_SLD.shape[-1])
