@@ -3,8 +3,12 @@
     frozen ViT tokens --own projection--> F_2D [S, T, D]
     point features + Fourier code of their places, camera poses --own projections--> F_3D
     F_fused = F_2D + cross-attention(queries F_2D, keys and values F_3D)        Sec. 2.1.1
-    [F_fused | (question) | M <Spatio> slots] --Mamba--> states at the slots
-    --norm, projection--> E_spatio [S, M, width of the LLM]                     Sec. 2.1.2
+    [F_fused | (question)] --Mamba--> F_ST                                      Sec. 2.1.1
+    M learned <Spatio> queries --attention to F_ST--> projection--> E_spatio    Sec. 2.1.2
+
+The paper leaves open how M tokens come out of F_ST. Slots at the end of Mamba's row would have to
+find what they are about in its 16 states: on rooms they learned nothing in the steps in which
+queries learned presence, place and size of every category.
 
 Letters of this file beside those of `shapes`: F frames of the ViT, I tokens of each, T = F * I; V
 views whose cameras and points the module sees, G points, J = V + G everything 3D; M slots.
@@ -111,7 +115,11 @@ class Drm(nnx.Module):
             )
         mamba = MambaConfig(width=c.width, layers=c.layers)
         self.mamba = nnx.List(MambaBlock(mamba, rngs=rngs) for _ in range(c.layers))
-        self.norm = RMSNorm(c.width, eps=1e-5)
+        self.state_norm = RMSNorm(c.width, eps=1e-5)
+        self.readout = CrossAttention(attention, rngs=rngs)
+        self.mlp_norm = LayerNorm(c.width)
+        self.mlp = Mlp(c.width, 2 * c.width, c.width, rngs=rngs)
+        self.norm = LayerNorm(c.width)
         self.project = Projection((c.width,), (c.llm_width,), ("embed", None), bias=True, rngs=rngs)
 
     def __call__(
@@ -126,8 +134,8 @@ class Drm(nnx.Module):
         question_SLD: Array | None = None,
         question_mask_SL: Array | None = None,
     ) -> jax.Array:
-        """E_spatio [S, M, llm_width]. Slot m sees the slots before it, so its first m are those of
-        a module with m slots (Table 3 varies M at inference on one checkpoint).
+        """E_spatio [S, M, llm_width]. No slot sees another, so the first m are those of a module
+        with m slots (Table 3 varies M at inference on one checkpoint).
 
         Args:
             visual_SFIC: I frozen ViT tokens of each frame.
@@ -144,21 +152,22 @@ class Drm(nnx.Module):
         fused = self._fused(
             visual_SFIC, point_SGC, coord_SG3, point_mask_SG, extrinsic_SV34, camera_mask_SV
         )
-        slots = jnp.broadcast_to(self.slots[...].astype(fused.dtype), (S, c.slots, c.width))
-        parts, valid = [fused], [jnp.repeat(jnp.asarray(visual_mask_SF), tokens, axis=1)]
+        valid = jnp.repeat(jnp.asarray(visual_mask_SF), tokens, axis=1)
         if c.condition_on_question:
-            parts.append(self.question(question_SLD.astype(fused.dtype)))
-            valid.append(jnp.asarray(question_mask_SL))
-        x = jnp.concatenate([*parts, slots], axis=1)
-        valid = jnp.concatenate([*valid, jnp.ones((S, c.slots), bool)], axis=1)
-        # What is not there goes to the front of the row, and the row begins behind it.
-        x = sort_rows(x, valid)
-        missing = jnp.sum(~valid, axis=1)
-        first = jnp.arange(valid.shape[1]) == missing[:, None]
+            question = self.question(question_SLD.astype(fused.dtype))
+            fused = jnp.concatenate([fused, question], axis=1)
+            valid = jnp.concatenate([valid, jnp.asarray(question_mask_SL)], axis=1)
+        # Mamba reads from left to right: what is not there does no harm at the end of the row.
+        x = sort_rows(fused, ~valid)
         with jax.named_scope("mamba"):
             for block in self.mamba:
-                x, _ = block(x, None, first)
-        return self.project(self.norm(x[:, -c.slots :]))
+                x, _ = block(x)
+        with jax.named_scope("readout"):
+            states = self.readout.keys(self.state_norm(x))
+            slots = jnp.broadcast_to(self.slots[...].astype(x.dtype), (S, c.slots, c.width))
+            slots = self.readout(slots, states, jnp.sum(valid, axis=1, dtype=jnp.int32))
+            slots = slots + self.mlp(self.mlp_norm(slots))
+        return self.project(self.norm(slots))
 
     def _fused(self, visual_SFIC, point_SGC, coord_SG3, point_mask_SG, extrinsic, camera_mask):
         """F_fused [S, F * I, D] = F_2D + cross-attention to points and cameras (Sec. 2.1.1)."""

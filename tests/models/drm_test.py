@@ -1,4 +1,4 @@
-"""The rationale module: what is padding is nobody's word, and slots see only the slots before."""
+"""The rationale module: what is padding is nobody's word, and no slot sees another."""
 
 import dataclasses
 from typing import NamedTuple

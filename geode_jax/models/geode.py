@@ -1,0 +1,140 @@
+"""GEODE (Fig. 2): InternVL reads the frames, the rationale module the room, control tokens a value.
+
+    frames --frozen InternViT--> features --projector--> visual tokens
+                                 features, points, cameras --DRM--> E_spatio   (Sec. 2.1)
+    [E_spatio][visual tokens] --decoder--> keys and values of the prefix, once for a scene
+    [question][bos][answer] --decoder (sees the prefix)--> text; at <REG>, <3DBBOX> --DRH--> (eq. 5)
+
+Which parts stand in the prefix is the stage's: E_spatio alone in stage 1 (eq. 4), the visual tokens
+alone where there is no rationale module (Table 4), nothing for the blind baseline.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from geode_jax.models.decoder import KeyValues
+from geode_jax.models.drh import Drh
+from geode_jax.models.drm import Drm, DrmConfig
+from geode_jax.models.internvl import InternVL, InternVLConfig
+from geode_jax.models.layers import Projection
+from geode_jax.models.layout import LayoutEncoder
+from geode_jax.models.packed import read_packed
+from geode_jax.shapes import Array, Batch
+
+Part = Literal["layout", "spatio", "visual"]
+"""What may stand in the prefix, in this order."""
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class GeodeConfig:
+    """Sizes of the parts.
+
+    Attributes:
+        vlm: vision encoder, projector and decoder.
+        drm: the rationale module; None is Table 4's model without it.
+        drh_width: inner width of the regression head; 0 is Table 4's model that writes numbers as
+            text.
+        categories, views: of the export, for what stands in for pretrained parts on a laptop, the
+            layout encoder and the classifier of patches; 0 categories: there is none.
+    """
+
+    vlm: InternVLConfig
+    drm: DrmConfig | None
+    drh_width: int
+    categories: int = 0
+    views: int = 0
+
+
+class Prefix(NamedTuple):
+    """What all questions of a scene see.
+
+    Attributes:
+        keys: keys and values of its columns.
+        length_S: how many columns are valid; the others stand behind them.
+    """
+
+    keys: list[KeyValues]
+    length_S: Array
+
+
+class Geode(nnx.Module):
+    """See the module's docstring."""
+
+    def __init__(self, config: GeodeConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        self.vlm = InternVL(c.vlm, rngs=rngs)
+        self.drm = None if c.drm is None else Drm(c.drm, rngs=rngs)
+        width, seen = c.vlm.decoder.width, c.vlm.vision.width
+        self.drh = Drh(width, c.drh_width, rngs=rngs) if c.drh_width else None
+        self.layout = self.patch_classifier = None
+        if c.categories:
+            self.layout = LayoutEncoder(c.categories, c.views, width, rngs=rngs)
+            self.patch_classifier = Projection(
+                (seen,), (c.categories + 1,), ("embed", None), bias=True, rngs=rngs
+            )
+
+    def features(self, batch: Batch) -> jax.Array:
+        """The encoder's hidden states of all frames, [S, V, 1 + P, width]."""
+        images = jnp.asarray(batch.image_SVhw3)
+        S, V, *rest = images.shape
+        pixels = images.reshape(S * V, *rest).astype(jnp.float32) / 255
+        pixels = (pixels - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
+        with jax.named_scope("vision"):
+            hidden = self.vlm.vision(pixels)
+        return hidden.reshape(S, V, *hidden.shape[1:])
+
+    def patch_logits(self, batch: Batch) -> jax.Array:
+        """Category logits [S, V, P, categories + 1] of the patches; the last class is "none"."""
+        return self.patch_classifier(self.features(batch)[:, :, 1:]).astype(jnp.float32)
+
+    def rationale(self, batch: Batch) -> jax.Array:
+        """E_spatio [S, M, D], see `Drm`."""
+        with jax.named_scope("drm"):
+            return self.drm(*self.drm_inputs(batch))
+
+    def drm_inputs(self, batch: Batch) -> tuple[Array, ...]:
+        """What the rationale module reads of a scene, in its order."""
+        return (
+            jax.lax.stop_gradient(self.features(batch))[:, :, 1:],
+            batch.view_mask_SV,
+            batch.point_SGC,
+            batch.coord_SG3,
+            batch.point_mask_SG,
+            batch.extrinsic_SV34,
+            batch.view_mask_SV,
+        )
+
+    def prefix(self, batch: Batch, parts: tuple[Part, ...]) -> Prefix:
+        """Runs the parts, in the order of `Part`, through the decoder."""
+        S, V = batch.view_mask_SV.shape
+        columns, length_S = [], jnp.zeros(S, jnp.int32)
+        if "layout" in parts:
+            columns.append(self.layout(batch))
+        if "spatio" in parts:
+            columns.append(self.rationale(batch))
+        length_S += sum(x.shape[1] for x in columns)
+        if "visual" in parts:
+            hidden = jax.lax.stop_gradient(self.features(batch))
+            seen = self.vlm.projector(hidden.reshape(S * V, *hidden.shape[2:]))
+            columns.append(seen.reshape(S, -1, seen.shape[-1]))
+            # Padding views stand last.
+            views_S = jnp.sum(batch.view_mask_SV, axis=1, dtype=jnp.int32)
+            length_S += views_S * seen.shape[1]
+        decoder = self.vlm.decoder
+        if not columns:
+            return Prefix(decoder.no_prefix(S), length_S)
+        dtype = decoder.config.dtype
+        x = jnp.concatenate([part.astype(dtype) for part in columns], axis=1)
+        return Prefix(decoder.run_prefix(x, None, None)[1], length_S)
+
+    def read(self, batch: Batch, prefix: Prefix) -> jax.Array:
+        """States [S, M * R, D] of the packed questions and answers, see `packed.read_packed`."""
+        sees = jnp.broadcast_to(prefix.length_S[:, None, None], batch.packed_SMR.shape)
+        return read_packed(self.vlm.decoder, batch, prefix.keys, prefix.length_S, sees)
