@@ -182,9 +182,8 @@ class Pipeline:
         steps_per_epoch: after so many steps every scene was seen once (up to S - 1 scenes of an
             epoch's order are left to the next one).
         dropped: counts of what is not trained on: `kind <name>` not asked for (or, without control
-            tokens, answered by a box), `no <field>`,
-            `question too long`, `answer too long`, `boxes beyond max_boxes`, `bad question`,
-            `bad scene`.
+            tokens, answered by a box), `no <field>`, `question too long`, `answer too long`,
+            `longer than a packed row`, `boxes beyond max_boxes`, `bad question`, `bad scene`.
         bad_scenes: scene id -> what is wrong with it, as met so far.
         max_question_length, max_answer_length: the longest of the split (of the kinds asked for),
             bos and eos included, what does not fit among them.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from geode_jax.data.control import BASE_UNIT, BOX, REG, base_unit, control_of
-from geode_jax.data.exports import NUMERIC_KINDS, RELATIONS
+from geode_jax.data.exports import RELATIONS
 from geode_jax.data.packing import lay_out
 from geode_jax.data.prompts import prompt
 from geode_jax.data.raycast import box_gaps
@@ -104,7 +104,7 @@ def stack_questions(
         for name, probability in record.get("relation", {}).items():
             arrays["relations"][i, RELATIONS.index(name)] = probability
             arrays["relations_mask"][i, RELATIONS.index(name)] = True
-        if "value" in record or record["kind"] in NUMERIC_KINDS:
+        if control_of(record) == REG:
             arrays["value"][i] = record.get("value", record["answer"])
             arrays["value_mask"][i] = True
         # Without control tokens nobody regresses: an unknown unit does no harm then.

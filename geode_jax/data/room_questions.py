@@ -357,7 +357,7 @@ def _object_box(ask: _Asker) -> Iterator[dict]:
         rationale = (
             f"From the middle of the room, the {name} stands {_metres(abs(x))} to the "
             f"{'east' if x > 0 else 'west'} and {_metres(abs(y))} to the "
-            f"{'north' if y > 0 else 'south'}, its centre {_metres(z)} above the floor. "
+            f"{'north' if y > 0 else 'south'}, its center {_metres(z)} above the floor. "
             f"It is {length} centimeters long, {width} centimeters wide and {height} centimeters "
             f"high, and turned by {round(np.degrees(yaw))} degrees."
         )

@@ -265,7 +265,7 @@ def reply_object_box(room, record):
     assert re.fullmatch(r"(-?\d+\.\d\d ?){7}", record["answer"]) and "-0.00" not in record["answer"]
     pattern = (
         rf"From the middle of the room, the {name} stands (.+) meters to the (east|west) and (.+) "
-        r"meters to the (north|south), its centre (.+) meters above the floor\. It is (\d+) "
+        r"meters to the (north|south), its center (.+) meters above the floor\. It is (\d+) "
         r"centimeters long, (\d+) centimeters wide and (\d+) centimeters high, and turned by "
         r"(-?\d+) degrees\."
     )
