@@ -96,6 +96,7 @@ def base() -> ml_collections.ConfigDict:
                 "export": "",
                 "rooms_scenes": 8000,
                 "rooms_seed": 0,
+                "rooms_images": 0,  # side in pixels of the rooms' pictures; 0 = none
                 "rgbd": "",
                 "rgbd_intrinsic": (),  # fx, fy, cx, cy where the folder has no intrinsic/
                 "rgbd_depth_scale": 1000.0,  # depth values a metre

@@ -12,6 +12,7 @@ import jax
 import ml_collections
 from flax import nnx
 
+from geode_jax.data.control import BOX, control_of
 from geode_jax.data.exports import Export
 from geode_jax.data.pipeline import Pipeline, PipelineConfig, measure_lengths
 from geode_jax.data.prompts import prompt
@@ -94,9 +95,9 @@ _POSITIVE = (lambda value, _: 0 < value < float("inf"), "positive")
 
 _RULES = (
     (
-        "seed data.question_length data.answer_length model.thinking_tokens model.detection_layers "
-        "optimizer.warmup_steps optimizer.weight_decay optimizer.final_fraction train.steps "
-        "train.patience train.max_skipped eval.examples",
+        "seed data.rooms_images data.question_length data.answer_length model.thinking_tokens "
+        "model.detection_layers optimizer.warmup_steps optimizer.weight_decay "
+        "optimizer.final_fraction train.steps train.patience train.max_skipped eval.examples",
         *_at_least(0),
     ),
     (
@@ -113,6 +114,11 @@ _RULES = (
     ("model.dtype", *_one_of(("float32", "bfloat16", "float16"))),
     ("loss.weights", *_one_of(("uncertainty", "static"))),
     ("optimizer.name", *_one_of(("adamw", "muon"))),
+    (
+        "data.vision",
+        lambda v, c: v != "images" or c.system != "hidden_cot",
+        "what the student sees, vggt/tokens or teacher/features",
+    ),
     ("eval.reference", *_one_of(("truth", "teacher"))),
     ("loss.terms", lambda v, _: v and set(v) <= set(TERMS), f"some of {', '.join(TERMS)}"),
     ("loss.log_variance_bounds", lambda v, _: len(v) == 2 and v[0] < v[1], "two, the lower first"),
@@ -168,7 +174,9 @@ def prepare_export(data: ml_collections.ConfigDict) -> Path:
                 depth_scale=data.rgbd_depth_scale,
             )
         elif data.export == "rooms":
-            make_rooms(folder, scenes=data.rooms_scenes, seed=data.rooms_seed)
+            make_rooms(
+                folder, scenes=data.rooms_scenes, seed=data.rooms_seed, images=data.rooms_images
+            )
     elif data.export == "rooms" and not data.rgbd:
         producer = Export(folder).manifest["producer"]
         if producer != PRODUCER:
@@ -186,14 +194,18 @@ def export_folder(data: ml_collections.ConfigDict) -> Path:
         # Folders of the same name, other options, another converter: other exports.
         return Path(data.root) / f"rgbd_{source.name}_{zlib.crc32(what.encode()):08x}"
     if data.export == "rooms":
-        return Path(data.root) / f"rooms_{data.rooms_scenes}_s{data.rooms_seed}"
+        pictures = f"_i{data.rooms_images}" if data.rooms_images else ""
+        return Path(data.root) / f"rooms_{data.rooms_scenes}_s{data.rooms_seed}{pictures}"
     if not data.export:
         raise UserError("config: data.export: this size trains on your export; name its folder")
     return Path(data.export)
 
 
 def prepare_tokenizer(config, export: Export, workdir: Path) -> Tokenizer:
-    """The run's tokenizer: the folder in the config, or one trained on the training questions."""
+    """The run's tokenizer: the folder in the config, or one trained on the training questions.
+
+    Those that are answered by a box are not asked, and so not learned from.
+    """
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
     folder = workdir / "tokenizer"
@@ -203,7 +215,7 @@ def prepare_tokenizer(config, export: Export, workdir: Path) -> Tokenizer:
     train = set(export.scene_ids("train"))
     texts = []
     for record in export.questions():
-        if record["scene_id"] in train:
+        if record["scene_id"] in train and control_of(record) != BOX:
             texts += [prompt(record), " " + record["answer"]]
     count = min(MIN_PIECE_COUNT, max(2, len(texts) // 1000))
     tokenizer = train_tokenizer(texts, export.categories, min_count=count)

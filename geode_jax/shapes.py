@@ -5,7 +5,7 @@ Dimension key (suffixes of names and letters of einsum strings):
 | letter | meaning | letter | meaning |
 |---|---|---|---|
 | S | scenes in a batch | D | model width |
-| Q | questions per scene | H | heads (G = key/value heads) |
+| Q | questions per scene | H | heads (G = key/value heads; of a scene: its points) |
 | V | views | E | head width |
 | P | patches per view, row-major | K | thinking tokens |
 | C | vision token width | W | feed-forward width |
@@ -62,6 +62,11 @@ class Batch:
     points_mask_SVP: Array  # bool
     extrinsic_SV34: Array  # float32 camera-from-world
     intrinsic_SV33: Array  # float32 pixels of the patch grid (gh, gw), integer patch centres
+    # Of size zero unless the model sees images; then vision_SVPC is of width 0.
+    image_SVhw3: Array  # uint8, `images`; 0 in padding views
+    point_SGC: Array  # float32, `sonata/features`
+    coord_SG3: Array  # float32 metres, `sonata/coord`
+    point_mask_SG: Array  # bool, False = padding point
 
     # Dense and object supervision of a scene.
     target_depth_SVhw: Array  # float32 metres, 0 = unknown; (h, w) = (gh * r, gw * r)
@@ -90,6 +95,9 @@ class Batch:
     teacher_relations_mask_SQR: Array  # bool
     value_SQ: Array  # float32 numeric answer in the question's unit
     value_mask_SQ: Array  # bool
+    base_unit_SQ: Array  # float32, one of the question's unit in the unit that is regressed
+    box_SQ7: Array  # float32 box that answers the question
+    box_mask_SQ: Array  # bool, all False in pipelines without control tokens
 
     # The same questions packed for training, see `data.packing`.
     packed_SMR: Array  # int32 token ids

@@ -140,6 +140,13 @@ def tiny_batch(scenes: int = 2, questions: int = 3, seed: int = 0) -> Batch:
         teacher_relations_mask_SQR=mask(6),
         value_SQ=random.uniform(0.5, 9, (S, Q)).astype(np.float32),
         value_mask_SQ=np.broadcast_to(asked, (S, Q)),
+        base_unit_SQ=np.ones((S, Q), np.float32),
+        box_SQ7=np.zeros((S, Q, 7), np.float32),
+        box_mask_SQ=np.zeros((S, Q), bool),
+        image_SVhw3=np.zeros((S, V, 0, 0, 3), np.uint8),
+        point_SGC=np.zeros((S, 0, 0), np.float32),
+        coord_SG3=np.zeros((S, 0, 3), np.float32),
+        point_mask_SG=np.zeros((S, 0), bool),
         topk_id_SQAk=random.permuted(np.tile(np.arange(X), (S, Q, ANSWER, 1)), axis=-1)[
             ..., :3
         ].astype(np.int32),

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from geode_jax.data.control import BOX
 from geode_jax.data.exports import Export, ExportError
 from geode_jax.data.packing import pack
 from geode_jax.data.prompts import prompt
@@ -26,13 +27,18 @@ from geode_jax.data.question_arrays import (
     lay_out_questions,
     stack_questions,
 )
-from geode_jax.data.question_records import open_question_records, question_lengths
+from geode_jax.data.question_records import (
+    ANSWER_FIELDS,
+    answer_lengths,
+    open_question_records,
+    question_lengths,
+)
 from geode_jax.data.scene_arrays import (
-    SCENE_TENSORS,
     SceneShapes,
     batch_rows,
     empty_rows,
     export_sizes,
+    scene_tensors,
     stack_rows,
 )
 from geode_jax.data.tokens import Tokenizer
@@ -56,13 +62,16 @@ class PipelineConfig:
         max_boxes: N.
         rows_per_scene, row_length: M and R of the packed text; as many of the Q drawn questions as
             fit are asked, in the order they were drawn.
-        vision: the tensor the student sees, "vggt/tokens" or "teacher/features".
+        vision: the tensor the model sees: "vggt/tokens" or "teacher/features" (the student), or
+            "images", with which come the points of `sonata/features` where there are some.
         seed: of the order of scenes and the draw of questions, >= 0.
         workers: processes that make batches; 0 makes them in a thread of this process.
         on_bad_scene: "stop" raises at a scene that breaks the contract, "skip" counts it and puts
             the epoch's next good scene in its place.
-        answer_field: "answer", or "teacher_answer" to learn from and score against the teacher;
-            questions without it are left out and counted.
+        answer_field: "answer", or "teacher_answer" to learn from and score against the teacher, or
+            "rationale"; questions without it are left out and counted.
+        controls: ids of `<REG>` and `<3DBBOX>`: an "answer" that is a number or a box is one of
+            them. Without them, questions that are answered by a box are left out and counted.
         kind_weights: how much more likely a kind is drawn than one of weight 1; 0 never.
         depth_ratio: r; target depth is [gh * r, gw * r].
     """
@@ -80,6 +89,7 @@ class PipelineConfig:
     workers: int = 0
     on_bad_scene: str = "stop"
     answer_field: str = "answer"
+    controls: tuple[int, int] | None = None
     kind_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     depth_ratio: int = 2
 
@@ -100,13 +110,15 @@ class PipelineConfig:
             if getattr(self, name) < least:
                 raise UserError(f"data: {name}: {getattr(self, name)} is less than {least}")
         choices = {
-            "vision": ("vggt/tokens", "teacher/features"),
+            "vision": ("vggt/tokens", "teacher/features", "images"),
             "on_bad_scene": ("stop", "skip"),
-            "answer_field": ("answer", "teacher_answer"),
+            "answer_field": ANSWER_FIELDS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"data: {name}: {getattr(self, name)!r} is not one of {allowed}")
+        if self.controls and len(set(self.controls)) != 2:
+            raise UserError(f"data: controls: {self.controls} are not two different ids")
         for kind, weight in self.kind_weights.items():
             if not 0 <= weight < float("inf"):
                 raise UserError(f"data: kind_weights: {kind}: {weight} is no weight >= 0")
@@ -129,6 +141,7 @@ def measure_lengths(
     kinds: Sequence[str] | None = None,
     answer_field: str = "answer",
     on_bad_scene: str = "stop",
+    controls: tuple[int, int] | None = None,
 ) -> dict[str, LengthSummary]:
     """How long questions and answers are, to choose Lq and La by.
 
@@ -138,20 +151,23 @@ def measure_lengths(
         split: which scenes.
         kinds: only these; None for all.
         answer_field: whose lengths `answer_*` are; questions without it are not counted.
-        on_bad_scene: as in `PipelineConfig`.
+        on_bad_scene, controls: as in `PipelineConfig`; what it leaves out is not counted.
 
     Returns:
         Kind -> summary, and "all" -> that of all kinds together; empty without a question.
     """
     lengths = question_lengths(open_question_records(export, on_bad_scene), split, tokenizer)
-    keep = lengths[answer_field] > 0
+    answer = answer_lengths(lengths, answer_field, bool(controls))
+    keep = answer > 0
+    if not controls:
+        keep &= lengths["control"] != BOX
     if kinds is not None:
         keep &= np.isin(lengths["kind"], list(kinds))
     names = sorted(set(lengths["kind"][keep].tolist()))
     summaries = {}
     for name in [*names, "all"] if names else []:
         chosen = keep if name == "all" else keep & (lengths["kind"] == name)
-        q, a = lengths["question"][chosen], lengths[answer_field][chosen]
+        q, a = lengths["question"][chosen], answer[chosen]
         p999 = [int(np.ceil(np.percentile(x, 99.9))) for x in (q, a)]
         summaries[name] = LengthSummary(len(q), p999[0], int(q.max()), p999[1], int(a.max()))
     return summaries
@@ -165,9 +181,9 @@ class Pipeline:
     Attributes:
         steps_per_epoch: after so many steps every scene was seen once (up to S - 1 scenes of an
             epoch's order are left to the next one).
-        dropped: counts of what is not trained on: `kind <name>` not asked for, `no <field>`,
-            `question too long`, `answer too long`, `boxes beyond max_boxes`, `bad question`,
-            `bad scene`.
+        dropped: counts of what is not trained on: `kind <name>` not asked for (or, without control
+            tokens, answered by a box), `no <field>`, `question too long`, `answer too long`,
+            `longer than a packed row`, `boxes beyond max_boxes`, `bad question`, `bad scene`.
         bad_scenes: scene id -> what is wrong with it, as met so far.
         max_question_length, max_answer_length: the longest of the split (of the kinds asked for),
             bos and eos included, what does not fit among them.
@@ -196,7 +212,7 @@ class Pipeline:
         self._records = open_question_records(export, config.on_bad_scene)
         self.dropped += Counter({"bad question": len(self._records.dropped)})
         self._choose_questions(kinds)
-        sizes = export_sizes(export)
+        sizes = export_sizes(export, config.vision)
         self.logits_left_out = self._why_no_logits() if sizes.topk else ""
         self.shapes = SceneShapes(
             views=sizes.views,
@@ -210,6 +226,9 @@ class Pipeline:
             depth_bins=sizes.depth_bins,
             topk=0 if self.logits_left_out else sizes.topk,
             vision=config.vision,
+            image=sizes.image,
+            points=sizes.points,
+            point_width=sizes.point_width,
         )
         beyond = [max(sizes.box_counts[i] - config.max_boxes, 0) for i in self._scene_ids]
         self.dropped += Counter({"boxes beyond max_boxes": sum(beyond)})
@@ -229,9 +248,11 @@ class Pipeline:
     def _token_width(self, sizes) -> int:
         if self.config.vision == "vggt/tokens":
             return self._export.token_width
-        if not sizes.features:
-            raise UserError(f"{self._export.folder}: no scene has teacher/features to train on")
-        return sizes.features
+        images = self.config.vision == "images"
+        if not (sizes.image[0] if images else sizes.features):
+            missing = f"no scene has {self.config.vision} to train on"
+            raise UserError(f"{self._export.folder}: {missing}")
+        return 0 if images else sizes.features
 
     def _camera_width(self, sizes) -> int:
         # Camera tokens are VGGT's; another encoder's features do not come with them.
@@ -242,7 +263,9 @@ class Pipeline:
         """Sets the scenes and which of their questions are used, and counts the others."""
         config = self.config
         lengths = question_lengths(self._records, self.split, self._tokenizer)
-        kind, answer = lengths["kind"], lengths[config.answer_field]
+        kind = lengths["kind"]
+        answer = answer_lengths(lengths, config.answer_field, bool(config.controls))
+        boxes = lengths["control"] == BOX
         keep = np.ones(len(kind), bool)
 
         def drop(reason: str, bad: np.ndarray) -> None:
@@ -253,6 +276,8 @@ class Pipeline:
             unwanted = kinds is not None and name not in kinds
             if unwanted or config.kind_weights.get(name, 1) == 0:
                 drop(f"kind {name}", kind == name)
+            elif not config.controls:
+                drop(f"kind {name}", (kind == name) & boxes)
         drop(f"no {config.answer_field}", answer == 0)
         self.max_question_length = int(lengths["question"].max(where=keep, initial=0))
         self.max_answer_length = int(answer.max(where=keep, initial=0))
@@ -369,7 +394,7 @@ class Pipeline:
             return None
 
     def _read_tensors(self, scene_id: str) -> dict[str, np.ndarray]:
-        tensors = self._export.read_scene(scene_id, SCENE_TENSORS)
+        tensors = self._export.read_scene(scene_id, scene_tensors(self.config.vision))
         if self.config.vision not in tensors:
             raise ExportError(f"scene {scene_id}", f"tensor {self.config.vision}", "missing")
         return tensors
@@ -390,6 +415,7 @@ class Pipeline:
                 config.question_length,
                 config.answer_length,
                 config.answer_field,
+                config.controls,
             )
             if self.shapes.topk:
                 tensors = self._export.read_scene(self._scene_ids[scene], TEACHER_LOGITS)
@@ -438,12 +464,12 @@ class Pipeline:
         often as it takes. It has no answer, so the batch is for answering alone.
 
         Args:
-            record: `scene_id`, `kind`, `question`, and `options` where there are some.
+            record: `scene_id`, `kind`, `question`, and `options` and `unit` where there are some.
 
         Raises:
             ExportError: the scene is unknown or breaks the contract.
         """
-        record = {**record, "answer": "", "teacher_answer": "", "value": 0.0}
+        record = {**record, **dict.fromkeys(ANSWER_FIELDS, ""), "value": 0.0}
         tokenizer, config = self._tokenizer, self.config
         length, answer = config.question_length, config.answer_length
         while length < 1 + len(tokenizer.encode(prompt(record))):

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from geode_jax.data.exports import NUMERIC_KINDS, RELATIONS
+from geode_jax.data.control import BASE_UNIT, BOX, REG, base_unit, control_of
+from geode_jax.data.exports import RELATIONS
 from geode_jax.data.packing import lay_out
 from geode_jax.data.prompts import prompt
 from geode_jax.data.raycast import box_gaps
@@ -30,6 +31,7 @@ def stack_questions(
     question_length: int,
     answer_length: int,
     answer_field: str,
+    controls: tuple[int, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Question records as arrays [n, ...], named as the question fields of `Batch`.
 
@@ -41,7 +43,11 @@ def stack_questions(
         records: n question records whose prompts and answers fit.
         tokenizer: of the run.
         question_length, answer_length: Lq and La.
-        answer_field: "answer" or "teacher_answer".
+        answer_field: "answer", "teacher_answer" or "rationale".
+        controls: ids of REG and BOX: an "answer" that is a number or a box is then one of these.
+
+    Raises:
+        UserError: with `controls`, a question's unit is unknown.
     """
     n, lq, la = len(records), question_length, answer_length
     arrays = {
@@ -58,6 +64,9 @@ def stack_questions(
         "relations_mask": np.zeros((n, len(RELATIONS)), bool),
         "value": np.zeros(n, np.float32),
         "value_mask": np.zeros(n, bool),
+        "base_unit": np.ones(n, np.float32),
+        "box": np.zeros((n, 7), np.float32),
+        "box_mask": np.zeros(n, bool),
         "topk_id": np.zeros((n, la, 0), np.int32),
         "topk_logprob": np.zeros((n, la, 0), np.float32),
         "topk_mask": np.zeros((n, la), bool),
@@ -65,6 +74,11 @@ def stack_questions(
     texts = [prompt(record) for record in records]
     prompts = tokenizer.encode_with_ends(texts)
     answers = tokenizer.encode_batch([" " + record[answer_field] for record in records])
+    if controls and answer_field == "answer":
+        token = dict(zip((REG, BOX), controls, strict=True))
+        for i, record in enumerate(records):
+            if control_of(record):
+                answers[i] = [token[control_of(record)]]
     for i, record in enumerate(records):
         ids, ends = prompts[i]
         ids = [*ids, tokenizer.bos_id]
@@ -90,9 +104,15 @@ def stack_questions(
         for name, probability in record.get("relation", {}).items():
             arrays["relations"][i, RELATIONS.index(name)] = probability
             arrays["relations_mask"][i, RELATIONS.index(name)] = True
-        if "value" in record or record["kind"] in NUMERIC_KINDS:
+        if control_of(record) == REG:
             arrays["value"][i] = record.get("value", record["answer"])
             arrays["value_mask"][i] = True
+        # Without control tokens nobody regresses: an unknown unit does no harm then.
+        if controls or record.get("unit") in BASE_UNIT:
+            arrays["base_unit"][i] = base_unit(record)
+        if controls and "box" in record:
+            arrays["box"][i] = record["box"]
+            arrays["box_mask"][i] = True
     return arrays
 
 
@@ -151,10 +171,11 @@ def lay_out_questions(
     object_column = np.full((slots, MAX_OBJECTS), -1, np.int32)
     object_column[: len(chosen)] = np.where(place < 0, -1, first[:, None] + place)
     fields = {"object_column": object_column}
+    fills = {"question": pad_id, "answer": pad_id, "base_unit": 1}  # values are divided by units
     for name, array in arrays.items():
         if name == "object_place":
             continue
-        fill = pad_id if name in ("question", "answer") else 0
+        fill = fills.get(name, 0)
         field = np.full((slots, *array.shape[1:]), fill, array.dtype)
         field[: len(chosen)] = array[chosen]
         fields[name] = field

@@ -24,6 +24,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from geode_jax.data.control import control_of
 from geode_jax.data.exports import Export
 from geode_jax.data.prompts import prompt
 from geode_jax.data.tokens import Tokenizer
@@ -31,6 +32,10 @@ from geode_jax.errors import UserError
 
 _FORMAT = "1.0.0"  # of the records; part of the cache key, so a change makes new records
 _INDEX = "index.json"
+_LENGTHS = "lengths2"  # the number changes with what `question_lengths` keeps
+
+ANSWER_FIELDS = ("answer", "teacher_answer", "rationale")
+"""Fields of a question record that can be learned."""
 
 
 class SceneQuestions(tfds.core.GeneratorBasedBuilder):
@@ -263,30 +268,46 @@ def question_lengths(
     Returns:
         Arrays over the n questions of the split, scenes in `records.scene_ids(split)` order:
         `scene` [n] int32 index of the scene, `kind` [n] strings, `question` [n] int32 prompt
-        + bos, `answer` and `teacher_answer` [n] int32 answer + eos, 0 where there is none.
+        + bos, each of `ANSWER_FIELDS` [n] int32 text + eos, 0 where there is none, `control` [n]
+        strings of `control.control_of`.
     """
-    file = records.folder / f"lengths-{split}-{tokenizer.sha256[:16]}.npz"
+    file = records.folder / f"{_LENGTHS}-{split}-{tokenizer.sha256[:16]}.npz"
     if file.is_file():
         with np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
-    scenes, kinds, texts = [], [], {"question": [], "answer": [], "teacher_answer": []}
+    scenes, kinds, controls = [], [], []
+    texts: dict[str, list] = {"question": [], **{field: [] for field in ANSWER_FIELDS}}
     ids = records.scene_ids(split)
     for i, scene_id in enumerate(tqdm(ids, desc=f"tokens of {split}", unit="scene", leave=False)):
         found = records.read(scene_id)
         scenes += [i] * len(found)
         kinds += [record["kind"] for record in found]
+        controls += [control_of(record) for record in found]
         texts["question"] += [prompt(record) for record in found]
-        for field in ("answer", "teacher_answer"):
+        for field in ANSWER_FIELDS:
             texts[field] += [record.get(field) for record in found]
     arrays = {
         "scene": np.array(scenes, np.int32),
         "kind": np.array(kinds, np.str_),
+        "control": np.array(controls, np.str_),
         "question": _token_counts(texts["question"], tokenizer, ""),
-        "answer": _token_counts(texts["answer"], tokenizer, " "),
-        "teacher_answer": _token_counts(texts["teacher_answer"], tokenizer, " "),
+        **{field: _token_counts(texts[field], tokenizer, " ") for field in ANSWER_FIELDS},
     }
     _keep(file, arrays)
     return arrays
+
+
+def answer_lengths(lengths: dict[str, np.ndarray], field: str, controls: bool) -> np.ndarray:
+    """Tokens of what is learned of every question, eos included; 0 where there is nothing.
+
+    Args:
+        lengths: of `question_lengths`.
+        field: one of `ANSWER_FIELDS`.
+        controls: an "answer" that is a number or a box is a control token.
+    """
+    if controls and field == "answer":
+        return np.where(lengths["control"] == "", lengths[field], 2).astype(np.int32)
+    return lengths[field]
 
 
 def _token_counts(texts: list[str | None], tokenizer: Tokenizer, lead: str) -> np.ndarray:

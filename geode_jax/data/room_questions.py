@@ -2,7 +2,8 @@
 
 Wording, options and units of the VSI-Bench kinds follow VSI-Bench (Yang et al., 2024; centimetres
 for sizes, metres for distances, square metres for rooms); proximity, contact, size comparison and
-orientation are the four relations of the Hidden-CoT paper, Sec. IV.
+orientation are the four relations of the Hidden-CoT paper, Sec. IV. `object_box` asks for what
+GEODE regresses, an object's box in the world frame.
 
 Only visible objects are asked about, and every answer keeps a margin, so that nothing hinges on a
 centimetre. Answers are balanced so that they cannot be guessed without looking: labels are drawn
@@ -90,9 +91,18 @@ def pair_relations(boxes: np.ndarray, extrinsic: np.ndarray) -> np.ndarray:
     return np.stack([sure[..., 0], 1 - sure[..., 0], sure[..., 1], 1 - sure[..., 1]], axis=-1)
 
 
-def make_questions(seen: SeenRoom, rng: np.random.Generator) -> list[dict]:
-    """Up to 25 question records of a room, about 20, in the export's format."""
-    asker = _Asker(seen, rng)
+def make_questions(
+    seen: SeenRoom, rng: np.random.Generator, box_rng: np.random.Generator
+) -> list[dict]:
+    """Up to 27 question records of a room, about 22, in the export's format.
+
+    Args:
+        seen: the room.
+        rng: what all kinds but `object_box` are drawn from.
+        box_rng: whose boxes are asked for. They come last, so with or without them the other
+            questions and their ids are the same.
+    """
+    asker = _Asker(seen, rng, box_rng)
     records = []
     for kind, times, make in _KINDS:
         for draft in itertools.islice(make(asker), times):
@@ -105,8 +115,8 @@ def make_questions(seen: SeenRoom, rng: np.random.Generator) -> list[dict]:
 class _Asker:
     """The facts of a room that several kinds share. `single` = rows that a noun alone names."""
 
-    def __init__(self, seen: SeenRoom, rng: np.random.Generator):
-        self.seen, self.rng = seen, rng
+    def __init__(self, seen: SeenRoom, rng: np.random.Generator, box_rng: np.random.Generator):
+        self.seen, self.rng, self.box_rng = seen, rng, box_rng
         self.names, self.boxes = seen.names, seen.boxes
         self.gaps = raycast.box_gaps(self.boxes, self.boxes)
         self.level = raycast.footprint_gaps(self.boxes, self.boxes)
@@ -146,14 +156,13 @@ class _Asker:
         record = {"question": question, "answer": answer, "rationale": rationale, **extra}
         if len(rows):
             record["objects"] = [
-                {
-                    "name": self.names[n],
-                    "box": [round(float(x), 4) for x in self.boxes[n]],
-                    "index": int(n),
-                }
-                for n in rows
+                {"name": self.names[n], "box": self.box(n), "index": int(n)} for n in rows
             ]
         return record
+
+    def box(self, n: int) -> list[float]:
+        """Row n of the boxes as a record has it: metres and radians to four decimals."""
+        return [round(float(x), 4) for x in self.boxes[n]]
 
     def choice(self, question: str, options: list[str], answer: str, rows, rationale: str, **extra):
         """A multiple-choice record; the options keep this order."""
@@ -337,6 +346,25 @@ def _room_size(ask: _Asker) -> Iterator[dict]:
         "If multiple rooms are shown, estimate the size of the combined space."
     )
     yield _numeric(ask, question, float(text), text, "m2", (), rationale)
+
+
+def _object_box(ask: _Asker) -> Iterator[dict]:
+    """Boxes in the world frame: the middle of the floor is its origin, y is north, z is up."""
+    for n in ask.box_rng.permutation(ask.single):
+        name, box = ask.names[n], ask.box(n)
+        x, y, z, *edges, yaw = box
+        length, width, height = (round(100 * edge) for edge in edges)
+        rationale = (
+            f"From the middle of the room, the {name} stands {_metres(abs(x))} to the "
+            f"{'east' if x > 0 else 'west'} and {_metres(abs(y))} to the "
+            f"{'north' if y > 0 else 'south'}, its center {_metres(z)} above the floor. "
+            f"It is {length} centimeters long, {width} centimeters wide and {height} centimeters "
+            f"high, and turned by {round(np.degrees(yaw))} degrees."
+        )
+        # Rounded first: -0.004 is 0.00, not -0.00.
+        answer = " ".join(f"{round(value, 2) + 0.0:.2f}" for value in box)
+        question = f"What is the 3D bounding box of the {name}?"
+        yield ask.draft(question, answer, (n,), rationale, box=box)
 
 
 # ----------------------------------------------------------------------------- multiple choice
@@ -601,4 +629,5 @@ _KINDS = (
     ("route_planning", 1, _route_planning),
     ("obj_appearance_order", 1, _appearance_order),
     ("scene_description", 1, _description),
+    ("object_box", 2, _object_box),
 )

@@ -26,6 +26,9 @@ category (last column: room surfaces); `depth_bins` = the depth at the patch cen
 its two neighbours of `depth_bin_centres(16)` linearly in log depth; `detection_probs` = one-hot
 category of each box; `relations` = see `room_questions.pair_relations`.
 
+`images`, where asked for, are square pictures of the four views. At 32 pixels a side they are the
+very pixels of which the tokens are made.
+
 Nothing measured on rooms compares with numbers measured on real scenes.
 """
 
@@ -58,7 +61,7 @@ VOXEL = 0.5
 """Edge of a point token's voxel, metres: furniture of half a metre and more has one or more."""
 PRODUCER = {
     "project": "geode_jax rooms",
-    "commit": "rooms version 3",
+    "commit": "rooms version 4",
     "weights": "none: tokens are a fixed function of the true geometry and colour",
     "licence": "CC0-1.0",
 }
@@ -239,7 +242,7 @@ def render(scene: RoomScene, height: int, width: int) -> dict[str, np.ndarray]:
             scene.boxes, scene.room, origins[view : view + 1], rays[view : view + 1]
         )
         colour, _ = raycast.shade(hits, looks)
-        images["rgb"].append(np.round(colour * 255).astype(np.uint8))
+        images["rgb"].append(_rgb(colour))
         images["depth"].append(hits.depth.astype(np.float32))
         images["normals"].append(hits.normal.astype(np.float32))
         instance = np.where(hits.surface < count, hits.surface, -1)
@@ -248,6 +251,18 @@ def render(scene: RoomScene, height: int, width: int) -> dict[str, np.ndarray]:
         name: np.concatenate(parts).reshape(len(origins), height, width, *parts[0].shape[2:])
         for name, parts in images.items()
     }
+
+
+def pictures(scene: RoomScene, seen: Observation, side: int) -> np.ndarray:
+    """`rgb` [4, side, side, 3] of `render`; no ray is cast where `observe` has cast these."""
+    if side == GRID * PIXELS:
+        return _rgb(seen.colour).reshape(VIEWS, side, side, 3)
+    return render(scene, side, side)["rgb"]
+
+
+def _rgb(colour: np.ndarray) -> np.ndarray:
+    """Colours in [0, 1] as uint8."""
+    return np.round(colour * 255).astype(np.uint8)
 
 
 # --------------------------------------------------------------------------------------- arrays
@@ -395,9 +410,9 @@ def seen_room(scene: RoomScene, seen: Observation) -> room_questions.SeenRoom:
 
 
 def questions(scene: RoomScene, seen: Observation) -> list[dict]:
-    """Question records of a scene, drawn from a random stream of their own."""
-    rng = np.random.default_rng([scene.seed, scene.index, 1])
-    return room_questions.make_questions(seen_room(scene, seen), rng)
+    """Question records of a scene, drawn from random streams of their own, see `make_questions`."""
+    streams = (np.random.default_rng([scene.seed, scene.index, stream]) for stream in (1, 2))
+    return room_questions.make_questions(seen_room(scene, seen), *streams)
 
 
 # --------------------------------------------------------------------------------------- export
@@ -412,10 +427,7 @@ class _Job:
     seed: int
     index: int
     split: str
-    images: bool
-
-
-IMAGE_SIDE = 448
+    images: int
 
 
 def _write(job: _Job) -> tuple[dict, list[dict]]:
@@ -423,7 +435,7 @@ def _write(job: _Job) -> tuple[dict, list[dict]]:
     scene, seen = make_and_observe(job.seed, job.index)
     arrays, teacher = scene_arrays(scene, seen)
     if job.images:
-        arrays["images"] = render(scene, IMAGE_SIDE, IMAGE_SIDE)["rgb"]
+        arrays["images"] = pictures(scene, seen, job.images)
     entry = exports.write_scene(
         job.folder, scene.scene_id, arrays, teacher, split=job.split, manifest=job.manifest
     )
@@ -446,7 +458,7 @@ def make_rooms(
     scenes: int = 8000,
     seed: int = 0,
     test_scenes: int | None = None,
-    images: bool = False,
+    images: int = 0,
     workers: int | None = None,
     progress: bool = True,
 ) -> None:
@@ -459,7 +471,8 @@ def make_rooms(
         scenes: train and val scenes together, 80 : 20.
         seed: of train and val; test scenes come from seed + TEST_SEED_OFFSET.
         test_scenes: scenes // 16 where None, at least 1 from 4 scenes on.
-        images: also write `images` [4, 448, 448, 3] (2.4 MB and about 0.5 s a scene).
+        images: side in pixels of `images` [4, side, side, 3]; 0 writes none. At 448 they take
+            2.4 MB and about 0.5 s a scene, at GRID * PIXELS = 32 12 kB and no time.
         workers: processes; all available cores where None. 1 works in this process. More are
             spawned, so a script that calls this needs the `if __name__ == "__main__"` guard.
         progress: show a progress bar on stderr.
@@ -468,8 +481,9 @@ def make_rooms(
         ExportError: the folder cannot be written, see `exports.ExportWriter`.
         ValueError: a number is out of range.
     """
-    if scenes < 1 or not 0 <= seed < TEST_SEED_OFFSET:
-        raise ValueError(f"rooms: scenes must be >= 1 and seed in [0, {TEST_SEED_OFFSET})")
+    if scenes < 1 or images < 0 or not 0 <= seed < TEST_SEED_OFFSET:
+        rule = f"scenes must be >= 1, images >= 0 and seed in [0, {TEST_SEED_OFFSET})"
+        raise ValueError(f"rooms: {rule}")
     workers = _cores() if workers is None else workers
     with exports.ExportWriter(
         folder,

@@ -32,7 +32,17 @@ SCENE_TENSORS = (
     "teacher/detection_probs",
     "teacher/relations",
 )
-"""All that is read of a scene for its arrays."""
+"""All that is read of a scene for its arrays, where the model does not see its images."""
+
+_IMAGE_TENSORS = ("images", "sonata/features", "sonata/coord")
+
+
+def scene_tensors(vision: str) -> tuple[str, ...]:
+    """What is read of a scene for its arrays, where `vision` is what the model sees."""
+    if vision != "images":
+        return SCENE_TENSORS
+    student = ("vggt/tokens", "vggt/camera_tokens")
+    return (*(name for name in SCENE_TENSORS if name not in student), *_IMAGE_TENSORS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +52,7 @@ class SceneShapes:
     Attributes:
         views: V, the most views of any scene; scenes with fewer are padded.
         grid: (gh, gw); P = gh * gw.
-        token_width: C.
+        token_width: C of the student's vision, 0 where the model sees images.
         camera_width: C where the student sees camera tokens, else 0.
         depth_ratio: r; `target_depth` is [gh * r, gw * r].
         boxes: N; a scene with more keeps its first N and is not `boxes_known`.
@@ -50,7 +60,10 @@ class SceneShapes:
         features: F, width of the teacher's patch features, 0 without a teacher.
         depth_bins: B of the teacher's depth distribution, 0 without a teacher.
         topk: k of the teacher's logits, 0 where there are none for this vocabulary.
-        vision: the tensor that the student sees.
+        vision: the tensor that the model sees.
+        image: (h, w) of the images, (0, 0) where the model does not see them.
+        points: G, the most points of any scene; 0 where there are none or no images are seen.
+        point_width: C of the points.
     """
 
     views: int
@@ -64,6 +77,9 @@ class SceneShapes:
     depth_bins: int = 0
     topk: int = 0
     vision: str = "vggt/tokens"
+    image: tuple[int, int] = (0, 0)
+    points: int = 0
+    point_width: int = 0
 
     @property
     def patches(self) -> int:
@@ -73,7 +89,10 @@ class SceneShapes:
 
 @dataclasses.dataclass(frozen=True)
 class ExportSizes:
-    """The largest sizes in an export, and how many boxes every scene has."""
+    """The largest sizes in an export, and how many boxes every scene has.
+
+    `image` (h, w), `points` and `point_width` are 0 where images are not what is seen.
+    """
 
     views: int
     features: int
@@ -82,25 +101,45 @@ class ExportSizes:
     box_counts: dict[str, int]
     has_detection_probs: bool
     has_camera_tokens: bool
+    image: tuple[int, int]
+    points: int
+    point_width: int
 
 
-def export_sizes(export: Export) -> ExportSizes:
+def export_sizes(export: Export, vision: str = "vggt/tokens") -> ExportSizes:
     """Sizes of all scenes of an export, from the files' headers alone (about 40 us a file).
 
     A file whose header cannot be read is passed over here and refused when it is read.
 
+    Args:
+        export: opened export.
+        vision: the tensor that the model sees.
+
     Raises:
-        UserError: teacher widths differ between scenes.
+        UserError: widths of the teacher's tensors or the points, or sizes of the images, differ
+            between scenes.
     """
     views, box_counts, has_detection_probs, has_camera_tokens = 1, {}, False, False
     widths = {"teacher/features": 0, "teacher/depth_bins": 0, "teacher/topk_id": 0}
+    of_views, image, points = "vggt/tokens", (0, 0), 0
+    if vision == "images":
+        of_views = vision
+        widths["sonata/features"] = 0
     for entry in export.manifest["scenes"]:
         scene_id = entry["id"]
         shapes = _header_shapes(Path(export.folder) / "scenes" / f"{scene_id}.safetensors")
         if "teacher_sha256" in entry:
             teacher = _header_shapes(Path(export.folder) / "teacher" / f"{scene_id}.safetensors")
             shapes |= {f"teacher/{name}": shape for name, shape in teacher.items()}
-        views = max(views, shapes.get("vggt/tokens", [0])[0])
+        views = max(views, shapes.get(of_views, [0])[0])
+        if vision == "images" and vision in shapes:
+            size = tuple(shapes[vision][1:3])
+            if image not in ((0, 0), size):
+                rule = f"{size} pixels, {image} in earlier scenes; an export has one size"
+                raise UserError(f"scene {scene_id}: tensor {vision}: {rule}")
+            image = size
+        if "sonata/features" in widths:
+            points = max(points, shapes.get("sonata/features", [0])[0])
         box_counts[scene_id] = shapes.get("target/boxes", [0])[0]
         has_detection_probs |= "teacher/detection_probs" in shapes
         has_camera_tokens |= "vggt/camera_tokens" in shapes
@@ -118,6 +157,9 @@ def export_sizes(export: Export) -> ExportSizes:
         box_counts=box_counts,
         has_detection_probs=has_detection_probs,
         has_camera_tokens=has_camera_tokens,
+        image=image,
+        points=points,
+        point_width=widths.get("sonata/features", 0),
     )
 
 
@@ -141,13 +183,15 @@ def batch_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str,
     views, and scenes without a camera, have identity poses, which can be inverted.
 
     Args:
-        tensors: what `Export.read_scene` gave for `SCENE_TENSORS`, absent ones left out.
+        tensors: what `Export.read_scene` gave for `scene_tensors`, absent ones left out.
         shapes: sizes to pad to.
     """
-    tokens = tensors[shapes.vision]
-    v_own = tokens.shape[0]
-    tokens = tokens.reshape(v_own, -1, shapes.token_width)
     V, (gh, gw), P = shapes.views, shapes.grid, shapes.patches
+    v_own = tensors[shapes.vision].shape[0]
+    if shapes.vision == "images":
+        tokens = np.zeros((0, P, 0))
+    else:
+        tokens = tensors[shapes.vision].reshape(v_own, -1, shapes.token_width)
     r, n = shapes.depth_ratio, shapes.boxes
     rows = {
         "vision": _padded(tokens, (V, P, shapes.token_width)),
@@ -160,7 +204,7 @@ def batch_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str,
     depth = tensors.get("vggt/depth")
     hint = _patch_mean(depth, shapes.grid) if depth is not None else np.zeros((v_own, gh, gw))
     rows["depth_hint"] = _padded(hint.reshape(v_own, P), (V, P))
-    rows |= _camera_rows(tensors, shapes, v_own)
+    rows |= _camera_rows(tensors, shapes, v_own) | _image_rows(tensors, shapes)
     target = tensors.get("target/depth", np.zeros((0, gh, gw)))
     rows["target_depth"] = _padded(_patch_mean(target, (gh * r, gw * r)), (V, gh * r, gw * r))
 
@@ -173,6 +217,22 @@ def batch_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str,
     segments = _patch_majority(segments, shapes.grid).reshape(-1, P)
     rows["target_segmentation"] = _padded(segments, (V, P), np.int32, fill=-2)
     return rows | _teacher_rows(tensors, shapes)
+
+
+def _image_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str, np.ndarray]:
+    """Pictures and points, where images are what is seen; else of size zero."""
+    G, width, sees = shapes.points, shapes.point_width, shapes.vision == "images"
+    images = tensors["images"] if sees else np.zeros((0, 0, 0, 3))
+    # A feature without its place, or a place without its feature, is no point.
+    known = sees and "sonata/features" in tensors and "sonata/coord" in tensors
+    features = tensors["sonata/features"] if known else np.zeros((0, width))
+    coord = tensors["sonata/coord"] if known else np.zeros((0, 3))
+    return {
+        "image": _padded(images, (shapes.views, *shapes.image, 3), np.uint8),
+        "point": _padded(features, (G, width)),
+        "coord": _padded(coord, (G, 3)),
+        "point_mask": np.arange(G) < len(coord),
+    }
 
 
 def _teacher_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str, np.ndarray]:
@@ -305,9 +365,12 @@ def _patch_majority(labels: np.ndarray, cells: tuple[int, int]) -> np.ndarray:
 
 def empty_rows(shapes: SceneShapes) -> dict[str, np.ndarray]:
     """Rows of a slot that holds no scene: one visible view of zeros, nothing supervised."""
-    tokens = np.zeros((1, shapes.patches, shapes.token_width), np.float32)
+    if shapes.vision == "images":
+        view = np.zeros((1, *shapes.image, 3), np.uint8)
+    else:
+        view = np.zeros((1, shapes.patches, shapes.token_width), np.float32)
     # The zeros are nobody's features, even where features are what the student sees.
-    return batch_rows({shapes.vision: tokens}, shapes) | {"teacher_features_mask": np.array(False)}
+    return batch_rows({shapes.vision: view}, shapes) | {"teacher_features_mask": np.array(False)}
 
 
 def stack_rows(rows: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -82,6 +82,34 @@ class Tokenizer:
         """
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+    def id_of(self, token: str) -> int:
+        """The id of a token of the vocabulary.
+
+        Raises:
+            UserError: it has no such token.
+        """
+        found = self._backend.token_to_id(token)
+        if found is None:
+            raise UserError(f"tokenizer: no token {token!r}")
+        return found
+
+    def with_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
+        """The same tokenizer with further special tokens.
+
+        Args:
+            tokens: get the next free ids in this order; one that it has already keeps its id.
+
+        Raises:
+            UserError: the ids have gaps, among which the new ones would be lost.
+        """
+        backend = tokenizers.Tokenizer.from_str(self._json)
+        new = [t for t in dict.fromkeys(tokens) if backend.token_to_id(t) is None]
+        backend.add_special_tokens([AddedToken(token, special=True) for token in tokens])
+        grown = Tokenizer(backend.to_str(), self._special)
+        if [grown.id_of(t) for t in new] != [self.vocab_size + i for i in range(len(new))]:
+            raise UserError(f"tokenizer: its ids have gaps, so {', '.join(new)} cannot follow them")
+        return grown
+
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `AutoTokenizer` loads."""
         folder = Path(folder)

@@ -219,7 +219,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--scenes", type=_positive, default=8000, metavar="N", help="train and val; default 8000")
     add("--seed", type=int, default=0)
     add("--out", type=Path, required=True, metavar="DIR")
-    add("--images", action="store_true", help="pictures too (2.4 MB and half a second a scene)")
+    add(
+        "--images",
+        type=_positive,
+        nargs="?",
+        const=448,
+        default=0,
+        metavar="SIDE",
+        help="pictures too, so many pixels a side; default 448 (2.4 MB, half a second a scene)",
+    )
     add("--workers", type=_positive, metavar="W", help="processes; default all cores")
 
     add = command("rgbd", _rgbd, "make an export of a folder with color/ depth/ pose/ intrinsic/")

@@ -18,6 +18,7 @@ from geode_jax.build import (
     pipeline_config,
 )
 from geode_jax.checkpoint import find_model, load_model
+from geode_jax.data.control import BOX, control_of
 from geode_jax.data.exports import Export
 from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.prompts import VSI_CHOICE_KINDS
@@ -96,13 +97,13 @@ class Predictor:
         self._evaluator = Evaluator(objective, graph, self._tokenizer, self._mesh)
 
     def questions(self, scene_id: str) -> list[dict]:
-        """The question records that the export has of a scene.
+        """The question records that the export has of a scene, but those answered by a box.
 
         Raises:
             UserError: unknown scene.
         """
         self._check_scene(scene_id)
-        return self._records.read(scene_id)
+        return [record for record in self._records.read(scene_id) if control_of(record) != BOX]
 
     def answer(self, scene_id: str, question: str, options: Sequence[str] | None = None) -> Answer:
         """The student's answer.

@@ -1,4 +1,7 @@
-"""The Direct Regression Head (GEODE Sec. 2.2, eq. 5): the state at a control token is a value."""
+"""The Direct Regression Head (GEODE Sec. 2.2, eq. 5): the state at a control token is a value.
+
+The tokens, and the base units that codes are in, are those of `data.control`.
+"""
 
 import math
 
@@ -11,13 +14,6 @@ from geode_jax.losses import Pair
 from geode_jax.models.layers import LayerNorm, Mlp
 from geode_jax.models.task_heads import BOX_CODE
 from geode_jax.shapes import Array
-
-REG, BOX = "<REG>", "<3DBBOX>"
-"""Control tokens: a number, a box."""
-
-BASE_UNIT = {"m": 1.0, "cm": 0.01, "m2": 1.0, "items": 1.0}
-"""What one of a unit is in the unit that is regressed. VSI-Bench asks for sizes in centimetres and
-for distances in metres: without this, one hundredth of a size would weigh as much as a distance."""
 
 LEAST = 0.01
 """The least value that is regressed, in base units; smaller ones count as this."""

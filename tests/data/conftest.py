@@ -113,6 +113,65 @@ def write_tiny_export(folder, train: int = 7, val: int = 3, seed: int = 0) -> Ex
     return Export(folder)
 
 
+IMAGE, POINT_WIDTH = (6, 8), 4
+
+
+def write_geode_export(folder, train: int = 4, val: int = 2, seed: int = 0) -> Export:
+    """Writes what GEODE learns from: images and points in place of tokens, boxes, rationales.
+
+    Views (1 to 3) and points (3 to 6) vary, scene 0 has no points. Beside the questions of
+    `tiny_questions`, of which those with named objects have a rationale, every scene has a box
+    and a number in centimetres to be told.
+    """
+    random = np.random.default_rng(seed)
+    with ExportWriter(folder, **HEADER) as writer:
+        for i in range(train + val):
+            views, points = 1 + i % 3, 3 + i % 4
+            arrays, _ = tiny_scene(random, views, 3)
+            del arrays["vggt/tokens"]
+            arrays["images"] = random.integers(1, 256, (views, *IMAGE, 3), np.uint8)
+            if i:
+                features = random.normal(size=(points, POINT_WIDTH))
+                arrays["sonata/features"] = features.astype(np.float16)
+                arrays["sonata/coord"] = random.normal(size=(points, 3)).astype(np.float32)
+            scene_id, split = f"scene{i:03}", "train" if i < train else "val"
+            questions = tiny_questions(random, scene_id, arrays["target/boxes"])
+            for record in questions:
+                if "objects" in record:
+                    record["rationale"] = f"I look at the {record['objects'][0]['name']}."
+            box = [round(float(x), 2) for x in arrays["target/boxes"][0]]
+            long = round(100 * box[3])
+            chair = {
+                "scene_id": scene_id,
+                "objects": [{"name": "chair", "box": box, "index": 0}],
+                "rationale": f"The chair is {long} centimeters long.",
+            }
+            asks_box = {
+                "id": f"{scene_id}_box",
+                "kind": "object_box",
+                "question": "What is the 3D bounding box of the chair?",
+                "answer": " ".join(map(str, box)),
+                "box": box,
+            }
+            asks_size = {
+                "id": f"{scene_id}_size",
+                "kind": "object_size_estimation",
+                "question": "How long is the chair?",
+                "answer": str(long),
+                "value": long,
+                "unit": "cm",
+            }
+            writer.add_scene(scene_id, arrays, split=split)
+            writer.add_questions([*questions, chair | asks_box, chair | asks_size])
+    return Export(folder)
+
+
+@pytest.fixture(scope="session")
+def geode_export(tmp_path_factory) -> Export:
+    """Four train and two val scenes of `write_geode_export`; read only."""
+    return write_geode_export(tmp_path_factory.mktemp("exports") / "geode")
+
+
 @pytest.fixture(scope="session")
 def tiny_export(tmp_path_factory) -> Export:
     """Seven train and three val scenes; read only: whoever breaks files makes an own copy."""

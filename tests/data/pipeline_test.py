@@ -197,11 +197,13 @@ def test_the_order_is_the_same_for_any_number_of_workers(
 
 def test_shapes_and_dtypes_are_those_of_the_key(pipeline):
     batch = pipeline.batch(0)
-    sizes = dict(S=3, Q=4, V=3, P=6, C=5, L=24, A=12, N=6, O=5, F=7, B=6, h=4, w=6, c=5, k=0, M=4)
+    sizes = dict(S=3, Q=4, V=3, P=6, C=5, L=24, A=12, N=6, O=5, F=7, B=6, c=5, k=0, M=4, G=0)
     for name in FIELDS:
         letters = name.rsplit("_", 1)[1]
         sizes["R"] = 60 if name.startswith("packed") else 6
-        sizes["C"] = 0 if name.startswith("camera") else 5  # no scene has camera tokens
+        # No scene has camera tokens; images and points are not what the student sees.
+        sizes["C"] = 0 if name.startswith(("camera", "point")) else 5
+        sizes |= dict(h=0, w=0) if name.startswith("image") else dict(h=4, w=6)
         expected = [int(x) if x.isdigit() else sizes[x] for x in letters]
         array = getattr(batch, name)
         assert list(array.shape) == expected, name
@@ -209,7 +211,8 @@ def test_shapes_and_dtypes_are_those_of_the_key(pipeline):
         ids = ("question", "answer", "topk_id", "packed", "encoding", "object_column")
         if name.startswith(ids) or "labels" in name or "segm" in name:
             kind = "b" if name.startswith("packed_answer") else "i"
-        assert array.dtype == {"b": bool, "f": np.float32, "i": np.int32}[kind], name
+        kind = "u" if name.startswith("image") else kind
+        assert array.dtype == {"u": np.uint8, "b": bool, "f": np.float32, "i": np.int32}[kind], name
     assert all(digest(pipeline.batch(s)) != digest(batch) for s in (1, 2))
 
 
@@ -457,7 +460,9 @@ def test_the_teachers_answers_can_be_the_reference(tiny_export, tokenizer, confi
         ({"kind_weights": {"proximity": -1.0}}, None, "proximity: -1.0"),
         ({"rows_per_scene": 0}, None, "rows_per_scene: 0"),
         ({"row_length": 2}, None, "longer than a packed row"),
-        ({"vision": "images"}, None, "vision: 'images'"),
+        ({"vision": "sonata/features"}, None, "vision: 'sonata/features'"),
+        ({"vision": "images"}, None, "no scene has images to train on"),
+        ({"controls": (5, 5)}, None, r"controls: \(5, 5\)"),
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_line(

@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 
 from geode_jax.data import question_records
+from geode_jax.data.control import control_of
 from geode_jax.data.exports import Export, ExportError
 from geode_jax.data.prompts import prompt
-from geode_jax.data.question_records import open_question_records, question_lengths
+from geode_jax.data.question_records import (
+    answer_lengths,
+    open_question_records,
+    question_lengths,
+)
 from geode_jax.data.tokens import train_tokenizer
 from geode_jax.errors import UserError
 from tests.data.conftest import CATEGORIES, write_tiny_export
@@ -146,20 +151,29 @@ def test_a_damaged_cache_is_noticed(tmp_path):
         question_records.QuestionRecords(records.folder).read("scene999")
 
 
-def test_lengths_are_those_of_the_tokenizer(tiny_export, monkeypatch):
-    questions = [q for q in tiny_export.questions() if q["scene_id"] < "scene007"]
+@pytest.mark.parametrize("name", ["tiny_export", "geode_export"])
+def test_lengths_are_those_of_the_tokenizer(request, monkeypatch, name):
+    export = request.getfixturevalue(name)
+    train = set(export.scene_ids("train"))
+    questions = [q for q in export.questions() if q["scene_id"] in train]
     tokenizer = train_tokenizer([prompt(q) for q in questions], CATEGORIES, 3)
-    records = open_question_records(tiny_export)
+    records = open_question_records(export)
     lengths = question_lengths(records, "train", tokenizer)
     ids = records.scene_ids("train")
     assert [ids[i] for i in lengths["scene"]] == [q["scene_id"] for q in questions]
     assert lengths["kind"].tolist() == [q["kind"] for q in questions]
     assert lengths["question"].tolist() == [len(tokenizer.encode(prompt(q))) + 1 for q in questions]
-    for field in ("answer", "teacher_answer"):
+    assert lengths["control"].tolist() == [control_of(q) for q in questions]
+    for field in ("answer", "teacher_answer", "rationale"):
         expected = [
             len(tokenizer.encode(" " + q[field])) + 1 if field in q else 0 for q in questions
         ]
         assert lengths[field].tolist() == expected
+        assert answer_lengths(lengths, field, controls=False).tolist() == expected
+        if field == "answer":
+            pairs = zip(questions, expected, strict=True)
+            expected = [2 if control_of(q) else n for q, n in pairs]
+        assert answer_lengths(lengths, field, controls=True).tolist() == expected
     monkeypatch.setattr(question_records, "_token_counts", None)  # now they come from a file
     again = question_lengths(records, "train", tokenizer)
     assert all((again[name] == lengths[name]).all() for name in lengths)

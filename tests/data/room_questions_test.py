@@ -21,7 +21,7 @@ COUNT = {
     "object_abs_distance": 3, "object_size_estimation": 3, "room_size_estimation": 1,
     "object_rel_distance": 2, "object_rel_direction_easy": 1, "object_rel_direction_medium": 1,
     "object_rel_direction_hard": 1, "route_planning": 1, "obj_appearance_order": 1,
-    "scene_description": 1,
+    "scene_description": 1, "object_box": 2,
 }  # fmt: skip
 
 
@@ -257,6 +257,26 @@ def reply_scene_description(room, record):
     return f"A {size} room with {listed}"
 
 
+def reply_object_box(room, record):
+    (name,) = groups(r"What is the 3D bounding box of the (.+)\?", record)
+    box = Facts(room).box(name)
+    np.testing.assert_array_equal(record["box"], box)
+    np.testing.assert_allclose([float(x) for x in record["answer"].split()], box, atol=0.00501)
+    assert re.fullmatch(r"(-?\d+\.\d\d ?){7}", record["answer"]) and "-0.00" not in record["answer"]
+    pattern = (
+        rf"From the middle of the room, the {name} stands (.+) meters to the (east|west) and (.+) "
+        r"meters to the (north|south), its center (.+) meters above the floor\. It is (\d+) "
+        r"centimeters long, (\d+) centimeters wide and (\d+) centimeters high, and turned by "
+        r"(-?\d+) degrees\."
+    )
+    x, east, y, north, z, *edges, turn = re.fullmatch(pattern, record["rationale"]).groups()
+    place = [float(x) * (1 if east == "east" else -1), float(y) * (1 if north == "north" else -1)]
+    np.testing.assert_allclose([*place, float(z)], box[:3], atol=0.0501)
+    np.testing.assert_allclose([float(edge) / 100 for edge in edges], box[3:6], atol=0.00501)
+    np.testing.assert_allclose(np.radians(float(turn)), box[6], atol=0.01)
+    return record["answer"]
+
+
 REPLIES = {name.removeprefix("reply_"): f for name, f in globals().items() if "reply_" in name}
 
 
@@ -269,7 +289,7 @@ def test_answers_follow_from_text_and_boxes(kind):
         assert REPLIES[kind](room, record) == answer, record
         assert set(record) <= {
             "id", "scene_id", "kind", "question", "answer", "options", "value", "unit",
-            "rationale", "relation", "objects",
+            "rationale", "relation", "objects", "box",
         }  # fmt: skip
         assert record["rationale"].endswith(".")
         if "value" in record:
@@ -300,6 +320,20 @@ def test_numbers_of_questions():
         numbers = [record["id"].removeprefix(f"{room.scene_id}_") for record in records]
         assert numbers == [f"{k:02d}" for k in range(len(records))]
     assert 18 < sum(kinds.values()) / SCENES < 28
+    assert kinds["object_box"] / SCENES > 1.9
+
+
+def test_which_boxes_are_asked_for_changes_no_other_question():
+    room, records = asked()[0]
+    others = [record for record in records if record["kind"] != "object_box"]
+    assert records[: len(others)] == others
+    found = set()
+    for seed in range(4):
+        streams = np.random.default_rng([21, 0, 1]), np.random.default_rng(seed)
+        again = room_questions.make_questions(room, *streams)
+        assert again[: len(others)] == others
+        found.add(tuple(record["question"] for record in again[len(others) :]))
+    assert len(found) > 1
 
 
 def test_view_relations_agree_with_the_first_camera():

@@ -71,6 +71,8 @@ def test_split_sizes(scenes, counts):
 def test_bad_numbers_are_refused(tmp_path):
     with pytest.raises(ValueError, match="scenes"):
         rooms.make_rooms(tmp_path / "none", scenes=0)
+    with pytest.raises(ValueError, match="images"):
+        rooms.make_rooms(tmp_path / "none", scenes=1, images=-1)
     with pytest.raises(ValueError, match="seed"):
         rooms.make_rooms(tmp_path / "none", scenes=1, seed=rooms.TEST_SEED_OFFSET)
     assert not (tmp_path / "none").exists()
@@ -234,14 +236,27 @@ def test_size_priors_overlap():
     assert prior["bed", "trash can"] > 0.9
 
 
-def test_images_on_request(tmp_path, monkeypatch):
-    assert rooms.IMAGE_SIDE == 448
-    monkeypatch.setattr(rooms, "IMAGE_SIDE", 112)  # 448 takes seconds
-    rooms.make_rooms(tmp_path / "e", scenes=1, images=True, workers=1, progress=False)
+@pytest.mark.parametrize("side", [112, 32])
+def test_images_on_request(tmp_path, monkeypatch, side):
+    rendered, render = [], rooms.render
+    monkeypatch.setattr(rooms, "render", lambda *args: rendered.append(args) or render(*args))
+    rooms.make_rooms(tmp_path / "e", scenes=1, images=side, workers=1, progress=False)
+    assert len(rendered) == (side != 32)  # of 32 x 32 pixels the rays are cast already
     export = exports.Export(tmp_path / "e")
     images = export.read_scene("room_s0_000000", ["images"])["images"]
-    assert images.shape == (4, 112, 112, 3) and images.dtype == np.uint8
-    picture = rooms.render(rooms.scene_from_id("room_s0_000000"), 112, 112)
+    assert images.shape == (4, side, side, 3) and images.dtype == np.uint8
+    picture = render(rooms.scene_from_id("room_s0_000000"), side, side)
     np.testing.assert_array_equal(picture["rgb"], images)
-    assert picture["normals"].shape == (4, 112, 112, 3)
+    assert picture["normals"].shape == (4, side, side, 3)
     assert images.std() > 10
+
+
+def test_images_change_nothing_else(export, tmp_path):
+    rooms.make_rooms(tmp_path / "e", scenes=2, seed=SEED, images=32, workers=1, progress=False)
+    with_images = exports.Export(tmp_path / "e")
+    scene_id = with_images.scene_ids("train")[0]
+    tensors, plain = with_images.read_scene(scene_id), export.read_scene(scene_id)
+    assert "images" not in plain
+    assert tensors.keys() - plain.keys() == {"images"}
+    for name, array in plain.items():
+        np.testing.assert_array_equal(tensors[name], array)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from geode_jax.data import exports
 from geode_jax.data.scene_arrays import (
     SceneShapes,
     _patch_majority,
@@ -14,13 +15,27 @@ from geode_jax.data.scene_arrays import (
     batch_rows,
     empty_rows,
     export_sizes,
+    scene_tensors,
 )
 from geode_jax.errors import UserError
-from tests.data.conftest import CELL, GRID, TOKEN_WIDTH, tiny_scene, write_tiny_export
+from tests.data.conftest import (
+    CELL,
+    GRID,
+    IMAGE,
+    POINT_WIDTH,
+    TOKEN_WIDTH,
+    tiny_scene,
+    write_geode_export,
+    write_tiny_export,
+)
 
 SHAPES = SceneShapes(
     views=3, grid=GRID, token_width=TOKEN_WIDTH, depth_ratio=2, boxes=5, categories=5, features=7,
     depth_bins=6,
+)  # fmt: skip
+WITH_IMAGES = SceneShapes(
+    views=3, grid=GRID, token_width=0, depth_ratio=2, boxes=5, vision="images", image=IMAGE,
+    points=6, point_width=POINT_WIDTH,
 )  # fmt: skip
 
 
@@ -154,6 +169,68 @@ def test_the_teachers_features_can_be_the_vision(scene):
         assert [name for name in masks if empty[name].any()] == ["view_mask"]
 
 
+def test_images_and_points_are_padded_and_masked(geode_export):
+    sizes = export_sizes(geode_export, "images")
+    assert (sizes.views, sizes.image, sizes.points, sizes.point_width) == (3, IMAGE, 6, POINT_WIDTH)
+    names = scene_tensors("images")
+    assert not {"vggt/tokens", "vggt/camera_tokens"} & set(names)
+    for i, scene_id in enumerate(geode_export.scene_ids()):
+        tensors = geode_export.read_scene(scene_id, names)
+        rows = batch_rows(tensors, WITH_IMAGES)
+        views, points = 1 + i % 3, (3 + i % 4) * (i > 0)
+        assert rows["view_mask"].sum() == views and rows["vision"].shape == (3, 6, 0)
+        assert rows["image"].dtype == np.uint8 and rows["image"].shape == (3, *IMAGE, 3)
+        np.testing.assert_array_equal(rows["image"][:views], tensors["images"])
+        assert not rows["image"][views:].any()
+        assert rows["point_mask"].tolist() == [n < points for n in range(6)]
+        for name, key in (("point", "sonata/features"), ("coord", "sonata/coord")):
+            assert rows[name].dtype == np.float32 and not rows[name][points:].any()
+            if points:
+                np.testing.assert_array_equal(rows[name][:points], tensors[key])
+        assert rows["depth_hint"][:views].any() and rows["boxes_known"]
+        empty = empty_rows(WITH_IMAGES)
+        for name, row in rows.items():
+            assert (empty[name].shape, empty[name].dtype) == (row.shape, row.dtype), name
+        assert empty["view_mask"].tolist() == [True, False, False]
+        masks = [name for name in empty if name.endswith(("_mask", "_known"))]
+        assert [name for name in masks if empty[name].any()] == ["view_mask"]
+
+
+def test_points_without_places_are_none(geode_export):
+    tensors = geode_export.read_scene("scene001", ["images", "sonata/features"])
+    rows = batch_rows(tensors, WITH_IMAGES)
+    assert not rows["point_mask"].any() and not rows["point"].any()
+
+
+@pytest.mark.parametrize("vision", ["vggt/tokens", "teacher/features"])
+def test_the_student_sees_neither_images_nor_points(scene, vision):
+    images = {"images": np.ones((2, *IMAGE, 3), np.uint8), "sonata/coord": np.ones((4, 3))}
+    shapes = dataclasses.replace(SHAPES, vision=vision, token_width=scene[vision].shape[-1])
+    rows = batch_rows(scene | images, shapes)
+    assert rows["image"].shape == (3, 0, 0, 3) and rows["point_mask"].shape == (0,)
+    assert rows["point"].shape == (0, 0) and rows["coord"].shape == (0, 3)
+    assert not {"images", "sonata/features", "sonata/coord"} & set(scene_tensors(vision))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        ("images", (1, 5, 8, 3), r"tensor images: \(5, 8\) pixels, \(6, 8\) in earlier scenes"),
+        ("sonata/features", (2, 3), "tensor sonata/features: width 3, 4 in earlier scenes"),
+    ],
+)
+def test_images_or_points_of_different_size_are_refused(tmp_path, name, shape, said):
+    export = write_geode_export(tmp_path / "export", train=2, val=0)
+    tensors = {name: np.ones(shape, np.uint8 if name == "images" else np.float32)}
+    entry = exports.write_scene(
+        export.folder, "other", tensors, split="val", manifest=export.manifest
+    )
+    export.manifest["scenes"].append(entry)
+    with pytest.raises(UserError, match=f"scene other: {said}"):
+        export_sizes(export, "images")
+    assert export_sizes(export).image == (0, 0)  # the student does not mind
+
+
 def test_target_depth_serves_as_geometry_where_vggt_gave_none(scene):
     del scene["vggt/depth"]
     rows = batch_rows(scene, SHAPES)
@@ -205,8 +282,6 @@ def test_export_sizes_come_from_the_headers(tiny_export, tmp_path):
 
 
 def test_teachers_of_different_width_are_refused(tmp_path):
-    import geode_jax.data.exports as exports
-
     export = write_tiny_export(tmp_path / "export", train=5, val=0)
     arrays, teacher = tiny_scene(np.random.default_rng(0), 2, 3)
     teacher["features"] = teacher["features"][..., :4]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from geode_jax.data.control import BOX, REG
 from geode_jax.data.tokens import Tokenizer, load_tokenizer, train_tokenizer
 from geode_jax.errors import UserError
 
@@ -160,9 +161,13 @@ def test_transformers_loads_what_save_wrote(tmp_path):
     assert len(theirs) == TOKENIZER.vocab_size
 
 
-def test_qwen_tokenizer_matches_its_golden_ids(tmp_path, data_root):
+@pytest.fixture(scope="module")
+def qwen(data_root) -> Tokenizer:
+    return load_tokenizer(data_root / "qwen25_tokenizer")
+
+
+def test_qwen_tokenizer_matches_its_golden_ids(tmp_path, data_root, qwen):
     folder = data_root / "qwen25_tokenizer"
-    qwen = load_tokenizer(folder)
     for case in json.loads((folder / "golden_ids.json").read_text()):
         if "<|" not in case["text"]:  # special tokens in a text are read as text here
             assert qwen.encode(case["text"]) == case["ids"]
@@ -173,6 +178,99 @@ def test_qwen_tokenizer_matches_its_golden_ids(tmp_path, data_root):
     qwen.save(tmp_path)
     original, saved = folder / "tokenizer.json", tmp_path / "tokenizer.json"
     assert saved.read_bytes() == original.read_bytes()
+
+
+INTERNVL = [
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+]
+CONTROLS = (REG, BOX)
+
+
+def check_added(old: Tokenizer, new: Tokenizer, tokens, folder) -> None:
+    """`new` is `old` and the tokens after it, also once saved and loaded by either loader."""
+    transformers = pytest.importorskip("transformers")
+    new.save(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    ids = [old.vocab_size + i for i in range(len(tokens))]
+    for other in (new, load_tokenizer(folder)):
+        assert [other.id_of(token) for token in tokens] == ids
+        assert (other.sha256, other.vocab_size) == (new.sha256, ids[-1] + 1)
+        assert (other.pad_id, other.bos_id, other.eos_id, other.unk_id) == (
+            (old.pad_id, old.bos_id, old.eos_id, old.unk_id)
+        )
+        for text in [*TEXTS[:5], f" {tokens[-1]} is{''.join(tokens)}{tokens[0]}"]:
+            assert other.encode(text) == old.encode(text)
+            assert other.encode_batch([text]) == [old.encode(text)]
+            assert other.encode_with_ends([text]) == old.encode_with_ends([text])
+        text = old.encode("How many")
+        assert other.decode([*ids, *text, ids[0]]) == old.decode(text)
+        assert other.decode([ids[0]], skip_special=False) == tokens[0]
+    assert theirs.convert_tokens_to_ids(list(tokens)) == ids
+
+
+def test_added_tokens_take_the_next_ids_and_are_never_read_from_a_text(tmp_path):
+    grown = TOKENIZER.with_tokens(CONTROLS)
+    check_added(TOKENIZER, grown, CONTROLS, tmp_path)
+    assert pickle.loads(pickle.dumps(grown)).id_of(BOX) == grown.id_of(BOX)
+    assert TOKENIZER.decode([TOKENIZER.vocab_size]) == ""  # the old one is as it was
+
+
+def test_tokens_that_are_there_keep_their_ids():
+    once = TOKENIZER.with_tokens(CONTROLS)
+    assert once.with_tokens(CONTROLS[::-1]).sha256 == once.sha256
+    more = once.with_tokens(["<new>", CONTROLS[1], "<new>", "<eos>", "<newer>"])
+    size = TOKENIZER.vocab_size
+    assert [more.id_of(t) for t in (*CONTROLS, "<new>", "<newer>")] == [
+        *range(size, size + 4),
+    ]
+    assert more.id_of("<eos>") == more.eos_id == TOKENIZER.eos_id
+    assert TOKENIZER.id_of(" chair") == TOKENIZER.encode(" chair")[0]
+    with pytest.raises(UserError, match="no token '<REG>'"):
+        TOKENIZER.id_of("<REG>")
+
+
+def test_ids_with_gaps_take_no_further_tokens():
+    made = json.loads(TOKENIZER._json)
+    made["model"]["vocab"]["far"] = TOKENIZER.vocab_size + 5
+    gappy = Tokenizer(json.dumps(made), TOKENIZER._special)
+    with pytest.raises(UserError, match="ids have gaps, so <REG>, <3DBBOX> cannot follow"):
+        gappy.with_tokens(CONTROLS)
+
+
+WITH_CONTROLS = TOKENIZER.with_tokens([*INTERNVL, *CONTROLS])
+
+
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+        | st.sampled_from([*INTERNVL, *CONTROLS, " ", "<", "REG", ">", *TEXTS[:3]])
+    ).map("".join)
+)
+def test_no_text_encodes_to_a_control_token(text):
+    ids = WITH_CONTROLS.encode(text)
+    assert ids == TOKENIZER.encode(text)
+    assert max(ids, default=0) < TOKENIZER.vocab_size
+
+
+def test_qwen_with_internvls_tokens_and_ours(tmp_path, data_root, qwen):
+    """InternVL2.5's own ids, and all below the rows of Qwen2.5's embedding."""
+    folder, tokens = data_root / "qwen25_tokenizer", [*INTERNVL, *CONTROLS]
+    grown = qwen.with_tokens(tokens)
+    assert [grown.id_of(token) for token in tokens] == list(range(151_665, 151_676))
+    assert grown.id_of("<IMG_CONTEXT>") == 151_667 and grown.vocab_size <= 151_936
+    check_added(qwen, grown, tokens, tmp_path)
+    for case in json.loads((folder / "golden_ids.json").read_text()):
+        if "<|" not in case["text"]:
+            assert grown.encode(case["text"]) == case["ids"]
+        assert grown.decode(case["ids"], skip_special=False) == case["decoded"]
 
 
 @pytest.mark.parametrize("broken", ["absent", "empty", "garbage"])

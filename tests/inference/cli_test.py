@@ -59,6 +59,7 @@ def test_without_a_command_it_explains_itself(run):
     [
         (["rooms", "--scenes", "0", "--out", "x"], "0 is less than 1"),
         (["rooms", "--scenes", "many", "--out", "x"], "invalid"),
+        (["rooms", "--images", "0", "--out", "x"], "0 is less than 1"),
         (["rooms"], "--out"),
         (["ask", "--workdir", "x"], "--scene"),
         (["scenes", "--workdir", "x", "--split", "tset"], "tset"),
@@ -108,8 +109,18 @@ def test_rooms_are_made_once(run, tmp_path):
     assert out.startswith(line) and out.endswith(" s\n") and out.count("\n") == 1
     assert export.scene_ids()[0].startswith("room_s7_")
     assert "already" in one_error(run(*arguments))
+    assert "images" not in export.scene_shapes(export.scene_ids()[0])
     assert "seed" in one_error(run("rooms", "--seed", -1, "--out", tmp_path / "more"))
     assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.parametrize(("side", "pixels"), [((32,), 32), ((), 448)])
+def test_rooms_have_pictures_of_the_side_asked_for(run, tmp_path, side, pixels):
+    out = tmp_path / "rooms"
+    arguments = ("rooms", "--scenes", 1, "--out", out, "--workers", 1, "--images", *side)
+    assert run(*arguments)[0] == 0
+    shapes = Export(out).scene_shapes("room_s0_000000")
+    assert shapes["images"] == (4, pixels, pixels, 3)
 
 
 def test_an_rgbd_folder_becomes_an_export(run, tmp_path):
@@ -164,6 +175,7 @@ def test_ask_without_a_question_asks_the_scenes_own(run, tiny_run):
     status, out, err = run("ask", "--workdir", tiny_run.workdir, "--scene", scene_id)
     assert (status, err) == (0, "")
     records = [q for q in Export(tiny_run.export).questions() if q["scene_id"] == scene_id]
+    records = [q for q in records if "box" not in q]  # which the student is not asked
     lines = out.splitlines()
     assert len(lines) == 2 * len(records)
     for record, question, answers in zip(records, lines[::2], lines[1::2], strict=True):

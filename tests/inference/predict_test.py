@@ -70,6 +70,7 @@ def test_a_single_question_is_batched_as_the_evaluation_batches_it(tiny_run):
         "object_",
         "gaps_",
         "value_",
+        "base_unit_",
         "topk_",
     )
     compared = 0

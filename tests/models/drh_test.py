@@ -5,14 +5,8 @@ import numpy as np
 import pytest
 
 from geode_jax.boxes import encode_boxes
-from geode_jax.models.drh import (
-    BASE_UNIT,
-    Drh,
-    box_loss,
-    decode_values,
-    encode_values,
-    value_loss,
-)
+from geode_jax.data.control import BASE_UNIT
+from geode_jax.models.drh import Drh, box_loss, decode_values, encode_values, value_loss
 from tests.tiny_models import materialize
 
 

@@ -1,0 +1,180 @@
+"""Batches that GEODE learns from: images, points, rationales, control tokens."""
+
+import hashlib
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from geode_jax.data.control import BOX, REG, control_of
+from geode_jax.data.exports import Export, ExportError, ExportWriter, write_scene
+from geode_jax.data.pipeline import Pipeline, PipelineConfig, measure_lengths
+from geode_jax.data.prompts import prompt
+from geode_jax.data.tokens import Tokenizer, train_tokenizer
+from geode_jax.errors import UserError
+from tests.data.conftest import (
+    CATEGORIES,
+    HEADER,
+    IMAGE,
+    POINT_WIDTH,
+    tiny_scene,
+    write_geode_export,
+)
+from tests.data.pipeline_test import asked, changed, check_packing, digest
+
+
+@pytest.fixture(scope="module")
+def tokenizer(geode_export) -> Tokenizer:
+    questions = list(geode_export.questions())
+    texts = [prompt(q) for q in questions]
+    texts += [" " + q[name] for q in questions for name in ("answer", "rationale") if name in q]
+    return train_tokenizer(texts, CATEGORIES, min_count=2).with_tokens([REG, BOX])
+
+
+@pytest.fixture(scope="module")
+def config(geode_export, tokenizer) -> PipelineConfig:
+    return PipelineConfig(
+        export=str(geode_export.folder),
+        scenes_per_batch=4,
+        questions_per_scene=16,
+        question_length=64,
+        answer_length=48,
+        max_boxes=6,
+        rows_per_scene=16,
+        row_length=96,
+        vision="images",
+        controls=(tokenizer.id_of(REG), tokenizer.id_of(BOX)),
+    )
+
+
+def test_images_and_points_come_with_the_batch(geode_export, tokenizer, config):
+    pipeline = Pipeline(geode_export, tokenizer, config, "train")
+    batch = pipeline.batch(0)
+    assert batch.vision_SVPC.shape == (4, 3, 6, 0)
+    assert batch.image_SVhw3.shape == (4, 3, *IMAGE, 3) and batch.image_SVhw3.dtype == np.uint8
+    assert batch.point_SGC.shape == (4, 6, POINT_WIDTH) and batch.coord_SG3.shape == (4, 6, 3)
+    found = set()
+    for scene_id in geode_export.scene_ids("train"):
+        tensors = geode_export.read_scene(scene_id, ["images", "sonata/features", "sonata/coord"])
+        views, points = len(tensors["images"]), len(tensors.get("sonata/coord", ()))
+        for s in range(4):
+            if np.array_equal(batch.image_SVhw3[s, :views], tensors["images"]):
+                assert batch.view_mask_SV[s].sum() == views
+                assert batch.point_mask_SG[s].sum() == points
+                if points:
+                    np.testing.assert_array_equal(
+                        batch.coord_SG3[s, :points], tensors["sonata/coord"]
+                    )
+                found.add(scene_id)
+    assert found == set(geode_export.scene_ids("train"))
+    ((_, again),) = pipeline.iterate(0, 1)
+    assert digest(again) == digest(batch)
+    ((records, last),) = Pipeline(geode_export, tokenizer, config, "val").eval_batches()
+    assert [bool(row) for row in records] == [True, True, False, False]
+    assert not last.image_SVhw3[2:].any() and not last.point_mask_SG[2:].any()
+
+
+def test_a_scene_without_images_is_bad(tmp_path, tokenizer, config):
+    export = write_geode_export(tmp_path / "export", train=2, val=0)
+    arrays, _ = tiny_scene(np.random.default_rng(0), 2, 3)
+    entry = write_scene(export.folder, "other", arrays, split="train", manifest=export.manifest)
+    question = {"id": "other_0", "scene_id": "other", "kind": "contact", "answer": "yes"}
+    lines = (export.folder / "questions.jsonl").read_bytes()
+    lines += json.dumps(question | {"question": "Is it?"}).encode() + b"\n"
+    (export.folder / "questions.jsonl").write_bytes(lines)
+    count, sha256 = lines.count(b"\n"), hashlib.sha256(lines).hexdigest()
+    manifest = export.manifest | {
+        "scenes": [*export.manifest["scenes"], entry],
+        "questions": {"count": count, "sha256": sha256},
+    }
+    (export.folder / "manifest.json").write_text(json.dumps(manifest))
+    pipeline = Pipeline(Export(export.folder), tokenizer, config, "train")
+    with pytest.raises(ExportError, match="scene other: tensor images: missing"):
+        pipeline.batch(0)
+
+
+def test_numbers_and_boxes_are_answered_by_control_tokens(geode_export, tokenizer, config):
+    pipeline = Pipeline(geode_export, tokenizer, config, "train")
+    assert not pipeline.dropped
+    token, seen = dict(zip((REG, BOX), config.controls, strict=True)), Counter()
+    for records, batch in pipeline.eval_batches():
+        assert check_packing(batch) == sum(map(len, records))
+        for s, row in enumerate(records):
+            for q, record in enumerate(row):
+                answer = tokenizer.encode(" " + record["answer"])
+                if control_of(record):
+                    answer = [token[control_of(record)]]
+                said = batch.answer_SQA[s, q, : batch.answer_length_SQ[s, q]].tolist()
+                assert said == [*answer, tokenizer.eos_id]
+                assert batch.box_mask_SQ[s, q] == ("box" in record)
+                box = np.float32(record.get("box", np.zeros(7)))
+                np.testing.assert_array_equal(batch.box_SQ7[s, q], box)
+                assert batch.value_mask_SQ[s, q] == ("value" in record)
+                unit = {"cm": 0.01}.get(record.get("unit"), 1)
+                assert batch.base_unit_SQ[s, q] == np.float32(unit)
+                seen[control_of(record), unit] += 1
+            assert (batch.base_unit_SQ[s, len(row) :] == 1).all()
+            assert not batch.box_mask_SQ[s, len(row) :].any()
+    assert set(seen) == {("", 1), (REG, 1), (REG, 0.01), (BOX, 1)}
+    sizes = measure_lengths(geode_export, tokenizer, controls=config.controls)
+    assert sizes["object_box"].answer_max == sizes["object_size_estimation"].answer_max == 2
+    assert sizes["all"].answer_max == pipeline.max_answer_length
+    assert sizes["all"].count == sum(seen.values())
+
+
+def test_without_control_tokens_no_box_is_asked_for(geode_export, tokenizer, config):
+    pipeline = Pipeline(geode_export, tokenizer, changed(config, controls=None), "train")
+    assert pipeline.dropped == {"kind object_box": 4}
+    for records, batch in pipeline.eval_batches():
+        for row, scene in zip(records, asked(batch, tokenizer), strict=True):
+            assert not any("box" in record for record in row)
+            assert [(prompt(r), r["answer"]) for r in row] == scene
+        assert not batch.box_mask_SQ.any() and np.float32(0.01) in batch.base_unit_SQ
+    sizes = measure_lengths(geode_export, tokenizer)
+    assert "object_box" not in sizes
+    assert sizes["all"].answer_max == pipeline.max_answer_length
+
+
+def test_rationales_can_be_learned(geode_export, tokenizer, config):
+    stage1 = changed(config, answer_field="rationale")
+    pipeline = Pipeline(geode_export, tokenizer, stage1, "train")
+    train = set(geode_export.scene_ids("train"))
+    questions = [q for q in geode_export.questions() if q["scene_id"] in train]
+    told = [q for q in questions if "rationale" in q]
+    assert pipeline.dropped == {"no rationale": len(questions) - len(told)}
+    found = []
+    for records, batch in pipeline.eval_batches():
+        for row, scene in zip(records, asked(batch, tokenizer), strict=True):
+            assert [(prompt(r), r["rationale"]) for r in row] == scene
+            found += [record["id"] for record in row]
+    assert sorted(found) == sorted(q["id"] for q in told)
+    longest = max(len(tokenizer.encode(" " + q["rationale"])) + 1 for q in told)
+    sizes = measure_lengths(
+        geode_export, tokenizer, answer_field="rationale", controls=config.controls
+    )
+    assert sizes["all"].answer_max == pipeline.max_answer_length == longest
+    assert sizes["all"].count == len(told) and "object_box" in sizes
+
+
+@pytest.mark.parametrize("field", ["answer", "rationale"])
+def test_a_question_to_be_answered_holds_no_control_token(geode_export, tokenizer, config, field):
+    pipeline = Pipeline(geode_export, tokenizer, changed(config, answer_field=field), "train")
+    record = {"scene_id": "scene004", "kind": "object_size_estimation", "question": "How long?"}
+    batch = pipeline.one_question(record | {"unit": "cm"})
+    assert batch.image_SVhw3.shape == (1, 3, *IMAGE, 3)
+    assert not {*config.controls} & {*batch.answer_SQA.flat, *batch.packed_SMR.flat}
+    assert batch.base_unit_SQ == np.float32(0.01)
+
+
+def test_only_who_regresses_minds_an_unknown_unit(tmp_path, tokenizer, config):
+    with ExportWriter(tmp_path / "export", **HEADER) as writer:
+        arrays = {"images": np.ones((1, *IMAGE, 3), np.uint8)}
+        writer.add_scene("scene", arrays, split="train")
+        question = {"question": "How long?", "kind": "length", "answer": "3", "value": 3.0}
+        writer.add_questions([{"id": "q7", "scene_id": "scene", "unit": "feet"} | question])
+    export = Export(tmp_path / "export")
+    with pytest.raises(UserError, match="question q7: unit 'feet'"):
+        Pipeline(export, tokenizer, config, "train").batch(0)
+    plain = Pipeline(export, tokenizer, changed(config, controls=None), "train")
+    assert plain.batch(0).base_unit_SQ[0, 0] == 1
