@@ -5,14 +5,15 @@ import functools
 import json
 import os
 import zlib
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import ml_collections
 from flax import nnx
 
-from geode_jax.data.control import BOX, control_of
+from geode_jax import systems
+from geode_jax.checkpoint import find_model, load_leaves
+from geode_jax.data.control import BOX, REG, control_of
 from geode_jax.data.exports import Export
 from geode_jax.data.pipeline import Pipeline, PipelineConfig, measure_lengths
 from geode_jax.data.prompts import prompt
@@ -22,14 +23,10 @@ from geode_jax.data.sources import make_rgbd_export
 from geode_jax.data.tokens import Tokenizer, load_tokenizer, train_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.evaluate.evaluator import Evaluator
-from geode_jax.losses import TERMS
-from geode_jax.models.decoder import REMAT, DecoderConfig
-from geode_jax.models.student import StudentConfig
-from geode_jax.models.task_heads import HeadsConfig
-from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig
+from geode_jax.models.internvl import INTERNVL_TOKENS
 from geode_jax.optimizer import OptimizerConfig, make_optimizer
 from geode_jax.sharding import activate, make_mesh
-from geode_jax.train_step import TrainState, init_state
+from geode_jax.train_step import Objective, TrainState, init_state
 
 MIN_PIECE_COUNT = 50
 """A run of words that occurs less often in the training texts is no token of its own."""
@@ -43,7 +40,7 @@ class Run:
     export: Export
     tokenizer: Tokenizer
     pipelines: dict[str, Pipeline]  # train, val, test
-    objective: HiddenCoT
+    objective: Objective
     mesh: jax.sharding.Mesh
     graph: nnx.GraphDef
     optimizer: object
@@ -72,70 +69,17 @@ def build(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     pipelines = make_pipelines(config, export, tokenizer)
     train = pipelines["train"]
     steps = config.train.steps or config.train.epochs * train.steps_per_epoch
-    objective = HiddenCoT(objective_config(config, export, tokenizer, train))
+    objective = systems.make_objective(config, export, tokenizer, train)
     optimizer_config = OptimizerConfig(steps=steps, **config.optimizer.to_dict())
     with activate(mesh):
         graph, optimizer, state = init_state(
             objective, lambda params: make_optimizer(optimizer_config, params), config.seed
         )
+        if config.get("init_from"):
+            state = start_from(state, Path(config.init_from))
     return Run(
         config, export, tokenizer, pipelines, objective, mesh, graph, optimizer, state, steps
     )
-
-
-def _at_least(least: float) -> tuple[Callable, str]:
-    return lambda value, _: value >= least, f"at least {least}"
-
-
-def _one_of(choices: Sequence[str]) -> tuple[Callable, str]:
-    return lambda value, _: value in choices, f"one of {', '.join(choices)}"
-
-
-_POSITIVE = (lambda value, _: 0 < value < float("inf"), "positive")
-
-_RULES = (
-    (
-        "seed data.rooms_images data.question_length data.answer_length model.thinking_tokens "
-        "model.detection_layers optimizer.warmup_steps optimizer.weight_decay "
-        "optimizer.final_fraction train.steps train.patience train.max_skipped eval.examples",
-        *_at_least(0),
-    ),
-    (
-        "model.layers model.heads model.width model.mlp_width model.heads_width "
-        "model.vision_prefix model.depth_cells model.queries train.epochs train.microbatches "
-        "train.eval_every train.checkpoint_every eval.val_scenes eval.test_scenes",
-        *_at_least(1),
-    ),
-    ("model.depth_bins", *_at_least(2)),
-    ("data.rooms_scenes", *_at_least(4)),  # fewer have no val or no test split
-    ("optimizer.learning_rate optimizer.clip_norm loss.temperature", *_POSITIVE),
-    ("mesh", lambda v, _: len(v) == 3 and all(x >= -1 for x in v), "sizes of data, fsdp, model"),
-    ("model.remat", *_one_of(tuple(REMAT))),
-    ("model.dtype", *_one_of(("float32", "bfloat16", "float16"))),
-    ("loss.weights", *_one_of(("uncertainty", "static"))),
-    ("optimizer.name", *_one_of(("adamw", "muon"))),
-    (
-        "data.vision",
-        lambda v, c: v != "images" or c.system != "hidden_cot",
-        "what the student sees, vggt/tokens or teacher/features",
-    ),
-    ("eval.reference", *_one_of(("truth", "teacher"))),
-    ("loss.terms", lambda v, _: v and set(v) <= set(TERMS), f"some of {', '.join(TERMS)}"),
-    ("loss.log_variance_bounds", lambda v, _: len(v) == 2 and v[0] < v[1], "two, the lower first"),
-    # Rotary positions turn pairs of a head's channels.
-    ("model.width", lambda v, c: v % (2 * c.model.heads) == 0, "a multiple of 2 * model.heads"),
-    (
-        "model.cross_layers",
-        lambda v, c: all(0 <= layer < c.model.layers for layer in v),
-        "of layers below model.layers",
-    ),
-    (
-        "train.microbatches",
-        lambda v, c: c.data.scenes_per_batch % v == 0,
-        "a divisor of data.scenes_per_batch",
-    ),
-)
-"""(fields, what must hold of a field's value in a configuration, the same in words)."""
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
@@ -144,7 +88,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     Raises:
         UserError: the first field that breaks its rule. The data pipeline checks its own fields.
     """
-    for names, holds, rule in _RULES:
+    for names, holds, rule in systems.rules(config.system):
         for name in names.split():
             value = functools.reduce(lambda part, key: part[key], name.split("."), config)
             try:
@@ -153,6 +97,20 @@ def check_config(config: ml_collections.ConfigDict) -> None:
                 good = False
             if not good:
                 raise UserError(f"config: {name}: {value} is not {rule}")
+
+
+def start_from(state: TrainState, run: Path) -> TrainState:
+    """The state with the parameters of another run's model, trainable and frozen.
+
+    Raises:
+        UserError: the run has no checkpoint, or its model lacks a part of this one.
+    """
+    folder = find_model(run)
+    params, frozen = (
+        nnx.from_flat_state(load_leaves(folder, nnx.to_flat_state(part)))
+        for part in (state.params, state.frozen)
+    )
+    return dataclasses.replace(state, params=params, frozen=frozen)
 
 
 def _mesh(config) -> jax.sharding.Mesh:
@@ -204,32 +162,49 @@ def export_folder(data: ml_collections.ConfigDict) -> Path:
 def prepare_tokenizer(config, export: Export, workdir: Path) -> Tokenizer:
     """The run's tokenizer: the folder in the config, or one trained on the training questions.
 
-    Those that are answered by a box are not asked, and so not learned from.
+    GEODE's has the control tokens, and learns rationales and questions about boxes too, which the
+    student is not asked. A run that starts from another takes over its tokenizer.
     """
-    if config.tokenizer:
-        return load_tokenizer(config.tokenizer)
     folder = workdir / "tokenizer"
     # Without config.json a start died here: its tokenizer may be of another configuration.
     if (workdir / "config.json").exists() and (folder / "tokenizer.json").exists():
         return load_tokenizer(folder)
+    geode = config.system in systems.GEODE_STAGES
+    if geode and config.init_from:
+        tokenizer = load_tokenizer(Path(config.init_from) / "tokenizer")
+    elif config.tokenizer:
+        tokenizer = load_tokenizer(config.tokenizer)
+        if not geode:
+            return tokenizer
+        tokenizer = tokenizer.with_tokens((*INTERNVL_TOKENS, REG, BOX))
+    else:
+        tokenizer = _train_tokenizer(export, geode)
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def _train_tokenizer(export: Export, geode: bool) -> Tokenizer:
     train = set(export.scene_ids("train"))
     texts = []
     for record in export.questions():
-        if record["scene_id"] in train and control_of(record) != BOX:
+        if record["scene_id"] not in train:
+            continue
+        if geode:
+            texts += [prompt(record), " " + record["answer"], " " + record.get("rationale", "")]
+        elif control_of(record) != BOX:
             texts += [prompt(record), " " + record["answer"]]
     count = min(MIN_PIECE_COUNT, max(2, len(texts) // 1000))
     tokenizer = train_tokenizer(texts, export.categories, min_count=count)
-    tokenizer.save(folder)
-    return tokenizer
+    return tokenizer.with_tokens((REG, BOX)) if geode else tokenizer
 
 
 def pipeline_config(config, export: Export, tokenizer: Tokenizer) -> PipelineConfig:
     """What training batches look like; lengths of 0 are measured on the train split."""
     data = config.data
-    field = {"truth": "answer", "teacher": "teacher_answer"}[config.eval.reference]
+    field, controls = systems.answer_field(config), systems.controls(config, tokenizer)
     question, answer = data.question_length, data.answer_length
     if not (question and answer):
-        lengths = measure_lengths(export, tokenizer, "train", answer_field=field)
+        lengths = measure_lengths(export, tokenizer, "train", answer_field=field, controls=controls)
         if not lengths:
             raise UserError(f"{export.folder}: no question of the train split has a {field}")
         question = question or lengths["all"].question_max
@@ -247,8 +222,9 @@ def pipeline_config(config, export: Export, tokenizer: Tokenizer) -> PipelineCon
         workers=data.workers,
         on_bad_scene=data.on_bad_scene,
         answer_field=field,
+        controls=controls,
         kind_weights=data.kind_weights.to_dict(),
-        depth_ratio=config.model.depth_cells,
+        depth_ratio=config.model.get("depth_cells", 1),
         vision=data.vision,
     )
 
@@ -264,57 +240,6 @@ def make_pipelines(config, export: Export, tokenizer: Tokenizer) -> dict[str, Pi
         name: Pipeline(export, tokenizer, common if name == "train" else asked, split)
         for name, split in splits.items()
     }
-
-
-def objective_config(
-    config, export: Export, tokenizer: Tokenizer, pipeline: Pipeline
-) -> HiddenCoTConfig:
-    """The model's and the objective's dataclasses, sizes filled in from the data."""
-    model, shapes = config.model, pipeline.shapes
-    decoder = DecoderConfig(
-        vocab_size=tokenizer.vocab_size,
-        width=model.width,
-        layers=model.layers,
-        heads=model.heads,
-        kv_heads=model.heads,
-        head_width=model.width // model.heads,
-        mlp_width=model.mlp_width,
-        cross_layers=tuple(model.cross_layers),
-        remat=model.remat,
-        dtype=model.dtype,
-    )
-    heads = HeadsConfig(
-        width=model.heads_width,
-        depth_bins=shapes.depth_bins or model.depth_bins,
-        depth_cells=model.depth_cells,
-        queries=model.queries,
-        detection_layers=model.detection_layers,
-        categories=max(1, len(export.categories)),
-        teacher_width=shapes.features,
-    )
-    nouns = export.categories or ["object"]
-    student = StudentConfig(
-        decoder=decoder,
-        heads=heads,
-        vision_width=shapes.token_width,
-        camera_width=shapes.camera_width,
-        patch_grid=shapes.grid,
-        max_views=shapes.views,
-        projector_width=model.projector_width,
-        thinking_tokens=model.thinking_tokens,
-        vision_prefix=model.vision_prefix,
-        category_ids=tuple(tuple(tokenizer.encode(" " + noun)) for noun in nouns),
-    )
-    loss = config.loss
-    return HiddenCoTConfig(
-        student=student,
-        terms=tuple(loss.terms),
-        weights=loss.weights,
-        temperature=loss.temperature,
-        literal_cross_view=loss.literal_cross_view,
-        vision=loss.vision,
-        log_variance_bounds=tuple(loss.log_variance_bounds),
-    )
 
 
 def save_config(config: ml_collections.ConfigDict, workdir: Path) -> None:

@@ -8,10 +8,12 @@ loop carries: no iterator is ever pickled.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from geode_jax.errors import UserError
@@ -190,3 +192,55 @@ def load_model(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
             return ocp.load_checkpointables(folder.absolute(), {"state": like})["state"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: damaged, or a checkpoint of another model") from error
+
+
+def load_leaves(
+    folder: Path, like: Sequence[tuple[tuple, nnx.Variable]]
+) -> list[tuple[tuple, nnx.Variable]]:
+    """Variables by their path, from wherever a checkpoint has them, trainable or frozen there.
+
+    Args:
+        folder: from `find_model`.
+        like: paths and variables, as of `nnx.to_flat_state`; shapes and shardings are theirs.
+
+    Raises:
+        UserError: the checkpoint cannot be read, lacks a path or has it in another shape.
+    """
+    try:
+        stored = ocp.checkpointables_metadata(folder.absolute()).metadata["state"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: damaged, or no checkpoint") from error
+    wanted: dict[str, Any] = {}
+    for path, variable in like:
+        keys = [*map(str, path), "value"]
+        place = next((p for p in ("params", "frozen") if _at(stored.get(p), keys)), None)
+        name = ".".join(keys[:-1])
+        if place is None:
+            raise UserError(f"{folder}: its model has no {name}")
+        shape = tuple(_at(stored[place], keys).shape)
+        if shape != variable.shape:
+            raise UserError(f"{folder}: {name} is {shape} there and {variable.shape} here")
+        node = wanted
+        for key in (place, *keys[:-1]):
+            node = node.setdefault(key, {})
+        value = variable.get_value()
+        node["value"] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        try:
+            loaded = ocp.load_checkpointables(folder.absolute(), {"state": wanted})["state"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder}: damaged") from error
+    found = []
+    for path, variable in like:
+        keys = [*map(str, path), "value"]
+        value = next(v for p in loaded if (v := _at(loaded[p], keys)) is not None)
+        found.append((path, variable.replace(value)))
+    return found
+
+
+def _at(tree: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree

@@ -52,16 +52,20 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     )
 
 
+_TRUNKS = {"stages", "blocks", "drm"}
+
+
 def labels(params: nnx.State, name: str) -> list[str]:
     """ "muon", "decay" (AdamW) or "plain" (Adam without weight decay), in leaf order.
 
-    Muon takes the matrices of the trunk's stages; "decay" the other matrices; everything else
-    (embeddings, norms, biases, thinking tokens, log-variances) is "plain".
+    Muon takes the matrices of the decoder's stages, of the vision encoder's blocks and of the
+    rationale module; "decay" the other matrices; everything else (embeddings, norms, biases,
+    thinking tokens, log-variances) is "plain".
     """
     out = []
     for path, variable in nnx.to_flat_state(params):
         matrix = bool(variable.get_metadata().get("contracted", 0))
-        trunk = "stages" in path
+        trunk = not _TRUNKS.isdisjoint(path)
         out.append(
             "muon" if matrix and trunk and name == "muon" else "decay" if matrix else "plain"
         )

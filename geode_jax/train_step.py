@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from geode_jax.data.tokens import Tokenizer
 from geode_jax.shapes import Array, Batch
 
 Terms = dict[str, tuple[Array, Array]]
@@ -33,6 +34,14 @@ class Objective(Protocol):
 
     def total(self, model: nnx.Module, terms: Terms, share: float) -> tuple[Array, dict]:
         """The loss of `terms`, and weights for the log; `share` = this microbatch's part."""
+        ...
+
+    def answer(self, model: nnx.Module, batch: Batch, eos_id: int) -> dict[str, Array]:
+        """Greedy answers to the batch's questions: `tokens` [S, Q, A], and what `say` reads."""
+        ...
+
+    def say(self, out: dict, row: int, column: int, tokenizer: Tokenizer) -> dict[str, Any]:
+        """The answer to a question (row S, column Q): `prediction` and whatever goes with it."""
         ...
 
 

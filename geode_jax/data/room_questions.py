@@ -629,5 +629,5 @@ _KINDS = (
     ("route_planning", 1, _route_planning),
     ("obj_appearance_order", 1, _appearance_order),
     ("scene_description", 1, _description),
-    ("object_box", 2, _object_box),
+    ("object_box", 6, _object_box),
 )

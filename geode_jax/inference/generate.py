@@ -4,11 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from geode_jax.models.decoder import Decoder, KeyValues, fan_out
-from geode_jax.models.student import Student
 from geode_jax.ops.attention import Intervals, causal
-from geode_jax.shapes import Array, Batch
+from geode_jax.shapes import Array
 
 
 @jax.tree_util.register_dataclass
@@ -110,23 +110,7 @@ def text_positions(pad_B: Array, columns: int) -> jax.Array:
     return jnp.maximum(column - pad_B[:, None], 0)
 
 
-def answer(student: Student, batch: Batch, *, eos_id: int) -> tuple[Generated, jax.Array]:
-    """The student's greedy answers to a batch's questions, at most A tokens each.
-
-    Returns:
-        The answers, and the decoded thinking tokens [S, K] of the diagnostic mode (Sec. V-d):
-        argmax over the vocabulary at the K thinking positions, never part of an answer.
-    """
-    scene = student.look(batch)
-    generated = generate(
-        student.decoder,
-        scene.prefix,
-        batch.question_SQL,
-        batch.question_length_SQ,
-        max_new_tokens=batch.answer_SQA.shape[-1],
-        eos_id=eos_id,
-        prompt_prefix=student.config.vision_prefix,
-        seen=scene.seen,
-        seen_length_S=scene.seen_length_S,
-    )
-    return generated, jnp.argmax(student.thinking_logits(scene), axis=-1)
+def before_end(tokens_A: np.ndarray, eos_id: int) -> list[int]:
+    """The ids before the first end token."""
+    ids = [int(i) for i in tokens_A]
+    return ids[: ids.index(eos_id)] if eos_id in ids else ids

@@ -14,7 +14,6 @@ from geode_jax.build import (
     export_folder,
     keep_compiled_programs,
     load_config,
-    objective_config,
     pipeline_config,
 )
 from geode_jax.checkpoint import find_model, load_model
@@ -25,10 +24,10 @@ from geode_jax.data.prompts import VSI_CHOICE_KINDS
 from geode_jax.data.question_records import open_question_records
 from geode_jax.data.tokens import load_tokenizer
 from geode_jax.errors import UserError
-from geode_jax.evaluate.evaluator import Evaluator, decode_answer
-from geode_jax.objectives.hidden_cot import HiddenCoT
+from geode_jax.evaluate.evaluator import Evaluator
 from geode_jax.sharding import activate, make_mesh
-from geode_jax.train_step import TrainState
+from geode_jax.systems import make_objective
+from geode_jax.train_step import Objective, TrainState
 
 _WORDINGS_OF = 200
 """So many scenes' questions teach which wording belongs to which kind of question."""
@@ -87,9 +86,8 @@ class Predictor:
             pipeline_config(config, self.export, self._tokenizer), scenes_per_batch=1
         )
         self._pipeline = Pipeline(self.export, self._tokenizer, one_scene, "train")
-        objective = HiddenCoT(
-            objective_config(config, self.export, self._tokenizer, self._pipeline)
-        )
+        objective = make_objective(config, self.export, self._tokenizer, self._pipeline)
+        self._objective = objective
         self._mesh = make_mesh()  # this machine's devices, whatever the run trained on
         graph, model = _abstract_model(objective, self._mesh)
         model = load_model(checkpoint, model)
@@ -122,9 +120,9 @@ class Predictor:
         record = self.record(scene_id, question, options)
         with activate(self._mesh):
             batch = self._pipeline.one_question(record)
-            tokens, thinking = jax.device_get(self._evaluator.answer_batch(self._state, batch))
-        words = tuple(self._tokenizer.decode([i]) for i in thinking[0])
-        return Answer(decode_answer(self._tokenizer, tokens[0, 0]), words)
+            answers = jax.device_get(self._evaluator.answer_batch(self._state, batch))
+        said = self._objective.say(answers, 0, 0, self._tokenizer)
+        return Answer(said["prediction"], tuple(said["thinking_tokens"]))
 
     def record(self, scene_id: str, question: str, options: Sequence[str] | None = None) -> dict:
         """The question record that `answer` puts to the student; arguments and errors as there."""
@@ -177,7 +175,7 @@ def _lettered(options: Sequence[str]) -> list[str]:
     return [f"{letter}. {option}" for letter, option in zip(letters, options, strict=False)]
 
 
-def _abstract_model(objective: HiddenCoT, mesh: jax.sharding.Mesh) -> tuple[nnx.GraphDef, dict]:
+def _abstract_model(objective: Objective, mesh: jax.sharding.Mesh) -> tuple[nnx.GraphDef, dict]:
     """The model's structure, and its variables as shapes with shardings: nothing is computed."""
     with activate(mesh):
         model = nnx.eval_shape(lambda: objective.build(nnx.Rngs(0)))

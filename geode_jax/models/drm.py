@@ -23,6 +23,7 @@ from flax import nnx
 from geode_jax.models.decoder import CrossAttention, DecoderConfig
 from geode_jax.models.layers import LayerNorm, Mlp, Projection, RMSNorm, param
 from geode_jax.models.mamba import MambaBlock, MambaConfig
+from geode_jax.ops.attention import MASKED
 from geode_jax.shapes import Array
 
 
@@ -171,17 +172,36 @@ class Drm(nnx.Module):
 
     def _fused(self, visual_SFIC, point_SGC, coord_SG3, point_mask_SG, extrinsic, camera_mask):
         """F_fused [S, F * I, D] = F_2D + cross-attention to points and cameras (Sec. 2.1.1)."""
-        c = self.config
-        S, F, tokens = visual_SFIC.shape[:3]
-        dtype = visual_SFIC.dtype
-        flat = self.visual(self.visual_norm(visual_SFIC))
-        flat = flat + self.frame_embedding[...][:F, None].astype(dtype)
-        places = fourier_code(coord_SG3, c.bands)
-        points = self.point(jnp.concatenate([point_SGC, places], axis=-1).astype(dtype))
-        cameras = self.camera(camera_code(extrinsic, c.bands).astype(dtype))
+        flat, points = self._flat(visual_SFIC), self._points(point_SGC, coord_SG3)
+        cameras = self.camera(camera_code(extrinsic, self.config.bands).astype(flat.dtype))
         valid = jnp.concatenate([jnp.asarray(camera_mask), jnp.asarray(point_mask_SG)], axis=1)
-        context = sort_rows(jnp.concatenate([cameras, points], axis=1), ~valid)
+        context = jnp.concatenate([cameras, points.astype(flat.dtype)], axis=1)
         with jax.named_scope("fuse"):
-            seen = self.fuse.keys(self.context_norm(context))
-            flat = flat.reshape(S, F * tokens, c.width)
+            seen = self.fuse.keys(self.context_norm(sort_rows(context, ~valid)))
             return self.fuse(flat, seen, jnp.sum(valid, axis=1, dtype=jnp.int32))
+
+    def _flat(self, visual_SFIC: Array) -> jax.Array:
+        """F_2D [S, F * I, D]."""
+        S, F, tokens = visual_SFIC.shape[:3]
+        flat = self.visual(self.visual_norm(visual_SFIC))
+        flat = flat + self.frame_embedding[...][:F, None].astype(flat.dtype)
+        return flat.reshape(S, F * tokens, -1)
+
+    def _points(self, point_SGC: Array, coord_SG3: Array) -> jax.Array:
+        """The points' part of F_3D, [S, G, D]."""
+        places = fourier_code(coord_SG3, self.config.bands)
+        return self.point(jnp.concatenate([point_SGC, places], axis=-1))
+
+    def correspondence(
+        self, visual_SFIC: Array, point_SGC: Array, coord_SG3: Array, point_mask_SG: Array
+    ) -> jax.Array:
+        """At which points a frozen token looks: log of its weights [S, F * I, G], mean of heads.
+
+        Among the points alone, in fp32; arguments as of `__call__`.
+        """
+        q = self.fuse.q(self.fuse.norm(self._flat(visual_SFIC))).astype(jnp.float32)
+        points = self.context_norm(self._points(point_SGC, coord_SG3))
+        k = self.fuse.k(points).astype(jnp.float32)
+        logits = jnp.einsum("sthe,sghe->shtg", q, k) * q.shape[-1] ** -0.5
+        logits = jnp.where(jnp.asarray(point_mask_SG)[:, None, None], logits, MASKED)
+        return jnp.log(jnp.mean(jax.nn.softmax(logits, axis=-1), axis=1) + 1e-6)

@@ -58,10 +58,14 @@ class Prefix(NamedTuple):
     Attributes:
         keys: keys and values of its columns.
         length_S: how many columns are valid; the others stand behind them.
+        features_SVLC: the encoder's hidden states, where they were needed.
+        spatio_SMD: E_spatio, where it is among them.
     """
 
     keys: list[KeyValues]
     length_S: Array
+    features_SVLC: Array | None = None
+    spatio_SMD: Array | None = None
 
 
 class Geode(nnx.Module):
@@ -73,12 +77,13 @@ class Geode(nnx.Module):
         self.drm = None if c.drm is None else Drm(c.drm, rngs=rngs)
         width, seen = c.vlm.decoder.width, c.vlm.vision.width
         self.drh = Drh(width, c.drh_width, rngs=rngs) if c.drh_width else None
-        self.layout = self.patch_classifier = None
-        if c.categories:
-            self.layout = LayoutEncoder(c.categories, c.views, width, rngs=rngs)
-            self.patch_classifier = Projection(
-                (seen,), (c.categories + 1,), ("embed", None), bias=True, rngs=rngs
-            )
+        stands_in = c.categories > 0
+        self.layout = LayoutEncoder(c.categories, c.views, width, rngs=rngs) if stands_in else None
+        self.patch_classifier = (
+            Projection((seen,), (c.categories + 1,), ("embed", None), bias=True, rngs=rngs)
+            if stands_in
+            else None
+        )
 
     def features(self, batch: Batch) -> jax.Array:
         """The encoder's hidden states of all frames, [S, V, 1 + P, width]."""
@@ -94,35 +99,41 @@ class Geode(nnx.Module):
         """Category logits [S, V, P, categories + 1] of the patches; the last class is "none"."""
         return self.patch_classifier(self.features(batch)[:, :, 1:]).astype(jnp.float32)
 
-    def rationale(self, batch: Batch) -> jax.Array:
-        """E_spatio [S, M, D], see `Drm`."""
+    def rationale(self, batch: Batch, features_SVLC: Array) -> jax.Array:
+        """E_spatio [S, M, D] of the encoder's hidden states, without its class tokens."""
         with jax.named_scope("drm"):
-            return self.drm(*self.drm_inputs(batch))
+            return self.drm(
+                features_SVLC[:, :, 1:],
+                batch.view_mask_SV,
+                batch.point_SGC,
+                batch.coord_SG3,
+                batch.point_mask_SG,
+                batch.extrinsic_SV34,
+                batch.view_mask_SV,
+            )
 
-    def drm_inputs(self, batch: Batch) -> tuple[Array, ...]:
-        """What the rationale module reads of a scene, in its order."""
-        return (
-            jax.lax.stop_gradient(self.features(batch))[:, :, 1:],
-            batch.view_mask_SV,
-            batch.point_SGC,
-            batch.coord_SG3,
-            batch.point_mask_SG,
-            batch.extrinsic_SV34,
-            batch.view_mask_SV,
-        )
+    def prefix(self, batch: Batch, parts: tuple[Part, ...], slots: int | None = None) -> Prefix:
+        """Runs the parts, in the order of `Part`, through the decoder.
 
-    def prefix(self, batch: Batch, parts: tuple[Part, ...]) -> Prefix:
-        """Runs the parts, in the order of `Part`, through the decoder."""
+        Args:
+            batch: the scenes.
+            parts: what stands in the prefix.
+            slots: so many of the rationale tokens (Table 3); None: all.
+        """
         S, V = batch.view_mask_SV.shape
-        columns, length_S = [], jnp.zeros(S, jnp.int32)
+        columns, spatio = [], None
+        # No stage learns the encoder from what stands in the prefix.
+        features = (
+            jax.lax.stop_gradient(self.features(batch)) if {"spatio", "visual"} & {*parts} else None
+        )
         if "layout" in parts:
             columns.append(self.layout(batch))
         if "spatio" in parts:
-            columns.append(self.rationale(batch))
-        length_S += sum(x.shape[1] for x in columns)
+            spatio = self.rationale(batch, features)[:, :slots]
+            columns.append(spatio)
+        length_S = jnp.full(S, sum(x.shape[1] for x in columns), jnp.int32)
         if "visual" in parts:
-            hidden = jax.lax.stop_gradient(self.features(batch))
-            seen = self.vlm.projector(hidden.reshape(S * V, *hidden.shape[2:]))
+            seen = self.vlm.projector(features.reshape(S * V, *features.shape[2:]))
             columns.append(seen.reshape(S, -1, seen.shape[-1]))
             # Padding views stand last.
             views_S = jnp.sum(batch.view_mask_SV, axis=1, dtype=jnp.int32)
@@ -132,7 +143,9 @@ class Geode(nnx.Module):
             return Prefix(decoder.no_prefix(S), length_S)
         dtype = decoder.config.dtype
         x = jnp.concatenate([part.astype(dtype) for part in columns], axis=1)
-        return Prefix(decoder.run_prefix(x, None, None)[1], length_S)
+        # Of a scene without views nothing is known.
+        length_S = jnp.where(jnp.any(batch.view_mask_SV, axis=1), length_S, 0)
+        return Prefix(decoder.run_prefix(x, None, None)[1], length_S, features, spatio)
 
     def read(self, batch: Batch, prefix: Prefix) -> jax.Array:
         """States [S, M * R, D] of the packed questions and answers, see `packed.read_packed`."""

@@ -10,6 +10,12 @@ from geode_jax.models.decoder import Decoder, DecoderConfig
 from geode_jax.models.vit import InternViT, Projector, VitConfig
 from geode_jax.shapes import Array
 
+INTERNVL_TOKENS = (
+    *("<img>", "</img>", "<IMG_CONTEXT>"),
+    *("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"),
+)
+"""What InternVL2.5's tokenizers add to Qwen2.5's, ids 151,665 on."""
+
 IMAGE_ID = 151_667
 """`<IMG_CONTEXT>` of InternVL2.5's tokenizers over Qwen2.5."""
 

@@ -17,7 +17,7 @@ from flax import nnx
 
 from geode_jax.boxes import encode_boxes
 from geode_jax.models.layers import Projection, param
-from geode_jax.shapes import Array, Batch
+from geode_jax.shapes import Batch
 
 
 def layout_facts(batch: Batch, categories: int) -> jax.Array:
@@ -42,7 +42,12 @@ def layout_facts(batch: Batch, categories: int) -> jax.Array:
     extent_S4 = jnp.concatenate([largest, smallest], axis=-1) / 4
     there = (count_Sc > 0)[..., None]
     own = jnp.concatenate(
-        [jnp.ones_like(code[..., :1]), count_Sc[..., None] / 3, code, jnp.minimum(8 * share_ScV, 1)],
+        [
+            jnp.ones_like(code[..., :1]),
+            count_Sc[..., None] / 3,
+            code,
+            jnp.minimum(8 * share_ScV, 1),
+        ],
         axis=-1,
     )
     extent = jnp.broadcast_to(extent_S4[:, None], (*count_Sc.shape, 4))

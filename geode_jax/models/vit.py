@@ -93,10 +93,10 @@ class VitBlock(nnx.Module):
         c = config
         self.attention_norm = LayerNorm(c.width, eps=c.norm_eps)
         self.attention = VitAttention(c, rngs=rngs)
-        self.attention_scale = param(jnp.full((c.width,), LAYER_SCALE), None)
+        self.attention_scale = param(jnp.full((c.width,), LAYER_SCALE, jnp.float32), None)
         self.mlp_norm = LayerNorm(c.width, eps=c.norm_eps)
         self.mlp = Mlp(c.width, c.mlp_width, c.width, rngs=rngs)
-        self.mlp_scale = param(jnp.full((c.width,), LAYER_SCALE), None)
+        self.mlp_scale = param(jnp.full((c.width,), LAYER_SCALE, jnp.float32), None)
 
     def __call__(self, x: Array) -> jax.Array:
         with jax.named_scope("self_attention"):

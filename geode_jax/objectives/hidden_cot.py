@@ -21,11 +21,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from geode_jax import losses
-from geode_jax.boxes import encode_boxes
+from geode_jax.boxes import decode_boxes, encode_boxes
 from geode_jax.correspondence import correspondences
+from geode_jax.data.tokens import Tokenizer
+from geode_jax.inference.generate import before_end, generate
 from geode_jax.models.layers import param
 from geode_jax.models.student import Student, StudentConfig, StudentOutput
 from geode_jax.models.task_heads import GAP_FLOOR
@@ -105,6 +108,54 @@ class HiddenCoT:
             terms |= detection_terms(out, batch)
             terms |= spatial_terms(out, batch)
         return {name: pair for name, pair in terms.items() if term_of(name) in self.config.terms}
+
+    def answer(self, model: HiddenCoTModel, batch: Batch, eos_id: int) -> dict[str, Array]:
+        """Greedy answers to a batch's questions, at most A tokens each.
+
+        Returns:
+            `tokens` [S, Q, A]; `thinking` [S, K], the decoded thinking tokens of the diagnostic
+            mode (Sec. V-d): argmax over the vocabulary at the K thinking positions, never part of
+            an answer.
+        """
+        batch = self.prepare(batch)
+        student = model.student
+        scene = student.look(batch)
+        generated = generate(
+            student.decoder,
+            scene.prefix,
+            batch.question_SQL,
+            batch.question_length_SQ,
+            max_new_tokens=batch.answer_SQA.shape[-1],
+            eos_id=eos_id,
+            prompt_prefix=student.config.vision_prefix,
+            seen=scene.seen,
+            seen_length_S=scene.seen_length_S,
+        )
+        thinking = jnp.argmax(student.thinking_logits(scene), axis=-1)
+        return {"tokens": generated.tokens_SQA, "thinking": thinking}
+
+    def say(self, out: dict[str, np.ndarray], row: int, column: int, tokenizer: Tokenizer) -> dict:
+        """An answer of `answer`, fetched, as text: `prediction` and `thinking_tokens`."""
+        words = [tokenizer.decode([i]) for i in out["thinking"][row]]
+        text = tokenizer.decode(before_end(out["tokens"][row, column], tokenizer.eos_id))
+        return {"prediction": text.strip(), "thinking_tokens": words}
+
+    def perceive(self, model: HiddenCoTModel, batch: Batch) -> tuple[Array, ...]:
+        """What the heads see: depth [S, V, h, w] in metres, and of M detected objects boxes
+        [S, M, 7], categories [S, M] and their probabilities [S, M]."""
+        student = model.student
+        scene = student.look(self.prepare(batch))
+        S, V, P, D = scene.z_SVPD.shape
+        logits = student.depth_head(scene.z_SVPD, student.config.patch_grid)
+        centres = losses.depth_bin_centres(logits.shape[-1])
+        found = student.detection_head(scene.z_SVPD.reshape(S, V * P, D), scene.seen_length_S)
+        probability = jax.nn.sigmoid(found.class_logits_SMc)
+        return (
+            losses.expected_depth(logits.astype(jnp.float32), centres),
+            decode_boxes(found.boxes_SMb),
+            jnp.argmax(probability, axis=-1),
+            jnp.max(probability, axis=-1),
+        )
 
     def total(self, model: HiddenCoTModel, terms: Terms, share: float) -> tuple[Array, dict]:
         """Eq. 2, or the static ablation; weights by `term/part` for the log."""

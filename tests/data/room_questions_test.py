@@ -21,7 +21,7 @@ COUNT = {
     "object_abs_distance": 3, "object_size_estimation": 3, "room_size_estimation": 1,
     "object_rel_distance": 2, "object_rel_direction_easy": 1, "object_rel_direction_medium": 1,
     "object_rel_direction_hard": 1, "route_planning": 1, "obj_appearance_order": 1,
-    "scene_description": 1, "object_box": 2,
+    "scene_description": 1, "object_box": 6,
 }  # fmt: skip
 
 
@@ -320,7 +320,7 @@ def test_numbers_of_questions():
         numbers = [record["id"].removeprefix(f"{room.scene_id}_") for record in records]
         assert numbers == [f"{k:02d}" for k in range(len(records))]
     assert 18 < sum(kinds.values()) / SCENES < 28
-    assert kinds["object_box"] / SCENES > 1.9
+    assert kinds["object_box"] / SCENES > 4
 
 
 def test_which_boxes_are_asked_for_changes_no_other_question():

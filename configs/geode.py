@@ -1,0 +1,184 @@
+"""What the configs of GEODE's stages share; each stage has a file of its own."""
+
+import ml_collections
+
+from configs.common import parse_arg
+from geode_jax.errors import UserError
+
+SWITCHES = {
+    "size": ("laptop", ("laptop", "full")),
+    "drm": ("on", ("on", "off")),
+    "drh": ("on", ("on", "off")),
+    "spatio": (16, (4, 8, 16)),
+    "vision": ("on", ("on", "off")),
+}
+
+
+def stage_config(stage: str, arg: str, laptop: dict) -> ml_collections.ConfigDict:
+    """The configuration of a stage.
+
+    Args:
+        stage: "pretrain", "align", "drm" or "joint".
+        arg: the command line's argument string.
+        laptop: dotted field -> value, what this stage's laptop run changes.
+
+    Raises:
+        UserError: an unknown argument.
+    """
+    switch = parse_arg(arg, SWITCHES)
+    config = base(stage)
+    if switch["size"] == "laptop":
+        small(config)
+        for name, value in laptop.items():
+            section, _, field = name.rpartition(".")
+            (config[section] if section else config)[field] = value
+    elif stage == "pretrain":
+        raise UserError(
+            "config: geode_pretrain: full starts from pretrained weights, not from this"
+        )
+    config.model.drm.on = switch["drm"] == "on"
+    config.model.drm.slots = switch["spatio"]
+    if switch["drh"] == "off":
+        config.model.drh_width = 0
+    config.loss.vision = switch["vision"] == "on"
+    return config.lock()
+
+
+def base(stage: str) -> ml_collections.ConfigDict:
+    """The paper's sizes: Qwen2.5-1.5B, InternViT-300M; what it leaves open is ours."""
+    return ml_collections.ConfigDict(
+        {
+            "system": f"geode_{stage}",
+            "seed": 0,
+            "init_from": "",  # the run whose parameters and tokenizer this stage starts with
+            "mesh": (1, -1, 1),  # data, fsdp, model; -1 = the remaining devices
+            "tokenizer": "",  # a Hugging Face tokenizer folder; "" trains one on the questions
+            "data": {
+                "root": "data",
+                "export": "",
+                "rooms_scenes": 8000,
+                "rooms_seed": 0,
+                "rooms_images": 0,
+                "rgbd": "",
+                "rgbd_intrinsic": (),
+                "rgbd_depth_scale": 1000.0,
+                "vision": "images",
+                "scenes_per_batch": 1,
+                "questions_per_scene": 4,
+                "question_length": 0,  # 0 = the longest of the training split
+                "answer_length": 0,
+                "max_boxes": 64,
+                "rows_per_scene": 1,
+                "row_length": 2048,
+                "workers": 0,
+                "on_bad_scene": "stop",
+                "kind_weights": {},
+            },
+            "model": {
+                "decoder": {
+                    "vocab_size": 151_936,  # 0 = the tokenizer's
+                    "width": 1536,
+                    "layers": 28,
+                    "heads": 12,
+                    "kv_heads": 2,
+                    "mlp_width": 8960,
+                    "mlp": "swiglu",
+                    "norm": "rms",
+                    "linear_bias": False,
+                    "tied_head": True,
+                    "rope_theta": 1e6,
+                    "norm_eps": 1e-6,
+                    "remat": "full",
+                    "dtype": "bfloat16",
+                },
+                "vision": {
+                    "patch_size": 14,
+                    "width": 1024,
+                    "layers": 24,
+                    "heads": 16,
+                    "mlp_width": 4096,
+                    "dtype": "bfloat16",
+                },
+                "drm": {
+                    "on": True,
+                    "width": 1024,
+                    "heads": 16,
+                    "layers": 2,
+                    "slots": 16,
+                    "bands": 8,
+                    "condition_on_question": False,
+                },
+                "drh_width": 1536,
+                "stand_ins": False,  # layout encoder and patch classifier, see models/layout.py
+            },
+            "loss": {
+                "regression_weight": 1.0,
+                "alignment_weight": 0.0,
+                "correspondence_weight": 0.0,
+                "patch_weight": 1.0,
+                "vision": True,
+            },
+            "optimizer": {
+                "name": "adamw",
+                "learning_rate": 1e-4,
+                "weight_decay": 0.01,
+                "warmup_steps": 100,
+                "final_fraction": 0.0,
+                "clip_norm": 1.0,
+            },
+            "train": {
+                "steps": 0,  # 0 = epochs
+                "epochs": 1,
+                "microbatches": 1,
+                "eval_every": 1000,
+                "checkpoint_every": 500,
+                "patience": 0,
+                "max_skipped": 20,
+            },
+            "eval": {"reference": "truth", "val_scenes": 100, "test_scenes": 100, "examples": 10},
+        }
+    )
+
+
+def small(config: ml_collections.ConfigDict) -> None:
+    """Embedded rooms on two CPU cores."""
+    config.data.update(
+        {
+            "export": "rooms",
+            "rooms_images": 32,
+            "scenes_per_batch": 8,
+            "questions_per_scene": 16,
+            "max_boxes": 12,
+            "rows_per_scene": 3,
+            "row_length": 64,
+        }
+    )
+    config.model.decoder.update(
+        {
+            "vocab_size": 0,
+            "width": 128,
+            "layers": 4,
+            "heads": 4,
+            "kv_heads": 2,
+            "mlp_width": 256,
+            "rope_theta": 1e4,
+            "remat": "none",
+            "dtype": "float32",
+        }
+    )
+    config.model.vision.update(
+        {
+            "patch_size": 4,
+            "width": 64,
+            "layers": 2,
+            "heads": 4,
+            "mlp_width": 128,
+            "dtype": "float32",
+        }
+    )
+    config.model.drm.update({"width": 96, "heads": 4, "layers": 1, "bands": 6})
+    config.model.drh_width = 128
+    config.model.stand_ins = True
+    config.optimizer.update({"name": "muon", "learning_rate": 5e-3, "warmup_steps": 50})
+    config.train.update({"eval_every": 300, "checkpoint_every": 300})
+    config.eval.update({"val_scenes": 32, "test_scenes": 200})
