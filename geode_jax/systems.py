@@ -224,4 +224,11 @@ def _geode_stage(config, export: Export, tokenizer: Tokenizer, pipeline: Pipelin
         categories=stand_ins,
         views=shapes.views if stand_ins else 0,
     )
-    return GeodeStage(GeodeStageConfig(sizes, stage=GEODE_STAGES[config.system], **loss.to_dict()))
+    return GeodeStage(
+        GeodeStageConfig(
+            sizes,
+            stage=GEODE_STAGES[config.system],
+            controls=controls(config, tokenizer),
+            **loss.to_dict(),
+        )
+    )

@@ -15,9 +15,11 @@ from geode_jax.checkpoint import Checkpoints
 from geode_jax.errors import UserError
 from geode_jax.evaluate.efficiency import peak_memory
 from geode_jax.evaluate.final import evaluate_and_report
+from geode_jax.evaluate.geode_final import evaluate_stage
 from geode_jax.metrics import MetricsWriter, progress
 from geode_jax.parameters import parameter_table
 from geode_jax.sharding import activate, shard_batch
+from geode_jax.systems import GEODE_STAGES
 from geode_jax.train_step import TrainState, make_train_step
 
 SIGTERM_EXIT = 128 + signal.SIGTERM
@@ -74,7 +76,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict
             "dropped": dict(run.pipelines["train"].dropped),
             **peak_memory(),
         }
-        return evaluate_and_report(run, state, workdir, train_facts)
+        finish = evaluate_stage if config.system in GEODE_STAGES else evaluate_and_report
+        return finish(run, state, workdir, train_facts)
 
 
 def _train(

@@ -1,7 +1,7 @@
 """One jitted training step: exact gradient accumulation, clipping, non-finite guard."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -40,8 +40,11 @@ class Objective(Protocol):
         """Greedy answers to the batch's questions: `tokens` [S, Q, A], and what `say` reads."""
         ...
 
-    def say(self, out: dict, row: int, column: int, tokenizer: Tokenizer) -> dict[str, Any]:
-        """The answer to a question (row S, column Q): `prediction` and whatever goes with it."""
+    def say(
+        self, out: dict, place: tuple[int, int], record: Mapping[str, Any], tokenizer: Tokenizer
+    ) -> dict[str, Any]:
+        """What `answer`, fetched, says to the question of a record that stands at (row, column):
+        `prediction` and whatever goes with it."""
         ...
 
 

@@ -97,7 +97,7 @@ class Evaluator:
             answers = jax.device_get(self._answers(state, shown))
             for row, own in enumerate(records):
                 for column, record in enumerate(own):
-                    said = self._objective.say(answers, row, column, self._tokenizer)
+                    said = self._objective.say(answers, (row, column), record, self._tokenizer)
                     out.predictions.append(record | said)
                 bar.update(len(own))
             if heads:

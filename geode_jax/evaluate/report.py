@@ -288,7 +288,7 @@ def _card(example: Mapping) -> str:
         f"<dl><dt>answer</dt><dd>{_text(example['answer'] + unit)}</dd>",
         f"<dt>model</dt><dd><b>{_text(example['prediction'])}</b></dd></dl>",
     ]
-    thinking = [word.strip() for word in example.get("thinking_tokens") or []]
+    thinking = example.get("thinking_tokens") or []
     if thinking:
         chips = "".join(
             f'<code title="T{i} = {_text(repr(token))}">{_text(token.strip() or "␣")}</code>'

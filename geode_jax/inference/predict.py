@@ -121,7 +121,7 @@ class Predictor:
         with activate(self._mesh):
             batch = self._pipeline.one_question(record)
             answers = jax.device_get(self._evaluator.answer_batch(self._state, batch))
-        said = self._objective.say(answers, 0, 0, self._tokenizer)
+        said = self._objective.say(answers, (0, 0), record, self._tokenizer)
         return Answer(said["prediction"], tuple(said["thinking_tokens"]))
 
     def record(self, scene_id: str, question: str, options: Sequence[str] | None = None) -> dict:

@@ -17,14 +17,20 @@ places in a laptop's steps.
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from geode_jax import losses
-from geode_jax.models.drh import box_loss, value_loss
+from geode_jax.boxes import decode_boxes
+from geode_jax.data.control import base_unit
+from geode_jax.data.tokens import Tokenizer
+from geode_jax.inference.generate import before_end, generate
+from geode_jax.models.drh import box_loss, decode_values, value_loss
 from geode_jax.models.geode import Geode, GeodeConfig, Part
 from geode_jax.models.packed import pick
 from geode_jax.ops.attention import MASKED
@@ -60,6 +66,7 @@ class GeodeStageConfig:
     correspondence_weight: of `correspondence_loss`, stage drm.
     patch_weight: of the patches' categories, stage pretrain.
     vision: False trains the blind baseline: nothing stands before the text.
+    controls: ids of `<REG>` and `<3DBBOX>`, where the regression head answers.
     """
 
     model: GeodeConfig
@@ -69,6 +76,7 @@ class GeodeStageConfig:
     correspondence_weight: float = 0.0
     patch_weight: float = 1.0
     vision: bool = True
+    controls: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +138,59 @@ class GeodeStage:
             terms["boxes"] = box_loss(model.drh.boxes(state_SQD), batch.box_SQ7, batch.box_mask_SQ)
         return terms
 
+    def answer(self, model: Geode, batch: Batch, eos_id: int) -> dict[str, Array]:
+        """Greedy answers to a batch's questions, at most A tokens each.
+
+        Returns:
+            `tokens` [S, Q, A]; with a regression head, what it reads at each of them, whether it
+            is a control token or not: `values` [S, Q, A], codes as of `drh.encode_values`, and
+            `boxes` [S, Q, A, 7].
+        """
+        prefix = model.prefix(batch, self.parts())
+        generated = generate(
+            model.vlm.decoder,
+            prefix.keys,
+            batch.question_SQL,
+            batch.question_length_SQ,
+            max_new_tokens=batch.answer_SQA.shape[-1],
+            eos_id=eos_id,
+            prefix_length_S=prefix.length_S,
+        )
+        out = {"tokens": generated.tokens_SQA}
+        if model.drh is not None:
+            out["values"] = model.drh.values(generated.hidden_SQAD)
+            out["boxes"] = decode_boxes(model.drh.boxes(generated.hidden_SQAD))
+        return out
+
+    def say(
+        self,
+        out: dict[str, np.ndarray],
+        place: tuple[int, int],
+        record: Mapping[str, Any],
+        tokenizer: Tokenizer,
+    ) -> dict[str, Any]:
+        """An answer of `answer` as text, in which a value stands for its control token.
+
+        Returns:
+            `prediction`; `predicted_value` (in the question's unit) or `predicted_box` (7 numbers)
+            of the last control token, where there is one.
+        """
+        reg, box = self.config.controls or (-1, -1)
+        said, text, words = {}, "", []
+        for i, token in enumerate(before_end(out["tokens"][place], tokenizer.eos_id)):
+            if token not in (reg, box):
+                words.append(token)
+                continue
+            text, words = text + tokenizer.decode(words), []
+            if token == reg:
+                value = decode_values(out["values"][*place, i], base_unit(record))
+                said["predicted_value"] = float(value)
+                text += f" {render_value(said['value'], record.get('unit'))}"
+            else:
+                said["predicted_box"] = [round(float(x), 4) for x in out["boxes"][*place, i]]
+                text += " " + " ".join(f"{x:.2f}" for x in said["predicted_box"])
+        return {"prediction": (text + tokenizer.decode(words)).strip()} | said
+
     def total(self, model: Geode, terms: Terms, share: float) -> tuple[Array, dict]:
         """Eq. 4 or eq. 7; the weights for the log."""
         c = self.config
@@ -142,6 +203,11 @@ class GeodeStage:
             "boxes": c.regression_weight,
         }
         return losses.static_total(terms, {name: weights[name] for name in terms})
+
+
+def render_value(value: float, unit: str | None) -> str:
+    """A number as answers are written: whole centimetres and items, else one decimal."""
+    return f"{value:.0f}" if unit in ("cm", "items") else f"{value:.1f}"
 
 
 NEAR = 0.25

@@ -17,7 +17,8 @@ feature     detector probabilities, spatial distributions, depth hints of studen
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -134,10 +135,16 @@ class HiddenCoT:
         thinking = jnp.argmax(student.thinking_logits(scene), axis=-1)
         return {"tokens": generated.tokens_SQA, "thinking": thinking}
 
-    def say(self, out: dict[str, np.ndarray], row: int, column: int, tokenizer: Tokenizer) -> dict:
-        """An answer of `answer`, fetched, as text: `prediction` and `thinking_tokens`."""
-        words = [tokenizer.decode([i]) for i in out["thinking"][row]]
-        text = tokenizer.decode(before_end(out["tokens"][row, column], tokenizer.eos_id))
+    def say(
+        self,
+        out: dict[str, np.ndarray],
+        place: tuple[int, int],
+        record: Mapping[str, Any],
+        tokenizer: Tokenizer,
+    ) -> dict[str, Any]:
+        """An answer of `answer` as text: `prediction` and `thinking_tokens` (K strings)."""
+        words = [tokenizer.decode([i]) for i in out["thinking"][place[0]]]
+        text = tokenizer.decode(before_end(out["tokens"][place], tokenizer.eos_id))
         return {"prediction": text.strip(), "thinking_tokens": words}
 
     def perceive(self, model: HiddenCoTModel, batch: Batch) -> tuple[Array, ...]:

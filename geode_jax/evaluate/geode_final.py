@@ -1,0 +1,95 @@
+"""The end of a GEODE stage: the VSI-Bench table of the last, the rationale losses of the others."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from geode_jax.evaluate import scores as scoring
+from geode_jax.evaluate import vsi_bench
+from geode_jax.evaluate.detection_metrics import oriented_iou
+from geode_jax.evaluate.efficiency import peak_memory
+from geode_jax.metrics import write_json
+from geode_jax.train_step import TrainState
+
+
+def evaluate_stage(run, state: TrainState, workdir: Path, train: dict) -> dict[str, Any]:
+    """Scores of a finished stage; writes `summary.json`, and `predictions.jsonl` of the last stage.
+
+    Args:
+        run: a `build.Run`.
+        state: the parameters to judge.
+        workdir: receives the files.
+        train: facts about the training, for the summary.
+
+    Returns:
+        The summary.
+    """
+    losses = run.evaluator().losses(state, run.pipelines["val"], run.config.eval.val_scenes)
+    summary = {"val": losses, "train": train | peak_memory()}
+    if run.config.system == "geode_joint":
+        summary |= _answers(run, state, workdir)
+    else:
+        print("\n".join(f"{name:<28}{value:8.3f}" for name, value in sorted(losses.items())))
+    write_json(workdir / "summary.json", summary)
+    print(f"summary: {workdir / 'summary.json'}", flush=True)
+    return summary
+
+
+def _answers(run, state: TrainState, workdir: Path) -> dict[str, Any]:
+    evaluator, scenes = run.evaluator(), run.config.eval.test_scenes
+    pipeline = run.pipelines["test"]
+    columns = {
+        "model": evaluator.run(state, pipeline, scenes, label="test").predictions,
+        "vision_removed": evaluator.run(
+            state, pipeline, scenes, vision=False, label="vision removed"
+        ).predictions,
+    }
+    asked = [dict(record) for record in columns["model"]]
+    train = set(run.export.scene_ids("train"))
+    records = [record for record in run.export.questions() if record["scene_id"] in train]
+    columns["frequency"] = scoring.frequency_baseline(records, asked)
+    vsi = {name: vsi_bench.score(_rows(predictions)) for name, predictions in columns.items()}
+    scores = {
+        name: scoring.score([r for r in predictions if r["kind"] != "object_box"])
+        for name, predictions in columns.items()
+    }
+    for name in ("model", "vision_removed"):
+        scores[name] |= box_scores(columns[name])
+    lines = [json.dumps(record) + "\n" for record in columns["model"]]
+    (workdir / "predictions.jsonl").write_text("".join(lines))
+    print(vsi_bench.table(vsi))
+    return {"vsi": vsi, "scores": scores}
+
+
+def _rows(predictions: list[dict]) -> list[dict]:
+    """Question records as rows of VSI-Bench, its kinds only."""
+    return [
+        {
+            "question_type": record["kind"],
+            "ground_truth": record["answer"],
+            "options": record.get("options"),
+            "prediction": record["prediction"],
+        }
+        for record in predictions
+        if record["kind"] in vsi_bench.QUESTION_TYPES
+    ]
+
+
+def box_scores(predictions: list[dict]) -> dict[str, float]:
+    """Of the questions for a box: mean IoU, mean distance of the centres in metres, share answered.
+
+    A question that no box answers counts IoU 0 and is left out of the distance.
+    """
+    asked = [r for r in predictions if r["kind"] == "object_box"]
+    if not asked:
+        return {}
+    found = [r for r in asked if "predicted_box" in r]
+    overlap, distance = 0.0, []
+    for record in found:
+        box, true = (np.array([record[key]]) for key in ("predicted_box", "box"))
+        overlap += float(oriented_iou(box, true)[0, 0])
+        distance.append(float(np.linalg.norm(box[0, :3] - true[0, :3])))
+    scores = {"box_iou": overlap / len(asked), "boxes_answered": len(found) / len(asked)}
+    return scores | ({"box_centre_error": float(np.mean(distance))} if distance else {})
