@@ -11,6 +11,10 @@ VGGT_AGGREGATOR = 909_000_000
 paper counts with its student: 0.909B by arithmetic from the module definitions."""
 
 _PARTS = (
+    ("rationale module", ("drm",)),
+    ("regression head", ("drh",)),
+    ("vision encoder", ("vision",)),
+    ("stand-ins", ("layout", "patch_classifier")),
     ("cross-attention", ("cross",)),
     ("trunk", ("blocks",)),
     ("embeddings and LM head", ("embedding", "head")),
@@ -22,7 +26,7 @@ _PARTS = (
 
 
 def part_of(path: Iterable) -> str:
-    """The part of the student a parameter belongs to, from its path."""
+    """The part of its model that a parameter belongs to, from its path."""
     path = set(path)
     for part, names in _PARTS:
         if path & set(names):

@@ -185,7 +185,7 @@ class GeodeStage:
             if token == reg:
                 value = decode_values(out["values"][*place, i], base_unit(record))
                 said["predicted_value"] = float(value)
-                text += f" {render_value(said['value'], record.get('unit'))}"
+                text += f" {render_value(said['predicted_value'], record.get('unit'))}"
             else:
                 said["predicted_box"] = [round(float(x), 4) for x in out["boxes"][*place, i]]
                 text += " " + " ".join(f"{x:.2f}" for x in said["predicted_box"])

@@ -1,0 +1,298 @@
+"""GEODE's stages: who learns, what is paid, what stands before the text, what an answer says."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.scipy.special import logsumexp
+
+from geode_jax.boxes import decode_boxes
+from geode_jax.models.drh import decode_values
+from geode_jax.models.drm import DrmConfig
+from geode_jax.models.geode import GeodeConfig
+from geode_jax.models.internvl import InternVLConfig
+from geode_jax.models.layout import layout_facts
+from geode_jax.models.packed import pick
+from geode_jax.models.vit import VitConfig
+from geode_jax.objectives.geode import (
+    LEARNS,
+    GeodeStage,
+    GeodeStageConfig,
+    correspondence_loss,
+    render_value,
+)
+from geode_jax.optimizer import OptimizerConfig, make_optimizer
+from geode_jax.train_step import TrainState, make_train_step
+from tests.tiny_models import EOS_ID, PAD_ID, STUDENT, VIEWS, materialize, quick_jit, tiny_batch
+
+REG_ID, BOX_ID = 21, 22
+POINTS = 6
+MODEL = GeodeConfig(
+    vlm=InternVLConfig(
+        vision=VitConfig(8, 4, width=8, layers=1, heads=2, mlp_width=12),
+        decoder=dataclasses.replace(STUDENT.decoder, cross_layers=(), layers=2, tied_head=True),
+    ),
+    drm=DrmConfig(
+        width=8, heads=2, layers=1, slots=3, bands=2,
+        visual_width=8, point_width=4, llm_width=16, max_frames=VIEWS,
+    ),
+    drh_width=8,
+    categories=3,
+    views=VIEWS,
+)  # fmt: skip
+WEIGHTS = {"alignment_weight": 2.0, "correspondence_weight": 0.5, "patch_weight": 3.0}
+
+
+def stage(name: str, **changes) -> GeodeStage:
+    fields = dict(model=MODEL, stage=name, controls=(REG_ID, BOX_ID)) | WEIGHTS | changes
+    return GeodeStage(GeodeStageConfig(**fields))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return materialize(stage("joint").build)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """`tiny_batch` with pictures and points; the first answers are a value and a box."""
+    made, random = tiny_batch(seed=2), np.random.default_rng(5)
+    S, Q = made.answer_length_SQ.shape
+    answer, length = made.answer_SQA.copy(), made.answer_length_SQ.copy()
+    answer[:, 0, :2], answer[:, 0, 2:], length[:, 0] = (REG_ID, EOS_ID), PAD_ID, 2
+    answer[:, 1, :2], answer[:, 1, 2:], length[:, 1] = (BOX_ID, EOS_ID), PAD_ID, 2
+    tokens = made.packed_SMR.reshape(S, -1).copy()
+    for slot, token in ((0, REG_ID), (1, BOX_ID)):
+        tokens[np.arange(S), made.answer_column_SQA[:, slot, 0] + 1] = token
+    column = made.answer_column_SQA.copy()
+    column[:, :2, 1] = column[:, :2, 0] + 1
+    boxes = random.uniform(0.3, 2, (S, Q, 7)).astype(np.float32)
+    known = np.arange(Q) == np.array([[0], [1]])
+    return dataclasses.replace(
+        made,
+        image_SVhw3=random.integers(0, 256, (S, VIEWS, 8, 8, 3), np.uint8),
+        point_SGC=random.normal(size=(S, POINTS, 4)).astype(np.float32),
+        coord_SG3=random.normal(size=(S, POINTS, 3)).astype(np.float32),
+        point_mask_SG=np.arange(POINTS) < np.array([[6], [4]]),
+        answer_SQA=answer,
+        answer_length_SQ=length,
+        packed_SMR=tokens.reshape(made.packed_SMR.shape),
+        answer_column_SQA=column,
+        value_mask_SQ=np.broadcast_to(known[:1], (S, Q)),
+        box_SQ7=boxes,
+        box_mask_SQ=np.broadcast_to(known[1:], (S, Q)),
+    )
+
+
+# --- What learns ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(LEARNS))
+def test_a_step_moves_the_stages_parts_and_nothing_else(name, batch):
+    objective = stage(name)
+    graph, params, frozen = nnx.split(materialize(objective.build), objective.trainable, ...)
+    config = OptimizerConfig("muon", 0.1, weight_decay=0.1, warmup_steps=0, steps=10)
+    optimizer = make_optimizer(config, params)
+    state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
+    # No optimizer memory of what is frozen (and 3 coefficients of Muon's).
+    moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
+    assert moments <= 3 + 2 * sum(x.size for x in jax.tree.leaves(params))
+    before = jax.tree.map(np.array, (params, frozen))
+    after, metrics = make_train_step(objective, graph, optimizer, 1)(state, batch)
+    for (path, old), (_, new) in zip(
+        nnx.to_flat_state(before[0]), nnx.to_flat_state(after.params), strict=True
+    ):
+        assert not LEARNS[name] or {*path} & {*LEARNS[name]}, path
+        assert (np.asarray(new[...]) != old[...]).any(), path
+    for (path, old), (_, new) in zip(
+        nnx.to_flat_state(before[1]), nnx.to_flat_state(after.frozen), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(new[...]), old[...], err_msg=str(path))
+    assert np.isfinite(metrics["loss"])
+
+
+# --- What stands before the text ------------------------------------------------------------------
+
+
+read = quick_jit(
+    lambda model, batch, parts, slots: model.read(batch, model.prefix(batch, parts, slots)),
+    static_argnums=(2, 3),
+)
+
+
+def test_padding_views_and_points_are_nobodys_word(model, batch):
+    parts = ("spatio", "visual")
+    image, coord = batch.image_SVhw3.copy(), batch.coord_SG3.copy()
+    image[-1, 1] = 255 - image[-1, 1]
+    coord[1, 4:] += 3
+    other = dataclasses.replace(batch, image_SVhw3=image, coord_SG3=coord)
+    seen = read(model, batch, parts, None)
+    np.testing.assert_allclose(read(model, other, parts, None), seen, atol=1e-5)
+    image[-1, 0] = 255 - image[-1, 0]
+    assert np.abs(read(model, other, parts, None) - seen)[-1].max() > 1e-3
+
+
+def test_text_behind_a_short_prefix_is_as_if_nothing_stood_behind_it(model, batch):
+    """The second scene has one view: its text must not see, nor count, the columns of another."""
+    one = jax.tree.map(lambda x: x[1:], batch)
+    cut = dataclasses.replace(
+        one,
+        image_SVhw3=one.image_SVhw3[:, :1],
+        view_mask_SV=one.view_mask_SV[:, :1],
+        extrinsic_SV34=one.extrinsic_SV34[:, :1],
+    )
+    parts = ("spatio", "visual")
+    own = np.asarray(read(model, cut, parts, None))
+    np.testing.assert_allclose(read(model, batch, parts, None)[1:], own, atol=1e-5)
+
+
+def test_without_views_nothing_stands_before_the_text(model, batch):
+    blind = dataclasses.replace(batch, view_mask_SV=np.zeros_like(batch.view_mask_SV))
+    alone = read(model, batch, (), None)
+    np.testing.assert_allclose(read(model, blind, ("spatio", "visual"), None), alone, atol=1e-5)
+    assert stage("joint", vision=False).parts() == ()
+
+
+def test_fewer_rationale_tokens_are_the_first_ones(model, batch):
+    prefix = quick_jit(lambda m, b, n: m.prefix(b, ("spatio",), n), static_argnums=2)
+    few, all_ = prefix(model, batch, 2), prefix(model, batch, None)
+    np.testing.assert_allclose(few.spatio_SMD, all_.spatio_SMD[:, :2], atol=1e-6)
+    assert few.length_S.tolist() == [2, 2] and all_.length_S.tolist() == [3, 3]
+
+
+def test_without_the_module_only_visual_tokens_stand_there():
+    without = dataclasses.replace(MODEL, drm=None)
+    assert stage("joint", model=without).parts() == ("visual",)
+    assert stage("joint").parts() == ("spatio", "visual")
+
+
+# --- What is paid ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def terms(model, batch):
+    def of(name, **changes):
+        made = quick_jit(stage(name, **changes).terms)(model, batch)
+        return {term: (float(part), float(count)) for term, (part, count) in made.items()}
+
+    return of
+
+
+def test_every_stage_pays_its_own_terms(terms, batch):
+    words = float(batch.answer_length_SQ.sum())
+    assert terms("align")["text"][1] == words
+    found = terms("pretrain")
+    assert set(found) == {"text", "patches"}
+    assert found["patches"][1] == (batch.target_segmentation_SVP > -2).sum()
+    assert set(terms("drm")) == {"text", "alignment", "correspondence"}
+    assert set(terms("drm", alignment_weight=0.0, correspondence_weight=0.0)) == {"text"}
+    found = terms("joint")
+    assert set(found) == {"text", "values", "boxes"}
+    assert found["values"][1] == found["boxes"][1] == 2
+    assert set(terms("joint", model=dataclasses.replace(MODEL, drh_width=0))) == {
+        "text", "values", "boxes"
+    }  # fmt: skip
+
+
+def test_patches_of_no_category_are_the_last_class(model, batch):
+    part, _ = quick_jit(stage("pretrain").terms)(model, batch)["patches"]
+    logits = np.asarray(model.patch_logits(batch))
+    label = np.where(
+        batch.target_segmentation_SVP == -1, MODEL.categories, batch.target_segmentation_SVP
+    )
+    own = np.take_along_axis(logits, np.maximum(label, 0)[..., None], -1)[..., 0]
+    expected = np.where(label >= 0, logsumexp(logits, axis=-1) - own, 0).sum()
+    np.testing.assert_allclose(part, expected, rtol=1e-5)
+
+
+def test_a_value_is_read_where_its_control_token_is_the_input(model, batch):
+    """What training reads at an answer's first token is what the head says of a generated one."""
+    objective = stage("joint")
+    out = quick_jit(lambda m, b: objective.answer(m, b, EOS_ID))(model, batch)
+    # The same tokens as if they were the answers.
+    packed = batch.packed_SMR.reshape(2, -1).copy()
+    column = batch.answer_column_SQA[:, :2, 1]
+    np.put_along_axis(packed, column, np.asarray(out["tokens"][:, :2, 0]), axis=1)
+    forced = dataclasses.replace(batch, packed_SMR=packed.reshape(batch.packed_SMR.shape))
+    state = pick(read(model, forced, objective.parts(), None), column)
+    np.testing.assert_allclose(out["values"][:, :2, 0], model.drh.values(state), atol=1e-4)
+    boxes = decode_boxes(model.drh.boxes(state))
+    np.testing.assert_allclose(out["boxes"][:, :2, 0], boxes, rtol=1e-3, atol=1e-4)
+
+
+def test_correspondence_wants_the_points_near_a_patch(batch):
+    near = np.broadcast_to(batch.points_SVP3[:, 0, 0][:, None], batch.coord_SG3.shape).copy()
+    near[:, 1:] += 5.0
+    batch = dataclasses.replace(batch, coord_SG3=near, point_mask_SG=np.ones((2, POINTS), bool))
+    T = batch.points_SVP3.shape[1] * batch.points_SVP3.shape[2]
+    right = np.log(np.full((2, T, POINTS), 1e-6))
+    right[:, :, 0] = 0.0
+    wrong = np.roll(right, 1, axis=2)
+    close = dataclasses.replace(
+        batch, points_mask_SVP=np.zeros_like(batch.points_mask_SVP) | (np.arange(4) == 0)
+    )
+    part, count = correspondence_loss(right, close)
+    assert count == 2 * VIEWS and part < 1e-3
+    assert correspondence_loss(wrong, close)[0] > 10
+    nowhere = dataclasses.replace(close, point_mask_SG=np.zeros((2, POINTS), bool))
+    assert correspondence_loss(right, nowhere)[1] == 0
+
+
+def test_layout_facts(batch):
+    facts = np.asarray(layout_facts(batch, MODEL.categories))
+    assert facts.shape == (2, 3, 14 + VIEWS)
+    there, count = facts[..., 0], facts[..., 1]
+    np.testing.assert_array_equal(there, [[1, 0, 1], [1, 0, 1]])
+    np.testing.assert_allclose(count, there / 3)
+    np.testing.assert_allclose(facts[:, 0, 2:5], batch.target_boxes_SN7[:, 0, :3], rtol=1e-6)
+    share = (batch.target_segmentation_SVP == 0).mean(-1)
+    np.testing.assert_allclose(facts[:, 0, 10:12], np.minimum(8 * share, 1), rtol=1e-6)
+    assert not facts[:, 1, :-4].any()
+    extent = batch.points_SVP3[..., :2]
+    np.testing.assert_allclose(facts[0, 1, -4:-2], extent[0].max((0, 1)) / 4, rtol=1e-5)
+    np.testing.assert_allclose(facts[0, 1, -2:], extent[0].min((0, 1)) / 4, rtol=1e-5)
+
+
+# --- What an answer says --------------------------------------------------------------------------
+
+
+class Words:
+    """A tokenizer whose ids are their own names."""
+
+    eos_id = EOS_ID
+
+    def decode(self, ids):
+        return "".join(f" w{i}" for i in ids)
+
+
+def test_values_stand_for_their_control_tokens():
+    tokens = np.full((1, 2, 5), EOS_ID)
+    tokens[0, 0, :4] = 5, REG_ID, 6, BOX_ID
+    out = {
+        "tokens": tokens,
+        "values": np.full((1, 2, 5), np.log(1.234)),
+        "boxes": np.arange(70.0).reshape(1, 2, 5, 7),
+    }
+    said = stage("joint").say(out, (0, 0), {"kind": "x", "unit": "cm"}, Words())
+    assert said["prediction"].startswith("w5 123 w6 21.00 22.00")
+    assert said["predicted_box"] == [21, 22, 23, 24, 25, 26, 27]
+    np.testing.assert_allclose(said["predicted_value"], 123.4, rtol=1e-5)
+    assert stage("joint").say(out, (0, 1), {"kind": "x"}, Words()) == {"prediction": ""}
+    words = {"tokens": tokens}
+    text = stage("joint", controls=None).say(words, (0, 0), {"kind": "x"}, Words())
+    assert text == {"prediction": "w5 w21 w6 w22"}
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [(2.34, "m", "2.3"), (23.4, "cm", "23"), (2.6, "items", "3"), (18.26, "m2", "18.3")],
+)
+def test_numbers_are_written_as_answers_are(value, unit, text):
+    assert render_value(value, unit) == text
+
+
+def test_a_code_is_a_value_in_the_questions_unit():
+    np.testing.assert_allclose(decode_values(np.log(1.5), 0.01), 150, rtol=1e-5)
