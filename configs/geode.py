@@ -14,6 +14,15 @@ SWITCHES = {
 }
 
 
+START = {
+    "pretrain": "",
+    "align": "runs/geode_pretrain",
+    "drm": "runs/geode_align",
+    "joint": "runs/geode_drm",
+}
+"""The run a stage starts from: the work directory that the stage before has by default."""
+
+
 def stage_config(stage: str, arg: str, laptop: dict) -> ml_collections.ConfigDict:
     """The configuration of a stage.
 
@@ -27,6 +36,7 @@ def stage_config(stage: str, arg: str, laptop: dict) -> ml_collections.ConfigDic
     """
     switch = parse_arg(arg, SWITCHES)
     config = base(stage)
+    config.init_from = START[stage]
     if switch["size"] == "laptop":
         small(config)
         for name, value in laptop.items():
@@ -135,7 +145,13 @@ def base(stage: str) -> ml_collections.ConfigDict:
                 "patience": 0,
                 "max_skipped": 20,
             },
-            "eval": {"reference": "truth", "val_scenes": 100, "test_scenes": 100, "examples": 10},
+            "eval": {
+                "reference": "truth",
+                "val_scenes": 100,
+                "test_scenes": 100,
+                "examples": 10,
+                "blind": "runs/geode_joint-vision=off",  # a run shown beside, where it is there
+            },
         }
     )
 

@@ -50,6 +50,10 @@ def _answers(run, state: TrainState, workdir: Path) -> dict[str, Any]:
     train = set(run.export.scene_ids("train"))
     records = [record for record in run.export.questions() if record["scene_id"] in train]
     columns["frequency"] = scoring.frequency_baseline(records, asked)
+    blind = Path(run.config.eval.blind) / "predictions.jsonl"
+    if blind.exists() and run.config.loss.vision:
+        said = {r["id"]: r for r in map(json.loads, blind.read_text().splitlines())}
+        columns["blind"] = [said[record["id"]] for record in asked if record["id"] in said]
     vsi = {name: vsi_bench.score(_rows(predictions)) for name, predictions in columns.items()}
     scores = {
         name: scoring.score([r for r in predictions if r["kind"] != "object_box"])

@@ -40,6 +40,7 @@ def layout_facts(batch: Batch, categories: int) -> jax.Array:
     largest = jnp.max(x_y, axis=(1, 2), where=known, initial=-100)
     smallest = jnp.min(x_y, axis=(1, 2), where=known, initial=100)
     extent_S4 = jnp.concatenate([largest, smallest], axis=-1) / 4
+    extent_S4 = jnp.where(jnp.any(known, axis=(1, 2)), extent_S4, 0)
     there = (count_Sc > 0)[..., None]
     own = jnp.concatenate(
         [

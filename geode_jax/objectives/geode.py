@@ -119,8 +119,12 @@ class GeodeStage:
             label = jnp.where(label == -1, logits.shape[-1] - 1, label)
             terms["patches"] = losses.cross_entropy(logits, label, label >= 0)
         if c.stage == "drm" and c.alignment_weight:
-            error = jnp.square(prefix.spatio_SMD - model.layout(batch))
-            terms["alignment"] = jnp.sum(error), jnp.float32(error.size)
+            error_SM = jnp.mean(jnp.square(prefix.spatio_SMD - model.layout(batch)), axis=-1)
+            known_S1 = jnp.asarray(batch.boxes_known_S)[:, None]
+            terms["alignment"] = (
+                jnp.sum(jnp.where(known_S1, error_SM, 0.0)),
+                jnp.sum(jnp.broadcast_to(known_S1, error_SM.shape), dtype=jnp.float32),
+            )
         if c.stage == "drm" and c.correspondence_weight:
             looks = model.drm.correspondence(
                 prefix.features_SVLC[:, :, 1:],
