@@ -29,7 +29,7 @@ from geode_jax import losses
 from geode_jax.boxes import decode_boxes, encode_boxes
 from geode_jax.correspondence import correspondences
 from geode_jax.data.tokens import Tokenizer
-from geode_jax.inference.generate import before_end, generate
+from geode_jax.inference.generate import Generated, before_end, generate
 from geode_jax.models.layers import param
 from geode_jax.models.student import Student, StudentConfig, StudentOutput
 from geode_jax.models.task_heads import GAP_FLOOR
@@ -111,28 +111,8 @@ class HiddenCoT:
         return {name: pair for name, pair in terms.items() if term_of(name) in self.config.terms}
 
     def answer(self, model: HiddenCoTModel, batch: Batch, eos_id: int) -> dict[str, Array]:
-        """Greedy answers to a batch's questions, at most A tokens each.
-
-        Returns:
-            `tokens` [S, Q, A]; `thinking` [S, K], the decoded thinking tokens of the diagnostic
-            mode (Sec. V-d): argmax over the vocabulary at the K thinking positions, never part of
-            an answer.
-        """
-        batch = self.prepare(batch)
-        student = model.student
-        scene = student.look(batch)
-        generated = generate(
-            student.decoder,
-            scene.prefix,
-            batch.question_SQL,
-            batch.question_length_SQ,
-            max_new_tokens=batch.answer_SQA.shape[-1],
-            eos_id=eos_id,
-            prompt_prefix=student.config.vision_prefix,
-            seen=scene.seen,
-            seen_length_S=scene.seen_length_S,
-        )
-        thinking = jnp.argmax(student.thinking_logits(scene), axis=-1)
+        """`tokens` [S, Q, A] and `thinking` [S, K] of `generate_answers`."""
+        generated, thinking = generate_answers(model.student, self.prepare(batch), eos_id=eos_id)
         return {"tokens": generated.tokens_SQA, "thinking": thinking}
 
     def say(
@@ -180,6 +160,28 @@ class HiddenCoT:
                 grouped, log_variance, self.config.log_variance_bounds, share
             )
         return total, weights
+
+
+def generate_answers(student: Student, batch: Batch, *, eos_id: int) -> tuple[Generated, jax.Array]:
+    """The student's greedy answers to a batch's questions, at most A tokens each.
+
+    Returns:
+        The answers, and the decoded thinking tokens [S, K] of the diagnostic mode (Sec. V-d):
+        argmax over the vocabulary at the K thinking positions, never part of an answer.
+    """
+    scene = student.look(batch)
+    generated = generate(
+        student.decoder,
+        scene.prefix,
+        batch.question_SQL,
+        batch.question_length_SQ,
+        max_new_tokens=batch.answer_SQA.shape[-1],
+        eos_id=eos_id,
+        prompt_prefix=student.config.vision_prefix,
+        seen=scene.seen,
+        seen_length_S=scene.seen_length_S,
+    )
+    return generated, jnp.argmax(student.thinking_logits(scene), axis=-1)
 
 
 def term_of(name: str) -> str:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from geode_jax.inference.generate import answer
 from geode_jax.models.student import Student
+from geode_jax.objectives.hidden_cot import generate_answers
 from geode_jax.ops.attention import Intervals
 from tests.tiny_models import ANSWER, QUESTION, STUDENT, materialize, quick_jit, tiny_batch
 
@@ -30,7 +30,7 @@ class Case:
 
 @quick_jit
 def answer_until(student, batch, eos_id):
-    generated, thinking = answer(student, batch, eos_id=eos_id)
+    generated, thinking = generate_answers(student, batch, eos_id=eos_id)
     return generated.tokens_SQA, generated.hidden_SQAD, thinking
 
 
