@@ -15,14 +15,15 @@ ARG (they compose)
     vision=off              the blind baseline: the same budget without any view
     rgbd=FOLDER             a real RGB-D folder (color/ depth/ pose/ intrinsic/) instead of rooms
 
-RESULT    laptop with train.steps=1500, 200 held-out rooms, three seeds, mean (least to most):
-          four relations 0.906 (0.893 to 0.915), numbers (MRA) 0.749 (0.744 to 0.757),
-          without counting 0.807 (0.800 to 0.811).
-          K = 0 (`thinking=0`), three seeds: 0.906 (0.895 to 0.913), 0.754 (0.747 to 0.758),
-          0.810 (0.807 to 0.811). Blind (`vision=off`, seed 0): 0.494, 0.360, 0.304.
-          Frequency: 0.296, 0.330, 0.278. Longer training: not measured.
-          The default, 1,200 steps, seed 0: 0.847, 0.755, 0.804.
-TRIED     Each question's own copy, which saw neither V nor T, for the heads, and T seen by the
+RESULT    laptop, 200 held-out rooms, three seeds, mean (least to most): four relations 0.879 (0.847
+          to 0.903), numbers (MRA) 0.736 (0.724 to 0.755), without counting 0.782 (0.759 to 0.804).
+          Blind (`vision=off`, seed 0): 0.502, 0.370, 0.307. Frequency: 0.296, 0.330, 0.278.
+          3,900 steps, half an hour (seed 0): 0.943, 0.803, 0.859.
+          1,500 steps, three seeds: 0.906 (0.893 to 0.915), 0.749 (0.744 to 0.757), 0.807 (0.800
+          to 0.811); with K = 0 (`thinking=0`): 0.906 (0.895 to 0.913), 0.754 (0.747 to 0.758),
+          0.810 (0.807 to 0.811).
+TRIED     (with earlier versions of the rooms; 1,500 steps where none are said)
+          Each question's own copy, which saw neither V nor T, for the heads, and T seen by the
           question itself: the same losses at the same step, a step of 730 instead of 560 ms on one
           core. No gain or worse, by their losses in the first 200 to 600 steps: half the scenes a
           step and twice the steps; points and colours of every pixel in the tokens; tokens of one

@@ -31,7 +31,9 @@ def part_of(path: Iterable) -> str:
     for part, names in _PARTS:
         if path & set(names):
             return part
-    return "trunk" if {"decoder", "norm"} <= path else "vision projector and V"
+    if {"decoder", "norm"} <= path:
+        return "trunk"
+    return "projector" if "vlm" in path else "vision projector and V"
 
 
 def count_by_part(state: nnx.State) -> dict[str, int]:
@@ -46,7 +48,7 @@ def count_by_part(state: nnx.State) -> dict[str, int]:
 def parameter_table(params: nnx.State, frozen: nnx.State) -> str:
     """Parameters by part, trainable and frozen, as text."""
     learn, still = count_by_part(params), count_by_part(frozen)
-    names = [name for name, _ in _PARTS] + ["vision projector and V"]
+    names = [name for name, _ in _PARTS] + ["projector", "vision projector and V"]
     rows = [(n, learn.get(n, 0), still.get(n, 0)) for n in names if n in learn or n in still]
     rows.append(("total", sum(learn.values()), sum(still.values())))
     lines = [f"{'parameters':<26}{'trainable':>15}{'frozen':>15}"]
