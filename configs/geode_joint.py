@@ -12,6 +12,8 @@ ARG (they compose)
 PAYS      eq. 7: the words of the answers, and lambda times the squared error of values (their
           logarithms) and boxes at their control tokens. The rationale module is frozen.
 
+RESULT    see the README; not yet measured with these steps.
+
 OURS      lambda = 1, learning rate, steps, the regression head's size and the codes of values.
 """
 
@@ -19,7 +21,7 @@ import ml_collections
 
 from configs.geode import stage_config
 
-LAPTOP = {"train.steps": 700}
+LAPTOP = {"train.steps": 1200}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

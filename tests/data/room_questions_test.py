@@ -320,7 +320,7 @@ def test_numbers_of_questions():
         numbers = [record["id"].removeprefix(f"{room.scene_id}_") for record in records]
         assert numbers == [f"{k:02d}" for k in range(len(records))]
     assert 18 < sum(kinds.values()) / SCENES < 28
-    assert kinds["object_box"] / SCENES > 4
+    assert kinds["object_box"] / SCENES > 3.5
 
 
 def test_which_boxes_are_asked_for_changes_no_other_question():

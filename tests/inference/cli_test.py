@@ -162,8 +162,9 @@ def test_ask_prints_the_answer_of_the_evaluation_and_nothing_else(run, tiny_run)
     assert status == 0
     assert answer.startswith("answer:   ")
     assert thinking.startswith("thinking: ")
-    decoded = [token.replace("\n", "\\n") or "␣" for token in expected["thinking_tokens"]]
-    assert [t.strip() for t in thinking[len("thinking: ") :].split(" | ")] == decoded
+    tokens = (token.strip(" ").replace("\n", "\\n") for token in expected["thinking_tokens"])
+    decoded = [token or "␣" for token in tokens]
+    assert thinking[len("thinking: ") :].split(" | ") == decoded
     assert err == "warning: words the student never read: Wallaby\n"
 
 
