@@ -54,7 +54,10 @@ def _answers(run, state: TrainState, workdir: Path) -> dict[str, Any]:
     if blind.exists() and run.config.loss.vision:
         said = {r["id"]: r for r in map(json.loads, blind.read_text().splitlines())}
         columns["blind"] = [said[record["id"]] for record in asked if record["id"] in said]
-    vsi = {name: vsi_bench.score(_rows(predictions)) for name, predictions in columns.items()}
+    vsi = {
+        name: vsi_bench.score(vsi_bench.rows_of(predictions))
+        for name, predictions in columns.items()
+    }
     scores = {
         name: scoring.score([r for r in predictions if r["kind"] != "object_box"])
         for name, predictions in columns.items()
@@ -65,20 +68,6 @@ def _answers(run, state: TrainState, workdir: Path) -> dict[str, Any]:
     (workdir / "predictions.jsonl").write_text("".join(lines))
     print(vsi_bench.table(vsi))
     return {"vsi": vsi, "scores": scores}
-
-
-def _rows(predictions: list[dict]) -> list[dict]:
-    """Question records as rows of VSI-Bench, its kinds only."""
-    return [
-        {
-            "question_type": record["kind"],
-            "ground_truth": record["answer"],
-            "options": record.get("options"),
-            "prediction": record["prediction"],
-        }
-        for record in predictions
-        if record["kind"] in vsi_bench.QUESTION_TYPES
-    ]
 
 
 def box_scores(predictions: list[dict]) -> dict[str, float]:

@@ -52,6 +52,21 @@ def prompt(row: dict) -> str:
     return prompts.prompt({**row, "kind": row["question_type"]})
 
 
+def rows_of(predictions: Iterable[dict]) -> list[dict]:
+    """Answered question records as rows of the benchmark, its kinds only."""
+    return [
+        {
+            "id": record["id"],
+            "question_type": record["kind"],
+            "ground_truth": record["answer"],
+            "options": record.get("options"),
+            "prediction": record["prediction"],
+        }
+        for record in predictions
+        if record["kind"] in QUESTION_TYPES
+    ]
+
+
 # --- Scores ---------------------------------------------------------------------------------------
 
 
@@ -308,39 +323,73 @@ def evaluate(
     files = {"model": answers} | ({"blind": read_rows(blind, check_prediction)} if blind else {})
     questions = _kept(asked, debiased_ids) if debiased_ids else asked
 
-    rows = questions.rows.values()
-    scores = {name: score(_answered(questions, file)) for name, file in files.items()}
+    return result(
+        {name: _answered(questions, file) for name, file in files.items()},
+        dataset=asked.named() | {"revision": revision},
+        debiased_ids=questions.named() if debiased_ids else None,
+        predictions={name: file.named() for name, file in files.items()},
+        frames=frames,
+        decoding=decoding,
+        notes=_of_no_question(asked, files),
+    )
+
+
+def result(
+    columns: Mapping[str, list[dict]],
+    *,
+    dataset: dict[str, Any],
+    predictions: dict[str, dict],
+    debiased_ids: dict[str, str] | None = None,
+    frames: int | None,
+    decoding: str | None,
+    notes: Iterable[str] = (),
+) -> dict[str, Any]:
+    """What a result file holds: scores of every column and of the baselines, and recorded facts.
+
+    Args:
+      columns: "model" and what stands beside it, to the same rows with their predictions.
+      dataset, predictions, debiased_ids: files, as of `RowFile.named`.
+      frames, decoding: as in `evaluate`.
+      notes: what a reader must know beside what the scores tell.
+    """
+    rows = columns["model"]
+    scores = {name: score(answered) for name, answered in columns.items()}
     scores |= {"frequency": frequency_score(rows), "random": random_score(rows)}
     return {
         "benchmark": "VSI-Bench",
         "evaluator": f"geode_jax {__version__}",
-        "dataset": asked.named() | {"revision": revision},
-        "debiased_ids": questions.named() if debiased_ids else None,
-        "predictions": {name: file.named() for name, file in files.items()},
+        "dataset": dataset,
+        "debiased_ids": debiased_ids,
+        "predictions": predictions,
         "frames": frames,
         "decoding": decoding,
         "questions": len(rows),
         "scores": scores,
-        "notes": _notes(asked, files, scores["model"]),
+        "notes": [
+            *_missing(scores["model"]),
+            *notes,
+            "frequency: the most common truth of each question type, over these same questions",
+            "random: an option at random; numbers have none",
+        ],
     }
 
 
-def _notes(asked: RowFile, files: dict[str, RowFile], model: dict[str, Any]) -> list[str]:
-    notes = []
-    if model["missing"]:
-        tasks = sum(task in model for task in VSI_TASKS)
-        notes.append(
-            f"means are over what is there, {tasks} of the {len(VSI_TASKS)} tasks: no question is "
-            f"{', '.join(model['missing'])}"
-        )
-    for file in files.values():
-        others = len(file.rows.keys() - asked.rows.keys())
-        if others:
-            notes.append(f"{file.path}: {others} predictions are of no question of {asked.path}")
+def _missing(model: dict[str, Any]) -> list[str]:
+    if not model["missing"]:
+        return []
+    tasks = sum(task in model for task in VSI_TASKS)
     return [
-        *notes,
-        "frequency: the most common truth of each question type, over these same questions",
-        "random: an option at random; numbers have none",
+        f"means are over what is there, {tasks} of the {len(VSI_TASKS)} tasks: no question is "
+        f"{', '.join(model['missing'])}"
+    ]
+
+
+def _of_no_question(asked: RowFile, files: dict[str, RowFile]) -> list[str]:
+    others = {file.path: len(file.rows.keys() - asked.rows.keys()) for file in files.values()}
+    return [
+        f"{path}: {count} predictions are of no question of {asked.path}"
+        for path, count in others.items()
+        if count
     ]
 
 
@@ -358,6 +407,7 @@ def table(scores: Mapping[str, Mapping[str, Any]]) -> str:
         cells = ("-" if value is None else f"{value:.1f}" for value in values)
         lines.append([_LABELS.get(key) or row_of(key).label, *cells])
     first = max(len(line[0]) for line in lines)
+    widths = [max(11, 2 + len(name)) for name in scores]
     return "\n".join(
-        label.ljust(first) + "".join(f"{cell:>11}" for cell in cells) for label, *cells in lines
+        label.ljust(first) + "".join(map(str.rjust, cells, widths)) for label, *cells in lines
     )
