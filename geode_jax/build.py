@@ -63,6 +63,8 @@ def build(config: ml_collections.ConfigDict, workdir: Path) -> Run:
         UserError, ExportError: anything the user can mend, in one line.
     """
     check_config(config)
+    if config.get("init_from"):
+        _check_start(Path(config.init_from))
     mesh = _mesh(config)
     export = Export(prepare_export(config.data))
     tokenizer = prepare_tokenizer(config, export, workdir)
@@ -97,6 +99,14 @@ def check_config(config: ml_collections.ConfigDict) -> None:
                 good = False
             if not good:
                 raise UserError(f"config: {name}: {value} is not {rule}")
+
+
+def _check_start(run: Path) -> None:
+    """Refuse what no stage of GEODE starts from, before anything of it is read."""
+    find_model(run)
+    system = load_config(run).system
+    if system not in systems.GEODE_STAGES:
+        raise UserError(f"config: init_from: {run} is a {system} run, not a stage of GEODE")
 
 
 def start_from(state: TrainState, run: Path) -> TrainState:
@@ -232,14 +242,18 @@ def pipeline_config(config, export: Export, tokenizer: Tokenizer) -> PipelineCon
 def make_pipelines(config, export: Export, tokenizer: Tokenizer) -> dict[str, Pipeline]:
     """Pipelines of the train, val and test splits."""
     common = pipeline_config(config, export, tokenizer)
-    present = {entry["split"] for entry in export.manifest["scenes"]}
-    splits = {"train": "train", "val": "val", "test": "test" if "test" in present else "val"}
+    splits = {"train": "train", "val": "val", "test": test_split(export)}
     # Evaluation asks every question once: how often training draws a kind plays no part.
     asked = dataclasses.replace(common, kind_weights={})
     return {
         name: Pipeline(export, tokenizer, common if name == "train" else asked, split)
         for name, split in splits.items()
     }
+
+
+def test_split(export: Export) -> str:
+    """The split that is scored: val where an export has no test."""
+    return "test" if export.scene_ids("test") else "val"
 
 
 def save_config(config: ml_collections.ConfigDict, workdir: Path) -> None:

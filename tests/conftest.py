@@ -49,3 +49,11 @@ def tiny_run(tmp_path_factory):
     from tests.runs import make_tiny_run  # imports JAX, which not every test needs
 
     return make_tiny_run(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def geode_runs(tmp_path_factory):
+    """Finished runs of GEODE's stages: pretrain, drm, joint (`tests.runs.TinyRun`); read only."""
+    from tests.runs import make_tiny_geode_runs
+
+    return make_tiny_geode_runs(tmp_path_factory.mktemp("geode"))

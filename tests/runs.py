@@ -1,8 +1,12 @@
-"""A run small enough for tests: twelve rooms, a student of two layers, three steps."""
+"""Runs small enough for tests: twelve rooms, models of two layers, a few steps."""
 
+import contextlib
 import dataclasses
+import importlib
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import ml_collections
 
 from configs.hidden_cot import get_config
@@ -27,9 +31,9 @@ class TinyRun:
     summary: dict
 
 
-def tiny_rooms(folder: Path) -> Path:
+def tiny_rooms(folder: Path, images: int = 0) -> Path:
     """Ten training and two val scenes and two test scenes."""
-    make_rooms(folder, scenes=12, seed=0, test_scenes=2, workers=1, progress=False)
+    make_rooms(folder, scenes=12, seed=0, images=images, test_scenes=2, workers=1, progress=False)
     return folder
 
 
@@ -72,3 +76,53 @@ def make_tiny_run(folder: Path) -> TinyRun:
     export, workdir = tiny_rooms(folder / "rooms"), folder / "run"
     config = tiny_config(export)
     return TinyRun(workdir, export, config, train_and_evaluate(config, workdir))
+
+
+def tiny_geode_config(
+    stage: str, export: Path, init_from: Path | None = None, arg: str = ""
+) -> ml_collections.ConfigDict:
+    """The laptop configuration of a stage of GEODE, made tiny.
+
+    Args:
+        stage: "pretrain", "align", "drm" or "joint".
+        export: of `tiny_rooms` with images.
+        init_from: the run that the stage starts from.
+        arg: as on the command line, "drh=off" for example.
+    """
+    config = importlib.import_module(f"configs.geode_{stage}").get_config(arg)
+    with config.unlocked():
+        config.init_from = str(init_from or "")
+        config.data.update(
+            export=str(export), scenes_per_batch=2, questions_per_scene=4, rows_per_scene=2
+        )
+        config.model.decoder.update(width=32, layers=2, heads=2, kv_heads=1, mlp_width=64)
+        config.model.vision.update(width=16, layers=1, heads=2, mlp_width=32)
+        config.model.drm.update(width=16, heads=2, bands=2)
+        config.model.drh_width = config.model.drh_width and 16
+        config.optimizer.name = "adamw"  # compiles faster
+        config.train.update(steps=3, eval_every=3, checkpoint_every=3)
+        config.eval.update(val_scenes=2, test_scenes=2)
+    return config
+
+
+@contextlib.contextmanager
+def quick_compiles() -> Iterator[None]:
+    """Compiles without optimizing inside: compiling is most of what a tiny run does."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+def make_tiny_geode_runs(folder: Path) -> dict[str, TinyRun]:
+    """Rooms with pictures and runs of three of GEODE's stages, each from the one before."""
+    export, before, runs = tiny_rooms(folder / "rooms", images=32), None, {}
+    for stage in ("pretrain", "drm", "joint"):
+        config, workdir = tiny_geode_config(stage, export, before), folder / stage
+        with quick_compiles():
+            summary = train_and_evaluate(config, workdir)
+        runs[stage] = TinyRun(workdir, export, config, summary)
+        before = workdir
+    return runs

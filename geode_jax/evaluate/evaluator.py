@@ -74,7 +74,7 @@ class Evaluator:
         self,
         state: TrainState,
         pipeline: Pipeline,
-        scenes: int,
+        scenes: int | None,
         *,
         vision: bool = True,
         heads: bool = False,
@@ -85,7 +85,7 @@ class Evaluator:
         Args:
             state: whose parameters answer.
             pipeline: of the split.
-            scenes: how many of its scenes.
+            scenes: how many of its scenes; None: all.
             vision: False removes every view from the same model (a cheap blind baseline).
             heads: also depth maps and boxes.
             label: of the progress bar.

@@ -5,7 +5,8 @@
     geode-jax rgbd --source DIR --out DIR       an export of a real RGB-D folder
     geode-jax scenes --workdir RUN              what can be asked about
     geode-jax ask --workdir RUN --scene ID --question "How many chair(s) are in this room?"
-    geode-jax evaluate vsi --predictions FILE --dataset FILE    the score of VSI-Bench
+    geode-jax evaluate vsi --workdir RUN                        a run's score on VSI-Bench's tasks
+    geode-jax evaluate vsi --predictions FILE --dataset FILE    the score of any model's answers
     geode-jax convert import --source DIR --out DIR     a Hugging Face folder -> a checkpoint
     geode-jax convert export --source DIR --out DIR     a checkpoint -> a Hugging Face folder
     geode-jax convert inspect DIR                       what a Hugging Face folder holds
@@ -14,6 +15,7 @@ Whatever the user can mend is one line on stderr and exit status 2.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -94,43 +96,60 @@ def _made(folder: Path, started: float) -> str:
 
 
 def _scenes(arguments: argparse.Namespace) -> None:
-    from geode_jax.inference.predict import open_run_export
+    from geode_jax.inference.trained import open_run_export
 
     for scene_id in open_run_export(arguments.workdir).scene_ids(arguments.split):
         print(scene_id)
 
 
 def _ask(arguments: argparse.Namespace) -> None:
+    from geode_jax.build import load_config
     from geode_jax.inference.predict import Predictor
 
     if arguments.question is None and arguments.options:
         raise UserError("--options: belong to a --question")
-    predictor = Predictor(arguments.workdir)
+    if arguments.diagnostic and arguments.json:
+        raise UserError("--diagnostic: --json has the thinking tokens already")
+    system = load_config(arguments.workdir).system
+    if arguments.diagnostic and system != "hidden_cot":
+        raise UserError(f"--diagnostic: thinking tokens are the student's, this run is {system}")
+    predictor = Predictor(arguments.workdir, rationale=arguments.rationale)
     if arguments.question is None:
-        _ask_own(predictor, arguments.scene, arguments.diagnostic)
+        _ask_own(predictor, arguments)
         return
     text = " ".join([arguments.question, *(arguments.options or ())])
     unknown = predictor.unknown_words(text)
     answer = predictor.answer(arguments.scene, arguments.question, arguments.options)
     if unknown:
-        print(f"warning: words the student never read: {', '.join(unknown)}", file=sys.stderr)
-    if arguments.diagnostic:
-        print(f"answer:   {answer.text}\nthinking: {_shown(answer.thinking_tokens)}")
+        print(f"warning: words the model never read: {', '.join(unknown)}", file=sys.stderr)
+    if arguments.json:
+        print(_json(arguments.scene, arguments.question, answer))
+    elif arguments.diagnostic:
+        print(f"answer:   {answer.shown}\nthinking: {_shown(answer.thinking_tokens)}")
     else:
-        print(answer.text)
+        print(answer.shown)
 
 
-def _ask_own(predictor, scene_id: str, diagnostic: bool) -> None:
-    """The questions that the export has of a scene, the student's answers beside the true ones."""
+def _ask_own(predictor, arguments: argparse.Namespace) -> None:
+    """The questions that the export has of a scene, the model's answers beside the true ones."""
+    scene_id = arguments.scene
     records = predictor.questions(scene_id)
     if not records:
         raise UserError(f"scene {scene_id}: has no question of its own; give a --question")
     for number, record in enumerate(records):
         answer = predictor.answer(scene_id, record["question"], record.get("options"))
-        if diagnostic and number == 0:  # the tokens stand before the question: one set a scene
+        if arguments.json:
+            print(_json(scene_id, record["question"], answer))
+            continue
+        if arguments.diagnostic and number == 0:  # they stand before the question: one set a scene
             print(f"thinking: {_shown(answer.thinking_tokens)}")
         print(f"{record['kind']}: {_one_line(record['question'], *record.get('options', ()))}")
-        print(f"    student: {_one_line(answer.text)}    true: {record['answer']}")
+        true = _one_line(record.get(predictor.truth_field, "-"))
+        print(f"    model: {_one_line(answer.shown)}    true: {true}")
+
+
+def _json(scene_id: str, question: str, answer) -> str:
+    return json.dumps({"scene": scene_id, "question": question, **answer.facts()})
 
 
 def _one_line(*texts: str) -> str:
@@ -144,21 +163,52 @@ def _shown(thinking_tokens: tuple[str, ...]) -> str:
     return " | ".join(token.strip(" ").replace("\n", "\\n") or "␣" for token in thinking_tokens)
 
 
+_OF_PREDICTIONS = ("dataset", "debiased_ids", "blind", "revision", "frames", "decoding")
+_OF_RUN = ("export", "spatio")
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     from geode_jax.evaluate import vsi_bench
-    from geode_jax.metrics import write_json
 
-    names = ("dataset", "debiased_ids", "blind", "revision", "frames", "decoding")
-    told = {name: getattr(arguments, name) for name in names}
-    out = arguments.out or arguments.predictions.parent / f"{arguments.predictions.stem}.vsi.json"
-    inputs = [arguments.predictions, *(path for path in told.values() if isinstance(path, Path))]
-    if out.resolve() in [path.resolve() for path in inputs]:
-        raise UserError(f"--out: {out} is one of the files to read")
-    result = vsi_bench.evaluate(arguments.predictions, **told)
-    write_json(out, result)
+    by_run = arguments.workdir is not None
+    source, others = ("workdir", _OF_PREDICTIONS) if by_run else ("predictions", _OF_RUN)
+    for name in others:
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')}: does not go with --{source}")
+    result, out = _vsi_of_run(arguments) if by_run else _vsi_of_predictions(arguments)
     print(vsi_bench.table(result["scores"]))
     print("\n".join(f"note: {note}" for note in result["notes"]))
     print(f"result: {out}")
+
+
+def _vsi_of_run(arguments: argparse.Namespace) -> tuple[dict, Path]:
+    """The result of a run's own model, and its file."""
+    from geode_jax.evaluate.vsi_run import evaluate_run
+
+    workdir, export = arguments.workdir, arguments.export
+    out = arguments.out or workdir / "vsi.json"
+    kept = [workdir / name for name in ("config.json", "summary.json")]
+    _refuse_input(out, kept if export is None else [*kept, export / "manifest.json"])
+    return evaluate_run(workdir, out, export=export, spatio=arguments.spatio), out
+
+
+def _vsi_of_predictions(arguments: argparse.Namespace) -> tuple[dict, Path]:
+    """The result of a file of predictions, and its file."""
+    from geode_jax.evaluate import vsi_bench
+    from geode_jax.metrics import write_json
+
+    told = {name: getattr(arguments, name) for name in _OF_PREDICTIONS}
+    out = arguments.out or arguments.predictions.parent / f"{arguments.predictions.stem}.vsi.json"
+    paths = [path for path in told.values() if isinstance(path, Path)]
+    _refuse_input(out, [arguments.predictions, *paths])
+    result = vsi_bench.evaluate(arguments.predictions, **told)
+    write_json(out, result)
+    return result, out
+
+
+def _refuse_input(out: Path, inputs: list[Path]) -> None:
+    if out.resolve() in [path.resolve() for path in inputs]:
+        raise UserError(f"--out: {out} is one of the files to read")
 
 
 def _import(arguments: argparse.Namespace) -> None:
@@ -256,19 +306,30 @@ def _parser() -> argparse.ArgumentParser:
     add("--scene", required=True, metavar="ID", help="see: geode-jax scenes --workdir RUN")
     add("--question", help="without it: the scene's own questions, answered")
     add("--options", nargs="+", metavar="OPTION", help="of a multiple choice: A. chair ...")
-    add("--diagnostic", action="store_true", help="also decode the K thinking tokens")
+    add("--diagnostic", action="store_true", help="also decode the student's K thinking tokens")
+    add("--rationale", action="store_true", help="GEODE: what the rationale tokens alone say")
+    add("--json", action="store_true", help="an object a line: answer, kind, value, unit, box, ...")
 
-    add = command("evaluate", _evaluate, "score a file of predictions on a benchmark")
+    add = command("evaluate", _evaluate, "score a run or a file of predictions on a benchmark")
     add("benchmark", choices=("vsi",), help="vsi: VSI-Bench")
-    add(
-        "--predictions", type=Path, required=True, metavar="FILE", help="JSON lines: id, prediction"
+    source = commands.choices["evaluate"].add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--predictions", type=Path, metavar="FILE", help="JSON lines: id, prediction"
     )
+    source.add_argument("--workdir", type=Path, metavar="RUN", help="predict with a trained run")
+    add("--export", type=Path, metavar="DIR", help="its test split is asked; default the run's own")
+    add("--spatio", type=int, choices=(4, 8, 16), help="see so many of the run's rationale tokens")
     add("--dataset", type=Path, metavar="FILE", help="its rows, .jsonl or .parquet; else in these")
     add(
         "--debiased-ids", type=Path, metavar="FILE", help="score these questions only, an id a line"
     )
     add("--blind", type=Path, metavar="FILE", help="predictions without frames, shown beside")
-    add("--out", type=Path, metavar="FILE", help="result; default PREDICTIONS with .vsi.json")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="result; default RUN/vsi.json, or PREDICTIONS with .vsi.json",
+    )
     add("--revision", metavar="TEXT", help="of the dataset, for the result file")
     add("--frames", type=_positive, metavar="N", help="of a video, for the result file")
     add("--decoding", metavar="TEXT", help="such as greedy, for the result file")

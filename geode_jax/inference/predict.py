@@ -5,29 +5,17 @@ import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
-from flax import nnx
 
-from geode_jax.build import (
-    export_folder,
-    keep_compiled_programs,
-    load_config,
-    pipeline_config,
-)
-from geode_jax.checkpoint import find_model, load_model
 from geode_jax.data.control import BOX, control_of
-from geode_jax.data.exports import Export
-from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.prompts import VSI_CHOICE_KINDS
 from geode_jax.data.question_records import open_question_records
-from geode_jax.data.tokens import load_tokenizer
 from geode_jax.errors import UserError
-from geode_jax.evaluate.evaluator import Evaluator
-from geode_jax.sharding import activate, make_mesh
-from geode_jax.systems import make_objective
-from geode_jax.train_step import Objective, TrainState
+from geode_jax.inference.trained import open_trained
+from geode_jax.objectives.geode import render_value
+from geode_jax.sharding import activate
 
 _WORDINGS_OF = 200
 """So many scenes' questions teach which wording belongs to which kind of question."""
@@ -35,25 +23,34 @@ _WORDINGS_OF = 200
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the student says, and its K thinking tokens decoded (Sec. V-d, Fig. 4)."""
+    """What the model says.
+
+    Attributes:
+        text: the words; a value, in its question's unit, or a box stands for its control token.
+        kind: of the question, "" where its wording is none of the export's.
+        value, box: GEODE's, of the last control token of each, where there is one.
+        unit: of the value, where the question has one.
+        thinking_tokens: the student's K, decoded (Sec. V-d, Fig. 4); None of other systems.
+    """
 
     text: str
-    thinking_tokens: tuple[str, ...]
+    kind: str
+    value: float | None = None
+    unit: str | None = None
+    box: tuple[float, ...] | None = None
+    thinking_tokens: tuple[str, ...] | None = None
 
+    @property
+    def shown(self) -> str:
+        """The text, with its unit where the whole of it is a value."""
+        alone = self.value is not None and self.text == render_value(self.value, self.unit)
+        return f"{self.text} {self.unit}" if alone and self.unit else self.text
 
-def open_run_export(workdir: Path) -> Export:
-    """The export that a run was trained on.
-
-    Raises:
-        UserError, ExportError: no run was started in this folder, or its export is not here.
-    """
-    folder = export_folder(load_config(workdir).data)
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}: not here, and {workdir} was trained on it; ask from the folder where "
-            "training was started"
-        )
-    return Export(folder)
+    def facts(self) -> dict[str, Any]:
+        """What there is of it, for JSON."""
+        named = {"kind": self.kind, "answer": self.text}
+        more = ("value", "unit", "box", "thinking_tokens")
+        return named | {k: v for k in more if (v := getattr(self, k)) is not None}
 
 
 class Predictor:
@@ -65,49 +62,49 @@ class Predictor:
     Attributes:
         workdir: of the run.
         export: the scenes that can be asked about.
+        truth_field: of a question's record, what the model was taught to say.
         step: of training at which the checkpoint was made.
     """
 
-    def __init__(self, workdir: str | Path):
-        """Args: workdir: of the run, which may still be training.
+    def __init__(self, workdir: str | Path, *, rationale: bool = False):
+        """Opens the checkpoint.
+
+        Args:
+            workdir: of the run, which may still be training.
+            rationale: answer with GEODE's rationales, which a run of stage 1 does anyway.
 
         Raises:
-            UserError, ExportError: it is no run, has no checkpoint, or its export is not here.
+            UserError, ExportError: it is no run, has no checkpoint, its export is not here, or
+                its model learned no rationales.
         """
         self.workdir = Path(workdir)
-        keep_compiled_programs()
-        config = load_config(self.workdir)
-        checkpoint = find_model(self.workdir)
-        self.step = int(checkpoint.name)
-        self.export = open_run_export(self.workdir)
-        self._records = open_question_records(self.export, config.data.on_bad_scene)
-        self._tokenizer = load_tokenizer(config.tokenizer or self.workdir / "tokenizer")
-        one_scene = dataclasses.replace(
-            pipeline_config(config, self.export, self._tokenizer), scenes_per_batch=1
-        )
-        self._pipeline = Pipeline(self.export, self._tokenizer, one_scene, "train")
-        objective = make_objective(config, self.export, self._tokenizer, self._pipeline)
-        self._objective = objective
-        self._mesh = make_mesh()  # this machine's devices, whatever the run trained on
-        graph, model = _abstract_model(objective, self._mesh)
-        model = load_model(checkpoint, model)
-        self._state = TrainState(np.int32(self.step), model["params"], model["frozen"], ())
-        self._evaluator = Evaluator(objective, graph, self._tokenizer, self._mesh)
+        self._trained = trained = open_trained(self.workdir, rationale=rationale)
+        self.export, self.step = trained.export, int(trained.state.step)
+        self._pipeline, self._tokenizer = trained.pipeline, trained.tokenizer
+        self._records = open_question_records(self.export, trained.config.data.on_bad_scene)
+        writes = trained.pipeline.config.answer_field == "rationale"
+        self.truth_field = "rationale" if writes else "answer"
 
     def questions(self, scene_id: str) -> list[dict]:
-        """The question records that the export has of a scene, but those answered by a box.
+        """The question records that the export has of a scene.
+
+        Without control tokens, those that are answered by a box are left out: nothing else can say
+        one.
 
         Raises:
             UserError: unknown scene.
         """
         self._check_scene(scene_id)
-        return [record for record in self._records.read(scene_id) if control_of(record) != BOX]
+        boxes = self._pipeline.config.controls is not None
+        records = self._records.read(scene_id)
+        return [record for record in records if boxes or control_of(record) != BOX]
 
     def answer(self, scene_id: str, question: str, options: Sequence[str] | None = None) -> Answer:
-        """The student's answer.
+        """The model's answer.
 
         A question worded like one of the export's is put as that one was in training: with its
-        kind's prompt (`data.prompts`), a question of the scene itself also with its options.
+        kind's prompt (`data.prompts`) and in its unit, a question of the scene itself also with
+        its options.
 
         Args:
             scene_id: any scene of the export.
@@ -118,23 +115,33 @@ class Predictor:
             UserError: unknown scene, or options are needed.
         """
         record = self.record(scene_id, question, options)
-        with activate(self._mesh):
+        trained = self._trained
+        with activate(trained.mesh):
             batch = self._pipeline.one_question(record)
-            answers = jax.device_get(self._evaluator.answer_batch(self._state, batch))
-        said = self._objective.say(answers, (0, 0), record, self._tokenizer)
-        return Answer(said["prediction"], tuple(said["thinking_tokens"]))
+            answers = jax.device_get(trained.evaluator.answer_batch(trained.state, batch))
+        said = trained.objective.say(answers, (0, 0), record, self._tokenizer)
+        box, thinking = said.get("predicted_box"), said.get("thinking_tokens")
+        value = said.get("predicted_value")
+        return Answer(
+            text=said["prediction"],
+            kind=record["kind"],
+            value=value,
+            unit=None if value is None else record.get("unit"),
+            box=None if box is None else tuple(box),
+            thinking_tokens=None if thinking is None else tuple(thinking),
+        )
 
     def record(self, scene_id: str, question: str, options: Sequence[str] | None = None) -> dict:
-        """The question record that `answer` puts to the student; arguments and errors as there."""
+        """The question record that `answer` puts to the model; arguments and errors as there."""
         if not question.strip():
             raise UserError("question: empty")
         record = {"scene_id": scene_id, "kind": "", "question": question}
         for own in self.questions(scene_id):
             if own["question"].split() == question.split():
-                record |= {k: own[k] for k in ("kind", "question", "options") if k in own}
+                record |= _kept(own, "kind", "question", "options", "unit")
                 break
         else:
-            record["kind"] = self._kinds.get(self._wording(question), "")
+            record |= self._kinds.get(self._wording(question), {})
         if options:
             record["options"] = _lettered(options)
         elif record["kind"] in VSI_CHOICE_KINDS and "options" not in record:
@@ -142,7 +149,7 @@ class Predictor:
         return record
 
     def unknown_words(self, text: str) -> list[str]:
-        """Words and signs of a text that the student's tokenizer has no id for, in order."""
+        """Words and signs of a text that the run's tokenizer has no id for, in order."""
         words = dict.fromkeys(re.findall(r"[^\W\d_]+|[^\w\s]", text))
         unknown = self._tokenizer.unk_id
         return [word for word in words if unknown in self._tokenizer.encode(" " + word)]
@@ -155,11 +162,13 @@ class Predictor:
             )
 
     @functools.cached_property
-    def _kinds(self) -> dict[str, str]:
-        """Wording -> kind of question."""
+    def _kinds(self) -> dict[str, dict]:
+        """Wording -> kind of question, and its unit where it has one."""
         scenes = self._records.scene_ids("train")[:_WORDINGS_OF]
         records = (record for scene_id in scenes for record in self._records.read(scene_id))
-        return {self._wording(record["question"]): record["kind"] for record in records}
+        return {
+            self._wording(record["question"]): _kept(record, "kind", "unit") for record in records
+        }
 
     def _wording(self, question: str) -> str:
         """The question without what is particular to it: categories and numbers."""
@@ -168,24 +177,12 @@ class Predictor:
         return " ".join(re.sub(particular, "#", question, flags=re.IGNORECASE).lower().split())
 
 
+def _kept(record: dict, *fields: str) -> dict:
+    return {field: record[field] for field in fields if field in record}
+
+
 def _lettered(options: Sequence[str]) -> list[str]:
     if all(re.match(r"[A-Z]\. ", option) for option in options):
         return list(options)
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     return [f"{letter}. {option}" for letter, option in zip(letters, options, strict=False)]
-
-
-def _abstract_model(objective: Objective, mesh: jax.sharding.Mesh) -> tuple[nnx.GraphDef, dict]:
-    """The model's structure, and its variables as shapes with shardings: nothing is computed."""
-    with activate(mesh):
-        model = nnx.eval_shape(lambda: objective.build(nnx.Rngs(0)))
-        graph, params, frozen = nnx.split(model, objective.trainable, ...)
-
-        def placed(state):
-            return jax.tree.map(
-                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                state,
-                nnx.get_named_sharding(state, mesh),
-            )
-
-        return graph, {"params": placed(params), "frozen": placed(frozen)}

@@ -67,6 +67,7 @@ class GeodeStageConfig:
     patch_weight: of the patches' categories, stage pretrain.
     vision: False trains the blind baseline: nothing stands before the text.
     controls: ids of `<REG>` and `<3DBBOX>`, where the regression head answers.
+    slots: so many of the rationale tokens does an answer see (Table 3); None: all.
     """
 
     model: GeodeConfig
@@ -77,6 +78,7 @@ class GeodeStageConfig:
     patch_weight: float = 1.0
     vision: bool = True
     controls: tuple[int, int] | None = None
+    slots: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +152,7 @@ class GeodeStage:
             is a control token or not: `values` [S, Q, A], codes as of `drh.encode_values`, and
             `boxes` [S, Q, A, 7].
         """
-        prefix = model.prefix(batch, self.parts())
+        prefix = model.prefix(batch, self.parts(), self.config.slots)
         generated = generate(
             model.vlm.decoder,
             prefix.keys,

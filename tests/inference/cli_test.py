@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from geode_jax.data.exports import Export
-from geode_jax.inference.cli import main
 from tests.data.conftest import write_tiny_export
 from tests.data.sources_test import write_hall
+from tests.inference.conftest import one_error
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -21,30 +21,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def tiny_export(tmp_path_factory) -> Export:
     return write_tiny_export(tmp_path_factory.mktemp("exports") / "tiny")
-
-
-@pytest.fixture
-def run(capfd):
-    """Runs a command: (exit status, stdout, stderr)."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        status = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            status = end.code
-        return status, *capfd.readouterr()
-
-    return call
-
-
-def one_error(result: tuple[int, str, str]) -> str:
-    """The error line of a failed command, which said nothing else."""
-    status, out, err = result
-    lines = [line for line in err.splitlines() if line.strip() and "scene/s" not in line]
-    assert (status, out) == (2, "")
-    assert len(lines) == 1 and lines[0].startswith("error: "), err
-    return lines[0]
 
 
 def test_without_a_command_it_explains_itself(run):
@@ -165,7 +141,7 @@ def test_ask_prints_the_answer_of_the_evaluation_and_nothing_else(run, tiny_run)
     tokens = (token.strip(" ").replace("\n", "\\n") for token in expected["thinking_tokens"])
     decoded = [token or "␣" for token in tokens]
     assert thinking[len("thinking: ") :].split(" | ") == decoded
-    assert err == "warning: words the student never read: Wallaby\n"
+    assert err == "warning: words the model never read: Wallaby\n"
 
 
 def test_ask_without_a_question_asks_the_scenes_own(run, tiny_run):
@@ -183,7 +159,7 @@ def test_ask_without_a_question_asks_the_scenes_own(run, tiny_run):
         assert question.startswith(f"{record['kind']}: ")
         assert record["question"].split()[-1] in question
         said = " ".join(found[record["id"]]["prediction"].split())
-        assert answers == f"    student: {said}    true: {record['answer']}"
+        assert answers == f"    model: {said}    true: {record['answer']}"
 
 
 def test_what_cannot_be_asked_is_one_line(run, tiny_run, tmp_path):

@@ -12,7 +12,8 @@ from geode_jax.data.exports import Export
 from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.tokens import load_tokenizer
 from geode_jax.errors import UserError
-from geode_jax.inference.predict import Predictor, open_run_export
+from geode_jax.inference.predict import Predictor
+from geode_jax.inference.trained import open_run_export
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +171,7 @@ def test_the_parameters_are_the_best_ones_and_the_run_is_left_alone(predictor, c
     found.answer(scene_id, "How many lamp(s) are in this room?")
     assert contents(copied_run) == before
     assert found.step == 3
-    assert leaves_equal(found._state.params, predictor._state.params)
+    assert leaves_equal(found._trained.state.params, predictor._trained.state.params)
 
     # The best one is taken although a later one is there, the latest where none is best.
     latest = copied_run / "checkpoints" / "latest"
@@ -179,7 +180,7 @@ def test_the_parameters_are_the_best_ones_and_the_run_is_left_alone(predictor, c
     shutil.rmtree(copied_run / "checkpoints" / "best")
     found = Predictor(copied_run)
     assert found.step == 4
-    assert leaves_equal(found._state.params, predictor._state.params)
+    assert leaves_equal(found._trained.state.params, predictor._trained.state.params)
 
 
 def test_a_run_without_checkpoint_or_export_says_so_in_one_line(copied_run, tmp_path):
