@@ -1,4 +1,4 @@
-"""Runs small enough for tests: twelve rooms, models of two layers, a few steps."""
+"""Runs small enough for tests: twelve rooms, models of a layer or two, three steps."""
 
 import contextlib
 import dataclasses
@@ -95,7 +95,7 @@ def tiny_geode_config(
         config.data.update(
             export=str(export), scenes_per_batch=2, questions_per_scene=4, rows_per_scene=2
         )
-        config.model.decoder.update(width=32, layers=2, heads=2, kv_heads=1, mlp_width=64)
+        config.model.decoder.update(width=32, layers=1, heads=2, kv_heads=1, mlp_width=64)
         config.model.vision.update(width=16, layers=1, heads=2, mlp_width=32)
         config.model.drm.update(width=16, heads=2, bands=2)
         config.model.drh_width = config.model.drh_width and 16

@@ -244,7 +244,7 @@ def test_a_run_is_predicted_and_scored_in_one_go(run, geode_runs, predictions, t
     file = workdir / "vsi_predictions.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     asked = [p for p in predictions if p["kind"] in vsi_bench.QUESTION_TYPES]
-    assert len(rows) == result["questions"] == len(asked) > 20
+    assert len(rows) == result["questions"] == len(asked) > 10
     assert {row["id"]: row["prediction"] for row in rows} == {
         p["id"]: p["prediction"] for p in asked
     }
