@@ -20,11 +20,12 @@ from geode_jax.errors import UserError
 from geode_jax.evaluate import vsi_bench
 from geode_jax.evaluate.evaluator import Evaluator
 from geode_jax.evaluate.vsi_run import evaluate_run
-from geode_jax.inference.predict import Answer, Predictor
+from geode_jax.inference.predict import Predictor
 from geode_jax.inference.trained import open_trained
-from geode_jax.objectives.geode import render_value
 from tests.inference.conftest import one_error
 from tests.runs import quick_compiles, tiny_geode_config
+
+pytestmark = pytest.mark.slow  # three stages compile for minutes on a busy machine
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,23 +108,6 @@ def test_every_unit_of_the_export_is_found_by_wording(joint):
         ("room_size_estimation", "m2"),
         ("object_box", None),
     } <= found
-
-
-@pytest.mark.parametrize(
-    ("value", "unit", "shown"),
-    [
-        (2.34, "m", "2.3 m"),
-        (120.2, "cm", "120 cm"),
-        (18.2, "m2", "18.2 m2"),
-        (3.0, "items", "3 items"),
-    ],
-)
-def test_a_value_is_shown_with_its_unit(value, unit, shown):
-    assert Answer(render_value(value, unit), "x", value, unit).shown == shown
-    # A text of more than the value, or with a unit that nobody knows, stays as it is.
-    assert Answer(render_value(value, unit) + " or so", "x", value, unit).shown.endswith("or so")
-    assert Answer(render_value(value, None), "x", value).shown == f"{value:.1f}"
-    assert Answer("2", "x").shown == "2"
 
 
 def ask(joint_run, *arguments, scene: int = 0) -> tuple:

@@ -12,8 +12,9 @@ from geode_jax.data.exports import Export
 from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.tokens import load_tokenizer
 from geode_jax.errors import UserError
-from geode_jax.inference.predict import Predictor
+from geode_jax.inference.predict import Answer, Predictor
 from geode_jax.inference.trained import open_run_export
+from geode_jax.objectives.geode import render_value
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +205,20 @@ def test_a_checkpoint_of_another_model_is_refused(copied_run):
     (copied_run / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"damaged, or a checkpoint of another model"):
         Predictor(copied_run)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "shown"),
+    [
+        (2.34, "m", "2.3 m"),
+        (120.2, "cm", "120 cm"),
+        (18.2, "m2", "18.2 m2"),
+        (3.0, "items", "3 items"),
+    ],
+)
+def test_a_value_is_shown_with_its_unit(value, unit, shown):
+    assert Answer(render_value(value, unit), "x", value, unit).shown == shown
+    # A text of more than the value, or with a unit that nobody knows, stays as it is.
+    assert Answer(render_value(value, unit) + " or so", "x", value, unit).shown.endswith("or so")
+    assert Answer(render_value(value, None), "x", value).shown == f"{value:.1f}"
+    assert Answer("2", "x").shown == "2"
