@@ -121,7 +121,11 @@ class GeodeStage:
             label = jnp.where(label == -1, logits.shape[-1] - 1, label)
             terms["patches"] = losses.cross_entropy(logits, label, label >= 0)
         if c.stage == "drm" and c.alignment_weight:
-            error_SM = jnp.mean(jnp.square(prefix.spatio_SMD - model.layout(batch)), axis=-1)
+            # The first tokens are to the first categories, whichever of them are more.
+            columns = model.layout(batch)
+            both = min(columns.shape[1], prefix.spatio_SMD.shape[1])
+            error = prefix.spatio_SMD[:, :both] - columns[:, :both]
+            error_SM = jnp.mean(jnp.square(error), axis=-1)
             known_S1 = jnp.asarray(batch.boxes_known_S)[:, None]
             terms["alignment"] = (
                 jnp.sum(jnp.where(known_S1, error_SM, 0.0)),

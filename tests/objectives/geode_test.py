@@ -286,6 +286,14 @@ def test_values_stand_for_their_control_tokens():
     assert text == {"prediction": "w5 w21 w6 w22"}
 
 
+@pytest.mark.parametrize("slots", [2, 4])
+def test_more_or_fewer_rationale_tokens_than_categories(slots, batch):
+    drm = dataclasses.replace(MODEL.drm, slots=slots)
+    objective = stage("drm", model=dataclasses.replace(MODEL, drm=drm))
+    shapes = jax.eval_shape(objective.terms, materialize(objective.build), batch)
+    assert shapes["alignment"][0].shape == ()
+
+
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
     [(2.34, "m", "2.3"), (23.4, "cm", "23"), (2.6, "items", "3"), (18.26, "m2", "18.3")],
