@@ -1,6 +1,7 @@
 ## make setup       a virtual environment with the package in it
 ## make train       train the Hidden-CoT student; CONFIG=file:arguments, ARGS="--workdir=runs/mine"
 ## make geode       train GEODE on rooms, stage after stage, and a blind model to compare with
+## make table4      its four rows on two seeds: with and without rationale module, regression head
 ## make test        format and lint checks, then the fast tests; ARGS="-k pattern"
 ## make test-slow   the tests that take minutes
 ## make lint        ruff format and ruff check alone
@@ -17,7 +18,7 @@ TORCH_INDEX ?=
 SHELL := bash
 COMMA := ,
 .DEFAULT_GOAL := help
-.PHONY: help setup train geode test test-slow lint
+.PHONY: help setup train geode table4 test test-slow lint
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2] if sys.version_info >= (3, 11) else "")' 2>/dev/null)
 ifeq ($(VERSION),)
@@ -37,8 +38,6 @@ INSTALL = set -o pipefail; PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install
 	| awk '/^Collecting/ { print "  " $$2; fflush() } /^Installing/ { print "  installing"; fflush() }' \
 	|| { tail -n 20 $(VENV)/pip.log >&2; exit 1; }
 
-GEODE := geode_pretrain.py geode_align.py geode_drm.py geode_joint.py:vision=off geode_joint.py
-
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
@@ -47,11 +46,8 @@ setup: $(VENV)/.installed
 train: $(VENV)/.installed
 	$(RUN) -m geode_jax.main --config=$(CONFIG) $(ARGS)
 
-geode: $(VENV)/.installed
-	@for config in $(GEODE); do \
-		echo "== configs/$$config"; \
-		$(RUN) -m geode_jax.main --config=configs/$$config $(ARGS) || exit; \
-	done
+geode table4: $(VENV)/.installed
+	$(RUN) -m geode_jax.stages $@ $(ARGS)
 
 test: lint
 	$(RUN) -m pytest --durations=10 $(ARGS)

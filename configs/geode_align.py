@@ -14,7 +14,7 @@ import ml_collections
 
 from configs.geode import stage_config
 
-LAPTOP = {"train.steps": 100}
+LAPTOP = {"train.steps": 50}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

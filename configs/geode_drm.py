@@ -5,6 +5,7 @@ COMMAND   python -m geode_jax.main --config=configs/geode_drm.py [--config.init_
 ARG (they compose)
     laptop | full       sizes
     spatio=4|8|16       M, the rationale tokens
+    drm_frames=8|16     Table 2: cameras and points of so many frames; the ViT's frames stay
 
 PAYS      eq. 4: the rationales that the frozen decoder reads behind E_spatio alone. On the laptop
           two more (`objectives/geode.py`): alignment, of E_spatio to the layout's columns, and
@@ -22,8 +23,7 @@ from configs.geode import stage_config
 LAPTOP = {
     "train.steps": 1000,
     "data.rows_per_scene": 1,
-    "loss.alignment_weight": 40.0,
-    "loss.correspondence_weight": 1.0,
+    "loss.layout_weight": 40.0,
     "optimizer.learning_rate": 6e-3,
 }
 

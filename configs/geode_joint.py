@@ -7,6 +7,7 @@ ARG (they compose)
     drm=on|off          Table 4: off leaves the visual tokens alone before the text
     drh=on|off          Table 4: off writes numbers as text
     spatio=4|8|16       M, as of the stage before
+    drm_frames=8|16     Table 2: cameras and points of so many frames; the ViT's frames stay
     vision=off          the blind baseline: nothing stands before the text
 
 PAYS      eq. 7: the words of the answers, and lambda times the squared error of values (their
@@ -21,7 +22,7 @@ import ml_collections
 
 from configs.geode import stage_config
 
-LAPTOP = {"train.steps": 1200}
+LAPTOP = {"train.steps": 700}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -12,7 +12,7 @@ import ml_collections
 from flax import nnx
 
 from geode_jax import systems
-from geode_jax.checkpoint import find_model, load_leaves
+from geode_jax.checkpoint import find_model, has_checkpoint
 from geode_jax.data.control import BOX, REG, control_of
 from geode_jax.data.exports import Export
 from geode_jax.data.pipeline import Pipeline, PipelineConfig, measure_lengths
@@ -24,8 +24,10 @@ from geode_jax.data.tokens import Tokenizer, load_tokenizer, train_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.evaluate.evaluator import Evaluator
 from geode_jax.models.internvl import INTERNVL_TOKENS
+from geode_jax.objectives.geode import learned_parts
 from geode_jax.optimizer import OptimizerConfig, make_optimizer
 from geode_jax.sharding import activate, make_mesh
+from geode_jax.start import pretrained_folders, start_from_pretrained, start_from_run
 from geode_jax.train_step import Objective, TrainState, init_state
 
 MIN_PIECE_COUNT = 50
@@ -63,8 +65,9 @@ def build(config: ml_collections.ConfigDict, workdir: Path) -> Run:
         UserError, ExportError: anything the user can mend, in one line.
     """
     check_config(config)
-    if config.get("init_from"):
-        _check_start(Path(config.init_from))
+    init_from = "" if has_checkpoint(workdir) else config.get("init_from", "")
+    pretrained = pretrained_folders(init_from)
+    learned = _learned(Path(init_from), config) if init_from and not pretrained else ()
     mesh = _mesh(config)
     export = Export(prepare_export(config.data))
     tokenizer = prepare_tokenizer(config, export, workdir)
@@ -77,8 +80,10 @@ def build(config: ml_collections.ConfigDict, workdir: Path) -> Run:
         graph, optimizer, state = init_state(
             objective, lambda params: make_optimizer(optimizer_config, params), config.seed
         )
-        if config.get("init_from"):
-            state = start_from(state, Path(config.init_from))
+        if pretrained:
+            state = start_from_pretrained(state, pretrained, objective.config.model.vlm, mesh)
+        elif init_from:
+            state = start_from_run(state, Path(init_from), learned)
     return Run(
         config, export, tokenizer, pipelines, objective, mesh, graph, optimizer, state, steps
     )
@@ -101,26 +106,23 @@ def check_config(config: ml_collections.ConfigDict) -> None:
                 raise UserError(f"config: {name}: {value} is not {rule}")
 
 
-def _check_start(run: Path) -> None:
-    """Refuse what no stage of GEODE starts from, before anything of it is read."""
+def _learned(run: Path, config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The parts that a run has learned which a stage of GEODE starts from.
+
+    Raises:
+        UserError: there is no such run, or what this stage freezes has not learned there.
+    """
     find_model(run)
     system = load_config(run).system
     if system not in systems.GEODE_STAGES:
         raise UserError(f"config: init_from: {run} is a {system} run, not a stage of GEODE")
-
-
-def start_from(state: TrainState, run: Path) -> TrainState:
-    """The state with the parameters of another run's model, trainable and frozen.
-
-    Raises:
-        UserError: the run has no checkpoint, or its model lacks a part of this one.
-    """
-    folder = find_model(run)
-    params, frozen = (
-        nnx.from_flat_state(load_leaves(folder, nnx.to_flat_state(part)))
-        for part in (state.params, state.frozen)
-    )
-    return dataclasses.replace(state, params=params, frozen=frozen)
+    parts = learned_parts(systems.GEODE_STAGES[system])
+    if config.system == "geode_joint" and config.model.drm.on and "drm" not in parts:
+        raise UserError(
+            f"config: init_from: the rationale module has not learned in {run}, a {system} run; "
+            "start from a geode_drm run, or with :drm=off"
+        )
+    return parts
 
 
 def _mesh(config) -> jax.sharding.Mesh:
@@ -180,7 +182,7 @@ def prepare_tokenizer(config, export: Export, workdir: Path) -> Tokenizer:
     if (workdir / "config.json").exists() and (folder / "tokenizer.json").exists():
         return load_tokenizer(folder)
     geode = config.system in systems.GEODE_STAGES
-    if geode and config.init_from:
+    if geode and config.init_from and not pretrained_folders(config.init_from):
         tokenizer = load_tokenizer(Path(config.init_from) / "tokenizer")
     elif config.tokenizer:
         tokenizer = load_tokenizer(config.tokenizer)

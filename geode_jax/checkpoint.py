@@ -136,6 +136,11 @@ def _shapes(tree) -> list[tuple[int, ...]]:
     return sorted(tuple(x.shape) for x in jax.tree.leaves(tree))
 
 
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a run in this folder would resume."""
+    return any(path.name.isdecimal() for path in (workdir / "checkpoints" / "latest").glob("*"))
+
+
 def find_model(workdir: Path) -> Path:
     """The folder of a run's best checkpoint, or of its latest where none was best yet.
 

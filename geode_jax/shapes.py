@@ -66,6 +66,7 @@ class Batch:
     image_SVhw3: Array  # uint8, `images`; 0 in padding views
     point_SGC: Array  # float32, `sonata/features`
     coord_SG3: Array  # float32 metres, `sonata/coord`
+    point_frame_SG: Array  # int32 view that most of the point is of, `sonata/frame`; -1 unknown
     point_mask_SG: Array  # bool, False = padding point
 
     # Dense and object supervision of a scene.

@@ -8,6 +8,7 @@ from geode_jax.data.control import BOX, REG
 from geode_jax.data.exports import Export
 from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.tokens import Tokenizer
+from geode_jax.errors import UserError
 from geode_jax.losses import TERMS
 from geode_jax.models.decoder import REMAT, DecoderConfig
 from geode_jax.models.drm import DrmConfig
@@ -91,8 +92,8 @@ _HIDDEN_COT: tuple[Rule, ...] = (
 
 _GEODE: tuple[Rule, ...] = (
     (
-        "model.drh_width loss.regression_weight loss.patch_weight loss.alignment_weight "
-        "loss.correspondence_weight",
+        "model.drh_width loss.regression_weight loss.patch_weight loss.spatial_weight "
+        "loss.layout_weight loss.rationale_weight model.drm.frames",
         *_at_least(0),
     ),
     (
@@ -105,6 +106,12 @@ _GEODE: tuple[Rule, ...] = (
     ("model.decoder.remat", *_one_of(tuple(REMAT))),
     ("model.decoder.dtype model.vision.dtype", *_one_of(("float32", "bfloat16", "float16"))),
     ("data.vision", *_one_of(("images",))),
+    ("loss.layout_weight", lambda v, c: not v or c.model.stand_ins, "0 without model.stand_ins"),
+    (
+        "data.questions_per_scene",
+        lambda v, c: v == 1 or not c.model.drm.condition_on_question,
+        "1, as a rationale module that is conditioned on the question needs",
+    ),
     (
         "model.decoder.width",
         lambda v, c: v % (2 * c.model.decoder.heads) == 0,
@@ -202,6 +209,17 @@ def _hidden_cot(config, export: Export, tokenizer: Tokenizer, pipeline: Pipeline
 
 def _geode_stage(config, export: Export, tokenizer: Tokenizer, pipeline: Pipeline) -> GeodeStage:
     model, shapes, loss = config.model, pipeline.shapes, config.loss
+    (height, side), patch = shapes.image, model.vision.patch_size
+    if height != side or side % (2 * patch):
+        raise UserError(
+            f"config: model.vision.patch_size: {patch}: a picture of {side} x {height} pixels is "
+            "no square with an even number of such patches along a side"
+        )
+    if GEODE_STAGES[config.system] == "pretrain" and shapes.grid != (side // patch, side // patch):
+        raise UserError(
+            f"config: model.vision.patch_size: {side // patch} x {side // patch} patches, and the "
+            f"export's categories are of {shapes.grid[0]} x {shapes.grid[1]}"
+        )
     decoder = model.decoder.to_dict()
     width = decoder["width"] // decoder["heads"]
     rows = decoder.pop("vocab_size") or tokenizer.vocab_size
@@ -209,6 +227,10 @@ def _geode_stage(config, export: Export, tokenizer: Tokenizer, pipeline: Pipelin
         vision=VitConfig(image_size=shapes.image[0], **model.vision.to_dict()),
         decoder=DecoderConfig(vocab_size=rows, head_width=width, **decoder),
     )
+    if model.drm.on and model.drm.frames and not shapes.point_frames:
+        raise UserError(
+            "config: model.drm.frames: the export has points without sonata/frame, the view of each"
+        )
     drm = DrmConfig(
         visual_width=vlm.vision.width,
         point_width=shapes.point_width,
@@ -221,6 +243,7 @@ def _geode_stage(config, export: Export, tokenizer: Tokenizer, pipeline: Pipelin
         vlm=vlm,
         drm=drm if model.drm.on else None,
         drh_width=model.drh_width,
+        patch_grid=shapes.grid,
         categories=stand_ins,
         views=shapes.views if stand_ins else 0,
     )

@@ -48,6 +48,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict
 
     The same call on the same `workdir` resumes where the run stood: the data order is a pure
     function of the step, so the result is bitwise that of an uninterrupted run on the same machine.
+    A run that has ended is left as it is.
 
     Returns:
         The content of `WORKDIR/summary.json`.
@@ -58,8 +59,13 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict
     """
     keep_compiled_programs()
     _refuse_another(config, workdir)
+    summary = workdir / "summary.json"
+    if summary.exists() and load_config(workdir).to_dict() == _plain(config):
+        print(f"ended before: {summary}; without this file it is evaluated again", flush=True)
+        return json.loads(summary.read_text())
     print(f"building: {workdir}", flush=True)
     run = build(config, workdir)
+    summary.unlink(missing_ok=True)  # of another configuration
     save_config(config, workdir)
     _describe(run)
     with activate(run.mesh), Checkpoints(workdir) as checkpoints, _Stop() as stop:
@@ -112,7 +118,7 @@ def _train(
                 log.flush()
                 values = evaluator.losses(state, run.pipelines["val"], run.config.eval.val_scenes)
                 log.write(step, values)
-                if _is_best(values, position, train.patience):
+                if _is_best(values, run.objective.judge, position, train.patience):
                     checkpoints.save_best(state, position)
             done = step >= run.steps or position["stopped_early"]
             if step > first and (step % train.checkpoint_every == 0 or done or stop.asked):
@@ -189,13 +195,13 @@ class _Log:
             )
 
 
-def _is_best(values: dict[str, float], position: dict[str, Any], patience: int) -> bool:
+def _is_best(values: dict[str, float], judge: str, position: dict[str, Any], patience: int) -> bool:
     """Updates the early-stopping counters.
 
-    The text loss decides: eq. 2's own value moves with the uncertainties, so that two evaluations
-    of it do not compare. Without a text term (`only=feature`) there is nothing but eq. 2.
+    The loss that the objective names decides. Where nothing of it is paid (the student's text with
+    `only=feature`), there is but the total.
     """
-    value = values.get("val/text", values["val/loss"])
+    value = values.get(f"val/{judge}", values["val/loss"])
     if position["best"] is None or value < position["best"]:
         position["best"], position["worse"] = value, 0
         return True
@@ -212,13 +218,18 @@ _MAY_CHANGE = ("mesh", "data/workers", "data/root", "data/on_bad_scene", "eval/e
 def _refuse_another(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Refuse to mix two runs in one folder."""
     if (workdir / "config.json").exists():
-        old, new = (_flat(json.loads(c.to_json())) for c in (load_config(workdir), config))
+        old, new = _flat(load_config(workdir).to_dict()), _flat(_plain(config))
         for name in sorted(old.keys() | new.keys()):
             if name not in _MAY_CHANGE and old.get(name) != new.get(name):
                 raise UserError(
                     f"{workdir}: holds a run with {name} = {old.get(name)}, not "
                     f"{new.get(name)}; use another --workdir, or delete this one"
                 )
+
+
+def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """As it is read back from a file: lists in place of tuples."""
+    return json.loads(config.to_json())
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:

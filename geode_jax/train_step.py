@@ -17,7 +17,13 @@ Terms = dict[str, tuple[Array, Array]]
 
 
 class Objective(Protocol):
-    """What differs between the systems; see `objectives/`."""
+    """What differs between the systems; see `objectives/`.
+
+    Attributes:
+        judge: the validation loss whose lowest value is of the best checkpoint.
+    """
+
+    judge: str
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The model with freshly initialised parameters."""

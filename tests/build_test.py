@@ -1,11 +1,19 @@
 """What a configuration asks for, before anything is trained."""
 
+import importlib
+import math
+from types import SimpleNamespace
+
+import jax
 import pytest
+from flax import nnx
 
 from configs.hidden_cot import get_config
-from geode_jax import build
+from geode_jax import build, systems
 from geode_jax.data.exports import Export
+from geode_jax.data.scene_arrays import SceneShapes
 from geode_jax.errors import UserError
+from geode_jax.sharding import activate, make_mesh
 from tests.runs import tiny_rooms
 
 
@@ -55,3 +63,59 @@ def test_the_students_tokenizer_learns_nothing_of_boxes(tmp_path):
         assert pipeline.dropped == {"kind object_box": len(boxes)} and boxes
         for records, _ in pipeline.eval_batches():
             assert not any("box" in record for row in records for record in row)
+
+
+# --- GEODE ----------------------------------------------------------------------------------------
+
+CLIP = SceneShapes(
+    views=32, grid=(37, 37), token_width=0, depth_ratio=1, boxes=64, vision="images",
+    image=(448, 448), points=2048, point_width=512,
+)  # fmt: skip
+"""Scenes as of VGGT at 518 and InternViT at 448 pixels, with Sonata's features."""
+
+
+def geode_objective(stage: str, arg: str, shapes: SceneShapes, **changes):
+    config = importlib.import_module(f"configs.geode_{stage}").get_config(arg)
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    build.check_config(config)
+    tokenizer = SimpleNamespace(vocab_size=151_676, id_of={"<REG>": 7, "<3DBBOX>": 8}.__getitem__)
+    export = SimpleNamespace(categories=["chair", "table"])
+    pipeline = SimpleNamespace(shapes=shapes)
+    return systems.make_objective(config, export, tokenizer, pipeline)
+
+
+@pytest.mark.parametrize("stage", ["align", "drm", "joint"])
+def test_geode_of_the_papers_size(stage):
+    objective = geode_objective(stage, "full", CLIP)
+    with activate(make_mesh()):
+        _, state = nnx.get_abstract_model(lambda: objective.build(nnx.Rngs(0)), make_mesh())
+    sizes: dict[tuple, int] = {}
+    for path, variable in nnx.to_flat_state(state):
+        part = path[:2] if path[0] == "vlm" else path[:1]
+        sizes[part] = sizes.get(part, 0) + math.prod(variable.shape)
+    assert sizes[("vlm", "decoder")] == 1_543_714_304
+    assert sizes[("vlm", "vision")] == 304_012_288
+    assert sizes[("vlm", "projector")] == 8_662_016
+    assert set(sizes) == {*(("vlm", p) for p in ("decoder", "vision", "projector")),
+                          ("drm",), ("drh",)}  # fmt: skip
+    learned = nnx.filter_state(state, objective.trainable)
+    own = {"align": 8_662_016, "drm": sizes["drm",],
+           "joint": 8_662_016 + 1_543_714_304 + sizes["drh",]}  # fmt: skip
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(learned)) == own[stage]
+
+
+@pytest.mark.parametrize(
+    ("stage", "arg", "shapes", "changes", "said"),
+    [
+        ("drm", "full,drm_frames=8", CLIP, {}, "model.drm.frames: the export has points without"),
+        ("drm", "full", CLIP, {"loss.layout_weight": 1.0}, "layout_weight: 1.0 is not 0 without"),
+        ("drm", "full", CLIP, {"model.drm.condition_on_question": True}, "questions_per_scene: 4"),
+        ("joint", "full", CLIP, {"model.vision.patch_size": 64}, "a picture of 448 x 448 .* even"),
+        ("pretrain", "", CLIP, {"model.vision.patch_size": 14}, "32 x 32 patches, .* 37 x 37"),
+    ],
+)
+def test_what_geode_cannot_be_is_refused_by_name(stage, arg, shapes, changes, said):
+    with pytest.raises(UserError, match=said) as caught:
+        geode_objective(stage, arg, shapes, **changes)
+    assert "\n" not in str(caught.value)

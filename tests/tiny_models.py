@@ -146,6 +146,7 @@ def tiny_batch(scenes: int = 2, questions: int = 3, seed: int = 0) -> Batch:
         image_SVhw3=np.zeros((S, V, 0, 0, 3), np.uint8),
         point_SGC=np.zeros((S, 0, 0), np.float32),
         coord_SG3=np.zeros((S, 0, 3), np.float32),
+        point_frame_SG=np.zeros((S, 0), np.int32),
         point_mask_SG=np.zeros((S, 0), bool),
         topk_id_SQAk=random.permuted(np.tile(np.arange(X), (S, Q, ANSWER, 1)), axis=-1)[
             ..., :3

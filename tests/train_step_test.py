@@ -12,7 +12,8 @@ from flax import nnx
 
 from geode_jax import losses
 from geode_jax.models.layers import param
-from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig, huber, text_terms
+from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig, text_terms
+from geode_jax.objectives.spatial import huber
 from geode_jax.optimizer import NEVER, OptimizerConfig, make_optimizer
 from geode_jax.sharding import activate, make_mesh
 from geode_jax.train_step import TrainState, init_state, make_train_step

@@ -179,6 +179,10 @@ def _logprob_rule(logprob: np.ndarray, manifest: dict, dtype: str) -> str | None
     return f"log-probability at {_first(bad)} is positive" if bad.any() else None
 
 
+def _frame_rule(frame: np.ndarray, manifest: dict, dtype: str) -> str | None:
+    return f"negative view at {_first(frame < 0)}" if (frame < 0).any() else None
+
+
 class TensorSpec(NamedTuple):
     """What a tensor of the contract must be.
 
@@ -209,6 +213,7 @@ SPECS: dict[str, TensorSpec] = {
     "camera/intrinsic": TensorSpec("V 3 3", ("F32",), _intrinsic_rule),
     "sonata/features": TensorSpec("G Cp", _FLOAT),
     "sonata/coord": TensorSpec("G 3", _FLOAT),
+    "sonata/frame": TensorSpec("G", ("I32", "I64"), _frame_rule, "sonata/coord"),
     "internvit/tokens": TensorSpec("V I E", _FLOAT),
     "images": TensorSpec("V H W 3", ("U8",)),
     "target/depth": TensorSpec("V h w", _FLOAT, _depth_rule),

@@ -229,6 +229,7 @@ class Pipeline:
             image=sizes.image,
             points=sizes.points,
             point_width=sizes.point_width,
+            point_frames=sizes.point_frames,
         )
         beyond = [max(sizes.box_counts[i] - config.max_boxes, 0) for i in self._scene_ids]
         self.dropped += Counter({"boxes beyond max_boxes": sum(beyond)})

@@ -18,7 +18,8 @@ frequencies, (sin, cos)]. No identity, category or box enters it.
 What stands in for a pre-trained point encoder. `sonata/coord` [G, 3] and `sonata/features`
 [G, 10] are the occupied VOXEL-metre voxels of the points at the sub-cells' centres (1,024 of all
 views): mean place, and mean colour, normal, contrast and texture slopes, and the log of 1 + their
-number / 8. The places are metres, z up, the room centred in x and y, its floor at 0: what
+number / 8. `sonata/frame` [G] is the view that most of a voxel's points are of, the first of
+equals. The places are metres, z up, the room centred in x and y, its floor at 0: what
 `frames.to_sonata_frame` makes of a reconstruction.
 
 The teacher is the exact oracle, not a model: `features` = share of the 16 pixels of a patch per
@@ -57,11 +58,11 @@ DEPTH_BINS = 16
 FREQUENCIES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Cycles per metre of the Fourier features."""
 TOKEN_WIDTH = 4 * 13 + 3 * len(FREQUENCIES) * 2
-VOXEL = 0.5
+VOXEL = 0.75
 """Edge of a point token's voxel, metres: furniture of half a metre and more has one or more."""
 PRODUCER = {
     "project": "geode_jax rooms",
-    "commit": "rooms version 4",
+    "commit": "rooms version 5",
     "weights": "none: tokens are a fixed function of the true geometry and colour",
     "licence": "CC0-1.0",
 }
@@ -335,8 +336,8 @@ def _cell_looks(seen: Observation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return colour.mean(2), raycast.luminance(colour).std(2), slopes.mean(2)
 
 
-def point_tokens(seen: Observation) -> tuple[np.ndarray, np.ndarray]:
-    """`sonata/features` [G, 10] float16 and `sonata/coord` [G, 3] float32, see the docstring."""
+def point_tokens(seen: Observation) -> dict[str, np.ndarray]:
+    """`sonata/features` [G, 10], `coord` [G, 3] and `frame` [G], see the docstring."""
     colour, contrast, slopes = _cell_looks(seen)
     point = seen.cells.point.reshape(-1, 3)
     parts = np.concatenate(
@@ -351,10 +352,17 @@ def point_tokens(seen: Observation) -> tuple[np.ndarray, np.ndarray]:
     )
     voxel = np.floor(point / VOXEL).astype(np.int64)
     _, index, count = np.unique(voxel, axis=0, return_inverse=True, return_counts=True)
-    order = np.argsort(index.reshape(-1), kind="stable")
+    index = index.reshape(-1)
+    view = np.repeat(np.arange(VIEWS), len(point) // VIEWS)
+    of_view = np.bincount(index * VIEWS + view, minlength=len(count) * VIEWS)
+    order = np.argsort(index, kind="stable")
     means = np.add.reduceat(parts[order], np.cumsum(count) - count) / count[:, None]
     features = np.concatenate([means[:, 3:], np.log1p(count[:, None] / 8)], axis=-1)
-    return features.astype(np.float16), means[:, :3].astype(np.float32)
+    return {
+        "sonata/features": features.astype(np.float16),
+        "sonata/coord": means[:, :3].astype(np.float32),
+        "sonata/frame": of_view.reshape(-1, VIEWS).argmax(1).astype(np.int32),
+    }
 
 
 def scene_arrays(scene: RoomScene, seen: Observation) -> tuple[dict, dict]:
@@ -363,12 +371,10 @@ def scene_arrays(scene: RoomScene, seen: Observation) -> tuple[dict, dict]:
     classes = len(CATEGORIES)
     category = np.array([item.category for item in scene.objects] + [-1] * raycast.STRUCTURES)
     maps = (VIEWS, DEPTH_SIDE, DEPTH_SIDE)
-    features, coord = point_tokens(seen)
     depth = seen.cells.depth.reshape(maps).astype(np.float32)
     arrays = {
         "vggt/tokens": tokens(seen),
-        "sonata/features": features,
-        "sonata/coord": coord,
+        **point_tokens(seen),
         "vggt/depth": depth,
         "camera/extrinsic": scene.extrinsic.astype(np.float32),
         "camera/intrinsic": scene.intrinsic(DEPTH_SIDE, DEPTH_SIDE).astype(np.float32),

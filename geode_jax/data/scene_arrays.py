@@ -34,7 +34,7 @@ SCENE_TENSORS = (
 )
 """All that is read of a scene for its arrays, where the model does not see its images."""
 
-_IMAGE_TENSORS = ("images", "sonata/features", "sonata/coord")
+_IMAGE_TENSORS = ("images", "sonata/features", "sonata/coord", "sonata/frame")
 
 
 def scene_tensors(vision: str) -> tuple[str, ...]:
@@ -64,6 +64,7 @@ class SceneShapes:
         image: (h, w) of the images, (0, 0) where the model does not see them.
         points: G, the most points of any scene; 0 where there are none or no images are seen.
         point_width: C of the points.
+        point_frames: it is known of which view every point is.
     """
 
     views: int
@@ -80,6 +81,7 @@ class SceneShapes:
     image: tuple[int, int] = (0, 0)
     points: int = 0
     point_width: int = 0
+    point_frames: bool = False
 
     @property
     def patches(self) -> int:
@@ -104,6 +106,7 @@ class ExportSizes:
     image: tuple[int, int]
     points: int
     point_width: int
+    point_frames: bool
 
 
 def export_sizes(export: Export, vision: str = "vggt/tokens") -> ExportSizes:
@@ -121,7 +124,7 @@ def export_sizes(export: Export, vision: str = "vggt/tokens") -> ExportSizes:
     """
     views, box_counts, has_detection_probs, has_camera_tokens = 1, {}, False, False
     widths = {"teacher/features": 0, "teacher/depth_bins": 0, "teacher/topk_id": 0}
-    of_views, image, points = "vggt/tokens", (0, 0), 0
+    of_views, image, points, point_frames = "vggt/tokens", (0, 0), 0, True
     if vision == "images":
         of_views = vision
         widths["sonata/features"] = 0
@@ -140,6 +143,7 @@ def export_sizes(export: Export, vision: str = "vggt/tokens") -> ExportSizes:
             image = size
         if "sonata/features" in widths:
             points = max(points, shapes.get("sonata/features", [0])[0])
+            point_frames &= "sonata/frame" in shapes or "sonata/features" not in shapes
         box_counts[scene_id] = shapes.get("target/boxes", [0])[0]
         has_detection_probs |= "teacher/detection_probs" in shapes
         has_camera_tokens |= "vggt/camera_tokens" in shapes
@@ -160,6 +164,7 @@ def export_sizes(export: Export, vision: str = "vggt/tokens") -> ExportSizes:
         image=image,
         points=points,
         point_width=widths.get("sonata/features", 0),
+        point_frames=points > 0 and point_frames,
     )
 
 
@@ -227,10 +232,12 @@ def _image_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str
     known = sees and "sonata/features" in tensors and "sonata/coord" in tensors
     features = tensors["sonata/features"] if known else np.zeros((0, width))
     coord = tensors["sonata/coord"] if known else np.zeros((0, 3))
+    frame = tensors.get("sonata/frame", np.zeros(0)) if known else np.zeros(0)
     return {
         "image": _padded(images, (shapes.views, *shapes.image, 3), np.uint8),
         "point": _padded(features, (G, width)),
         "coord": _padded(coord, (G, 3)),
+        "point_frame": _padded(frame, (G,), np.int32, fill=-1),
         "point_mask": np.arange(G) < len(coord),
     }
 

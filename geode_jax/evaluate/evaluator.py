@@ -1,6 +1,7 @@
 """Runs a model over a split: losses, generated answers; a student's depth and boxes too."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -58,11 +59,24 @@ class Evaluator:
         self._terms, self._total = jax.jit(terms), jax.jit(total)
         self._answers, self._heads = jax.jit(answers), jax.jit(heads)
 
-    def losses(self, state: TrainState, pipeline: Pipeline, scenes: int) -> dict[str, float]:
-        """Validation losses: `val/loss` (eq. 2), `val/text` and every `val/<term>/<part>`."""
+    def losses(
+        self,
+        state: TrainState,
+        pipeline: Pipeline,
+        scenes: int,
+        shown: Callable[[Batch], Batch] = lambda batch: batch,
+    ) -> dict[str, float]:
+        """Validation losses: `val/loss` (eq. 2), `val/text` and every `val/<term>/<part>`.
+
+        Args:
+            state: whose parameters are judged.
+            pipeline: of the split.
+            scenes: how many of its scenes.
+            shown: what the model gets of a host batch, such as `without_vision`.
+        """
         sums: dict[str, tuple] = {}
         for _, batch in pipeline.eval_batches(scenes):
-            terms = jax.device_get(self._terms(state, shard_batch(batch, self._mesh)))
+            terms = jax.device_get(self._terms(state, shard_batch(shown(batch), self._mesh)))
             for name, (part, count) in terms.items():
                 before = sums.get(name, (np.float32(0), np.float32(0)))
                 sums[name] = (before[0] + part, before[1] + count)
@@ -93,7 +107,7 @@ class Evaluator:
         out = Evaluation([], DepthMetrics(), DetectionMetrics(), {})
         bar = progress(total=None, initial=0, unit=" questions", label=label)
         for records, batch in pipeline.eval_batches(scenes):
-            shown = shard_batch(batch if vision else _numpy_blind(batch), self._mesh)
+            shown = shard_batch(batch if vision else without_vision(batch), self._mesh)
             answers = jax.device_get(self._answers(state, shown))
             for row, own in enumerate(records):
                 for column, record in enumerate(own):
@@ -128,5 +142,23 @@ class Evaluator:
                 )
 
 
-def _numpy_blind(batch: Batch) -> Batch:
+def without_vision(batch: Batch) -> Batch:
+    """A host batch in which no scene has a view."""
     return dataclasses.replace(batch, view_mask_SV=np.zeros_like(batch.view_mask_SV))
+
+
+_SEEN = (
+    *("vision_SVPC", "view_mask_SV", "camera_SVC", "camera_mask_S", "depth_hint_SVP"),
+    *("points_SVP3", "points_mask_SVP", "extrinsic_SV34", "intrinsic_SV33", "image_SVhw3"),
+    *("point_SGC", "coord_SG3", "point_frame_SG", "point_mask_SG"),
+)
+
+
+def with_others_vision(batch: Batch) -> Batch:
+    """A host batch in which each scene's questions meet what another scene looks like.
+
+    Half a batch further: a scene of many questions stands in neighbouring rows.
+    """
+    rows = len(batch.view_mask_SV) // 2
+    rolled = {name: np.roll(getattr(batch, name), rows, axis=0) for name in _SEEN}
+    return dataclasses.replace(batch, **rolled)

@@ -10,6 +10,7 @@ from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate import vsi_bench
 from geode_jax.evaluate.detection_metrics import oriented_iou
 from geode_jax.evaluate.efficiency import peak_memory
+from geode_jax.evaluate.evaluator import Evaluator, with_others_vision, without_vision
 from geode_jax.metrics import write_json
 from geode_jax.train_step import TrainState
 
@@ -26,26 +27,28 @@ def evaluate_stage(run, state: TrainState, workdir: Path, train: dict) -> dict[s
     Returns:
         The summary.
     """
-    losses = run.evaluator().losses(state, run.pipelines["val"], run.config.eval.val_scenes)
+    evaluator, val, scenes = run.evaluator(), run.pipelines["val"], run.config.eval.val_scenes
+    losses = evaluator.losses(state, val, scenes)
     summary = {"val": losses, "train": train | peak_memory()}
     if run.config.system == "geode_joint":
-        summary |= _answers(run, state, workdir)
+        summary |= _answers(run, evaluator, state, workdir)
     else:
+        for name, shown in (("empty", without_vision), ("shuffled", with_others_vision)):
+            other = evaluator.losses(state, val, scenes, shown)
+            losses[f"val/text, prefix {name}"] = other["val/text"]
         print("\n".join(f"{name:<28}{value:8.3f}" for name, value in sorted(losses.items())))
     write_json(workdir / "summary.json", summary)
     print(f"summary: {workdir / 'summary.json'}", flush=True)
     return summary
 
 
-def _answers(run, state: TrainState, workdir: Path) -> dict[str, Any]:
-    evaluator, scenes = run.evaluator(), run.config.eval.test_scenes
-    pipeline = run.pipelines["test"]
-    columns = {
-        "model": evaluator.run(state, pipeline, scenes, label="test").predictions,
-        "vision_removed": evaluator.run(
+def _answers(run, evaluator: Evaluator, state: TrainState, workdir: Path) -> dict[str, Any]:
+    pipeline, scenes = run.pipelines["test"], run.config.eval.test_scenes
+    columns = {"model": evaluator.run(state, pipeline, scenes, label="test").predictions}
+    if run.config.loss.vision:
+        columns["vision_removed"] = evaluator.run(
             state, pipeline, scenes, vision=False, label="vision removed"
-        ).predictions,
-    }
+        ).predictions
     asked = [dict(record) for record in columns["model"]]
     train = set(run.export.scene_ids("train"))
     records = [record for record in run.export.questions() if record["scene_id"] in train]
@@ -62,7 +65,7 @@ def _answers(run, state: TrainState, workdir: Path) -> dict[str, Any]:
         name: scoring.score([r for r in predictions if r["kind"] != "object_box"])
         for name, predictions in columns.items()
     }
-    for name in ("model", "vision_removed"):
+    for name in columns.keys() - {"frequency"}:
         scores[name] |= box_scores(columns[name])
     lines = [json.dumps(record) + "\n" for record in columns["model"]]
     (workdir / "predictions.jsonl").write_text("".join(lines))

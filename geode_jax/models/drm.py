@@ -1,6 +1,6 @@
 """The Decoupled Rationale Module (GEODE Sec. 2.1): a room in M rationale tokens.
 
-    frozen ViT tokens --own projection--> F_2D [S, T, D]
+    frozen ViT tokens + Fourier code of the places they show --own projection--> F_2D [S, T, D]
     point features + Fourier code of their places, camera poses --own projections--> F_3D
     F_fused = F_2D + cross-attention(queries F_2D, keys and values F_3D)        Sec. 2.1.1
     [F_fused | (question)] --Mamba--> F_ST                                      Sec. 2.1.1
@@ -9,6 +9,10 @@
 The paper leaves open how M tokens come out of F_ST. Slots at the end of Mamba's row would have to
 find what they are about in its 16 states: on rooms they learned nothing in the steps in which
 queries learned presence, place and size of every category.
+
+What the paper does not say either: here a 2D token knows the place that it shows, which VGGT's
+depth and camera give. With appearance alone it looked at no place in particular, unless a loss of
+its own taught it which points are near.
 
 Letters of this file beside those of `shapes`: F frames of the ViT, I tokens of each, T = F * I; V
 views whose cameras and points the module sees, G points, J = V + G everything 3D; M slots.
@@ -23,7 +27,6 @@ from flax import nnx
 from geode_jax.models.decoder import CrossAttention, DecoderConfig
 from geode_jax.models.layers import LayerNorm, Mlp, Projection, RMSNorm, param
 from geode_jax.models.mamba import MambaBlock, MambaConfig
-from geode_jax.ops.attention import MASKED
 from geode_jax.shapes import Array
 
 
@@ -43,6 +46,8 @@ class DrmConfig:
         max_frames: size of the frame embedding.
         condition_on_question: the question's embeddings stand before the slots; the paper's module
             does not see the question.
+        frames: of so many views, spread evenly, does the module see cameras and points (Table 2);
+            0: of all.
     """
 
     width: int
@@ -55,6 +60,7 @@ class DrmConfig:
     llm_width: int
     max_frames: int
     condition_on_question: bool = False
+    frames: int = 0
 
 
 def fourier_code(place_3: Array, bands: int) -> jax.Array:
@@ -79,6 +85,14 @@ def camera_code(extrinsic_34: Array, bands: int) -> jax.Array:
     return jnp.concatenate([axes, fourier_code(centre, bands)], axis=-1)
 
 
+def spread(mask_SV: Array, most: int) -> jax.Array:
+    """At most so many of every row's True entries, spread evenly, the first among them."""
+    order = jnp.cumsum(mask_SV, axis=1) - 1
+    count = jnp.maximum(jnp.sum(mask_SV, axis=1, keepdims=True), 1)
+    # Entry i of n opens the next of the `most` shares, or lies within one.
+    return jnp.asarray(mask_SV) & ((order * most) % count < most)
+
+
 def sort_rows(x_SLD: Array, key_SL: Array) -> jax.Array:
     """Every row's entries, those whose key is False before the others, their order kept."""
     order = jnp.argsort(key_SL, axis=1, stable=True)
@@ -92,7 +106,7 @@ class Drm(nnx.Module):
         c = self.config = config
         place = 3 + 6 * c.bands
         self.visual_norm = LayerNorm(c.visual_width)
-        self.visual = Mlp(c.visual_width, c.width, c.width, rngs=rngs)
+        self.visual = Mlp(c.visual_width + place + 1, c.width, c.width, rngs=rngs)
         self.frame_embedding = param(
             0.02 * jax.random.normal(rngs.params(), (c.max_frames, c.width)), None, "embed"
         )
@@ -127,6 +141,8 @@ class Drm(nnx.Module):
         self,
         visual_SFIC: Array,
         visual_mask_SF: Array,
+        place_SFI3: Array,
+        place_mask_SFI: Array,
         point_SGC: Array,
         coord_SG3: Array,
         point_mask_SG: Array,
@@ -141,8 +157,9 @@ class Drm(nnx.Module):
         Args:
             visual_SFIC: I frozen ViT tokens of each frame.
             visual_mask_SF: False = padding frame.
-            point_SGC: point features; `coord_SG3` their places, metres, z up, centred in x and y,
-                floor at 0 (`data.frames`); `point_mask_SG` False = padding.
+            place_SFI3: the point that a token shows, metres; `place_mask_SFI` False = unknown.
+            point_SGC: point features; `coord_SG3` their places, in the same world, metres, z up,
+                centred in x and y, floor at 0 (`data.frames`); `point_mask_SG` False = padding.
             extrinsic_SV34: camera-from-world poses in the same world; `camera_mask_SV` False =
                 padding. They need not be those of the ViT's frames (Table 2).
             question_SLD: embeddings of the question and their mask, where the module is
@@ -150,8 +167,9 @@ class Drm(nnx.Module):
         """
         c = self.config
         S, _, tokens = visual_SFIC.shape[:3]
+        flat = self._flat(visual_SFIC, place_SFI3, place_mask_SFI)
         fused = self._fused(
-            visual_SFIC, point_SGC, coord_SG3, point_mask_SG, extrinsic_SV34, camera_mask_SV
+            flat, point_SGC, coord_SG3, point_mask_SG, extrinsic_SV34, camera_mask_SV
         )
         valid = jnp.repeat(jnp.asarray(visual_mask_SF), tokens, axis=1)
         if c.condition_on_question:
@@ -170,38 +188,25 @@ class Drm(nnx.Module):
             slots = slots + self.mlp(self.mlp_norm(slots))
         return self.project(self.norm(slots))
 
-    def _fused(self, visual_SFIC, point_SGC, coord_SG3, point_mask_SG, extrinsic, camera_mask):
-        """F_fused [S, F * I, D] = F_2D + cross-attention to points and cameras (Sec. 2.1.1)."""
-        flat, points = self._flat(visual_SFIC), self._points(point_SGC, coord_SG3)
-        cameras = self.camera(camera_code(extrinsic, self.config.bands).astype(flat.dtype))
-        valid = jnp.concatenate([jnp.asarray(camera_mask), jnp.asarray(point_mask_SG)], axis=1)
-        context = jnp.concatenate([cameras, points.astype(flat.dtype)], axis=1)
-        with jax.named_scope("fuse"):
-            seen = self.fuse.keys(self.context_norm(sort_rows(context, ~valid)))
-            return self.fuse(flat, seen, jnp.sum(valid, axis=1, dtype=jnp.int32))
-
-    def _flat(self, visual_SFIC: Array) -> jax.Array:
+    def _flat(self, visual_SFIC: Array, place_SFI3: Array, place_mask_SFI: Array) -> jax.Array:
         """F_2D [S, F * I, D]."""
         S, F, tokens = visual_SFIC.shape[:3]
-        flat = self.visual(self.visual_norm(visual_SFIC))
+        known = jnp.asarray(place_mask_SFI)[..., None]
+        place = jnp.where(known, fourier_code(place_SFI3, self.config.bands), 0.0)
+        seen = self.visual_norm(visual_SFIC)
+        parts = [seen, place.astype(seen.dtype), known.astype(seen.dtype)]
+        flat = self.visual(jnp.concatenate(parts, axis=-1))
         flat = flat + self.frame_embedding[...][:F, None].astype(flat.dtype)
         return flat.reshape(S, F * tokens, -1)
 
-    def _points(self, point_SGC: Array, coord_SG3: Array) -> jax.Array:
-        """The points' part of F_3D, [S, G, D]."""
-        places = fourier_code(coord_SG3, self.config.bands)
-        return self.point(jnp.concatenate([point_SGC, places], axis=-1))
-
-    def correspondence(
-        self, visual_SFIC: Array, point_SGC: Array, coord_SG3: Array, point_mask_SG: Array
-    ) -> jax.Array:
-        """At which points a frozen token looks: log of its weights [S, F * I, G], mean of heads.
-
-        Among the points alone, in fp32; arguments as of `__call__`.
-        """
-        q = self.fuse.q(self.fuse.norm(self._flat(visual_SFIC))).astype(jnp.float32)
-        points = self.context_norm(self._points(point_SGC, coord_SG3))
-        k = self.fuse.k(points).astype(jnp.float32)
-        logits = jnp.einsum("sthe,sghe->shtg", q, k) * q.shape[-1] ** -0.5
-        logits = jnp.where(jnp.asarray(point_mask_SG)[:, None, None], logits, MASKED)
-        return jnp.log(jnp.mean(jax.nn.softmax(logits, axis=-1), axis=1) + 1e-6)
+    def _fused(self, flat_STD, point_SGC, coord_SG3, point_mask_SG, extrinsic, camera_mask):
+        """F_fused [S, F * I, D] = F_2D + cross-attention to points and cameras (Sec. 2.1.1)."""
+        bands = self.config.bands
+        coord = fourier_code(coord_SG3, bands)
+        points = self.point(jnp.concatenate([point_SGC, coord], axis=-1))
+        cameras = self.camera(camera_code(extrinsic, bands).astype(flat_STD.dtype))
+        valid = jnp.concatenate([jnp.asarray(camera_mask), jnp.asarray(point_mask_SG)], axis=1)
+        context = jnp.concatenate([cameras, points.astype(flat_STD.dtype)], axis=1)
+        with jax.named_scope("fuse"):
+            seen = self.fuse.keys(self.context_norm(sort_rows(context, ~valid)))
+            return self.fuse(flat_STD, seen, jnp.sum(valid, axis=1, dtype=jnp.int32))

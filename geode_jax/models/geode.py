@@ -19,11 +19,12 @@ from flax import nnx
 
 from geode_jax.models.decoder import KeyValues
 from geode_jax.models.drh import Drh
-from geode_jax.models.drm import Drm, DrmConfig
+from geode_jax.models.drm import Drm, DrmConfig, spread
 from geode_jax.models.internvl import InternVL, InternVLConfig
 from geode_jax.models.layers import Projection
 from geode_jax.models.layout import LayoutEncoder
 from geode_jax.models.packed import read_packed
+from geode_jax.models.task_heads import SpatialHead
 from geode_jax.shapes import Array, Batch
 
 Part = Literal["layout", "spatio", "visual"]
@@ -41,13 +42,15 @@ class GeodeConfig:
         drm: the rationale module; None is Table 4's model without it.
         drh_width: inner width of the regression head; 0 is Table 4's model that writes numbers as
             text.
-        categories, views: of the export, for what stands in for pretrained parts on a laptop, the
-            layout encoder and the classifier of patches; 0 categories: there is none.
+        patch_grid: (gh, gw) patches of the export's views; the encoder's may be others.
+        categories, views: of the export, for what stands in for pretrained parts on a laptop: the
+            layout encoder, the classifier of patches, the spatial head; 0 categories: no such part.
     """
 
     vlm: InternVLConfig
     drm: DrmConfig | None
     drh_width: int
+    patch_grid: tuple[int, int]
     categories: int = 0
     views: int = 0
 
@@ -58,14 +61,18 @@ class Prefix(NamedTuple):
     Attributes:
         keys: keys and values of its columns.
         length_S: how many columns are valid; the others stand behind them.
-        features_SVLC: the encoder's hidden states, where they were needed.
         spatio_SMD: E_spatio, where it is among them.
     """
 
     keys: list[KeyValues]
     length_S: Array
-    features_SVLC: Array | None = None
     spatio_SMD: Array | None = None
+
+
+def nearest_patches(grid: int, patch_grid: tuple[int, int]) -> np.ndarray:
+    """For each of grid * grid tokens of a picture, row-major, the export's patch at its centre."""
+    row, column = ((np.arange(grid) + 0.5) * size // grid for size in patch_grid)
+    return (row[:, None] * patch_grid[1] + column).astype(np.int32).reshape(-1)
 
 
 class Geode(nnx.Module):
@@ -79,6 +86,7 @@ class Geode(nnx.Module):
         self.drh = Drh(width, c.drh_width, rngs=rngs) if c.drh_width else None
         stands_in = c.categories > 0
         self.layout = LayoutEncoder(c.categories, c.views, width, rngs=rngs) if stands_in else None
+        self.spatial_head = SpatialHead(width, rngs=rngs) if stands_in else None
         self.patch_classifier = (
             Projection((seen,), (c.categories + 1,), ("embed", None), bias=True, rngs=rngs)
             if stands_in
@@ -100,16 +108,40 @@ class Geode(nnx.Module):
         return self.patch_classifier(self.features(batch)[:, :, 1:]).astype(jnp.float32)
 
     def rationale(self, batch: Batch, features_SVLC: Array) -> jax.Array:
-        """E_spatio [S, M, D] of the encoder's hidden states, without its class tokens."""
+        """E_spatio [S, M, D] of the encoder's hidden states, without its class tokens.
+
+        Where it is conditioned on the question, that is the scene's first: it has but one.
+        """
+        view_mask_SV, point_mask_SG = batch.view_mask_SV, batch.point_mask_SG
+        here = nearest_patches(self.config.vlm.vision.grid, self.config.patch_grid)
+        place, known = batch.points_SVP3[:, :, here], jnp.asarray(batch.points_mask_SVP)[:, :, here]
+        if self.config.drm.frames:
+            view_mask_SV = spread(view_mask_SV, self.config.drm.frames)
+            frame = jnp.asarray(batch.point_frame_SG)
+            of_these = jnp.take_along_axis(view_mask_SV, jnp.maximum(frame, 0), axis=1)
+            point_mask_SG = jnp.asarray(point_mask_SG) & of_these & (frame >= 0)
+            known &= view_mask_SV[..., None]
+        question, mask = None, None
+        if self.config.drm.condition_on_question:
+            ids_SL, length_S1 = (
+                jnp.asarray(x)[:, 0]
+                for x in (batch.question_SQL, batch.question_length_SQ[..., None])
+            )
+            question = self.vlm.decoder.embed(ids_SL)
+            mask = jnp.arange(ids_SL.shape[1]) >= ids_SL.shape[1] - length_S1  # left-padded
         with jax.named_scope("drm"):
             return self.drm(
                 features_SVLC[:, :, 1:],
                 batch.view_mask_SV,
+                place,
+                known,
                 batch.point_SGC,
                 batch.coord_SG3,
-                batch.point_mask_SG,
+                point_mask_SG,
                 batch.extrinsic_SV34,
-                batch.view_mask_SV,
+                view_mask_SV,
+                question,
+                mask,
             )
 
     def prefix(self, batch: Batch, parts: tuple[Part, ...], slots: int | None = None) -> Prefix:
@@ -145,7 +177,7 @@ class Geode(nnx.Module):
         x = jnp.concatenate([part.astype(dtype) for part in columns], axis=1)
         # Of a scene without views nothing is known.
         length_S = jnp.where(jnp.any(batch.view_mask_SV, axis=1), length_S, 0)
-        return Prefix(decoder.run_prefix(x, None, None)[1], length_S, features, spatio)
+        return Prefix(decoder.run_prefix(x, None, None)[1], length_S, spatio)
 
     def read(self, batch: Batch, prefix: Prefix) -> jax.Array:
         """States [S, M * R, D] of the packed questions and answers, see `packed.read_packed`."""

@@ -4,16 +4,14 @@
 |---|---|---|---|
 | pretrain | ViT, decoder, layout encoder | the layout | rationales; the patches' categories |
 | align | projector | visual tokens | rationales |
-| drm (stage 1) | DRM | E_spatio | eq. 4: rationales; * alignment, correspondence |
+| drm (stage 1) | DRM | E_spatio | eq. 4: rationales; * two alignments |
 | joint (stage 2) | projector, decoder, DRH | E_spatio, visual | eq. 7: answers, values, boxes |
 
 `pretrain` stands in on a laptop for InternViT's and Qwen's pretraining. A rationale follows its
 question, which is given and not paid, since E_spatio does not know what will be asked.
 
-* Not in the paper's equations, weight 0 in `full`. Alignment: Sec. 2.1.2 names a frozen text
-encoder's embedding of the rationale; ours is `models.layout`. Correspondence: a frozen token looks
-at the points near the place that it shows; without it the cross-attention of Sec. 2.1.1 finds no
-places in a laptop's steps.
+* Not in the paper's equations, weight 0 in `full`. Sec. 2.1.2 names a frozen text encoder's
+embedding of the rationale: the decoder's, or on a laptop the layout itself (`models.layout`).
 """
 
 import dataclasses
@@ -23,6 +21,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from geode_jax import losses
@@ -31,21 +30,28 @@ from geode_jax.data.control import base_unit
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.inference.generate import before_end, generate
 from geode_jax.models.drh import box_loss, decode_values, value_loss
-from geode_jax.models.geode import Geode, GeodeConfig, Part
+from geode_jax.models.geode import Geode, GeodeConfig, Part, Prefix
 from geode_jax.models.packed import pick
-from geode_jax.ops.attention import MASKED
+from geode_jax.objectives.spatial import asked_terms
 from geode_jax.shapes import Array, Batch
 from geode_jax.train_step import Terms
 
 Stage = Literal["pretrain", "align", "drm", "joint"]
 
 LEARNS = {
-    "pretrain": ("vision", "decoder", "layout", "patch_classifier"),
+    "pretrain": ("vision", "decoder", "layout", "patch_classifier", "spatial_head"),
     "align": ("projector",),
     "drm": ("drm",),
     "joint": ("projector", "decoder", "drh"),
 }
 """The parts of `Geode` that learn in a stage; all others are frozen."""
+
+
+def learned_parts(stage: Stage) -> tuple[str, ...]:
+    """The parts that have learned when a stage has ended."""
+    stages = list(LEARNS)
+    return tuple({part for s in stages[: stages.index(stage) + 1] for part in LEARNS[s]})
+
 
 PREFIX: dict[str, tuple[Part, ...]] = {
     "pretrain": ("layout",),
@@ -62,9 +68,10 @@ class GeodeStageConfig:
     model: sizes of the parts.
     stage: see the module's docstring.
     regression_weight: lambda of eq. 7, of values and boxes.
-    alignment_weight: of E_spatio's squared distance to the layout's columns, stage drm.
-    correspondence_weight: of `correspondence_loss`, stage drm.
+    layout_weight: of E_spatio's squared distance to the layout's columns, stage drm.
+    rationale_weight: of `rationale_alignment`, stage drm.
     patch_weight: of the patches' categories, stage pretrain.
+    spatial_weight: of what the question is about, `spatial.asked_terms`, stage pretrain.
     vision: False trains the blind baseline: nothing stands before the text.
     controls: ids of `<REG>` and `<3DBBOX>`, where the regression head answers.
     slots: so many of the rationale tokens does an answer see (Table 3); None: all.
@@ -73,9 +80,10 @@ class GeodeStageConfig:
     model: GeodeConfig
     stage: Stage
     regression_weight: float = 1.0
-    alignment_weight: float = 0.0
-    correspondence_weight: float = 0.0
+    layout_weight: float = 0.0
+    rationale_weight: float = 0.0
     patch_weight: float = 1.0
+    spatial_weight: float = 1.0
     vision: bool = True
     controls: tuple[int, int] | None = None
     slots: int | None = None
@@ -86,6 +94,8 @@ class GeodeStage:
     """The `train_step.Objective` of one stage."""
 
     config: GeodeStageConfig
+
+    judge = "loss"  # its weights are fixed
 
     @property
     def trainable(self):
@@ -120,25 +130,14 @@ class GeodeStage:
             # UNLABELLED (-2) is nobody's word; NO_CATEGORY (-1) is the last class.
             label = jnp.where(label == -1, logits.shape[-1] - 1, label)
             terms["patches"] = losses.cross_entropy(logits, label, label >= 0)
-        if c.stage == "drm" and c.alignment_weight:
-            # The first tokens are to the first categories, whichever of them are more.
-            columns = model.layout(batch)
-            both = min(columns.shape[1], prefix.spatio_SMD.shape[1])
-            error = prefix.spatio_SMD[:, :both] - columns[:, :both]
-            error_SM = jnp.mean(jnp.square(error), axis=-1)
-            known_S1 = jnp.asarray(batch.boxes_known_S)[:, None]
-            terms["alignment"] = (
-                jnp.sum(jnp.where(known_S1, error_SM, 0.0)),
-                jnp.sum(jnp.broadcast_to(known_S1, error_SM.shape), dtype=jnp.float32),
+            asked = model.spatial_head(
+                pick(hidden, batch.encoding_column_SQ), pick(hidden, batch.object_column_SQO)
             )
-        if c.stage == "drm" and c.correspondence_weight:
-            looks = model.drm.correspondence(
-                prefix.features_SVLC[:, :, 1:],
-                batch.point_SGC,
-                batch.coord_SG3,
-                batch.point_mask_SG,
-            )
-            terms["correspondence"] = correspondence_loss(looks, batch)
+            terms |= {f"spatial/{k}": term for k, term in asked_terms(asked, batch).items()}
+        if c.stage == "drm" and c.layout_weight:
+            terms["layout"] = layout_alignment(prefix.spatio_SMD, model.layout(batch), batch)
+        if c.stage == "drm" and c.rationale_weight:
+            terms["rationale_alignment"] = self._rationale_alignment(model, batch, prefix, paid)
         if c.stage == "joint" and model.drh is not None:
             # The state where the control token, an answer's first, is the input.
             state_SQD = states_SQAD[:, :, 1]
@@ -147,6 +146,21 @@ class GeodeStage:
             )
             terms["boxes"] = box_loss(model.drh.boxes(state_SQD), batch.box_SQ7, batch.box_mask_SQ)
         return terms
+
+    def _rationale_alignment(self, model: Geode, batch: Batch, prefix: Prefix, paid) -> losses.Pair:
+        """1 - cosine of the mean of E_spatio and that of its rationales' embeddings (Sec. 2.1.2).
+
+        The frozen text encoder is the frozen decoder, which reads the rationales with nothing
+        before them; of a scene's rationales the mean, since E_spatio is of all of them.
+        """
+        text = model.read(batch, model.prefix(batch, ()))
+        states_SQAD = pick(text, batch.answer_column_SQA)
+        own = jnp.mean(states_SQAD, axis=(1, 2), where=paid[..., None])
+        known_S = jnp.any(paid, axis=(1, 2))
+        embedding = jax.lax.stop_gradient(jnp.where(known_S[:, None], own, 1.0))
+        spatio = jnp.mean(prefix.spatio_SMD.astype(jnp.float32), axis=1)
+        cosine_S = optax.losses.cosine_similarity(spatio, embedding, epsilon=1e-6)
+        return jnp.sum(jnp.where(known_S, 1 - cosine_S, 0.0)), jnp.sum(known_S, dtype=jnp.float32)
 
     def answer(self, model: Geode, batch: Batch, eos_id: int) -> dict[str, Array]:
         """Greedy answers to a batch's questions, at most A tokens each.
@@ -207,12 +221,13 @@ class GeodeStage:
         weights = {
             "text": 1.0,
             "patches": c.patch_weight,
-            "alignment": c.alignment_weight,
-            "correspondence": c.correspondence_weight,
+            "spatial": c.spatial_weight,
+            "layout": c.layout_weight,
+            "rationale_alignment": c.rationale_weight,
             "values": c.regression_weight,
             "boxes": c.regression_weight,
         }
-        return losses.static_total(terms, {name: weights[name] for name in terms})
+        return losses.static_total(terms, {name: weights[name.split("/")[0]] for name in terms})
 
 
 def render_value(value: float, unit: str | None) -> str:
@@ -220,25 +235,13 @@ def render_value(value: float, unit: str | None) -> str:
     return f"{value:.0f}" if unit in ("cm", "items") else f"{value:.1f}"
 
 
-NEAR = 0.25
-"""Metres: standard deviation of what counts as the same place."""
+def layout_alignment(spatio_SMD: Array, columns_SMD: Array, batch: Batch) -> losses.Pair:
+    """Mean squared difference of E_spatio and the layout's columns; count = slots.
 
-
-def correspondence_loss(log_weights_STG: Array, batch: Batch) -> losses.Pair:
-    """Cross-entropy of where a patch looks to the points near the place that it shows.
-
-    Needs patches that are those of the batch, and points in the frame of its world.
-
-    Args:
-        log_weights_STG: of `Drm.correspondence`, T = V * P.
-        batch: its `points_SVP3` are the patches' places.
+    The first slots are to the first categories, whichever of them are more. Of scenes whose boxes
+    are known.
     """
-    S, T, _ = log_weights_STG.shape
-    place = jnp.asarray(batch.points_SVP3).reshape(S, T, 1, 3)
-    coord, mask = jnp.asarray(batch.coord_SG3), jnp.asarray(batch.point_mask_SG)
-    distance = jnp.sum(jnp.square(place - coord[:, None]), axis=-1)
-    near = jnp.where(mask[:, None], -distance / (2 * NEAR**2), MASKED)
-    target = jax.nn.softmax(near, axis=-1)
-    known = jnp.asarray(batch.points_mask_SVP).reshape(S, T) & jnp.any(mask, axis=1)[:, None]
-    entropy = -jnp.sum(target * log_weights_STG, axis=-1)
-    return jnp.sum(jnp.where(known, entropy, 0.0)), jnp.sum(known, dtype=jnp.float32)
+    both = min(columns_SMD.shape[1], spatio_SMD.shape[1])
+    error_SM = jnp.mean(jnp.square(spatio_SMD[:, :both] - columns_SMD[:, :both]), axis=-1)
+    known_SM = jnp.broadcast_to(jnp.asarray(batch.boxes_known_S)[:, None], error_SM.shape)
+    return jnp.sum(jnp.where(known_SM, error_SM, 0.0)), jnp.sum(known_SM, dtype=jnp.float32)

@@ -26,13 +26,13 @@ import numpy as np
 from flax import nnx
 
 from geode_jax import losses
-from geode_jax.boxes import decode_boxes, encode_boxes
+from geode_jax.boxes import decode_boxes
 from geode_jax.correspondence import correspondences
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.inference.generate import Generated, before_end, generate
 from geode_jax.models.layers import param
 from geode_jax.models.student import Student, StudentConfig, StudentOutput
-from geode_jax.models.task_heads import GAP_FLOOR
+from geode_jax.objectives.spatial import asked_terms
 from geode_jax.shapes import Array, Batch
 from geode_jax.train_step import Terms
 
@@ -90,6 +90,8 @@ class HiddenCoT:
     config: HiddenCoTConfig
 
     trainable = nnx.Param
+    # Eq. 2's own value moves with the uncertainties: two evaluations of it do not compare.
+    judge = "text"
 
     def build(self, rngs: nnx.Rngs) -> HiddenCoTModel:
         """The student and its log-variances."""
@@ -297,65 +299,19 @@ def detection_terms(out: StudentOutput, batch: Batch) -> Terms:
     return terms
 
 
-def relative_angle(boxes_O7: Array) -> jax.Array:
-    """(sin, cos) of the bearing of object 2 for one who stands at object 0 and faces object 1.
-
-    Seen from above (z up), counter-clockwise positive: sin > 0 is to the left. [..., O, 7] to
-    [..., 2]; zero-length directions give (0, 1).
-    """
-    facing = boxes_O7[..., 1, :2] - boxes_O7[..., 0, :2]
-    towards = boxes_O7[..., 2, :2] - boxes_O7[..., 0, :2]
-    cross = facing[..., 0] * towards[..., 1] - facing[..., 1] * towards[..., 0]
-    dot = jnp.sum(facing * towards, axis=-1)
-    angle = jnp.arctan2(cross, jnp.where((cross == 0) & (dot == 0), 1.0, dot))
-    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-
-
 def spatial_terms(out: StudentOutput, batch: Batch) -> Terms:
     """Eq. 1's features, relations, and what the question is about, Sec. III-D.2 and III-D.3."""
-    spatial = out.spatial
-    known_SQO = jnp.asarray(batch.objects_mask_SQO)
-    boxes_SQO7 = jnp.where(known_SQO[..., None], batch.objects_SQO7, 1.0)
-    found_SQO = known_SQO & (jnp.asarray(batch.object_column_SQO) >= 0)
-    three_SQ = jnp.all(found_SQO[..., :3], axis=-1)
-    value_SQ = jnp.where(batch.value_mask_SQ, batch.value_SQ, 1.0)
-    terms = {
-        "spatial/relations": losses.binary_kl(
-            spatial.relations_SQR, batch.relations_SQR, batch.relations_mask_SQR
-        ),
-        "spatial/objects": huber(spatial.objects_SQOb, encode_boxes(boxes_SQO7), found_SQO),
-        "spatial/places": huber(spatial.places_SQO3, boxes_SQO7[..., :3], known_SQO),
-        "spatial/gaps": huber(
-            spatial.log_gaps_SQO[..., 1:, None],
-            jnp.log(jnp.asarray(batch.gaps_SQO) + GAP_FLOOR)[..., 1:, None],
-            known_SQO[..., :1] & known_SQO[..., 1:],
-        ),
-        "spatial/angle": huber(spatial.angle_SQ2, relative_angle(boxes_SQO7), three_SQ),
-        "spatial/value": huber(
-            spatial.log_value_SQ[..., None],
-            jnp.log(jnp.maximum(value_SQ, 1e-2))[..., None],
-            batch.value_mask_SQ,
-        ),
-        "feature/spatial": losses.feature_alignment(
-            spatial=(
-                jax.nn.sigmoid(spatial.relations_SQR),
-                batch.teacher_relations_SQR,
-                batch.teacher_relations_mask_SQR,
-            )
-        )["spatial"],
-    }
+    terms = {f"spatial/{name}": term for name, term in asked_terms(out.spatial, batch).items()}
+    terms["feature/spatial"] = losses.feature_alignment(
+        spatial=(
+            jax.nn.sigmoid(out.spatial.relations_SQR),
+            batch.teacher_relations_SQR,
+            batch.teacher_relations_mask_SQR,
+        )
+    )["spatial"]
     if out.features_SVPF is not None:
         mask = jnp.asarray(batch.teacher_features_mask_S)[:, None] & batch.view_mask_SV
         terms["spatial/features"] = losses.spatial_features(
             out.features_SVPF, batch.teacher_features_SVPF, mask
         )
     return terms
-
-
-def huber(prediction: Array, target: Array, mask: Array) -> losses.Pair:
-    """Huber loss (delta 1) summed over the last axis; count = masked entries [...]."""
-    mask = jnp.asarray(mask)
-    error = jnp.where(mask[..., None], prediction - target, 0.0)
-    size = jnp.abs(error)
-    loss = jnp.where(size < 1, 0.5 * error**2, size - 0.5)
-    return jnp.sum(loss), jnp.sum(mask, dtype=jnp.float32)

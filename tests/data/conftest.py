@@ -134,6 +134,7 @@ def write_geode_export(folder, train: int = 4, val: int = 2, seed: int = 0) -> E
                 features = random.normal(size=(points, POINT_WIDTH))
                 arrays["sonata/features"] = features.astype(np.float16)
                 arrays["sonata/coord"] = random.normal(size=(points, 3)).astype(np.float32)
+                arrays["sonata/frame"] = np.arange(points, dtype=np.int32) % views
             scene_id, split = f"scene{i:03}", "train" if i < train else "val"
             questions = tiny_questions(random, scene_id, arrays["target/boxes"])
             for record in questions:

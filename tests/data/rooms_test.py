@@ -188,7 +188,7 @@ def test_tokens_know_neither_names_nor_numbers_of_objects(made):
 
 def test_point_tokens_are_the_means_of_occupied_voxels(made):
     scene, seen = made[2]
-    features, coord = rooms.point_tokens(seen)
+    features, coord, frame = rooms.point_tokens(seen).values()
     assert features.dtype == np.float16 and features.shape == (len(coord), 10)
     points = seen.cells.point.reshape(-1, 3)
     normals = seen.cells.normal.reshape(-1, 3)
@@ -196,8 +196,11 @@ def test_point_tokens_are_the_means_of_occupied_voxels(made):
     for i, point in enumerate(points):
         own.setdefault(tuple(int(np.floor(x / rooms.VOXEL)) for x in point), []).append(i)
     assert len(own) == len(coord)
-    for feature, place, voxel in zip(features.astype(np.float32), coord, sorted(own), strict=True):
+    tokens = zip(features.astype(np.float32), coord, frame, sorted(own), strict=True)
+    for feature, place, view, voxel in tokens:
         rows = own[voxel]
+        views = [row // (len(points) // rooms.VIEWS) for row in rows]
+        assert views.count(view) == max(map(views.count, views))
         np.testing.assert_allclose(place, points[rows].mean(0), atol=1e-5)
         np.testing.assert_allclose(feature[3:6], normals[rows].mean(0), atol=2e-3)
         np.testing.assert_allclose(np.expm1(feature[9]) * 8, len(rows), rtol=5e-3)

@@ -35,7 +35,7 @@ SHAPES = SceneShapes(
 )  # fmt: skip
 WITH_IMAGES = SceneShapes(
     views=3, grid=GRID, token_width=0, depth_ratio=2, boxes=5, vision="images", image=IMAGE,
-    points=6, point_width=POINT_WIDTH,
+    points=6, point_width=POINT_WIDTH, point_frames=True,
 )  # fmt: skip
 
 
@@ -172,6 +172,7 @@ def test_the_teachers_features_can_be_the_vision(scene):
 def test_images_and_points_are_padded_and_masked(geode_export):
     sizes = export_sizes(geode_export, "images")
     assert (sizes.views, sizes.image, sizes.points, sizes.point_width) == (3, IMAGE, 6, POINT_WIDTH)
+    assert sizes.point_frames
     names = scene_tensors("images")
     assert not {"vggt/tokens", "vggt/camera_tokens"} & set(names)
     for i, scene_id in enumerate(geode_export.scene_ids()):
@@ -183,6 +184,8 @@ def test_images_and_points_are_padded_and_masked(geode_export):
         np.testing.assert_array_equal(rows["image"][:views], tensors["images"])
         assert not rows["image"][views:].any()
         assert rows["point_mask"].tolist() == [n < points for n in range(6)]
+        frames = [n % views if n < points else -1 for n in range(6)]
+        assert rows["point_frame"].tolist() == frames
         for name, key in (("point", "sonata/features"), ("coord", "sonata/coord")):
             assert rows[name].dtype == np.float32 and not rows[name][points:].any()
             if points:
@@ -209,7 +212,8 @@ def test_the_student_sees_neither_images_nor_points(scene, vision):
     rows = batch_rows(scene | images, shapes)
     assert rows["image"].shape == (3, 0, 0, 3) and rows["point_mask"].shape == (0,)
     assert rows["point"].shape == (0, 0) and rows["coord"].shape == (0, 3)
-    assert not {"images", "sonata/features", "sonata/coord"} & set(scene_tensors(vision))
+    images = {"images", "sonata/features", "sonata/coord", "sonata/frame"}
+    assert not images & set(scene_tensors(vision))
 
 
 @pytest.mark.parametrize(

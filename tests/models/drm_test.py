@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from geode_jax.models.drm import Drm, DrmConfig, camera_code, fourier_code
+from geode_jax.models.drm import Drm, DrmConfig, camera_code, fourier_code, spread
 from tests.tiny_models import materialize, quick_jit
 
 S, FRAMES, TOKENS, POINTS, CAMERAS, L = 2, 3, 2, 5, 3, 4
@@ -29,6 +29,8 @@ CONFIG = DrmConfig(
 class Room(NamedTuple):
     visual: np.ndarray
     visual_mask: np.ndarray
+    place: np.ndarray
+    place_mask: np.ndarray
     point: np.ndarray
     coord: np.ndarray
     point_mask: np.ndarray
@@ -43,6 +45,8 @@ def room(frames=(3, 2), points=(5, 3), cameras=(3, 1), seed=0) -> Room:
     return Room(
         rng.normal(size=(S, FRAMES, TOKENS, CONFIG.visual_width)).astype(np.float32),
         np.arange(FRAMES) < np.array(frames)[:, None],
+        rng.normal(size=(S, FRAMES, TOKENS, 3)).astype(np.float32),
+        np.broadcast_to(np.arange(TOKENS) > 0, (S, FRAMES, TOKENS)),
         rng.normal(size=(S, POINTS, CONFIG.point_width)).astype(np.float32),
         rng.normal(size=(S, POINTS, 3)).astype(np.float32),
         np.arange(POINTS) < np.array(points)[:, None],
@@ -64,6 +68,8 @@ def test_what_is_padding_is_nobodys_word(drm):
     mixed = Room(
         np.where(a.visual_mask[..., None, None], a.visual, b.visual),
         a.visual_mask,
+        np.where(a.place_mask[..., None], a.place, b.place),
+        a.place_mask,
         np.where(a.point_mask[..., None], a.point, b.point),
         np.where(a.point_mask[..., None], a.coord, b.coord),
         a.point_mask,
@@ -78,16 +84,17 @@ def test_a_padded_room_equals_the_room(drm):
     padded = room()
     own = Room(*(x[1:] for x in padded))
     cut = Room(
-        own.visual[:, :2], own.visual_mask[:, :2], own.point[:, :3], own.coord[:, :3],
+        own.visual[:, :2], own.visual_mask[:, :2], own.place[:, :2], own.place_mask[:, :2],
+        own.point[:, :3], own.coord[:, :3],
         own.point_mask[:, :3], own.extrinsic[:, :1], own.camera_mask[:, :1],
     )  # fmt: skip
     np.testing.assert_allclose(run(drm, *padded)[1:], run(drm, *cut), atol=1e-5)
 
 
-@pytest.mark.parametrize("field", ["visual", "point", "coord", "extrinsic"])
+@pytest.mark.parametrize("field", ["visual", "place", "point", "coord", "extrinsic"])
 def test_everything_that_is_there_is_heard(drm, field):
     a = room()
-    index = (1, 0) if field == "extrinsic" else (1, 1)
+    index = {"extrinsic": (1, 0), "place": (1, 1, 1)}.get(field, (1, 1))
     value = np.array(getattr(a, field))
     value[(*index, ..., 0)] += 0.5  # not all channels: a norm would take that away
     moved = run(drm, *a._replace(**{field: value})) - run(drm, *a)
@@ -135,6 +142,17 @@ def test_conditioned_on_the_question():
     question[1, 0] += 1
     moved = np.abs(run(drm, *room(), question, mask) - out).max((1, 2))
     assert moved[0] < 1e-6 < 1e-4 < moved[1]
+
+
+def test_some_frames_are_spread_over_all():
+    mask = np.arange(16) < np.array([[16], [5], [3], [0]])
+    kept = [np.flatnonzero(row).tolist() for row in np.asarray(spread(mask, 4))]
+    assert kept == [[0, 4, 8, 12], [0, 2, 3, 4], [0, 1, 2], []]
+    masks = np.random.default_rng(0).random((50, 9)) < 0.6
+    for most in range(1, 10):
+        chosen = np.asarray(spread(masks, most))
+        assert not (chosen & ~masks).any()
+        np.testing.assert_array_equal(chosen.sum(1), np.minimum(masks.sum(1), most))
 
 
 def test_codes_of_places_and_cameras():

@@ -12,7 +12,7 @@ from jax.scipy.special import logsumexp
 from geode_jax.boxes import decode_boxes
 from geode_jax.models.drh import decode_values
 from geode_jax.models.drm import DrmConfig
-from geode_jax.models.geode import GeodeConfig
+from geode_jax.models.geode import GeodeConfig, nearest_patches
 from geode_jax.models.internvl import InternVLConfig
 from geode_jax.models.layout import layout_facts
 from geode_jax.models.packed import pick
@@ -21,7 +21,7 @@ from geode_jax.objectives.geode import (
     LEARNS,
     GeodeStage,
     GeodeStageConfig,
-    correspondence_loss,
+    layout_alignment,
     render_value,
 )
 from geode_jax.optimizer import OptimizerConfig, make_optimizer
@@ -40,10 +40,11 @@ MODEL = GeodeConfig(
         visual_width=8, point_width=4, llm_width=16, max_frames=VIEWS,
     ),
     drh_width=8,
+    patch_grid=(2, 2),
     categories=3,
     views=VIEWS,
 )  # fmt: skip
-WEIGHTS = {"alignment_weight": 2.0, "correspondence_weight": 0.5, "patch_weight": 3.0}
+WEIGHTS = {"layout_weight": 2.0, "rationale_weight": 0.5, "patch_weight": 3.0}
 
 
 def stage(name: str, **changes) -> GeodeStage:
@@ -76,6 +77,7 @@ def batch():
         image_SVhw3=random.integers(0, 256, (S, VIEWS, 8, 8, 3), np.uint8),
         point_SGC=random.normal(size=(S, POINTS, 4)).astype(np.float32),
         coord_SG3=random.normal(size=(S, POINTS, 3)).astype(np.float32),
+        point_frame_SG=np.broadcast_to(np.arange(POINTS) % VIEWS, (S, POINTS)).astype(np.int32),
         point_mask_SG=np.arange(POINTS) < np.array([[6], [4]]),
         answer_SQA=answer,
         answer_length_SQ=length,
@@ -143,6 +145,8 @@ def test_text_behind_a_short_prefix_is_as_if_nothing_stood_behind_it(model, batc
         image_SVhw3=one.image_SVhw3[:, :1],
         view_mask_SV=one.view_mask_SV[:, :1],
         extrinsic_SV34=one.extrinsic_SV34[:, :1],
+        points_SVP3=one.points_SVP3[:, :1],
+        points_mask_SVP=one.points_mask_SVP[:, :1],
     )
     parts = ("spatio", "visual")
     own = np.asarray(read(model, cut, parts, None))
@@ -161,6 +165,50 @@ def test_fewer_rationale_tokens_are_the_first_ones(model, batch):
     few, all_ = prefix(model, batch, 2), prefix(model, batch, None)
     np.testing.assert_allclose(few.spatio_SMD, all_.spatio_SMD[:, :2], atol=1e-6)
     assert few.length_S.tolist() == [2, 2] and all_.length_S.tolist() == [3, 3]
+
+
+def test_points_and_cameras_of_some_frames_alone(model, batch):
+    """Table 2: what the other frames give in 3D is nobody's word; the ViT's frames stay."""
+    some = dataclasses.replace(MODEL, drm=dataclasses.replace(MODEL.drm, frames=1))
+    graph, state = nnx.split(model)
+    one = nnx.merge(graph, state)
+    one.config = some
+    spatio = quick_jit(lambda m, b: m.prefix(b, ("spatio",)).spatio_SMD)
+    before = np.asarray(spatio(one, batch))
+
+    def changed(name, index, by):
+        value = np.array(getattr(batch, name))
+        value[index] = value[index] + by
+        other = dataclasses.replace(batch, **{name: value})
+        return np.abs(np.asarray(spatio(one, other)) - before)[0].max()
+
+    unseen = batch.point_frame_SG[0] == 1
+    for name, index in (
+        ("coord_SG3", (0, unseen)), ("point_SGC", (0, unseen)),
+        ("extrinsic_SV34", (0, 1)), ("points_SVP3", (0, 1)),
+    ):  # fmt: skip
+        assert changed(name, index, 1) < 1e-6, name
+    assert changed("coord_SG3", (0, ~unseen), 1) > 1e-4
+    assert changed("image_SVhw3", (0, 1, slice(None), 0), np.uint8(99)) > 1e-4
+
+
+def test_conditioned_on_the_scenes_question(batch):
+    asked = dataclasses.replace(MODEL.drm, condition_on_question=True)
+    model = materialize(stage("drm", model=dataclasses.replace(MODEL, drm=asked)).build)
+    spatio = quick_jit(lambda m, b: m.prefix(b, ("spatio",)).spatio_SMD)
+    before = np.asarray(spatio(model, batch))
+    question = np.array(batch.question_SQL)
+    question[0, 0, : question.shape[2] - batch.question_length_SQ[0, 0]] += 1  # padding
+    question[0, 1] += 1  # another question
+    question[1, 0, -1] += 1
+    moved = np.abs(spatio(model, dataclasses.replace(batch, question_SQL=question)) - before)
+    assert moved[0].max() < 1e-6 < 1e-4 < moved[1].max()
+
+
+def test_patches_of_another_size_take_the_export_patch_at_their_centre():
+    assert nearest_patches(2, (2, 2)).tolist() == [0, 1, 2, 3]
+    assert nearest_patches(1, (3, 5)).tolist() == [1 * 5 + 2]
+    assert nearest_patches(4, (2, 1)).tolist() == [0] * 8 + [1] * 8
 
 
 def test_without_the_module_only_visual_tokens_stand_there():
@@ -185,10 +233,11 @@ def test_every_stage_pays_its_own_terms(terms, batch):
     words = float(batch.answer_length_SQ.sum())
     assert terms("align")["text"][1] == words
     found = terms("pretrain")
-    assert set(found) == {"text", "patches"}
+    asked = ("relations", "objects", "places", "gaps", "angle", "value")
+    assert set(found) == {"text", "patches", *(f"spatial/{name}" for name in asked)}
     assert found["patches"][1] == (batch.target_segmentation_SVP > -2).sum()
-    assert set(terms("drm")) == {"text", "alignment", "correspondence"}
-    assert set(terms("drm", alignment_weight=0.0, correspondence_weight=0.0)) == {"text"}
+    assert set(terms("drm")) == {"text", "layout", "rationale_alignment"}
+    assert set(terms("drm", layout_weight=0.0, rationale_weight=0.0)) == {"text"}
     found = terms("joint")
     assert set(found) == {"text", "values", "boxes"}
     assert found["values"][1] == found["boxes"][1] == 2
@@ -223,22 +272,28 @@ def test_a_value_is_read_where_its_control_token_is_the_input(model, batch):
     np.testing.assert_allclose(out["boxes"][:, :2, 0], boxes, rtol=1e-3, atol=1e-4)
 
 
-def test_correspondence_wants_the_points_near_a_patch(batch):
-    near = np.broadcast_to(batch.points_SVP3[:, 0, 0][:, None], batch.coord_SG3.shape).copy()
-    near[:, 1:] += 5.0
-    batch = dataclasses.replace(batch, coord_SG3=near, point_mask_SG=np.ones((2, POINTS), bool))
-    T = batch.points_SVP3.shape[1] * batch.points_SVP3.shape[2]
-    right = np.log(np.full((2, T, POINTS), 1e-6))
-    right[:, :, 0] = 0.0
-    wrong = np.roll(right, 1, axis=2)
-    close = dataclasses.replace(
-        batch, points_mask_SVP=np.zeros_like(batch.points_mask_SVP) | (np.arange(4) == 0)
-    )
-    part, count = correspondence_loss(right, close)
-    assert count == 2 * VIEWS and part < 1e-3
-    assert correspondence_loss(wrong, close)[0] > 10
-    nowhere = dataclasses.replace(close, point_mask_SG=np.zeros((2, POINTS), bool))
-    assert correspondence_loss(right, nowhere)[1] == 0
+def test_the_layouts_columns_are_what_the_first_slots_should_be(batch):
+    rng = np.random.default_rng(0)
+    spatio, columns = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 5, 4))
+    batch = dataclasses.replace(batch, boxes_known_S=np.array([True, False]))
+    part, count = layout_alignment(spatio, columns, batch)
+    assert count == 3
+    np.testing.assert_allclose(part, np.square(spatio[0] - columns[0, :3]).mean(-1).sum(), 1e-5)
+    assert layout_alignment(columns, spatio, batch)[0] == part
+
+
+def test_rationales_are_embedded_with_nothing_before_them(model, batch):
+    part, count = quick_jit(stage("drm").terms)(model, batch)["rationale_alignment"]
+    states = np.asarray(pick(read(model, batch, (), None), batch.answer_column_SQA))
+    spatio = np.asarray(model.prefix(batch, ("spatio",)).spatio_SMD).mean(1)
+    expected = 0.0
+    for s in range(2):
+        length = batch.answer_length_SQ[s]
+        own = np.concatenate([x[:n] for x, n in zip(states[s], length, strict=True)]).mean(0)
+        cosine = own @ spatio[s] / np.linalg.norm(own) / np.linalg.norm(spatio[s])
+        expected += 1 - cosine
+    assert count == 2
+    np.testing.assert_allclose(part, expected, rtol=1e-4)
 
 
 def test_layout_facts(batch):
@@ -291,7 +346,7 @@ def test_more_or_fewer_rationale_tokens_than_categories(slots, batch):
     drm = dataclasses.replace(MODEL.drm, slots=slots)
     objective = stage("drm", model=dataclasses.replace(MODEL, drm=drm))
     shapes = jax.eval_shape(objective.terms, materialize(objective.build), batch)
-    assert shapes["alignment"][0].shape == ()
+    assert shapes["layout"][0].shape == ()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,74 @@
+"""The order of GEODE's runs, what each starts from, and Table 4 of what they scored."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from geode_jax import stages
+from geode_jax.errors import UserError
+from geode_jax.stages import BLIND, ROWS, command, main, plan, table4, train
+
+
+def test_every_run_starts_from_one_that_ends_before_it():
+    runs = plan(Path("runs"), 0, (BLIND, *ROWS.values()))
+    for i, run in enumerate(runs):
+        assert run.start is None if i == 0 else run.start in [r.folder for r in runs[:i]]
+    assert len({run.folder for run in runs}) == len(runs) == 8
+    starts = {run.arg: run.start.name for run in runs if run.stage == "joint"}
+    # A row without the module shares the stages before the module's.
+    assert starts == {
+        "vision=off": "geode_drm", "": "geode_drm", "drh=off": "geode_drm",
+        "drm=off": "geode_align", "drm=off,drh=off": "geode_align",
+    }  # fmt: skip
+
+
+def test_seeds_share_nothing_and_geode_is_part_of_table_4():
+    first, second = (plan(Path("runs"), seed, tuple(ROWS.values())) for seed in (0, 1))
+    assert not {run.folder for run in first} & {run.folder for run in second}
+    assert all(run.start is None or "seed_1" in run.start.parts for run in second)
+    whole = plan(Path("runs"), 0, (BLIND, ""))
+    assert set(whole) <= set(plan(Path("runs"), 0, (BLIND, *ROWS.values())))
+
+
+@pytest.mark.parametrize("run", plan(Path("runs"), 1, (BLIND, *ROWS.values())))
+def test_a_command_names_a_config_that_there_is(run):
+    argv = command(run, 1, ["--config.train.steps=3"])
+    assert argv[1:3] == ["-m", "geode_jax.main"] and argv[-1] == "--config.train.steps=3"
+    path, _, arg = argv[3].removeprefix("--config=").partition(":")
+    config = importlib.import_module(path.removesuffix(".py").replace("/", ".")).get_config(arg)
+    assert config.system == f"geode_{run.stage}" == Path(path).stem
+    assert config.loss.vision == (arg != BLIND)
+    assert f"--config.eval.blind={run.folder.parent / 'geode_joint-vision=off'}" in argv
+    assert f"--config.init_from={run.start or ''}" in argv and f"--workdir={run.folder}" in argv
+
+
+def test_a_failed_run_ends_all(monkeypatch, capfd):
+    fails = [sys.executable, "-c", "import sys; print('its own words'); sys.exit(3)"]
+    monkeypatch.setattr(stages, "command", lambda run, seed, rest: fails)
+    with pytest.raises(SystemExit) as ended:
+        train(plan(Path("runs"), 0, ("",)), 0, [])
+    assert ended.value.code == 3
+    assert capfd.readouterr().out.splitlines().count("its own words") == 1
+
+
+def test_table_4_is_of_all_seeds(tmp_path):
+    for seed in (0, 1):
+        for i, run in enumerate(plan(tmp_path, seed, (*ROWS.values(), BLIND))[3:]):
+            run.folder.mkdir(parents=True)
+            model = {"overall": 10.0 * i + seed, "per_type": {"room_size_estimation": 1.0 + i}}
+            frequency = {"overall": 33.0, "per_type": {}}
+            summary = {"vsi": {"model": model, "frequency": frequency}}
+            (run.folder / "summary.json").write_text(json.dumps(summary))
+    rows = table4(tmp_path, [0, 1])
+    assert list(rows) == [*ROWS, "blind", "frequency"]
+    assert rows["both"]["seed 0"]["overall"] == 30 and rows["both"]["seed 1"]["overall"] == 31
+    assert rows["both"]["mean"] == {"overall": 30.5, "per_type": {"room_size_estimation": 4.0}}
+    assert rows["blind"]["mean"]["overall"] == 40.5 and rows["frequency"]["mean"]["overall"] == 33
+
+
+def test_seeds_are_numbers():
+    with pytest.raises(UserError, match="--seeds: one,two"):
+        main(["table4", "--seeds=one,two"])
