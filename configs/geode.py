@@ -183,6 +183,7 @@ def small(config: ml_collections.ConfigDict) -> None:
     config.data.update(
         {
             "export": "rooms",
+            "rooms_scenes": 5000,
             "rooms_images": 32,
             "scenes_per_batch": 8,
             "questions_per_scene": 24,
@@ -219,5 +220,5 @@ def small(config: ml_collections.ConfigDict) -> None:
     config.model.drh_width = 128
     config.model.stand_ins = True
     config.optimizer.update({"name": "muon", "learning_rate": 5e-3, "warmup_steps": 50})
-    config.train.update({"eval_every": 300, "checkpoint_every": 300})
-    config.eval.update({"val_scenes": 32, "test_scenes": 100})
+    config.train.update({"eval_every": 400, "checkpoint_every": 200})
+    config.eval.update({"val_scenes": 32, "test_scenes": 60})

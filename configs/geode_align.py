@@ -14,7 +14,7 @@ import ml_collections
 
 from configs.geode import stage_config
 
-LAPTOP = {"train.steps": 50}
+LAPTOP = {"train.steps": 30}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

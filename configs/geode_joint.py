@@ -22,7 +22,7 @@ import ml_collections
 
 from configs.geode import stage_config
 
-LAPTOP = {"train.steps": 700}
+LAPTOP = {"train.steps": 500}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

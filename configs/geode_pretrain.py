@@ -13,7 +13,7 @@ import ml_collections
 
 from configs.geode import stage_config
 
-LAPTOP = {"train.steps": 600}
+LAPTOP = {"train.steps": 400}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
