@@ -21,7 +21,8 @@ START = {
     "drm": "runs/geode_align",
     "joint": "runs/geode_drm",
 }
-"""The run a stage starts from: the work directory that the stage before has by default."""
+"""The run a stage starts from: the work directory that the stage before has by default. `full` has
+no default; its first stage starts from pretrained folders."""
 
 
 def stage_config(stage: str, arg: str, laptop: dict) -> ml_collections.ConfigDict:
@@ -37,9 +38,9 @@ def stage_config(stage: str, arg: str, laptop: dict) -> ml_collections.ConfigDic
     """
     switch = parse_arg(arg, SWITCHES)
     config = base(stage)
-    config.init_from = START[stage]
     if switch["size"] == "laptop":
         small(config)
+        config.init_from = START[stage]
         for name, value in laptop.items():
             section, _, field = name.rpartition(".")
             (config[section] if section else config)[field] = value
@@ -62,7 +63,7 @@ def base(stage: str) -> ml_collections.ConfigDict:
         {
             "system": f"geode_{stage}",
             "seed": 0,
-            "init_from": "",  # the run whose parameters and tokenizer this stage starts with
+            "init_from": "",  # a run, or pretrained folders with commas between, see start.py
             "mesh": (1, -1, 1),  # data, fsdp, model; -1 = the remaining devices
             "tokenizer": "",  # a Hugging Face tokenizer folder; "" trains one on the questions
             "data": {

@@ -2,8 +2,13 @@
 
 COMMAND   python -m geode_jax.main --config=configs/geode_align.py [--config.init_from=RUN]
 
-ARG       laptop | full   full: Qwen2.5-1.5B and InternViT-300M; needs your export with images
-                          (--config.data.export=DIR) and a tokenizer (--config.tokenizer=DIR)
+ARG       laptop | full   full: Qwen2.5-1.5B and InternViT-300M with a fresh projector; needs your
+                          export with images and points, and pretrained weights (folders of Hugging
+                          Face, or imported ones; an InternVL folder alone brings its projector):
+                              --config=configs/geode_align.py:full --config.data.export=DIR
+                              --config.init_from=Qwen2.5-1.5B-Instruct,InternViT-300M-448px-V2_5
+                              --config.tokenizer=Qwen2.5-1.5B-Instruct --workdir=runs/align
+                          the stages after it: --config.init_from=runs/align and so on
 
 PAYS      the rationales, read behind the visual tokens.
 

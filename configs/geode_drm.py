@@ -7,13 +7,13 @@ ARG (they compose)
     spatio=4|8|16       M, the rationale tokens
     drm_frames=8|16     Table 2: cameras and points of so many frames; the ViT's frames stay
 
-PAYS      eq. 4: the rationales that the frozen decoder reads behind E_spatio alone. On the laptop
-          two more (`objectives/geode.py`): alignment, of E_spatio to the layout's columns, and
-          correspondence, of a patch to the points near the place it shows. Without correspondence
-          a prototype that regressed the layout's facts never found a place in 1,200 steps of 8
-          rooms: squared error of the centres 3.9 of a variance of 3.5, and 0.4 with it.
+PAYS      eq. 4: the rationales that the frozen decoder reads behind E_spatio alone. Two alignments
+          besides, 0 in `full` (Sec. 2.1.2 names one, eq. 4 has none): `loss.rationale_weight`, of
+          E_spatio to the frozen decoder's embedding of the rationales; `loss.layout_weight`, on
+          the laptop, to the layout's columns (`objectives/geode.py`).
 
-OURS      sizes of the module, learning rate, the two further losses and their weights.
+OURS      sizes of the module, learning rate, the alignments and their weights, and that a 2D token
+          knows the place it shows (`models/drm.py`).
 """
 
 import ml_collections

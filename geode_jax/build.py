@@ -103,7 +103,9 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             except TypeError:  # a text among the numbers of a tuple
                 good = False
             if not good:
-                raise UserError(f"config: {name}: {value} is not {rule}")
+                raise UserError(
+                    f"config: {name}: {value if value != '' else repr(value)} is not {rule}"
+                )
 
 
 def _learned(run: Path, config: ml_collections.ConfigDict) -> tuple[str, ...]:

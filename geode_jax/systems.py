@@ -106,6 +106,12 @@ _GEODE: tuple[Rule, ...] = (
     ("model.decoder.remat", *_one_of(tuple(REMAT))),
     ("model.decoder.dtype model.vision.dtype", *_one_of(("float32", "bfloat16", "float16"))),
     ("data.vision", *_one_of(("images",))),
+    (
+        "init_from",
+        lambda v, c: v or c.system == "geode_pretrain",
+        "a run or folders of pretrained models, from which this stage starts",
+    ),
+    ("model.drm.on", lambda v, c: v or c.system != "geode_drm", "what geode_drm trains"),
     ("loss.layout_weight", lambda v, c: not v or c.model.stand_ins, "0 without model.stand_ins"),
     (
         "data.questions_per_scene",

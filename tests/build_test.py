@@ -77,7 +77,7 @@ CLIP = SceneShapes(
 def geode_objective(stage: str, arg: str, shapes: SceneShapes, **changes):
     config = importlib.import_module(f"configs.geode_{stage}").get_config(arg)
     with config.unlocked():
-        config.update_from_flattened_dict(changes)
+        config.update_from_flattened_dict({"init_from": "run"} | changes)
     build.check_config(config)
     tokenizer = SimpleNamespace(vocab_size=151_676, id_of={"<REG>": 7, "<3DBBOX>": 8}.__getitem__)
     export = SimpleNamespace(categories=["chair", "table"])
@@ -108,6 +108,8 @@ def test_geode_of_the_papers_size(stage):
 @pytest.mark.parametrize(
     ("stage", "arg", "shapes", "changes", "said"),
     [
+        ("align", "full", CLIP, {"init_from": ""}, "init_from: '' is not a run or folders"),
+        ("drm", "drm=off", CLIP, {}, "model.drm.on: False is not what geode_drm trains"),
         ("drm", "full,drm_frames=8", CLIP, {}, "model.drm.frames: the export has points without"),
         ("drm", "full", CLIP, {"loss.layout_weight": 1.0}, "layout_weight: 1.0 is not 0 without"),
         ("drm", "full", CLIP, {"model.drm.condition_on_question": True}, "questions_per_scene: 4"),

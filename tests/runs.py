@@ -79,14 +79,14 @@ def make_tiny_run(folder: Path) -> TinyRun:
 
 
 def tiny_geode_config(
-    stage: str, export: Path, init_from: Path | None = None, arg: str = ""
+    stage: str, export: Path, init_from: Path | str | None = None, arg: str = ""
 ) -> ml_collections.ConfigDict:
     """The laptop configuration of a stage of GEODE, made tiny.
 
     Args:
         stage: "pretrain", "align", "drm" or "joint".
         export: of `tiny_rooms` with images.
-        init_from: the run that the stage starts from.
+        init_from: the run, or the pretrained folders, that the stage starts from.
         arg: as on the command line, "drh=off" for example.
     """
     config = importlib.import_module(f"configs.geode_{stage}").get_config(arg)

@@ -151,7 +151,9 @@ _SEEN = (
     *("vision_SVPC", "view_mask_SV", "camera_SVC", "camera_mask_S", "depth_hint_SVP"),
     *("points_SVP3", "points_mask_SVP", "extrinsic_SV34", "intrinsic_SV33", "image_SVhw3"),
     *("point_SGC", "coord_SG3", "point_frame_SG", "point_mask_SG"),
+    *("target_boxes_SN7", "target_labels_SN", "boxes_known_S", "target_segmentation_SVP"),
 )
+"""What a prefix can be made of; the targets are where a room's layout stands there."""
 
 
 def with_others_vision(batch: Batch) -> Batch:

@@ -45,18 +45,19 @@ def evaluate_stage(run, state: TrainState, workdir: Path, train: dict) -> dict[s
 def _answers(run, evaluator: Evaluator, state: TrainState, workdir: Path) -> dict[str, Any]:
     pipeline, scenes = run.pipelines["test"], run.config.eval.test_scenes
     columns = {"model": evaluator.run(state, pipeline, scenes, label="test").predictions}
-    if run.config.loss.vision:
-        columns["vision_removed"] = evaluator.run(
-            state, pipeline, scenes, vision=False, label="vision removed"
-        ).predictions
     asked = [dict(record) for record in columns["model"]]
-    train = set(run.export.scene_ids("train"))
-    records = [record for record in run.export.questions() if record["scene_id"] in train]
-    columns["frequency"] = scoring.frequency_baseline(records, asked)
     blind = Path(run.config.eval.blind) / "predictions.jsonl"
     if blind.exists() and run.config.loss.vision:
         said = {r["id"]: r for r in map(json.loads, blind.read_text().splitlines())}
         columns["blind"] = [said[record["id"]] for record in asked if record["id"] in said]
+    elif run.config.loss.vision:
+        # A model that learned blind says more, where there is one.
+        columns["vision_removed"] = evaluator.run(
+            state, pipeline, scenes, vision=False, label="vision removed"
+        ).predictions
+    train = set(run.export.scene_ids("train"))
+    records = [record for record in run.export.questions() if record["scene_id"] in train]
+    columns["frequency"] = scoring.frequency_baseline(records, asked)
     vsi = {
         name: vsi_bench.score(vsi_bench.rows_of(predictions))
         for name, predictions in columns.items()

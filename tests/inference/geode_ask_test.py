@@ -16,14 +16,20 @@ from geode_jax import build
 from geode_jax.data.control import BOX, REG
 from geode_jax.data.exports import Export
 from geode_jax.data.rooms import make_rooms
+from geode_jax.data.tokens import load_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.evaluate import vsi_bench
 from geode_jax.evaluate.evaluator import Evaluator
 from geode_jax.evaluate.vsi_run import evaluate_run
 from geode_jax.inference.predict import Predictor
 from geode_jax.inference.trained import open_trained
+from geode_jax.models.decoder import Decoder
+from geode_jax.models.internvl import INTERNVL_TOKENS
+from geode_jax.models.vit import InternViT
+from geode_jax.weights import save_pretrained
 from tests.inference.conftest import one_error
 from tests.runs import quick_compiles, tiny_geode_config
+from tests.tiny_models import materialize
 
 pytestmark = pytest.mark.slow  # three stages compile for minutes on a busy machine
 
@@ -331,12 +337,14 @@ def test_a_stage_starts_from_the_one_before(geode_runs):
         ("drm", {"width": 48}, r"is \(.*\) there and \(.*\) here"),
         ("nothing", {}, "nothing: no checkpoint yet"),
         ("student", {}, "is a hidden_cot run, not a stage of GEODE"),
+        ("pretrain", {}, "the rationale module has not learned in .*, a geode_pretrain run"),
     ],
 )
 def test_what_a_stage_cannot_start_from_is_one_line(
     geode_runs, tiny_run, tmp_path, source, changes, said
 ):
-    folders = {"drm": geode_runs["drm"].workdir, "student": tiny_run.workdir}
+    folders = {name: run.workdir for name, run in geode_runs.items()}
+    folders["student"] = tiny_run.workdir
     start = folders.get(source, tmp_path / "nothing")
     config = tiny_geode_config("joint", geode_runs["joint"].export, start)
     with config.unlocked():
@@ -344,3 +352,28 @@ def test_what_a_stage_cannot_start_from_is_one_line(
     with pytest.raises(UserError, match=said) as caught:
         build.build(config, tmp_path / "run")
     assert "\n" not in str(caught.value)
+
+
+def test_a_stage_starts_from_pretrained_folders(geode_runs, tmp_path):
+    """A decoder and a vision encoder of Hugging Face, and their tokenizer."""
+    export, before = geode_runs["pretrain"].export, geode_runs["pretrain"].workdir
+    vlm = build.build(
+        tiny_geode_config("pretrain", export), tmp_path / "a"
+    ).objective.config.model.vlm
+    grown = load_tokenizer(before / "tokenizer").with_tokens(INTERNVL_TOKENS).vocab_size
+    sizes = dataclasses.replace(vlm.decoder, vocab_size=grown)
+    models = {
+        "decoder": materialize(lambda rngs: Decoder(sizes, rngs=rngs)),
+        "vision": materialize(lambda rngs: InternViT(vlm.vision, rngs=rngs)),
+    }
+    for name, model in models.items():
+        save_pretrained(model, tmp_path / name)
+    config = tiny_geode_config("align", export, f"{tmp_path / 'decoder'},{tmp_path / 'vision'}")
+    with config.unlocked():
+        config.tokenizer = str(before / "tokenizer")
+    run = build.build(config, tmp_path / "b")
+    assert run.tokenizer.vocab_size == grown
+    state = flat(run.state.frozen)
+    for name, model in models.items():
+        for path, variable in nnx.to_flat_state(nnx.state(model)):
+            np.testing.assert_array_equal(state["vlm", name, *path][...], variable[...])
