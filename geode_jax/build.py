@@ -119,7 +119,8 @@ def _learned(run: Path, config: ml_collections.ConfigDict) -> tuple[str, ...]:
     if system not in systems.GEODE_STAGES:
         raise UserError(f"config: init_from: {run} is a {system} run, not a stage of GEODE")
     parts = learned_parts(systems.GEODE_STAGES[system])
-    if config.system == "geode_joint" and config.model.drm.on and "drm" not in parts:
+    needs = config.system == "geode_joint" and config.model.drm.on and config.loss.vision
+    if needs and "drm" not in parts:
         raise UserError(
             f"config: init_from: the rationale module has not learned in {run}, a {system} run; "
             "start from a geode_drm run, or with :drm=off"
