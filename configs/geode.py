@@ -222,4 +222,4 @@ def small(config: ml_collections.ConfigDict) -> None:
     config.model.stand_ins = True
     config.optimizer.update({"name": "muon", "learning_rate": 5e-3, "warmup_steps": 50})
     config.train.update({"eval_every": 400, "checkpoint_every": 200})
-    config.eval.update({"val_scenes": 32, "test_scenes": 60})
+    config.eval.update({"val_scenes": 32, "test_scenes": 100})

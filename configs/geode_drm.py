@@ -21,7 +21,7 @@ import ml_collections
 from configs.geode import stage_config
 
 LAPTOP = {
-    "train.steps": 800,
+    "train.steps": 1050,
     "data.rows_per_scene": 1,
     "loss.layout_weight": 40.0,
     "optimizer.learning_rate": 6e-3,

@@ -15,7 +15,7 @@ import ml_collections
 
 from configs.geode import stage_config
 
-LAPTOP = {"train.steps": 400}
+LAPTOP = {"train.steps": 550}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -354,6 +354,16 @@ def test_what_a_stage_cannot_start_from_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_blind_model_starts_before_the_rationale_module(geode_runs, tmp_path):
+    export, start = geode_runs["pretrain"].export, geode_runs["pretrain"].workdir
+    run = build.build(tiny_geode_config("joint", export, start, "vision=off"), tmp_path / "run")
+    learned, found = flat(open_trained(start).state.params), flat(run.state.params)
+    shared = [path for path in learned if path in found]
+    assert shared and not any("drm" in path for path in shared)
+    for path in shared:
+        np.testing.assert_array_equal(found[path][...], learned[path][...])
+
+
 def test_a_stage_starts_from_pretrained_folders(geode_runs, tmp_path):
     """A decoder and a vision encoder of Hugging Face, and their tokenizer."""
     export, before = geode_runs["pretrain"].export, geode_runs["pretrain"].workdir
