@@ -233,6 +233,7 @@ def _image_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str
     features = tensors["sonata/features"] if known else np.zeros((0, width))
     coord = tensors["sonata/coord"] if known else np.zeros((0, 3))
     frame = tensors.get("sonata/frame", np.zeros(0)) if known else np.zeros(0)
+    frame = np.where(frame < len(images), frame, -1)  # a view that is not there is not known
     return {
         "image": _padded(images, (shapes.views, *shapes.image, 3), np.uint8),
         "point": _padded(features, (G, width)),

@@ -35,7 +35,7 @@ def evaluate_stage(run, state: TrainState, workdir: Path, train: dict) -> dict[s
     else:
         for name, shown in (("empty", without_vision), ("shuffled", with_others_vision)):
             other = evaluator.losses(state, val, scenes, shown)
-            losses[f"val/text, prefix {name}"] = other["val/text"]
+            losses[f"val/text_prefix_{name}"] = other["val/text"]
         print("\n".join(f"{name:<28}{value:8.3f}" for name, value in sorted(losses.items())))
     write_json(workdir / "summary.json", summary)
     print(f"summary: {workdir / 'summary.json'}", flush=True)

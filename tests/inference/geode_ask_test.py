@@ -319,6 +319,14 @@ def test_what_a_model_has_not_is_refused(geode_runs, tmp_path):
         open_trained(tmp_path, slots=16)
 
 
+def test_stage_1_is_measured_against_an_empty_and_a_shuffled_prefix(geode_runs):
+    found = geode_runs["drm"].summary["val"]
+    own, empty, shuffled = (
+        found[f"val/text{suffix}"] for suffix in ("", "_prefix_empty", "_prefix_shuffled")
+    )
+    assert len({own, empty, shuffled}) == 3 and np.isfinite([own, empty, shuffled]).all()
+
+
 # --- Starting from a run --------------------------------------------------------------------------
 
 
