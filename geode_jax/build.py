@@ -58,7 +58,7 @@ def build(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     """Data, tokenizer, model and optimizer of a run.
 
     Args:
-        config: of `configs/hidden_cot.py`.
+        config: of a file in `configs`.
         workdir: keeps the tokenizer, which must not change between a run and its resumption.
 
     Raises:
@@ -67,7 +67,7 @@ def build(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     check_config(config)
     init_from = "" if has_checkpoint(workdir) else config.get("init_from", "")
     pretrained = pretrained_folders(init_from)
-    learned = _learned(Path(init_from), config) if init_from and not pretrained else ()
+    learned = _learned(Path(init_from), config) if init_from and not pretrained else frozenset()
     mesh = _mesh(config)
     export = Export(prepare_export(config.data))
     tokenizer = prepare_tokenizer(config, export, workdir)
@@ -108,7 +108,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
                 )
 
 
-def _learned(run: Path, config: ml_collections.ConfigDict) -> tuple[str, ...]:
+def _learned(run: Path, config: ml_collections.ConfigDict) -> frozenset[str]:
     """The parts that a run has learned which a stage of GEODE starts from.
 
     Raises:

@@ -136,9 +136,16 @@ def _shapes(tree) -> list[tuple[int, ...]]:
     return sorted(tuple(x.shape) for x in jax.tree.leaves(tree))
 
 
+def _steps(workdir: Path, kind: str) -> list[Path]:
+    """The finished checkpoints of a kind, "best" or "latest"."""
+    # A checkpoint gets its final name, the step, when it is complete.
+    found = (workdir / "checkpoints" / kind).glob("*")
+    return [path for path in found if path.name.isdecimal()]
+
+
 def has_checkpoint(workdir: Path) -> bool:
     """Whether a run in this folder would resume."""
-    return any(path.name.isdecimal() for path in (workdir / "checkpoints" / "latest").glob("*"))
+    return bool(_steps(workdir, "latest"))
 
 
 def find_model(workdir: Path) -> Path:
@@ -148,10 +155,7 @@ def find_model(workdir: Path) -> Path:
         UserError: there is none.
     """
     for kind in ("best", "latest"):
-        # A checkpoint gets its final name, the step, when it is complete.
-        found = (workdir / "checkpoints" / kind).glob("*")
-        steps = [path for path in found if path.name.isdecimal()]
-        if steps:
+        if steps := _steps(workdir, kind):
             return max(steps, key=lambda path: int(path.name))
     raise UserError(f"{workdir}: no checkpoint yet; training has not come to its first one")
 

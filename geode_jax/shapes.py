@@ -113,3 +113,8 @@ class Batch:
     topk_id_SQAk: Array  # int32
     topk_logprob_SQAk: Array  # float32, normalised over the whole vocabulary
     topk_mask_SQA: Array  # bool
+
+
+def without_vision(batch: Batch) -> Batch:
+    """The same questions in scenes that have no view; on the host or traced."""
+    return dataclasses.replace(batch, view_mask_SV=batch.view_mask_SV & False)

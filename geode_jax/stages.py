@@ -9,7 +9,7 @@ Table 4 share the stages before the last, which have neither a regression head n
 goes without the rationale module, that module; and with `geode` the runs of seed 0.
 
 The blind model, which needs no rationale module, learns while that does, on the CPU: the module's
-scan leaves a second core idle, and an accelerator to itself.
+scan leaves a second core nearly idle, and an accelerator to itself.
 """
 
 import argparse

@@ -6,7 +6,7 @@ their projector. Parts that no folder has start fresh.
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def _is_pretrained(folder: Path) -> bool:
     return (folder / CONFIG).exists() and "model_type" in read_json(folder / CONFIG)
 
 
-def start_from_run(state: TrainState, run: Path, parts: Collection[str]) -> TrainState:
+def start_from_run(state: TrainState, run: Path, parts: Set[str]) -> TrainState:
     """The state with what another run's model has learned, trainable and frozen.
 
     Args:
@@ -66,7 +66,7 @@ def start_from_run(state: TrainState, run: Path, parts: Collection[str]) -> Trai
 
     def filled(state):
         flat = dict(nnx.to_flat_state(state))
-        learned = [(path, leaf) for path, leaf in flat.items() if set(parts) & set(path)]
+        learned = [(path, leaf) for path, leaf in flat.items() if parts & {*path}]
         if learned:  # Orbax reads no empty tree
             flat |= dict(load_leaves(folder, learned))
         return nnx.from_flat_state(list(flat.items()))
@@ -88,8 +88,7 @@ def start_from_pretrained(
     Raises:
         UserError: a folder is damaged, its sizes are others, or two hold the same part.
     """
-    parts = {"params": nnx.to_flat_state(state.params), "frozen": nnx.to_flat_state(state.frozen)}
-    flat = {name: dict(part) for name, part in parts.items()}
+    params, frozen = (dict(nnx.to_flat_state(part)) for part in (state.params, state.frozen))
     filled: dict[tuple, Path] = {}
     for folder in folders:
         model = load_pretrained(folder, mesh=mesh)
@@ -101,11 +100,11 @@ def start_from_pretrained(
                     f"config: init_from: {folder} and {filled[place]} both have {place[1]}"
                 )
             filled[place] = folder
-            part = flat["params"] if place in flat["params"] else flat["frozen"]
+            part = params if place in params else frozen
             own = part[place].get_value()
             value = jax.device_put(variable.get_value().astype(own.dtype), own.sharding)
             part[place] = part[place].replace(value)
-    params, frozen = (nnx.from_flat_state(list(flat[n].items())) for n in ("params", "frozen"))
+    params, frozen = (nnx.from_flat_state(list(flat.items())) for flat in (params, frozen))
     return dataclasses.replace(state, params=params, frozen=frozen)
 
 

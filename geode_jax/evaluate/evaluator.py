@@ -12,7 +12,7 @@ from geode_jax.data.tokens import Tokenizer
 from geode_jax.evaluate.depth_metrics import DepthMetrics
 from geode_jax.evaluate.detection_metrics import DetectionMetrics
 from geode_jax.metrics import progress
-from geode_jax.shapes import Batch
+from geode_jax.shapes import Batch, without_vision
 from geode_jax.sharding import shard_batch
 from geode_jax.train_step import Objective, TrainState
 
@@ -140,11 +140,6 @@ class Evaluator:
                     batch.target_boxes_SN7[row],
                     batch.target_labels_SN[row],
                 )
-
-
-def without_vision(batch: Batch) -> Batch:
-    """A host batch in which no scene has a view."""
-    return dataclasses.replace(batch, view_mask_SV=np.zeros_like(batch.view_mask_SV))
 
 
 _SEEN = (

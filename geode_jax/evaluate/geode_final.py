@@ -10,8 +10,9 @@ from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate import vsi_bench
 from geode_jax.evaluate.detection_metrics import oriented_iou
 from geode_jax.evaluate.efficiency import peak_memory
-from geode_jax.evaluate.evaluator import Evaluator, with_others_vision, without_vision
+from geode_jax.evaluate.evaluator import Evaluator, with_others_vision
 from geode_jax.metrics import write_json
+from geode_jax.shapes import without_vision
 from geode_jax.train_step import TrainState
 
 

@@ -47,10 +47,10 @@ LEARNS = {
 """The parts of `Geode` that learn in a stage; all others are frozen."""
 
 
-def learned_parts(stage: Stage) -> tuple[str, ...]:
+def learned_parts(stage: Stage) -> frozenset[str]:
     """The parts that have learned when a stage has ended."""
     stages = list(LEARNS)
-    return tuple({part for s in stages[: stages.index(stage) + 1] for part in LEARNS[s]})
+    return frozenset().union(*(LEARNS[s] for s in stages[: stages.index(stage) + 1]))
 
 
 PREFIX: dict[str, tuple[Part, ...]] = {

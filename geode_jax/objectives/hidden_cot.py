@@ -33,7 +33,7 @@ from geode_jax.inference.generate import Generated, before_end, generate
 from geode_jax.models.layers import param
 from geode_jax.models.student import Student, StudentConfig, StudentOutput
 from geode_jax.objectives.spatial import asked_terms
-from geode_jax.shapes import Array, Batch
+from geode_jax.shapes import Array, Batch, without_vision
 from geode_jax.train_step import Terms
 
 GROUPS = {
@@ -99,7 +99,7 @@ class HiddenCoT:
 
     def prepare(self, batch: Batch) -> Batch:
         """The batch as the model may see it: without vision for the blind baseline."""
-        return batch if self.config.vision else remove_vision(batch)
+        return batch if self.config.vision else without_vision(batch)
 
     def terms(self, model: HiddenCoTModel, batch: Batch) -> Terms:
         """All losses that are paid, named `term/part`, as (sum, count)."""
@@ -189,11 +189,6 @@ def generate_answers(student: Student, batch: Batch, *, eos_id: int) -> tuple[Ge
 def term_of(name: str) -> str:
     """`detection/boxes` -> `detection`."""
     return name.split("/")[0]
-
-
-def remove_vision(batch: Batch) -> Batch:
-    """The same questions without any view: cross-attention and V see nothing."""
-    return dataclasses.replace(batch, view_mask_SV=jnp.zeros_like(batch.view_mask_SV))
 
 
 def text_terms(out: StudentOutput, batch: Batch, temperature: float) -> Terms:

@@ -209,7 +209,7 @@ def test_shapes_and_dtypes_are_those_of_the_key(pipeline):
         assert list(array.shape) == expected, name
         kind = "b" if "mask" in name or "known" in name else "f"
         ids = ("question", "answer", "topk_id", "packed", "encoding", "object_column")
-        if name.startswith(ids) or "labels" in name or "segm" in name:
+        if name.startswith((*ids, "point_frame")) or "labels" in name or "segm" in name:
             kind = "b" if name.startswith("packed_answer") else "i"
         kind = "u" if name.startswith("image") else kind
         assert array.dtype == {"u": np.uint8, "b": bool, "f": np.float32, "i": np.int32}[kind], name

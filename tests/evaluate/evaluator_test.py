@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from geode_jax.evaluate.evaluator import with_others_vision, without_vision
+from geode_jax.evaluate.evaluator import with_others_vision
+from geode_jax.shapes import without_vision
 from tests.tiny_models import tiny_batch
 
 ONLY_TARGETS = ("target_depth", "teacher_", "topk_")
