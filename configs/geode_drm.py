@@ -14,9 +14,10 @@ PAYS      eq. 4: the rationales that the frozen decoder reads behind E_spatio al
 
 RESULT    loss of held-out rationales, seeds 0 and 1: 0.564, 0.581; behind another room's E_spatio
           0.650, 0.679; behind nothing 1.385, 1.218.
-TRIED     by `layout` at step 600: a correspondence loss that teaches which points are near, not
-          places on the 2D tokens, 0.037; as it is, 0.035; with a second look at F_ST, 0.032, but
-          at 1,000 steps 0.026, and 0.027 with correspondence.
+TRIED     drafts of the module by `layout` at step 600: with a correspondence loss that teaches
+          which points are near, instead of places on the 2D tokens, 0.037; with places 0.035; with
+          a second look at F_ST besides 0.032, but at 1,000 steps 0.026, as with correspondence
+          (0.027).
 
 OURS      sizes of the module, learning rate, the alignments and their weights, and that a 2D token
           knows the place it shows (`models/drm.py`).

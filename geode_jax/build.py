@@ -67,7 +67,13 @@ def build(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     check_config(config)
     init_from = "" if has_checkpoint(workdir) else config.get("init_from", "")
     pretrained = pretrained_folders(init_from)
-    learned = _learned(Path(init_from), config) if init_from and not pretrained else frozenset()
+    learned = _learned(Path(init_from)) if init_from and not pretrained else frozenset()
+    freezes_drm = config.system == "geode_joint" and config.model.drm.on and config.loss.vision
+    if init_from and freezes_drm and "drm" not in learned:
+        raise UserError(
+            f"config: init_from: the rationale module has not learned in {init_from}; "
+            "start from a geode_drm run, or with :drm=off"
+        )
     mesh = _mesh(config)
     export = Export(prepare_export(config.data))
     tokenizer = prepare_tokenizer(config, export, workdir)
@@ -108,24 +114,17 @@ def check_config(config: ml_collections.ConfigDict) -> None:
                 )
 
 
-def _learned(run: Path, config: ml_collections.ConfigDict) -> frozenset[str]:
+def _learned(run: Path) -> frozenset[str]:
     """The parts that a run has learned which a stage of GEODE starts from.
 
     Raises:
-        UserError: there is no such run, or what this stage freezes has not learned there.
+        UserError: there is no such run.
     """
     find_model(run)
     system = load_config(run).system
     if system not in systems.GEODE_STAGES:
         raise UserError(f"config: init_from: {run} is a {system} run, not a stage of GEODE")
-    parts = learned_parts(systems.GEODE_STAGES[system])
-    needs = config.system == "geode_joint" and config.model.drm.on and config.loss.vision
-    if needs and "drm" not in parts:
-        raise UserError(
-            f"config: init_from: the rationale module has not learned in {run}, a {system} run; "
-            "start from a geode_drm run, or with :drm=off"
-        )
-    return parts
+    return learned_parts(systems.GEODE_STAGES[system])
 
 
 def _mesh(config) -> jax.sharding.Mesh:

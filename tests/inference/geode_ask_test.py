@@ -345,7 +345,7 @@ def test_a_stage_starts_from_the_one_before(geode_runs):
         ("drm", {"width": 48}, r"is \(.*\) there and \(.*\) here"),
         ("nothing", {}, "nothing: no checkpoint yet"),
         ("student", {}, "is a hidden_cot run, not a stage of GEODE"),
-        ("pretrain", {}, "the rationale module has not learned in .*, a geode_pretrain run"),
+        ("pretrain", {}, "the rationale module has not learned in .*; start from a geode_drm"),
     ],
 )
 def test_what_a_stage_cannot_start_from_is_one_line(
@@ -389,6 +389,9 @@ def test_a_stage_starts_from_pretrained_folders(geode_runs, tmp_path):
     config = tiny_geode_config("align", export, f"{tmp_path / 'decoder'},{tmp_path / 'vision'}")
     with config.unlocked():
         config.tokenizer = str(before / "tokenizer")
+    joint = tiny_geode_config("joint", export, config.init_from)
+    with pytest.raises(UserError, match=r"the rationale module has not learned in .*decoder,"):
+        build.build(joint, tmp_path / "c")
     run = build.build(config, tmp_path / "b")
     assert run.tokenizer.vocab_size == grown
     state = flat(run.state.frozen)
