@@ -2,6 +2,7 @@
 
 import os
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import hypothesis
@@ -14,6 +15,11 @@ CACHE_DAYS = 7
 # Before anything imports jax or transformers; processes that tests start inherit both.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Compiling is most of what small tests do; how fast tiny programs run is no matter.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if version("jaxlib").startswith("0.10."):  # a newer XLA ends the process at a flag it lost
+    quick = "--xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 
 # Grain's workers refuse to start while absl's flags are unparsed, and pytest is no absl app.
 flags.FLAGS.mark_as_parsed()

@@ -16,7 +16,7 @@ from geode_jax.optimizer import (
     learning_rate,
     make_optimizer,
 )
-from tests.tiny_models import STUDENT, materialize, quick_jit
+from tests.tiny_models import STUDENT, materialize
 
 RATE, DECAY = 0.01, 50.0
 ATTENTION = {("q",), ("k",), ("v",), ("out",)}
@@ -49,7 +49,7 @@ def config(name: str) -> OptimizerConfig:
 def muon(params):
     """The optimizer's compiled update and its first state."""
     optimizer = make_optimizer(config("muon"), params)
-    return quick_jit(optimizer.update), quick_jit(optimizer.init)(params)
+    return jax.jit(optimizer.update), jax.jit(optimizer.init)(params)
 
 
 def by_path(state) -> dict[tuple, np.ndarray]:
@@ -123,7 +123,7 @@ def few(params) -> nnx.State:
 def adamw(few):
     """As `muon`, with a gradient clipped to norm 1."""
     optimizer = make_optimizer(dataclasses.replace(config("adamw"), clip_norm=1.0), few)
-    return quick_jit(optimizer.update), quick_jit(optimizer.init)(few)
+    return jax.jit(optimizer.update), jax.jit(optimizer.init)(few)
 
 
 def test_without_a_gradient_adamw_shrinks_only_matrices(few, adamw):
@@ -166,7 +166,7 @@ def test_every_matrix_is_updated_as_if_it_were_alone(params, muon):
         values = by_path(state)
         return {str(path): as_matrices(path, values[path]) for path in trunk}
 
-    start, alone_update = alone.init(slices(params)), quick_jit(alone.update)
+    start, alone_update = alone.init(slices(params)), jax.jit(alone.update)
     for _ in range(2):
         gradient = jax.tree.map(
             lambda x: random.standard_normal(x.shape, np.float32) * 1e-3, params

@@ -1,12 +1,9 @@
 """Runs small enough for tests: twelve rooms, models of a layer or two, three steps."""
 
-import contextlib
 import dataclasses
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import ml_collections
 
 from configs.hidden_cot import get_config
@@ -105,24 +102,12 @@ def tiny_geode_config(
     return config
 
 
-@contextlib.contextmanager
-def quick_compiles() -> Iterator[None]:
-    """Compiles without optimizing inside: compiling is most of what a tiny run does."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
-
-
 def make_tiny_geode_runs(folder: Path) -> dict[str, TinyRun]:
     """Rooms with pictures and runs of three of GEODE's stages, each from the one before."""
     export, before, runs = tiny_rooms(folder / "rooms", images=32), None, {}
     for stage in ("pretrain", "drm", "joint"):
         config, workdir = tiny_geode_config(stage, export, before), folder / stage
-        with quick_compiles():
-            summary = train_and_evaluate(config, workdir)
+        summary = train_and_evaluate(config, workdir)
         runs[stage] = TinyRun(workdir, export, config, summary)
         before = workdir
     return runs

@@ -1,7 +1,6 @@
 """A tiny student and a batch with every target, for the tests of models and training."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -47,24 +46,6 @@ STUDENT = StudentConfig(
 )
 VIEWS, QUESTION, ANSWER, ROWS, COLUMNS = 2, 5, 4, 3, 20
 PAD_ID, EOS_ID = 0, 1
-
-
-def _accepted(options: dict) -> dict:
-    """Those of XLA's options that this jaxlib knows; they come and go."""
-    known = {}
-    for name, value in options.items():
-        try:
-            jax.jit(lambda: 0, compiler_options={name: value})()
-        except jax.errors.JaxRuntimeError:
-            continue
-        known[name] = value
-    return known
-
-
-QUICK = _accepted({"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False})
-"""Compiler options that compile in a third of the time; how fast tiny programs run is no matter."""
-
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def materialize(build, seed: int = 0) -> nnx.Module:

@@ -11,7 +11,7 @@ import pytest
 from geode_jax.models.student import Student
 from geode_jax.objectives.hidden_cot import generate_answers
 from geode_jax.ops.attention import Intervals
-from tests.tiny_models import ANSWER, QUESTION, STUDENT, materialize, quick_jit, tiny_batch
+from tests.tiny_models import ANSWER, QUESTION, STUDENT, materialize, tiny_batch
 
 NEVER = -1
 """An end token that no model says."""
@@ -28,7 +28,7 @@ class Case:
     thinking: np.ndarray
 
 
-@quick_jit
+@jax.jit
 def answer_until(student, batch, eos_id):
     generated, thinking = generate_answers(student, batch, eos_id=eos_id)
     return generated.tokens_SQA, generated.hidden_SQAD, thinking
@@ -42,7 +42,7 @@ def case(thinking_tokens: int) -> Case:
     return Case(student, batch, *map(np.asarray, answer_until(student, batch, NEVER)))
 
 
-@quick_jit
+@jax.jit
 def forward(student, batch, text_SQL):
     """Hidden states and logits of [V][T][text] in one pass, text padded on the right."""
     z, seen_length = student._project(batch)

@@ -28,16 +28,10 @@ from geode_jax.models.internvl import INTERNVL_TOKENS
 from geode_jax.models.vit import InternViT
 from geode_jax.weights import save_pretrained
 from tests.inference.conftest import one_error
-from tests.runs import quick_compiles, tiny_geode_config
+from tests.runs import tiny_geode_config
 from tests.tiny_models import materialize
 
 pytestmark = pytest.mark.slow  # three stages compile for minutes on a busy machine
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    with quick_compiles():
-        yield
 
 
 @pytest.fixture(scope="module")

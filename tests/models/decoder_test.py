@@ -16,7 +16,7 @@ from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig
 from geode_jax.ops.attention import Intervals, causal
 from geode_jax.parameters import VGGT_AGGREGATOR, abstract_state, count_by_part
 from geode_jax.sharding import activate, make_mesh
-from tests.tiny_models import STUDENT, materialize, quick_jit
+from tests.tiny_models import STUDENT, materialize
 
 TINY = STUDENT.decoder  # three layers, cross-attention before the second, two key heads for four
 S, Q, PREFIX, TEXT, SEEN = 2, 3, 3, 4, 5
@@ -57,18 +57,18 @@ def rows_of(scenes) -> np.ndarray:
 @pytest.fixture(scope="module")
 def whole(tiny, scenes) -> np.ndarray:
     """Hidden states of all rows, computed at once."""
-    hidden = quick_jit(run_whole)(tiny, rows_of(scenes), scenes["z"], scenes["seen_length"])
+    hidden = jax.jit(run_whole)(tiny, rows_of(scenes), scenes["z"], scenes["seen_length"])
     return np.asarray(hidden)
 
 
 def test_a_token_at_a_time_equals_the_whole(tiny, scenes, whole):
-    @quick_jit
+    @jax.jit
     def start(model, prefix, z, seen_length):
         seen = model.see(z)
         hidden, cache = model.run_prefix(prefix, seen, seen_length)
         return hidden, fan_out(cache, Q, TEXT), seen
 
-    @quick_jit
+    @jax.jit
     def advance(model, x_BD, column, cache, seen, seen_length):
         at = jnp.full((S * Q, 1), column)
         hidden, cache = model.run(
@@ -105,7 +105,7 @@ def test_fan_out_keeps_scenes_together_and_leaves_room():
 def test_a_later_token_never_reaches_an_earlier_state(tiny, scenes):
     rows = rows_of(scenes)[::Q]
 
-    @quick_jit
+    @jax.jit
     def gradients(model, rows, z, seen_length):
         """Of every position's state by every embedding and feature: [L, B, L] and [L, S, M]."""
         direction = jax.random.normal(jax.random.key(3), (TINY.width,))
@@ -130,7 +130,7 @@ def test_a_later_token_never_reaches_an_earlier_state(tiny, scenes):
 def test_cross_attention_reads_the_valid_features_of_its_own_scene(scenes):
     cross = materialize(lambda rngs: CrossAttention(TINY, rngs=rngs))
     x = rows_of(scenes)
-    look = quick_jit(lambda cross, x, z, length: cross(x, cross.keys(z), length) - x)
+    look = jax.jit(lambda cross, x, z, length: cross(x, cross.keys(z), length) - x)
     bias = np.asarray(cross.out.bias[...])
     unseeing = look(cross, x, scenes["z"], np.zeros(S, np.int32))
     np.testing.assert_allclose(unseeing, np.broadcast_to(bias, x.shape), atol=1e-6)
@@ -149,7 +149,7 @@ def test_cross_attention_reads_the_valid_features_of_its_own_scene(scenes):
 
 def test_cross_attention_starts_by_looking_for_its_like():
     with activate(make_mesh()):
-        cross = quick_jit(lambda key: CrossAttention(TINY, rngs=nnx.Rngs(key)))(jax.random.key(0))
+        cross = jax.jit(lambda key: CrossAttention(TINY, rngs=nnx.Rngs(key)))(jax.random.key(0))
     np.testing.assert_array_equal(cross.q.kernel[...], cross.k.kernel[...])
     assert cross.q.kernel is not cross.k.kernel  # they learn apart
 
@@ -163,7 +163,7 @@ def test_a_text_model_needs_no_vision(tiny, scenes):
     nnx.update(plain.head, nnx.state(tiny.head))
     plain.embedding[...] = tiny.embedding[...]
     ids = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 6))
-    logits = quick_jit(lambda model: model(ids))
+    logits = jax.jit(lambda model: model(ids))
     expected = logits(tiny)
     assert expected.shape == (2, 6, TINY.vocab_size) and expected.dtype == np.float32
     np.testing.assert_allclose(logits(plain), expected, atol=1e-5)
@@ -249,7 +249,7 @@ def test_qwen2_of_transformers_gives_the_same_logits():
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 300))
     with torch.no_grad():
         expected = reference(torch.from_numpy(ids)).logits.numpy()
-    logits = np.asarray(quick_jit(lambda model, ids: model(ids))(model, ids))
+    logits = np.asarray(jax.jit(lambda model, ids: model(ids))(model, ids))
     np.testing.assert_allclose(logits, expected, atol=2e-4 * np.abs(expected).max())
     assert (logits.argmax(-1) == expected.argmax(-1)).mean() > 0.99
 
@@ -321,7 +321,7 @@ def test_layers_of_full_width_train():
     ids = np.random.default_rng(0).integers(0, 32, (1, 6))
     z = np.random.default_rng(1).normal(size=(1, 4, config.width))
 
-    @quick_jit
+    @jax.jit
     def gradient_norms(model):
         def loss(model):
             x = model.embed(ids)

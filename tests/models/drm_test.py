@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from geode_jax.models.drm import Drm, DrmConfig, camera_code, fourier_code, spread
-from tests.tiny_models import materialize, quick_jit
+from tests.tiny_models import materialize
 
 S, FRAMES, TOKENS, POINTS, CAMERAS, L = 2, 3, 2, 5, 3, 4
 CONFIG = DrmConfig(
@@ -60,7 +60,7 @@ def drm():
     return materialize(lambda rngs: Drm(CONFIG, rngs=rngs))
 
 
-run = quick_jit(lambda module, *arrays: module(*arrays))
+run = jax.jit(lambda module, *arrays: module(*arrays))
 
 
 def test_what_is_padding_is_nobodys_word(drm):
@@ -121,7 +121,7 @@ def test_the_first_slots_are_those_of_a_smaller_module(drm):
 def test_every_parameter_learns(drm):
     graph, state = nnx.split(drm)
 
-    @quick_jit
+    @jax.jit
     def gradients(state, arrays):
         return jax.grad(lambda s: jnp.sum(jnp.sin(nnx.merge(graph, s)(*arrays))))(state)
 

@@ -9,12 +9,12 @@ from flax import nnx
 from geode_jax.models.mamba import MambaBlock, MambaConfig, MambaMixer
 from geode_jax.optimizer import labels
 from geode_jax.sharding import activate, make_mesh
-from tests.tiny_models import materialize, quick_jit
+from tests.tiny_models import materialize
 
 TINY = MambaConfig(width=20, layers=2, expand=2, states=5, taps=4)  # rank 2
 B, L = 2, 11
 
-run = quick_jit(lambda block, x, cache=None, first=None: block(x, cache, first))
+run = jax.jit(lambda block, x, cache=None, first=None: block(x, cache, first))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_segments_exchange_no_gradient_and_neither_does_the_future(tiny, x_BLD):
     first = np.zeros((B, L), bool)
     first[0, 5] = True
 
-    @quick_jit
+    @jax.jit
     def gradients(block, x):
         """Of every position's output by every input: [L, B, L]."""
         direction = jax.random.normal(jax.random.key(3), (TINY.width,))
@@ -142,7 +142,7 @@ def test_mamba_of_transformers_gives_the_same_output():
 def fresh() -> MambaMixer:
     config = MambaConfig(width=128, layers=4)
     with activate(make_mesh()):
-        return quick_jit(lambda key: MambaMixer(config, rngs=nnx.Rngs(key)))(jax.random.key(0))
+        return jax.jit(lambda key: MambaMixer(config, rngs=nnx.Rngs(key)))(jax.random.key(0))
 
 
 def test_the_scan_starts_as_the_paper_says(fresh):

@@ -20,7 +20,6 @@ from tests.tiny_models import (
     QUESTION,
     STUDENT,
     materialize,
-    quick_jit,
     tiny_batch,
 )
 
@@ -38,7 +37,7 @@ def batch():
     return tiny_batch()
 
 
-@quick_jit
+@jax.jit
 def compute(model, batch):
     """All outputs and all losses."""
     return model.student(batch), OBJECTIVE.terms(model, batch)
@@ -87,7 +86,7 @@ def other(ids, where):
 # --- Packing --------------------------------------------------------------------------------------
 
 
-@quick_jit
+@jax.jit
 def unpacked(student, batch):
     """As `student.read`, every question and its answer in rows of its own, padded on the left."""
     scene = student.look(batch)
@@ -131,7 +130,7 @@ def test_a_camera_token_moves_the_features_of_its_view(model, batch, before):
     camera = batch.camera_SVC + 1.0
     camera[:, 0, 0] -= 5.0
     z = [
-        quick_jit(lambda model, batch: model.student._project(batch)[0])(model, b)
+        jax.jit(lambda model, batch: model.student._project(batch)[0])(model, b)
         for b in (batch, changed(batch, camera_SVC=camera))
     ]
     assert np.array_equal(z[0][0], z[1][0])
@@ -182,7 +181,7 @@ def gradients(model, batch):
     """Of every loss by the thinking tokens, [K, D] each."""
     graph, thinking, rest = nnx.split(model, nnx.PathContains("thinking"), ...)
 
-    @quick_jit
+    @jax.jit
     def by_thinking(thinking, rest, batch):
         def sums(thinking):
             terms = OBJECTIVE.terms(nnx.merge(graph, thinking, rest), batch)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from flax import nnx
 from geode_jax.models.decoder import DecoderConfig
 from geode_jax.models.internvl import InternVL, InternVLConfig
 from geode_jax.models.vit import InternViT, VitConfig, pixel_shuffle
-from tests.tiny_models import materialize, quick_jit
+from tests.tiny_models import materialize
 
 VIT = VitConfig(image_size=12, patch_size=3, width=8, layers=2, heads=2, mlp_width=12)
 DECODER = DecoderConfig(
@@ -46,7 +47,7 @@ def test_patches_are_row_major_behind_the_class_token(model, pixels):
         lambda path, v: v.replace(v[...] * 0) if path[-1].endswith("_scale") else v, state
     )
     vision = nnx.merge(graph, still)
-    hidden = np.asarray(quick_jit(lambda m, x: m(x))(vision, pixels))
+    hidden = np.asarray(jax.jit(lambda m, x: m(x))(vision, pixels))
     assert hidden.shape == (3, 17, 8)
     positions = np.asarray(vision.positions[...])
     first = np.asarray(vision.class_token[...]) + positions[0]
@@ -63,7 +64,7 @@ def test_the_nth_image_token_reads_the_nth_vision_token(model, pixels):
     tokens = np.random.default_rng(1).integers(0, IMAGE_ID, (2, 11))
     tokens[0, 1:5] = tokens[0, 6:10] = tokens[1, 7:11] = IMAGE_ID
 
-    @quick_jit
+    @jax.jit
     def both(model, tokens, pixels, order):
         seen = model.look(pixels)
         rows = model.decoder.embed(jnp.where(tokens == IMAGE_ID, 0, tokens))
@@ -82,7 +83,7 @@ def test_the_nth_image_token_reads_the_nth_vision_token(model, pixels):
 def test_activations_have_the_dtype_of_the_config(pixels):
     config = dataclasses.replace(VIT, layers=1, dtype="bfloat16")
     vision = materialize(lambda rngs: InternViT(config, rngs=rngs))
-    assert quick_jit(lambda m, x: m(x))(vision, pixels).dtype == jnp.bfloat16
+    assert jax.jit(lambda m, x: m(x))(vision, pixels).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(("changes", "said"), [({"patch_size": 5}, "5"), ({"heads": 3}, "heads 3")])

@@ -26,7 +26,7 @@ from geode_jax.objectives.geode import (
 )
 from geode_jax.optimizer import OptimizerConfig, make_optimizer
 from geode_jax.train_step import TrainState, make_train_step
-from tests.tiny_models import EOS_ID, PAD_ID, STUDENT, VIEWS, materialize, quick_jit, tiny_batch
+from tests.tiny_models import EOS_ID, PAD_ID, STUDENT, VIEWS, materialize, tiny_batch
 
 REG_ID, BOX_ID = 21, 22
 POINTS = 6
@@ -119,7 +119,7 @@ def test_a_step_moves_the_stages_parts_and_nothing_else(name, batch):
 # --- What stands before the text ------------------------------------------------------------------
 
 
-read = quick_jit(
+read = jax.jit(
     lambda model, batch, parts, slots: model.read(batch, model.prefix(batch, parts, slots)),
     static_argnums=(2, 3),
 )
@@ -161,7 +161,7 @@ def test_without_views_nothing_stands_before_the_text(model, batch):
 
 
 def test_fewer_rationale_tokens_are_the_first_ones(model, batch):
-    prefix = quick_jit(lambda m, b, n: m.prefix(b, ("spatio",), n), static_argnums=2)
+    prefix = jax.jit(lambda m, b, n: m.prefix(b, ("spatio",), n), static_argnums=2)
     few, all_ = prefix(model, batch, 2), prefix(model, batch, None)
     np.testing.assert_allclose(few.spatio_SMD, all_.spatio_SMD[:, :2], atol=1e-6)
     assert few.length_S.tolist() == [2, 2] and all_.length_S.tolist() == [3, 3]
@@ -173,7 +173,7 @@ def test_points_and_cameras_of_some_frames_alone(model, batch):
     graph, state = nnx.split(model)
     one = nnx.merge(graph, state)
     one.config = some
-    spatio = quick_jit(lambda m, b: m.prefix(b, ("spatio",)).spatio_SMD)
+    spatio = jax.jit(lambda m, b: m.prefix(b, ("spatio",)).spatio_SMD)
     before = np.asarray(spatio(one, batch))
 
     def changed(name, index, by):
@@ -195,7 +195,7 @@ def test_points_and_cameras_of_some_frames_alone(model, batch):
 def test_conditioned_on_the_scenes_question(batch):
     asked = dataclasses.replace(MODEL.drm, condition_on_question=True)
     model = materialize(stage("drm", model=dataclasses.replace(MODEL, drm=asked)).build)
-    spatio = quick_jit(lambda m, b: m.prefix(b, ("spatio",)).spatio_SMD)
+    spatio = jax.jit(lambda m, b: m.prefix(b, ("spatio",)).spatio_SMD)
     before = np.asarray(spatio(model, batch))
     question = np.array(batch.question_SQL)
     question[0, 0, : question.shape[2] - batch.question_length_SQ[0, 0]] += 1  # padding
@@ -223,7 +223,7 @@ def test_without_the_module_only_visual_tokens_stand_there():
 @pytest.fixture(scope="module")
 def terms(model, batch):
     def of(name, **changes):
-        made = quick_jit(stage(name, **changes).terms)(model, batch)
+        made = jax.jit(stage(name, **changes).terms)(model, batch)
         return {term: (float(part), float(count)) for term, (part, count) in made.items()}
 
     return of
@@ -247,7 +247,7 @@ def test_every_stage_pays_its_own_terms(terms, batch):
 
 
 def test_patches_of_no_category_are_the_last_class(model, batch):
-    part, _ = quick_jit(stage("pretrain").terms)(model, batch)["patches"]
+    part, _ = jax.jit(stage("pretrain").terms)(model, batch)["patches"]
     logits = np.asarray(model.patch_logits(batch))
     label = np.where(
         batch.target_segmentation_SVP == -1, MODEL.categories, batch.target_segmentation_SVP
@@ -260,7 +260,7 @@ def test_patches_of_no_category_are_the_last_class(model, batch):
 def test_a_value_is_read_where_its_control_token_is_the_input(model, batch):
     """What training reads at an answer's first token is what the head says of a generated one."""
     objective = stage("joint")
-    out = quick_jit(lambda m, b: objective.answer(m, b, EOS_ID))(model, batch)
+    out = jax.jit(lambda m, b: objective.answer(m, b, EOS_ID))(model, batch)
     # The same tokens as if they were the answers.
     packed = batch.packed_SMR.reshape(2, -1).copy()
     column = batch.answer_column_SQA[:, :2, 1]
@@ -283,7 +283,7 @@ def test_the_layouts_columns_are_what_the_first_slots_should_be(batch):
 
 
 def test_rationales_are_embedded_with_nothing_before_them(model, batch):
-    part, count = quick_jit(stage("drm").terms)(model, batch)["rationale_alignment"]
+    part, count = jax.jit(stage("drm").terms)(model, batch)["rationale_alignment"]
     states = np.asarray(pick(read(model, batch, (), None), batch.answer_column_SQA))
     spatio = np.asarray(model.prefix(batch, ("spatio",)).spatio_SMD).mean(1)
     expected = 0.0

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geode_jax.ops.selective_scan import CHUNK, selective_scan, selective_step
-from tests.tiny_models import quick_jit
 
 B, E, U = 2, 3, 4
 NAMES = ("u", "delta", "A", "B", "C", "D", "state")
@@ -55,13 +54,13 @@ def run(inputs, first):
     return selective_scan(*rest, first_BL=first, state_BUE=state)
 
 
-@quick_jit
+@jax.jit
 def ours(inputs, first, cotangents):
     out, vjp = jax.vjp(lambda inputs: run(inputs, first), inputs)
     return out, vjp(cotangents)[0]
 
 
-scan = quick_jit(run)
+scan = jax.jit(run)
 
 
 @functools.cache
@@ -158,7 +157,7 @@ def test_without_a_state_and_segments_it_starts_once_at_zero():
 def test_a_position_at_a_time_equals_the_whole():
     (u, delta, A, b, c, D, state), _ = arrays(CHUNK + 1)
     whole, last = scan(arrays(CHUNK + 1)[0], nowhere(CHUNK + 1))
-    step = quick_jit(selective_step)
+    step = jax.jit(selective_step)
     for t in range(CHUNK + 1):
         state, y = step(state, u[:, t], delta[:, t], A, b[:, t], c[:, t], D)
         np.testing.assert_allclose(y, whole[:, t], atol=1e-6)

@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -11,7 +12,6 @@ from safetensors.numpy import load_file
 from geode_jax.models.vit import INTERNVIT_300M
 from geode_jax.weights import load_pretrained, save_pretrained
 from geode_jax.weights.convert import plan
-from tests.tiny_models import quick_jit
 from tests.weights.conftest import close, randomize, reload, same_tensors
 
 IMAGE, PATCH, IMAGE_ID, VOCABULARY = 28, 7, 40, 41
@@ -75,7 +75,7 @@ def test_hidden_states_vision_tokens_and_logits_are_those_of_transformers(
 ):
     reference, _, model = case
 
-    @quick_jit
+    @jax.jit
     def all_of_it(model, pixels, tokens):
         return model.vision(pixels), model.look(pixels), model(tokens, pixels)
 

@@ -3,6 +3,7 @@
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -11,7 +12,6 @@ from geode_jax.inference.generate import generate
 from geode_jax.models.decoder import QWEN2P5_1P5B
 from geode_jax.weights import load_pretrained, save_pretrained
 from geode_jax.weights.convert import plan
-from tests.tiny_models import quick_jit
 from tests.weights.conftest import close, randomize, reload, same_tensors
 
 NEVER = -1
@@ -24,10 +24,10 @@ CASES = {
     "llama, a key head for two": ("llama", False, 4, 2),
 }
 
-forward = quick_jit(lambda model, tokens: model(tokens))
+forward = jax.jit(lambda model, tokens: model(tokens))
 
 
-@quick_jit
+@jax.jit
 def say(model, prompt_QL, length_Q):
     """The NEW most likely next tokens of left-padded prompts."""
     return generate(
@@ -189,7 +189,7 @@ def test_a_pretrained_model_tells_its_story(data_root, tmp_path):
     close(logits[0], golden["first_step_logits_after_bos"])
     np.testing.assert_array_equal(np.argmax(logits[:-1], axis=-1), rest)
 
-    tell = quick_jit(
+    tell = jax.jit(
         lambda model: generate(
             model,
             model.no_prefix(1),
