@@ -7,20 +7,13 @@ Every run is a process of its own, `python -m geode_jax.main` with the folder of
 The same command again goes on where it stood: a run that has ended is not trained again. Rows of
 Table 4 share the stages before the last, which have neither a regression head nor, where a row
 goes without the rationale module, that module; and with `geode` the runs of seed 0.
-
-The blind model, which needs no rationale module, learns while that does, on the CPU, and each of
-the two keeps to one half of the cores: the module's scan gains little from a second core, and two
-processes whose threads take turns on the same cores wait for each other.
 """
 
 import argparse
-import contextlib
 import json
-import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,60 +88,17 @@ def command(run: StageRun, seed: int, rest: list[str]) -> list[str]:
 
 
 def train(runs: list[StageRun], seed: int, rest: list[str]) -> None:
-    """Trains one run after the other, the blind one beside the one that follows it.
+    """Trains one run after the other.
 
     Raises:
-        UserError: the blind run failed.
-        SystemExit: another failed; its own words stand above, the status is its own.
+        SystemExit: one failed; its own words stand above, the status is its own.
     """
-    blind, log = None, Path()
-    try:
-        for run in runs:
-            argv = command(run, seed, rest)
-            print(f"\n== {shlex.join(['python', *argv[1:]])}", flush=True)
-            if run.arg == BLIND:
-                log = run.folder.with_name(f"{run.folder.name}.log")
-                print(f"beside what follows; what it says: {log}", flush=True)
-                log.parent.mkdir(parents=True, exist_ok=True)
-                with log.open("w") as said, _half_of_the_cores(0):
-                    blind = subprocess.Popen(
-                        argv, stdout=said, stderr=said, env=os.environ | {"JAX_PLATFORMS": "cpu"}
-                    )
-                continue
-            if blind and run.stage == "joint":
-                _wait(blind, log)
-            beside = blind and blind.poll() is None
-            with _half_of_the_cores(1) if beside else contextlib.nullcontext():
-                done = subprocess.run(argv, check=False).returncode
-            if done:
-                raise SystemExit(done)
-    finally:
-        if blind and blind.poll() is None:
-            blind.terminate()  # it saves, and the same command resumes it
-            blind.wait()
-
-
-@contextlib.contextmanager
-def _half_of_the_cores(half: int) -> Iterator[None]:
-    """Processes started meanwhile keep to this half, where there are two and the system can."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
-    if len(cores) < 2:
-        yield
-        return
-    middle = len(cores) // 2
-    os.sched_setaffinity(0, cores[middle:] if half else cores[:middle])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, cores)
-
-
-def _wait(blind: subprocess.Popen, log: Path) -> None:
-    if blind.poll() is None:
-        print("waiting for the blind model", flush=True)
-    if blind.wait():
-        last = log.read_text(errors="replace").strip().splitlines()[-1:]
-        raise UserError(f"the blind model, {log}: {' '.join(last)}")
+    for run in runs:
+        argv = command(run, seed, rest)
+        print(f"\n== {shlex.join(['python', *argv[1:]])}", flush=True)
+        done = subprocess.run(argv, check=False).returncode
+        if done:
+            raise SystemExit(done)
 
 
 def table4(runs: Path, seeds: list[int]) -> dict[str, dict]:

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -62,36 +61,8 @@ def test_a_failed_run_ends_all(tmp_path, monkeypatch, capfd):
     assert lines.count("its align") == lines.count("its pretrain") == 1 and "its drm" not in lines
     fails["align"] = 0
     train(plan(tmp_path, 0, ("",)), 0, [])
-    assert capfd.readouterr().out.splitlines().count("its joint") == 1
-    assert (tmp_path / "geode_joint-vision=off.log").read_text() == "its joint\n"
-
-
-@pytest.mark.skipif(
-    not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
-    reason="one core, or a system that does not tell",
-)
-def test_two_runs_side_by_side_share_no_core(tmp_path, monkeypatch, capfd):
-    tells = "import os, time; print(sorted(os.sched_getaffinity(0))); time.sleep({})"
-    monkeypatch.setattr(
-        stages,
-        "command",
-        lambda run, seed, rest: [sys.executable, "-c", tells.format(2 * (run.arg == BLIND))],
-    )
-    before = sorted(os.sched_getaffinity(0))
-    train(plan(tmp_path, 0, ("",)), 0, [])
-    told = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line[:1] == "["]
-    blind = json.loads((tmp_path / "geode_joint-vision=off.log").read_text())
-    pretrain, align, drm, joint = told
-    assert pretrain == align == joint == before == sorted(os.sched_getaffinity(0))
-    assert blind and drm and sorted(blind + drm) == before
-
-
-def test_a_blind_model_that_fails_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        stages, "command", lambda run, seed, rest: says("error: none", 2 * (run.arg == BLIND))
-    )
-    with pytest.raises(UserError, match=r"blind model, .*vision=off.log: error: none"):
-        train(plan(tmp_path, 0, ("",)), 0, [])
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("its")]
+    assert lines == ["its pretrain", "its align", "its joint", "its drm", "its joint"]
 
 
 def test_table_4_is_of_all_seeds(tmp_path):
