@@ -79,6 +79,12 @@ def stack_questions(
         for i, record in enumerate(records):
             if control_of(record):
                 answers[i] = [token[control_of(record)]]
+    # The questions of a scene name the same few boxes.
+    rows: dict[tuple, int] = {}
+    for record in records:
+        for item in record.get("objects", ()):
+            rows.setdefault(tuple(item["box"]), len(rows))
+    gaps = box_gaps(*2 * [np.array([*rows], np.float64).reshape(-1, 7)])
     for i, record in enumerate(records):
         ids, ends = prompts[i]
         ids = [*ids, tokenizer.bos_id]
@@ -98,9 +104,8 @@ def stack_questions(
             found = re.search(rf"\b{re.escape(item['name'])}\b", texts[i])
             if found:
                 arrays["object_place"][i, j] = bisect.bisect_left(ends, found.end())
-        if objects:
-            boxes = np.array([item["box"] for item in objects])
-            arrays["gaps"][i, : len(objects)] = box_gaps(boxes[:1], boxes)[0]
+        own = [rows[tuple(item["box"])] for item in objects]
+        arrays["gaps"][i, : len(own)] = gaps[own[:1], own]
         for name, probability in record.get("relation", {}).items():
             arrays["relations"][i, RELATIONS.index(name)] = probability
             arrays["relations_mask"][i, RELATIONS.index(name)] = True
