@@ -13,7 +13,7 @@ PAYS      eq. 4: the rationales that the frozen decoder reads behind E_spatio al
           the laptop, to the layout's columns (`objectives/geode.py`).
 
 RESULT    loss of held-out rationales, seeds 0 and 1: 0.564, 0.581; behind another room's E_spatio
-          0.650, 0.679; behind nothing 1.385, 1.218.
+          0.764, 0.815; behind nothing 1.385, 1.218.
 TRIED     drafts of the module by `layout` at step 600: with a correspondence loss that teaches
           which points are near, instead of places on the 2D tokens, 0.037; with places 0.035; with
           a second look at F_ST besides 0.032, but at 1,000 steps 0.026, as with correspondence

@@ -526,7 +526,7 @@ class Pipeline:
             iterator.close()
 
     def eval_batches(
-        self, max_scenes: int | None = None, seed: int | None = None
+        self, max_scenes: int | None = None, seed: int | None = None, *, shuffled: bool = False
     ) -> Iterator[tuple[list[list[dict]], Batch]]:
         """Every question of the split's scenes once, in order.
 
@@ -536,6 +536,8 @@ class Pipeline:
         Args:
             max_scenes: stop after so many scenes.
             seed: which scenes, then, and in which order; None takes the first ones, sorted.
+            shuffled: a scene's questions stand beside the arrays of the scene before it, those of
+                the first beside the last one's.
 
         Yields:
             The records of every row (a list a row, the questions in their columns' order), and
@@ -545,7 +547,7 @@ class Pipeline:
         if seed is not None:
             order = np.random.default_rng((seed, _EVAL_SCENES)).permutation(order)
         found, scenes, questions = [], [], []
-        for records, scene_rows, question_rows in self._eval_rows(order[:max_scenes]):
+        for records, scene_rows, question_rows in self._eval_rows(order[:max_scenes], shuffled):
             found.append(records)
             scenes.append(scene_rows)
             questions.append(question_rows)
@@ -559,12 +561,14 @@ class Pipeline:
             questions += [self._question_rows(int(order[0]), [], {})] * missing
             yield found, Batch(**_suffixed(stack_rows(scenes) | stack_rows(questions)))
 
-    def _eval_rows(self, order: Sequence[int]) -> Iterator[tuple]:
-        for scene in map(int, order):
+    def _eval_rows(self, order: np.ndarray, shuffled: bool) -> Iterator[tuple]:
+        beside = np.roll(order, int(shuffled))
+        for scene, other in zip(order.tolist(), beside.tolist(), strict=True):
             tensors = self._read_scene(scene)
-            if tensors is None:
+            seen = self._read_scene(other) if shuffled else tensors
+            if tensors is None or seen is None:
                 continue
-            scene_rows, records = batch_rows(tensors, self.shapes), self._used_records(scene)
+            scene_rows, records = batch_rows(seen, self.shapes), self._used_records(scene)
             start = 0
             while start < len(records):
                 placed = self._place(scene, range(start, len(records)), in_order=True)

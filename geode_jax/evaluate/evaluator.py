@@ -1,7 +1,7 @@
 """Runs a model over a split: losses, generated answers; a student's depth and boxes too."""
 
 import dataclasses
-from collections.abc import Callable
+from typing import Literal
 
 import jax
 import numpy as np
@@ -64,7 +64,7 @@ class Evaluator:
         state: TrainState,
         pipeline: Pipeline,
         scenes: int,
-        shown: Callable[[Batch], Batch] = lambda batch: batch,
+        vision: Literal["own", "none", "other"] = "own",
     ) -> dict[str, float]:
         """Validation losses: `val/loss` (eq. 2), `val/text` and every `val/<term>/<part>`.
 
@@ -72,11 +72,12 @@ class Evaluator:
             state: whose parameters are judged.
             pipeline: of the split.
             scenes: how many of its scenes.
-            shown: what the model gets of a host batch, such as `without_vision`.
+            vision: what a scene's questions stand behind: the scene, nothing, or another scene.
         """
         sums: dict[str, tuple] = {}
-        for _, batch in pipeline.eval_batches(scenes):
-            terms = jax.device_get(self._terms(state, shard_batch(shown(batch), self._mesh)))
+        for _, batch in pipeline.eval_batches(scenes, shuffled=vision == "other"):
+            shown = without_vision(batch) if vision == "none" else batch
+            terms = jax.device_get(self._terms(state, shard_batch(shown, self._mesh)))
             for name, (part, count) in terms.items():
                 before = sums.get(name, (np.float32(0), np.float32(0)))
                 sums[name] = (before[0] + part, before[1] + count)
@@ -140,22 +141,3 @@ class Evaluator:
                     batch.target_boxes_SN7[row],
                     batch.target_labels_SN[row],
                 )
-
-
-_SEEN = (
-    *("vision_SVPC", "view_mask_SV", "camera_SVC", "camera_mask_S", "depth_hint_SVP"),
-    *("points_SVP3", "points_mask_SVP", "extrinsic_SV34", "intrinsic_SV33", "image_SVhw3"),
-    *("point_SGC", "coord_SG3", "point_frame_SG", "point_mask_SG"),
-    *("target_boxes_SN7", "target_labels_SN", "boxes_known_S", "target_segmentation_SVP"),
-)
-"""What a prefix can be made of; the targets are where a room's layout stands there."""
-
-
-def with_others_vision(batch: Batch) -> Batch:
-    """A host batch in which each scene's questions meet what another scene looks like.
-
-    Half a batch further: a scene of many questions stands in neighbouring rows.
-    """
-    rows = len(batch.view_mask_SV) // 2
-    rolled = {name: np.roll(getattr(batch, name), rows, axis=0) for name in _SEEN}
-    return dataclasses.replace(batch, **rolled)

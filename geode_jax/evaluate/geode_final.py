@@ -10,9 +10,8 @@ from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate import vsi_bench
 from geode_jax.evaluate.detection_metrics import oriented_iou
 from geode_jax.evaluate.efficiency import peak_memory
-from geode_jax.evaluate.evaluator import Evaluator, with_others_vision
+from geode_jax.evaluate.evaluator import Evaluator
 from geode_jax.metrics import write_json
-from geode_jax.shapes import without_vision
 from geode_jax.train_step import TrainState
 
 
@@ -34,8 +33,8 @@ def evaluate_stage(run, state: TrainState, workdir: Path, train: dict) -> dict[s
     if run.config.system == "geode_joint":
         summary |= _answers(run, evaluator, state, workdir)
     else:
-        for name, shown in (("empty", without_vision), ("shuffled", with_others_vision)):
-            other = evaluator.losses(state, val, scenes, shown)
+        for name, vision in (("empty", "none"), ("shuffled", "other")):
+            other = evaluator.losses(state, val, scenes, vision)
             losses[f"val/text_prefix_{name}"] = other["val/text"]
         print("\n".join(f"{name:<28}{value:8.3f}" for name, value in sorted(losses.items())))
     write_json(workdir / "summary.json", summary)

@@ -601,6 +601,27 @@ def test_eval_batches_ask_every_question_once_in_order(tiny_export, tokenizer, c
     assert again == [digest(batch) for _, batch in pipeline.eval_batches()]
 
 
+def test_shuffled_questions_stand_beside_the_scene_before(tiny_export, tokenizer, config):
+    rows = changed(config, questions_per_scene=3)  # so that a scene takes several
+    pipeline = Pipeline(tiny_export, tokenizer, rows, "train")
+
+    def seen(shuffled):
+        views, asked_of = {}, []
+        for records, batch in pipeline.eval_batches(4, shuffled=shuffled):
+            for row, text, vision in zip(
+                records, asked(batch, tokenizer), batch.vision_SVPC, strict=True
+            ):
+                assert [(prompt(r), r["answer"]) for r in row] == text
+                if row:
+                    asked_of += [(row[0]["scene_id"], len(row))]
+                    views.setdefault(row[0]["scene_id"], set()).add(vision.tobytes())
+        return asked_of, [vision for (vision,) in views.values()]
+
+    (questions, own), (same_questions, others) = seen(False), seen(True)
+    assert questions == same_questions and len(questions) > len(own) == len(set(own)) == 4
+    assert others == [own[-1], *own[:-1]]
+
+
 def test_eval_batches_of_some_scenes(pipeline):
     def scenes(**kwargs):
         rows = [row for rows, _ in pipeline.eval_batches(**kwargs) for row in rows if row]
