@@ -3,6 +3,7 @@
     geode-jax validate DIR                      is this folder a good export?
     geode-jax rooms --scenes 100 --out DIR      an export of synthetic rooms
     geode-jax rgbd --source DIR --out DIR       an export of a real RGB-D folder
+    geode-jax prepare --source scannet --root DIR --out DIR     an export of a data set
     geode-jax scenes --workdir RUN              what can be asked about
     geode-jax ask --workdir RUN --scene ID --question "How many chair(s) are in this room?"
     geode-jax evaluate vsi --workdir RUN                        a run's score on VSI-Bench's tasks
@@ -81,6 +82,25 @@ def _rgbd(arguments: argparse.Namespace) -> None:
         depth_scale=arguments.depth_scale,
         seed=arguments.seed,
     )
+    print(_made(arguments.out, started))
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from geode_jax.data.datasets import Request, prepare, read_scene_list
+
+    started = time.monotonic()
+    exclude = arguments.exclude_scenes
+    request = Request(
+        arguments.root,
+        arguments.out,
+        arguments.scenes,
+        tuple(arguments.part or ()),
+        read_scene_list(exclude) if exclude else frozenset(),
+        arguments.views,
+        tuple(arguments.grid),
+        arguments.seed,
+    )
+    print("\n".join(prepare(arguments.source, request).lines()))
     print(_made(arguments.out, started))
 
 
@@ -295,6 +315,17 @@ def _parser() -> argparse.ArgumentParser:
         help="of the depth camera in pixels, where the folder has none",
     )
     add("--depth-scale", type=float, default=1000.0, help="depth units in a metre; default 1000")
+    add("--seed", type=int, default=0)
+
+    add = command("prepare", _prepare, "make an export of a data set on disk")
+    add("--source", required=True, metavar="NAME", help="such as scannet, scanqa, vsi590k")
+    add("--root", type=Path, required=True, metavar="DIR", help="where the data set is")
+    add("--out", type=Path, required=True, metavar="DIR")
+    add("--scenes", type=Path, metavar="DIR", help="export whose scenes the questions are about")
+    add("--part", action="append", metavar="PART", help="of the data set; may be repeated")
+    add("--exclude-scenes", type=Path, metavar="FILE", help="never to be trained on, an id a line")
+    add("--views", type=_positive, default=8, help="of a scene; default 8")
+    add("--grid", type=_positive, nargs=2, default=(8, 8), metavar=("GH", "GW"), help="patches")
     add("--seed", type=int, default=0)
 
     add = command("scenes", _scenes, "list the scenes that a run can be asked about")

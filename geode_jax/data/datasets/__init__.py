@@ -1,0 +1,85 @@
+"""The field's data sets as exports: what `geode-jax prepare` reads from disk, in their own layouts.
+
+A source of scenes (ScanNet, 3D-FRONT) makes the arrays of scenes. A source of questions (ScanQA,
+VSI-590K, ...) asks about scenes of an export that exists, `Request.scenes`, made by a source of
+scenes or by an exporter of `third_party`: the new export has those scenes and, behind the questions
+that the old one had, its own.
+"""
+
+import dataclasses
+import importlib
+from collections import Counter
+from pathlib import Path
+
+from geode_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What shall be prepared.
+
+    Attributes:
+        root: folder of the data set, in the layout that its own documentation describes.
+        out: the new export.
+        scenes: of a source of questions: the export that it asks about.
+        parts: of the data set, such as "base" and "complex" of ViCA; empty: all.
+        exclude: ids of scenes that must not be trained on, those of an evaluation.
+        views: of a scene, at most.
+        patch_grid: (gh, gw) of a view.
+        seed: of what is drawn.
+    """
+
+    root: Path
+    out: Path
+    scenes: Path | None = None
+    parts: tuple[str, ...] = ()
+    exclude: frozenset[str] = frozenset()
+    views: int = 8
+    patch_grid: tuple[int, int] = (8, 8)
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class Report:
+    """What became of a data set.
+
+    Attributes:
+        kept: such as "scenes" and "questions" -> how many.
+        dropped: reason, with what it is of, such as "frame: lost tracking" -> how many.
+    """
+
+    kept: Counter[str] = dataclasses.field(default_factory=Counter)
+    dropped: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def lines(self) -> list[str]:
+        """For a terminal: first what is there, then what is not and why."""
+        kept = ", ".join(f"{count:,} {what}" for what, count in self.kept.items())
+        return [kept, *(f"dropped {n:,}: {why}" for why, n in self.dropped.most_common())]
+
+
+SOURCES: dict[str, str] = {}
+"""Name -> `module:function` of this package; the function makes a `Report` of a `Request`."""
+
+
+def prepare(source: str, request: Request) -> Report:
+    """Makes the export of a data set; where it was cut off, the same request goes on.
+
+    Raises:
+        UserError, ExportError: there is no such source, or the data set is not in its layout.
+    """
+    if source not in SOURCES:
+        raise UserError(f"--source: {source!r} is none of {', '.join(SOURCES)}")
+    module, function = SOURCES[source].split(":")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), function)(request)
+
+
+def read_scene_list(path: Path) -> frozenset[str]:
+    """Ids of scenes, one a line.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    try:
+        return frozenset(path.read_text(encoding="utf-8").split())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--exclude-scenes: {path}: {error}") from None
