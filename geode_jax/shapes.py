@@ -51,9 +51,9 @@ class Batch:
     """
 
     # What the model sees of a scene.
-    vision_SVPC: Array  # float32, `vggt/tokens`
+    vision_SVPC: Array  # `vggt/tokens` in the dtype they are stored in
     view_mask_SV: Array  # bool, False = padding view
-    camera_SVC: Array  # float32, `vggt/camera_tokens`; width 0 where the export has none
+    camera_SVC: Array  # likewise `vggt/camera_tokens`; width 0 where the export has none
     camera_mask_S: Array  # bool
     depth_hint_SVP: Array  # float32 metres, `vggt/depth` averaged over the patch; 0 = unknown
     points_SVP3: (

@@ -226,6 +226,7 @@ class Pipeline:
             depth_bins=sizes.depth_bins,
             topk=0 if self.logits_left_out else sizes.topk,
             vision=config.vision,
+            token_dtype=self._token_dtype(),
             image=sizes.image,
             points=sizes.points,
             point_width=sizes.point_width,
@@ -254,6 +255,11 @@ class Pipeline:
             missing = f"no scene has {self.config.vision} to train on"
             raise UserError(f"{self._export.folder}: {missing}")
         return 0 if images else sizes.features
+
+    def _token_dtype(self) -> str:
+        # The manifest's dtype is that of VGGT's tokens alone.
+        vggt = self.config.vision == "vggt/tokens"
+        return self._export.manifest["dtype"] if vggt else "float32"
 
     def _camera_width(self, sizes) -> int:
         # Camera tokens are VGGT's; another encoder's features do not come with them.

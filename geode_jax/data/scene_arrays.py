@@ -61,6 +61,8 @@ class SceneShapes:
         depth_bins: B of the teacher's depth distribution, 0 without a teacher.
         topk: k of the teacher's logits, 0 where there are none for this vocabulary.
         vision: the tensor that the model sees.
+        token_dtype: of the student's vision and camera tokens, as they are stored: a scene of
+            VGGT's is 90 MB in float32.
         image: (h, w) of the images, (0, 0) where the model does not see them.
         points: G, the most points of any scene; 0 where there are none or no images are seen.
         point_width: C of the points.
@@ -78,6 +80,7 @@ class SceneShapes:
     depth_bins: int = 0
     topk: int = 0
     vision: str = "vggt/tokens"
+    token_dtype: str = "float32"
     image: tuple[int, int] = (0, 0)
     points: int = 0
     point_width: int = 0
@@ -198,14 +201,15 @@ def batch_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str,
     else:
         tokens = tensors[shapes.vision].reshape(v_own, -1, shapes.token_width)
     r, n = shapes.depth_ratio, shapes.boxes
+    dtype = np.dtype(shapes.token_dtype)
     rows = {
-        "vision": _padded(tokens, (V, P, shapes.token_width)),
+        "vision": _padded(tokens, (V, P, shapes.token_width), dtype),
         "view_mask": np.arange(V) < v_own,
     }
     camera = tensors.get("vggt/camera_tokens") if shapes.camera_width else None
     rows["camera_mask"] = np.array(camera is not None)
     camera = camera if camera is not None else np.zeros((0, 0))
-    rows["camera"] = _padded(camera, (V, shapes.camera_width))
+    rows["camera"] = _padded(camera, (V, shapes.camera_width), dtype)
     depth = tensors.get("vggt/depth")
     hint = _patch_mean(depth, shapes.grid) if depth is not None else np.zeros((v_own, gh, gw))
     rows["depth_hint"] = _padded(hint.reshape(v_own, P), (V, P))

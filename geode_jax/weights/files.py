@@ -55,7 +55,10 @@ class Tensors:
             mapped = read_json(folder / INDEX).get("weight_map")
             if not isinstance(mapped, dict):
                 raise UserError(f"{folder / INDEX}: no weight_map")
-            names = sorted(set(mapped.values()))
+            names = sorted(set(map(str, mapped.values())))
+            for name in names:
+                if Path(name).name != name:
+                    raise UserError(f"{folder / INDEX}: {name!r} is not a file's name")
         else:
             raise UserError(f"{folder}: neither {WEIGHTS} nor {INDEX} (no other format is read)")
         self._file = {key: file for name in names for key, file in _open(folder / name)}

@@ -1,0 +1,164 @@
+"""Reading speed of the pipeline against a PyTorch DataLoader, on the same files in the same run.
+
+    python benchmarks/loader.py [--scenes 24] [--workers 0 1 2] [--rounds 5] [--out FILE]
+
+The export is made on the spot, as large as VGGT's of ScanNet: 8 frames of 37 x 37 tokens of width
+2,048 in bfloat16, with depth and cameras, 45 MB a scene. A sample is a scene. The DataLoader reads
+the same tensors of it with safetensors and stacks them; it neither pads, masks nor checks anything
+and has no questions, so it is the least that a PyTorch project would do. Rounds of the two
+alternate; files come from the page cache after the first round. A round starts anew, with its
+workers, and is timed from its second batch on.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch.utils.data import DataLoader, Dataset
+
+from geode_jax.data.exports import Export, ExportWriter
+from geode_jax.data.pipeline import Pipeline, PipelineConfig
+from geode_jax.data.tokens import train_tokenizer
+
+VIEWS, GRID, WIDTH, SIDE = 8, (37, 37), 2048, 74
+QUESTIONS, SCENES_PER_BATCH = 16, 2
+TENSORS = ("vggt/tokens", "vggt/depth", "camera/extrinsic", "camera/intrinsic")
+
+
+def make_export(folder: Path, scenes: int) -> Export:
+    """Random arrays in the sizes of VGGT's: bits that are finite in bfloat16 and float32."""
+    import ml_dtypes
+
+    random = np.random.default_rng(0)
+    producer = dict.fromkeys(("project", "commit", "weights", "licence"), "benchmark")
+    header = {
+        "producer": producer,
+        "dtype": "bfloat16",
+        "scale": "metric",
+        "token_width": WIDTH,
+        "patch_grid": list(GRID),
+        "tokens_contain_depth": False,
+        "categories": ["chair"],
+    }
+    with ExportWriter(folder, **header) as writer:
+        for i in range(scenes):
+            tokens = random.standard_normal((VIEWS, GRID[0] * GRID[1], WIDTH), np.float32)
+            arrays = {
+                "vggt/tokens": tokens.astype(ml_dtypes.bfloat16),
+                "vggt/depth": random.uniform(1, 4, (VIEWS, SIDE, SIDE)).astype(np.float32),
+                "camera/extrinsic": np.tile(np.eye(3, 4, dtype=np.float32), (VIEWS, 1, 1)),
+                "camera/intrinsic": np.tile(
+                    np.array([[60, 0, 37], [0, 60, 37], [0, 0, 1]], np.float32), (VIEWS, 1, 1)
+                ),
+            }
+            writer.add_scene(f"scene{i:04d}_00", arrays, split="train")
+            writer.add_questions(
+                {
+                    "id": f"{i}-{q}",
+                    "scene_id": f"scene{i:04d}_00",
+                    "kind": "object_counting",
+                    "question": "How many chair(s) are in this room?",
+                    "answer": str(1 + q % 4),
+                }
+                for q in range(QUESTIONS)
+            )
+    return Export(folder)
+
+
+class Scenes(Dataset):
+    """The scenes of an export as PyTorch would read them."""
+
+    def __init__(self, export: Export):
+        self.paths = [export.folder / "scenes" / f"{i}.safetensors" for i in export.scene_ids()]
+
+    def __len__(self) -> int:
+        """Scenes."""
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        """Tensors of a scene."""
+        with safe_open(self.paths[i], framework="pt") as file:
+            return {name: file.get_tensor(name) for name in TENSORS}
+
+
+def torch_batches(export: Export, workers: int, steps: int) -> Iterator:
+    """Batches of a DataLoader in random order."""
+    loader = DataLoader(
+        Scenes(export), SCENES_PER_BATCH, shuffle=True, num_workers=workers, drop_last=True
+    )
+    while steps > 0:
+        for batch in loader:
+            if steps > 0:
+                yield batch
+            steps -= 1
+
+
+def our_batches(pipeline: Pipeline, steps: int) -> Iterator:
+    """Batches of the pipeline."""
+    for _, batch in pipeline.iterate(0, steps):
+        yield batch
+
+
+def scenes_per_second(batches: Iterator) -> float:
+    """Timed from the second batch on."""
+    next(batches)
+    started, seen = time.perf_counter(), 0
+    for _ in batches:
+        seen += SCENES_PER_BATCH
+    return seen / (time.perf_counter() - started)
+
+
+def main() -> None:
+    """Measures, prints a table and writes `loader.json`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scenes", type=int, default=24)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/loader.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        export = make_export(Path(folder), arguments.scenes)
+        texts = [record["question"] for record in export.questions()]
+        tokenizer = train_tokenizer(texts, export.categories, min_count=2)
+        for workers in arguments.workers:
+            config = PipelineConfig(
+                str(export.folder), SCENES_PER_BATCH, QUESTIONS, 64, 8, 4, 4, 256, workers=workers
+            )
+            pipeline = Pipeline(export, tokenizer, config, "train")
+            steps, found = arguments.scenes // SCENES_PER_BATCH, {"ours": [], "theirs": []}
+            for _ in range(arguments.rounds):
+                found["ours"].append(scenes_per_second(our_batches(pipeline, steps)))
+                found["theirs"].append(scenes_per_second(torch_batches(export, workers, steps)))
+            rows.append(row(workers, **found))
+            print(json.dumps(rows[-1]))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+def row(workers: int, ours: list[float], theirs: list[float]) -> dict:
+    """Medians and the ratio of every round, which shares the machine's moods."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "name": f"loader, {workers} workers",
+        "ours": round(statistics.median(ours), 2),
+        "theirs": round(statistics.median(theirs), 2),
+        "ratio": round(statistics.median(ratios), 2),
+        "ratio_least": round(min(ratios), 2),
+        "ratio_most": round(max(ratios), 2),
+        "unit": "scenes/s",
+        "dtype": "bfloat16",
+        "shape": [VIEWS, GRID[0] * GRID[1], WIDTH],
+    }
+
+
+if __name__ == "__main__":
+    main()
