@@ -16,12 +16,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from geode_jax.data.exports import ROTATION_TOLERANCE
+from geode_jax.data.rgbd_sequence import (
+    Dropped,
+    camera,
+    pose_of_row,
+    resized,
+    rigid,
+    to_metres,
+)
 from geode_jax.errors import UserError
-
-
-class Dropped(Exception):
-    """Why a frame cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +66,8 @@ class RgbdFolder:
                 raise Dropped("unreadable pose")
             pose = np.array(numbers).reshape(4, 4)
         else:
-            pose = _pose_of_row(self.pose_rows[name])
-        if not np.isfinite(pose).all():
-            raise Dropped("pose not finite")
-        rotation = pose[:3, :3]
-        error = np.abs(rotation @ rotation.T - np.eye(3)).max()
-        if error > ROTATION_TOLERANCE or np.linalg.det(rotation) < 0:
-            raise Dropped("pose not rigid")
-        if np.abs(pose[3] - (0, 0, 0, 1)).max() > ROTATION_TOLERANCE:
-            raise Dropped("pose not rigid")
-        u, _, vt = np.linalg.svd(rotation)
-        pose[:3, :3], pose[3] = u @ vt, (0, 0, 0, 1)
+            pose = pose_of_row(self.pose_rows[name])
+        pose = rigid(pose)
         if self.mirrored:
             # Camera axes x right, y up, z forward (ICL-NUIM) see a mirrored world. Mirroring
             # camera and world along y gives OpenCV axes and the world as it was.
@@ -91,10 +85,7 @@ class RgbdFolder:
             raise Dropped("depth image not 16 bit")
         if image.size != self.depth_size:
             raise Dropped("depth image of another size")
-        stored = np.asarray(image)
-        if not ((stored > 0) & (stored < 65535)).any():
-            raise Dropped("no depth in the depth image")
-        return np.where(stored < 65535, stored, 0).astype(np.float32) / self.depth_scale
+        return to_metres(np.asarray(image), self.depth_scale)
 
     def read_color(self, name: str) -> Image.Image:
         """The colour image, RGB.
@@ -204,7 +195,7 @@ def _read_cameras(root: Path, names: Sequence[str], given) -> tuple:
             raise UserError(f"{root / kind}: no readable image")
     if given is not None:
         fx, fy, cx, cy = given
-        return size, _checked_intrinsic("intrinsic given", fx, fy, cx, cy, size), None
+        return size, camera("intrinsic given", fx, fy, cx, cy, size), None
     depth, color = (
         _read_intrinsic(root / "intrinsic" / f"intrinsic_{kind}.txt", image_size)
         for kind, image_size in (("depth", size), ("color", color_size))
@@ -225,25 +216,7 @@ def _read_intrinsic(path: Path, size: tuple[int, int]) -> np.ndarray | None:
         raise UserError(f"{path}: must be a 3x3 or 4x4 matrix")
     side = 3 if len(numbers) == 9 else 4
     matrix = np.array(numbers).reshape(side, side)
-    return _checked_intrinsic(
-        str(path), matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2], size
-    )
-
-
-def _checked_intrinsic(where: str, fx, fy, cx, cy, size: tuple[int, int]) -> np.ndarray:
-    if not np.isfinite([fx, fy, cx, cy]).all() or fx <= 0 or fy == 0:
-        raise UserError(f"{where}: focal lengths {fx}, {fy} and centre {cx}, {cy} are no camera")
-    if not (0 < cx < size[0] and 0 < cy < size[1]):
-        rule = f"the centre {cx}, {cy} is outside the image of {size[0]} x {size[1]} pixels"
-        raise UserError(f"{where}: {rule}")
-    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
-
-
-def resized(intrinsic: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
-    """The intrinsic of the same picture at another (width, height)."""
-    x, y = new[0] / old[0], new[1] / old[1]
-    change = np.array([[x, 0, x / 2 - 0.5], [0, y, y / 2 - 0.5], [0, 0, 1]])
-    return change @ intrinsic
+    return camera(str(path), matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2], size)
 
 
 def _read_pose_rows(path: Path, names: Sequence[str]) -> dict[str, list[float]]:
@@ -260,17 +233,3 @@ def _read_pose_rows(path: Path, names: Sequence[str]) -> dict[str, list[float]]:
     if len(rows) != len(names):
         raise UserError(f"{path}: {len(rows)} rows for {len(names)} frames")
     return dict(zip(names, rows, strict=True))
-
-
-def _pose_of_row(row: Sequence[float]) -> np.ndarray:
-    """World-from-camera [4, 4] of tx ty tz qx qy qz qw; not finite where the quaternion is 0."""
-    with np.errstate(invalid="ignore"):
-        x, y, z, w = np.array(row[3:]) / np.linalg.norm(row[3:])
-    pose = np.eye(4)
-    pose[:3, :3] = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-    ]
-    pose[:3, 3] = row[:3]
-    return pose

@@ -28,8 +28,9 @@ from PIL import Image
 
 from geode_jax.data.exports import ExportWriter
 from geode_jax.data.raycast import luminance
-from geode_jax.data.rgbd_folder import Dropped, RgbdFolder, open_folder, resized
+from geode_jax.data.rgbd_folder import RgbdFolder, open_folder
 from geode_jax.data.rgbd_questions import PLACES, Questioner, SeenView
+from geode_jax.data.rgbd_sequence import Dropped, RgbdSequence, resized
 from geode_jax.data.rooms import TOKEN_WIDTH, patch_tokens
 from geode_jax.errors import UserError
 
@@ -71,7 +72,11 @@ class Frame:
 
 
 def read_frame(
-    source: RgbdFolder, name: str, patch_grid: tuple[int, int], image_side: int
+    source: RgbdSequence,
+    name: str,
+    patch_grid: tuple[int, int],
+    image_side: int,
+    world: np.ndarray | None = None,
 ) -> Frame:
     """Decodes and measures one frame.
 
@@ -80,11 +85,13 @@ def read_frame(
         name: of the frame.
         patch_grid: (gh, gw).
         image_side: longer side of the picture, about; never larger than the colour image.
+        world: [4, 4], a rigid motion from the sequence's world frame to the one that is wanted.
 
     Raises:
         Dropped: it cannot be used.
     """
     pose = source.read_pose(name)
+    pose = pose if world is None else world @ pose
     depth, color = source.read_depth(name), source.read_color(name)
     height, width = depth.shape
     rows, columns = 2 * patch_grid[0], 2 * patch_grid[1]
@@ -194,7 +201,7 @@ def _places(lens: _Lens) -> dict[str, np.ndarray]:
 
 
 def _aligned_image(
-    source: RgbdFolder, color: Image.Image, cells: tuple[int, int], side: int
+    source: RgbdSequence, color: Image.Image, cells: tuple[int, int], side: int
 ) -> np.ndarray:
     """Colour over exactly the depth camera's field of view; black where colour saw nothing.
 
@@ -382,7 +389,7 @@ def make_rgbd_export(
                 for group in groups:
                     scene_id = f"{name}_{made:04d}"
                     chosen = [frames[n] for n in group]
-                    writer.add_scene(scene_id, _scene_arrays(source, chosen), split=split)
+                    writer.add_scene(scene_id, frame_arrays(source, chosen), split=split)
                     records = questioner.ask(
                         scene_id, [frame.view for frame in chosen], questions_per_scene
                     )
@@ -422,7 +429,8 @@ def _read_frames(
     }
 
 
-def _scene_arrays(source: RgbdFolder, frames: Sequence[Frame]) -> dict[str, np.ndarray]:
+def frame_arrays(source: RgbdSequence, frames: Sequence[Frame]) -> dict[str, np.ndarray]:
+    """A scene's tensors of its views, as `exports.py` names them."""
     poses = np.array([frame.view.world_from_camera for frame in frames])
     rotation = poses[:, :3, :3].swapaxes(1, 2)
     extrinsic = np.concatenate([rotation, -rotation @ poses[:, :3, 3:]], axis=2)
