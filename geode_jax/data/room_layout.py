@@ -55,7 +55,7 @@ _SIZES = np.array([category.size for category in CATEGORIES])
 
 @dataclasses.dataclass(frozen=True)
 class RoomObject:
-    """One box: category (index into CATEGORIES), RGB albedo, texture, box (7,) in metres."""
+    """One box: category (index into its scene's nouns), RGB albedo, texture, box (7,) in metres."""
 
     category: int
     colour: tuple[float, float, float]
@@ -63,11 +63,6 @@ class RoomObject:
     period: float
     phase: tuple[float, float]
     box: np.ndarray
-
-    @property
-    def name(self) -> str:
-        """Noun of the category."""
-        return NAMES[self.category]
 
 
 # ---------------------------------------------------------------------------------- furniture
@@ -304,8 +299,8 @@ def _place_partner(rng, size, placed, clearance, room, anchor: int, touching: bo
 # ------------------------------------------------------------------------------------- cameras
 
 
-def walk(rng, room: np.ndarray, boxes: np.ndarray):
-    """Extrinsics [4, 3, 4] and field of view of a camera path, or None in a crowded room.
+def walk(rng, room: np.ndarray, boxes: np.ndarray, views: int = VIEWS):
+    """Extrinsics [views, 3, 4] and field of view of a camera path, or None in a crowded room.
 
     Four styles, so that the order in which things come into view varies: around the room looking
     inwards, turning on one spot, walking across, and a tour from object to object.
@@ -322,9 +317,10 @@ def walk(rng, room: np.ndarray, boxes: np.ndarray):
     if len(free) < 8:
         return None
     style = rng.integers(4)
-    pitches = -np.deg2rad(rng.uniform(8, 26, VIEWS))
-    spots, yaws = zip(*(_path(rng, style, room, boxes, free) for _ in range(_PATHS)), strict=True)
-    positions = np.concatenate([np.array(spots), np.full((_PATHS, VIEWS, 1), eye)], axis=-1)
+    pitches = -np.deg2rad(rng.uniform(8, 26, views))
+    paths = [_path(rng, style, room, boxes, free, views) for _ in range(_PATHS)]
+    spots, yaws = zip(*paths, strict=True)
+    positions = np.concatenate([np.array(spots), np.full((_PATHS, views, 1), eye)], axis=-1)
     paths = raycast.look(positions, np.array(yaws), np.tile(pitches, (_PATHS, 1)))
     return paths[_most_seen(paths, boxes, fov)], fov
 
@@ -349,29 +345,29 @@ def _most_seen(paths: np.ndarray, boxes: np.ndarray, fov: float) -> int:
     return int((np.minimum(pixels.sum(1), 3).sum(1) + 6 * fresh).argmax())
 
 
-def _path(rng, style: int, room, boxes, free):
-    """Positions [4, 2] among `free` and headings [4] of one attempt at a camera path."""
-    turn = rng.choice([-1, 1])
-    steps = np.arange(VIEWS)
+def _path(rng, style: int, room, boxes, free, views: int):
+    """Positions [views, 2] among `free` and headings [views] of one attempt at a camera path."""
+    turn = rng.choice([-1, 1]) * VIEWS / views  # more views turn less from one to the next
+    steps = np.arange(views)
     if style == 0:  # around the room
         angle = rng.uniform(0, 2 * np.pi) + turn * np.deg2rad(rng.uniform(45, 95)) * steps
         wish = 0.36 * room[:2] * np.stack([np.cos(angle), np.sin(angle)], 1)
         spots = _nearest(free, wish)
-        target = rng.normal(0, 0.12, (VIEWS, 2)) * room[:2]
+        target = rng.normal(0, 0.12, (views, 2)) * room[:2]
     elif style == 1:  # on one spot
-        spots = _nearest(free, free[rng.integers(len(free))] + rng.normal(0, 0.2, (VIEWS, 2)))
+        spots = _nearest(free, free[rng.integers(len(free))] + rng.normal(0, 0.2, (views, 2)))
         yaws = rng.uniform(0, 2 * np.pi) + turn * np.deg2rad(rng.uniform(45, 85)) * steps
         return spots, yaws
     elif style == 2:  # across
         ends = free[rng.integers(len(free), size=(8, 2))]
         ends = ends[np.argmax(((ends[:, 0] - ends[:, 1]) ** 2).sum(-1))]
-        spots = _nearest(free, ends[0] + (ends[1] - ends[0]) * steps[:, None] / (VIEWS - 1))
+        spots = _nearest(free, ends[0] + (ends[1] - ends[0]) * steps[:, None] / max(1, views - 1))
         heading = np.arctan2(*(ends[1] - ends[0])[::-1])
-        sweep = turn * np.deg2rad(rng.uniform(15, 60)) * (steps - 1.5)
+        sweep = turn * np.deg2rad(rng.uniform(15, 60)) * (steps - (views - 1) / 2)
         return spots, heading + sweep
     else:  # from object to object
-        spots = free[rng.integers(len(free), size=VIEWS)]
-        target = boxes[rng.permutation(len(boxes))[:VIEWS], :2]
+        spots = free[rng.integers(len(free), size=views)]
+        target = boxes[np.resize(rng.permutation(len(boxes)), views), :2]
     delta = target - spots
     return spots, np.arctan2(delta[:, 1], delta[:, 0])
 

@@ -52,18 +52,20 @@ class SeenRoom:
     Attributes:
         scene_id: id of the scene.
         room: size x, y, z, metres.
+        floor: square metres; less than x times y where a corner is missing.
         names: noun of each visible object.
         boxes: [N, 7] of the visible objects, the rows of `target/boxes`.
         rays: [V, N] pixels that show each visible object.
         vague: nouns of which some further object is only glimpsed: not counted, not asked about.
         pairs: rows of the pairs laid out for questions about contact.
         extrinsic: [V, 3, 4] camera-from-world.
-        larger: P(a larger than b) by category noun.
-        typical: median of the longest edge by category noun, metres.
+        larger: P(a larger than b) by category noun; one half where they are not in it.
+        typical: median of the longest edge by category noun, metres, where it is known.
     """
 
     scene_id: str
     room: np.ndarray
+    floor: float
     names: tuple[str, ...]
     boxes: np.ndarray
     rays: np.ndarray
@@ -240,7 +242,8 @@ def _size_comparison(ask: _Asker) -> Iterator[dict]:
         ratio = volumes[a] / volumes[b]
         if max(ratio, 1 / ratio) < SIZE_RATIO:
             continue
-        likely = ask.seen.larger[names] if ratio > 1 else 1 - ask.seen.larger[names]
+        likely = ask.seen.larger.get(names, 0.5)
+        likely = likely if ratio > 1 else 1 - likely
         rare = min(likely, 1 - likely)
         if rare < FAIR or ask.rng.random() > rare / likely:
             continue
@@ -321,9 +324,11 @@ def _abs_distance(ask: _Asker) -> Iterator[dict]:
 
 def _object_size(ask: _Asker) -> Iterator[dict]:
     for n in ask.shuffled(ask.single):
-        unusual = abs(np.log(ask.boxes[n, 3:6].max() / ask.seen.typical[ask.names[n]])) / USUAL
-        if ask.rng.random() > unusual:
-            continue
+        typical = ask.seen.typical.get(ask.names[n])
+        if typical is not None:
+            unusual = abs(np.log(ask.boxes[n, 3:6].max() / typical)) / USUAL
+            if ask.rng.random() > unusual:
+                continue
         edges = [round(100 * float(edge)) for edge in ask.boxes[n, 3:6]]
         name, longest = ask.names[n], max(edges)
         rationale = (
@@ -339,8 +344,10 @@ def _object_size(ask: _Asker) -> Iterator[dict]:
 
 def _room_size(ask: _Asker) -> Iterator[dict]:
     x, y = ask.seen.room[:2]
-    text = f"{x * y:.1f}"
-    rationale = f"The room is {_metres(x)} by {_metres(y)}. That is {text} square meters."
+    text = f"{ask.seen.floor:.1f}"
+    covered = ask.seen.floor / (x * y)
+    part = f" Its floor covers {covered:.0%} of that." if covered < 0.99 else ""
+    rationale = f"The room is {_metres(x)} by {_metres(y)}.{part} That is {text} square meters."
     question = (
         "What is the size of this room (in square meters)? \n"
         "If multiple rooms are shown, estimate the size of the combined space."
@@ -546,7 +553,7 @@ _NUMBER_WORDS = ("no", "one", "two", "three", "four", "five")
 
 def _description(ask: _Asker) -> Iterator[dict]:
     """Room size word and the four categories that fill most of the views, larger counts first."""
-    area = float(ask.seen.room[0] * ask.seen.room[1])
+    area = ask.seen.floor
     size = "small" if area < 18 else "medium" if area < 32 else "large"
     groups: dict[str, list[int]] = {}
     for n, name in enumerate(ask.names):
@@ -567,8 +574,8 @@ def _description(ask: _Asker) -> Iterator[dict]:
 def _some(name: str, count: int) -> str:
     if count > 1:
         plural = name[:-1] + "ves" if name.endswith("lf") else name + "s"
-        return f"{_NUMBER_WORDS[count]} {plural}"
-    return f"a {name}"
+        return f"{_NUMBER_WORDS[count] if count < len(_NUMBER_WORDS) else count} {plural}"
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _metres(value: float) -> str:

@@ -77,31 +77,27 @@ MIN_OBJECTS = 6
 
 @dataclasses.dataclass(frozen=True)
 class RoomScene:
-    """A furnished room and the four cameras that see it.
+    """A furnished room and the cameras that see it.
 
     Attributes:
-        seed, index: what the scene is made from.
+        scene_id: name in exports; of the embedded rooms `room_s<seed>_<index>`.
         room: size x, y, z in metres.
         objects: the furniture, visible or not.
         structure: [6, 3] albedo of floor, ceiling and walls (order of `raycast`).
-        extrinsic: [4, 3, 4] camera-from-world.
+        extrinsic: [V, 3, 4] camera-from-world; of the embedded rooms four.
         fov: horizontal field of view of all cameras, radians; pixels are square.
         pairs: index pairs laid out to be asked about contact, touching or apart by a fair coin.
+        nouns: of the categories.
     """
 
-    seed: int
-    index: int
+    scene_id: str
     room: np.ndarray
     objects: tuple[RoomObject, ...]
     structure: np.ndarray
     extrinsic: np.ndarray
     fov: float
-    pairs: tuple[tuple[int, int], ...]
-
-    @property
-    def scene_id(self) -> str:
-        """Name in exports, `room_s<seed>_<index>`; `scene_from_id` inverts it."""
-        return f"room_s{self.seed}_{self.index:06d}"
+    pairs: tuple[tuple[int, int], ...] = ()
+    nouns: tuple[str, ...] = room_layout.NAMES
 
     @functools.cached_property
     def boxes(self) -> np.ndarray:
@@ -127,10 +123,14 @@ def scene_from_id(scene_id: str) -> RoomScene:
     Raises:
         ValueError: the id is not one of a rooms scene.
     """
+    return make_scene(*_seed_and_index(scene_id))
+
+
+def _seed_and_index(scene_id: str) -> tuple[int, int]:
     match = re.fullmatch(r"room_s(\d+)_(\d{6,})", scene_id)
     if not match:
         raise ValueError(f"scene {scene_id}: not an id of a room (room_s<seed>_<index>)")
-    return make_scene(int(match[1]), int(match[2]))
+    return int(match[1]), int(match[2])
 
 
 def make_and_observe(seed: int, index: int) -> tuple[RoomScene, "Observation"]:
@@ -147,7 +147,8 @@ def make_and_observe(seed: int, index: int) -> tuple[RoomScene, "Observation"]:
         grey = rng.uniform(0.75, 0.95) + rng.uniform(-0.03, 0.03, 3)
         floor = colorsys.hsv_to_rgb(*rng.uniform((0.05, 0.1, 0.35), (0.12, 0.3, 0.65)))
         structure = np.concatenate([[floor, [0.97] * 3], np.tile(grey, (4, 1))])
-        scene = RoomScene(seed, index, room, tuple(objects), structure, *path, tuple(pairs))
+        name = f"room_s{seed}_{index:06d}"
+        scene = RoomScene(name, room, tuple(objects), structure, *path, tuple(pairs))
         seen = observe(scene)
         if seen.visible.sum() >= MIN_OBJECTS:
             return scene, seen
@@ -158,13 +159,15 @@ class Observation:
     """What the cameras of a scene see, at the three resolutions the arrays need.
 
     Attributes:
-        pixels: hits of the 32 x 32 images; `colour`, `slopes` belong to them ([4, 1024, ...]).
+        grid: patches along a side of a view, of the embedded rooms GRID.
+        pixels: hits of the 32 x 32 images; `colour`, `slopes` belong to them ([V, 1024, ...]).
         cells: hits at the centres of the 16 x 16 depth maps.
         patches: hits at the centres of the 8 x 8 patches.
-        rays: [4, N] pixels that show each object, per view.
+        rays: [V, N] pixels that show each object, per view.
         visible: [N] objects that count as seen, see MIN_RAYS.
     """
 
+    grid: int
     pixels: raycast.Hits
     colour: np.ndarray
     slopes: np.ndarray
@@ -188,9 +191,9 @@ def _looks(scene: RoomScene) -> raycast.Looks:
     return raycast.Looks(*(np.array(column, np.float32) for column in columns))
 
 
-def observe(scene: RoomScene) -> Observation:
+def observe(scene: RoomScene, grid: int = GRID) -> Observation:
     """Cast the rays of all views once and decide which objects are visible."""
-    sides = (GRID * PIXELS, DEPTH_SIDE, GRID)
+    sides = (grid * PIXELS, 2 * grid, grid)
     rays = [
         raycast.pixel_rays(scene.extrinsic, raycast.pinhole(scene.fov, side, side), side, side)
         for side in sides
@@ -201,12 +204,12 @@ def observe(scene: RoomScene) -> Observation:
     parts = zip(*(np.split(getattr(hits, f.name), ends, 1) for f in _HIT_FIELDS), strict=True)
     pixels, cells, patches = (raycast.Hits(*part) for part in parts)
     colour, slopes = raycast.shade(pixels, _looks(scene))
-    shows = _by_patch(pixels.surface)[..., None] == np.arange(len(scene.objects))
+    shows = _by_patch(pixels.surface, grid)[..., None] == np.arange(len(scene.objects))
     share = shows.sum(2)  # [V, patches, N]
     rays = share.sum(1)
     half = (share >= PIXELS * PIXELS // 2).any((0, 1))
     visible = (rays.sum(0) >= MIN_RAYS) & half
-    return Observation(pixels, colour, slopes, cells, patches, rays, visible)
+    return Observation(grid, pixels, colour, slopes, cells, patches, rays, visible)
 
 
 _HIT_FIELDS = dataclasses.fields(raycast.Hits)
@@ -220,17 +223,17 @@ def _blocks(pixels: np.ndarray, side: int, block: int) -> np.ndarray:
     return tiles.swapaxes(2, 3).reshape(views, n * n, block * block, *rest)
 
 
-def _by_patch(pixels: np.ndarray) -> np.ndarray:
-    return _blocks(pixels, GRID * PIXELS, PIXELS)
+def _by_patch(pixels: np.ndarray, grid: int) -> np.ndarray:
+    return _blocks(pixels, grid * PIXELS, PIXELS)
 
 
 def render(scene: RoomScene, height: int, width: int) -> dict[str, np.ndarray]:
-    """Pictures of all four views.
+    """Pictures of all views.
 
     Returns:
-        `rgb` [4, height, width, 3] uint8; `depth` [4, height, width] float32 metres along the
-        optical axis; `normals` [4, height, width, 3] float32, world frame; `instance`
-        [4, height, width] int16, index into `scene.objects`, -1 for the room itself.
+        `rgb` [V, height, width, 3] uint8; `depth` [V, height, width] float32 metres along the
+        optical axis; `normals` [V, height, width, 3] float32, world frame; `instance`
+        [V, height, width] int16, index into `scene.objects`, -1 for the room itself.
     """
     rays = raycast.pixel_rays(
         scene.extrinsic, raycast.pinhole(scene.fov, height, width), height, width
@@ -255,9 +258,9 @@ def render(scene: RoomScene, height: int, width: int) -> dict[str, np.ndarray]:
 
 
 def pictures(scene: RoomScene, seen: Observation, side: int) -> np.ndarray:
-    """`rgb` [4, side, side, 3] of `render`; no ray is cast where `observe` has cast these."""
-    if side == GRID * PIXELS:
-        return _rgb(seen.colour).reshape(VIEWS, side, side, 3)
+    """`rgb` [V, side, side, 3] of `render`; no ray is cast where `observe` has cast these."""
+    if side == seen.grid * PIXELS:
+        return _rgb(seen.colour).reshape(-1, side, side, 3)
     return render(scene, side, side)["rgb"]
 
 
@@ -311,11 +314,11 @@ def patch_tokens(
 
 
 def tokens(seen: Observation) -> np.ndarray:
-    """`vggt/tokens` [4, 64, 76] float16 of what the cameras see."""
+    """`vggt/tokens` [V, grid * grid, TOKEN_WIDTH] float16 of what the cameras see."""
     colour, contrast, slopes = _cell_looks(seen)
 
     def cells(values: np.ndarray) -> np.ndarray:
-        return values.reshape(VIEWS, DEPTH_SIDE, DEPTH_SIDE, *values.shape[2:])
+        return values.reshape(-1, 2 * seen.grid, 2 * seen.grid, *values.shape[2:])
 
     return patch_tokens(
         point=cells(seen.cells.point),
@@ -324,13 +327,13 @@ def tokens(seen: Observation) -> np.ndarray:
         colour=cells(colour),
         contrast=cells(contrast),
         slopes=cells(slopes),
-        centre=seen.patches.point.reshape(VIEWS, GRID, GRID, 3),
+        centre=seen.patches.point.reshape(-1, seen.grid, seen.grid, 3),
     )
 
 
 def _cell_looks(seen: Observation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean colour [V, cells, 3], contrast [V, cells], mean slopes [V, cells, 2] of 2 x 2 pixels."""
-    side = GRID * PIXELS
+    side = seen.grid * PIXELS
     colour = _blocks(seen.colour, side, 2)
     slopes = _blocks(seen.slopes, side, 2)
     return colour.mean(2), raycast.luminance(colour).std(2), slopes.mean(2)
@@ -353,47 +356,57 @@ def point_tokens(seen: Observation) -> dict[str, np.ndarray]:
     voxel = np.floor(point / VOXEL).astype(np.int64)
     _, index, count = np.unique(voxel, axis=0, return_inverse=True, return_counts=True)
     index = index.reshape(-1)
-    view = np.repeat(np.arange(VIEWS), len(point) // VIEWS)
-    of_view = np.bincount(index * VIEWS + view, minlength=len(count) * VIEWS)
+    views = len(seen.rays)
+    view = np.repeat(np.arange(views), len(point) // views)
+    of_view = np.bincount(index * views + view, minlength=len(count) * views)
     order = np.argsort(index, kind="stable")
     means = np.add.reduceat(parts[order], np.cumsum(count) - count) / count[:, None]
     features = np.concatenate([means[:, 3:], np.log1p(count[:, None] / 8)], axis=-1)
     return {
         "sonata/features": features.astype(np.float16),
         "sonata/coord": means[:, :3].astype(np.float32),
-        "sonata/frame": of_view.reshape(-1, VIEWS).argmax(1).astype(np.int32),
+        "sonata/frame": of_view.reshape(-1, views).argmax(1).astype(np.int32),
     }
 
 
-def scene_arrays(scene: RoomScene, seen: Observation) -> tuple[dict, dict]:
-    """The scene's tensors and its teacher's tensors, as `exports.py` names them."""
-    visible = np.flatnonzero(seen.visible)
-    classes = len(CATEGORIES)
-    category = np.array([item.category for item in scene.objects] + [-1] * raycast.STRUCTURES)
-    maps = (VIEWS, DEPTH_SIDE, DEPTH_SIDE)
+def _categories(scene: RoomScene) -> np.ndarray:
+    """Category [S] of every surface, -1 of the room's own."""
+    return np.array([item.category for item in scene.objects] + [-1] * raycast.STRUCTURES)
+
+
+def scene_arrays(scene: RoomScene, seen: Observation) -> dict[str, np.ndarray]:
+    """The scene's tensors, as `exports.py` names them."""
+    visible, category = np.flatnonzero(seen.visible), _categories(scene)
+    maps = (-1, 2 * seen.grid, 2 * seen.grid)
     depth = seen.cells.depth.reshape(maps).astype(np.float32)
-    arrays = {
+    return {
         "vggt/tokens": tokens(seen),
         **point_tokens(seen),
         "vggt/depth": depth,
         "camera/extrinsic": scene.extrinsic.astype(np.float32),
-        "camera/intrinsic": scene.intrinsic(DEPTH_SIDE, DEPTH_SIDE).astype(np.float32),
+        "camera/intrinsic": scene.intrinsic(*depth.shape[1:]).astype(np.float32),
         "target/depth": depth.copy(),
         "target/boxes": scene.boxes[visible].astype(np.float32),
         "target/labels": category[visible].astype(np.int32),
         "target/segmentation": category[seen.cells.surface].reshape(maps).astype(np.int16),
     }
-    kind = _by_patch(category[seen.pixels.surface] % (classes + 1))  # -1 becomes the last column
+
+
+def teacher_arrays(scene: RoomScene, seen: Observation) -> dict[str, np.ndarray]:
+    """The tensors of the scene's exact oracle, as `exports.py` names them."""
+    visible, category = np.flatnonzero(seen.visible), _categories(scene)
+    classes = len(CATEGORIES)
+    # -1 becomes the last column
+    kind = _by_patch(category[seen.pixels.surface] % (classes + 1), GRID)
     share = (kind[..., None] == np.arange(classes + 1)).mean(2)
     bins = soft_depth_bins(seen.patches.depth, DEPTH_BINS)
     relations = room_questions.pair_relations(scene.boxes[visible], scene.extrinsic[0])
-    teacher = {
+    return {
         "features": share.reshape(VIEWS, GRID, GRID, classes + 1).astype(np.float16),
         "depth_bins": bins.reshape(VIEWS, GRID, GRID, DEPTH_BINS).astype(np.float16),
         "detection_probs": np.eye(classes, dtype=np.float16)[category[visible]],
         "relations": relations.reshape(-1, 4).astype(np.float16),
     }
-    return arrays, teacher
 
 
 def seen_room(scene: RoomScene, seen: Observation) -> room_questions.SeenRoom:
@@ -404,10 +417,11 @@ def seen_room(scene: RoomScene, seen: Observation) -> room_questions.SeenRoom:
     return room_questions.SeenRoom(
         scene_id=scene.scene_id,
         room=scene.room,
-        names=tuple(scene.objects[n].name for n in visible),
+        floor=float(scene.room[0] * scene.room[1]),
+        names=tuple(scene.nouns[scene.objects[n].category] for n in visible),
         boxes=scene.boxes[visible],
         rays=seen.rays[:, visible],
-        vague=frozenset(scene.objects[n].name for n in glimpsed),
+        vague=frozenset(scene.nouns[scene.objects[n].category] for n in glimpsed),
         pairs=tuple((row[a], row[b]) for a, b in scene.pairs if a in row and b in row),
         extrinsic=scene.extrinsic,
         larger=room_layout.larger_prior(),
@@ -417,7 +431,8 @@ def seen_room(scene: RoomScene, seen: Observation) -> room_questions.SeenRoom:
 
 def questions(scene: RoomScene, seen: Observation) -> list[dict]:
     """Question records of a scene, drawn from random streams of their own, see `make_questions`."""
-    streams = (np.random.default_rng([scene.seed, scene.index, stream]) for stream in (1, 2))
+    numbers = _seed_and_index(scene.scene_id)
+    streams = (np.random.default_rng([*numbers, stream]) for stream in (1, 2))
     return room_questions.make_questions(seen_room(scene, seen), *streams)
 
 
@@ -439,7 +454,7 @@ class _Job:
 def _write(job: _Job) -> tuple[dict, list[dict]]:
     """Makes and writes one scene; returns its manifest entry and its questions."""
     scene, seen = make_and_observe(job.seed, job.index)
-    arrays, teacher = scene_arrays(scene, seen)
+    arrays, teacher = scene_arrays(scene, seen), teacher_arrays(scene, seen)
     if job.images:
         arrays["images"] = pictures(scene, seen, job.images)
     entry = exports.write_scene(

@@ -118,7 +118,7 @@ def test_cameras_stand_in_the_room_and_in_no_object(made):
 def test_targets_hold_the_visible_objects_only(made):
     hidden = 0
     for scene, seen in made:
-        arrays, teacher = rooms.scene_arrays(scene, seen)
+        arrays, teacher = rooms.scene_arrays(scene, seen), rooms.teacher_arrays(scene, seen)
         counts = np.bincount(seen.pixels.surface.ravel(), minlength=len(scene.boxes))
         np.testing.assert_array_equal(seen.rays.sum(0), counts[: len(scene.boxes)])
         assert (counts[: len(scene.boxes)][seen.visible] >= rooms.MIN_RAYS).all()
@@ -130,7 +130,7 @@ def test_targets_hold_the_visible_objects_only(made):
 
 def test_arrays_are_those_of_one_camera(made):
     scene, seen = made[0]
-    arrays, teacher = rooms.scene_arrays(scene, seen)
+    arrays, teacher = rooms.scene_arrays(scene, seen), rooms.teacher_arrays(scene, seen)
     side = rooms.DEPTH_SIDE
     picture = rooms.render(scene, side, side)
     np.testing.assert_allclose(picture["depth"], arrays["target/depth"], atol=1e-5)
@@ -178,7 +178,7 @@ def test_tokens_know_neither_names_nor_numbers_of_objects(made):
             dataclasses.replace(scene.objects[n], category=(scene.objects[n].category + 5) % 16)
             for n in order
         )
-        other = dataclasses.replace(scene, objects=renamed, pairs=(), seed=9, index=9)
+        other = dataclasses.replace(scene, objects=renamed, pairs=(), scene_id="another")
         np.testing.assert_array_equal(rooms.tokens(rooms.observe(other)), rooms.tokens(seen))
         # But a colour is seen.
         painted = tuple(dataclasses.replace(item, colour=(0, 0, 0)) for item in scene.objects)
