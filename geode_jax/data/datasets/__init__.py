@@ -57,7 +57,10 @@ class Report:
         return [kept, *(f"dropped {n:,}: {why}" for why, n in self.dropped.most_common())]
 
 
-SOURCES: dict[str, str] = {}
+SOURCES: dict[str, str] = {
+    "scannet": "scannet:prepare",
+    "3d-front": "front3d:prepare",
+}
 """Name -> `module:function` of this package; the function makes a `Report` of a `Request`."""
 
 

@@ -1,0 +1,71 @@
+"""Vertices of PLY meshes, binary little endian."""
+
+from pathlib import Path
+
+import numpy as np
+
+from geode_jax.errors import UserError
+
+_TYPES = {
+    **dict.fromkeys(("char", "int8"), "i1"),
+    **dict.fromkeys(("uchar", "uint8"), "u1"),
+    **dict.fromkeys(("short", "int16"), "<i2"),
+    **dict.fromkeys(("ushort", "uint16"), "<u2"),
+    **dict.fromkeys(("int", "int32"), "<i4"),
+    **dict.fromkeys(("uint", "uint32"), "<u4"),
+    **dict.fromkeys(("float", "float32"), "<f4"),
+    **dict.fromkeys(("double", "float64"), "<f8"),
+}
+_LONGEST_HEADER = 1 << 16
+
+
+def read_vertices(path: str | Path) -> np.ndarray:
+    """Places [n, 3] float64 of a mesh's vertices, in the file's order and unit.
+
+    Raises:
+        UserError: it cannot be read, is no such PLY, is truncated, or has a vertex that is not
+            finite.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            count, fields = _read_header(path, file)
+            rest = path.stat().st_size - file.tell()
+            if count * fields.itemsize > rest:
+                raise UserError(f"{path}: truncated: {count} vertices do not fit in {rest} bytes")
+            vertices = np.fromfile(file, fields, count)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    places = np.stack([vertices[axis].astype(np.float64) for axis in "xyz"], axis=-1)
+    if not np.isfinite(places).all():
+        raise UserError(f"{path}: a vertex is not finite")
+    return places
+
+
+def _read_header(path: Path, file) -> tuple[int, np.dtype]:
+    """Number of vertices and their fields; the file stands at the first then."""
+    lines: list[list[str]] = []
+    while not lines or lines[-1] != ["end_header"]:
+        line = file.readline(_LONGEST_HEADER)
+        if not line.endswith(b"\n") or file.tell() > _LONGEST_HEADER:
+            raise UserError(f"{path}: not a PLY file: no end_header")
+        lines.append(line.decode("latin-1").split())
+        if lines[0] != ["ply"]:
+            raise UserError(f"{path}: not a PLY file")
+    lines = [line for line in lines if line and line[0] not in ("comment", "obj_info")]
+    if lines[1] != ["format", "binary_little_endian", "1.0"]:
+        shown = " ".join(lines[1])[:60]
+        raise UserError(f"{path}: {shown!r}: only binary_little_endian 1.0 is read")
+    if lines[2][:2] != ["element", "vertex"] or len(lines[2]) != 3 or not lines[2][2].isdecimal():
+        raise UserError(f"{path}: the first element is not the vertices")
+    fields = []
+    for line in lines[3:]:
+        if line[0] != "property":
+            break
+        if len(line) != 3 or line[1] not in _TYPES:
+            raise UserError(f"{path}: {' '.join(line)[:60]!r} is no property of vertices")
+        fields.append((line[2], _TYPES[line[1]]))
+    names = {name for name, _ in fields}
+    if not {"x", "y", "z"} <= names or len(names) < len(fields):
+        raise UserError(f"{path}: vertices must have one x, y and z each")
+    return int(lines[2][2]), np.dtype(fields)

@@ -1,0 +1,199 @@
+"""Scenes on their way into an export: one after the other, each made once.
+
+A scene that is made lies in `.made` of the new export, its tensors beside a note of what questions
+and the report need, until all are there; then come the questions, which look at all scenes, and the
+manifest. The same request goes on where an interrupted one stood, and ends at the same content.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from geode_jax.data import exports
+from geode_jax.data.datasets import Report, Request
+from geode_jax.data.datasets.box_questions import BoxQuestioner
+from geode_jax.data.rgbd_sequence import Dropped
+from geode_jax.data.room_questions import SeenRoom
+from geode_jax.data.rooms import TOKEN_WIDTH
+from geode_jax.data.sources import HELD_OUT
+from geode_jax.errors import UserError
+
+_MADE = ".made"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What a source makes of one scene.
+
+    Attributes:
+        arrays: tensors of the contract.
+        seen: what questions are made from; None where nothing is labelled.
+        dropped: reasons of what is not in it -> how many.
+    """
+
+    arrays: dict[str, np.ndarray]
+    seen: SeenRoom | None
+    dropped: Counter[str]
+
+
+def split_places(places: Iterable[str], seed: int) -> dict[str, str]:
+    """Place -> split, by chance: HELD_OUT each for val and test, of few places one for val.
+
+    Args:
+        places: what must not be divided between splits, such as all scans of a room.
+        seed: of the draw.
+    """
+    places = sorted(set(places))
+    order = np.random.default_rng(seed).permutation(len(places))
+    held = round(HELD_OUT * len(places))
+    val, test = max(held, int(len(places) > 1)), held
+    splits = ["val"] * val + ["test"] * test + ["train"] * len(places)
+    return {places[n]: split for n, split in zip(order, splits, strict=False)}
+
+
+def exclude_from_training(
+    splits: dict[str, str], request: Request, report: Report
+) -> dict[str, str]:
+    """Scene -> split without the scenes that must not be trained on, which are counted."""
+    kept = {s: p for s, p in splits.items() if p != "train" or s not in request.exclude}
+    lost = len(splits) - len(kept)
+    if lost:
+        report.dropped["scene: would be trained on, is on the list of scenes to exclude"] += lost
+    return kept
+
+
+def write_scenes(
+    request: Request,
+    splits: dict[str, str],
+    make: Callable[[str], Scene],
+    report: Report,
+    *,
+    producer: dict[str, str],
+    categories: Sequence[str],
+    tokens_contain_depth: bool,
+    notes: str,
+) -> Report:
+    """Makes the export of a source of scenes.
+
+    Args:
+        request: what the user wants.
+        splits: scene -> split, in the export's order.
+        make: a scene; a UserError or Dropped leaves the scene out and is counted.
+        report: gets what is kept and dropped.
+        producer, categories, tokens_contain_depth, notes: see `exports.ExportWriter`.
+
+    Returns:
+        `report`.
+
+    Raises:
+        UserError: no scene is left.
+        ExportError: the folder cannot be written, or holds something else.
+    """
+    excluded = zlib.crc32("\n".join(sorted(request.exclude)).encode())
+    asked = f"{request.views} views, seed {request.seed}, {len(splits)} scenes"
+    writer = exports.ExportWriter(
+        request.out,
+        producer={**producer, "request": f"{asked}, excluded {excluded:08x}"},
+        dtype="float16",
+        scale="metric",
+        token_width=TOKEN_WIDTH,
+        patch_grid=request.patch_grid,
+        tokens_contain_depth=tokens_contain_depth,
+        categories=categories,
+        notes=notes,
+    )
+    with writer:
+        made = Path(writer.folder) / _MADE
+        written: dict[str, dict] = {}
+        for scene_id, split in tqdm(splits.items(), desc="scenes", unit="scene"):
+            try:
+                note = _make_once(made, scene_id, split, make, writer.manifest)
+            except (UserError, Dropped) as error:
+                of_all = isinstance(error, Dropped)  # a reason that many have, counted as one
+                report.dropped[f"scene{'' if of_all else ' ' + scene_id}: {error}"] += 1
+                continue
+            note["entry"]["split"] = split  # the lists may have changed since it was made
+            written[scene_id] = note
+            report.dropped.update(note["dropped"])
+        if not written:
+            first = next(iter(report.dropped), "there is none")
+            raise UserError(f"{request.root}: no scene is left; {first}")
+        report.kept["scenes"] = len(written)
+        _add_questions(writer, made, written, request.seed, report)
+        shutil.rmtree(made)
+    return report
+
+
+def _make_once(folder: Path, scene_id: str, split: str, make, manifest: dict) -> dict:
+    """The note of a scene, which is made where it does not lie in the folder already."""
+    note = folder / f"{scene_id}.json"
+    if note.is_file() and (folder / "scenes" / f"{scene_id}.safetensors").is_file():
+        return json.loads(note.read_text(encoding="utf-8"))
+    scene = make(scene_id)
+    content = {
+        "entry": exports.write_scene(
+            folder, scene_id, scene.arrays, split=split, manifest=manifest
+        ),
+        "seen": None if scene.seen is None else _plain(scene.seen),
+        "dropped": scene.dropped,
+    }
+    part = note.with_suffix(".part")
+    part.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(part, note)
+    return json.loads(note.read_text(encoding="utf-8"))
+
+
+def _add_questions(
+    writer: exports.ExportWriter, made: Path, written: dict[str, dict], seed: int, report: Report
+) -> None:
+    """Moves the scenes to their place and asks about them."""
+    seen = {scene_id: _seen(note["seen"]) for scene_id, note in written.items() if note["seen"]}
+    trained = [room for s, room in seen.items() if written[s]["entry"]["split"] == "train"]
+    questioner = BoxQuestioner(trained, seed)
+    bar = tqdm(seen.items(), desc="questions", unit="scene")
+    records = {scene_id: questioner.ask(scene_id, room) for scene_id, room in bar}
+    (writer.folder / "scenes").mkdir(exist_ok=True)
+    for scene_id, note in written.items():
+        name = f"scenes/{scene_id}.safetensors"
+        os.replace(made / name, writer.folder / name)
+        writer.register(note["entry"])
+        writer.add_questions(records.get(scene_id, ()))
+        report.kept["questions"] += len(records.get(scene_id, ()))
+
+
+_ARRAYS = ("room", "boxes", "rays", "extrinsic")
+
+
+def _plain(seen: SeenRoom) -> dict:
+    """A room as JSON has it; `larger` and `typical` are the data set's, not the room's."""
+    facts = {name: np.asarray(getattr(seen, name)).tolist() for name in _ARRAYS}
+    return {
+        **facts,
+        "scene_id": seen.scene_id,
+        "floor": seen.floor,
+        "names": seen.names,
+        "vague": sorted(seen.vague),
+    }
+
+
+def _seen(facts: dict) -> SeenRoom:
+    arrays = {name: np.array(facts[name]) for name in _ARRAYS}
+    arrays["boxes"] = arrays["boxes"].reshape(-1, 7)
+    return SeenRoom(
+        **arrays,
+        scene_id=facts["scene_id"],
+        floor=facts["floor"],
+        names=tuple(facts["names"]),
+        vague=frozenset(facts["vague"]),
+        pairs=(),
+        larger={},
+        typical={},
+    )

@@ -1,0 +1,47 @@
+"""From a data set's own layout to a trained model: one command, then a run."""
+
+import pytest
+
+from geode_jax.data.datasets import SOURCES, front3d
+from geode_jax.data.exports import Export
+from geode_jax.inference.cli import main
+from tests.data.datasets.front3d_test import write_front
+from tests.data.datasets.scannet_test import write_scan, write_scannet
+
+
+def test_the_command_says_what_it_made_and_what_it_left_out(tmp_path, capsys):
+    for n in range(3):
+        write_scan(tmp_path / "in" / "scans", f"scene{n:04d}_00", seed=n)
+    exclude = tmp_path / "vsi.txt"
+    exclude.write_text("".join(f"scene{n:04d}_00\n" for n in range(3)))
+    given = {"root": tmp_path / "in", "out": tmp_path / "out", "exclude-scenes": exclude}
+    arguments = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    main(["prepare", "--source", "scannet", *arguments, "--views", "2"])
+    said = capsys.readouterr().out
+    assert "1 scenes, " in said and f"{tmp_path / 'out'}: 1 scenes (1 val)" in said
+    assert "dropped 2: scene: would be trained on" in said
+
+
+def test_an_unknown_source_is_refused_with_the_known_ones(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["prepare", "--source", "x", "--root", str(tmp_path), "--out", str(tmp_path / "out")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(name in line for name in SOURCES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "write"), [("scannet", write_scannet), ("3d-front", write_front)]
+)
+def test_one_command_makes_what_a_run_trains_on(tmp_path, monkeypatch, source, write):
+    from geode_jax.train import train_and_evaluate
+    from tests.runs import tiny_config
+
+    monkeypatch.setattr(front3d, "IMAGE_SIDE", 32)
+    root, out = write(tmp_path / "in"), tmp_path / "export"
+    main(["prepare", "--source", source, "--root", str(root), "--out", str(out), "--views", "3"])
+    epoch = len(Export(out).scene_ids("train")) // 2
+    config = tiny_config(out, steps=epoch, eval_every=epoch, checkpoint_every=epoch)
+    with config.unlocked():
+        config.data.row_length = 256
+    assert train_and_evaluate(config, tmp_path / "run")["steps"] == epoch
