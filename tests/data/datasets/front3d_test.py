@@ -1,10 +1,13 @@
 """3D-FRONT: houses written here in its layout; boxes against its own rule for vertices."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from geode_jax.data import raycast
@@ -222,6 +225,35 @@ def test_a_damaged_house_is_left_out_with_its_line(tmp_path, text, rule):
     report = prepare("3d-front", Request(root, tmp_path / "out", views=2))
     assert any(rule in line and "bad.json" in line for line in report.lines())
     assert len(Export(tmp_path / "out").scene_ids()) == 1
+
+
+JUNK = st.sampled_from([None, True, "", "x", [], {}, [[]], [None] * 3, -1, 0, 1e308, float("nan")])
+
+
+@given(st.data())
+def test_whatever_a_house_holds_it_is_read_or_refused(tmp_path_factory, data):
+    content = house(0)
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = content
+        while True:
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            key = data.draw(st.sampled_from(keys))
+            below = place[key]
+            if not isinstance(below, dict | list) or not below or data.draw(st.integers(0, 4)) == 0:
+                place[key] = data.draw(JUNK)
+                break
+            place = below
+    path = tmp_path_factory.mktemp("houses") / "h.json"
+    path.write_text(json.dumps(content))
+    models = {f"model-{k}": noun for k, noun in enumerate(NOUNS)}
+    try:
+        rooms = front3d.read_house(path, models, Counter())
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    for room in rooms.values():
+        assert len(room.names) == len(room.boxes) >= 3
+        assert np.isfinite(room.boxes).all() and (room.boxes[:, 3:6] > 0).all()
 
 
 def test_what_cannot_be_made_is_said_in_one_line(tmp_path):
