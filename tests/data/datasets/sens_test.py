@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from geode_jax.data.datasets.sens import open_sens
+from geode_jax.data.rgbd_folder import open_folder
 from geode_jax.data.rgbd_sequence import Dropped, resized
 from geode_jax.errors import UserError
 
@@ -110,6 +111,28 @@ def test_frames_are_read_exactly_and_in_any_order(tmp_path, kind, color, depth, 
         np.testing.assert_allclose(sens.read_pose(str(n)), pose_of(n), atol=1e-6)
     with pytest.raises(Dropped, match="not finite"):
         sens.read_pose("1")
+
+
+def test_real_frames_are_the_same_from_a_file_and_from_folders(tmp_path, data_root):
+    folder = open_folder(data_root / "open3d_livingroom1")
+    names, frames, size = folder.names[:3], [], folder.read_color(folder.names[0]).size
+    for name in names:
+        (picture,) = (folder.folder / "color").glob(f"{name}.*")
+        with Image.open(folder.folder / "depth" / f"{name}.png") as image:
+            depth = np.asarray(image).astype("<u2")
+        pose = np.loadtxt(folder.folder / "pose" / f"{name}.txt")
+        frames.append((pose, picture.read_bytes(), zlib.compress(depth.tobytes())))
+    kind = 1 if picture.suffix == ".png" else 2
+    matrix = np.eye(4)
+    matrix[:3, :3] = folder.depth_intrinsic
+    sizes = (*size, *folder.depth_size)
+    data = sens_bytes(frames, color_k=matrix, depth_k=matrix, sizes=sizes, color=kind)
+    sens = open_sens(write(tmp_path / "a.sens", data))
+    assert (sens.color_size, sens.depth_size) == (size, folder.depth_size)
+    for n, name in enumerate(names):
+        np.testing.assert_array_equal(sens.read_depth(str(n)), folder.read_depth(name))
+        np.testing.assert_array_equal(sens.read_color(str(n)), folder.read_color(name))
+        np.testing.assert_allclose(sens.read_pose(str(n)), folder.read_pose(name), atol=1e-6)
 
 
 def test_depth_is_metres_by_the_files_own_shift(tmp_path):
