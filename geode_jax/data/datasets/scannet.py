@@ -143,8 +143,10 @@ def make_scene(folder: Path, request: Request, categories: list[str]) -> Scene:
     Raises:
         UserError: something of it is damaged, or it has no usable frame.
     """
-    world = read_alignment(folder)
-    sequence, dropped = open_frames(folder), Counter()
+    world, sequence, dropped = read_alignment(folder), open_frames(folder), Counter()
+    if world is None:
+        world = np.eye(4)
+        dropped["alignment: none of a scan, taken as it stands"] += 1
     frames = _chosen_frames(sequence, request, world, dropped)
     if not frames:
         why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
@@ -191,8 +193,8 @@ def open_frames(folder: Path) -> RgbdSequence:
     return open_sens(sens) if sens.is_file() else open_folder(folder)
 
 
-def read_alignment(folder: Path) -> np.ndarray:
-    """The rigid motion [4, 4] from a scan's own frame to the axis-aligned one.
+def read_alignment(folder: Path) -> np.ndarray | None:
+    """The rigid motion [4, 4] from a scan's own frame to the axis-aligned one; None: not known.
 
     Raises:
         UserError: `<id>.txt` has an axisAlignment that is none.
@@ -201,12 +203,12 @@ def read_alignment(folder: Path) -> np.ndarray:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        return np.eye(4)
+        return None
     except (OSError, ValueError):
         raise UserError(f"{path}: cannot be read as text") from None
     found = re.search(r"^\s*axisAlignment\s*=(.*)$", text, re.MULTILINE)
     if not found:
-        return np.eye(4)
+        return None
     try:
         return rigid(np.array([float(word) for word in found[1].split()]).reshape(4, 4))
     except (ValueError, Dropped):

@@ -343,7 +343,8 @@ def test_instances_without_an_extent_are_counted_and_not_asked_about(tmp_path):
 
 def test_a_scan_without_labels_has_no_boxes_and_no_questions(tmp_path):
     scan_copy(tmp_path, labels=False)
-    prepare("scannet", Request(tmp_path, tmp_path / "out", views=3))
+    report = prepare("scannet", Request(tmp_path, tmp_path / "out", views=3))
+    assert report.dropped["alignment: none of a scan, taken as it stands"] == 1
     export = Export(tmp_path / "out")
     assert export.manifest["questions"]["count"] == 0
     assert "target/boxes" not in export.scene_shapes("scene0000_00")
