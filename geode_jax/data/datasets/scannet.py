@@ -12,7 +12,8 @@ Layout that is read, ScanNet's own:
 The world frame is that of the axis alignment: metres, z up, walls along x and y. A box is the
 axis-aligned one around an instance's vertices, yaw 0. Views are spread evenly over the frames that
 have a pose. Of the boxes those stay that the views show; the others are counted, and nothing is
-asked about a category of which one is not shown. What stands in for `vggt/tokens` is made from the
+asked about a category of which one is not shown. A room of which one scan must not be trained on is not
+trained on at all. What stands in for `vggt/tokens` is made from the
 measured depth and the colour, as for RGB-D folders (`sources`): the tokens contain depth.
 """
 
@@ -86,6 +87,9 @@ def prepare(request: Request) -> Report:
     if not found:
         raise UserError(f"{scans}: no scan: <id>/<id>.sens and its neighbours are looked for")
     report = Report()
+    listed = {_room(scan) for scan in request.exclude}  # whose other scans show the same
+    exclude = frozenset(scan for scan in found if _room(scan) in listed)
+    request = dataclasses.replace(request, exclude=exclude)
     splits = exclude_from_training(_splits(request, found, report), request, report)
     labels: set[str] = set()
     for scan in splits:
@@ -118,9 +122,8 @@ def _splits(request: Request, found: list[str], report: Report) -> dict[str, str
     lists = {s: request.root / f"scannetv2_{s}.txt" for s in SPLITS}
     lists = {split: path for split, path in lists.items() if path.is_file()}
     if not lists:
-        room = {scan: scan.partition("_")[0] for scan in found}
-        places = split_places(room.values(), request.seed)
-        return {scan: places[room[scan]] for scan in found}
+        places = split_places(map(_room, found), request.seed)
+        return {scan: places[_room(scan)] for scan in found}
     splits: dict[str, str] = {}
     for split, path in lists.items():
         for scan in path.read_text(encoding="utf-8", errors="replace").split():
@@ -130,6 +133,11 @@ def _splits(request: Request, found: list[str], report: Report) -> dict[str, str
     if unlisted:
         report.dropped["scene: in no scannetv2_*.txt"] += unlisted
     return {scan: splits[scan] for scan in found if scan in splits}
+
+
+def _room(scan: str) -> str:
+    """The room of scene0000_01, which scene0000_00 is a scan of too."""
+    return scan.partition("_")[0]
 
 
 def make_scene(folder: Path, request: Request, categories: list[str]) -> Scene:

@@ -293,6 +293,15 @@ def test_lists_decide_and_excluded_scenes_are_not_trained_on(tmp_path):
         prepare("scannet", Request(root, tmp_path / "other"))
 
 
+def test_no_other_scan_of_an_excluded_room_is_trained_on(tmp_path):
+    root = small_root(tmp_path, ("scene0000_00", "scene0000_01", "scene0001_00"))
+    (root / "scannetv2_train.txt").write_text("scene0000_00\nscene0000_01\nscene0001_00\n")
+    request = Request(root, tmp_path / "out", exclude=frozenset({"scene0000_00"}), views=2)
+    report = prepare("scannet", request)
+    assert Export(tmp_path / "out").scene_ids() == ["scene0001_00"]
+    assert [n for why, n in report.dropped.items() if "scenes to exclude" in why] == [2]
+
+
 def test_a_damaged_scan_is_left_out_with_its_line(tmp_path):
     root = small_root(tmp_path)
     sens = root / "scans" / "scene0000_00" / "scene0000_00.sens"
