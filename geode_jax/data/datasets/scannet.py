@@ -12,9 +12,9 @@ Layout that is read, ScanNet's own:
 The world frame is that of the axis alignment: metres, z up, walls along x and y. A box is the
 axis-aligned one around an instance's vertices, yaw 0. Views are spread evenly over the frames that
 have a pose. Of the boxes those stay that the views show; the others are counted, and nothing is
-asked about a category of which one is not shown. A room of which one scan must not be trained on is not
-trained on at all. What stands in for `vggt/tokens` is made from the
-measured depth and the colour, as for RGB-D folders (`sources`): the tokens contain depth.
+asked about a category of which one is not shown. A room of which one scan must not be trained on
+is not trained on at all. What stands in for `vggt/tokens` is made from the measured depth and the
+colour, as for RGB-D folders (`sources`): the tokens contain depth.
 """
 
 import dataclasses
