@@ -16,6 +16,7 @@ of the colour (`patch_tokens`), the same as for the rooms: the tokens contain de
 """
 
 import dataclasses
+import math
 import re
 import sys
 from collections import Counter
@@ -77,6 +78,7 @@ def read_frame(
     patch_grid: tuple[int, int],
     image_side: int,
     world: np.ndarray | None = None,
+    square: bool = False,
 ) -> Frame:
     """Decodes and measures one frame.
 
@@ -86,6 +88,7 @@ def read_frame(
         patch_grid: (gh, gw).
         image_side: longer side of the picture, about; never larger than the colour image.
         world: [4, 4], a rigid motion from the sequence's world frame to the one that is wanted.
+        square: the picture shows the same, squeezed into a square, as InternViT gets its frames.
 
     Raises:
         Dropped: it cannot be used.
@@ -105,7 +108,7 @@ def read_frame(
     _, patch_points = lens.see(
         _centres(patch_grid[0], height)[:, None], _centres(patch_grid[1], width)[None, :], reach
     )
-    image = _aligned_image(source, color, (rows, columns), image_side)
+    image = _aligned_image(source, color, (rows, columns), image_side, square)
     colour, contrast, slopes = _texture(image, rows, columns)
     tokens = patch_tokens(
         *(a[None] for a in (points, cell_depth, normals, colour, contrast, slopes, patch_points))
@@ -201,7 +204,7 @@ def _places(lens: _Lens) -> dict[str, np.ndarray]:
 
 
 def _aligned_image(
-    source: RgbdSequence, color: Image.Image, cells: tuple[int, int], side: int
+    source: RgbdSequence, color: Image.Image, cells: tuple[int, int], side: int, square: bool
 ) -> np.ndarray:
     """Colour over exactly the depth camera's field of view; black where colour saw nothing.
 
@@ -212,7 +215,10 @@ def _aligned_image(
     if k_color is None:
         k_color = resized(k_depth, source.depth_size, color.size)
     scale = min(1.0, side / max(width, height), max(color.size) / max(width, height))
-    out = [max(1, round(n * scale / c)) * c for n, c in ((width, cells[1]), (height, cells[0]))]
+    wanted = ((width, cells[1]), (height, cells[0]))
+    if square:
+        wanted = ((max(width, height), math.lcm(*cells)),) * 2
+    out = [max(1, round(n * scale / c)) * c for n, c in wanted]
     image = Image.new("RGB", tuple(out))
     source_box, target_box = [], []
     for axis, (size, limit) in enumerate(zip((width, height), color.size, strict=True)):

@@ -156,6 +156,16 @@ def test_pictures_show_what_the_depth_map_shows(hall_export):
     assert np.percentile(error, 95) < 12
 
 
+def test_square_pictures_show_the_same_squeezed(hall):
+    frame = sources.read_frame(open_folder(hall), "20", (8, 8), 80, square=True)
+    assert frame.image.shape == (80, 80, 3)
+    cells = frame.image.reshape(16, 5, 16, 5, 3).astype(np.float64).mean((1, 3))
+    inside = cells.min(-1) > 0.5
+    assert inside.mean() > 0.85
+    error = np.abs(cells - (frame.points - LOW) * SHADE).max(-1)[inside]
+    assert np.median(error) < 2
+
+
 def test_missing_depth_is_zero_and_nothing_else(hall, tmp_path):
     folder = copy_of(hall, tmp_path)
     for n in range(24):

@@ -14,7 +14,7 @@ axis-aligned one around an instance's vertices, yaw 0. Views are spread evenly o
 have a pose. Of the boxes those stay that the views show; the others are counted, and nothing is
 asked about a category of which one is not shown. A room of which one scan must not be trained on
 is not trained on at all. What stands in for `vggt/tokens` is made from the measured depth and the
-colour, as for RGB-D folders (`sources`): the tokens contain depth.
+colour, as for RGB-D folders (`sources`): the tokens contain depth. Pictures are square.
 """
 
 import dataclasses
@@ -239,9 +239,9 @@ def _chosen_frames(
         middle = len(part) // 2
         for n in sorted(range(len(part)), key=lambda n: abs(n - middle)):
             try:
-                frames.append(
-                    read_frame(sequence, str(part[n]), request.patch_grid, IMAGE_SIDE, world)
-                )
+                grid = request.patch_grid
+                frame = read_frame(sequence, str(part[n]), grid, IMAGE_SIDE, world, square=True)
+                frames.append(frame)
                 break
             except Dropped as reason:
                 dropped[f"frame: {reason}"] += 1

@@ -198,6 +198,7 @@ def test_the_export_obeys_the_contract_and_is_the_rooms(prepared, root):
     tensors = {t["name"]: t["shape"] for t in checked["tensors"]}
     assert tensors["vggt/tokens"] == ["8", "64", "76"]
     assert tensors["target/depth"] == ["8", "16", "16"]
+    assert tensors["images"] == ["8", "64", "64", "3"]  # what InternViT takes
     assert export.manifest["tokens_contain_depth"] is True
     assert not (export.folder / ".made").exists()
     for scene_id in export.scene_ids():
