@@ -30,6 +30,7 @@ import json
 import math
 import os
 import re
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -66,6 +67,10 @@ PROBABILITY_TOLERANCE = {"F32": 1e-4, "F16": 2e-3, "BF16": 1e-2}
 """Largest |sum - 1|: two units in the last place of numbers just below 1, and headroom."""
 
 _MANIFEST, _QUESTIONS, _MARKER = "manifest.json", "questions.jsonl", ".unfinished.json"
+_ENTRIES = ".entries"
+"""Folder of the entries of scenes that are done, while several processes fill an export."""
+_WRITTEN = ("scenes/*.safetensors", "teacher/*.safetensors")
+_LEFTOVERS = ("scenes/*.part", "teacher/*.part", f"{_ENTRIES}/*.part")
 _FILES = (("", "scenes", "sha256"), ("teacher/", "teacher", "teacher_sha256"))
 """Of a scene's two files: prefix of the tensors' names, folder, key in the manifest."""
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -243,7 +248,10 @@ the scene's question number `answer_question[t]` (0 = its first line in question
 `answer_id[t]` (the last of an answer is the end token), and had the k likeliest alternatives
 `topk_id[t]` with log-probabilities over the whole vocabulary `topk_logprob[t]`. The ids are those
 of the tokenizer whose `tokenizer.json` has the manifest's sha256 `teacher_tokenizer`. At k = 16 in
-float16 that is 104 bytes a token.
+float16 that is 104 bytes a token, 8 + 6 k in general, where all 32,000 of Llama would be 64,000.
+
+There is no logsumexp: a log-probability is the logit less the logsumexp, which is thereby in every
+entry already. What it would add, the common offset of the logits, no softmax can see.
 """
 
 
@@ -662,7 +670,7 @@ def _check_entry(entry: Any, seen: set[str], at: str = "") -> None:
 
 def _write_file(path: Path, chunks: Iterable[Any], durable: bool = False) -> str:
     """Writes a file whole or not at all and returns its sha256."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # others may write it too
     digest = hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -765,6 +773,11 @@ class ExportWriter:
     an export, whatever interrupted the writer. An existing export, or a folder with anything else
     in it, is never touched. An unfinished export whose header (producer, dtype, ...) is the
     same is started over: its files are removed.
+
+    With `resume`, several processes may fill one folder, one after the other or at once, each
+    scene once: a scene that `add_scene` has finished stays, and `finished` tells of it, to all of
+    them and to later ones. One more writer then registers the finished scenes in the order that
+    the manifest shall have, adds the questions, and closes.
     """
 
     def __init__(
@@ -780,6 +793,7 @@ class ExportWriter:
         categories: Sequence[str],
         notes: str = "",
         teacher_tokenizer: str = "",
+        resume: bool = False,
     ):
         """Opens the folder.
 
@@ -796,6 +810,7 @@ class ExportWriter:
             notes: anything for the reader.
             teacher_tokenizer: sha256 of the `tokenizer.json` behind the teacher's token ids; needed
                 where a scene has them.
+            resume: keep what an unfinished export of the same header has.
 
         Raises:
             ExportError: a bad argument, or a folder that may not be written to.
@@ -817,14 +832,34 @@ class ExportWriter:
         created = datetime.datetime.now(datetime.timezone.utc)
         self.manifest = {**header, "created": created.isoformat(timespec="seconds")}
         _check_fields(_MANIFEST, self.manifest, _HEADER_FIELDS, _required(_HEADER_FIELDS))
+        self._resume = resume
         self._take_folder(_json_bytes(header))
         self._entries: list[dict] = []
         self._scenes: set[str] = set()
         self._box_counts = _BoxCounts(self.folder, self._scenes)
         self._question_ids: set[str] = set()
         self._digest = hashlib.sha256()
+        # With `resume`, only the one that has questions, or closes, may open their file.
+        self._questions = None if resume else self._open_questions()
+
+    @classmethod
+    def reopen(cls, folder: str | os.PathLike) -> ExportWriter:
+        """Resumes an unfinished export under the header that it was begun with.
+
+        Raises:
+            ExportError: there is none.
+        """
         try:
-            self._questions = open(self.folder / _QUESTIONS, "xb")  # noqa: SIM115
+            header = _parse(_MARKER, (Path(folder) / _MARKER).read_bytes())
+        except OSError:
+            raise ExportError(str(folder), "", "is no unfinished export") from None
+        _check_fields(_MARKER, header, _HEADER_FIELDS, ("schema_version",))
+        del header["schema_version"]
+        return cls(folder, **header, resume=True)
+
+    def _open_questions(self) -> Any:
+        try:
+            return open(self.folder / _QUESTIONS, "wb" if self._resume else "xb")
         except OSError as error:
             raise _cannot_write(self.folder / _QUESTIONS, error) from None
 
@@ -832,18 +867,18 @@ class ExportWriter:
         folder, marker = self.folder, self.folder / _MARKER
         try:
             present = sorted(os.listdir(folder)) if folder.exists() else []
+            if self._resume:  # another process may be about to begin the same export
+                present = [name for name in present if not name.endswith(".part")]
             if _MANIFEST in present:
                 raise ExportError(str(folder), "", "is an export already; it is not overwritten")
             if present and _MARKER not in present:
                 raise ExportError(str(folder), "", "is not empty and not an unfinished export")
             if present and marker.read_bytes() != header:
                 raise ExportError(str(folder), "", "is an unfinished export of another producer")
-            for kind in ("scenes", "teacher"):
-                for pattern in ("*.safetensors", "*.safetensors.part"):
-                    for path in (folder / kind).glob(pattern):
+            if not self._resume:
+                for pattern in (*_LEFTOVERS, *_WRITTEN, f"{_ENTRIES}/*.json", _QUESTIONS):
+                    for path in folder.glob(pattern):
                         path.unlink()
-            if _QUESTIONS in present:
-                (folder / _QUESTIONS).unlink()
         except OSError as error:
             raise _cannot_write(folder, error) from None
         if not present:
@@ -860,9 +895,25 @@ class ExportWriter:
         """Checks and writes one scene; see `write_scene`."""
         if scene_id in self._scenes:
             raise ExportError(_MANIFEST, "id", f"duplicate scene {scene_id}")
-        self.register(
-            write_scene(self.folder, scene_id, arrays, teacher, split=split, manifest=self.manifest)
+        entry = write_scene(
+            self.folder, scene_id, arrays, teacher, split=split, manifest=self.manifest
         )
+        if self._resume:
+            _write_file(self.folder / _ENTRIES / f"{scene_id}.json", [_json_bytes(entry)])
+        self.register(entry)
+
+    def finished(self) -> dict[str, dict]:
+        """{scene: entry} of all scenes that any writer with `resume` has finished in this folder.
+
+        Raises:
+            ExportError: an entry is damaged.
+        """
+        entries: dict[str, dict] = {}
+        for path in sorted((self.folder / _ENTRIES).glob("*.json")):
+            entry = _parse(f"{_ENTRIES}/{path.name}", path.read_bytes())
+            _check_entry(entry, set(), f"{_ENTRIES}/{path.name}: ")
+            entries[entry["id"]] = entry
+        return entries
 
     def register(self, entry: dict) -> None:
         """Adds a scene that `write_scene` has written, here or in another process."""
@@ -885,6 +936,7 @@ class ExportWriter:
             line = _json_bytes(record)
             self._digest.update(line)
             try:
+                self._questions = self._questions or self._open_questions()
                 self._questions.write(line)
             except OSError as error:
                 raise _cannot_write(self.folder / _QUESTIONS, error) from None
@@ -892,9 +944,9 @@ class ExportWriter:
     def close(self) -> None:
         """Writes the manifest: from here on the folder is an export."""
         try:
-            with self._questions:
-                self._questions.flush()
-                os.fsync(self._questions.fileno())
+            with self._questions or self._open_questions() as file:
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise _cannot_write(self.folder / _QUESTIONS, error) from None
         questions = {"count": len(self._question_ids), "sha256": self._digest.hexdigest()}
@@ -903,6 +955,11 @@ class ExportWriter:
         _write_file(self.folder / _MANIFEST, [_json_bytes(manifest, indent=1)], durable=True)
         with contextlib.suppress(OSError):  # the export is complete; a stale marker means nothing
             (self.folder / _MARKER).unlink()
+            if self._resume:
+                for pattern in (*_LEFTOVERS, f"{_ENTRIES}/*.json"):
+                    for path in self.folder.glob(pattern):
+                        path.unlink()
+                (self.folder / _ENTRIES).rmdir()
 
     def __enter__(self) -> ExportWriter:
         """Returns itself."""
@@ -914,7 +971,8 @@ class ExportWriter:
             self.close()
         else:
             with contextlib.suppress(OSError):
-                self._questions.close()
+                if self._questions:
+                    self._questions.close()
 
 
 # --- Reading --------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 The eight VSI-Bench task types get VSI-Bench's own prompt, so that a model trained here reads at
 test time what it read in training. Every other kind is asked as it stands.
+
+This file stands alone (Python 3.9), so that a teacher is asked in the same words.
 """
 
 PRE_PROMPT = "These are frames of a video."

@@ -1004,6 +1004,44 @@ def test_scenes_written_elsewhere_are_registered(tmp_path):
     assert len(Export(tmp_path / "e").read_scene("z")) == len(SPECS)
 
 
+def test_several_writers_fill_one_export_and_go_on_where_they_were_cut_off(tmp_path, pristine):
+    """Two writers, the second killed in the middle of a scene, then one that only closes."""
+    folder = tmp_path / "e"
+    scene, teacher = two_files(make_scene())
+    first = ExportWriter(folder, **HEADER, resume=True)
+    second = ExportWriter(folder, **HEADER, resume=True)
+    first.add_scene("a", scene, split="train", teacher=teacher)
+    second.add_scene("b", two_files(make_scene(1))[0], split="val")
+    (folder / "scenes" / "c.safetensors.0.part").write_bytes(b"cut off")
+    assert "unfinished" in refusal(Export, folder)
+    again = ExportWriter(folder, **HEADER, resume=True)
+    assert again.finished().keys() == {"a", "b"}
+    line = "is an unfinished export of another producer"
+    assert line in refusal(ExportWriter, folder, **{**HEADER, "notes": "other"}, resume=True)
+    with ExportWriter.reopen(folder) as last:
+        for entry in last.finished().values():
+            last.register(entry)
+        last.add_questions([question()])
+    found, wanted = _listing(folder), _listing(pristine)
+    assert set(found) == set(wanted)
+    del found["manifest.json"], wanted["manifest.json"]  # `created`
+    assert found == wanted
+    assert validate(folder)["scenes"] == 2
+    assert "is an export already" in refusal(ExportWriter, folder, **HEADER, resume=True)
+    assert "is no unfinished export" in refusal(ExportWriter.reopen, folder)
+
+
+def test_without_resume_a_half_filled_export_is_started_over(tmp_path, pristine):
+    folder = tmp_path / "e"
+    writer = ExportWriter(folder, **HEADER, resume=True)
+    writer.add_scene("old", two_files(make_scene())[0], split="val")
+    assert set(_listing(write(folder))) == set(_listing(pristine))
+    damaged = ExportWriter(tmp_path / "d", **HEADER, resume=True)
+    (tmp_path / "d" / ".entries").mkdir()
+    (tmp_path / "d" / ".entries" / "a.json").write_text('{"id": "a", "split": "train"}')
+    assert "sha256: missing" in refusal(damaged.finished)
+
+
 # --- Validating -----------------------------------------------------------------------------------
 
 
