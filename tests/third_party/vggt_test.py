@@ -1,0 +1,282 @@
+"""VGGT's exporter, around a small torch model with VGGT's interfaces and known answers."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from geode_jax.data.exports import Export, validate
+
+H, W = 28, 56
+GRID = (2, 4)
+
+
+def save_picture(path, view: int, size=(W, H)):
+    random = np.random.default_rng(view)
+    pixels = random.integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+    pixels[0, 0, 0] = view
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Three scenes of 12, 3 and 3 views, in folders of `color/N.png`."""
+    for scene, views in (("room0", 12), ("room1", 3), ("room2", 3)):
+        for view in range(views):
+            save_picture(tmp_path / "root" / scene / "color" / f"{view}.png", view)
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def export(load, root, tmp_path):
+    """The command, with its arguments before those given."""
+
+    def export(*arguments, out="out"):
+        given = ["--root", root, "--subfolder", "color", "--size", W, "--commit", "c0ffee"]
+        given += ["--out", tmp_path / out, *arguments]
+        return load("vggt/export_vggt.py").main([str(argument) for argument in given])
+
+    return export
+
+
+def own_passes(load, root, scene, views):
+    """What the model itself says in one pass, and the pictures."""
+    import torch
+    from vggt.models.vggt import VGGT
+
+    pictures = [np.asarray(Image.open(root / scene / "color" / f"{v}.png")) for v in views]
+    made = load("vggt/export_vggt.py").reconstruct(torch, VGGT(), np.stack(pictures))
+    return made, np.stack(pictures)
+
+
+def test_what_is_written_is_what_the_model_says(load, export, root, tmp_path):
+    assert export("--views", 6) == 0
+    summary = validate(tmp_path / "out")
+    assert summary["scenes"] == 3 and summary["producer"]["commit"] == "c0ffee"
+    found = Export(tmp_path / "out")
+    assert found.manifest["scale"] == "scene" and found.patch_grid == GRID
+    assert "crop" in found.manifest["notes"] and found.token_width == 8
+    arrays = found.read_scene("room0")
+    made, pictures = own_passes(load, root, "room0", [0, 2, 4, 6, 8, 10])
+    np.testing.assert_array_equal(arrays["images"], pictures)
+    tokens = np.asarray(arrays["vggt/tokens"], np.float32)
+    np.testing.assert_allclose(tokens, made["tokens"].reshape(6, 8, 8), rtol=2**-8)
+    camera = np.asarray(arrays["vggt/camera_tokens"], np.float32)
+    np.testing.assert_allclose(camera, made["camera_tokens"], rtol=2**-8)
+    for name in ("depth", "depth_conf", "points", "points_conf"):
+        np.testing.assert_allclose(arrays[f"vggt/{name}"], made[name], rtol=2**-10, atol=1e-3)
+    np.testing.assert_array_equal(arrays["camera/extrinsic"], made["extrinsic"])
+    np.testing.assert_allclose(arrays["camera/intrinsic"], made["intrinsic"], rtol=1e-6)
+
+
+def unprojected(arrays):
+    """World points of the stored depth by the stored cameras."""
+    depth = np.asarray(arrays["vggt/depth"], np.float64)
+    _, h, w = depth.shape
+    pixel = np.stack([*np.meshgrid(np.arange(w), np.arange(h)), np.ones((h, w))], -1)
+    rays = np.einsum("vij,hwj->vhwi", np.linalg.inv(arrays["camera/intrinsic"]), pixel)
+    pose = arrays["camera/extrinsic"].astype(np.float64)
+    seen = rays * depth[..., None] - pose[:, None, None, :, 3]
+    return np.einsum("vji,vhwj->vhwi", pose[:, :, :3], seen)
+
+
+def test_chunks_are_brought_into_the_first_ones_frame_and_scale(export, tmp_path, capsys):
+    assert export() == 0
+    assert export("--chunk", 5, "--overlap", 2, out="chunks") == 0
+    assert "misfit of chunks at most 0.000" in capsys.readouterr().out
+    whole, parts = (Export(tmp_path / name) for name in ("out", "chunks"))
+    one, many = whole.read_scene("room0"), parts.read_scene("room0")
+    assert "tokens of later chunks" in parts.manifest["notes"]
+    for name in ("vggt/depth", "vggt/points", "camera/extrinsic"):
+        np.testing.assert_allclose(many[name], one[name], atol=3e-3, err_msg=name)
+    np.testing.assert_allclose(unprojected(many), many["vggt/points"], atol=1e-2)
+
+
+def test_chunks_that_do_not_fit_are_refused(load, export, tmp_path, capsys, monkeypatch):
+    module = load("vggt/export_vggt.py")
+    once = module.reconstruct
+    random = np.random.default_rng(0)
+
+    def wrong(*args):
+        made = once(*args)
+        return {**made, "points": random.normal(size=made["points"].shape).astype(np.float32)}
+
+    monkeypatch.setattr(module, "reconstruct", wrong)
+    assert export("--chunk", 5, "--overlap", 2) == 1
+    line = "scene room0: views 3 to 4 do not fit between two chunks (misfit"
+    assert line in capsys.readouterr().err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("pool", "pixels"), [(False, 2), (True, 4), (True, 28)])
+def test_pooled_tokens_and_other_sizes_stay_consistent(load, export, root, tmp_path, pool, pixels):
+    assert export("--pixels", pixels, "--views", 3, *["--pool"] * pool) == 0
+    found = Export(tmp_path / "out")
+    arrays = found.read_scene("room1")
+    made, _ = own_passes(load, root, "room1", range(3))
+    tokens = made["tokens"]
+    if pool:
+        assert found.patch_grid == (1, 2)
+        tokens = tokens.reshape(3, 1, 2, 2, 2, 8).mean((2, 4))
+    stored = np.asarray(arrays["vggt/tokens"], np.float32)
+    np.testing.assert_allclose(stored, tokens.reshape(3, -1, 8), rtol=2**-7, atol=1e-6)
+    assert arrays["vggt/depth"].shape[1] == found.patch_grid[0] * pixels
+    # A pixel of the smaller map is one of the larger, at most half of its own width away.
+    ratio = H // arrays["vggt/depth"].shape[1]
+    centre = ratio // 2
+    np.testing.assert_array_equal(
+        arrays["vggt/points"], made["points"][:, centre::ratio, centre::ratio].astype(np.float16)
+    )
+    for axis, full in ((0, W), (1, H)):
+        intrinsic = arrays["camera/intrinsic"][0, axis]
+        u = (centre + 0.5) / ratio - 0.5
+        ray = (u - intrinsic[2]) / intrinsic[axis]
+        wanted = made["intrinsic"][0, axis]
+        assert ray == pytest.approx((centre - wanted[2]) / wanted[axis], abs=1e-5), full
+
+
+def test_an_odd_grid_is_pooled_by_equal_areas(load):
+    area_mean = load("vggt/export_vggt.py").views.area_mean
+    tokens = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32)
+    fine = tokens.repeat(2, 1).repeat(2, 2)  # 6 x 10: halves of tokens are whole cells
+    wanted = np.stack([fine.reshape(2, 1, 6, 2, 5, 4).mean((2, 4))]).reshape(2, 1, 2, 4)
+    np.testing.assert_allclose(area_mean(tokens, (1, 2)), wanted, atol=1e-6)
+
+
+def test_padding_has_no_depth(export, root, tmp_path):
+    for view in range(2):
+        save_picture(root / "room1" / "color" / f"{view}.png", view, size=(20, 40))
+    for path in (root / "room1" / "color" / "2.png", *(root / "room0" / "color").iterdir()):
+        path.unlink()
+    (root / "room0" / "color").rmdir()
+    assert export("--preprocess", "pad") == 0
+    found = Export(tmp_path / "out")
+    assert found.scene_ids() == ["room1", "room2"] and found.patch_grid == (4, 4)
+    depth, images = (found.read_scene("room1")[name] for name in ("vggt/depth", "images"))
+    assert images.shape == (2, 56, 56, 3)
+    assert (images[:, :, :14] == 255).all() and (depth[:, :, :14] == 0).all()
+    assert (depth[:, :, 14:42] > 0).all()
+    wide = found.read_scene("room2")["vggt/depth"]
+    assert (wide[:, :14] == 0).all() and (wide[:, 14:42] > 0).all()
+
+
+def test_shards_fill_one_export_and_a_killed_one_goes_on(
+    load, export, root, tmp_path, capsys, monkeypatch
+):
+    records = [
+        {"id": f"q{i}", "scene_id": f"room{i}", "kind": "k", "question": "?", "answer": "a"}
+        for i in range(3)
+    ]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps(record) + "\n" for record in records))
+    splits = tmp_path / "splits.txt"
+    splits.write_text("room1 val\n")
+    arguments = ("--questions", questions, "--splits", splits)
+    module = load("vggt/export_vggt.py")
+    once = module.reconstruct_long
+    monkeypatch.setattr(module, "reconstruct_long", lambda *_: exec("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        export("--shard", "1/2", *arguments)
+    monkeypatch.setattr(module, "reconstruct_long", once)
+    assert export("--shard", "0/2", *arguments) == 0
+    assert export("--merge", *arguments) == 1
+    assert "1 of 3 scenes are not made: room1 " in capsys.readouterr().err
+    made_before = (tmp_path / "out" / "scenes" / "room0.safetensors").stat().st_mtime_ns
+    assert export("--shard", "0/2", *arguments) == 0
+    assert "2 of 2 scenes were made before" in capsys.readouterr().out
+    assert export("--shard", "1/2", *arguments) == 0
+    assert export("--merge", *arguments) == 0
+    assert (tmp_path / "out" / "scenes" / "room0.safetensors").stat().st_mtime_ns == made_before
+    summary = validate(tmp_path / "out")
+    assert summary["splits"] == {"train": 2, "val": 1} and summary["questions"] == {"k": 3}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "manifest.json",
+        "questions.jsonl",
+        "scenes",
+    ]
+    # The same bytes as one process writes.
+    assert export(*arguments, out="alone") == 0
+    for name in ("scenes/room1.safetensors", "questions.jsonl"):
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_a_broken_scene_costs_itself_alone_and_is_counted(export, root, tmp_path, capsys):
+    (root / "room1" / "color" / "1.png").write_bytes(b"no picture")
+    questions = tmp_path / "q.jsonl"
+    record = {"id": "q", "scene_id": "room1", "kind": "k", "question": "?", "answer": "a"}
+    questions.write_text(json.dumps(record) + "\n")
+    assert export("--questions", questions) == 1
+    error = capsys.readouterr().err
+    assert "scene room1: " in error and "1.png: no picture" in error
+    assert export("--questions", questions, "--merge", "--skip-missing") == 0
+    assert "left out: 1 scenes that are not made, 1 questions" in capsys.readouterr().out
+    assert Export(tmp_path / "out").scene_ids() == ["room0", "room2"]
+
+
+def test_another_header_does_not_go_on_an_export(export, capsys):
+    assert export("--shard", "0/2") == 0
+    assert export("--shard", "1/2", "--views", 5) == 1
+    assert "unfinished export of another producer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--shard", "2/2"], "--shard: '2/2' is not I/N"),
+        (["--overlap", 0], "needs 0 < --overlap < --chunk"),
+        (["--weights", "somebody/else"], "--licence: say that of the weights somebody/else"),
+        (["--subfolder", "rgb"], "0 scenes with 0 different names"),
+        (["--scene", "nowhere"], "nowhere/color: no such folder or video"),
+        (["--contract", "nowhere.py"], "nowhere.py: no such file"),
+        (["--splits", "nowhere.txt"], "not `scene split` a line"),
+    ],
+)
+def test_bad_input_is_one_line(export, capsys, arguments, line):
+    assert export(*arguments) == 1
+    error = capsys.readouterr().err.strip()
+    assert line in error and error.startswith("export_vggt: ") and "\n" not in error
+
+
+def test_videos_are_decoded_by_what_is_there(load, export, tmp_path, monkeypatch, capsys):
+    video = tmp_path / "walk.mp4"
+    video.write_bytes(b"none of these can read it")
+    module = load("vggt/export_vggt.py")
+    with pytest.raises(module.job.InputError, match="cannot be decoded") as error:
+        module.video_frames(video, 4)
+    assert "\n" not in str(error.value)
+    frames = [np.full((H, W, 3), i, np.uint8) for i in range(10)]
+    monkeypatch.setattr(module, "_imageio_frames", lambda path: iter(frames))
+    module._imageio_frames.__name__ = "_imageio_frames"
+    assert [int(frame[0, 0, 0]) for frame in module.video_frames(video, 4)] == [0, 2, 5, 7]
+    assert export("--scene", video, "--views", 4) == 0
+    assert Export(tmp_path / "out").read_scene("walk")["images"].shape == (4, H, W, 3)
+
+
+def test_weights_that_would_run_code_are_refused(export, tmp_path, capsys):
+    import torch
+
+    trap = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(trap), "w")
+
+    for name in ("weights.pt", "weights.safetensors"):
+        torch.save({"a": Evil()}, tmp_path / name)
+        assert export("--weights", tmp_path / name, "--licence", "l") == 1
+        assert f"{name}: no weights: " in capsys.readouterr().err
+    assert not trap.exists()
+
+
+def test_weights_of_a_file_are_those_used(load, export, tmp_path):
+    import torch
+    from vggt.models.vggt import VGGT
+
+    model = VGGT()
+    torch.nn.init.zeros_(model.aggregator.embed.weight)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    assert export("--weights", tmp_path / "w.pt", "--licence", "ours") == 0
+    tokens = np.asarray(Export(tmp_path / "out").read_scene("room1")["vggt/tokens"], np.float32)
+    assert (tokens == tokens[0, 0]).all()  # the bias alone

@@ -1,0 +1,301 @@
+"""What the exporters of this folder share: shards, resuming, one line for what is wrong.
+
+An exporter runs inside the environment of the project whose arrays it exports, so this file and
+what it loads, `geode_jax/data/exports.py` and `frames.py`, need Python 3.9, numpy and safetensors
+alone, and nothing of geode_jax is imported as a package.
+
+A job is a list of scenes, the same in every process. Shard I of N makes the scenes I, I + N, ...;
+each finished scene stays, whatever happens to the process. When all are there, `--merge` (or the
+only shard, by itself) writes the manifest, and the folder is an export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_DATA = Path(__file__).resolve().parent.parent / "geode_jax" / "data"
+_QUESTIONS = ".questions"
+"""Folder of the questions of scenes that are done, where an exporter answers them."""
+
+
+class InputError(ValueError):
+    """One line: where, what, which rule."""
+
+
+class Scene(NamedTuple):
+    """A scene to export; `source` is whatever the exporter makes it of."""
+
+    id: str
+    split: str
+    source: Any = None
+
+
+class Made(NamedTuple):
+    """What an exporter made of a scene: tensors of the contract by name, those of the teacher too.
+
+    Attributes:
+        arrays: {name: array}.
+        questions: the scene's question records; None where the exporter has nothing to say.
+        report: a few words for the terminal.
+    """
+
+    arrays: dict[str, Any]
+    questions: list[dict] | None = None
+    report: str = ""
+
+
+def load_by_path(path: str | Path, name: str) -> Any:
+    """The module in a file, without its package.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file (geode_jax/data/{name}.py of the checkout)")
+    spec = importlib.util.spec_from_file_location(f"geode_jax_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its NamedTuples look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that all exporters have."""
+    parser.add_argument("--out", required=True, type=Path, help="folder of the new export")
+    parser.add_argument("--shard", default="0/1", help="I/N: scenes I, I + N, ... (I from 0)")
+    parser.add_argument("--merge", action="store_true", help="only write the manifest, at the end")
+    parser.add_argument(
+        "--skip-missing",
+        action="store_true",
+        help="merge without the scenes that could not be made",
+    )
+    parser.add_argument(
+        "--contract",
+        type=Path,
+        default=_DATA / "exports.py",
+        help="geode_jax/data/exports.py (%(default)s)",
+    )
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """(I, N) of I/N.
+
+    Raises:
+        InputError: it is none.
+    """
+    with contextlib.suppress(ValueError):
+        index, count = (int(part) for part in text.split("/"))
+        if 0 <= index < count:
+            return index, count
+    raise InputError(f"--shard: {text!r} is not I/N with 0 <= I < N")
+
+
+def run(
+    args: argparse.Namespace,
+    contract: Any,
+    scenes: list[Scene],
+    begin: Callable[[], tuple[dict, Callable[[Scene], Made]]],
+    questions: Callable[[], Iterable[dict]] = tuple,
+) -> int:
+    """Makes this shard's scenes, or merges.
+
+    Args:
+        args: with those of `add_arguments`.
+        contract: the loaded `exports.py`.
+        scenes: of all shards, in the manifest's order.
+        begin: loads the model; returns the header (keyword arguments of `ExportWriter`) and the
+            function that makes a scene.
+        questions: records for the whole export; those of a scene give way to its own (`Made`).
+
+    Returns:
+        The process's exit code: 1 if a scene could not be made.
+
+    Raises:
+        ExportError, InputError: nothing could be done.
+    """
+    if len({scene.id for scene in scenes}) != len(scenes):
+        raise InputError(f"{len(scenes)} scenes have the same id twice: rename a folder")
+    index, count = shard_of(args.shard)
+    failed = 0
+    if not args.merge:
+        failed = _make_scenes(args, contract, scenes[index::count], begin)
+    if args.merge or (count == 1 and (not failed or args.skip_missing)):
+        _merge(args, contract, scenes, questions)
+    return 1 if failed else 0
+
+
+def _make_scenes(args: argparse.Namespace, contract: Any, scenes: list[Scene], begin) -> int:
+    header, make = begin()
+    writer = contract.ExportWriter(args.out, **header, resume=True)
+    done = writer.finished()
+    left = [scene for scene in scenes if scene.id not in done]
+    if len(left) < len(scenes):
+        print(f"{len(scenes) - len(left)} of {len(scenes)} scenes were made before")
+    failed = 0
+    for scene in _bar(left):
+        try:
+            made = make(scene)
+            if made.questions is not None:
+                _write_questions(args.out, scene.id, made.questions)
+            own = {n: a for n, a in made.arrays.items() if not n.startswith("teacher/")}
+            teacher = {n[8:]: a for n, a in made.arrays.items() if n.startswith("teacher/")}
+            writer.add_scene(scene.id, own, split=scene.split, teacher=teacher)
+        except (ValueError, OSError, RuntimeError) as error:
+            # A scene that does not fit in memory or cannot be decoded costs itself alone.
+            failed += 1
+            text = " ".join(str(error).split())
+            place = "" if text.startswith("scene ") else f"scene {scene.id}: "
+            print(f"{place}{text[:300]}", file=sys.stderr)
+        else:
+            if made.report:
+                print(f"scene {scene.id}: {made.report}")
+    print(f"{len(left) - failed} scenes made, {failed} could not be")
+    return failed
+
+
+def _merge(args: argparse.Namespace, contract: Any, scenes: list[Scene], questions) -> None:
+    writer = contract.ExportWriter.reopen(args.out)
+    done = writer.finished()
+    missing = [scene.id for scene in scenes if scene.id not in done]
+    if missing and not args.skip_missing:
+        names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise InputError(
+            f"{args.out}: {len(missing)} of {len(scenes)} scenes are not made: {names} "
+            "(make them, or --skip-missing)"
+        )
+    kept = [scene for scene in scenes if scene.id in done]
+    for scene in kept:
+        writer.register({**done[scene.id], "split": scene.split})
+    dropped, missing = 0, set(missing)
+    for record in questions():
+        scene_id = str(record.get("scene_id"))
+        if scene_id in missing:
+            dropped += 1
+        elif scene_id not in done or not _questions_file(args.out, scene_id).exists():
+            writer.add_questions([record])
+    for scene in kept:
+        if _questions_file(args.out, scene.id).exists():
+            writer.add_questions(read_records(_questions_file(args.out, scene.id)))
+    writer.close()
+    with contextlib.suppress(OSError):
+        for path in (args.out / _QUESTIONS).iterdir():
+            path.unlink()
+        (args.out / _QUESTIONS).rmdir()
+    print(
+        f"{args.out}: an export of {len(kept)} scenes; left out: {len(missing)} scenes that are "
+        f"not made, {dropped} questions about them"
+    )
+
+
+def _questions_file(out: Path, scene_id: str) -> Path:
+    return out / _QUESTIONS / f"{scene_id}.jsonl"
+
+
+def _write_questions(out: Path, scene_id: str, records: list[dict]) -> None:
+    path = _questions_file(out, scene_id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Read only when the scene's entry is there, which is written after it.
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+
+
+def read_records(path: Path) -> Iterator[dict]:
+    """JSON objects, one a line.
+
+    Raises:
+        InputError: the file cannot be read, or a line is no JSON object.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise InputError(f"{path}:{number}: must be a JSON object")
+                yield record
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def splits_of(ids: Iterable[str], split: str, table: Path | None) -> dict[str, str]:
+    """{scene: split}; `table` has `scene split` a line, and the rest gets `split`.
+
+    Raises:
+        InputError: the table cannot be read or has another line.
+    """
+    splits = dict.fromkeys(ids, split)
+    if table is not None:
+        try:
+            lines = table.read_text(encoding="utf-8").splitlines()
+            splits.update((scene, name) for scene, name in (x.split() for x in lines if x.strip()))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{table}: not `scene split` a line: {error}") from None
+    return splits
+
+
+def commit_of(module: Any, given: str) -> str:
+    """The commit of an installed project: as given, or as git says where it is installed from.
+
+    Raises:
+        InputError: neither knows.
+    """
+    if given:
+        return given
+    folder = str(Path(module.__file__ or next(iter(module.__path__))).resolve().parent)
+    command = ["git", "-C", folder, "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        # A copy inside somebody else's checkout would answer with that one's commit.
+        tracked = subprocess.run([*command[:3], "ls-files"], capture_output=True, check=True)
+        if tracked.stdout.strip():
+            return subprocess.run(
+                command, capture_output=True, check=True, text=True
+            ).stdout.strip()
+    raise InputError(f"{folder} is no git checkout: say its commit with --commit")
+
+
+def load_weights(torch: Any, path: Path) -> Any:
+    """What a .pt, .pth, .bin or .safetensors file holds, without running anything in it.
+
+    Raises:
+        InputError: it holds more than tensors and plain values, or cannot be read.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(str(path))
+        return torch.load(str(path), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or malicious file makes the reader say
+        reason = str(error).strip().splitlines()
+        raise InputError(f"{path}: no weights: {reason[0][:200] if reason else error!r}") from None
+
+
+def guarded(name: str, main: Callable[[list[str] | None], int]) -> Callable[..., int]:
+    """`main` with what is wrong said in one line."""
+
+    def guarded_main(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except ValueError as error:
+            # ExportError is one; its class belongs to the contract that `main` has loaded.
+            if not isinstance(error, InputError) and type(error).__name__ != "ExportError":
+                raise
+            print(f"{name}: {error}", file=sys.stderr)
+            return 1
+
+    return guarded_main
+
+
+def _bar(items: list[Scene]) -> Iterable[Scene]:
+    with contextlib.suppress(ImportError):
+        from tqdm import tqdm
+
+        return tqdm(items, desc="scenes", unit="scene", file=sys.stderr)
+    return items

@@ -1,0 +1,490 @@
+"""VGGT's tokens, depth, points and cameras of pictures or videos, as an export of geode_jax.
+
+Runs in the environment of https://github.com/facebookresearch/vggt (README.md beside this file):
+
+    python export_vggt.py --root scans --subfolder color --out export --shard 0/8
+    python export_vggt.py --root scans --subfolder color --out export --merge
+
+The world of a scene is its first camera's, OpenCV axes, in VGGT's own unit: `scale: scene`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import export_job as job
+import views
+
+SIZE = 518
+"""Pixels of the longer side (pad) or of the width (crop), as VGGT was trained."""
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
+LICENCES = {
+    "facebook/VGGT-1B": "CC-BY-NC-4.0 (weights)",
+    "facebook/VGGT-1B-Commercial": "VGGT commercial licence, gated (weights)",
+}
+MAX_MISFIT = 0.1
+"""Largest RMS distance of aligned chunks' shared points, as a share of these points' spread."""
+
+
+# --- Pictures -------------------------------------------------------------------------------------
+
+
+def natural_order(path: Path) -> list:
+    """Sorts 2.jpg before 10.jpg."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+
+def chosen(count: int, most: int) -> list[int]:
+    """At most `most` of `count` frames, evenly spaced from the first."""
+    return list(range(count)) if count <= most else [i * count // most for i in range(most)]
+
+
+def _opencv_frames(path: Path) -> Iterator[np.ndarray]:
+    import cv2
+
+    video = cv2.VideoCapture(str(path))
+    while True:
+        more, frame = video.read()
+        if not more:
+            return
+        yield frame[:, :, ::-1]
+
+
+def _imageio_frames(path: Path) -> Iterator[np.ndarray]:
+    import imageio.v3
+
+    yield from imageio.v3.imiter(str(path))
+
+
+def _torchvision_frames(path: Path) -> Iterator[np.ndarray]:
+    from torchvision.io import read_video
+
+    for frame in read_video(str(path), output_format="THWC", pts_unit="sec")[0]:
+        yield frame.numpy()
+
+
+def video_frames(path: Path, most: int) -> list[np.ndarray]:
+    """At most `most` frames [H, W, 3] of a video, by whatever can decode it here.
+
+    Raises:
+        InputError: nothing can.
+    """
+    tried = []
+    for decode in (_opencv_frames, _imageio_frames, _torchvision_frames):
+        name = decode.__name__.split("_")[1]
+        try:
+            # Decoded twice: containers are often wrong about how many frames they have.
+            wanted = set(chosen(sum(1 for _ in decode(path)), most))
+            if wanted:
+                return [frame for i, frame in enumerate(decode(path)) if i in wanted]
+            tried.append(f"{name} finds no frame")
+        except Exception as error:  # not installed, or no such codec: each library has its own
+            tried.append(f"{name}: {type(error).__name__}")
+    raise job.InputError(f"{path}: cannot be decoded ({'; '.join(tried)})")
+
+
+def read_pictures(source: Path, most: int) -> list[Image.Image]:
+    """The pictures of a scene, RGB; what is transparent becomes white.
+
+    Raises:
+        InputError: there is none, or one cannot be read.
+    """
+    if source.suffix.lower() in VIDEOS:
+        return [Image.fromarray(np.ascontiguousarray(f)) for f in video_frames(source, most)]
+    files = sorted(
+        (path for path in source.iterdir() if path.suffix.lower() in PICTURES), key=natural_order
+    )
+    if not files:
+        raise job.InputError(f"{source}: no picture ({', '.join(PICTURES)})")
+    pictures = []
+    for index in chosen(len(files), most):
+        try:
+            picture = Image.open(files[index])
+            if picture.mode in ("RGBA", "LA", "PA"):
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+                picture = Image.alpha_composite(white, picture)
+            pictures.append(picture.convert("RGB"))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise job.InputError(f"{files[index]}: no picture: {error}") from None
+    return pictures
+
+
+def prepare(
+    picture: Image.Image, mode: str, size: int, patch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A picture as VGGT takes it, by the rule of its own `load_and_preprocess_images`.
+
+    crop: the width becomes `size`, the height follows, in whole patches; what is taller than
+    `size` loses its top and bottom. pad: the longer side becomes `size`, the other follows, white
+    fills the square. Bicubic.
+
+    Returns:
+        uint8 [H, W, 3], and bool [H, W], which pixels are of the picture.
+    """
+    width, height = picture.size
+    longest = width if mode == "crop" else max(width, height)
+    whole = [max(1, round(side * (size / longest) / patch)) * patch for side in picture.size]
+    new = [size if side == longest else side_ for side, side_ in zip(picture.size, whole)]
+    pixels = np.asarray(picture.resize(tuple(new), Image.BICUBIC))
+    if mode == "crop":
+        top = max(0, (pixels.shape[0] - size) // 2)
+        pixels = pixels[top : top + size]
+        return pixels, np.ones(pixels.shape[:2], bool)
+    square, inside = np.full((size, size, 3), 255, np.uint8), np.zeros((size, size), bool)
+    top, left = ((size - side) // 2 for side in pixels.shape[:2])
+    place = (slice(top, top + pixels.shape[0]), slice(left, left + pixels.shape[1]))
+    square[place], inside[place] = pixels, True
+    return square, inside
+
+
+# --- The model ------------------------------------------------------------------------------------
+
+
+def load_model(torch: Any, weights: str, device: str) -> Any:
+    """VGGT with weights from a file (.pt, .safetensors), a folder, or a name of Hugging Face."""
+    from vggt.models.vggt import VGGT
+
+    if Path(weights).is_file():
+        model = VGGT()
+        model.load_state_dict(job.load_weights(torch, Path(weights)))
+    else:
+        model = VGGT.from_pretrained(weights)
+    return model.eval().to(device)
+
+
+def reconstruct(torch: Any, model: Any, pictures: np.ndarray) -> dict[str, np.ndarray]:
+    """One pass of VGGT over views that see each other.
+
+    Args:
+        torch: the module.
+        model: VGGT.
+        pictures: uint8 [V, H, W, 3].
+
+    Returns:
+        float32 tokens [V, H / 14, W / 14, C] and camera_tokens [V, C] of the aggregator's last
+        layer, depth, depth_conf [V, H, W], points [V, H, W, 3], points_conf [V, H, W], extrinsic
+        [V, 3, 4] and intrinsic [V, 3, 3] for [H, W].
+    """
+    from vggt.utils.pose_enc import pose_encoding_to_extri_intri
+
+    device = next(model.parameters()).device
+    images = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float()[None] / 255
+    cuda = device.type == "cuda"
+    half = torch.bfloat16
+    if cuda and torch.cuda.get_device_capability(device)[0] < 8:
+        half = torch.float16
+    with torch.inference_mode():
+        # As upstream: the aggregator in half precision, the heads in float32.
+        with torch.autocast(device.type, dtype=half, enabled=cuda):
+            layers, start = model.aggregator(images)
+        layers = [None if layer is None else layer.float() for layer in layers]
+        pose = model.camera_head(layers)[-1]
+        depth, depth_conf = model.depth_head(layers, images=images, patch_start_idx=start)
+        points, points_conf = model.point_head(layers, images=images, patch_start_idx=start)
+        extrinsic, intrinsic = pose_encoding_to_extri_intri(pose, images.shape[-2:])
+        last = layers[-1][0]
+        patch = model.aggregator.patch_size
+        grid = (images.shape[-2] // patch, images.shape[-1] // patch)
+        out = {
+            "tokens": last[:, start:].reshape(len(last), *grid, -1),
+            "camera_tokens": last[:, 0],
+            "depth": depth[0, ..., 0],
+            "depth_conf": depth_conf[0],
+            "points": points[0],
+            "points_conf": points_conf[0],
+            "extrinsic": extrinsic[0],
+            "intrinsic": intrinsic[0],
+        }
+        return {name: tensor.float().cpu().numpy() for name, tensor in out.items()}
+
+
+# --- Long videos ----------------------------------------------------------------------------------
+
+
+def chunk_ranges(count: int, chunk: int, overlap: int) -> list[tuple[int, int]]:
+    """Ranges of at most `chunk` views; each shares `overlap` views with the one before."""
+    if count <= chunk:
+        return [(0, count)]
+    starts = range(0, count - overlap, chunk - overlap)
+    return [(start, min(start + chunk, count)) for start in starts]
+
+
+def alignment(moving: np.ndarray, fixed: np.ndarray, weight: np.ndarray) -> tuple:
+    """The similarity that takes points nearest to others, weighted least squares (Umeyama 1991).
+
+    Args:
+        moving, fixed: [N, 3], the same points in two frames.
+        weight: [N], not negative.
+
+    Returns:
+        (rotation [3, 3], scale, translation [3], misfit): the RMS distance that is left, as a
+        share of the RMS distance of the fixed points from their centre.
+    """
+    weight = weight / weight.sum()
+    centre_m, centre_f = weight @ moving, weight @ fixed
+    m, f = moving - centre_m, fixed - centre_f
+    u, s, vt = np.linalg.svd((f * weight[:, None]).T @ m)
+    sign = np.array([1.0, 1.0, np.linalg.det(u) * np.linalg.det(vt)])
+    rotation = (u * sign) @ vt
+    scale = float((s * sign).sum() / (weight @ (m**2).sum(-1)))
+    left = ((scale * m @ rotation.T - f) ** 2).sum(-1)
+    misfit = float(np.sqrt((weight @ left) / (weight @ (f**2).sum(-1))))
+    return rotation, scale, centre_f - scale * rotation @ centre_m, misfit
+
+
+def reconstruct_long(
+    torch: Any, model: Any, frames: Any, pictures: np.ndarray, chunk: int, overlap: int
+) -> tuple[dict[str, np.ndarray], float]:
+    """`reconstruct`, in chunks that are brought into the first chunk's frame and scale.
+
+    Two chunks share `overlap` views, whose pixels are the same points in both. The surer half of
+    them decides the similarity. Depths, points and cameras follow it; tokens cannot: those of a
+    later chunk speak of that chunk's own first camera.
+
+    Returns:
+        The arrays, and the largest misfit (0 for one chunk).
+
+    Raises:
+        InputError: two chunks do not fit.
+    """
+    whole: dict[str, np.ndarray] = {}
+    worst = 0.0
+    for start, end in chunk_ranges(len(pictures), chunk, overlap):
+        part = reconstruct(torch, model, pictures[start:end])
+        shared = 0
+        if whole:
+            shared = len(whole["depth"]) - start
+            sure = np.minimum(whole["points_conf"][start:], part["points_conf"][:shared])
+            use = sure >= np.median(sure)
+            rotation, scale, translation, misfit = alignment(
+                part["points"][:shared][use].astype(np.float64),
+                whole["points"][start:][use].astype(np.float64),
+                sure[use].astype(np.float64),
+            )
+            worst = max(worst, misfit)
+            if not misfit <= MAX_MISFIT:
+                raise job.InputError(
+                    f"views {start} to {start + shared - 1} do not fit between two chunks "
+                    f"(misfit {misfit:.2f} > {MAX_MISFIT}): use a larger --chunk or fewer --views"
+                )
+            similarity = frames.Similarity(rotation, scale, translation)
+            part["points"] = similarity.points(part["points"])
+            part["depth"] = scale * part["depth"]
+            part["extrinsic"] = similarity.extrinsic(part["extrinsic"])
+        for name, array in part.items():
+            array = np.asarray(array[shared:], np.float32)
+            whole[name] = np.concatenate([whole[name], array]) if name in whole else array
+    return whole, worst
+
+
+# --- To the contract ------------------------------------------------------------------------------
+
+
+def half(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """float16, and how many values had to be clipped to its range."""
+    limit = np.finfo(np.float16).max
+    return np.clip(values, -limit, limit).astype(np.float16), int((np.abs(values) > limit).sum())
+
+
+def to_contract(
+    made: dict[str, np.ndarray],
+    pictures: np.ndarray,
+    inside: np.ndarray,
+    grid: tuple[int, int],
+    pixels: int,
+    with_images: bool,
+) -> tuple[dict[str, np.ndarray], int]:
+    """Tensors of the contract, and how many values were clipped.
+
+    Depth outside the picture (padding) is 0, which means missing.
+    """
+    size = (grid[0] * pixels, grid[1] * pixels)
+    tokens = views.area_mean(made["tokens"], grid)
+    arrays = {
+        "vggt/tokens": tokens.reshape(len(tokens), -1, tokens.shape[-1]),
+        "vggt/camera_tokens": made["camera_tokens"],
+        "camera/extrinsic": made["extrinsic"],
+        "camera/intrinsic": views.resized_intrinsic(made["intrinsic"], inside.shape[1:], size),
+    }
+    clipped = 0
+    made = {**made, "depth": np.where(inside, made["depth"], 0)}
+    for name in ("depth", "depth_conf", "points", "points_conf"):
+        arrays[f"vggt/{name}"], count = half(views.nearest(made[name], size))
+        clipped += count
+    if with_images:
+        arrays["images"] = pictures
+    return arrays, clipped
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def scenes_of(args: argparse.Namespace) -> list[job.Scene]:
+    """The scenes that the arguments name, with their splits.
+
+    Raises:
+        InputError: there is none.
+    """
+    places = [Path(path) for path in args.scene or ()]
+    if args.root:
+        if not args.root.is_dir():
+            raise job.InputError(f"{args.root}: no such folder")
+        places += [
+            path
+            for path in sorted(args.root.iterdir(), key=natural_order)
+            if path.suffix.lower() in VIDEOS or (path / args.subfolder).is_dir()
+        ]
+    sources = {}
+    for place in places:
+        is_video = place.suffix.lower() in VIDEOS
+        sources[place.stem if is_video else place.resolve().name] = (
+            place if is_video else place / args.subfolder
+        )
+    if not sources or len(sources) != len(places):
+        raise job.InputError(
+            f"{len(places)} scenes with {len(sources)} different names: see --help"
+        )
+    for source in sources.values():
+        if not source.exists():
+            raise job.InputError(f"{source}: no such folder or video")
+    splits = job.splits_of(sources, args.split, args.splits)
+    return [job.Scene(name, splits[name], source) for name, source in sources.items()]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    job.add_arguments(parser)
+    parser.add_argument(
+        "--root", type=Path, help="data set: a folder of scenes (folders or videos)"
+    )
+    parser.add_argument("--scene", nargs="+", help="scenes: folders of pictures, or videos")
+    parser.add_argument("--subfolder", default=".", help="where a scene's pictures are, as color")
+    parser.add_argument("--split", default="train", choices=("train", "val", "test"))
+    parser.add_argument("--splits", type=Path, help="file of `scene split` lines, before --split")
+    parser.add_argument("--questions", type=Path, help="questions.jsonl about the scenes")
+    parser.add_argument("--weights", default="facebook/VGGT-1B", help="name, folder or file")
+    parser.add_argument("--licence", default="", help="of the weights, where they are others")
+    parser.add_argument("--commit", default="", help="of the vggt checkout, where git cannot say")
+    parser.add_argument("--device", default="", help="cuda where there is one, else cpu")
+    parser.add_argument("--preprocess", default="crop", choices=("crop", "pad"))
+    parser.add_argument("--size", type=int, default=SIZE, help="pixels (%(default)s)")
+    parser.add_argument("--views", type=int, default=32, help="of a scene at most, evenly spaced")
+    parser.add_argument("--chunk", type=int, default=100, help="views of one pass")
+    parser.add_argument("--overlap", type=int, default=10, help="views that two chunks share")
+    parser.add_argument("--pool", action="store_true", help="means of 2 x 2 tokens")
+    parser.add_argument(
+        "--pixels", type=int, default=14, help="of depth and points, a patch's side"
+    )
+    parser.add_argument("--no-images", action="store_true", help="leave the pictures out")
+    args = parser.parse_args(argv)
+    if not 0 < args.overlap < args.chunk or min(args.views, args.pixels, args.size) < 1:
+        raise job.InputError("needs 0 < --overlap < --chunk, and --views, --pixels, --size above 0")
+    return args
+
+
+def notes_of(args: argparse.Namespace) -> str:
+    """What a reader must know about how the arrays came to be."""
+    pooled = "area means onto half the grid (--pool)" if args.pool else "as they are"
+    return (
+        f"preprocessing: {args.preprocess}, {args.size} pixels; at most {args.views} views, "
+        f"evenly spaced. Tokens: last aggregator layer, patch part, {pooled}. World: the first "
+        "camera, OpenCV axes, VGGT's unit (not metric). Depth, points and confidences: float16, "
+        f"nearest pixel, {args.pixels} a side of a patch; padding has depth 0. Scenes of more than "
+        f"{args.chunk} views: chunks with {args.overlap} views in common, brought into the first "
+        "one's frame and scale by a similarity of their shared points; tokens of later chunks "
+        "speak of their own first camera."
+    )
+
+
+def begin(args: argparse.Namespace, scenes: list[job.Scene]):
+    """Loads the model; see `job.run`."""
+    try:
+        import torch
+        import vggt
+    except ImportError as error:
+        raise job.InputError(f"not in VGGT's environment: {error}") from None
+    licence = args.licence or LICENCES.get(args.weights)
+    if not licence:
+        raise job.InputError(f"--licence: say that of the weights {args.weights}")
+    commit = job.commit_of(vggt, args.commit)
+    frames = job.load_by_path(args.contract.parent / "frames.py", "frames")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(torch, args.weights, device)
+    patch = model.aggregator.patch_size
+
+    def views_of(scene: job.Scene, most: int) -> tuple[np.ndarray, np.ndarray]:
+        ready = [
+            prepare(picture, args.preprocess, args.size, patch)
+            for picture in read_pictures(scene.source, most)
+        ]
+        if len({pixels.shape for pixels, _ in ready}) > 1:
+            raise job.InputError(f"{scene.source}: pictures of several shapes: --preprocess pad")
+        return np.stack([pixels for pixels, _ in ready]), np.stack([inside for _, inside in ready])
+
+    def grid_of(pictures: np.ndarray) -> tuple[int, int]:
+        h, w = (side // patch for side in pictures.shape[1:3])
+        return (max(1, h // 2), max(1, w // 2)) if args.pool else (h, w)
+
+    # Of the whole job's first scene, so that all shards write the same header.
+    grid = grid_of(views_of(scenes[0], 1)[0])
+
+    def make(scene: job.Scene) -> job.Made:
+        pictures, inside = views_of(scene, args.views)
+        if grid_of(pictures) != grid:
+            raise job.InputError(
+                f"{scene.source}: {grid_of(pictures)} patches, {grid} in the first scene: "
+                "an export has one grid, which --preprocess pad gives"
+            )
+        made, misfit = reconstruct_long(torch, model, frames, pictures, args.chunk, args.overlap)
+        arrays, clipped = to_contract(made, pictures, inside, grid, args.pixels, not args.no_images)
+        report = [f"{len(pictures)} views"]
+        if len(pictures) > args.chunk:
+            report.append(f"misfit of chunks at most {misfit:.3f}")
+        if clipped:
+            report.append(f"{clipped} values clipped to float16")
+        return job.Made(arrays, report=", ".join(report))
+
+    producer = {
+        "project": "facebookresearch/vggt",
+        "commit": commit,
+        "weights": args.weights,
+        "licence": licence,
+        "preprocessing": args.preprocess,
+    }
+    header = {
+        "producer": producer,
+        "dtype": "bfloat16",
+        "scale": "scene",
+        "token_width": 2 * model.aggregator.camera_token.shape[-1],
+        "patch_grid": grid,
+        "tokens_contain_depth": False,
+        "categories": [],
+        "notes": notes_of(args),
+    }
+    return header, make
+
+
+def _main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    contract = job.load_by_path(args.contract, "exports")
+    scenes = scenes_of(args)
+    questions = (lambda: job.read_records(args.questions)) if args.questions else tuple
+    return job.run(args, contract, scenes, lambda: begin(args, scenes), questions)
+
+
+main = job.guarded("export_vggt", _main)
+
+if __name__ == "__main__":
+    sys.exit(main())
