@@ -1,0 +1,1 @@
+"""The interfaces of facebookresearch/sonata that its exporter uses, with two small stages."""

@@ -1,0 +1,507 @@
+"""Sonata's coarse point tokens of the scenes of an export, as a new export that has them too.
+
+Runs in the environment of https://github.com/facebookresearch/sonata (README.md beside this file):
+
+    python export_sonata.py --export vggt_export --out with_points
+    python export_sonata.py --export prepared --scans meshes --out with_points
+
+A metric export keeps its world, and `sonata/coord` is in it. One without scale (VGGT's) is moved
+as a whole, cameras and points too, into the frame that Sonata was trained in: metres (by a rule),
+z up, centred, the floor at 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import export_job as job
+import views
+
+VOXEL = 0.02
+"""Metres, as Sonata was trained."""
+LICENCE = "CC-BY-NC-4.0 (weights)"
+_PLY_TYPES = {
+    **dict.fromkeys(("char", "int8"), "i1"),
+    **dict.fromkeys(("uchar", "uint8"), "u1"),
+    **dict.fromkeys(("short", "int16"), "i2"),
+    **dict.fromkeys(("ushort", "uint16"), "u2"),
+    **dict.fromkeys(("int", "int32"), "i4"),
+    **dict.fromkeys(("uint", "uint32"), "u4"),
+    **dict.fromkeys(("float", "float32"), "f4"),
+    **dict.fromkeys(("double", "float64"), "f8"),
+}
+
+
+class Cloud(NamedTuple):
+    """Points of a scene.
+
+    Attributes:
+        points: [N, 3], in the export's world.
+        colour: [N, 3] in 0 to 255, or None.
+        normal: [N, 3] unit vectors, or None.
+        view: [N] the view that sees a point, or None.
+    """
+
+    points: np.ndarray
+    colour: np.ndarray | None
+    normal: np.ndarray | None
+    view: np.ndarray | None
+
+    def taken(self, index: np.ndarray) -> Cloud:
+        """Some of the points."""
+        return Cloud(*(None if field is None else field[index] for field in self))
+
+
+# --- Scans ----------------------------------------------------------------------------------------
+
+
+def read_scan(path: Path) -> Cloud:
+    """A cloud from a .ply file, or an .npz file with points, and colour and normal if it has them.
+
+    Raises:
+        InputError: it is neither, or has no points.
+    """
+    try:
+        fields = _read_npz(path) if path.suffix == ".npz" else _read_ply(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise job.InputError(f"{path}: no scan: {str(error) or type(error).__name__}") from None
+    points = fields["points"]
+    if points.ndim != 2 or points.shape[1:] != (3,) or not len(points):
+        raise job.InputError(f"{path}: points of shape {list(points.shape)} are not [N, 3]")
+    for name, array in fields.items():
+        if array is not None and (array.shape != points.shape or not np.isfinite(array).all()):
+            raise job.InputError(f"{path}: {name} is not a finite {list(points.shape)}")
+    return Cloud(points, fields["colour"], fields["normal"], None)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray | None]:
+    with np.load(path, allow_pickle=False) as file:
+        return {
+            name: file[name].astype(np.float64) if name in file or name == "points" else None
+            for name in ("points", "colour", "normal")
+        }
+
+
+def _read_ply(path: Path) -> dict[str, np.ndarray | None]:
+    """The vertices of a PLY file, ascii or binary."""
+    with open(path, "rb") as file:
+        layout, count, kind = [], 0, ""
+        if file.readline(100).strip() != b"ply":
+            raise ValueError("not a PLY file")
+        element = ""
+        while True:
+            words = file.readline(1000).decode("ascii").split()
+            if words[:1] == ["end_header"]:
+                break
+            if not words:
+                raise ValueError("its header does not end")
+            if words[0] == "format":
+                kind = words[1]
+            elif words[0] == "element":
+                if not element and words[1] != "vertex":
+                    raise ValueError(f"element {words[1]} comes before the vertices")
+                element = words[1]
+                count = int(words[2]) if element == "vertex" else count
+            elif words[0] == "property" and element == "vertex":
+                layout.append((words[2], _PLY_TYPES[words[1]]))
+        names = [name for name, _ in layout]
+        if kind == "ascii":
+            rows = np.loadtxt(file, max_rows=count, ndmin=2, usecols=range(len(names)))
+            columns, found = dict(zip(names, rows.T)), len(rows)
+        else:
+            order = {"binary_little_endian": "<", "binary_big_endian": ">"}[kind]
+            row = np.dtype([(name, order + dtype) for name, dtype in layout])
+            data = file.read(count * row.itemsize)
+            found = len(data) // row.itemsize
+            columns = np.frombuffer(data[: found * row.itemsize], row)
+        if found < count:
+            raise ValueError(f"cut off: {found} of {count} vertices")
+
+    def stacked(*wanted: str) -> np.ndarray | None:
+        has = all(name in names for name in wanted)
+        return np.stack([columns[name] for name in wanted], -1).astype(np.float64) if has else None
+
+    points = stacked("x", "y", "z")
+    if points is None:
+        raise ValueError("has no x, y, z")
+    return {
+        "points": points,
+        "colour": stacked("red", "green", "blue"),
+        "normal": stacked("nx", "ny", "nz"),
+    }
+
+
+# --- Points of an export --------------------------------------------------------------------------
+
+
+def image_normals(points: np.ndarray, known: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Normals [V, h, w, 3] of the surface through neighbouring pixels, turned to the camera.
+
+    Zero where a neighbour is missing.
+
+    Args:
+        points: [V, h, w, 3].
+        known: [V, h, w].
+        centres: [V, 3] of the cameras.
+    """
+    right, down = np.zeros_like(points), np.zeros_like(points)
+    right[:, :, :-1] = points[:, :, 1:] - points[:, :, :-1]
+    down[:, :-1] = points[:, 1:] - points[:, :-1]
+    right[:, :, -1], down[:, -1] = right[:, :, -2], down[:, -2]
+    whole = known.copy()
+    whole[:, :, :-1] &= known[:, :, 1:]
+    whole[:, :-1] &= known[:, 1:]
+    normal = np.cross(right, down)
+    length = np.linalg.norm(normal, axis=-1, keepdims=True)
+    normal = np.divide(normal, length, out=np.zeros_like(normal), where=length > 0)
+    away = ((centres[:, None, None] - points) * normal).sum(-1, keepdims=True) < 0
+    return np.where(whole[..., None], np.where(away, -normal, normal), 0)
+
+
+def cloud_of(arrays: dict[str, np.ndarray], source: str, unsure: float) -> Cloud:
+    """The points that a scene's views see.
+
+    Args:
+        arrays: tensors of the scene.
+        source: depth (VGGT's, unprojected), points (VGGT's) or target (the true depth).
+        unsure: share of the points, those of least confidence, that is left out.
+
+    Raises:
+        InputError: the scene lacks what the source needs.
+    """
+    name = {"depth": "vggt/depth", "points": "vggt/points", "target": "target/depth"}[source]
+    cameras = ("camera/extrinsic", "camera/intrinsic")
+    for needed in (name, *cameras):
+        if needed not in arrays:
+            raise job.InputError(f"the scene has no {needed}, which --points {source} needs")
+    if source == "points":
+        points = arrays[name].astype(np.float64)
+        depth = arrays.get("vggt/depth", np.ones(points.shape[:3]))
+        known = depth > 0
+    else:
+        depth = arrays[name].astype(np.float64)
+        points = views.unprojected(depth, *(arrays[name] for name in reversed(cameras)))
+        known = depth > 0
+    confidence = arrays.get(f"{name}_conf")
+    if confidence is not None and known.any():
+        confidence = confidence.astype(np.float32)
+        known &= confidence >= np.quantile(confidence[known], unsure)
+    pose = arrays["camera/extrinsic"].astype(np.float64)
+    centres = -np.einsum("vji,vj->vi", pose[:, :, :3], pose[:, :, 3])
+    normal = image_normals(points, known, centres)
+    colour = None
+    if "images" in arrays:
+        colour = views.nearest(arrays["images"], points.shape[1:3])[known].astype(np.float64)
+    view = np.broadcast_to(np.arange(len(points))[:, None, None], known.shape)
+    if not known.any():
+        raise job.InputError("the scene has no known point")
+    return Cloud(points[known], colour, normal[known], view[known])
+
+
+def choose_voxels(points: np.ndarray, size: float) -> tuple[np.ndarray, np.ndarray]:
+    """One point of every voxel: the one nearest to its centre, of equally near ones the first.
+
+    Upstream's own transform draws one at random.
+
+    Args:
+        points: [N, 3].
+        size: of a voxel.
+
+    Returns:
+        indices [n] in the lexicographic order of the voxels, and grid coordinates [n, 3] from 0.
+    """
+    grid = np.floor(points / size).astype(np.int64)
+    off = ((points / size - grid - 0.5) ** 2).sum(-1)
+    grid -= grid.min(0)
+    order = np.lexsort((np.arange(len(points)), off, grid[:, 2], grid[:, 1], grid[:, 0]))
+    ordered = grid[order]
+    first = np.ones(len(order), bool)
+    first[1:] = (ordered[1:] != ordered[:-1]).any(-1)
+    return order[first], ordered[first]
+
+
+# --- The model ------------------------------------------------------------------------------------
+
+
+def load_model(torch: Any, weights: str, device: str) -> Any:
+    """Sonata's encoder, its orders fixed.
+
+    Args:
+        torch: the module.
+        weights: a file of {"config", "state_dict"}, or a name in facebook/sonata, as `sonata`.
+        device: of torch.
+
+    Raises:
+        InputError: the file is no such checkpoint.
+    """
+    from sonata.model import PointTransformerV3
+
+    path = Path(weights)
+    if not path.is_file():
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download("facebook/sonata", f"{weights}.pth"))
+    checkpoint = job.load_weights(torch, path)
+    if not isinstance(checkpoint, dict) or not {"config", "state_dict"} <= checkpoint.keys():
+        raise job.InputError(f"{path}: not a checkpoint with config and state_dict")
+    config = {**checkpoint["config"], "shuffle_orders": False, "traceable": True}
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError:
+        config["enable_flash"] = False
+    model = PointTransformerV3(**config)
+    model.load_state_dict(checkpoint["state_dict"])
+    for module in model.modules():
+        # The pooling layers are built without the option and would shuffle on.
+        if hasattr(module, "shuffle_orders"):
+            module.shuffle_orders = False
+        if hasattr(module, "traceable"):
+            module.traceable = True
+    return model.eval().to(device)
+
+
+def encode(torch: Any, model: Any, features: np.ndarray, grid: np.ndarray) -> tuple:
+    """The coarsest stage.
+
+    Args:
+        torch: the module.
+        model: Sonata.
+        features: [n, 6 or 9]; the first three are the place.
+        grid: int [n, 3].
+
+    Returns:
+        features [G, C], coordinates [G, 3] (means of the stage before), and for every input point
+        the coarse one that it went into, [n].
+    """
+    device = next(model.parameters()).device
+    feat = torch.from_numpy(np.ascontiguousarray(features, np.float32)).to(device)
+    given = {
+        "coord": feat[:, :3],
+        "grid_coord": torch.from_numpy(grid).to(device),
+        "feat": feat,
+        "offset": torch.tensor([len(feat)], device=device),
+    }
+    with torch.inference_mode():
+        point = model(given)
+        out = point["feat"].float().cpu().numpy(), point["coord"].float().cpu().numpy()
+        steps = []
+        while "pooling_parent" in point:
+            steps.append(point["pooling_inverse"].cpu().numpy())
+            point = point["pooling_parent"]
+    cell = np.arange(len(features))
+    for step in reversed(steps):
+        cell = step[cell]
+    return (*out, cell)
+
+
+def majority(cell: np.ndarray, view: np.ndarray, cells: int) -> np.ndarray:
+    """The view that most points of a cell come from; of equally many the first. int32 [cells]."""
+    count = int(view.max()) + 1
+    votes = np.bincount(cell * count + view, minlength=cells * count)
+    return votes.reshape(cells, count).argmax(-1).astype(np.int32)
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def moved(arrays: dict[str, np.ndarray], similarity: Any) -> dict[str, np.ndarray]:
+    """A scene's cameras, depths and points in the frame that a similarity leads to.
+
+    Raises:
+        InputError: it has boxes, whose yaw about z such a turn does not keep.
+    """
+    if "target/boxes" in arrays:
+        raise job.InputError(
+            "the scene has target/boxes but no metric world: they cannot be turned"
+        )
+    out = dict(arrays)
+    for name in ("vggt/depth", "target/depth", "vggt/points", "camera/extrinsic"):
+        if name not in arrays:
+            continue
+        values = arrays[name].astype(np.float64)
+        if name == "camera/extrinsic":
+            out[name] = similarity.extrinsic(values).astype(np.float32)
+        else:
+            values = similarity.points(values) if "points" in name else similarity.scale * values
+            kept = np.float32 if arrays[name].dtype == np.float32 else np.float16
+            limit = np.finfo(kept).max
+            out[name] = np.clip(values, -limit, limit).astype(kept)
+    return out
+
+
+def add_points(
+    arrays: dict[str, np.ndarray],
+    cloud: Cloud,
+    args: argparse.Namespace,
+    metric: bool,
+    frames: Any,
+    run_model: Any,
+    channels: int,
+) -> tuple[dict[str, np.ndarray], str]:
+    """The scene with `sonata/` tensors, and a few words about it."""
+    missing = [
+        name
+        for name, field, wanted in (
+            ("colour", cloud.colour, args.colour),
+            ("normal", cloud.normal, args.normal),
+        )
+        if field is None and wanted == "given" and (name == "colour" or channels == 9)
+    ]
+    if missing:
+        raise job.InputError(
+            f"the points have no {' and no '.join(missing)}: --{missing[0]} zeros feeds zeros"
+        )
+    similarity = frames.to_sonata_frame(
+        cloud.points,
+        up=tuple(args.up or ((0.0, 0.0, 1.0) if metric else frames.Y_DOWN)),
+        metres_per_unit=1.0 if metric else args.metres_per_unit,
+        height=args.height,
+    )
+    points = similarity.points(cloud.points)
+    index, grid = choose_voxels(points, VOXEL)
+    chosen = cloud.taken(index)
+    fed = [points[index]]
+    for field, wanted, scale in (
+        (chosen.colour, args.colour, 255),
+        (chosen.normal, args.normal, 1),
+    ):
+        if wanted == "zeros" or field is None:
+            field = np.zeros_like(fed[0])
+        fed.append(field / scale)
+    fed[2] = fed[2] @ similarity.rotation.T
+    features, coord, cell = run_model(np.concatenate(fed, -1)[:, :channels], grid)
+    out = arrays if metric else moved(arrays, similarity)
+    if metric:  # back from Sonata's centred frame to the export's own world
+        coord = (coord - similarity.translation) @ similarity.rotation
+    out = {**out, "sonata/features": features, "sonata/coord": coord.astype(np.float32)}
+    if chosen.view is not None:
+        out["sonata/frame"] = majority(cell, chosen.view, len(features))
+    words = f"{len(points)} points, {len(index)} voxels, {len(features)} tokens"
+    return out, words if metric else f"{words}, {similarity.scale:.3f} m a unit"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    job.add_arguments(parser)
+    parser.add_argument("--export", required=True, type=Path, help="the export that has the scenes")
+    parser.add_argument("--scans", type=Path, help="folder of SCENE.ply or SCENE.npz, instead")
+    parser.add_argument("--points", default="depth", choices=("depth", "points", "target"))
+    parser.add_argument("--unsure", type=float, default=0.2, help="share left out, least confident")
+    parser.add_argument("--colour", default="given", choices=("given", "zeros"))
+    parser.add_argument("--normal", default="given", choices=("given", "zeros"))
+    parser.add_argument("--up", type=float, nargs=3, help="direction of up in the export's world")
+    parser.add_argument("--metres-per-unit", type=float, help="where the scale is known")
+    parser.add_argument(
+        "--height", type=float, default=3.0, help="metres, of a room, where it is not"
+    )
+    parser.add_argument("--weights", default="sonata", help="name in facebook/sonata, or a file")
+    parser.add_argument("--licence", default=LICENCE, help="of the weights")
+    parser.add_argument("--commit", default="", help="of the sonata checkout, where git cannot say")
+    parser.add_argument("--device", default="", help="cuda where there is one, else cpu")
+    args = parser.parse_args(argv)
+    if not 0 <= args.unsure < 1:
+        raise job.InputError(f"--unsure: {args.unsure} is no share below 1")
+    return args
+
+
+def header_of(args: argparse.Namespace, base: Any, commit: str) -> dict:
+    """The header of the new export.
+
+    Raises:
+        InputError: the points would have no known place in the export's world.
+    """
+    metric = base.manifest["scale"] == "metric"
+    if args.scans and not metric:
+        raise job.InputError("--scans: the export has no metric world that a scan could be in")
+    if metric:
+        rule = "world kept (metric, z up); centred and put on the floor for the network alone"
+    elif args.metres_per_unit:
+        rule = f"scenes moved to z up, floor 0, {args.metres_per_unit} metres a unit (given)"
+    else:
+        rule = f"scenes moved to z up, floor 0, scaled to {args.height} m from floor to ceiling"
+    up = args.up or ("z" if metric else "-y of the first camera")
+    notes = (
+        f"Sonata: {'scans' if args.scans else args.points + ' of the views'}, the least confident "
+        f"{args.unsure} left out; {rule}; up is {up}; voxels of {VOXEL} m, the point nearest to "
+        f"the centre; orders fixed; colour {args.colour}, normals {args.normal}."
+    )
+    producer = dict(base.manifest["producer"])
+    producer["licence"] += f"; Sonata: {args.licence}"
+    producer.update({"sonata_commit": commit, "sonata_weights": args.weights})
+    kept = ("dtype", "token_width", "patch_grid", "tokens_contain_depth", "categories")
+    header = {name: base.manifest[name] for name in kept}
+    if "teacher_tokenizer" in base.manifest:
+        header["teacher_tokenizer"] = base.manifest["teacher_tokenizer"]
+    return {
+        **header,
+        "producer": producer,
+        "scale": "metric" if metric or args.metres_per_unit else "scene",
+        "notes": f"{base.manifest['notes']} {notes}".strip(),
+    }
+
+
+def begin(args: argparse.Namespace, base: Any):
+    """Loads the model; see `job.run`."""
+    try:
+        import sonata
+        import torch
+    except ImportError as error:
+        raise job.InputError(f"not in Sonata's environment: {error}") from None
+    header = header_of(args, base, job.commit_of(sonata, args.commit))
+    frames = job.load_by_path(args.contract.parent / "frames.py", "frames")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(torch, args.weights, device)
+    channels = model.embedding.in_channels
+    if channels not in (6, 9):
+        raise job.InputError(f"{args.weights}: takes {channels} channels, not 6 or 9")
+    metric = base.manifest["scale"] == "metric"
+
+    def make(scene: job.Scene) -> job.Made:
+        arrays = base.read_scene(scene.id)
+        if args.scans:
+            files = [args.scans / f"{scene.id}{suffix}" for suffix in (".ply", ".npz")]
+            found = [path for path in files if path.is_file()]
+            if not found:
+                raise job.InputError(f"{files[0]}: no such file, nor .npz")
+            cloud = read_scan(found[0])
+        else:
+            cloud = cloud_of(arrays, args.points, args.unsure)
+        out, words = add_points(
+            arrays,
+            cloud,
+            args,
+            metric,
+            frames,
+            lambda features, grid: encode(torch, model, features, grid),
+            channels,
+        )
+        return job.Made(out, report=words)
+
+    return header, make
+
+
+def _main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    contract = job.load_by_path(args.contract, "exports")
+    base = contract.Export(args.export)
+    splits = {entry["id"]: entry["split"] for entry in base.manifest["scenes"]}
+    scenes = [job.Scene(scene_id, split) for scene_id, split in splits.items()]
+    metric = base.manifest["scale"] == "metric"
+    if not metric and any("box" in r or "objects" in r for r in base.questions()):
+        raise job.InputError(
+            f"{args.export}: questions have boxes but no metric world to turn them"
+        )
+    return job.run(args, contract, scenes, lambda: begin(args, base), base.questions)
+
+
+main = job.guarded("export_sonata", _main)
+
+if __name__ == "__main__":
+    sys.exit(main())
