@@ -1,0 +1,347 @@
+"""LLaVA-3D's answers, their top-k logits and its patch features, as an export with a teacher.
+
+Runs in the environment, and the checkout, of https://github.com/ZCMax/LLaVA-3D (README.md beside
+this file):
+
+    python export_llava3d.py --export prepared --videos playground/data/LLaVA-3D-Pretrain/scannet \\
+        --out taught --tokenizer student_tokenizer --efficiency teacher.json
+
+The model gives no depth and no boxes: posed depth is its input, and its grounding decoder is not
+released. Those come from the data set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import export_job as job
+import views
+
+LICENCE = "CC BY-NC-SA 4.0 (LLaVA-3D)"
+SEED = 0
+"""Of the draw that keeps 2,560 of a scene's voxels; set anew before every question."""
+
+
+def same_tokenizer(tokenizer: Any, folder: Path) -> tuple[str, int]:
+    """sha256 of the folder's tokenizer.json, whose ids must be the teacher's, and its size.
+
+    Raises:
+        InputError: it cannot be read, or gives a token another id.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        data = path.read_bytes()
+        described = json.loads(data.decode("utf-8"))
+        theirs = dict(described["model"]["vocab"])
+        theirs.update((token["content"], token["id"]) for token in described["added_tokens"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise job.InputError(f"{path}: no tokenizer with a vocabulary: {error!r}") from None
+    for token, index in tokenizer.get_vocab().items():
+        if theirs.get(token) != index:
+            raise job.InputError(
+                f"{path}: token {token!r} is {theirs.get(token)} there, {index} for the teacher: "
+                "logits over another vocabulary are of no use (leave out --tokenizer)"
+            )
+    return hashlib.sha256(data).hexdigest(), max(theirs.values()) + 1
+
+
+def prompt_ids(torch: Any, model: Any, tokenizer: Any, text: str, conversation: str) -> Any:
+    """Ids [1, L] of the conversation with the scene and one question, as upstream asks."""
+    from llava import constants
+    from llava.conversation import conv_templates
+    from llava.mm_utils import tokenizer_image_token
+
+    picture = constants.DEFAULT_IMAGE_TOKEN
+    if getattr(model.config, "mm_use_im_start_end", False):
+        start, end = constants.DEFAULT_IM_START_TOKEN, constants.DEFAULT_IM_END_TOKEN
+        picture = f"{start}{picture}{end}"
+    if conversation not in conv_templates:
+        raise job.InputError(f"--conversation: {conversation!r} is none of {list(conv_templates)}")
+    talk = conv_templates[conversation].copy()
+    talk.append_message(talk.roles[0], f"{picture}\n{text}")
+    talk.append_message(talk.roles[1], None)
+    ids = tokenizer_image_token(
+        talk.get_prompt(), tokenizer, constants.IMAGE_TOKEN_INDEX, return_tensors="pt"
+    )
+    return ids[None].to(model.device)
+
+
+def answer(torch: Any, model: Any, ids: Any, scene: dict, most: int) -> tuple[Any, Any]:
+    """Greedy answer: ids [T] and the logits [T, X] that they are the largest of."""
+    torch.manual_seed(SEED)  # which voxels are kept is drawn by torch.randperm
+    with torch.inference_mode():
+        out = model.generate(
+            ids,
+            **scene,
+            image_sizes=None,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=most,
+            use_cache=True,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    logits = torch.cat(list(out.scores)).float()
+    return out.sequences[0, -len(logits) :], logits
+
+
+def top_logits(torch: Any, logits: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k likeliest tokens of [T, X] logits.
+
+    Returns:
+        ids int32 [T, k], and float16 log-probabilities over the whole vocabulary, largest first.
+    """
+    # Less the logsumexp over all X: so it is in every number, and needs no place of its own.
+    logprob, index = torch.topk(torch.log_softmax(logits, dim=-1), k, dim=-1)
+    return index.cpu().numpy().astype(np.int32), logprob.cpu().numpy().astype(np.float16)
+
+
+def patch_features(
+    torch: Any, model: Any, processor: Any, arrays: dict, grid: tuple[int, int], with_place: bool
+) -> np.ndarray:
+    """Features [V, gh, gw, F] of the export's own views, float16.
+
+    The vision tower's patches of the whole picture (resized to the tower's square, not cropped),
+    plus, `with_place`, the learned code of the point that each patch sees; area means onto the
+    export's grid.
+
+    Raises:
+        InputError: the scene lacks images, or true depth and cameras.
+    """
+    from PIL import Image
+
+    needed = ["images"]
+    if with_place:
+        needed += ["target/depth", "camera/intrinsic", "camera/extrinsic"]
+    for name in needed:
+        if name not in arrays:
+            raise job.InputError(f"the scene has no {name}, which --features needs")
+    tower = model.get_vision_tower()
+    side = tower.num_patches_per_side
+    size = (processor["image"].crop_size["width"], processor["image"].crop_size["height"])
+    pixels = [Image.fromarray(image).resize(size, Image.BICUBIC) for image in arrays["images"]]
+    pixels = np.stack([np.asarray(image, np.float32) / 255 for image in pixels])
+    pixels = (pixels - processor["image"].image_mean) / processor["image"].image_std
+    given = torch.from_numpy(pixels.transpose(0, 3, 1, 2)).to(model.device, model.dtype)
+    with torch.inference_mode():
+        features = tower(given)
+        features = features.reshape(len(features), side, side, -1)
+        if with_place:
+            depth = arrays["target/depth"].astype(np.float64)
+            world = views.unprojected(depth, arrays["camera/intrinsic"], arrays["camera/extrinsic"])
+            place = torch.from_numpy(views.nearest(world, (side, side))).to(features)
+            encode = model.get_model().get_video_tower().video_tower.encode_pe
+            features = features + encode(place[None])[0]
+    return views.area_mean(features.float().cpu().numpy(), grid).astype(np.float16)
+
+
+class Cost:
+    """What the teacher takes, for the tables of efficiency."""
+
+    def __init__(self, torch: Any, model: Any, warm_up: int):
+        """Args: the module, the model, and how many answers come before those that count."""
+        self._torch, self._model, self._skip = torch, model, warm_up
+        self.seconds: list[float] = []
+        self.tokens: list[int] = []
+        self.reading: list[float] = []
+
+    def now(self) -> float:
+        """Seconds, when the device has done what it was given."""
+        if self._torch.cuda.is_available():
+            self._torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def add(self, seconds: float, tokens: int) -> None:
+        """One answer."""
+        if self._skip:
+            self._skip -= 1
+            return
+        self.seconds.append(seconds)
+        self.tokens.append(tokens)
+
+    def summary(self) -> dict[str, Any]:
+        """Names as in geode_jax/evaluate/efficiency.py; times are None without an answer."""
+        parameters = list(self._model.parameters())
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found: dict[str, Any] = {
+            "parameters": sum(p.numel() for p in parameters),
+            "bytes": sum(p.numel() * p.element_size() for p in parameters),
+            "peak_memory_bytes": resident if sys.platform == "darwin" else resident * 1024,
+            "device": "cpu",
+            "dtype": str(parameters[0].dtype).replace("torch.", ""),
+            "batch": 1,
+            "samples": len(self.seconds),
+            "ms_per_sample": 1e3 * float(np.mean(self.seconds)) if self.seconds else None,
+            "ms_per_sample_median": 1e3 * float(np.median(self.seconds)) if self.seconds else None,
+            "tokens_per_answer": float(np.mean(self.tokens)) if self.tokens else None,
+            "ms_reading_a_scene": 1e3 * float(np.mean(self.reading)) if self.reading else None,
+            "measured": "prompt to answer, greedy, with logits kept; reading frames is apart",
+        }
+        if self._torch.cuda.is_available():
+            found["device"] = self._torch.cuda.get_device_name()
+            found["peak_device_memory_bytes"] = self._torch.cuda.max_memory_allocated()
+        return found
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    job.add_arguments(parser)
+    parser.add_argument("--export", required=True, type=Path, help="scenes and their questions")
+    parser.add_argument("--videos", required=True, type=Path, help="SCENE below it is what is read")
+    parser.add_argument("--model", default="ChaimZhu/LLaVA-3D-7B", help="name or folder")
+    parser.add_argument("--conversation", default="llava_v1", help="template (%(default)s)")
+    parser.add_argument("--suffix", default="", help="a last line of every question")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--tokenizer", type=Path, help="the student's, of the same ids: logits too")
+    parser.add_argument("--topk", type=int, default=16, help="logits kept of a token")
+    parser.add_argument("--features", default="none", choices=("none", "2d", "3d"))
+    parser.add_argument("--efficiency", type=Path, help="JSON file for times, bytes and memory")
+    parser.add_argument("--warm-up", type=int, default=1, help="answers before times count")
+    parser.add_argument("--licence", default=LICENCE, help="of the model")
+    parser.add_argument("--commit", default="", help="of the checkout, where git cannot say")
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args(argv)
+    if min(args.topk, args.max_new_tokens) < 1 or args.warm_up < 0:
+        raise job.InputError("needs --topk and --max-new-tokens above 0, --warm-up not below")
+    return args
+
+
+def header_of(args: argparse.Namespace, base: Any, commit: str, tokenizer: str) -> dict:
+    """The header of the new export."""
+    producer = dict(base.manifest["producer"])
+    producer["licence"] += f"; teacher: {args.licence}"
+    producer.update({"teacher": args.model, "teacher_commit": commit})
+    kept = ("dtype", "scale", "token_width", "patch_grid", "tokens_contain_depth", "categories")
+    header = {name: base.manifest[name] for name in kept}
+    if tokenizer:
+        header["teacher_tokenizer"] = tokenizer
+    notes = (
+        f"Teacher LLaVA-3D: greedy, template {args.conversation}, suffix {args.suffix!r}, voxels "
+        f"drawn with seed {SEED}, at most {args.max_new_tokens} tokens; its own frames, not the "
+        f"export's views. Patch features: {args.features}, of the export's views, whole pictures."
+    )
+    notes = f"{base.manifest['notes']} {notes}".strip()
+    return {**header, "producer": producer, "notes": notes}
+
+
+def begin(args: argparse.Namespace, base: Any, questions: dict[str, list[dict]], costs: list):
+    """Loads the model; see `job.run`."""
+    try:
+        import llava
+        import torch
+        from llava.mm_utils import get_model_name_from_path, process_videos
+        from llava.model.builder import load_pretrained_model
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise job.InputError(f"not in LLaVA-3D's environment: {error}") from None
+    commit = job.commit_of(llava, args.commit)
+    prompts = job.load_by_path(args.contract.parent / "prompts.py", "prompts")
+    tokenizer, model, processor, _ = load_pretrained_model(
+        args.model, None, get_model_name_from_path(args.model), device=args.device
+    )
+    model.eval()
+    digest, size, student = "", None, None
+    if args.tokenizer:
+        digest, size = same_tokenizer(tokenizer, args.tokenizer)
+        student = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json"))
+    cost = Cost(torch, model, args.warm_up)
+    costs.append(cost)
+
+    def read_video(scene_id: str) -> dict:
+        start = cost.now()
+        try:
+            video = process_videos(
+                str(args.videos / scene_id), processor["video"], mode="random", device=model.device
+            )
+        except (KeyError, NotImplementedError) as error:
+            # Upstream looks a scene up in its file of cameras by the last two parts of its path.
+            raise job.InputError(
+                f"{args.videos / scene_id}: unknown to LLaVA-3D: {error!r}"
+            ) from None
+        names = ("images", "depths", "poses", "intrinsics")
+        scene = {name: video[name].to(model.device, model.dtype) for name in names}
+        cost.reading.append(cost.now() - start)
+        return scene
+
+    def make(scene: job.Scene) -> job.Made:
+        arrays = base.read_scene(scene.id)
+        records, rows, said, top = [], [], [], []
+        cut = empty = respelled = 0
+        asked = questions.get(scene.id, [])
+        video = read_video(scene.id) if asked else {}
+        for row, record in enumerate(asked):
+            text = "\n".join(filter(None, (prompts.prompt(record), args.suffix)))
+            start = cost.now()
+            ids = prompt_ids(torch, model, tokenizer, text, args.conversation)
+            tokens, logits = answer(torch, model, ids, video, args.max_new_tokens)
+            cost.add(cost.now() - start, len(tokens))
+            words = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            records.append({**record, "teacher_answer": words} if words else record)
+            empty += not words
+            if int(tokens[-1]) != tokenizer.eos_token_id:
+                cut += 1  # an answer that does not end is not one to imitate token by token
+            elif digest and words:
+                rows += [row] * len(tokens)
+                said.append(tokens.cpu().numpy().astype(np.int32))
+                # The trainer compares ids, with a space before the answer and the end behind it.
+                own = student.encode(f" {words}", add_special_tokens=False).ids
+                respelled += [*own, tokenizer.eos_token_id] != tokens.tolist()
+                top.append(top_logits(torch, logits[:, :size], args.topk))
+        if rows:
+            arrays["teacher/answer_question"] = np.array(rows, np.int32)
+            arrays["teacher/answer_id"] = np.concatenate(said)
+            arrays["teacher/topk_id"] = np.concatenate([index for index, _ in top])
+            arrays["teacher/topk_logprob"] = np.concatenate([logprob for _, logprob in top])
+        if args.features != "none":
+            arrays["teacher/features"] = patch_features(
+                torch, model, processor, arrays, base.patch_grid, args.features == "3d"
+            )
+        report = f"{len(asked)} answers, {len(rows)} tokens with logits"
+        if cut or empty:
+            report += f"; without logits: {cut} cut off, {empty} empty (no answer kept)"
+        if respelled:
+            report += (
+                f"; {respelled} spelled in other ids by the student: it cannot use their logits"
+            )
+        return job.Made(arrays, records, report)
+
+    return header_of(args, base, commit, digest), make
+
+
+def _main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    contract = job.load_by_path(args.contract, "exports")
+    base = contract.Export(args.export)
+    if "teacher_tokenizer" in base.manifest:
+        raise job.InputError(f"{args.export}: has a teacher's logits already")
+    if args.features == "3d" and base.manifest["scale"] != "metric":
+        raise job.InputError(f"--features 3d: {args.export} is not metric")
+    questions: dict[str, list[dict]] = {}
+    for record in base.questions():
+        questions.setdefault(record["scene_id"], []).append(record)
+    scenes = [job.Scene(entry["id"], entry["split"]) for entry in base.manifest["scenes"]]
+    costs: list[Cost] = []
+    code = job.run(
+        args, contract, scenes, lambda: begin(args, base, questions, costs), base.questions
+    )
+    if args.efficiency and costs:
+        summary = {"model": args.model, **costs[0].summary()}
+        args.efficiency.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return code
+
+
+main = job.guarded("export_llava3d", _main)
+
+if __name__ == "__main__":
+    sys.exit(main())
