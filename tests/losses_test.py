@@ -246,6 +246,41 @@ def test_distillation_ignores_padded_entries_and_positions_without_entries(tempe
     assert nothing == (0.0, 0.0)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_distillation_from_a_float16_cache_agrees_with_torch_in_float64(temperature):
+    """What an exporter stores: logits less their logsumexp, in float16; value and gradient.
+
+    At temperature 1 over the k tokens and one for the rest; else over the k alone.
+    """
+    torch = pytest.importorskip("torch")
+    random = np.random.default_rng(0)
+    teacher = torch.tensor(3 * random.normal(size=(2, 5, 40)))
+    kept = torch.topk(teacher - torch.logsumexp(teacher, -1, keepdim=True), 6)
+    cache, ids = kept.values.half(), kept.indices
+    mask = torch.tensor(random.random((2, 5)) < 0.7)
+    logits = torch.tensor(random.normal(size=(2, 5, 40)), requires_grad=True)
+    listed, wanted = logits.gather(-1, ids), cache.double()
+    if temperature == 1.0:
+        student = torch.log_softmax(logits, -1)
+        others = torch.ones_like(logits, dtype=torch.bool).scatter(-1, ids, False)
+        rest = torch.logsumexp(student.masked_fill(~others, -torch.inf), -1, keepdim=True)
+        student = torch.cat([student.gather(-1, ids), rest], -1)
+        wanted = torch.cat([wanted, torch.log1p(-wanted.exp().sum(-1, keepdim=True))], -1)
+    else:
+        student = torch.log_softmax(listed / temperature, -1)
+        wanted = torch.log_softmax(wanted / temperature, -1)
+    rows = torch.nn.functional.kl_div(student, wanted, log_target=True, reduction="none").sum(-1)
+    expected = temperature**2 * rows[mask].sum()
+    expected.backward()
+    total, count, grad = value_and_grad(
+        lambda x: losses.distillation(x, ids.numpy(), cache.numpy(), mask.numpy(), temperature),
+        logits.detach().numpy().astype(np.float32),
+    )
+    assert count == int(mask.sum())
+    assert total == pytest.approx(expected.item(), rel=2e-5)
+    np.testing.assert_allclose(grad, logits.grad, atol=2e-6)
+
+
 def test_distillation_of_rounded_probabilities_stays_a_divergence():
     # float16 log-probabilities whose sum is above 1 must not give a negative loss.
     logprobs = np.log(np.array([0.6, 0.41], np.float32))
