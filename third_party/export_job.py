@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib.util
 import json
 import subprocess
@@ -125,6 +126,8 @@ def run(
     if len({scene.id for scene in scenes}) != len(scenes):
         raise InputError(f"{len(scenes)} scenes have the same id twice: rename a folder")
     index, count = shard_of(args.shard)
+    if (args.out / "manifest.json").exists():  # said before a model is loaded
+        raise InputError(f"{args.out}: is an export already; it is not overwritten")
     failed = 0
     if not args.merge:
         failed = _make_scenes(args, contract, scenes[index::count], begin)
@@ -258,6 +261,18 @@ def commit_of(module: Any, given: str) -> str:
                 command, capture_output=True, check=True, text=True
             ).stdout.strip()
     raise InputError(f"{folder} is no git checkout: say its commit with --commit")
+
+
+def name_of(weights: str) -> str:
+    """What a manifest says of weights: the name on a hub, or the file's name and sha256."""
+    path = Path(weights)
+    if not path.is_file():
+        return weights if not path.exists() else path.resolve().name
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for chunk in iter(lambda: file.read(1 << 20), b""):
+            digest.update(chunk)
+    return f"{path.name} sha256 {digest.hexdigest()}"
 
 
 def load_weights(torch: Any, path: Path) -> Any:

@@ -1042,6 +1042,23 @@ def test_without_resume_a_half_filled_export_is_started_over(tmp_path, pristine)
     assert "sha256: missing" in refusal(damaged.finished)
 
 
+def test_a_token_of_the_teachers_answers_takes_8_and_6_k_bytes(tmp_path):
+    """As the contract's documentation and the exporter's README say."""
+    for tokens in (10, 20):
+        teacher = {
+            "answer_question": np.zeros(tokens, np.int32),
+            "answer_id": np.zeros(tokens, np.int32),
+            "topk_id": np.zeros((tokens, 16), np.int32),
+            "topk_logprob": np.zeros((tokens, 16), np.float16),
+        }
+        with ExportWriter(tmp_path / str(tokens), **HEADER) as writer:
+            writer.add_scene("a", two_files(make_scene())[0], split="train", teacher=teacher)
+    small, large = (
+        (tmp_path / n / "teacher" / "a.safetensors").stat().st_size for n in ("10", "20")
+    )
+    assert abs(large - small - 10 * 104) < 16  # the headers' padding
+
+
 # --- Validating -----------------------------------------------------------------------------------
 
 

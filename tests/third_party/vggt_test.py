@@ -1,5 +1,6 @@
 """VGGT's exporter, around a small torch model with VGGT's interfaces and known answers."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -270,7 +271,7 @@ def test_weights_that_would_run_code_are_refused(export, tmp_path, capsys):
     assert not trap.exists()
 
 
-def test_weights_of_a_file_are_those_used(load, export, tmp_path):
+def test_weights_of_a_file_are_those_used(export, tmp_path, capsys):
     import torch
     from vggt.models.vggt import VGGT
 
@@ -280,3 +281,8 @@ def test_weights_of_a_file_are_those_used(load, export, tmp_path):
     assert export("--weights", tmp_path / "w.pt", "--licence", "ours") == 0
     tokens = np.asarray(Export(tmp_path / "out").read_scene("room1")["vggt/tokens"], np.float32)
     assert (tokens == tokens[0, 0]).all()  # the bias alone
+    digest = hashlib.sha256((tmp_path / "w.pt").read_bytes()).hexdigest()
+    producer = Export(tmp_path / "out").manifest["producer"]
+    assert producer["weights"] == f"w.pt sha256 {digest}" and producer["licence"] == "ours"
+    assert export("--weights", "facebook/VGGT-1B") == 1
+    assert "out: is an export already; it is not overwritten" in capsys.readouterr().err

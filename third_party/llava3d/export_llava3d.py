@@ -221,7 +221,7 @@ def header_of(args: argparse.Namespace, base: Any, commit: str, tokenizer: str) 
     """The header of the new export."""
     producer = dict(base.manifest["producer"])
     producer["licence"] += f"; teacher: {args.licence}"
-    producer.update({"teacher": args.model, "teacher_commit": commit})
+    producer.update({"teacher": job.name_of(args.model), "teacher_commit": commit})
     kept = ("dtype", "scale", "token_width", "patch_grid", "tokens_contain_depth", "categories")
     header = {name: base.manifest[name] for name in kept}
     if tokenizer:
@@ -336,7 +336,7 @@ def _main(argv: list[str] | None = None) -> int:
         args, contract, scenes, lambda: begin(args, base, questions, costs), base.questions
     )
     if args.efficiency and costs:
-        summary = {"model": args.model, **costs[0].summary()}
+        summary = {"model": job.name_of(args.model), **costs[0].summary()}
         args.efficiency.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return code
 

@@ -434,7 +434,7 @@ def header_of(args: argparse.Namespace, base: Any, commit: str) -> dict:
     )
     producer = dict(base.manifest["producer"])
     producer["licence"] += f"; Sonata: {args.licence}"
-    producer.update({"sonata_commit": commit, "sonata_weights": args.weights})
+    producer.update({"sonata_commit": commit, "sonata_weights": job.name_of(args.weights)})
     kept = ("dtype", "token_width", "patch_grid", "tokens_contain_depth", "categories")
     header = {name: base.manifest[name] for name in kept}
     if "teacher_tokenizer" in base.manifest:

@@ -459,7 +459,7 @@ def begin(args: argparse.Namespace, scenes: list[job.Scene]):
     producer = {
         "project": "facebookresearch/vggt",
         "commit": commit,
-        "weights": args.weights,
+        "weights": job.name_of(args.weights),
         "licence": licence,
         "preprocessing": args.preprocess,
     }
