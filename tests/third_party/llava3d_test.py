@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from geode_jax.data.exports import Export, validate
+from geode_jax.data.pipeline import Pipeline, PipelineConfig
+from geode_jax.data.tokens import load_tokenizer
 
 pytest.importorskip("transformers")
 
@@ -132,6 +134,36 @@ def test_without_a_tokenizer_there_are_answers_alone(export, tmp_path):
     assert "teacher_tokenizer" not in found.manifest
     assert any("teacher_answer" in record for record in found.questions())
     assert not (tmp_path / "out" / "teacher").exists()
+
+
+def test_the_trainer_learns_from_the_logits_of_the_same_tokenizer(
+    export, write_base, tokenizer, tmp_path
+):
+    """From the exporter's files to a batch: every ended answer is paid by its logits."""
+    write_base(tmp_path / "plain", boxes=False)
+    assert export("--tokenizer", tokenizer, base="plain") == 0
+    config = PipelineConfig(
+        export=str(tmp_path / "out"),
+        scenes_per_batch=1,
+        questions_per_scene=4,
+        question_length=16,
+        answer_length=8,
+        max_boxes=1,
+        rows_per_scene=4,
+        row_length=60,
+        answer_field="teacher_answer",
+    )
+    found = Export(tmp_path / "out")
+    student = load_tokenizer(tokenizer)
+    pipeline = Pipeline(found, student, config, "train")
+    assert not pipeline.logits_left_out
+    batch = pipeline.batch(0)
+    assert batch.topk_mask_SQA.sum() == len(found.read_scene("a")["teacher/answer_id"]) > 0
+    best = batch.topk_id_SQAk[..., 0][batch.topk_mask_SQA]
+    np.testing.assert_array_equal(best, batch.answer_SQA[batch.topk_mask_SQA])  # greedy
+    (tokenizer / "tokenizer.json").write_text((tokenizer / "tokenizer.json").read_text() + " ")
+    other = Pipeline(found, load_tokenizer(tokenizer), config, "train")
+    assert "another vocabulary" in other.logits_left_out
 
 
 def test_another_vocabulary_is_refused(export, tokenizer, tmp_path, capsys):
