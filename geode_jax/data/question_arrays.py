@@ -73,7 +73,7 @@ def stack_questions(
     }
     texts = [prompt(record) for record in records]
     prompts = tokenizer.encode_with_ends(texts)
-    answers = tokenizer.encode_batch([" " + record[answer_field] for record in records])
+    answers = tokenizer.encode_answers([record[answer_field] for record in records])
     if controls and answer_field == "answer":
         token = dict(zip((REG, BOX), controls, strict=True))
         for i, record in enumerate(records):

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -290,8 +290,8 @@ def question_lengths(
         "scene": np.array(scenes, np.int32),
         "kind": np.array(kinds, np.str_),
         "control": np.array(controls, np.str_),
-        "question": _token_counts(texts["question"], tokenizer, ""),
-        **{field: _token_counts(texts[field], tokenizer, " ") for field in ANSWER_FIELDS},
+        "question": _token_counts(texts["question"], tokenizer.encode_batch),
+        **{f: _token_counts(texts[f], tokenizer.encode_answers) for f in ANSWER_FIELDS},
     }
     _keep(file, arrays)
     return arrays
@@ -310,11 +310,10 @@ def answer_lengths(lengths: dict[str, np.ndarray], field: str, controls: bool) -
     return lengths[field]
 
 
-def _token_counts(texts: list[str | None], tokenizer: Tokenizer, lead: str) -> np.ndarray:
-    """Ids of `lead` + text and one special id; every distinct text is encoded once."""
+def _token_counts(texts: list[str | None], encode: Callable) -> np.ndarray:
+    """Ids of a text and one special id; every distinct text is encoded once."""
     distinct = sorted({text for text in texts if text is not None})
-    encoded = tokenizer.encode_batch([lead + text for text in distinct])
-    count = {text: len(ids) + 1 for text, ids in zip(distinct, encoded, strict=True)}
+    count = {text: len(ids) + 1 for text, ids in zip(distinct, encode(distinct), strict=True)}
     return np.array([count.get(text, 0) for text in texts], np.int32)
 
 

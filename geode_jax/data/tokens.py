@@ -70,6 +70,16 @@ class Tokenizer:
         batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in batch]
 
+    def encode_answers(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_batch` of texts that follow a prompt: with one space before each.
+
+        Llama's tokenizers put it there by themselves, and the older ones would put a second before
+        one that stands already, which is not how a Llama answers.
+        """
+        own = self._backend.encode("a", add_special_tokens=False).tokens[:1] or [""]
+        space = "" if own[0].startswith("▁") else " "
+        return self.encode_batch([space + text for text in texts])
+
     def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """As `encode_batch`, and where in its text (in characters) every token ends."""
         batch = self._backend.encode_batch(list(texts), add_special_tokens=False)

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,6 +93,25 @@ def test_unknown_words_become_unk_and_the_rest_survives():
         " 7",
         " m away?",
     ]
+
+
+def test_an_answer_has_one_space_before_it_whoever_puts_it_there():
+    """Llama's tokenizers put one before every text: the older before one that stands, too."""
+    vocabulary = {"<unk>": 0, "</s>": 1, "▁": 2, "l": 3, "a": 4, "▁l": 5, "▁la": 6, "▁a": 7}
+    merges = [("▁", "l"), ("▁l", "a"), ("▁", "a")]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True)
+    )
+    prepend, replace = tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")
+    backend.normalizer = tokenizers.normalizers.Sequence([prepend, replace])
+    older = Tokenizer(backend.to_str(), {"eos_token": "</s>"})
+    assert older.encode(" la") == [2, 6]
+    assert older.encode_answers(["la", "a"]) == [[6], [7]]
+    backend.normalizer = None
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    newer = Tokenizer(backend.to_str(), {"eos_token": "</s>"})
+    assert newer.encode_answers(["la", "a"]) == [[6], [7]]
+    assert TOKENIZER.encode_answers(["yes"]) == [TOKENIZER.encode(" yes")] != [[]]
 
 
 def test_special_tokens_in_a_text_are_only_text():

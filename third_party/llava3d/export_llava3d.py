@@ -55,6 +55,13 @@ def same_tokenizer(tokenizer: Any, folder: Path) -> tuple[str, int]:
     return hashlib.sha256(data).hexdigest(), max(theirs.values()) + 1
 
 
+def spelled(student: Any, words: str) -> list[int]:
+    """The ids that the trainer has for an answer (`Tokenizer.encode_answers` of geode_jax)."""
+    own = student.encode("a", add_special_tokens=False).tokens[:1] or [""]
+    space = "" if own[0].startswith("▁") else " "
+    return student.encode(space + words, add_special_tokens=False).ids
+
+
 def prompt_ids(torch: Any, model: Any, tokenizer: Any, text: str, conversation: str) -> Any:
     """Ids [1, L] of the conversation with the scene and one question, as upstream asks."""
     from llava import constants
@@ -294,9 +301,7 @@ def begin(args: argparse.Namespace, base: Any, questions: dict[str, list[dict]],
             elif digest and words:
                 rows += [row] * len(tokens)
                 said.append(tokens.cpu().numpy().astype(np.int32))
-                # The trainer compares ids, with a space before the answer and the end behind it.
-                own = student.encode(f" {words}", add_special_tokens=False).ids
-                respelled += [*own, tokenizer.eos_token_id] != tokens.tolist()
+                respelled += [*spelled(student, words), tokenizer.eos_token_id] != tokens.tolist()
                 top.append(top_logits(torch, logits[:, :size], args.topk))
         if rows:
             arrays["teacher/answer_question"] = np.array(rows, np.int32)
