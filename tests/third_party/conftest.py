@@ -15,7 +15,7 @@ THIRD_PARTY = HERE.parent.parent / "third_party"
 SCRIPTS = ("vggt/export_vggt.py", "sonata/export_sonata.py", "llava3d/export_llava3d.py")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def upstream():
     """`vggt`, `sonata` and `llava` are the small random-weight ones of `fakes`."""
     pytest.importorskip("torch")

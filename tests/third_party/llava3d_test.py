@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 
 @pytest.fixture
-def tokenizer(tmp_path):
+def tokenizer(upstream, tmp_path):
     """The student's tokenizer folder: the teacher's own."""
     from llava.model.builder import make_tokenizer
 

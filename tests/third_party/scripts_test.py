@@ -64,7 +64,7 @@ except SystemExit as end:
 """
 
 
-def test_a_process_of_its_own_imports_nothing_of_ours(tmp_path):
+def test_a_process_of_its_own_imports_nothing_of_ours(upstream, tmp_path):
     pictures = tmp_path / "data" / "room"
     pictures.mkdir(parents=True)
     for i in range(2):

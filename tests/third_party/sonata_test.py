@@ -11,7 +11,7 @@ VOXEL = 0.02
 
 
 @pytest.fixture
-def weights(tmp_path):
+def weights(upstream, tmp_path):
     """A checkpoint of nine channels, with the options that upstream's has."""
     return save_weights(tmp_path / "sonata.pth", 9)
 
