@@ -243,7 +243,7 @@ def test_bad_input_is_one_line(export, capsys, arguments, line):
 def test_videos_are_decoded_by_what_is_there(load, export, tmp_path, monkeypatch, capsys):
     video = tmp_path / "walk.mp4"
     video.write_bytes(b"none of these can read it")
-    module = load("vggt/export_vggt.py")
+    module = load("vggt/export_vggt.py").reading
     with pytest.raises(module.job.InputError, match="cannot be decoded") as error:
         module.video_frames(video, 4)
     assert "\n" not in str(error.value)

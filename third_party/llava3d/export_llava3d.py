@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import export_job as job
-import views
+import export_views as views
 
 LICENCE = "CC BY-NC-SA 4.0 (LLaVA-3D)"
 SEED = 0
@@ -242,75 +242,104 @@ def header_of(args: argparse.Namespace, base: Any, commit: str, tokenizer: str) 
     return {**header, "producer": producer, "notes": notes}
 
 
-def begin(args: argparse.Namespace, base: Any, questions: dict[str, list[dict]], costs: list):
-    """Loads the model; see `job.run`."""
-    try:
-        import llava
-        import torch
-        from llava.mm_utils import get_model_name_from_path, process_videos
-        from llava.model.builder import load_pretrained_model
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise job.InputError(f"not in LLaVA-3D's environment: {error}") from None
-    commit = job.commit_of(llava, args.commit)
-    prompts = job.load_by_path(args.contract.parent / "prompts.py", "prompts")
-    tokenizer, model, processor, _ = load_pretrained_model(
-        args.model, None, get_model_name_from_path(args.model), device=args.device
-    )
-    model.eval()
-    digest, size, student = "", None, None
-    if args.tokenizer:
-        digest, size = same_tokenizer(tokenizer, args.tokenizer)
-        student = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json"))
-    cost = Cost(torch, model, args.warm_up)
-    costs.append(cost)
+class Teacher:
+    """LLaVA-3D, asked about the scenes of an export."""
 
-    def read_video(scene_id: str) -> dict:
-        start = cost.now()
+    def __init__(self, args: argparse.Namespace, base: Any, questions: dict[str, list[dict]]):
+        """Loads the model.
+
+        Args:
+            args: of the command.
+            base: the export that has the scenes.
+            questions: {scene: its records, in their order}.
+
+        Raises:
+            InputError: not in LLaVA-3D's environment, or the tokenizer is not the teacher's.
+        """
         try:
-            video = process_videos(
-                str(args.videos / scene_id), processor["video"], mode="random", device=model.device
-            )
+            import llava
+            import torch
+            from llava.mm_utils import get_model_name_from_path
+            from llava.model.builder import load_pretrained_model
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise job.InputError(f"not in LLaVA-3D's environment: {error}") from None
+        self._args, self._base, self._questions, self._torch = args, base, questions, torch
+        self._prompts = job.load_by_path(args.contract.parent / "prompts.py", "prompts")
+        commit = job.commit_of(llava, args.commit)
+        self._tokenizer, self._model, self._processor, _ = load_pretrained_model(
+            args.model, None, get_model_name_from_path(args.model), device=args.device
+        )
+        self._model.eval()
+        digest, self._size, self._student = "", None, None
+        if args.tokenizer:
+            digest, self._size = same_tokenizer(self._tokenizer, args.tokenizer)
+            self._student = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json"))
+        self.header = header_of(args, base, commit, digest)
+        self.cost = Cost(torch, self._model, args.warm_up)
+
+    def read_video(self, scene_id: str) -> dict:
+        """What LLaVA-3D's own reader makes of a scene.
+
+        Raises:
+            InputError: it does not know the scene.
+        """
+        from llava.mm_utils import process_videos
+
+        start, path = self.cost.now(), str(self._args.videos / scene_id)
+        device, dtype = self._model.device, self._model.dtype
+        try:
+            video = process_videos(path, self._processor["video"], mode="random", device=device)
         except (KeyError, NotImplementedError) as error:
-            # Upstream looks a scene up in its file of cameras by the last two parts of its path.
-            raise job.InputError(
-                f"{args.videos / scene_id}: unknown to LLaVA-3D: {error!r}"
-            ) from None
+            # It looks a scene up in its file of cameras by the last two parts of the path.
+            raise job.InputError(f"{path}: unknown to LLaVA-3D: {error!r}") from None
         names = ("images", "depths", "poses", "intrinsics")
-        scene = {name: video[name].to(model.device, model.dtype) for name in names}
-        cost.reading.append(cost.now() - start)
+        scene = {name: video[name].to(device, dtype) for name in names}
+        self.cost.reading.append(self.cost.now() - start)
         return scene
 
-    def make(scene: job.Scene) -> job.Made:
-        arrays = base.read_scene(scene.id)
+    def ask(self, record: dict, video: dict) -> tuple[str, Any, Any]:
+        """The answer to a question, its ids [T] and their logits [T, X]."""
+        args = self._args
+        text = "\n".join(filter(None, (self._prompts.prompt(record), args.suffix)))
+        start = self.cost.now()
+        ids = prompt_ids(self._torch, self._model, self._tokenizer, text, args.conversation)
+        tokens, logits = answer(self._torch, self._model, ids, video, args.max_new_tokens)
+        self.cost.add(self.cost.now() - start, len(tokens))
+        return self._tokenizer.decode(tokens, skip_special_tokens=True).strip(), tokens, logits
+
+    def make(self, scene: job.Scene) -> job.Made:
+        """The scene with what the teacher says of it; see `job.run`."""
+        arrays = self._base.read_scene(scene.id)
+        asked = self._questions.get(scene.id, [])
+        video = self.read_video(scene.id) if asked else {}
+        end = self._tokenizer.eos_token_id
         records, rows, said, top = [], [], [], []
         cut = empty = respelled = 0
-        asked = questions.get(scene.id, [])
-        video = read_video(scene.id) if asked else {}
         for row, record in enumerate(asked):
-            text = "\n".join(filter(None, (prompts.prompt(record), args.suffix)))
-            start = cost.now()
-            ids = prompt_ids(torch, model, tokenizer, text, args.conversation)
-            tokens, logits = answer(torch, model, ids, video, args.max_new_tokens)
-            cost.add(cost.now() - start, len(tokens))
-            words = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            words, tokens, logits = self.ask(record, video)
             records.append({**record, "teacher_answer": words} if words else record)
             empty += not words
-            if int(tokens[-1]) != tokenizer.eos_token_id:
+            if int(tokens[-1]) != end:
                 cut += 1  # an answer that does not end is not one to imitate token by token
-            elif digest and words:
+            elif self._student and words:
                 rows += [row] * len(tokens)
                 said.append(tokens.cpu().numpy().astype(np.int32))
-                respelled += [*spelled(student, words), tokenizer.eos_token_id] != tokens.tolist()
-                top.append(top_logits(torch, logits[:, :size], args.topk))
+                top.append(top_logits(self._torch, logits[:, : self._size], self._args.topk))
+                respelled += [*spelled(self._student, words), end] != tokens.tolist()
         if rows:
             arrays["teacher/answer_question"] = np.array(rows, np.int32)
             arrays["teacher/answer_id"] = np.concatenate(said)
             arrays["teacher/topk_id"] = np.concatenate([index for index, _ in top])
             arrays["teacher/topk_logprob"] = np.concatenate([logprob for _, logprob in top])
-        if args.features != "none":
+        if self._args.features != "none":
             arrays["teacher/features"] = patch_features(
-                torch, model, processor, arrays, base.patch_grid, args.features == "3d"
+                self._torch,
+                self._model,
+                self._processor,
+                arrays,
+                self._base.patch_grid,
+                self._args.features == "3d",
             )
         report = f"{len(asked)} answers, {len(rows)} tokens with logits"
         if cut or empty:
@@ -320,8 +349,6 @@ def begin(args: argparse.Namespace, base: Any, questions: dict[str, list[dict]],
                 f"; {respelled} spelled in other ids by the student: it cannot use their logits"
             )
         return job.Made(arrays, records, report)
-
-    return header_of(args, base, commit, digest), make
 
 
 def _main(argv: list[str] | None = None) -> int:
@@ -336,12 +363,15 @@ def _main(argv: list[str] | None = None) -> int:
     for record in base.questions():
         questions.setdefault(record["scene_id"], []).append(record)
     scenes = [job.Scene(entry["id"], entry["split"]) for entry in base.manifest["scenes"]]
-    costs: list[Cost] = []
-    code = job.run(
-        args, contract, scenes, lambda: begin(args, base, questions, costs), base.questions
-    )
-    if args.efficiency and costs:
-        summary = {"model": job.name_of(args.model), **costs[0].summary()}
+    teachers: list[Teacher] = []
+
+    def begin():
+        teachers.append(Teacher(args, base, questions))
+        return teachers[0].header, teachers[0].make
+
+    code = job.run(args, contract, scenes, begin, base.questions)
+    if args.efficiency and teachers:
+        summary = {"model": job.name_of(args.model), **teachers[0].cost.summary()}
         args.efficiency.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return code
 

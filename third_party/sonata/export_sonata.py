@@ -15,128 +15,18 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import export_job as job
-import views
+import export_views as views
+from export_scans import Cloud, read_scan
 
 VOXEL = 0.02
 """Metres, as Sonata was trained."""
 LICENCE = "CC-BY-NC-4.0 (weights)"
-_PLY_TYPES = {
-    **dict.fromkeys(("char", "int8"), "i1"),
-    **dict.fromkeys(("uchar", "uint8"), "u1"),
-    **dict.fromkeys(("short", "int16"), "i2"),
-    **dict.fromkeys(("ushort", "uint16"), "u2"),
-    **dict.fromkeys(("int", "int32"), "i4"),
-    **dict.fromkeys(("uint", "uint32"), "u4"),
-    **dict.fromkeys(("float", "float32"), "f4"),
-    **dict.fromkeys(("double", "float64"), "f8"),
-}
-
-
-class Cloud(NamedTuple):
-    """Points of a scene.
-
-    Attributes:
-        points: [N, 3], in the export's world.
-        colour: [N, 3] in 0 to 255, or None.
-        normal: [N, 3] unit vectors, or None.
-        view: [N] the view that sees a point, or None.
-    """
-
-    points: np.ndarray
-    colour: np.ndarray | None
-    normal: np.ndarray | None
-    view: np.ndarray | None
-
-    def taken(self, index: np.ndarray) -> Cloud:
-        """Some of the points."""
-        return Cloud(*(None if field is None else field[index] for field in self))
-
-
-# --- Scans ----------------------------------------------------------------------------------------
-
-
-def read_scan(path: Path) -> Cloud:
-    """A cloud from a .ply file, or an .npz file with points, and colour and normal if it has them.
-
-    Raises:
-        InputError: it is neither, or has no points.
-    """
-    try:
-        fields = _read_npz(path) if path.suffix == ".npz" else _read_ply(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise job.InputError(f"{path}: no scan: {str(error) or type(error).__name__}") from None
-    points = fields["points"]
-    if points.ndim != 2 or points.shape[1:] != (3,) or not len(points):
-        raise job.InputError(f"{path}: points of shape {list(points.shape)} are not [N, 3]")
-    for name, array in fields.items():
-        if array is not None and (array.shape != points.shape or not np.isfinite(array).all()):
-            raise job.InputError(f"{path}: {name} is not a finite {list(points.shape)}")
-    return Cloud(points, fields["colour"], fields["normal"], None)
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray | None]:
-    with np.load(path, allow_pickle=False) as file:
-        return {
-            name: file[name].astype(np.float64) if name in file or name == "points" else None
-            for name in ("points", "colour", "normal")
-        }
-
-
-def _read_ply(path: Path) -> dict[str, np.ndarray | None]:
-    """The vertices of a PLY file, ascii or binary."""
-    with open(path, "rb") as file:
-        layout, count, kind = [], 0, ""
-        if file.readline(100).strip() != b"ply":
-            raise ValueError("not a PLY file")
-        element = ""
-        while True:
-            words = file.readline(1000).decode("ascii").split()
-            if words[:1] == ["end_header"]:
-                break
-            if not words:
-                raise ValueError("its header does not end")
-            if words[0] == "format":
-                kind = words[1]
-            elif words[0] == "element":
-                if not element and words[1] != "vertex":
-                    raise ValueError(f"element {words[1]} comes before the vertices")
-                element = words[1]
-                count = int(words[2]) if element == "vertex" else count
-            elif words[0] == "property" and element == "vertex":
-                layout.append((words[2], _PLY_TYPES[words[1]]))
-        names = [name for name, _ in layout]
-        if kind == "ascii":
-            rows = np.loadtxt(file, max_rows=count, ndmin=2, usecols=range(len(names)))
-            columns, found = dict(zip(names, rows.T)), len(rows)
-        else:
-            order = {"binary_little_endian": "<", "binary_big_endian": ">"}[kind]
-            row = np.dtype([(name, order + dtype) for name, dtype in layout])
-            data = file.read(count * row.itemsize)
-            found = len(data) // row.itemsize
-            columns = np.frombuffer(data[: found * row.itemsize], row)
-        if found < count:
-            raise ValueError(f"cut off: {found} of {count} vertices")
-
-    def stacked(*wanted: str) -> np.ndarray | None:
-        has = all(name in names for name in wanted)
-        return np.stack([columns[name] for name in wanted], -1).astype(np.float64) if has else None
-
-    points = stacked("x", "y", "z")
-    if points is None:
-        raise ValueError("has no x, y, z")
-    return {
-        "points": points,
-        "colour": stacked("red", "green", "blue"),
-        "normal": stacked("nx", "ny", "nz"),
-    }
-
-
 # --- Points of an export --------------------------------------------------------------------------
 
 

@@ -11,141 +11,25 @@ The world of a scene is its first camera's, OpenCV axes, in VGGT's own unit: `sc
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import export_job as job
-import views
+import export_pictures as reading
+import export_views as views
 
 SIZE = 518
 """Pixels of the longer side (pad) or of the width (crop), as VGGT was trained."""
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 LICENCES = {
     "facebook/VGGT-1B": "CC-BY-NC-4.0 (weights)",
     "facebook/VGGT-1B-Commercial": "VGGT commercial licence, gated (weights)",
 }
 MAX_MISFIT = 0.1
 """Largest RMS distance of aligned chunks' shared points, as a share of these points' spread."""
-
-
-# --- Pictures -------------------------------------------------------------------------------------
-
-
-def natural_order(path: Path) -> list:
-    """Sorts 2.jpg before 10.jpg."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
-
-
-def chosen(count: int, most: int) -> list[int]:
-    """At most `most` of `count` frames, evenly spaced from the first."""
-    return list(range(count)) if count <= most else [i * count // most for i in range(most)]
-
-
-def _opencv_frames(path: Path) -> Iterator[np.ndarray]:
-    import cv2
-
-    video = cv2.VideoCapture(str(path))
-    while True:
-        more, frame = video.read()
-        if not more:
-            return
-        yield frame[:, :, ::-1]
-
-
-def _imageio_frames(path: Path) -> Iterator[np.ndarray]:
-    import imageio.v3
-
-    yield from imageio.v3.imiter(str(path))
-
-
-def _torchvision_frames(path: Path) -> Iterator[np.ndarray]:
-    from torchvision.io import read_video
-
-    for frame in read_video(str(path), output_format="THWC", pts_unit="sec")[0]:
-        yield frame.numpy()
-
-
-def video_frames(path: Path, most: int) -> list[np.ndarray]:
-    """At most `most` frames [H, W, 3] of a video, by whatever can decode it here.
-
-    Raises:
-        InputError: nothing can.
-    """
-    tried = []
-    for decode in (_opencv_frames, _imageio_frames, _torchvision_frames):
-        name = decode.__name__.split("_")[1]
-        try:
-            # Decoded twice: containers are often wrong about how many frames they have.
-            wanted = set(chosen(sum(1 for _ in decode(path)), most))
-            if wanted:
-                return [frame for i, frame in enumerate(decode(path)) if i in wanted]
-            tried.append(f"{name} finds no frame")
-        except Exception as error:  # not installed, or no such codec: each library has its own
-            tried.append(f"{name}: {type(error).__name__}")
-    raise job.InputError(f"{path}: cannot be decoded ({'; '.join(tried)})")
-
-
-def read_pictures(source: Path, most: int) -> list[Image.Image]:
-    """The pictures of a scene, RGB; what is transparent becomes white.
-
-    Raises:
-        InputError: there is none, or one cannot be read.
-    """
-    if source.suffix.lower() in VIDEOS:
-        return [Image.fromarray(np.ascontiguousarray(f)) for f in video_frames(source, most)]
-    files = sorted(
-        (path for path in source.iterdir() if path.suffix.lower() in PICTURES), key=natural_order
-    )
-    if not files:
-        raise job.InputError(f"{source}: no picture ({', '.join(PICTURES)})")
-    pictures = []
-    for index in chosen(len(files), most):
-        try:
-            picture = Image.open(files[index])
-            if picture.mode in ("RGBA", "LA", "PA"):
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-                picture = Image.alpha_composite(white, picture)
-            pictures.append(picture.convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise job.InputError(f"{files[index]}: no picture: {error}") from None
-    return pictures
-
-
-def prepare(
-    picture: Image.Image, mode: str, size: int, patch: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """A picture as VGGT takes it, by the rule of its own `load_and_preprocess_images`.
-
-    crop: the width becomes `size`, the height follows, in whole patches; what is taller than
-    `size` loses its top and bottom. pad: the longer side becomes `size`, the other follows, white
-    fills the square. Bicubic.
-
-    Returns:
-        uint8 [H, W, 3], and bool [H, W], which pixels are of the picture.
-    """
-    width, height = picture.size
-    longest = width if mode == "crop" else max(width, height)
-    whole = [max(1, round(side * (size / longest) / patch)) * patch for side in picture.size]
-    new = [size if side == longest else side_ for side, side_ in zip(picture.size, whole)]
-    pixels = np.asarray(picture.resize(tuple(new), Image.BICUBIC))
-    if mode == "crop":
-        top = max(0, (pixels.shape[0] - size) // 2)
-        pixels = pixels[top : top + size]
-        return pixels, np.ones(pixels.shape[:2], bool)
-    square, inside = np.full((size, size, 3), 255, np.uint8), np.zeros((size, size), bool)
-    top, left = ((size - side) // 2 for side in pixels.shape[:2])
-    place = (slice(top, top + pixels.shape[0]), slice(left, left + pixels.shape[1]))
-    square[place], inside[place] = pixels, True
-    return square, inside
 
 
 # --- The model ------------------------------------------------------------------------------------
@@ -342,12 +226,12 @@ def scenes_of(args: argparse.Namespace) -> list[job.Scene]:
             raise job.InputError(f"{args.root}: no such folder")
         places += [
             path
-            for path in sorted(args.root.iterdir(), key=natural_order)
-            if path.suffix.lower() in VIDEOS or (path / args.subfolder).is_dir()
+            for path in sorted(args.root.iterdir(), key=reading.natural_order)
+            if path.suffix.lower() in reading.VIDEOS or (path / args.subfolder).is_dir()
         ]
     sources = {}
     for place in places:
-        is_video = place.suffix.lower() in VIDEOS
+        is_video = place.suffix.lower() in reading.VIDEOS
         sources[place.stem if is_video else place.resolve().name] = (
             place if is_video else place / args.subfolder
         )
@@ -426,8 +310,8 @@ def begin(args: argparse.Namespace, scenes: list[job.Scene]):
 
     def views_of(scene: job.Scene, most: int) -> tuple[np.ndarray, np.ndarray]:
         ready = [
-            prepare(picture, args.preprocess, args.size, patch)
-            for picture in read_pictures(scene.source, most)
+            reading.prepare(picture, args.preprocess, args.size, patch)
+            for picture in reading.read_pictures(scene.source, most)
         ]
         if len({pixels.shape for pixels, _ in ready}) > 1:
             raise job.InputError(f"{scene.source}: pictures of several shapes: --preprocess pad")

@@ -1,0 +1,123 @@
+"""Pictures and videos as VGGT takes them: numpy, Pillow and a video decoder; Python 3.9."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import export_job as job
+import numpy as np
+from PIL import Image
+
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
+
+
+def natural_order(path: Path) -> list:
+    """Sorts 2.jpg before 10.jpg."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+
+def chosen(count: int, most: int) -> list[int]:
+    """At most `most` of `count` frames, evenly spaced from the first."""
+    return list(range(count)) if count <= most else [i * count // most for i in range(most)]
+
+
+def _opencv_frames(path: Path) -> Iterator[np.ndarray]:
+    import cv2
+
+    video = cv2.VideoCapture(str(path))
+    while True:
+        more, frame = video.read()
+        if not more:
+            return
+        yield frame[:, :, ::-1]
+
+
+def _imageio_frames(path: Path) -> Iterator[np.ndarray]:
+    import imageio.v3
+
+    yield from imageio.v3.imiter(str(path))
+
+
+def _torchvision_frames(path: Path) -> Iterator[np.ndarray]:
+    from torchvision.io import read_video
+
+    for frame in read_video(str(path), output_format="THWC", pts_unit="sec")[0]:
+        yield frame.numpy()
+
+
+def video_frames(path: Path, most: int) -> list[np.ndarray]:
+    """At most `most` frames [H, W, 3] of a video, by whatever can decode it here.
+
+    Raises:
+        InputError: nothing can.
+    """
+    tried = []
+    for decode in (_opencv_frames, _imageio_frames, _torchvision_frames):
+        name = decode.__name__.split("_")[1]
+        try:
+            # Decoded twice: containers are often wrong about how many frames they have.
+            wanted = set(chosen(sum(1 for _ in decode(path)), most))
+            if wanted:
+                return [frame for i, frame in enumerate(decode(path)) if i in wanted]
+            tried.append(f"{name} finds no frame")
+        except Exception as error:  # not installed, or no such codec: each library has its own
+            tried.append(f"{name}: {type(error).__name__}")
+    raise job.InputError(f"{path}: cannot be decoded ({'; '.join(tried)})")
+
+
+def read_pictures(source: Path, most: int) -> list[Image.Image]:
+    """The pictures of a scene, RGB; what is transparent becomes white.
+
+    Raises:
+        InputError: there is none, or one cannot be read.
+    """
+    if source.suffix.lower() in VIDEOS:
+        return [Image.fromarray(np.ascontiguousarray(f)) for f in video_frames(source, most)]
+    files = sorted(
+        (path for path in source.iterdir() if path.suffix.lower() in PICTURES), key=natural_order
+    )
+    if not files:
+        raise job.InputError(f"{source}: no picture ({', '.join(PICTURES)})")
+    pictures = []
+    for index in chosen(len(files), most):
+        try:
+            picture = Image.open(files[index])
+            if picture.mode in ("RGBA", "LA", "PA"):
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+                picture = Image.alpha_composite(white, picture)
+            pictures.append(picture.convert("RGB"))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise job.InputError(f"{files[index]}: no picture: {error}") from None
+    return pictures
+
+
+def prepare(
+    picture: Image.Image, mode: str, size: int, patch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A picture as VGGT takes it, by the rule of its own `load_and_preprocess_images`.
+
+    crop: the width becomes `size`, the height follows, in whole patches; what is taller than
+    `size` loses its top and bottom. pad: the longer side becomes `size`, the other follows, white
+    fills the square. Bicubic.
+
+    Returns:
+        uint8 [H, W, 3], and bool [H, W], which pixels are of the picture.
+    """
+    width, height = picture.size
+    longest = width if mode == "crop" else max(width, height)
+    whole = [max(1, round(side * (size / longest) / patch)) * patch for side in picture.size]
+    new = [size if side == longest else side_ for side, side_ in zip(picture.size, whole)]
+    pixels = np.asarray(picture.resize(tuple(new), Image.BICUBIC))
+    if mode == "crop":
+        top = max(0, (pixels.shape[0] - size) // 2)
+        pixels = pixels[top : top + size]
+        return pixels, np.ones(pixels.shape[:2], bool)
+    square, inside = np.full((size, size, 3), 255, np.uint8), np.zeros((size, size), bool)
+    top, left = ((size - side) // 2 for side in pixels.shape[:2])
+    place = (slice(top, top + pixels.shape[0]), slice(left, left + pixels.shape[1]))
+    square[place], inside[place] = pixels, True
+    return square, inside
