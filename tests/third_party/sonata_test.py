@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from geode_jax.data.exports import Export, validate
+from geode_jax.data.pipeline import Pipeline, PipelineConfig
+from geode_jax.data.prompts import prompt
+from geode_jax.data.tokens import train_tokenizer
 
 VOXEL = 0.02
 
@@ -144,6 +147,30 @@ def test_two_runs_and_shards_give_the_same_bytes(export, write_base, tmp_path):
         data = (tmp_path / "out" / name).read_bytes()
         assert data == (tmp_path / "again" / name).read_bytes()
         assert data == (tmp_path / "shards" / name).read_bytes()
+
+
+def test_geodes_batches_have_the_points(export, write_base, tmp_path):
+    write_base(tmp_path / "base", boxes=False)
+    assert export() == 0
+    found = Export(tmp_path / "out")
+    tokenizer = train_tokenizer([prompt(record) for record in found.questions()], [], 2)
+    config = PipelineConfig(
+        export=str(found.folder),
+        scenes_per_batch=1,
+        questions_per_scene=2,
+        question_length=24,
+        answer_length=8,
+        max_boxes=1,
+        rows_per_scene=2,
+        row_length=60,
+        vision="images",
+    )
+    batch = Pipeline(found, tokenizer, config, "train").batch(0)
+    arrays = found.read_scene("a")
+    count = len(arrays["sonata/coord"])
+    assert batch.point_mask_SG.sum() == count
+    np.testing.assert_array_equal(batch.point_frame_SG[0, :count], arrays["sonata/frame"])
+    np.testing.assert_array_equal(batch.coord_SG3[0, :count], arrays["sonata/coord"])
 
 
 def test_all_that_would_shuffle_is_fixed(load, weights):
