@@ -30,6 +30,7 @@ import json
 import math
 import os
 import re
+import shutil
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -585,7 +586,7 @@ _ENTRY_FIELDS = {
 }
 _QUESTION_FIELDS = {
     **dict.fromkeys(("id", "scene_id", "kind", "question", "answer"), _TEXT),
-    **dict.fromkeys(("teacher_answer", "unit", "rationale"), _TEXT),
+    **dict.fromkeys(("teacher_answer", "unit", "rationale", "source"), _TEXT),
     **dict.fromkeys(
         ("options", "answers"), _must(lambda v: bool(v) and _is_texts(v), "a list of strings")
     ),
@@ -746,6 +747,17 @@ def write_scene(
             chunks = _safetensors_chunks(stored[prefix])
             entry[key] = _write_file(_tensor_file(Path(folder), kind, scene_id), chunks)
     return entry
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another file system, or one without hard links
+        part = target.with_name(target.name + ".part")
+        shutil.copyfile(source, part)
+        os.replace(part, target)
 
 
 class _BoxCounts(dict):
@@ -915,6 +927,31 @@ class ExportWriter:
             entries[entry["id"]] = entry
         return entries
 
+    def adopt_scene(self, export: Export, scene_id: str) -> None:
+        """Takes over a scene of another export with the same header, in the same split.
+
+        Its files are hard links where the file system allows, copies otherwise. They are not read:
+        whoever reads the new export checks them against the same sha256.
+
+        Raises:
+            ExportError: an unknown scene, or a file cannot be had.
+        """
+        entry = export._entry(scene_id)
+        if scene_id in self._scenes:
+            raise ExportError(_MANIFEST, "id", f"duplicate scene {scene_id}")
+        for _, kind, key in _FILES:
+            if key in entry:
+                source = _tensor_file(export.folder, kind, scene_id)
+                target = _tensor_file(self.folder, kind, scene_id)
+                try:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    _link(source, target)
+                except FileNotFoundError:
+                    raise _damage(scene_id, source, "is missing") from None
+                except OSError as error:
+                    raise _cannot_write(target, error) from None
+        self.register(entry)
+
     def register(self, entry: dict) -> None:
         """Adds a scene that `write_scene` has written, here or in another process."""
         _check_entry(entry, self._scenes)
@@ -925,7 +962,8 @@ class ExportWriter:
 
         Args:
             records: {id, scene_id, kind, question, answer} and optional {teacher_answer, options,
-                value, unit, box, rationale, relation, objects, answers}.
+                value, unit, box, rationale, relation, objects, answers, source}; the source is the
+                name of the data set that asks.
 
         Raises:
             ExportError: `questions.jsonl:LINE: field: rule`; the records before it were added.
@@ -1026,6 +1064,11 @@ class Export:
     def scene_ids(self, split: str | None = None) -> list[str]:
         """Scene ids of a split (None: of all), in the manifest's order."""
         return [i for i, entry in self._entries.items() if split in (None, entry["split"])]
+
+    def header(self) -> dict[str, Any]:
+        """What an `ExportWriter` needs to make another export of these scenes."""
+        left_out = ("schema_version", "created", "scenes", "questions")
+        return {name: value for name, value in self.manifest.items() if name not in left_out}
 
     def files(self) -> list[Path]:
         """Paths of all files that belong to the export."""

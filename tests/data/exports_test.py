@@ -846,6 +846,7 @@ BAD_QUESTIONS = [
     ({"objects": [{"name": "chair", "box": [*BOX[:6], float("inf")]}]}, "objects: [0] box"),
     ({"objects": [{"name": "chair", "box": BOX, "index": -1}]}, "objects: [0] index"),
     ({"objects": [{"name": "chair", "box": BOX, "index": 3}]}, "objects: [0] index 3 is not a row"),
+    ({"source": ""}, "source: must be a non-empty string"),
     ({"colour": "red"}, "'colour': unknown field"),
 ]
 

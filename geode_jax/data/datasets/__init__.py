@@ -60,6 +60,16 @@ class Report:
 SOURCES: dict[str, str] = {
     "scannet": "scannet:prepare",
     "3d-front": "front3d:prepare",
+    "scanqa": "scannet_questions:scanqa",
+    "sqa3d": "scannet_questions:sqa3d",
+    "vsi590k": "conversations:vsi590k",
+    "vica322k": "conversations:vica322k",
+    "vlm3r": "conversations:vlm3r",
+    "llava3d": "conversations:llava3d",
+    "ssr-cot": "rationales:ssr_cot",
+    "vica-thinking": "rationales:vica_thinking",
+    "cambrian-alignment": "captions:cambrian_alignment",
+    "s-mit": "captions:s_mit",
 }
 """Name -> `module:function` of this package; the function makes a `Report` of a `Request`."""
 
