@@ -330,7 +330,7 @@ def evaluate(
         predictions={name: file.named() for name, file in files.items()},
         frames=frames,
         decoding=decoding,
-        notes=_of_no_question(asked, files),
+        notes=of_no_question(asked, files),
     )
 
 
@@ -384,7 +384,8 @@ def _missing(model: dict[str, Any]) -> list[str]:
     ]
 
 
-def _of_no_question(asked: RowFile, files: dict[str, RowFile]) -> list[str]:
+def of_no_question(asked: RowFile, files: dict[str, RowFile]) -> list[str]:
+    """A line for every file that has answers to no question of `asked`."""
     others = {file.path: len(file.rows.keys() - asked.rows.keys()) for file in files.values()}
     return [
         f"{path}: {count} predictions are of no question of {asked.path}"

@@ -8,6 +8,7 @@
     geode-jax ask --workdir RUN --scene ID --question "How many chair(s) are in this room?"
     geode-jax evaluate vsi --workdir RUN                        a run's score on VSI-Bench's tasks
     geode-jax evaluate vsi --predictions FILE --dataset FILE    the score of any model's answers
+    geode-jax evaluate text --predictions FILE --dataset FILE   the same on ScanQA and SQA3D
     geode-jax convert import --source DIR --out DIR     a Hugging Face folder -> a checkpoint
     geode-jax convert export --source DIR --out DIR     a checkpoint -> a Hugging Face folder
     geode-jax convert inspect DIR                       what a Hugging Face folder holds
@@ -185,9 +186,13 @@ def _shown(thinking_tokens: tuple[str, ...]) -> str:
 
 _OF_PREDICTIONS = ("dataset", "debiased_ids", "blind", "revision", "frames", "decoding")
 _OF_RUN = ("export", "spatio")
+_OF_TEXT = ("dataset", "revision", "frames", "decoding")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    if arguments.benchmark == "text":
+        _evaluate_text(arguments)
+        return
     from geode_jax.evaluate import vsi_bench
 
     by_run = arguments.workdir is not None
@@ -197,6 +202,25 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}: does not go with --{source}")
     result, out = _vsi_of_run(arguments) if by_run else _vsi_of_predictions(arguments)
     print(vsi_bench.table(result["scores"]))
+    print("\n".join(f"note: {note}" for note in result["notes"]))
+    print(f"result: {out}")
+
+
+def _evaluate_text(arguments: argparse.Namespace) -> None:
+    from geode_jax.evaluate import text_answers
+    from geode_jax.metrics import write_json
+
+    for name in ("workdir", *_OF_RUN, "debiased_ids", "blind"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')}: does not go with evaluate text")
+    predictions, told = arguments.predictions, {name: getattr(arguments, name) for name in _OF_TEXT}
+    if arguments.dataset is None:
+        raise UserError("--dataset: evaluate text needs the file of questions")
+    out = arguments.out or predictions.parent / f"{predictions.stem}.text.json"
+    _refuse_input(out, [predictions, arguments.dataset])
+    result = text_answers.evaluate(predictions, **told)
+    write_json(out, result)
+    print(text_answers.table(result["scores"]))
     print("\n".join(f"note: {note}" for note in result["notes"]))
     print(f"result: {out}")
 
@@ -342,7 +366,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="an object a line: answer, kind, value, unit, box, ...")
 
     add = command("evaluate", _evaluate, "score a run or a file of predictions on a benchmark")
-    add("benchmark", choices=("vsi",), help="vsi: VSI-Bench")
+    add("benchmark", choices=("vsi", "text"), help="vsi: VSI-Bench; text: ScanQA, SQA3D")
     source = commands.choices["evaluate"].add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--predictions", type=Path, metavar="FILE", help="JSON lines: id, prediction"
@@ -350,7 +374,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--workdir", type=Path, metavar="RUN", help="predict with a trained run")
     add("--export", type=Path, metavar="DIR", help="its test split is asked; default the run's own")
     add("--spatio", type=int, choices=(4, 8, 16), help="see so many of the run's rationale tokens")
-    add("--dataset", type=Path, metavar="FILE", help="its rows, .jsonl or .parquet; else in these")
+    add("--dataset", type=Path, metavar="FILE", help="its rows or questions; else in these")
     add(
         "--debiased-ids", type=Path, metavar="FILE", help="score these questions only, an id a line"
     )
@@ -359,7 +383,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="FILE",
-        help="result; default RUN/vsi.json, or PREDICTIONS with .vsi.json",
+        help="result; default RUN/vsi.json, or PREDICTIONS with .vsi.json or .text.json",
     )
     add("--revision", metavar="TEXT", help="of the dataset, for the result file")
     add("--frames", type=_positive, metavar="N", help="of a video, for the result file")

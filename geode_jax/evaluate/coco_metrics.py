@@ -1,0 +1,195 @@
+"""Text metrics as ScanQA and its successors report them, in the COCO-caption convention.
+
+Every number is in [0, 100]; CIDEr may be larger.
+
+| key | what it is |
+|---|---|
+| `em1` | lower-case answer equal to a reference (ScanQA's EM@1) |
+| `em1_refined` | after `clean`, one contains the other (LEO's refined EM, LLaVA-3D's) |
+| `coco_bleu1` ... `4` | corpus level, closest reference length, no smoothing |
+| `coco_rouge_l` | F with beta 1.2 of the best precision and the best recall, mean over answers |
+| `coco_cider` | CIDEr-D: n = 1..4, sigma 6, document frequencies of the references scored |
+| `meteor_exact_stem` | `text_metrics.meteor`, which is not the METEOR 1.5 of the COCO tools |
+
+The first five are those of `pycocoevalcap` on tokens that are like its own: it runs Stanford's
+tokenizer, which needs Java; here nltk's Penn Treebank rules split, and the same punctuation is
+left out. METEOR 1.5 needs Java and its paraphrase tables, so what stands here is another metric
+under another name: exact and stem matches alone, without synonyms and paraphrases. None of these
+is comparable with the metrics of `text_metrics`, which follow the Hidden-CoT paper.
+"""
+
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from geode_jax.evaluate import text_metrics
+
+CIDER_ORDERS, CIDER_SIGMA, ROUGE_BETA = 4, 6.0, 1.2
+_PUNCTUATION = frozenset(["''", "'", "``", "`", *"()[]{}.?!,:;-", "--", "..."])
+_BREAKS = re.compile(r"([.?!])(?=\s)")
+
+
+@functools.cache
+def _treebank():
+    from nltk.tokenize import TreebankWordTokenizer
+
+    return TreebankWordTokenizer()
+
+
+@functools.lru_cache(maxsize=65536)
+def tokens(text: str) -> tuple[str, ...]:
+    """Lower-case Penn Treebank tokens without punctuation: "It's 2.4 m." is it, 's, 2.4, m."""
+    split = _treebank().tokenize(_BREAKS.sub(r" \1 ", " ".join(text.lower().split())))
+    return tuple(token for token in split if token not in _PUNCTUATION)
+
+
+# --- Exact match ----------------------------------------------------------------------------------
+
+_NUMBERS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
+    *("nineteen", "twenty"),
+)
+_WORDS = {
+    **{str(i): word for i, word in enumerate(_NUMBERS)},
+    **{"23": "twenty-three", "none": "zero"},
+    # Misspellings that the answers have.
+    **{"letf": "left", "let": "left", "tehre": "there", "rigth": "right", "rght": "right"},
+    **{"behine": "behind", "chai": "chair", "wasing": "washing", "waslked": "walked"},
+    **{"oclock": "o'clock", "backwards": "backward"},
+}
+_WORD = re.compile(r"\b(?:" + "|".join(_WORDS) + r")\b")
+
+
+def clean(text: str) -> str:
+    """An answer as LEO compares it: lower case, small numbers in words, no articles, no typos."""
+    text = " ".join(re.sub(r"[^a-z0-9,'\s:-]+", "", text.lower()).split())
+    text = _WORD.sub(lambda found: _WORDS[found[0]], re.sub(r"\bo' clock\b", "o'clock", text))
+    text = re.sub(r"\b([a-z]+)[0-9]\b", r"\1", text)
+    return re.sub(r"\b(?:an?|the)\b (?=[a-z])", "", text)
+
+
+def exact_match(prediction: str, targets: Sequence[str]) -> float:
+    """1.0 if the answer is one of the references, whatever its case and the spaces around it."""
+    return float(prediction.strip().lower() in {target.strip().lower() for target in targets})
+
+
+def refined_match(prediction: str, targets: Sequence[str]) -> float:
+    """1.0 if the cleaned answer is in a cleaned reference or the other way round, spaces apart.
+
+    An answer of which nothing is left counts as wrong; the upstream code finds it everywhere.
+    """
+    said = "".join(clean(prediction).split())
+    truths = ["".join(clean(target).split()) for target in targets]
+    return float(bool(said) and any(truth and (said in truth or truth in said) for truth in truths))
+
+
+# --- ROUGE-L and CIDEr ----------------------------------------------------------------------------
+
+
+def _common(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    row = [0] * (len(b) + 1)
+    for word in a:
+        before = 0
+        for j, other in enumerate(b, 1):
+            before, row[j] = row[j], before + 1 if word == other else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def rouge_l(prediction: str, targets: Sequence[str]) -> float:
+    """COCO's ROUGE-L of one answer in [0, 1].
+
+    Precision and recall are each the best over the references, so not always of the same one.
+    """
+    said = tokens(prediction)
+    common = [(_common(said, tokens(target)), len(tokens(target))) for target in targets]
+    precision = max(c / len(said) if said else 0.0 for c, _ in common)
+    recall = max(c / n if n else 0.0 for c, n in common)
+    if not precision or not recall:
+        return 0.0
+    beta = ROUGE_BETA**2
+    return (1 + beta) * precision * recall / (recall + beta * precision)
+
+
+def _ngrams(words: Sequence[str]) -> list[Counter]:
+    """Counts of the n-grams of each order."""
+    return [
+        Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+        for n in range(1, CIDER_ORDERS + 1)
+    ]
+
+
+def cider(predictions: Sequence[str], targets: Sequence[Sequence[str]]) -> list[float]:
+    """CIDEr-D of every answer; COCO's score is the mean.
+
+    Rare n-grams count more: an n-gram weighs log(N / questions whose references have it), of the N
+    questions given. With one question everything weighs 0, and few questions give odd values.
+
+    Args:
+      predictions: one text per question.
+      targets: its references, one or more.
+    """
+    references = [[_ngrams(tokens(text)) for text in texts] for texts in targets]
+    seen: Counter = Counter()
+    for texts in references:
+        seen.update({gram for text in texts for order in text for gram in order})
+
+    def vector(counts: Counter) -> dict[tuple, float]:
+        total = len(references)
+        return {gram: n * math.log(total / max(1, seen[gram])) for gram, n in counts.items()}
+
+    scores = []
+    for prediction, texts in zip(predictions, references, strict=True):
+        said = _ngrams(tokens(prediction))
+        total = sum(_similarity(said, text, vector) for text in texts)
+        scores.append(10.0 * total / len(texts))
+    return scores
+
+
+def _similarity(said: list[Counter], truth: list[Counter], vector) -> float:
+    """Mean over the orders of the clipped cosine, times the penalty for another length."""
+    # The reference code measures length in bigrams.
+    gap = said[1].total() - truth[1].total()
+    penalty = math.exp(-(gap**2) / (2 * CIDER_SIGMA**2))
+    total = 0.0
+    for a, b in zip(map(vector, said), map(vector, truth), strict=True):
+        norm = math.hypot(*a.values()) * math.hypot(*b.values())
+        if norm:
+            total += sum(min(x, b[gram]) * b[gram] for gram, x in a.items() if gram in b) / norm
+    return penalty * total / CIDER_ORDERS
+
+
+# --- All ------------------------------------------------------------------------------------------
+
+
+def coco_scores(predictions: Sequence[str], targets: Sequence[Sequence[str]]) -> dict[str, float]:
+    """All metrics of the module docstring, in percent.
+
+    Args:
+      predictions: one text per question, "" where there is no answer.
+      targets: its references, one or more.
+
+    Raises:
+      ValueError: there is no question.
+    """
+    if not predictions:
+        raise ValueError("no predictions to score")
+    pairs = list(zip(predictions, targets, strict=True))
+
+    def mean(values) -> float:
+        return 100.0 * sum(values) / len(pairs)
+
+    split = [" ".join(tokens(text)) for text in predictions]
+    split_targets = [[" ".join(tokens(text)) for text in texts] for texts in targets]
+    bleu = text_metrics.corpus_bleu(split, split_targets, tokenize="none")
+    return {
+        "em1": mean(exact_match(*pair) for pair in pairs),
+        "em1_refined": mean(refined_match(*pair) for pair in pairs),
+        **{f"coco_{name}": 100.0 * value for name, value in bleu.items()},
+        "coco_rouge_l": mean(rouge_l(*pair) for pair in pairs),
+        "coco_cider": mean(cider(predictions, targets)),
+        "meteor_exact_stem": mean(text_metrics.meteor(text, tuple(texts)) for text, texts in pairs),
+    }

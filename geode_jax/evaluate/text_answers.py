@@ -1,0 +1,175 @@
+"""Any model's answers to ScanQA or SQA3D: their scores beside those of the most frequent answer.
+
+The questions come from the data set's own file, or from `questions.jsonl` of an export:
+
+| file | id | references |
+|---|---|---|
+| `ScanQA_v1.0_val.json` | `question_id` | `answers` |
+| `v1_balanced_sqa_annotations_test_scannetv2.json` | `question_id` | `answers[].answer` |
+| `questions.jsonl` | `id` | `answer` and `answers` |
+
+Predictions are JSON lines with `id` and `prediction`. A question without a prediction counts as
+answered by nothing, and is reported.
+"""
+
+import hashlib
+import json
+import reprlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from geode_jax import __version__
+from geode_jax.errors import UserError
+from geode_jax.evaluate.coco_metrics import coco_scores, exact_match
+from geode_jax.evaluate.scores import frequency_baseline
+from geode_jax.evaluate.text_metrics import references
+from geode_jax.evaluate.vsi_bench import RowFile, check_prediction, of_no_question, read_rows
+
+LABELS = {
+    "em1": "EM@1",
+    "em1_refined": "EM@1, refined",
+    **{f"coco_bleu{n}": f"BLEU-{n} (COCO)" for n in (1, 2, 3, 4)},
+    "coco_rouge_l": "ROUGE-L (COCO)",
+    "coco_cider": "CIDEr (COCO)",
+    "meteor_exact_stem": "METEOR, exact + stem only",
+}
+"""How a score is shown; a kind of question is shown as its EM@1."""
+
+
+def read_questions(path: Path) -> RowFile:
+    """The questions of a file, each with `id`, `kind`, `answer` and `answers`.
+
+    Raises:
+      UserError: it is none of the files of the module docstring, or a question has no answer.
+    """
+    if path.suffix == ".jsonl":
+        return read_rows(path, _check_question)
+    data = path.read_bytes()
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    situated = isinstance(content, dict) and isinstance(content.get("annotations"), list)
+    records = content["annotations"] if situated else content
+    if not isinstance(records, list) or not records:
+        raise UserError(f"{path}: is no file of questions of ScanQA, of SQA3D or of an export")
+    rows: dict[str, dict] = {}
+    for number, record in enumerate(records):
+        where = f"{path}: record {number}"
+        if not isinstance(record, dict) or not isinstance(record.get("question_id"), int | str):
+            raise UserError(f"{where}: question_id: must be a whole number or a string")
+        answers = record.get("answers")
+        if situated and isinstance(answers, list):
+            answers = [a.get("answer") if isinstance(a, dict) else None for a in answers]
+        row = {"id": record["question_id"], "kind": "sqa3d" if situated else "scanqa"}
+        row["answers"] = answers
+        row["answer"] = answers[0] if isinstance(answers, list) and answers else None
+        _check_question(row, where)
+        if str(row["id"]) in rows:
+            raise UserError(f"{where}: question_id: duplicate {row['id']!r}")
+        rows[str(row["id"])] = row
+    return RowFile(path, hashlib.sha256(data).hexdigest(), rows)
+
+
+def _check_question(row: dict, where: str) -> None:
+    for field in ("kind", "answer"):
+        if not isinstance(row.get(field), str):
+            found = reprlib.repr(row.get(field))
+            raise UserError(f"{where}: {field}: must be a string, is {found}: nothing to score by")
+    answers = row.get("answers", [])
+    if not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
+        raise UserError(f"{where}: answers: must be a list of strings")
+
+
+def evaluate(
+    predictions: Path,
+    *,
+    dataset: Path,
+    revision: str | None = None,
+    frames: int | None = None,
+    decoding: str | None = None,
+) -> dict[str, Any]:
+    """Scores a file of predictions, the most frequent answer beside it.
+
+    Args:
+      predictions: rows with `id` and `prediction`.
+      dataset: the file of questions.
+      revision: of the data set, recorded as it stands, like the next two.
+      frames: that the model saw.
+      decoding: how the text was generated.
+
+    Returns:
+      What the result file holds: `scores` (column to the keys of `coco_metrics`, and `em1/KIND` of
+      every kind where there are several), `questions`, `missing` (ids without a prediction),
+      `notes`, and the recorded facts, None where not told.
+
+    Raises:
+      UserError: a file breaks its rules, or no prediction is of a question.
+    """
+    asked = read_questions(dataset)
+    answers = read_rows(predictions, check_prediction)
+    missing = [key for key in asked.rows if key not in answers.rows]
+    if len(missing) == len(asked.rows):
+        first = reprlib.repr(missing[0])
+        raise UserError(f"{predictions}: no prediction of a question of {dataset}, such as {first}")
+    rows = [
+        {**row, "prediction": answers.rows.get(key, {"prediction": ""})["prediction"]}
+        for key, row in asked.rows.items()
+    ]
+    notes = [
+        *(
+            [
+                f"{len(missing)} of {len(rows)} questions have no prediction and count as wrong, "
+                f"the first is id {reprlib.repr(missing[0])}"
+            ]
+            if missing
+            else []
+        ),
+        *of_no_question(asked, {"model": answers}),
+        "frequency: the most common first answer of each kind, over these same questions",
+        "BLEU, ROUGE-L and CIDEr: the COCO formulas on tokens like those of its Java tokenizer",
+        "METEOR: exact and stem matches, without synonyms or paraphrases; not COCO's METEOR 1.5",
+    ]
+    return {
+        "benchmark": "text",
+        "evaluator": f"geode_jax {__version__}",
+        "dataset": asked.named() | {"revision": revision},
+        "predictions": answers.named(),
+        "frames": frames,
+        "decoding": decoding,
+        "questions": len(rows),
+        "missing": missing,
+        "scores": {
+            "model": _scores(rows),
+            "frequency": _scores(frequency_baseline(rows, rows)),
+        },
+        "notes": notes,
+    }
+
+
+def _scores(rows: list[dict]) -> dict[str, float]:
+    """`coco_scores` of answered questions, and EM@1 of every kind where there are several."""
+    targets = [references(row) for row in rows]
+    scores = coco_scores([row["prediction"] for row in rows], targets)
+    matched: defaultdict[str, float] = defaultdict(float)
+    for row, texts in zip(rows, targets, strict=True):
+        matched[row["kind"]] += exact_match(row["prediction"], texts)
+    counts = Counter(row["kind"] for row in rows)
+    if len(counts) > 1:
+        scores |= {f"em1/{kind}": 100.0 * matched[kind] / n for kind, n in sorted(counts.items())}
+    return scores
+
+
+def table(scores: Mapping[str, Mapping[str, float]]) -> str:
+    """Scores side by side with one decimal."""
+    keys = list(next(iter(scores.values())))
+    labels = {key: LABELS.get(key) or f"EM@1, {key.removeprefix('em1/')}" for key in keys}
+    first = max(map(len, labels.values()))
+    widths = [max(11, 2 + len(name)) for name in scores]
+    lines = [["", *scores]]
+    lines += [[labels[key], *(f"{column[key]:.1f}" for column in scores.values())] for key in keys]
+    return "\n".join(
+        label.ljust(first) + "".join(map(str.rjust, cells, widths)) for label, *cells in lines
+    )
