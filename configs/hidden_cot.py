@@ -112,6 +112,8 @@ def base() -> ml_collections.ConfigDict:
                 "workers": 0,
                 "on_bad_scene": "stop",
                 "kind_weights": {},
+                "mixture": "",  # weights of data sets, as scanqa=2,vsi590k=0.5
+                "fraction": 1.0,  # of the training questions of every data set and kind
             },
             "model": {
                 "width": 2048,

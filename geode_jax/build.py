@@ -15,6 +15,7 @@ from geode_jax import systems
 from geode_jax.checkpoint import find_model, has_checkpoint
 from geode_jax.data.control import BOX, REG, control_of
 from geode_jax.data.exports import Export
+from geode_jax.data.mixture import parse_mixture
 from geode_jax.data.pipeline import Pipeline, PipelineConfig, measure_lengths
 from geode_jax.data.prompts import prompt
 from geode_jax.data.rooms import PRODUCER, make_rooms
@@ -238,6 +239,8 @@ def pipeline_config(config, export: Export, tokenizer: Tokenizer) -> PipelineCon
         answer_field=field,
         controls=controls,
         kind_weights=data.kind_weights.to_dict(),
+        source_weights=parse_mixture(data.get("mixture", "")),
+        fraction=data.get("fraction", 1.0),
         depth_ratio=config.model.get("depth_cells", 1),
         vision=data.vision,
     )
@@ -247,8 +250,8 @@ def make_pipelines(config, export: Export, tokenizer: Tokenizer) -> dict[str, Pi
     """Pipelines of the train, val and test splits."""
     common = pipeline_config(config, export, tokenizer)
     splits = {"train": "train", "val": "val", "test": test_split(export)}
-    # Evaluation asks every question once: how often training draws a kind plays no part.
-    asked = dataclasses.replace(common, kind_weights={})
+    # Evaluation asks every question once: how often training draws one plays no part.
+    asked = common.asking_all()
     return {
         name: Pipeline(export, tokenizer, common if name == "train" else asked, split)
         for name, split in splits.items()

@@ -52,6 +52,7 @@ _COMMON: tuple[Rule, ...] = (
     ),
     ("data.rooms_scenes", *_at_least(4)),  # fewer have no val or no test split
     ("optimizer.learning_rate optimizer.clip_norm", *_POSITIVE),
+    ("data.fraction", lambda v, _: 0 < v <= 1, "in (0, 1]"),
     ("mesh", lambda v, _: len(v) == 3 and all(x >= -1 for x in v), "sizes of data, fsdp, model"),
     ("optimizer.name", *_one_of(("adamw", "muon"))),
     ("eval.reference", *_one_of(("truth", "teacher"))),

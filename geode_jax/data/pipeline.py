@@ -19,6 +19,7 @@ from absl import flags
 
 from geode_jax.data.control import BOX
 from geode_jax.data.exports import Export, ExportError
+from geode_jax.data.mixture import choose_scenes, scenes_per_epoch, stratified_part
 from geode_jax.data.packing import pack
 from geode_jax.data.prompts import prompt
 from geode_jax.data.question_arrays import (
@@ -47,7 +48,7 @@ from geode_jax.errors import UserError
 from geode_jax.shapes import Batch
 
 _CACHE_BYTES = 256 * 2**20  # of tokenized questions, per process
-_SCENE_ORDER, _QUESTION_DRAW, _EVAL_SCENES = range(3)  # independent random streams
+_SCENE_ORDER, _QUESTION_DRAW, _EVAL_SCENES, _SCENE_CHOICE = range(4)  # independent streams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,8 @@ class PipelineConfig:
         controls: ids of `<REG>` and `<3DBBOX>`: an "answer" that is a number or a box is one of
             them. Without them, questions that are answered by a box are left out and counted.
         kind_weights: how much more likely a kind is drawn than one of weight 1; 0 never.
+        source_weights: the same of data sets, see `data.mixture`.
+        fraction: of the questions of every source and kind that are used at all, drawn by `seed`.
         depth_ratio: r; target depth is [gh * r, gw * r].
     """
 
@@ -91,6 +94,8 @@ class PipelineConfig:
     answer_field: str = "answer"
     controls: tuple[int, int] | None = None
     kind_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    source_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    fraction: float = 1.0
     depth_ratio: int = 2
 
     def __post_init__(self):
@@ -119,9 +124,16 @@ class PipelineConfig:
                 raise UserError(f"data: {name}: {getattr(self, name)!r} is not one of {allowed}")
         if self.controls and len(set(self.controls)) != 2:
             raise UserError(f"data: controls: {self.controls} are not two different ids")
-        for kind, weight in self.kind_weights.items():
-            if not 0 <= weight < float("inf"):
-                raise UserError(f"data: kind_weights: {kind}: {weight} is no weight >= 0")
+        for field in ("kind_weights", "source_weights"):
+            for name, weight in getattr(self, field).items():
+                if not 0 <= weight < float("inf"):
+                    raise UserError(f"data: {field}: {name}: {weight} is no weight >= 0")
+        if not 0 < self.fraction <= 1:
+            raise UserError(f"data: fraction: {self.fraction} is not in (0, 1]")
+
+    def asking_all(self) -> "PipelineConfig":
+        """The same without weights and fraction, which are training's alone."""
+        return dataclasses.replace(self, kind_weights={}, source_weights={}, fraction=1.0)
 
 
 class LengthSummary(NamedTuple):
@@ -180,10 +192,11 @@ class Pipeline:
 
     Attributes:
         steps_per_epoch: after so many steps every scene was seen once (up to S - 1 scenes of an
-            epoch's order are left to the next one).
+            epoch's order are left to the next one; of scenes of less weight only some are seen).
         dropped: counts of what is not trained on: `kind <name>` not asked for (or, without control
-            tokens, answered by a box), `no <field>`, `question too long`, `answer too long`,
-            `longer than a packed row`, `boxes beyond max_boxes`, `bad question`, `bad scene`.
+            tokens, answered by a box), `source <name>`, `no <field>`, `question too long`, `answer
+            too long`, `longer than a packed row`, `outside data.fraction`, `boxes beyond
+            max_boxes`, `bad question`, `bad scene`.
         bad_scenes: scene id -> what is wrong with it, as met so far.
         max_question_length, max_answer_length: the longest of the split (of the kinds asked for),
             bos and eos included, what does not fit among them.
@@ -234,7 +247,8 @@ class Pipeline:
         )
         beyond = [max(sizes.box_counts[i] - config.max_boxes, 0) for i in self._scene_ids]
         self.dropped += Counter({"boxes beyond max_boxes": sum(beyond)})
-        self.steps_per_epoch = max(1, len(self._scene_ids) // config.scenes_per_batch)
+        scenes = scenes_per_epoch(self._scene_weights)
+        self.steps_per_epoch = max(1, scenes // config.scenes_per_batch)
         self._reset_caches()
 
     def _why_no_logits(self) -> str:
@@ -270,7 +284,7 @@ class Pipeline:
         """Sets the scenes and which of their questions are used, and counts the others."""
         config = self.config
         lengths = question_lengths(self._records, self.split, self._tokenizer)
-        kind = lengths["kind"]
+        kind, source = lengths["kind"], lengths["source"]
         answer = answer_lengths(lengths, config.answer_field, bool(config.controls))
         boxes = lengths["control"] == BOX
         keep = np.ones(len(kind), bool)
@@ -285,19 +299,31 @@ class Pipeline:
                 drop(f"kind {name}", kind == name)
             elif not config.controls:
                 drop(f"kind {name}", (kind == name) & boxes)
+        sources = sorted(set(source.tolist()))
+        for name, weight in config.source_weights.items():
+            if name not in sources:
+                known = ", ".join(sources)
+                raise UserError(f"data: source_weights: {name}: the questions are of {known}")
+            if weight == 0:
+                drop(f"source {name}", source == name)
         drop(f"no {config.answer_field}", answer == 0)
         self.max_question_length = int(lengths["question"].max(where=keep, initial=0))
         self.max_answer_length = int(answer.max(where=keep, initial=0))
         drop("question too long", lengths["question"] > config.question_length)
         drop("answer too long", answer > config.answer_length)
         drop("longer than a packed row", lengths["question"] + answer - 1 > config.row_length)
+        if config.fraction < 1:
+            part = stratified_part((source, kind), keep, config.fraction, config.seed)
+            drop("outside data.fraction", ~part)
         if not keep.any():
             why = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items())
             raise UserError(
                 f"{self._export.folder}: no question to use in split {self.split}"
                 + (f" ({why})" if why else "")
             )
-        weights = np.array([config.kind_weights.get(name, 1.0) for name in kind.tolist()])
+        of_source = np.array([config.source_weights.get(name, 1.0) for name in source.tolist()])
+        weights = of_source * [config.kind_weights.get(name, 1.0) for name in kind.tolist()]
+        scene_weights = []
         self._scene_ids: list[str] = []
         self._used: list[np.ndarray] = []  # rows of a scene's questions, and their weights
         self._weights: list[np.ndarray] = []
@@ -308,6 +334,8 @@ class Pipeline:
                 self._scene_ids.append(scene_id)
                 self._used.append(np.flatnonzero(keep[a:b]))
                 self._weights.append(weights[a:b][keep[a:b]])
+                scene_weights.append(of_source[a:b][keep[a:b]].max())
+        self._scene_weights = np.array(scene_weights) / max(scene_weights)
 
     def _reset_caches(self) -> None:
         self._questions: dict[int, dict[str, np.ndarray]] = {}
@@ -331,19 +359,21 @@ class Pipeline:
         return np.random.default_rng((self.config.seed, *stream))
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The epoch's permutation of scenes."""
+        """The epoch's scenes in their order: a permutation where all have the same weight."""
         if epoch not in self._orders:
             if len(self._orders) > 2:
                 self._orders.clear()
-            random = self._random(_SCENE_ORDER, epoch)
-            self._orders[epoch] = random.permutation(len(self._scene_ids))
+            scenes = np.arange(len(self._scene_ids))
+            if (self._scene_weights < 1).any():
+                scenes = choose_scenes(self._scene_weights, self._random(_SCENE_CHOICE, epoch))
+            self._orders[epoch] = self._random(_SCENE_ORDER, epoch).permutation(scenes)
         return self._orders[epoch]
 
     def _draw(self, epoch: int, scene: int, round_: int) -> np.ndarray:
         """The scene's used questions in the order they are to be asked; the first that fit are.
 
-        Weighted sampling without replacement: the smallest of exponential times with the kinds'
-        rates (Efraimidis & Spirakis 2006). Where an epoch has fewer scenes than a batch, a scene
+        Weighted sampling without replacement: the smallest of exponential times with the weights
+        as rates (Efraimidis & Spirakis 2006). Where an epoch has fewer scenes than a batch, a scene
         comes in several rounds, which go on through the same order.
         """
         weights = self._weights[scene]

@@ -26,13 +26,14 @@ from tqdm import tqdm
 
 from geode_jax.data.control import control_of
 from geode_jax.data.exports import Export
+from geode_jax.data.mixture import OWN
 from geode_jax.data.prompts import prompt
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
 
 _FORMAT = "1.0.0"  # of the records; part of the cache key, so a change makes new records
 _INDEX = "index.json"
-_LENGTHS = "lengths2"  # the number changes with what `question_lengths` keeps
+_LENGTHS = "lengths3"  # the number changes with what `question_lengths` keeps
 
 ANSWER_FIELDS = ("answer", "teacher_answer", "rationale")
 """Fields of a question record that can be learned."""
@@ -267,21 +268,22 @@ def question_lengths(
 
     Returns:
         Arrays over the n questions of the split, scenes in `records.scene_ids(split)` order:
-        `scene` [n] int32 index of the scene, `kind` [n] strings, `question` [n] int32 prompt
-        + bos, each of `ANSWER_FIELDS` [n] int32 text + eos, 0 where there is none, `control` [n]
-        strings of `control.control_of`.
+        `scene` [n] int32 index of the scene, `kind` and `source` [n] strings (`mixture.OWN` where
+        a question names no source), `question` [n] int32 prompt + bos, each of `ANSWER_FIELDS`
+        [n] int32 text + eos, 0 where there is none, `control` [n] strings of `control.control_of`.
     """
     file = records.folder / f"{_LENGTHS}-{split}-{tokenizer.sha256[:16]}.npz"
     if file.is_file():
         with np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
-    scenes, kinds, controls = [], [], []
+    scenes, kinds, sources, controls = [], [], [], []
     texts: dict[str, list] = {"question": [], **{field: [] for field in ANSWER_FIELDS}}
     ids = records.scene_ids(split)
     for i, scene_id in enumerate(tqdm(ids, desc=f"tokens of {split}", unit="scene", leave=False)):
         found = records.read(scene_id)
         scenes += [i] * len(found)
         kinds += [record["kind"] for record in found]
+        sources += [record.get("source", OWN) for record in found]
         controls += [control_of(record) for record in found]
         texts["question"] += [prompt(record) for record in found]
         for field in ANSWER_FIELDS:
@@ -289,6 +291,7 @@ def question_lengths(
     arrays = {
         "scene": np.array(scenes, np.int32),
         "kind": np.array(kinds, np.str_),
+        "source": np.array(sources, np.str_),
         "control": np.array(controls, np.str_),
         "question": _token_counts(texts["question"], tokenizer.encode_batch),
         **{f: _token_counts(texts[f], tokenizer.encode_answers) for f in ANSWER_FIELDS},

@@ -104,13 +104,12 @@ def _pipeline(trained: Trained, export: Export, split: str) -> Pipeline:
     question = max(usual.question_length, lengths["all"].question_max)
     answer = max(usual.answer_length, lengths["all"].answer_max)
     config = dataclasses.replace(
-        usual,
+        usual.asking_all(),
         export=str(export.folder),
         question_length=question,
         answer_length=answer,
         row_length=max(usual.row_length, question + answer),
         answer_field="answer",
-        kind_weights={},
     )
     pipeline = Pipeline(export, trained.tokenizer, config, split, vsi_bench.QUESTION_TYPES)
     own, other = trained.pipeline.shapes, pipeline.shapes

@@ -1,0 +1,198 @@
+import dataclasses
+from collections import Counter
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+
+from geode_jax.build import check_config
+from geode_jax.data.exports import Export, ExportWriter
+from geode_jax.data.mixture import (
+    choose_scenes,
+    parse_mixture,
+    scenes_per_epoch,
+    stratified_part,
+)
+from geode_jax.data.pipeline import Pipeline, PipelineConfig
+from geode_jax.data.tokens import Tokenizer, train_tokenizer
+from geode_jax.errors import UserError
+from tests.data.conftest import HEADER, TOKEN_WIDTH
+from tests.runs import tiny_config
+
+SOURCES = {"both": ("a", "b", None), "only_a": ("a",), "only_b": ("b",), "own": (None,)}
+"""Sort of scene -> sources of its questions, ten of each kind of each."""
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Export:
+    """Four scenes of each sort."""
+    folder = tmp_path_factory.mktemp("mixed") / "export"
+    with ExportWriter(folder, **HEADER) as writer:
+        for sort, sources in SOURCES.items():
+            for i in range(4):
+                scene_id = f"{sort}_{i}"
+                tokens = np.ones((1, 6, TOKEN_WIDTH), np.float32)
+                writer.add_scene(scene_id, {"vggt/tokens": tokens}, split="train")
+                writer.add_questions(
+                    {
+                        "id": f"{scene_id}_{source}_{kind}_{n}",
+                        "scene_id": scene_id,
+                        "kind": kind,
+                        "question": f"What {n}?",
+                        "answer": f"{n}",
+                    }
+                    | ({"source": source} if source else {})
+                    for source in sources
+                    for kind in ("x", "y")
+                    for n in range(10)
+                )
+    return Export(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["What 0 1 2 3 4 5 6 7 8 9?"], [], min_count=1)
+
+
+@pytest.fixture(scope="module")
+def config(mixed) -> PipelineConfig:
+    return PipelineConfig(str(mixed.folder), 1, 1, 12, 4, 0, 1, 16, seed=3)
+
+
+def drawn(pipeline: Pipeline, export: Export, epochs: int) -> Counter:
+    """(sort of scene, source, kind) of the first question of every scene of many epochs."""
+    records = {i: [] for i in export.scene_ids()}
+    for record in export.questions():
+        records[record["scene_id"]].append(record)
+    found: Counter = Counter()
+    for epoch in range(epochs):
+        order = pipeline._order(epoch)
+        assert len(set(order.tolist())) == len(order) == pipeline.steps_per_epoch
+        for scene in order.tolist():
+            scene_id = pipeline._scene_ids[scene]
+            row = pipeline._used[scene][pipeline._draw(epoch, scene, 0)[0]]
+            record = records[scene_id][row]
+            sort = scene_id.rpartition("_")[0]
+            found[sort, record.get("source", "own"), record["kind"]] += 1
+    return found
+
+
+def test_weights_of_sources_and_kinds_give_their_proportions(mixed, tokenizer, config):
+    weights = {"source_weights": {"a": 3.0, "b": 0.75}, "kind_weights": {"y": 0.5}}
+    pipeline = Pipeline(mixed, tokenizer, dataclasses.replace(config, **weights), "train")
+    # Scenes with "a" weigh 3, with "b" alone 0.75, the own ones 1: 8 + 4 / 4 + 4 / 3 a epoch.
+    assert pipeline.steps_per_epoch == 10
+    found = drawn(pipeline, mixed, 600)
+    total = sum(found.values())
+    share = 10 / (8 + 1 + 4 / 3)  # of what the weights say, for whole scenes
+
+    def seen(sort: str, source: str | None = None, kind: str | None = None) -> float:
+        return sum(
+            n
+            for (s, o, k), n in found.items()
+            if s == sort and source in (None, o) and kind in (None, k)
+        )
+
+    for sort, scenes in (("both", 4), ("only_a", 4), ("only_b", 1), ("own", 4 / 3)):
+        assert seen(sort) / 600 == pytest.approx(scenes * share, rel=0.03)
+    for source, weight in (("a", 3.0), ("b", 0.75), ("own", 1.0)):
+        assert seen("both", source) / seen("both") == pytest.approx(weight / 4.75, abs=0.03)
+    assert sum(n for (*_, kind), n in found.items() if kind == "y") / total == pytest.approx(
+        1 / 3, abs=0.03
+    )
+
+
+def test_without_weights_every_epoch_is_a_permutation_of_all_scenes(mixed, tokenizer, config):
+    pipeline = Pipeline(mixed, tokenizer, config, "train")
+    assert pipeline.steps_per_epoch == 16
+    alike = dataclasses.replace(config, source_weights={"a": 2, "b": 2, "own": 2})
+    same = Pipeline(mixed, tokenizer, alike, "train")
+    for epoch in range(3):
+        # As numpy draws it: published runs depend on it.
+        expected = np.random.default_rng((3, 0, epoch)).permutation(16)
+        np.testing.assert_array_equal(pipeline._order(epoch), expected)
+        np.testing.assert_array_equal(same._order(epoch), expected)
+
+
+def test_a_source_of_weight_0_is_never_drawn_and_counted(mixed, tokenizer, config):
+    none = dataclasses.replace(config, source_weights={"a": 0.0, "own": 0.0})
+    pipeline = Pipeline(mixed, tokenizer, none, "train")
+    assert pipeline.dropped == {"source a": 160, "source own": 160}
+    assert {sort for sort, *_ in drawn(pipeline, mixed, 3)} == {"both", "only_b"}
+    assert not Pipeline(mixed, tokenizer, none.asking_all(), "train").dropped
+
+
+def test_a_source_that_is_not_there_is_refused(mixed, tokenizer, config):
+    wrong = dataclasses.replace(config, source_weights={"scanqs": 2.0})
+    with pytest.raises(UserError, match="scanqs: the questions are of a, b, own"):
+        Pipeline(mixed, tokenizer, wrong, "train")
+
+
+def used(pipeline: Pipeline, export: Export) -> list[dict]:
+    rows = dict(zip(pipeline._scene_ids, pipeline._used, strict=True))
+    records: dict[str, list] = {i: [] for i in export.scene_ids()}
+    for record in export.questions():
+        records[record["scene_id"]].append(record)
+    return [records[scene_id][row] for scene_id, own in rows.items() for row in own]
+
+
+def test_a_fraction_has_the_same_share_of_every_source_and_kind(mixed, tokenizer, config):
+    tenth = dataclasses.replace(config, fraction=0.1)
+    pipeline = Pipeline(mixed, tokenizer, tenth, "train")
+    records = used(pipeline, mixed)
+    strata = Counter((record.get("source"), record["kind"]) for record in records)
+    assert strata == {(s, k): 8 for s in ("a", "b", None) for k in "xy"}
+    assert pipeline.dropped == {"outside data.fraction": 480 - 48}
+    again = used(Pipeline(mixed, tokenizer, tenth, "train"), mixed)
+    other = used(Pipeline(mixed, tokenizer, dataclasses.replace(tenth, seed=4), "train"), mixed)
+    ids = {record["id"] for record in records}
+    assert ids == {record["id"] for record in again} != {record["id"] for record in other}
+    fifth = dataclasses.replace(config, fraction=0.2)
+    larger = used(Pipeline(mixed, tokenizer, fifth, "train"), mixed)
+    assert ids < {record["id"] for record in larger}
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xyz"), st.booleans()), min_size=1),
+    st.floats(0.01, 1.0),
+    st.integers(0, 5),
+)
+def test_a_stratified_part_is_of_the_kept_rows(rows, fraction, seed):
+    a, b, keep = (np.array(column) for column in zip(*rows, strict=True))
+    part = stratified_part((a, b), keep, fraction, seed)
+    assert not (part & ~keep).any()
+    for stratum in set(zip(a.tolist(), b.tolist(), strict=True)):
+        inside = (a == stratum[0]) & (b == stratum[1])
+        there = int((inside & keep).sum())
+        assert (part & inside).sum() == (max(1, round(fraction * there)) if there else 0)
+
+
+@given(st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=30), st.integers(0, 9))
+def test_chosen_scenes_are_different_and_of_one_number(weights, seed):
+    weights = np.array([*weights, 1.0])
+    chosen = choose_scenes(weights, np.random.default_rng(seed))
+    assert len(set(chosen.tolist())) == len(chosen) == scenes_per_epoch(weights) >= 1
+
+
+def test_mixtures_are_read():
+    assert parse_mixture("") == {}
+    assert parse_mixture("scanqa=2,vica-thinking=0.5,own=0") == {
+        "scanqa": 2.0,
+        "vica-thinking": 0.5,
+        "own": 0.0,
+    }
+    for bad in ("scanqa", "scanqa=", "=1", "a=-1", "a=nan", "a=inf", "a=1,a=2", "a=x"):
+        with pytest.raises(UserError, match="is not SOURCE=WEIGHT"):
+            parse_mixture(bad)
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1, float("nan")])
+def test_fractions_are_checked(fraction, tmp_path, config):
+    whole = tiny_config(tmp_path)
+    with whole.unlocked():
+        whole.data.fraction = fraction
+    with pytest.raises(UserError, match=r"data\.fraction"):
+        check_config(whole)
+    with pytest.raises(UserError, match="fraction"):
+        dataclasses.replace(config, fraction=fraction)
