@@ -421,7 +421,7 @@ def test_every_source_reaches_training(tmp_path):
     with config.unlocked():
         config.data.update(question_length=150, answer_length=60, row_length=220)
     summary = train_and_evaluate(config, tmp_path / "run")
-    assert not any("long" in why for why in summary["dropped"])
+    assert not any("long" in why for why in summary["train"]["dropped"])
     lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
     answered = [json.loads(line) for line in lines]
     assert {record.get("source") for record in answered} == {None, *CASES}
