@@ -23,7 +23,7 @@ from geode_jax.data.datasets.questions import (
 from geode_jax.errors import UserError
 
 _SITUATED = ("what", "is", "how", "can", "which")
-"""SQA3D reports accuracy by the first word of the question; all others are "other"."""
+"""SQA3D reports accuracy by how the question begins ("What's" too); all others are "other"."""
 
 
 def scanqa(request: Request) -> Report:
@@ -117,8 +117,8 @@ def _sqa3d_record(record: dict, path: Path) -> Asked:
     answers = annotation.get("answers")
     if not isinstance(answers, list) or not all(isinstance(a, dict) for a in answers):
         raise MisfitError("has no list of answers")
-    first = question.split()[0].lower()
-    kind = f"sqa3d_{first if first in _SITUATED else 'other'}"
+    begin = next((word for word in _SITUATED if question.lower().startswith(word)), "other")
+    kind = f"sqa3d_{begin}"
     fields = _referenced(kind, question, [answer.get("answer") for answer in answers])
     return Asked(
         scene, [fields | {"question": f"{situation} {question}"}], str(record["question_id"])

@@ -140,14 +140,14 @@ def _sqa3d(train: str, held_out: str) -> Case:
         }
 
     return Case(
-        files("train", (220602000002, train, "What is on my left?", "piano"))
+        files("train", (220602000002, train, "What's on my left?", "piano"))
         | files("test", (220602000017, held_out, "Does the door face me?", "no")),
         [
             {
                 "id": "sqa3d-220602000002",
                 "scene_id": train,
                 "kind": "sqa3d_what",
-                "question": "I am facing a window. What is on my left?",
+                "question": "I am facing a window. What's on my left?",
                 "answer": "piano",
             },
             {
