@@ -38,7 +38,8 @@ TARGETS = [
         ("Brown, wooden table.", "brown wooden table"),
         ("It's 2.4 m wide", "it 's 2.4 m wide"),
         ("on the left-hand side!", "on the left-hand side"),
-        ("It is red. It is (very) big.", "it is red it is very big"),
+        ("It is red. It is (very) big.?", "it is red it is -lrb- very -rrb- big"),
+        ("What’s this?", "what 's this"),
         ('the "big" one; yes: that', "the big one yes that"),
         ("I don't know...", "i do n't know"),
         ("  ", ""),
@@ -46,6 +47,34 @@ TARGETS = [
 )
 def test_tokens_are_those_of_the_penn_treebank(text, expected):
     assert list(tokens(text)) == expected.split()
+
+
+def test_scores_are_those_of_the_coco_tools():
+    # Of pycocoevalcap 1.2 with its PTBTokenizer, Bleu(4), Rouge and Cider, on Java 17.
+    predictions = [
+        "The brown, wooden table near the window.",
+        "two chairs",
+        "It's on the left side of the black TV stand; behind it.",
+        "a lamp",
+        "I don't know!",
+    ]
+    targets = [
+        ["brown table near the big window", "the wooden table by the window"],
+        ["2 chairs", "Two chairs.", "there are two chairs"],
+        ["to the left of the TV stand", "It's on the left side of the stand"],
+        ["a red couch"],
+        ["the left-hand one (near the window)"],
+    ]
+    expected = {
+        "coco_bleu1": 71.42857142346938,
+        "coco_bleu2": 63.53949228737387,
+        "coco_bleu3": 53.94746042970766,
+        "coco_bleu4": 47.829731199042875,
+        "coco_rouge_l": 60.240877906631326,
+        "coco_cider": 205.81544636100065,
+    }
+    scores = coco_scores(predictions, targets)
+    assert {key: scores[key] for key in expected} == pytest.approx(expected, rel=1e-9)
 
 
 def test_bleu_is_nltks():
