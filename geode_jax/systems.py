@@ -6,6 +6,7 @@ import ml_collections
 
 from geode_jax.data.control import BOX, REG
 from geode_jax.data.exports import Export
+from geode_jax.data.mixture import parse_mixture
 from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
@@ -52,6 +53,11 @@ _COMMON: tuple[Rule, ...] = (
     ),
     ("data.rooms_scenes", *_at_least(4)),  # fewer have no val or no test split
     ("optimizer.learning_rate optimizer.clip_norm", *_POSITIVE),
+    (
+        "data.mixture",
+        lambda v, _: parse_mixture(v) is not None,
+        "weights",
+    ),  # says itself what is bad
     ("data.fraction", lambda v, _: 0 < v <= 1, "in (0, 1]"),
     ("mesh", lambda v, _: len(v) == 3 and all(x >= -1 for x in v), "sizes of data, fsdp, model"),
     ("optimizer.name", *_one_of(("adamw", "muon"))),

@@ -194,5 +194,11 @@ def test_fractions_are_checked(fraction, tmp_path, config):
         whole.data.fraction = fraction
     with pytest.raises(UserError, match=r"data\.fraction"):
         check_config(whole)
+    with whole.unlocked():
+        whole.data.update(fraction=0.1, mixture="scanqa=2,")
+        check_config(whole)
+        whole.data.mixture = "scanqa"
+    with pytest.raises(UserError, match=r"data\.mixture: 'scanqa'"):
+        check_config(whole)
     with pytest.raises(UserError, match="fraction"):
         dataclasses.replace(config, fraction=fraction)

@@ -104,6 +104,21 @@ def question_fields(
     return fields
 
 
+def referenced(
+    kind: str, question: str, answers: Any, options: list[str] | None = None
+) -> dict[str, Any]:
+    """`question_fields` of the first answer, and `answers`, all different ones if several.
+
+    Raises:
+        MisfitError: there are no answers, or the first is none of the options.
+    """
+    if not isinstance(answers, list) or not answers:
+        raise MisfitError("has no answers")
+    texts = list(dict.fromkeys(text_of(answer, "answer") for answer in answers))
+    fields = question_fields(kind, question, texts[0], options)
+    return fields | ({"answers": texts} if len(texts) > 1 and not options else {})
+
+
 def _letter(answer: str, options: list[str]) -> str:
     found = _OPTION.fullmatch(answer)
     said = (found[1] if found else answer.rstrip(".")).strip()

@@ -22,7 +22,7 @@ def cambrian_alignment(request: Request) -> Report:
         turns = turns_of(record)
         if len(turns) != 1:
             raise MisfitError("has more than one turn, which is no caption")
-        return _caption(media_of(record), turns[0][1])
+        return _caption(media_of(record), turns[0][1][0])
 
     patterns = ("jsons/alignment_2.5m.jsonl", "jsons/*.json*", "*.json*")
     return make_questions(Layout("cambrian-alignment", {"all": patterns}, parse), request)

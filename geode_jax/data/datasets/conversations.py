@@ -8,11 +8,11 @@ Every turn of a conversation is a question of its own. Where a set was made for 
 question types get that benchmark's names, and so its prompt, if they are the same task.
 """
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from geode_jax.data.datasets import Report, Request
-from geode_jax.data.datasets.answers import question_fields, read_prompt, text_of
+from geode_jax.data.datasets.answers import read_prompt, referenced, text_of
 from geode_jax.data.datasets.questions import NAME, Asked, Layout, MisfitError, make_questions
 
 VSI590K_KINDS = {
@@ -71,9 +71,10 @@ def vlm3r(request: Request) -> Report:
 
 
 def llava3d(request: Request) -> Report:
-    """LLaVA-3D's instruction data: `*.json` in LLaVA's layout, `video` is a ScanNet scan.
+    """LLaVA-3D's instruction data: `*.json`, `video` is a scan's folder or a list of its pictures.
 
-    Questions that point at a box or a point by a placeholder are dropped and counted.
+    The answer may be a list of references. Questions that point at a place by `<boxes>` are dropped
+    and counted.
     """
 
     def parse(record: dict, path: Path) -> Asked:
@@ -91,26 +92,30 @@ def _kind(record: dict) -> str:
 
 def _asked(record: dict, kind: str) -> Asked:
     questions = []
-    for said, answer in turns_of(record):
+    for said, answers in turns_of(record):
         question, options = read_prompt(said)
-        questions.append(question_fields(kind, question, answer, options))
+        questions.append(referenced(kind, question, answers, options))
     return Asked(media_of(record), questions)
 
 
 def media_of(record: dict) -> str:
-    """The path of a record's one video or picture.
+    """The path of a record's one video or picture, or the folder that all its pictures are in.
 
     Raises:
-        MisfitError: it has none, both, or several.
+        MisfitError: it has none, both, or pictures of several folders.
     """
     found = [record[name] for name in ("video", "image") if record.get(name)]
-    if len(found) != 1 or not isinstance(found[0], str):
-        raise MisfitError("has not just one video or image")
-    return found[0]
+    if len(found) == 1 and isinstance(found[0], str):
+        return found[0]
+    pictures = found[0] if len(found) == 1 and isinstance(found[0], list) else [None]
+    folders = {PurePosixPath(p).parent if isinstance(p, str) else None for p in pictures}
+    if len(folders) != 1 or None in folders:
+        raise MisfitError("has not just one video, image or folder of images")
+    return str(folders.pop())
 
 
-def turns_of(record: dict) -> list[tuple[str, str]]:
-    """(what the human says, what the model answers), turn by turn.
+def turns_of(record: dict) -> list[tuple[str, list[str]]]:
+    """(what the human says, references of what the model answers), turn by turn.
 
     Raises:
         MisfitError: the conversation is none.
@@ -122,5 +127,10 @@ def turns_of(record: dict) -> list[tuple[str, str]]:
     speakers = [turn.get("from") for turn in said]
     if not said or speakers != ["human", "gpt"] * (len(said) // 2):
         raise MisfitError("has a conversation that is not human, gpt, human, ...")
-    texts = [text_of(turn.get("value"), "text in a turn") for turn in said]
-    return list(zip(texts[::2], texts[1::2], strict=True))
+    texts = [turn.get("value") for turn in said]
+    asked = [text_of(text, "question") for text in texts[::2]]
+    answers = [text if isinstance(text, list) else [text] for text in texts[1::2]]
+    checked = [[text_of(text, "answer") for text in own] for own in answers]
+    if not all(checked):
+        raise MisfitError("has no answer")
+    return list(zip(asked, checked, strict=True))

@@ -19,7 +19,8 @@ from geode_jax.data.datasets import Report, Request
 from geode_jax.data.exports import Export, ExportError, ExportWriter
 from geode_jax.errors import UserError
 
-_FOLDERS = ("scannet", "scannetpp", "scannetppv2", "arkitscenes")
+_FOLDERS = ("scannet", "scannetpp", "scannetppv2", "arkitscenes", "s3dis", "adt", "hypersim")
+_FOLDERS += ("procthor", "robotics", "ytb_roomtour", "matterport3d")
 """Folders of data sets, that the ids of scenes may begin with."""
 _MEDIA = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".jpg", ".jpeg", ".png", ".webp")
 NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}")
@@ -154,6 +155,12 @@ def _runs(name: str) -> set[str]:
     return {"_".join(words[i:j]) for i in range(n) for j in range(i + 1, n + 1)}
 
 
+def _bare_names(name: str) -> list[str]:
+    """The name without a data set's folder before it, [] where there is none."""
+    begins = (f"{folder}_" for folder in _FOLDERS)
+    return [name[len(begin) :] for begin in begins if name.startswith(begin) and name != begin]
+
+
 class Scenes:
     """The scenes of an export by the names that data sets have for them.
 
@@ -170,8 +177,7 @@ class Scenes:
         self.split: dict[str, str] = {e["id"]: e["split"] for e in export.manifest["scenes"]}
         bare: dict[str, list[str]] = {}
         for scene_id in self.split:
-            folder, _, rest = scene_id.partition("_")
-            if folder in _FOLDERS:
+            for rest in _bare_names(scene_id):
                 bare.setdefault(rest, []).append(scene_id)
         self._bare = {name: ids[0] for name, ids in bare.items() if len(ids) == 1}
         self._folder: dict[str, str] = {}
@@ -179,8 +185,7 @@ class Scenes:
             named = {re.sub(r"[-./]", "_", _path_parts(name)[-1]) for name in exclude}
         except MisfitError as misfit:
             raise UserError(f"--exclude-scenes: a line: {misfit}") from None
-        parted = [name.partition("_") for name in named]
-        self._excluded = named | {rest for folder, _, rest in parted if folder in _FOLDERS and rest}
+        self._excluded = named.union(*map(_bare_names, named))
 
     def find(self, place: str) -> str | None:
         """The scene that is meant, None where the export does not have it.

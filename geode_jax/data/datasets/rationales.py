@@ -40,7 +40,7 @@ def vica_thinking(request: Request) -> Report:
 
 def _vica_thinking_record(record: dict, path: Path) -> Asked:
     questions = []
-    for said, reply in turns_of(record):
+    for said, (reply, *_) in turns_of(record):
         opened, closed = _THOUGHTS.match(reply), _ANSWER.search(reply)
         if not opened or not closed:
             raise MisfitError("has no 'Thoughts' before a 'Final Answer'")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from geode_jax.data.datasets import Report, Request
-from geode_jax.data.datasets.answers import question_fields, text_of
+from geode_jax.data.datasets.answers import referenced, text_of
 from geode_jax.data.datasets.questions import (
     Asked,
     Layout,
@@ -57,7 +57,7 @@ def _scanqa_record(record: dict, path: Path) -> Asked:
             raise MisfitError(f"has {name} that are no numbers")
     if "answers" not in record:
         raise UnansweredError
-    return Asked(scene, [_referenced("scanqa", question, record["answers"])], own)
+    return Asked(scene, [referenced("scanqa", question, record["answers"])], own)
 
 
 def sqa3d(request: Request) -> Report:
@@ -119,16 +119,7 @@ def _sqa3d_record(record: dict, path: Path) -> Asked:
         raise MisfitError("has no list of answers")
     begin = next((word for word in _SITUATED if question.lower().startswith(word)), "other")
     kind = f"sqa3d_{begin}"
-    fields = _referenced(kind, question, [answer.get("answer") for answer in answers])
+    fields = referenced(kind, question, [answer.get("answer") for answer in answers])
     return Asked(
         scene, [fields | {"question": f"{situation} {question}"}], str(record["question_id"])
     )
-
-
-def _referenced(kind: str, question: str, answers: Any) -> dict[str, Any]:
-    """A question's fields with all its different reference answers."""
-    if not isinstance(answers, list) or not answers:
-        raise MisfitError("has no answers")
-    texts = list(dict.fromkeys(text_of(answer, "answer") for answer in answers))
-    fields = question_fields(kind, question, texts[0])
-    return fields | ({"answers": texts} if len(texts) > 1 else {})

@@ -37,7 +37,7 @@ class Case:
         return root
 
 
-def talk(*texts: str) -> list[dict]:
+def talk(*texts: str | list[str]) -> list[dict]:
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
@@ -363,6 +363,12 @@ def _llava3d(train: str, held_out: str) -> Case:
                 record(train, "<video>\nWhat stands by the wall?", "A piano."),
                 record(held_out, "<video>\nIs there a bed?", "Yes."),
                 record(train, "<video>\nDescribe the object at <boxes>.", "A chair."),
+                {
+                    "id": 2,
+                    "video": [f"scannet/posed_images/{train}/{i:05}.jpg" for i in (0, 10)],
+                    "conversations": talk("<video>\nAre both furniture?", ["Yes.", "They are."]),
+                },
+                {"id": 3, "video": ["a/0.jpg", "b/0.jpg"], "conversations": talk("Why?", "So.")},
             ]
         },
         [
@@ -380,8 +386,19 @@ def _llava3d(train: str, held_out: str) -> Case:
                 "question": "Is there a bed?",
                 "answer": "Yes.",
             },
+            {
+                "id": "llava3d-train_instruct-4",
+                "scene_id": train,
+                "kind": "instruction",
+                "question": "Are both furniture?",
+                "answer": "Yes.",
+                "answers": ["Yes.", "They are."],
+            },
         ],
-        {"record: has a placeholder in its question": 1},
+        {
+            "record: has a placeholder in its question": 1,
+            "record: has not just one video, image or folder of images": 1,
+        },
     )
 
 
