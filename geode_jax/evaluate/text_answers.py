@@ -8,10 +8,13 @@ The questions come from the data set's own file, or from `questions.jsonl` of an
 | `v1_balanced_sqa_annotations_test_scannetv2.json` | `question_id` | `answers[].answer` |
 | `questions.jsonl` | `id` | `answer` and `answers` |
 
-Predictions are JSON lines with `id` and `prediction`. A question without a prediction counts as
-answered by nothing, and is reported.
+Predictions are JSON lines with `id` and `prediction`; `predictions.jsonl` of a run is such a file,
+and has the questions too. The id that `geode-jax prepare` gives ("scanqa-val-scene0011-0") stands
+for the data set's own ("val-scene0011-0"). A question without a prediction counts as answered by
+nothing, and is reported.
 """
 
+import dataclasses
 import hashlib
 import json
 import reprlib
@@ -86,7 +89,7 @@ def _check_question(row: dict, where: str) -> None:
 def evaluate(
     predictions: Path,
     *,
-    dataset: Path,
+    dataset: Path | None = None,
     revision: str | None = None,
     frames: int | None = None,
     decoding: str | None = None,
@@ -94,7 +97,7 @@ def evaluate(
     """Scores a file of predictions, the most frequent answer beside it.
 
     Args:
-      predictions: rows with `id` and `prediction`.
+      predictions: rows with `id` and `prediction`; the whole questions where `dataset` is None.
       dataset: the file of questions.
       revision: of the data set, recorded as it stands, like the next two.
       frames: that the model saw.
@@ -108,8 +111,11 @@ def evaluate(
     Raises:
       UserError: a file breaks its rules, or no prediction is of a question.
     """
-    asked = read_questions(dataset)
-    answers = read_rows(predictions, check_prediction)
+    if dataset is None:
+        asked = answers = read_rows(predictions, _check_question, check_prediction)
+    else:
+        asked = read_questions(dataset)
+        answers = _own_ids(asked, read_rows(predictions, check_prediction))
     missing = [key for key in asked.rows if key not in answers.rows]
     if len(missing) == len(asked.rows):
         first = reprlib.repr(missing[0])
@@ -147,6 +153,13 @@ def evaluate(
         },
         "notes": notes,
     }
+
+
+def _own_ids(asked: RowFile, answers: RowFile) -> RowFile:
+    """The answers under the data set's own ids, where they have those of a prepared export."""
+    own = {f"{row['kind']}-{key}": key for key, row in asked.rows.items()}
+    rows = {own.get(key, key): row for key, row in answers.rows.items()}
+    return dataclasses.replace(answers, rows=rows)
 
 
 def _scores(rows: list[dict]) -> dict[str, float]:

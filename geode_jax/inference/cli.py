@@ -214,10 +214,8 @@ def _evaluate_text(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: does not go with evaluate text")
     predictions, told = arguments.predictions, {name: getattr(arguments, name) for name in _OF_TEXT}
-    if arguments.dataset is None:
-        raise UserError("--dataset: evaluate text needs the file of questions")
     out = arguments.out or predictions.parent / f"{predictions.stem}.text.json"
-    _refuse_input(out, [predictions, arguments.dataset])
+    _refuse_input(out, [path for path in (predictions, arguments.dataset) if path])
     result = text_answers.evaluate(predictions, **told)
     write_json(out, result)
     print(text_answers.table(result["scores"]))

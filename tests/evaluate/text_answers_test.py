@@ -69,6 +69,22 @@ def test_questions_of_every_file(tmp_path):
     assert evaluate(answers, dataset=own)["scores"]["model"]["em1"] == 50
 
 
+def test_predictions_of_a_run_are_scored_on_the_data_sets_file_and_alone(tmp_path, scanqa):
+    rows = [
+        {"id": f"scanqa-val-{i}", "kind": "scanqa", "question": "What?", "answer": truth}
+        | {"source": "scanqa", "prediction": said}
+        for i, (truth, said) in enumerate([("brown", "brown"), ("brown", "red"), ("two", "two")])
+    ]
+    path = write_lines(tmp_path / "predictions.jsonl", rows)
+    official = evaluate(path, dataset=scanqa)
+    assert official["missing"] == ["val-3"]
+    assert official["scores"]["model"]["em1"] == 50
+    alone = evaluate(path)
+    assert (alone["questions"], alone["missing"]) == (3, [])
+    assert alone["scores"]["model"]["em1"] == pytest.approx(200 / 3)
+    assert alone["scores"]["frequency"]["em1"] == pytest.approx(200 / 3)
+
+
 def test_kinds_have_their_own_rows(tmp_path):
     rows = [
         {"id": str(i), "kind": kind, "question": "?", "answer": "yes"}
@@ -106,7 +122,7 @@ def test_other_files_are_refused(content, complaint, tmp_path, predictions, caps
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--predictions", "{said}"], "--dataset"),
+        (["--predictions", "{said}"], "kind: must be a string"),
         (["--workdir", "run"], "--workdir: does not go with"),
         (["--predictions", "{said}", "--dataset", "{asked}", "--blind", "x"], "--blind"),
         (["--predictions", "{said}", "--dataset", "{asked}", "--out", "{said}"], "--out"),
