@@ -10,7 +10,14 @@ from typing import Any
 import jax
 import ml_collections
 
-from geode_jax.build import Run, build, keep_compiled_programs, load_config, save_config
+from geode_jax.build import (
+    Run,
+    build,
+    keep_compiled_programs,
+    keep_freed_memory,
+    load_config,
+    save_config,
+)
 from geode_jax.checkpoint import Checkpoints
 from geode_jax.errors import UserError
 from geode_jax.evaluate.efficiency import peak_memory
@@ -58,6 +65,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict
         SystemExit: stopped by SIGTERM after saving.
     """
     keep_compiled_programs()
+    keep_freed_memory()
     _refuse_another(config, workdir)
     summary = workdir / "summary.json"
     if summary.exists() and load_config(workdir).to_dict() == _plain(config):

@@ -12,6 +12,7 @@ from flax import nnx
 from geode_jax.build import (
     export_folder,
     keep_compiled_programs,
+    keep_freed_memory,
     load_config,
     pipeline_config,
 )
@@ -79,6 +80,7 @@ def open_trained(workdir: Path, *, rationale: bool = False, slots: int | None = 
             model has no rationale module, or too few tokens, for what is wanted.
     """
     keep_compiled_programs()
+    keep_freed_memory()
     config = load_config(workdir)
     if rationale:
         _check_rationale(config, "--rationale", workdir)
