@@ -11,6 +11,7 @@
     geode-jax evaluate text --predictions FILE --dataset FILE   the same on ScanQA and SQA3D
     geode-jax convert import --source DIR --out DIR     a Hugging Face folder -> a checkpoint
     geode-jax convert export --source DIR --out DIR     a checkpoint -> a Hugging Face folder
+    geode-jax convert export --workdir RUN --out DIR    a trained run -> a Hugging Face folder
     geode-jax convert inspect DIR                       what a Hugging Face folder holds
 
 Whatever the user can mend is one line on stderr and exit status 2.
@@ -261,8 +262,16 @@ def _import(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     from geode_jax.weights.convert import export_folder
+    from geode_jax.weights.run_export import export_run
 
-    model = export_folder(arguments.source, arguments.out, arguments.model_type)
+    by_run = arguments.workdir is not None
+    if getattr(arguments, "model_type" if by_run else "part") is not None:
+        other = "--model-type: does not go with --workdir"
+        raise UserError(other if by_run else "--part: does not go with --source")
+    if by_run:
+        model = export_run(arguments.workdir, arguments.out, arguments.part)
+    else:
+        model = export_folder(arguments.source, arguments.out, arguments.model_type)
     print(_converted(arguments.out, model))
 
 
@@ -394,9 +403,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--source", type=Path, required=True, metavar="DIR", help="with config.json, safetensors")
     add("--out", type=Path, required=True, metavar="DIR")
 
-    add = command("export", _export, "make a Hugging Face folder of a checkpoint", directions)
-    add("--source", type=Path, required=True, metavar="DIR", help="imported, or Hugging Face's own")
+    text = "make a Hugging Face folder of a run or a checkpoint"
+    add = command("export", _export, text, directions)
+    source = directions.choices["export"].add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", type=Path, metavar="RUN", help="a trained run")
+    source.add_argument(
+        "--source", type=Path, metavar="DIR", help="imported, or Hugging Face's own"
+    )
     add("--out", type=Path, required=True, metavar="DIR")
+    add("--part", choices=("decoder",), help="of a GEODE run: its Qwen2 alone")
     add("--model-type", metavar="TYPE", help="another layout, as internvl for an internvl_chat")
 
     add = command("inspect", _inspect, "list what a Hugging Face folder holds", directions)

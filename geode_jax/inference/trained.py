@@ -38,6 +38,7 @@ class Trained:
         pipeline: of the export's train split: lengths and sizes are those of training.
         objective: asks the model and says its answers.
         mesh: this machine's devices, whatever the run trained on.
+        graph: structure of the model.
         state: the parameters.
         evaluator: compiled with the first batch.
     """
@@ -48,6 +49,7 @@ class Trained:
     pipeline: Pipeline
     objective: Objective
     mesh: jax.sharding.Mesh
+    graph: nnx.GraphDef
     state: TrainState
     evaluator: Evaluator
 
@@ -108,7 +110,7 @@ def open_trained(workdir: Path, *, rationale: bool = False, slots: int | None = 
             objective, config=dataclasses.replace(objective.config, slots=slots)
         )
     evaluator = Evaluator(objective, graph, tokenizer, mesh)
-    return Trained(config, export, tokenizer, pipeline, objective, mesh, state, evaluator)
+    return Trained(config, export, tokenizer, pipeline, objective, mesh, graph, state, evaluator)
 
 
 def _check_rationale(config: ml_collections.ConfigDict, option: str, workdir: Path) -> None:

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -18,12 +19,15 @@ from flax import nnx
 from geode_jax.checkpoint import load_model, save_model, stored_dtypes
 from geode_jax.errors import UserError
 from geode_jax.models.decoder import Decoder
+from geode_jax.models.geode import Geode
 from geode_jax.models.internvl import InternVL
+from geode_jax.models.student import Student
 from geode_jax.models.vit import InternViT
 from geode_jax.sharding import activate, make_mesh
-from geode_jax.weights import internvit, qwen2
+from geode_jax.weights import geode, internvit, qwen2, student
 from geode_jax.weights.files import (
     CONFIG,
+    SHARD_BYTES,
     Tensors,
     claim,
     copy_companions,
@@ -84,8 +88,13 @@ FORMATS = {
     "intern_vit_6b": _vision("intern_vit_6b"),
     "internvl": _internvl("internvl"),
     "internvl_chat": _internvl("internvl_chat"),
+    student.MODEL_TYPE: Format(
+        Student, student.read_student, student.write_student, student.student_rules
+    ),
+    geode.MODEL_TYPE: Format(Geode, geode.read_geode, geode.write_geode, geode.geode_rules),
 }
-"""Model types. Of those that a model can be saved as, the first is transformers' own."""
+"""Model types. Of those that a model can be saved as, the first is transformers' own. The last two
+are ours, and their folders hold the modelling files of `remote`."""
 
 
 class Plan(NamedTuple):
@@ -159,7 +168,7 @@ def plan(
 
 
 def load_pretrained(folder: str | Path, *, mesh: jax.sharding.Mesh | None = None) -> nnx.Module:
-    """The model of a folder: a `Decoder`, an `InternViT` or an `InternVL`.
+    """The model of a folder: a `Decoder`, `InternViT`, `InternVL`, `Student` or `Geode`.
 
     Args:
         folder: of Hugging Face, or imported from there by `import_folder`.
@@ -229,18 +238,33 @@ def save_pretrained(
     """Writes a model as a Hugging Face folder: `config.json` and `model.safetensors`.
 
     Args:
-        model: a `Decoder`, an `InternViT` or an `InternVL`.
+        model: a `Decoder`, `InternViT`, `InternVL`, `Student` or `Geode`.
         folder: a new one.
         model_type: a key of `FORMATS`; None: that of transformers.
 
     Raises:
         UserError: the folder is not empty, or the model has not this form.
     """
-    _save(model, Path(folder), model_type, {})
+    write_model(model, Path(folder), model_type)
 
 
-def _save(model: nnx.Module, folder: Path, model_type: str | None, like: dict) -> None:
-    """`save_pretrained`; a `config.json` of this type says what ours leaves open."""
+def write_model(
+    model: nnx.Module,
+    folder: Path,
+    model_type: str | None = None,
+    *,
+    like: Mapping = MappingProxyType({}),
+    add: Callable[[Path], None] = lambda folder: None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """`save_pretrained` with more beside the weights.
+
+    Args:
+        model, folder, model_type: see there.
+        like: entries of `config.json` that the model does not decide.
+        add: writes into the folder what belongs to it besides, before `config.json` ends it.
+        shard_bytes: see `files.write_folder`.
+    """
     json, form = _describe(model, model_type)
     leaves = {leaf: np.asarray(v[...]) for leaf, v in _leaves(nnx.state(model)).items()}
     tensors = {
@@ -249,7 +273,8 @@ def _save(model: nnx.Module, folder: Path, model_type: str | None, like: dict) -
         for key, tensor in rule.write(leaves[rule.leaf])
     }
     claim(folder)
-    write_folder(folder, _merged(like, json), tensors)
+    add(folder)
+    write_folder(folder, _merged(like, json), tensors, shard_bytes)
 
 
 def _describe(model: nnx.Module, model_type: str | None) -> tuple[dict, Format]:
@@ -313,8 +338,13 @@ def export_folder(source: Path, out: Path, model_type: str | None = None) -> nnx
     model = load_pretrained(source)
     json = read_json(source / CONFIG)
     same = model_type in (None, json["model_type"])
-    _save(model, out, json["model_type"] if same else model_type, json if same else {})
-    copy_companions(source, out)
+    write_model(
+        model,
+        out,
+        json["model_type"] if same else model_type,
+        like=json if same else {},
+        add=lambda folder: copy_companions(source, folder),
+    )
     return model
 
 

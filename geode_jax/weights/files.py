@@ -1,4 +1,7 @@
-"""Hugging Face folders: `config.json` beside one safetensors file, or several and an index."""
+"""Hugging Face folders: `config.json` beside one safetensors file, or several and an index.
+
+`config.json` is written last: a folder without it is no model, whatever interrupted the writer.
+"""
 
 import json
 import os
@@ -15,7 +18,11 @@ from geode_jax.errors import UserError
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """safetensors' names of the dtypes that a parameter can have."""
+SHARD_BYTES = 5 * 10**9
+"""A file holds at most so much unless a single tensor is larger; the default of huggingface_hub."""
+
 _COMPANIONS = (".json", ".txt", ".jinja", ".model")
+_REMOTE = Path(__file__).parent / "remote"
 
 
 def read_json(path: Path) -> dict:
@@ -99,19 +106,65 @@ def claim(folder: Path) -> None:
         raise UserError(f"{folder}: not empty; name a new folder")
 
 
-def write_folder(folder: Path, config: dict, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes `config.json` and one safetensors file into a claimed folder."""
-    # safetensors writes the memory behind an array, in whatever order that is.
-    packed = {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
-    half = folder / f"{WEIGHTS}.unfinished"
-    save_file(packed, half, metadata={"format": "pt"})
-    os.replace(half, folder / WEIGHTS)
+def write_folder(
+    folder: Path, config: dict, tensors: Mapping[str, np.ndarray], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes the tensors, the modelling files that `auto_map` names, and `config.json`.
+
+    Args:
+        folder: claimed.
+        config: content of `config.json`.
+        tensors: in one file, or where they are more than `shard_bytes` in several with an index.
+        shard_bytes: see there.
+    """
+    shards = _shards(tensors, shard_bytes)
+    names = [WEIGHTS]
+    if len(shards) > 1:
+        stem = WEIGHTS.removesuffix(".safetensors")
+        names = [
+            f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
+        ]
+    for name, keys in zip(names, shards, strict=True):
+        # safetensors writes the memory behind an array, in whatever order that is.
+        packed = {key: np.ascontiguousarray(tensors[key]) for key in keys}
+        half = folder / f"{name}.unfinished"
+        save_file(packed, half, metadata={"format": "pt"})
+        os.replace(half, folder / name)
+    if len(shards) > 1:
+        mapped = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": mapped})
+    _copy_code(folder, config)
     write_config(folder, config)
+
+
+def _shards(tensors: Mapping[str, np.ndarray], shard_bytes: int) -> list[list[str]]:
+    """Names in their order, cut before a file becomes larger than `shard_bytes`."""
+    shards, size = [[]], 0
+    for key, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(key)
+        size += tensor.nbytes
+    return shards
+
+
+def _copy_code(folder: Path, config: dict) -> None:
+    """The modelling files of `remote` that a config names, and what they share."""
+    modules = {name.partition(".")[0] for name in config.get("auto_map", {}).values()}
+    for path in _REMOTE.glob("modeling_*.py"):
+        if modules and (path.stem in modules or path.stem == "modeling_parts"):
+            shutil.copyfile(path, folder / path.name)
 
 
 def write_config(folder: Path, config: dict) -> None:
     """Writes `config.json`."""
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write_json(folder / CONFIG, config)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_companions(source: Path, target: Path) -> None:

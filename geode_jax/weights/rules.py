@@ -127,7 +127,7 @@ class Rule:
             )
         ]
         stacked = [len(wanted[axis]) for axis in self._listed]
-        whole = np.stack(pieces).reshape(*stacked, *pieces[0].shape)
+        whole = np.stack(pieces).reshape((*stacked, *pieces[0].shape))
         order = [*self._listed, *self._flat]
         return whole.transpose([order.index(axis) for axis in self._leaf_axes])
 

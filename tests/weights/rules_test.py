@@ -97,6 +97,14 @@ def test_a_part_reads_no_more_than_its_rows():
     assert asked == [("1.qkv", (slice(8, 24), slice(0, 3)))]
 
 
+def test_a_scalar_is_a_tensor_of_one():
+    rule = Rule("t", "leaf", "1 -> ")
+    ((key, tensor),) = rule.write(np.float32(3.5).reshape(()))
+    assert (key, tensor.shape) == ("t", (1,))
+    back = read_whole(rule, (), {key: tensor})
+    assert (back.shape, back.dtype, back) == ((), np.float32, 3.5)
+
+
 # --- Tables ---------------------------------------------------------------------------------------
 
 TABLE = (APART, Rule("norm", "norm.scale", "d -> d"))

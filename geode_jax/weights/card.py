@@ -1,0 +1,175 @@
+"""The model card of an exported run: use, scores, data, and whose terms it inherits."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from geode_jax.evaluate import vsi_bench
+from geode_jax.evaluate.scores import score_table
+
+
+class Term(NamedTuple):
+    """A row of the licence matrix.
+
+    Attributes:
+        pattern: finds the asset in the names of what a run comes from, whatever their case.
+        asset: what it is.
+        licence: as its owners state it.
+        identifier: of the Hub for a model with these terms; "" where they ask nothing of a model.
+    """
+
+    pattern: str
+    asset: str
+    licence: str
+    identifier: str
+
+
+_GATED = "gated, not to be redistributed"
+
+MATRIX = (
+    Term(r"llava.?3d", "LLaVA-3D", "CC BY-NC-SA 4.0", "cc-by-nc-sa-4.0"),
+    Term(r"scanqa", "ScanQA", "CC BY-NC-SA 3.0", "cc-by-nc-sa-3.0"),
+    Term(r"vggt", "VGGT-1B weights", "CC-BY-NC-4.0; a commercial checkpoint is gated",
+         "cc-by-nc-4.0"),
+    Term(r"sonata", "Sonata weights", "CC-BY-NC-4.0 (code: Apache-2.0)", "cc-by-nc-4.0"),
+    Term(r"scannet", "ScanNet, ScanNet++", _GATED, "other"),
+    Term(r"arkit", "ARKitScenes", _GATED, "other"),
+    Term(r"3d.?(front|future)", "3D-FRONT, 3D-FUTURE", _GATED, "other"),
+    Term(r"sqa3d", "SQA3D", "CC-BY-4.0", ""),
+    Term(r"qwen2\.?5.?1\.5b", "Qwen2.5-1.5B", "Apache-2.0", ""),
+    Term(r"intern(vit|vl)", "InternViT", "MIT", ""),
+)  # fmt: skip
+"""The strictest first. Not legal advice."""
+
+
+def inherited(producer: Mapping[str, str], origins: Sequence[str]) -> tuple[str, list[Term]]:
+    """What a model derives from.
+
+    Args:
+        producer: of the export's manifest.
+        origins: names of the pretrained models that the run started from.
+
+    Returns:
+        The Hub's identifier of the licence that these leave, and the rows of the matrix. A model
+        of synthetic rooms alone inherits nothing.
+    """
+    names = " ".join([*producer.values(), *origins])
+    found = [term for term in MATRIX if re.search(term.pattern, names, re.IGNORECASE)]
+    bound = [term.identifier for term in found if term.identifier]
+    if bound:
+        return bound[0], found
+    free = producer["licence"] == "CC0-1.0" and len(found) >= len(origins)
+    return "apache-2.0" if free else "other", found
+
+
+def write_card(
+    path: Path,
+    *,
+    name: str,
+    system: str,
+    auto_class: str,
+    manifest: Mapping[str, Any],
+    origins: Sequence[str],
+    summary: Mapping[str, Any],
+    step: int,
+) -> None:
+    """Writes a README.md.
+
+    Args:
+        path: of the file.
+        name: of the run.
+        system: of its configuration.
+        auto_class: of transformers, that loads the folder.
+        manifest: of the export that it was trained on.
+        origins: names of the pretrained models that it started from.
+        summary: content of `summary.json`; empty where the run has not ended.
+        step: of training.
+    """
+    producer = manifest["producer"]
+    identifier, found = inherited(producer, origins)
+    splits = [scene["split"] for scene in manifest["scenes"]]
+    counts = ", ".join(f"{splits.count(s)} {s}" for s in dict.fromkeys(splits))
+    rows = [f"| {term.asset} | {term.licence} |" for term in found]
+    rows.append(f"| {producer['project']} (the data) | {producer['licence']} |")
+    rows.append("| geode_jax (this folder's code) | Apache-2.0 |")
+    text = f"""---
+library_name: transformers
+license: {identifier}
+tags:
+- geode_jax
+- 3d
+---
+
+# {name}
+
+A `{system}` model trained with geode_jax, step {step}.
+
+{_use(auto_class)}
+
+## Scores
+
+{_scores(summary)}
+
+## Data
+
+{producer["project"]}, {producer["commit"]}: {len(splits)} scenes ({counts}),
+{manifest["questions"]["count"]} questions. Features: {producer["weights"]}.
+{f"Started from: {', '.join(origins)}." if origins else "Started from random weights."}
+
+## Licence
+
+What it derives from, and the terms as their owners state them. {_verdict(identifier, found)}
+
+| asset | licence |
+|---|---|
+{chr(10).join(rows)}
+"""
+    path.write_text(text, encoding="utf-8")
+
+
+def _use(auto_class: str) -> str:
+    if auto_class == "AutoModelForCausalLM":
+        return """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained(DIR), AutoTokenizer.from_pretrained(DIR)
+```"""
+    return """```python
+from transformers import AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained(DIR, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
+scene = model.look(...)  # a scene's arrays, see its docstring
+ids, mask = model.encode_prompts(tokenizer, [["How many chair(s) are in this room?"]])
+print(model.say(model.answer(scene, ids, mask), tokenizer))
+```"""
+
+
+def _scores(summary: Mapping[str, Any]) -> str:
+    blocks = []
+    if "vsi" in summary:
+        blocks.append(vsi_bench.table(summary["vsi"]))
+    if "scores" in summary:
+        blocks.append(score_table(summary["scores"]))
+    if not blocks and "val" in summary:
+        blocks.append("\n".join(f"{k:<28}{v:8.3f}" for k, v in sorted(summary["val"].items())))
+    notes = "".join(f"\n- {note}" for note in summary.get("notes", ()))
+    if not blocks:
+        return "The run has not been scored."
+    return "\n\n".join(f"```\n{block}\n```" for block in blocks) + (f"\n{notes}" if notes else "")
+
+
+def _verdict(identifier: str, found: Sequence[Term]) -> str:
+    if "-nc" in identifier:
+        return "The model is for non-commercial use."
+    if identifier == "other":
+        return "Their terms bind the model."
+    return "The model inherits no terms from the data." if not found else ""
+
+
+def read_summary(workdir: Path) -> dict[str, Any]:
+    """The content of a run's `summary.json`; empty where there is none."""
+    path = workdir / "summary.json"
+    return json.loads(path.read_text()) if path.is_file() else {}

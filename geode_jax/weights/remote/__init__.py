@@ -1,0 +1,1 @@
+"""Modelling files that go into exported folders: PyTorch and transformers, nothing of ours."""

@@ -1,0 +1,177 @@
+"""The Hidden-CoT student and `remote.modeling_hidden_cot`."""
+
+import dataclasses
+import itertools
+from collections.abc import Collection, Mapping
+
+from geode_jax.models.decoder import DecoderConfig
+from geode_jax.models.student import StudentConfig
+from geode_jax.models.task_heads import HeadsConfig
+from geode_jax.weights import parts
+from geode_jax.weights.qwen2 import read_dtype
+from geode_jax.weights.rules import Rule, within
+
+MODEL_TYPE = "hidden_cot"
+
+_OWN = (
+    *("vision_width", "camera_width", "max_views", "projector_width"),
+    *("thinking_tokens", "vision_prefix"),
+)
+"""Fields that have the same name on both sides."""
+
+_DECODER = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_width",
+    "intermediate_size": "mlp_width",
+    "layer_norm_eps": "norm_eps",
+    "rope_theta": "rope_theta",
+    "qkv_bias": "qkv_bias",
+    "linear_bias": "linear_bias",
+}
+"""Entries of `config.json` -> fields of the decoder."""
+
+
+def write_student(config: StudentConfig) -> dict:
+    """`config.json` of a student.
+
+    Raises:
+        ValueError: the modelling file has no such decoder.
+    """
+    c, decoder = config, config.decoder
+    form = (decoder.mlp, decoder.norm, decoder.tied_head)
+    if form != ("gelu", "layer", False):
+        raise ValueError(f"no student's decoder: (mlp, norm, tied_head) {form}")
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": ["HiddenCotModel"],
+        "auto_map": {
+            "AutoConfig": "modeling_hidden_cot.HiddenCotConfig",
+            "AutoModel": "modeling_hidden_cot.HiddenCotModel",
+        },
+        **{name: getattr(decoder, field) for name, field in _DECODER.items()},
+        "cross_attention_layers": list(decoder.cross_layers),
+        **{name: getattr(c, name) for name in _OWN},
+        "patch_grid": list(c.patch_grid),
+        "heads": dataclasses.asdict(c.heads),
+        "category_ids": [list(ids) for ids in c.category_ids],
+    }
+
+
+def read_student(json: Mapping, tensors: Collection[str]) -> StudentConfig:
+    """The inverse of `write_student`.
+
+    Raises:
+        ValueError, KeyError, TypeError: something is not supported or missing.
+    """
+    del tensors
+    decoder = DecoderConfig(
+        **{field: json[name] for name, field in _DECODER.items()},
+        cross_layers=tuple(json["cross_attention_layers"]),
+        dtype=read_dtype(json),
+    )
+    return StudentConfig(
+        decoder=decoder,
+        heads=HeadsConfig(**json["heads"]),
+        **{name: json[name] for name in _OWN},
+        patch_grid=tuple(json["patch_grid"]),
+        category_ids=tuple(tuple(ids) for ids in json["category_ids"]),
+    )
+
+
+def student_rules(config: StudentConfig) -> tuple[Rule, ...]:
+    """Rules of a `Student`."""
+    rules = [
+        *parts.layer_norm("vision_norm", "vision_norm"),
+        *parts.mlp("projector", "projector"),
+        Rule("view_embedding", "view_embedding", "v d -> v d"),
+        *parts.layer_norm("z_norm", "z_norm"),
+        Rule("pool_query", "pool_query", "n d -> n d"),
+        *parts.matrix("depth_encoder", "depth_encoder"),
+        *within(_decoder_rules(config.decoder), "decoder.", "decoder."),
+        *parts.mlp("depth_head.mlp", "depth_head.mlp"),
+        *within(_detection_rules(config.heads), "detection_head.", "detection_head."),
+        Rule("none_embedding", "none_embedding", "n d -> n d"),
+        Rule("patch_scale", "patch_scale", "1 -> "),
+        *parts.spatial_head("spatial_head", "spatial_head"),
+    ]
+    if config.camera_width:
+        rules += parts.layer_norm("camera_norm", "camera_norm")
+        rules += parts.matrix("camera", "camera")
+    if config.thinking_tokens:
+        rules.append(Rule("thinking", "thinking", "n k d -> n k d"))
+    if config.heads.teacher_width:
+        rules += parts.matrix("feature_head", "feature_head")
+    return tuple(rules)
+
+
+def _decoder_rules(config: DecoderConfig) -> tuple[Rule, ...]:
+    c = config
+    rules = [
+        Rule("embed_tokens.weight", "embedding", "x d -> x d"),
+        *parts.layer_norm("norm", "norm"),
+        Rule("lm_head.weight", "head.kernel", "x d -> d x"),
+    ]
+    bounds = sorted({0, *c.cross_layers, c.layers})
+    for i, (first, stop) in enumerate(itertools.pairwise(bounds)):
+        if first in c.cross_layers:
+            rules += parts.cross_attention(
+                f"layers.{first}.cross_attn",
+                f"stages.{i}.cross",
+                bias=c.qkv_bias,
+                out_bias=c.linear_bias,
+            )
+        # A stage's layers are one parameter here.
+        numbers = ",".join(map(str, range(first, stop)))
+        rules += [
+            Rule(
+                f"layers.{{layer={numbers}}}.{rule.key}",
+                f"stages.{i}.blocks.{rule.leaf}",
+                rule.axes.replace(" -> ", " -> layer "),
+            )
+            for rule in _block_rules(c)
+        ]
+    return tuple(rules)
+
+
+def _block_rules(c: DecoderConfig) -> tuple[Rule, ...]:
+    leaves = tuple(f"attention.{name}" for name in ("q", "k", "v", "out"))
+    bias = "o -> o" if c.linear_bias else ""
+    return (
+        *parts.layer_norm("input_layernorm", "attention_norm"),
+        *parts.attention("self_attn", leaves, bias=c.qkv_bias, out_bias=c.linear_bias),
+        *parts.layer_norm("post_attention_layernorm", "mlp_norm"),
+        *parts.matrix("mlp.up", "mlp.up", bias=bias),
+        *parts.matrix("mlp.down", "mlp.down", bias=bias),
+    )
+
+
+def _detection_rules(config: HeadsConfig) -> tuple[Rule, ...]:
+    layers = tuple(
+        rule
+        for i in range(config.detection_layers)
+        for rule in within(_query_layer_rules(), f"layers.{i}.", f"layers.{i}.")
+    )
+    return (
+        *parts.matrix("reduce", "reduce"),
+        Rule("places", "places", "n d -> n d"),
+        *layers,
+        *parts.layer_norm("norm", "norm"),
+        *parts.matrix("classes", "classes"),
+        *parts.mlp("boxes", "boxes"),
+    )
+
+
+def _query_layer_rules() -> tuple[Rule, ...]:
+    attentions = tuple(
+        rule
+        for name in ("look", "talk")
+        for rule in parts.attention(
+            name, (name, f"{name}_keys", f"{name}_values", f"{name}_out"), bias=False
+        )
+    )
+    norms = tuple(rule for i in range(3) for rule in parts.layer_norm(f"norms.{i}", f"norms.{i}"))
+    return (*attentions, *parts.mlp("mlp", "mlp"), *norms)
