@@ -92,6 +92,11 @@ def start_from_pretrained(
     filled: dict[tuple, Path] = {}
     for folder in folders:
         model = load_pretrained(folder, mesh=mesh)
+        if type(model) not in PLACE:
+            raise UserError(
+                f"config: init_from: {folder} holds a whole {type(model).__name__}; start from the "
+                "run that it is of, or from a decoder, a vision encoder or an InternVL"
+            )
         _refuse_other_sizes(folder, model, config)
         for path, variable in nnx.to_flat_state(nnx.state(model)):
             place = (*PLACE[type(model)], *path)

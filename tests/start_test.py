@@ -116,3 +116,9 @@ def test_a_run_is_no_pretrained_folder(folders, tmp_path):
     for mixed in (f"{tmp_path},{both}", f"{folders / 'decoder'},{tmp_path / 'nothing'}"):
         with pytest.raises(UserError, match=r"has no config.json of a pretrained model"):
             pretrained_folders(mixed)
+
+
+def test_an_exported_geode_is_no_start(state, tmp_path):
+    save_pretrained(materialize(lambda rngs: Geode(CONFIG, rngs=rngs)), tmp_path)
+    with pytest.raises(UserError, match="holds a whole Geode; start from the run"):
+        start(state, tmp_path)

@@ -9,8 +9,10 @@ from geode_jax.errors import UserError
 REG, BOX = "<REG>", "<3DBBOX>"
 """The tokens: a number, a box. The state at one of them is regressed, see `models.drh`."""
 
-BASE_UNIT = {"m": 1.0, "cm": 0.01, "m2": 1.0, "items": 1.0, "ft": 0.3048, "in": 0.0254}
-BASE_UNIT["ft2"] = BASE_UNIT["ft"] ** 2
+BASE_UNIT = {
+    **{"m": 1.0, "cm": 0.01, "m2": 1.0, "items": 1.0},
+    **{"ft": 0.3048, "in": 0.0254, "ft2": 0.09290304},
+}
 """What one of a unit is in the unit that is regressed. VSI-Bench asks for sizes in centimetres and
 for distances in metres: without this, one hundredth of a size would weigh as much as a distance."""
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from geode_jax.data.control import BASE_UNIT
 from geode_jax.errors import UserError
 from geode_jax.models.drm import DrmConfig
 from geode_jax.models.geode import Geode, GeodeConfig
@@ -305,6 +306,16 @@ def test_a_config_that_is_no_students_is_refused(student, tmp_path, changes, sai
     with pytest.raises(UserError) as error:
         load_pretrained(tmp_path / "out")
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_both_sides_know_the_same_units():
+    tree = ast.parse((REMOTE / "modeling_geode.py").read_text())
+    code = next(
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "BASE_UNIT"
+    )
+    assert eval(ast.unparse(code)) == BASE_UNIT  # two literals, merged
 
 
 def test_modelling_files_import_torch_and_transformers_alone():

@@ -38,7 +38,10 @@ from .modeling_parts import (
 )
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BASE_UNIT = {"m": 1.0, "cm": 0.01, "m2": 1.0, "items": 1.0}
+BASE_UNIT = {
+    **{"m": 1.0, "cm": 0.01, "m2": 1.0, "items": 1.0},
+    **{"ft": 0.3048, "in": 0.0254, "ft2": 0.09290304},
+}
 LEAST = 0.01  # the least value that is regressed, in base units
 
 
