@@ -291,7 +291,7 @@ def keep_freed_memory() -> None:
     """Memory that is freed stays with the process, where glibc manages it.
 
     XLA asks for a program's buffers anew at every call on a CPU. Left alone, glibc hands large ones
-    back to the system each time, which then clears all pages of the next: a fifth of a step.
+    back to the system each time, which then clears all pages of the next: a tenth of all CPU time.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
