@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -30,3 +31,17 @@ def test_this_process_hears_of_it_after():
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(10)
+
+
+def test_this_process_does_not_hear_of_it_meanwhile():
+    """Another thread, which may get the signal in the first one's place, changes nothing."""
+    over, done = threading.Event(), []
+    other = threading.Thread(target=over.wait)
+    other.start()
+    with pytest.raises(KeyboardInterrupt), deaf_to_ctrl_c():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        done.append("all that had to be done")
+    over.set()
+    other.join()
+    assert done

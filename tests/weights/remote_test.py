@@ -313,7 +313,7 @@ def test_both_sides_know_the_same_units():
     code = next(
         node.value
         for node in tree.body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "BASE_UNIT"
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "BASE_UNIT"
     )
     assert eval(ast.unparse(code)) == BASE_UNIT  # two literals, merged
 
