@@ -223,5 +223,5 @@ def small(config: ml_collections.ConfigDict) -> None:
     config.model.drh_width = 128
     config.model.stand_ins = True
     config.optimizer.update({"name": "muon", "learning_rate": 5e-3, "warmup_steps": 50})
-    config.train.update({"eval_every": 400, "checkpoint_every": 200})
+    config.train.update({"eval_every": 600, "checkpoint_every": 200})
     config.eval.update({"val_scenes": 32, "test_scenes": 100})

@@ -52,8 +52,9 @@ class Run:
     state: TrainState  # freshly initialised
     steps: int
 
+    @functools.cached_property
     def evaluator(self) -> Evaluator:
-        """Compiled evaluation of this run's model."""
+        """Compiled evaluation of this run's model, once for training and for the end."""
         return Evaluator(self.objective, self.graph, self.tokenizer, self.mesh)
 
 

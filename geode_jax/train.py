@@ -78,20 +78,18 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict
     _describe(run)
     with activate(run.mesh), Checkpoints(workdir) as checkpoints, _Stop() as stop:
         state, position = _train(run, workdir, checkpoints, stop)
-        best = checkpoints.restore_best(state)
-        if best is not None:
-            state, best_position = best
-            print(f"best checkpoint: step {best_position['step']}", flush=True)
+        state, best = checkpoints.restore_best(state) or (state, position)
+        print(f"best checkpoint: step {best['step']}", flush=True)
         train_facts = {
             "seconds": round(position["seconds"], 1),
             "steps": position["step"],
             "skipped_steps": position["skipped"],
-            "best_step": best_position["step"] if best else position["step"],
+            "best_step": best["step"],
             "dropped": dict(run.pipelines["train"].dropped),
             **peak_memory(),
         }
         finish = evaluate_stage if config.system in GEODE_STAGES else evaluate_and_report
-        return finish(run, state, workdir, train_facts)
+        return finish(run, state, workdir, train_facts, best["best"])
 
 
 def _train(
@@ -104,7 +102,7 @@ def _train(
         "step": 0,
         "seconds": 0.0,  # spent in this loop, over all resumptions
         "skipped": 0,
-        "best": None,  # lowest validation loss so far
+        "best": {},  # validation losses where the one that counts was lowest
         "worse": 0,  # evaluations since
         "stopped_early": False,
     }
@@ -114,7 +112,6 @@ def _train(
         print(f"resuming at step {position['step']}", flush=True)
     first = position["step"]
     train_step = make_train_step(run.objective, run.graph, run.optimizer, train.microbatches)
-    evaluator = run.evaluator()
     batches = run.pipelines["train"].iterate(first, run.steps - first)
     started = time.monotonic() - position["seconds"]
     if first < run.steps:
@@ -124,7 +121,9 @@ def _train(
             step = position["step"]
             if step > first and (step % train.eval_every == 0 or step == run.steps):
                 log.flush()
-                values = evaluator.losses(state, run.pipelines["val"], run.config.eval.val_scenes)
+                values = run.evaluator.losses(
+                    state, run.pipelines["val"], run.config.eval.val_scenes
+                )
                 log.write(step, values)
                 if _is_best(values, run.objective.judge, position, train.patience):
                     checkpoints.save_best(state, position)
@@ -209,9 +208,9 @@ def _is_best(values: dict[str, float], judge: str, position: dict[str, Any], pat
     The loss that the objective names decides. Where nothing of it is paid (the student's text with
     `only=feature`), there is but the total.
     """
-    value = values.get(f"val/{judge}", values["val/loss"])
-    if position["best"] is None or value < position["best"]:
-        position["best"], position["worse"] = value, 0
+    name = f"val/{judge}" if f"val/{judge}" in values else "val/loss"
+    if not position["best"] or values[name] < position["best"][name]:
+        position["best"], position["worse"] = values, 0
         return True
     position["worse"] += 1
     position["stopped_early"] = 0 < patience <= position["worse"]

@@ -11,7 +11,7 @@ from geode_jax.data import rooms
 from geode_jax.data.exports import Export
 from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate.efficiency import measure_speed, parameter_counts, peak_memory
-from geode_jax.evaluate.evaluator import Evaluation, Evaluator
+from geode_jax.evaluate.evaluator import Evaluation
 from geode_jax.evaluate.report import depth_colours, write_report
 from geode_jax.evaluate.text_metrics import answer_rows, with_reference
 from geode_jax.metrics import read_metrics, write_json
@@ -21,7 +21,9 @@ PICTURE = 240
 """Side in pixels of a rendered view in the report."""
 
 
-def evaluate_and_report(run, state: TrainState, workdir: Path, train: dict) -> dict[str, Any]:
+def evaluate_and_report(
+    run, state: TrainState, workdir: Path, train: dict, losses: dict[str, float]
+) -> dict[str, Any]:
     """Scores of the test split: the model, the model without its vision, and frequency.
 
     Args:
@@ -29,15 +31,15 @@ def evaluate_and_report(run, state: TrainState, workdir: Path, train: dict) -> d
         state: the parameters to judge.
         workdir: receives `summary.json`, `predictions.jsonl` and `report.html`.
         train: facts about the training, for the summary.
+        losses: of `state` on the val split, as `Evaluator.losses` gives them.
 
     Returns:
         The summary.
     """
     config, pipeline = run.config, run.pipelines["test"]
     reference, scenes = config.eval.reference, config.eval.test_scenes
-    evaluator = run.evaluator()
-    model = evaluator.run(state, pipeline, scenes, heads=True, label="test")
-    blind = evaluator.run(state, pipeline, scenes, vision=False, label="vision removed")
+    model = run.evaluator.run(state, pipeline, scenes, heads=True, label="test")
+    blind = run.evaluator.run(state, pipeline, scenes, vision=False, label="vision removed")
     asked = [dict(p) for p in model.predictions]
     frequency = scoring.frequency_baseline(_train_records(run), asked, reference)
     columns = {"model": model.predictions, "vision_removed": blind.predictions}
@@ -47,11 +49,10 @@ def evaluate_and_report(run, state: TrainState, workdir: Path, train: dict) -> d
     scores["model"] |= {
         f"percent_of_teacher/{k}": v for k, v in scoring.percent_of_teacher(asked).items()
     }
-    losses = evaluator.losses(state, run.pipelines["val"], config.eval.val_scenes)
     scores["model"] |= {"val_loss": losses["val/loss"]}
     if "val/text" in losses:
         scores["model"] |= {"val_text_loss": losses["val/text"]}
-    efficiency = _efficiency(run, evaluator, state)
+    efficiency = _efficiency(run, state)
     notes = _notes(run)
     summary = {
         "scores": scores,
@@ -113,12 +114,12 @@ def _score_notes(export: Export) -> dict[str, str]:
     return {key: remark for key in ("depth_rmse", "depth_mae", "depth_delta1")}
 
 
-def _efficiency(run, evaluator: Evaluator, state: TrainState) -> dict[str, float]:
+def _efficiency(run, state: TrainState) -> dict[str, float]:
     """Table IV's columns for this machine: size, time per answer, memory."""
     student = jax.tree.leaves(state.params["student"])
     _, batch = next(iter(run.pipelines["test"].eval_batches(run.config.data.scenes_per_batch)))
     asked = int(np.sum(np.asarray(batch.answer_length_SQ) > 0))
-    speed = measure_speed(lambda: evaluator.answer_batch(state, batch), asked)
+    speed = measure_speed(lambda: run.evaluator.answer_batch(state, batch), asked)
     return parameter_counts(student) | speed | peak_memory()
 
 

@@ -10,12 +10,13 @@ from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate import vsi_bench
 from geode_jax.evaluate.detection_metrics import oriented_iou
 from geode_jax.evaluate.efficiency import peak_memory
-from geode_jax.evaluate.evaluator import Evaluator
 from geode_jax.metrics import write_json
 from geode_jax.train_step import TrainState
 
 
-def evaluate_stage(run, state: TrainState, workdir: Path, train: dict) -> dict[str, Any]:
+def evaluate_stage(
+    run, state: TrainState, workdir: Path, train: dict, losses: dict[str, float]
+) -> dict[str, Any]:
     """Scores of a finished stage; writes `summary.json`, and `predictions.jsonl` of the last stage.
 
     Args:
@@ -23,28 +24,28 @@ def evaluate_stage(run, state: TrainState, workdir: Path, train: dict) -> dict[s
         state: the parameters to judge.
         workdir: receives the files.
         train: facts about the training, for the summary.
+        losses: of `state` on the val split, as `Evaluator.losses` gives them.
 
     Returns:
         The summary.
     """
-    evaluator, val, scenes = run.evaluator(), run.pipelines["val"], run.config.eval.val_scenes
-    losses = evaluator.losses(state, val, scenes)
-    summary = {"val": losses, "train": train | peak_memory()}
+    summary = {"val": dict(losses), "train": train | peak_memory()}
     if run.config.system == "geode_joint":
-        summary |= _answers(run, evaluator, state, workdir)
+        summary |= _answers(run, state, workdir)
     else:
+        val, scenes = run.pipelines["val"], run.config.eval.val_scenes
         for name, vision in (("empty", "none"), ("shuffled", "other")):
-            other = evaluator.losses(state, val, scenes, vision)
-            losses[f"val/text_prefix_{name}"] = other["val/text"]
-        print("\n".join(f"{name:<28}{value:8.3f}" for name, value in sorted(losses.items())))
+            other = run.evaluator.losses(state, val, scenes, vision)
+            summary["val"] |= {f"val/text_prefix_{name}": other["val/text"]}
+        print("\n".join(f"{name:<28}{x:8.3f}" for name, x in sorted(summary["val"].items())))
     write_json(workdir / "summary.json", summary)
     print(f"summary: {workdir / 'summary.json'}", flush=True)
     return summary
 
 
-def _answers(run, evaluator: Evaluator, state: TrainState, workdir: Path) -> dict[str, Any]:
+def _answers(run, state: TrainState, workdir: Path) -> dict[str, Any]:
     pipeline, scenes = run.pipelines["test"], run.config.eval.test_scenes
-    columns = {"model": evaluator.run(state, pipeline, scenes, label="test").predictions}
+    columns = {"model": run.evaluator.run(state, pipeline, scenes, label="test").predictions}
     asked = [dict(record) for record in columns["model"]]
     blind = Path(run.config.eval.blind) / "predictions.jsonl"
     if blind.exists() and run.config.loss.vision:
@@ -52,7 +53,7 @@ def _answers(run, evaluator: Evaluator, state: TrainState, workdir: Path) -> dic
         columns["blind"] = [said[record["id"]] for record in asked if record["id"] in said]
     elif run.config.loss.vision:
         # A model that learned blind says more, where there is one.
-        columns["vision_removed"] = evaluator.run(
+        columns["vision_removed"] = run.evaluator.run(
             state, pipeline, scenes, vision=False, label="vision removed"
         ).predictions
     train = set(run.export.scene_ids("train"))
