@@ -83,7 +83,7 @@ def base(stage: str) -> ml_collections.ConfigDict:
                 "max_boxes": 64,
                 "rows_per_scene": 1,
                 "row_length": 2048,
-                "workers": 0,
+                "workers": 1,
                 "on_bad_scene": "stop",
                 "kind_weights": {},
                 "mixture": "",  # weights of data sets, as scanqa=2,vsi590k=0.5
@@ -107,6 +107,7 @@ def base(stage: str) -> ml_collections.ConfigDict:
                     "dtype": "bfloat16",
                 },
                 "vision": {
+                    "image_size": 448,  # pictures are squeezed to it; 0 = as the export has them
                     "patch_size": 14,
                     "width": 1024,
                     "layers": 24,
@@ -211,6 +212,7 @@ def small(config: ml_collections.ConfigDict) -> None:
     )
     config.model.vision.update(
         {
+            "image_size": 0,
             "patch_size": 4,
             "width": 64,
             "layers": 2,

@@ -109,7 +109,7 @@ def base() -> ml_collections.ConfigDict:
                 "max_boxes": 64,
                 "rows_per_scene": 1,  # packed text rows of a scene and their length
                 "row_length": 1024,
-                "workers": 0,
+                "workers": 1,
                 "on_bad_scene": "stop",
                 "kind_weights": {},
                 "mixture": "",  # weights of data sets, as scanqa=2,vsi590k=0.5
@@ -136,6 +136,7 @@ def base() -> ml_collections.ConfigDict:
             "loss": {
                 "terms": TERMS,
                 "weights": "uncertainty",
+                "logits": True,  # learn from the teacher's, where the export has them
                 "temperature": 2.0,
                 "literal_cross_view": False,
                 "vision": True,

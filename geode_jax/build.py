@@ -244,6 +244,7 @@ def pipeline_config(config, export: Export, tokenizer: Tokenizer) -> PipelineCon
         kind_weights=data.kind_weights.to_dict(),
         source_weights=parse_mixture(data.get("mixture", "")),
         fraction=data.get("fraction", 1.0),
+        logits=config.loss.get("logits", False),
         depth_ratio=config.model.get("depth_cells", 1),
         vision=data.vision,
     )

@@ -100,7 +100,7 @@ _HIDDEN_COT: tuple[Rule, ...] = (
 _GEODE: tuple[Rule, ...] = (
     (
         "model.drh_width loss.regression_weight loss.patch_weight loss.spatial_weight "
-        "loss.layout_weight loss.rationale_weight model.drm.frames",
+        "loss.layout_weight loss.rationale_weight model.drm.frames model.vision.image_size",
         *_at_least(0),
     ),
     (
@@ -222,11 +222,18 @@ def _hidden_cot(config, export: Export, tokenizer: Tokenizer, pipeline: Pipeline
 
 def _geode_stage(config, export: Export, tokenizer: Tokenizer, pipeline: Pipeline) -> GeodeStage:
     model, shapes, loss = config.model, pipeline.shapes, config.loss
-    (height, side), patch = shapes.image, model.vision.patch_size
-    if height != side or side % (2 * patch):
+    (height, across), patch = shapes.image, model.vision.patch_size
+    side = model.vision.image_size
+    if not side and height != across:
         raise UserError(
-            f"config: model.vision.patch_size: {patch}: a picture of {side} x {height} pixels is "
-            "no square with an even number of such patches along a side"
+            f"config: model.vision.image_size: 0 takes the export's pictures as they are, and "
+            f"{across} x {height} pixels are no square; name the side to which they are squeezed"
+        )
+    side = side or height
+    if side % (2 * patch):
+        raise UserError(
+            f"config: model.vision.patch_size: {patch}: a picture of {side} x {side} pixels has "
+            "no even number of such patches along a side"
         )
     if GEODE_STAGES[config.system] == "pretrain" and shapes.grid != (side // patch, side // patch):
         raise UserError(
@@ -237,7 +244,7 @@ def _geode_stage(config, export: Export, tokenizer: Tokenizer, pipeline: Pipelin
     width = decoder["width"] // decoder["heads"]
     rows = decoder.pop("vocab_size") or tokenizer.vocab_size
     vlm = InternVLConfig(
-        vision=VitConfig(image_size=shapes.image[0], **model.vision.to_dict()),
+        vision=VitConfig(**model.vision.to_dict() | {"image_size": side}),
         decoder=DecoderConfig(vocab_size=rows, head_width=width, **decoder),
     )
     if model.drm.on and model.drm.frames and not shapes.point_frames:

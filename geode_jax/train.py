@@ -262,6 +262,4 @@ def _describe(run: Run) -> None:
     for reason, count in sorted(pipeline.dropped.items()):
         if count:
             print(f"not trained on: {count} x {reason}")
-    if pipeline.logits_left_out:
-        print(f"logit KD is off: {pipeline.logits_left_out}")
     sys.stdout.flush()

@@ -1,5 +1,6 @@
 """What a configuration asks for, before anything is trained."""
 
+import dataclasses
 import importlib
 import math
 from types import SimpleNamespace
@@ -72,6 +73,7 @@ CLIP = SceneShapes(
     image=(448, 448), points=2048, point_width=512,
 )  # fmt: skip
 """Scenes as of VGGT at 518 and InternViT at 448 pixels, with Sonata's features."""
+WIDE = dataclasses.replace(CLIP, image=(480, 640))
 
 
 def geode_objective(stage: str, arg: str, shapes: SceneShapes, **changes):
@@ -85,9 +87,9 @@ def geode_objective(stage: str, arg: str, shapes: SceneShapes, **changes):
     return systems.make_objective(config, export, tokenizer, pipeline)
 
 
-@pytest.mark.parametrize("stage", ["align", "drm", "joint"])
-def test_geode_of_the_papers_size(stage):
-    objective = geode_objective(stage, "full", CLIP)
+@pytest.mark.parametrize(("stage", "shapes"), [("align", CLIP), ("drm", WIDE), ("joint", CLIP)])
+def test_geode_of_the_papers_size(stage, shapes):
+    objective = geode_objective(stage, "full", shapes)
     with activate(make_mesh()):
         _, state = nnx.get_abstract_model(lambda: objective.build(nnx.Rngs(0)), make_mesh())
     sizes: dict[tuple, int] = {}
@@ -115,6 +117,7 @@ def test_geode_of_the_papers_size(stage):
         ("drm", "full", CLIP, {"model.drm.condition_on_question": True}, "questions_per_scene: 4"),
         ("joint", "full", CLIP, {"model.vision.patch_size": 64}, "a picture of 448 x 448 .* even"),
         ("pretrain", "", CLIP, {"model.vision.patch_size": 14}, "32 x 32 patches, .* 37 x 37"),
+        ("align", "", WIDE, {}, "model.vision.image_size: 0 .* 640 x 480 pixels are no square"),
     ],
 )
 def test_what_geode_cannot_be_is_refused_by_name(stage, arg, shapes, changes, said):

@@ -1,4 +1,4 @@
-"""What every test shares: no network, one compilation cache, parsed flags, the real data."""
+"""What every test shares: no network, one compilation cache, the real data."""
 
 import os
 import time
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from absl import flags
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CACHE_DAYS = 7
@@ -20,9 +19,6 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if version("jaxlib").startswith("0.10."):  # a newer XLA ends the process at a flag it lost
     quick = "--xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
-
-# Grain's workers refuse to start while absl's flags are unparsed, and pytest is no absl app.
-flags.FLAGS.mark_as_parsed()
 
 # A busy machine is no failure; in CI the same examples every time.
 hypothesis.settings.register_profile("local", deadline=None)

@@ -26,12 +26,11 @@ import sys
 from pathlib import Path
 from tests.runs import tiny_config
 from geode_jax.train import train_and_evaluate
-if __name__ == "__main__":
-    export, workdir, workers, steps = sys.argv[1:]
-    config = tiny_config(Path(export), steps=int(steps), checkpoint_every=3, eval_every=4)
-    with config.unlocked():
-        config.data.workers = int(workers)
-    train_and_evaluate(config, Path(workdir))
+export, workdir, workers, steps = sys.argv[1:]
+config = tiny_config(Path(export), steps=int(steps), checkpoint_every=3, eval_every=4)
+with config.unlocked():
+    config.data.workers = int(workers)
+train_and_evaluate(config, Path(workdir))
 """
 
 
@@ -48,14 +47,12 @@ def uninterrupted(export, tmp_path_factory):
     return workdir
 
 
-def start(export: Path, workdir: Path, workers: int = 0) -> subprocess.Popen:
+def start(export: Path, workdir: Path, workers: int = 1) -> subprocess.Popen:
     workdir.mkdir(exist_ok=True)
-    script = workdir.parent / "run.py"  # a file: workers import the main module again
-    script.write_text(SCRIPT)
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     with (workdir / "output").open("a") as log:
         return subprocess.Popen(
-            [sys.executable, str(script), str(export), str(workdir), str(workers), str(STEPS)],
+            [sys.executable, "-c", SCRIPT, str(export), str(workdir), str(workers), str(STEPS)],
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,

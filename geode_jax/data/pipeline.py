@@ -2,7 +2,7 @@
 
 Scenes are read straight from the export's safetensors, questions from the ArrayRecord that
 `question_records` made. Nothing here has a state that matters: a run that stops at step k goes on
-with `iterate(k, ...)`, on any number of workers, and gets the same batches.
+with `iterate(k, ...)`, with any number of workers, and gets the same batches.
 """
 
 import dataclasses
@@ -13,9 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
-import jax
 import numpy as np
-from absl import flags
 
 from geode_jax.data.control import BOX
 from geode_jax.data.exports import Export, ExportError
@@ -43,7 +41,6 @@ from geode_jax.data.scene_arrays import (
     stack_rows,
 )
 from geode_jax.data.tokens import Tokenizer
-from geode_jax.data.workers import deaf_to_ctrl_c
 from geode_jax.errors import UserError
 from geode_jax.shapes import Batch
 
@@ -66,7 +63,9 @@ class PipelineConfig:
         vision: the tensor the model sees: "vggt/tokens" or "teacher/features" (the student), or
             "images", with which come the points of `sonata/features` where there are some.
         seed: of the order of scenes and the draw of questions, >= 0.
-        workers: processes that make batches; 0 makes them in a thread of this process.
+        workers: threads that make batches ahead of the training step. Reading and copying large
+            tensors releases Python's lock, so that they run beside each other; on a CPU that also
+            trains, more than one takes cores from the step.
         on_bad_scene: "stop" raises at a scene that breaks the contract, "skip" counts it and puts
             the epoch's next good scene in its place.
         answer_field: "answer", or "teacher_answer" to learn from and score against the teacher, or
@@ -76,6 +75,8 @@ class PipelineConfig:
         kind_weights: how much more likely a kind is drawn than one of weight 1; 0 never.
         source_weights: the same of data sets, see `data.mixture`.
         fraction: of the questions of every source and kind that are used at all, drawn by `seed`.
+        logits: whether the teacher's come with its answers, where the export has them; those over
+            another vocabulary are refused.
         depth_ratio: r; target depth is [gh * r, gw * r].
     """
 
@@ -89,13 +90,14 @@ class PipelineConfig:
     row_length: int
     vision: str = "vggt/tokens"
     seed: int = 0
-    workers: int = 0
+    workers: int = 1
     on_bad_scene: str = "stop"
     answer_field: str = "answer"
     controls: tuple[int, int] | None = None
     kind_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     source_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     fraction: float = 1.0
+    logits: bool = True
     depth_ratio: int = 2
 
     def __post_init__(self):
@@ -108,7 +110,7 @@ class PipelineConfig:
             rows_per_scene=1,
             row_length=1,
             seed=0,
-            workers=0,
+            workers=1,
             depth_ratio=1,
         )
         for name, least in smallest.items():
@@ -186,9 +188,7 @@ def measure_lengths(
 
 
 class Pipeline:
-    """Batches of one split of an export.
-
-    It can be pickled; workers get a copy each.
+    """Batches of one split of an export; any number of threads may ask for them.
 
     Attributes:
         steps_per_epoch: after so many steps every scene was seen once (up to S - 1 scenes of an
@@ -201,8 +201,6 @@ class Pipeline:
         max_question_length, max_answer_length: the longest of the split (of the kinds asked for),
             bos and eos included, what does not fit among them.
         shapes: the batch's scene sizes.
-        logits_left_out: why the export's teacher logits are not used; "" where they are, or where
-            there are none.
     """
 
     def __init__(
@@ -216,7 +214,8 @@ class Pipeline:
         """Args: kinds: only questions of these; None for all.
 
         Raises:
-            UserError: the split has no question that fits.
+            UserError: the split has no question that fits, or the teacher's logits do not fit the
+                tokenizer.
             ExportError: `questions.jsonl` breaks the contract.
         """
         self.config, self.split, self._tokenizer, self._export = config, split, tokenizer, export
@@ -226,7 +225,9 @@ class Pipeline:
         self.dropped += Counter({"bad question": len(self._records.dropped)})
         self._choose_questions(kinds)
         sizes = export_sizes(export, config.vision)
-        self.logits_left_out = self._why_no_logits() if sizes.topk else ""
+        topk = sizes.topk if config.logits else 0
+        if topk:
+            self._check_logits()
         self.shapes = SceneShapes(
             views=sizes.views,
             grid=tuple(export.patch_grid),
@@ -237,7 +238,7 @@ class Pipeline:
             categories=len(export.categories) if sizes.has_detection_probs else 0,
             features=sizes.features,
             depth_bins=sizes.depth_bins,
-            topk=0 if self.logits_left_out else sizes.topk,
+            topk=topk,
             vision=config.vision,
             token_dtype=self._token_dtype(),
             image=sizes.image,
@@ -249,17 +250,22 @@ class Pipeline:
         self.dropped += Counter({"boxes beyond max_boxes": sum(beyond)})
         scenes = scenes_per_epoch(self._scene_weights)
         self.steps_per_epoch = max(1, scenes // config.scenes_per_batch)
-        self._reset_caches()
+        self._questions: dict[int, dict[str, np.ndarray]] = {}
+        self._cached_bytes = 0
+        self._orders: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
 
-    def _why_no_logits(self) -> str:
+    def _check_logits(self) -> None:
+        why, mend = "", "loss.logits=False trains without them"
         if self._export.manifest.get("teacher_tokenizer") != self._tokenizer.sha256:
-            return (
-                "the teacher's logits are over another vocabulary (manifest teacher_tokenizer is "
-                "not the sha256 of this run's tokenizer.json)"
+            why = (
+                "over another vocabulary (manifest teacher_tokenizer is not the sha256 of this "
+                "run's tokenizer.json; config tokenizer names the teacher's folder)"
             )
-        if self._records.dropped:
-            return "bad questions were skipped, and the teacher's logits count questions"
-        return ""
+        elif self._records.dropped:
+            why = "of questions by their number, and bad questions were skipped"
+        if why:
+            raise UserError(f"{self._export.folder}: the teacher's logits are {why}; {mend}")
 
     def _token_width(self, sizes) -> int:
         if self.config.vision == "vggt/tokens":
@@ -337,22 +343,6 @@ class Pipeline:
                 scene_weights.append(of_source[a:b][keep[a:b]].max())
         self._scene_weights = np.array(scene_weights) / max(scene_weights)
 
-    def _reset_caches(self) -> None:
-        self._questions: dict[int, dict[str, np.ndarray]] = {}
-        self._cached_bytes = 0
-        self._orders: dict[int, np.ndarray] = {}
-        self._lock = threading.Lock()
-
-    def __getstate__(self):
-        state = dict(self.__dict__)
-        for name in ("_questions", "_cached_bytes", "_orders", "_lock"):
-            del state[name]
-        return state
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._reset_caches()
-
     # --- The order: pure functions of the seed ----------------------------------------------------
 
     def _random(self, *stream: int) -> np.random.Generator:
@@ -360,14 +350,15 @@ class Pipeline:
 
     def _order(self, epoch: int) -> np.ndarray:
         """The epoch's scenes in their order: a permutation where all have the same weight."""
-        if epoch not in self._orders:
-            if len(self._orders) > 2:
-                self._orders.clear()
-            scenes = np.arange(len(self._scene_ids))
-            if (self._scene_weights < 1).any():
-                scenes = choose_scenes(self._scene_weights, self._random(_SCENE_CHOICE, epoch))
-            self._orders[epoch] = self._random(_SCENE_ORDER, epoch).permutation(scenes)
-        return self._orders[epoch]
+        with self._lock:
+            if epoch not in self._orders:
+                if len(self._orders) > 2:
+                    self._orders.clear()
+                scenes = np.arange(len(self._scene_ids))
+                if (self._scene_weights < 1).any():
+                    scenes = choose_scenes(self._scene_weights, self._random(_SCENE_CHOICE, epoch))
+                self._orders[epoch] = self._random(_SCENE_ORDER, epoch).permutation(scenes)
+            return self._orders[epoch]
 
     def _draw(self, epoch: int, scene: int, round_: int) -> np.ndarray:
         """The scene's used questions in the order they are to be asked; the first that fit are.
@@ -427,7 +418,9 @@ class Pipeline:
         except ExportError as error:
             if self.config.on_bad_scene == "stop":
                 raise
-            self._note_bad({scene_id: str(error)})
+            with self._lock:
+                self.bad_scenes[scene_id] = str(error)
+                self.dropped["bad scene"] = len(self.bad_scenes)
             return None
 
     def _read_tensors(self, scene_id: str) -> dict[str, np.ndarray]:
@@ -435,11 +428,6 @@ class Pipeline:
         if self.config.vision not in tensors:
             raise ExportError(f"scene {scene_id}", f"tensor {self.config.vision}", "missing")
         return tensors
-
-    def _note_bad(self, bad_scenes: Mapping[str, str]) -> None:
-        self.bad_scenes.update(bad_scenes)
-        if self.bad_scenes:
-            self.dropped["bad scene"] = len(self.bad_scenes)
 
     def _question_arrays(self, scene: int) -> dict[str, np.ndarray]:
         """All used questions of a scene as arrays [n, ...], kept for the next epoch."""
@@ -525,9 +513,7 @@ class Pipeline:
     ) -> Iterator[tuple[int, Batch]]:
         """(step, batch) of the steps from `start_step`, prepared ahead through grain.
 
-        Batches and their order do not depend on `workers`. With workers, absl's flags are marked
-        as parsed where they are not yet: grain reads some, and would fail outside `absl.app.run`.
-        The entry point needs the usual `if __name__ == "__main__"` guard then.
+        Batches and their order do not depend on `workers`.
 
         Args:
             start_step: first global step.
@@ -537,29 +523,17 @@ class Pipeline:
         Raises:
             ExportError, UserError: as `batch`.
         """
+        # Threads rather than grain's processes: batches of VGGT's tokens are 100 MB, and what a
+        # process hands over is copied twice more. A batch ahead of those being made keeps all busy.
+        workers = self.config.workers
+        reading = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers + 1)
         steps = grain.MapDataset.range(start_step, start_step + num_steps)
-        # One thread with two batches ahead: more would take cores from the training step.
-        reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-        dataset = steps.map(_MakeBatch(self, rows)).to_iter_dataset(reading)
-        if self.config.workers > 0:
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()
-            options = grain.MultiprocessingOptions(
-                num_workers=self.config.workers, per_worker_buffer_size=2
-            )
-            dataset = dataset.mp_prefetch(options)
-        with deaf_to_ctrl_c():
-            iterator = iter(dataset)
-            first = list(itertools.islice(iterator, 1))  # starts the workers
+        batches = steps.map(lambda step: self.batch(int(step), rows)).to_iter_dataset(reading)
+        iterator = iter(batches)
         try:
-            for step, made in enumerate(itertools.chain(first, iterator), start=start_step):
-                if isinstance(made.batch, Exception):
-                    raise made.batch
-                self._note_bad(dict(made.bad_scenes))
-                # Out of grain's shared memory, whose arrays must not outlive the interpreter.
-                yield step, jax.tree.map(np.array, made.batch)
+            yield from enumerate(iterator, start=start_step)
         finally:
-            iterator.close()
+            iterator.close()  # its threads
 
     def eval_batches(
         self, max_scenes: int | None = None, seed: int | None = None, *, shuffled: bool = False
@@ -611,26 +585,6 @@ class Pipeline:
                 own = records[start : start + len(placed)]
                 start += len(placed)
                 yield own, scene_rows, self._question_rows(scene, placed, tensors)
-
-
-class _Made(NamedTuple):
-    """What a worker sends back: exceptions travel as values, so that their line stays one line."""
-
-    batch: Batch | Exception
-    bad_scenes: tuple[tuple[str, str], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class _MakeBatch:
-    pipeline: Pipeline
-    rows: slice | None
-
-    def __call__(self, step: int) -> _Made:
-        try:
-            batch = self.pipeline.batch(int(step), self.rows)
-        except (ExportError, UserError) as error:
-            return _Made(error, ())
-        return _Made(batch, tuple(self.pipeline.bad_scenes.items()))
 
 
 _FIELD_NAMES = {field.name.rsplit("_", 1)[0]: field.name for field in dataclasses.fields(Batch)}

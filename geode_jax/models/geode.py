@@ -94,10 +94,15 @@ class Geode(nnx.Module):
         )
 
     def features(self, batch: Batch) -> jax.Array:
-        """The encoder's hidden states of all frames, [S, V, 1 + P, width]."""
-        images = jnp.asarray(batch.image_SVhw3)
+        """The encoder's hidden states of all frames, [S, V, 1 + P, width].
+
+        Frames of another size are squeezed to the encoder's square, as InternVL's single tile.
+        """
+        images, side = jnp.asarray(batch.image_SVhw3), self.config.vlm.vision.image_size
         S, V, *rest = images.shape
         pixels = images.reshape(S * V, *rest).astype(jnp.float32) / 255
+        if rest != [side, side, 3]:
+            pixels = jax.image.resize(pixels, (S * V, side, side, 3), "cubic").clip(0, 1)
         pixels = (pixels - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
         with jax.named_scope("vision"):
             hidden = self.vlm.vision(pixels)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.scipy.special import logsumexp
+from PIL import Image
 
 from geode_jax.boxes import decode_boxes
 from geode_jax.models.drh import decode_values
@@ -203,6 +204,21 @@ def test_conditioned_on_the_scenes_question(batch):
     question[1, 0, -1] += 1
     moved = np.abs(spatio(model, dataclasses.replace(batch, question_SQL=question)) - before)
     assert moved[0].max() < 1e-6 < 1e-4 < moved[1].max()
+
+
+def test_frames_are_squeezed_to_the_encoders_square(model, batch):
+    """Pillow's bicubic filter is another hand's."""
+    S, V, size = *batch.image_SVhw3.shape[:2], (12, 20)
+    wide = np.random.default_rng(0).integers(60, 190, (S, V, *size, 3), np.uint8)
+    channels = [
+        Image.fromarray(channel.astype(np.float32)).resize((8, 8), Image.Resampling.BICUBIC)
+        for channel in wide.transpose(0, 1, 4, 2, 3).reshape(-1, *size)
+    ]
+    square = np.stack([np.asarray(c) for c in channels]).reshape(S, V, 3, 8, 8)
+    square = square.transpose(0, 1, 3, 4, 2)
+    expected = model.features(dataclasses.replace(batch, image_SVhw3=square))
+    found = model.features(dataclasses.replace(batch, image_SVhw3=wide))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_patches_of_another_size_take_the_export_patch_at_their_centre():

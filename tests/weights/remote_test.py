@@ -194,6 +194,9 @@ def arrays_of(torch, batch: Batch) -> dict:
 def test_geodes_twin_computes_what_geode_computes(torch, batch, tmp_path, config, parts):
     from geode_jax.weights.remote.modeling_geode import GeodeModel
 
+    if config is OTHER:  # frames that must be squeezed
+        wide = np.repeat(batch.image_SVhw3, 2, axis=3)
+        batch = dataclasses.replace(batch, image_SVhw3=wide)
     model = geode(config)
     write_model(model, tmp_path / "out", like=ENTRIES | {"prefix": list(parts)})
     twin = loaded(GeodeModel, tmp_path / "out")

@@ -70,7 +70,6 @@ SOURCES: dict[str, str] = {
     "vica-thinking": "rationales:vica_thinking",
     "cambrian-alignment": "captions:cambrian_alignment",
     "s-mit": "captions:s_mit",
-    "locate": "locate:locate",
 }
 """Name -> `module:function` of this package; the function makes a `Report` of a `Request`."""
 

@@ -1,18 +1,16 @@
 """Scenes on their way into an export: one after the other, each made once.
 
-A scene that is made lies in `.made` of the new export, its tensors beside a note of what questions
-and the report need, until all are there; then come the questions, which look at all scenes, and the
-manifest. The same request goes on where an interrupted one stood, and ends at the same content.
+What questions and the report need of a scene is noted in `.made` of the new export until all scenes
+are there; then come the questions, which look at all of them, and the manifest. The same request
+goes on where an interrupted one stood, and ends at the same content.
 """
 
 import dataclasses
 import json
-import os
 import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -109,64 +107,57 @@ def write_scenes(
         tokens_contain_depth=tokens_contain_depth,
         categories=categories,
         notes=notes,
+        resume=True,
     )
     with writer:
-        made = Path(writer.folder) / _MADE
+        finished = writer.finished()
         written: dict[str, dict] = {}
         for scene_id, split in tqdm(splits.items(), desc="scenes", unit="scene"):
             try:
-                note = _make_once(made, scene_id, split, make, writer.manifest)
+                note = _make_once(writer, finished, scene_id, split, make)
             except (UserError, Dropped) as error:
                 of_all = isinstance(error, Dropped)  # a reason that many have, counted as one
                 report.dropped[f"scene{'' if of_all else ' ' + scene_id}: {error}"] += 1
                 continue
-            note["entry"]["split"] = split  # the lists may have changed since it was made
-            written[scene_id] = note
+            written[scene_id] = note | {"split": split}
             report.dropped.update(note["dropped"])
         if not written:
             first = next(iter(report.dropped), "there is none")
             raise UserError(f"{request.root}: no scene is left; {first}")
         report.kept["scenes"] = len(written)
-        _add_questions(writer, made, written, request.seed, report)
-        shutil.rmtree(made)
+        _add_questions(writer, written, request.seed, report)
+        shutil.rmtree(writer.folder / _MADE)
     return report
 
 
-def _make_once(folder: Path, scene_id: str, split: str, make, manifest: dict) -> dict:
-    """The note of a scene, which is made where it does not lie in the folder already."""
-    note = folder / f"{scene_id}.json"
-    if note.is_file() and (folder / "scenes" / f"{scene_id}.safetensors").is_file():
-        return json.loads(note.read_text(encoding="utf-8"))
+def _make_once(
+    writer: exports.ExportWriter, finished: dict[str, dict], scene_id: str, split: str, make
+) -> dict:
+    """The note of a scene, which is made and added where it is not finished already."""
+    path = writer.folder / _MADE / f"{scene_id}.json"
+    if scene_id in finished:
+        writer.register(finished[scene_id] | {"split": split})  # the lists may have changed
+        return json.loads(path.read_text(encoding="utf-8"))
     scene = make(scene_id)
-    content = {
-        "entry": exports.write_scene(
-            folder, scene_id, scene.arrays, split=split, manifest=manifest
-        ),
-        "seen": None if scene.seen is None else _plain(scene.seen),
-        "dropped": scene.dropped,
-    }
-    part = note.with_suffix(".part")
-    part.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(part, note)
-    return json.loads(note.read_text(encoding="utf-8"))
+    seen = None if scene.seen is None else _plain(scene.seen)
+    path.parent.mkdir(exist_ok=True)
+    # First the note: where the scene is finished, it is whole.
+    path.write_text(json.dumps({"seen": seen, "dropped": scene.dropped}), encoding="utf-8")
+    writer.add_scene(scene_id, scene.arrays, split=split)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _add_questions(
-    writer: exports.ExportWriter, made: Path, written: dict[str, dict], seed: int, report: Report
+    writer: exports.ExportWriter, written: dict[str, dict], seed: int, report: Report
 ) -> None:
-    """Moves the scenes to their place and asks about them."""
+    """Asks about the scenes, in their order."""
     seen = {scene_id: _seen(note["seen"]) for scene_id, note in written.items() if note["seen"]}
-    trained = [room for s, room in seen.items() if written[s]["entry"]["split"] == "train"]
+    trained = [room for s, room in seen.items() if written[s]["split"] == "train"]
     questioner = BoxQuestioner(trained, seed)
-    bar = tqdm(seen.items(), desc="questions", unit="scene")
-    records = {scene_id: questioner.ask(scene_id, room) for scene_id, room in bar}
-    (writer.folder / "scenes").mkdir(exist_ok=True)
-    for scene_id, note in written.items():
-        name = f"scenes/{scene_id}.safetensors"
-        os.replace(made / name, writer.folder / name)
-        writer.register(note["entry"])
-        writer.add_questions(records.get(scene_id, ()))
-        report.kept["questions"] += len(records.get(scene_id, ()))
+    for scene_id, room in tqdm(seen.items(), desc="questions", unit="scene"):
+        records = questioner.ask(scene_id, room)
+        writer.add_questions(records)
+        report.kept["questions"] += len(records)
 
 
 _ARRAYS = ("room", "boxes", "rays", "extrinsic")

@@ -184,7 +184,7 @@ class Scene(NamedTuple):
     """What is known of S scenes, under the names of the array contract.
 
     Attributes:
-        images: uint8 [S, V, h, w, 3], `images`, square and of the encoder's size.
+        images: uint8 [S, V, h, w, 3], `images`; squeezed to the encoder's square.
         view_mask: bool [S, V], False = padding view (these stand last).
         places: [S, V, P, 3], the point that is seen at each patch of `patch_grid`, metres.
         places_mask: bool [S, V, P], False = unknown.
@@ -391,8 +391,12 @@ class GeodeModel(PreTrainedModel):
     def _features(self, images):
         """The encoder's hidden states [S, V, 1 + I, C] of all frames."""
         pixels = images.flatten(0, 1).float() / 255
-        pixels = (pixels - pixels.new_tensor(IMAGENET_MEAN)) / pixels.new_tensor(IMAGENET_STD)
-        hidden = self.vision_tower(pixels.permute(0, 3, 1, 2).to(self.dtype)).last_hidden_state
+        pixels, size = pixels.permute(0, 3, 1, 2), tuple(self.config.vision_config.image_size)
+        if pixels.shape[2:] != size:
+            pixels = nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True)
+            pixels = pixels.clamp(0, 1)
+        mean, std = (pixels.new_tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+        hidden = self.vision_tower(((pixels - mean) / std).to(self.dtype)).last_hidden_state
         return hidden.unflatten(0, images.shape[:2])
 
     def _rationale(self, features, scene, input_ids, attention_mask):

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import hypothesis.strategies as st
-import numpy as np
 import pytest
 from hypothesis import given
 
@@ -149,33 +148,6 @@ def test_ids_are_names(own, request_of):
 def test_all_sources_are_covered():
     own = ("scannet_questions", "conversations", "rationales", "captions")
     assert {name for name, where in SOURCES.items() if where.split(":")[0] in own} == set(CASES)
-
-
-def test_boxes_that_are_alone_of_their_category_are_asked_for(tiny_export, tmp_path):
-    out = tmp_path / "out"
-    main(
-        [str(a) for a in ("prepare", "--source", "locate", "--root", tiny_export.folder)]
-        + ["--out", str(out)]
-    )
-    new = {}
-    for record in new_questions(out):
-        new.setdefault(record["scene_id"], []).append(record)
-    for scene_id in tiny_export.scene_ids():
-        found = tiny_export.read_scene(scene_id, ("target/boxes", "target/labels"))
-        labels = found.get("target/labels", np.zeros(0, int)).tolist()
-        alone = [i for i, label in enumerate(labels) if labels.count(label) == 1]
-        records = new.pop(scene_id, [])
-        assert [record["objects"][0]["index"] for record in records] == alone
-        for i, record in zip(alone, records, strict=True):
-            name = tiny_export.categories[labels[i]]
-            assert (record["kind"], record["question"]) == ("object_box", f"Locate the {name}.")
-            np.testing.assert_allclose(record["box"], found["target/boxes"][i], atol=5e-5)
-            said = [float(number) for number in record["answer"].split()]
-            np.testing.assert_allclose(said, record["box"], atol=5.1e-3)
-    assert not new
-    assert sum(1 for _ in Export(out).questions()) > tiny_export.manifest["questions"]["count"]
-    with pytest.raises(UserError, match="--scenes: locate"):
-        prepare("locate", Request(tiny_export.folder, tmp_path / "other", out))
 
 
 # --- Scenes ---------------------------------------------------------------------------------------
