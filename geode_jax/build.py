@@ -7,10 +7,12 @@ import functools
 import json
 import os
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
 import ml_collections
+import numpy as np
 from flax import nnx
 
 from geode_jax import systems
@@ -20,13 +22,16 @@ from geode_jax.data.exports import Export
 from geode_jax.data.mixture import parse_mixture
 from geode_jax.data.pipeline import Pipeline, PipelineConfig, measure_lengths
 from geode_jax.data.prompts import prompt
+from geode_jax.data.question_records import open_question_records
 from geode_jax.data.rooms import PRODUCER, make_rooms
 from geode_jax.data.sources import VERSION as RGBD_VERSION
 from geode_jax.data.sources import make_rgbd_export
 from geode_jax.data.tokens import Tokenizer, load_tokenizer, train_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.evaluate.evaluator import Evaluator
+from geode_jax.models.geode import encode_frames
 from geode_jax.models.internvl import INTERNVL_TOKENS
+from geode_jax.models.vit import InternViT
 from geode_jax.objectives.geode import learned_parts
 from geode_jax.optimizer import OptimizerConfig, make_optimizer
 from geode_jax.sharding import activate, make_mesh
@@ -56,6 +61,10 @@ class Run:
     def evaluator(self) -> Evaluator:
         """Compiled evaluation of this run's model, once for training and for the end."""
         return Evaluator(self.objective, self.graph, self.tokenizer, self.mesh)
+
+    def train_records(self) -> Iterator[dict]:
+        """The questions of the training split, which the frequency baseline knows."""
+        return open_question_records(self.export, self.config.data.on_bad_scene).of_split("train")
 
 
 def build(config: ml_collections.ConfigDict, workdir: Path) -> Run:
@@ -94,6 +103,8 @@ def build(config: ml_collections.ConfigDict, workdir: Path) -> Run:
             state = start_from_pretrained(state, pretrained, objective.config.model.vlm, mesh)
         elif init_from:
             state = start_from_run(state, Path(init_from), learned)
+        if config.data.vision == "internvit/tokens":
+            _check_tokens(nnx.merge(graph, state.params, state.frozen).vlm.vision, export)
     return Run(
         config, export, tokenizer, pipelines, objective, mesh, graph, optimizer, state, steps
     )
@@ -129,6 +140,29 @@ def _learned(run: Path) -> frozenset[str]:
     if system not in systems.GEODE_STAGES:
         raise UserError(f"config: init_from: {run} is a {system} run, not a stage of GEODE")
     return learned_parts(systems.GEODE_STAGES[system])
+
+
+_TOKENS_TOLERANCE = 0.05
+"""Relative error of stored tokens: bfloat16's rounding makes 0.01, another encoder 1."""
+
+
+def _check_tokens(encoder: InternViT, export: Export) -> None:
+    """Refuses InternViT's tokens of another encoder, judged by the export's first frame.
+
+    Raises:
+        UserError: they are.
+    """
+    scene_id = export.scene_ids()[0]
+    found = export.read_scene(scene_id, ("images", "internvit/tokens"))
+    if len(found) < 2:
+        return  # nothing to compare
+    stored = np.asarray(found["internvit/tokens"][0], np.float32)
+    made = np.asarray(encode_frames(encoder, found["images"][:1])[0], np.float32)
+    if np.linalg.norm(made - stored) > _TOKENS_TOLERANCE * np.linalg.norm(stored):
+        raise UserError(
+            f"{export.folder}: scene {scene_id}: internvit/tokens are of another vision encoder "
+            "than this model's; geode-jax internvit makes them anew"
+        )
 
 
 def _mesh(config) -> jax.sharding.Mesh:
@@ -196,23 +230,21 @@ def prepare_tokenizer(config, export: Export, workdir: Path) -> Tokenizer:
             return tokenizer
         tokenizer = tokenizer.with_tokens((*INTERNVL_TOKENS, REG, BOX))
     else:
-        tokenizer = _train_tokenizer(export, geode)
+        records = open_question_records(export, config.data.on_bad_scene)
+        tokenizer = _train_tokenizer(records.of_split("train"), export.categories, geode)
     tokenizer.save(folder)
     return tokenizer
 
 
-def _train_tokenizer(export: Export, geode: bool) -> Tokenizer:
-    train = set(export.scene_ids("train"))
+def _train_tokenizer(records: Iterable[dict], nouns: list[str], geode: bool) -> Tokenizer:
     texts = []
-    for record in export.questions():
-        if record["scene_id"] not in train:
-            continue
+    for record in records:
         if geode:
             texts += [prompt(record), " " + record["answer"], " " + record.get("rationale", "")]
         elif control_of(record) != BOX:
             texts += [prompt(record), " " + record["answer"]]
     count = min(MIN_PIECE_COUNT, max(2, len(texts) // 1000))
-    tokenizer = train_tokenizer(texts, export.categories, min_count=count)
+    tokenizer = train_tokenizer(texts, nouns, min_count=count)
     return tokenizer.with_tokens((REG, BOX)) if geode else tokenizer
 
 

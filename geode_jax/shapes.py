@@ -51,7 +51,7 @@ class Batch:
     """
 
     # What the model sees of a scene.
-    vision_SVPC: Array  # `vggt/tokens` in the dtype they are stored in
+    vision_SVPC: Array  # `vggt/tokens` in the dtype they are stored in; see SceneShapes.vision
     view_mask_SV: Array  # bool, False = padding view
     camera_SVC: Array  # likewise `vggt/camera_tokens`; width 0 where the export has none
     camera_mask_S: Array  # bool
@@ -62,7 +62,8 @@ class Batch:
     points_mask_SVP: Array  # bool
     extrinsic_SV34: Array  # float32 camera-from-world
     intrinsic_SV33: Array  # float32 pixels of the patch grid (gh, gw), integer patch centres
-    # Of size zero unless the model sees images; then vision_SVPC is of width 0.
+    # Of size zero unless GEODE sees: images, and then vision_SVPC is of width 0, or InternViT's
+    # tokens of them, `internvit/tokens`, whose P is not the patch grid's; and points.
     image_SVhw3: Array  # uint8, `images`; 0 in padding views
     point_SGC: Array  # float32, `sonata/features`
     coord_SG3: Array  # float32 metres, `sonata/coord`

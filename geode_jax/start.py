@@ -40,14 +40,15 @@ def pretrained_folders(init_from: str) -> list[Path]:
         UserError: a folder is missing, or a run is among several.
     """
     folders = [Path(part.strip()) for part in init_from.split(",") if part.strip()]
-    kinds = [_is_pretrained(folder) for folder in folders]
+    kinds = [is_pretrained(folder) for folder in folders]
     if not all(kinds) and (any(kinds) or len(kinds) > 1):
         wrong = folders[kinds.index(False)]
         raise UserError(f"config: init_from: {wrong} has no {CONFIG} of a pretrained model")
     return folders if any(kinds) else []
 
 
-def _is_pretrained(folder: Path) -> bool:
+def is_pretrained(folder: Path) -> bool:
+    """Whether a folder is a pretrained model's, and not a run's."""
     return (folder / CONFIG).exists() and "model_type" in read_json(folder / CONFIG)
 
 

@@ -1,5 +1,6 @@
 """The systems a configuration can name: what its fields must be, and the objective they make."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import ml_collections
@@ -8,6 +9,7 @@ from geode_jax.data.control import BOX, REG
 from geode_jax.data.exports import Export
 from geode_jax.data.mixture import parse_mixture
 from geode_jax.data.pipeline import Pipeline
+from geode_jax.data.scene_arrays import GEODE_VISION
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
 from geode_jax.losses import TERMS
@@ -83,7 +85,7 @@ _HIDDEN_COT: tuple[Rule, ...] = (
     ("loss.weights", *_one_of(("uncertainty", "static"))),
     (
         "data.vision",
-        lambda v, _: v != "images",
+        lambda v, _: v not in GEODE_VISION,
         "what the student sees, vggt/tokens or teacher/features",
     ),
     ("loss.terms", lambda v, _: v and set(v) <= set(TERMS), f"some of {', '.join(TERMS)}"),
@@ -112,7 +114,12 @@ _GEODE: tuple[Rule, ...] = (
     ),
     ("model.decoder.remat", *_one_of(tuple(REMAT))),
     ("model.decoder.dtype model.vision.dtype", *_one_of(("float32", "bfloat16", "float16"))),
-    ("data.vision", *_one_of(("images",))),
+    ("data.vision", *_one_of(GEODE_VISION)),
+    (
+        "data.vision",
+        lambda v, c: v == "images" or c.system != "geode_pretrain",
+        "what geode_pretrain learns from: the vision encoder learns there, from images",
+    ),
     (
         "init_from",
         lambda v, c: v or c.system == "geode_pretrain",
@@ -222,8 +229,18 @@ def _hidden_cot(config, export: Export, tokenizer: Tokenizer, pipeline: Pipeline
 
 def _geode_stage(config, export: Export, tokenizer: Tokenizer, pipeline: Pipeline) -> GeodeStage:
     model, shapes, loss = config.model, pipeline.shapes, config.loss
-    (height, across), patch = shapes.image, model.vision.patch_size
-    side = model.vision.image_size
+    patch, side = model.vision.patch_size, model.vision.image_size
+    if shapes.view_tokens:
+        height = across = math.isqrt(shapes.view_tokens - 1) * patch
+        made = f"{shapes.view_tokens} tokens of width {shapes.token_width}"
+        of = (side or height, model.vision.width)
+        if of != (height, shapes.token_width):
+            raise UserError(
+                f"config: model.vision: width {of[1]}, {of[0]} pixels and patches of {patch}; the "
+                f"export's internvit/tokens are {made} a view"
+            )
+    else:
+        height, across = shapes.image
     if not side and height != across:
         raise UserError(
             f"config: model.vision.image_size: 0 takes the export's pictures as they are, and "

@@ -117,6 +117,7 @@ def test_geode_of_the_papers_size(stage, shapes):
         ("drm", "full", CLIP, {"model.drm.condition_on_question": True}, "questions_per_scene: 4"),
         ("joint", "full", CLIP, {"model.vision.patch_size": 64}, "a picture of 448 x 448 .* even"),
         ("pretrain", "", CLIP, {"model.vision.patch_size": 14}, "32 x 32 patches, .* 37 x 37"),
+        ("pretrain", "", CLIP, {"data.vision": "internvit/tokens"}, "is not what geode_pretrain"),
         ("align", "", WIDE, {}, "model.vision.image_size: 0 .* 640 x 480 pixels are no square"),
     ],
 )

@@ -1027,7 +1027,7 @@ def _sha256_of(path: Path) -> str:
 
 
 class Export:
-    """Reads an export. Holds no open file, so it can be pickled to data workers.
+    """Reads an export. Holds no open file: threads may share it, and it can be pickled.
 
     Attributes:
         folder: where it is.

@@ -33,6 +33,7 @@ from geode_jax.data.question_records import (
     question_lengths,
 )
 from geode_jax.data.scene_arrays import (
+    GEODE_VISION,
     SceneShapes,
     batch_rows,
     empty_rows,
@@ -60,8 +61,9 @@ class PipelineConfig:
         max_boxes: N.
         rows_per_scene, row_length: M and R of the packed text; as many of the Q drawn questions as
             fit are asked, in the order they were drawn.
-        vision: the tensor the model sees: "vggt/tokens" or "teacher/features" (the student), or
-            "images", with which come the points of `sonata/features` where there are some.
+        vision: the tensor the model sees: "vggt/tokens" or "teacher/features" (the student),
+            "images" or "internvit/tokens" (GEODE), with which come the points of
+            `sonata/features` where there are some.
         seed: of the order of scenes and the draw of questions, >= 0.
         workers: threads that make batches ahead of the training step. Reading and copying large
             tensors releases Python's lock, so that they run beside each other; on a CPU that also
@@ -117,7 +119,7 @@ class PipelineConfig:
             if getattr(self, name) < least:
                 raise UserError(f"data: {name}: {getattr(self, name)} is less than {least}")
         choices = {
-            "vision": ("vggt/tokens", "teacher/features", "images"),
+            "vision": ("vggt/tokens", "teacher/features", *GEODE_VISION),
             "on_bad_scene": ("stop", "skip"),
             "answer_field": ANSWER_FIELDS,
         }
@@ -232,6 +234,7 @@ class Pipeline:
             views=sizes.views,
             grid=tuple(export.patch_grid),
             token_width=self._token_width(sizes),
+            view_tokens=sizes.view_tokens,
             depth_ratio=config.depth_ratio,
             boxes=config.max_boxes,
             camera_width=self._camera_width(sizes),
@@ -270,16 +273,16 @@ class Pipeline:
     def _token_width(self, sizes) -> int:
         if self.config.vision == "vggt/tokens":
             return self._export.token_width
-        images = self.config.vision == "images"
-        if not (sizes.image[0] if images else sizes.features):
+        widths = {"teacher/features": sizes.features, "internvit/tokens": sizes.view_width}
+        if not widths.get(self.config.vision, sizes.image[0]):
             missing = f"no scene has {self.config.vision} to train on"
             raise UserError(f"{self._export.folder}: {missing}")
-        return 0 if images else sizes.features
+        return widths.get(self.config.vision, 0)
 
     def _token_dtype(self) -> str:
         # The manifest's dtype is that of VGGT's tokens alone.
-        vggt = self.config.vision == "vggt/tokens"
-        return self._export.manifest["dtype"] if vggt else "float32"
+        own = {"vggt/tokens": self._export.manifest["dtype"], "internvit/tokens": "bfloat16"}
+        return own.get(self.config.vision, "float32")
 
     def _camera_width(self, sizes) -> int:
         # Camera tokens are VGGT's; another encoder's features do not come with them.

@@ -74,9 +74,7 @@ class SceneQuestions(tfds.core.GeneratorBasedBuilder):
 
 
 class QuestionRecords:
-    """Random access to the questions of an export by scene.
-
-    It can be pickled and used by many processes: every process opens the files for itself.
+    """Random access to the questions of an export by scene; any number of threads may read.
 
     Attributes:
         folder: where the records are.
@@ -95,9 +93,6 @@ class QuestionRecords:
             for i, scene_id in enumerate(ids)
         }
         self._sources: dict[str, object] = {}
-
-    def __reduce__(self):
-        return QuestionRecords, (self.folder,)
 
     def scene_ids(self, split: str | None = None) -> list[str]:
         """Scenes that have questions, sorted within a split; all splits where None."""
@@ -123,6 +118,11 @@ class QuestionRecords:
         if record["scene_id"].decode() != scene_id:
             raise UserError(f"{self.folder}: scene {scene_id}: damaged cache, delete this folder")
         return [json.loads(line) for line in record["questions"].decode().split("\n")]
+
+    def of_split(self, split: str) -> Iterator[dict]:
+        """All question records of a split, scene by scene."""
+        for scene_id in self.scene_ids(split):
+            yield from self.read(scene_id)
 
     def _dataset_folder(self) -> str:
         return os.fspath(self.folder / "scene_questions" / _FORMAT)

@@ -32,17 +32,19 @@ SCENE_TENSORS = (
     "teacher/detection_probs",
     "teacher/relations",
 )
-"""All that is read of a scene for its arrays, where the model does not see its images."""
+"""All that is read of a scene for the student's arrays."""
 
-_IMAGE_TENSORS = ("images", "sonata/features", "sonata/coord", "sonata/frame")
+GEODE_VISION = ("images", "internvit/tokens")
+"""What GEODE may see of a scene: its pictures, or what InternViT made of them."""
+_POINTS = ("sonata/features", "sonata/coord", "sonata/frame")
 
 
 def scene_tensors(vision: str) -> tuple[str, ...]:
     """What is read of a scene for its arrays, where `vision` is what the model sees."""
-    if vision != "images":
+    if vision not in GEODE_VISION:
         return SCENE_TENSORS
     student = ("vggt/tokens", "vggt/camera_tokens")
-    return (*(name for name in SCENE_TENSORS if name not in student), *_IMAGE_TENSORS)
+    return (*(name for name in SCENE_TENSORS if name not in student), vision, *_POINTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,8 @@ class SceneShapes:
     Attributes:
         views: V, the most views of any scene; scenes with fewer are padded.
         grid: (gh, gw); P = gh * gw.
-        token_width: C of the student's vision, 0 where the model sees images.
+        token_width: C of what the model sees, 0 where that is images.
+        view_tokens: how many of them a view has; 0: a token a patch.
         camera_width: C where the student sees camera tokens, else 0.
         depth_ratio: r; `target_depth` is [gh * r, gw * r].
         boxes: N; a scene with more keeps its first N and is not `boxes_known`.
@@ -61,10 +64,10 @@ class SceneShapes:
         depth_bins: B of the teacher's depth distribution, 0 without a teacher.
         topk: k of the teacher's logits, 0 where there are none for this vocabulary.
         vision: the tensor that the model sees.
-        token_dtype: of the student's vision and camera tokens, as they are stored: a scene of
-            VGGT's is 90 MB in float32.
+        token_dtype: of vision and camera tokens. VGGT's are as they are stored: a scene of them is
+            90 MB in float32.
         image: (h, w) of the images, (0, 0) where the model does not see them.
-        points: G, the most points of any scene; 0 where there are none or no images are seen.
+        points: G, the most points of any scene; 0 where there are none, or for the student.
         point_width: C of the points.
         point_frames: it is known of which view every point is.
     """
@@ -79,6 +82,7 @@ class SceneShapes:
     features: int = 0
     depth_bins: int = 0
     topk: int = 0
+    view_tokens: int = 0
     vision: str = "vggt/tokens"
     token_dtype: str = "float32"
     image: tuple[int, int] = (0, 0)
@@ -96,7 +100,8 @@ class SceneShapes:
 class ExportSizes:
     """The largest sizes in an export, and how many boxes every scene has.
 
-    `image` (h, w), `points` and `point_width` are 0 where images are not what is seen.
+    `image` (h, w) is 0 where images are not what is seen, `view_tokens` and `view_width` where
+    InternViT's tokens are not, `points` and `point_width` where neither is.
     """
 
     views: int
@@ -107,6 +112,8 @@ class ExportSizes:
     has_detection_probs: bool
     has_camera_tokens: bool
     image: tuple[int, int]
+    view_tokens: int
+    view_width: int
     points: int
     point_width: int
     point_frames: bool
@@ -122,13 +129,13 @@ def export_sizes(export: Export, vision: str = "vggt/tokens") -> ExportSizes:
         vision: the tensor that the model sees.
 
     Raises:
-        UserError: widths of the teacher's tensors or the points, or sizes of the images, differ
+        UserError: widths of the teacher's tensors or the points, or sizes of the views, differ
             between scenes.
     """
     views, box_counts, has_detection_probs, has_camera_tokens = 1, {}, False, False
     widths = {"teacher/features": 0, "teacher/depth_bins": 0, "teacher/topk_id": 0}
-    of_views, image, points, point_frames = "vggt/tokens", (0, 0), 0, True
-    if vision == "images":
+    of_views, view, points, point_frames = "vggt/tokens", None, 0, True
+    if vision in GEODE_VISION:
         of_views = vision
         widths["sonata/features"] = 0
     for entry in export.manifest["scenes"]:
@@ -138,12 +145,12 @@ def export_sizes(export: Export, vision: str = "vggt/tokens") -> ExportSizes:
             teacher = _header_shapes(Path(export.folder) / "teacher" / f"{scene_id}.safetensors")
             shapes |= {f"teacher/{name}": shape for name, shape in teacher.items()}
         views = max(views, shapes.get(of_views, [0])[0])
-        if vision == "images" and vision in shapes:
-            size = tuple(shapes[vision][1:3])
-            if image not in ((0, 0), size):
-                rule = f"{size} pixels, {image} in earlier scenes; an export has one size"
+        if vision in GEODE_VISION and vision in shapes:
+            size = tuple(shapes[vision][1:])
+            if view not in (None, size):
+                rule = f"a view is {size}, {view} in earlier scenes; an export has one size"
                 raise UserError(f"scene {scene_id}: tensor {vision}: {rule}")
-            image = size
+            view = size
         if "sonata/features" in widths:
             points = max(points, shapes.get("sonata/features", [0])[0])
             point_frames &= "sonata/frame" in shapes or "sonata/features" not in shapes
@@ -164,7 +171,9 @@ def export_sizes(export: Export, vision: str = "vggt/tokens") -> ExportSizes:
         box_counts=box_counts,
         has_detection_probs=has_detection_probs,
         has_camera_tokens=has_camera_tokens,
-        image=image,
+        image=view[:2] if view and vision == "images" else (0, 0),
+        view_tokens=view[0] if view and vision != "images" else 0,
+        view_width=view[1] if view and vision != "images" else 0,
         points=points,
         point_width=widths.get("sonata/features", 0),
         point_frames=points > 0 and point_frames,
@@ -203,7 +212,7 @@ def batch_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str,
     r, n = shapes.depth_ratio, shapes.boxes
     dtype = np.dtype(shapes.token_dtype)
     rows = {
-        "vision": _padded(tokens, (V, P, shapes.token_width), dtype),
+        "vision": _padded(tokens, (V, shapes.view_tokens or P, shapes.token_width), dtype),
         "view_mask": np.arange(V) < v_own,
     }
     camera = tensors.get("vggt/camera_tokens") if shapes.camera_width else None
@@ -213,7 +222,7 @@ def batch_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str,
     depth = tensors.get("vggt/depth")
     hint = _patch_mean(depth, shapes.grid) if depth is not None else np.zeros((v_own, gh, gw))
     rows["depth_hint"] = _padded(hint.reshape(v_own, P), (V, P))
-    rows |= _camera_rows(tensors, shapes, v_own) | _image_rows(tensors, shapes)
+    rows |= _camera_rows(tensors, shapes, v_own) | _seen_rows(tensors, shapes, v_own)
     target = tensors.get("target/depth", np.zeros((0, gh, gw)))
     rows["target_depth"] = _padded(_patch_mean(target, (gh * r, gw * r)), (V, gh * r, gw * r))
 
@@ -228,16 +237,16 @@ def batch_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str,
     return rows | _teacher_rows(tensors, shapes)
 
 
-def _image_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str, np.ndarray]:
-    """Pictures and points, where images are what is seen; else of size zero."""
-    G, width, sees = shapes.points, shapes.point_width, shapes.vision == "images"
-    images = tensors["images"] if sees else np.zeros((0, 0, 0, 3))
+def _seen_rows(tensors, shapes: SceneShapes, v_own: int) -> dict[str, np.ndarray]:
+    """Pictures and points, where they are seen; else of size zero."""
+    G, width = shapes.points, shapes.point_width
+    images = tensors["images"] if shapes.vision == "images" else np.zeros((0, 0, 0, 3))
     # A feature without its place, or a place without its feature, is no point.
-    known = sees and "sonata/features" in tensors and "sonata/coord" in tensors
+    known = G > 0 and "sonata/features" in tensors and "sonata/coord" in tensors
     features = tensors["sonata/features"] if known else np.zeros((0, width))
     coord = tensors["sonata/coord"] if known else np.zeros((0, 3))
     frame = tensors.get("sonata/frame", np.zeros(0)) if known else np.zeros(0)
-    frame = np.where(frame < len(images), frame, -1)  # a view that is not there is not known
+    frame = np.where(frame < v_own, frame, -1)  # a view that is not there is not known
     return {
         "image": _padded(images, (shapes.views, *shapes.image, 3), np.uint8),
         "point": _padded(features, (G, width)),
@@ -380,7 +389,8 @@ def empty_rows(shapes: SceneShapes) -> dict[str, np.ndarray]:
     if shapes.vision == "images":
         view = np.zeros((1, *shapes.image, 3), np.uint8)
     else:
-        view = np.zeros((1, shapes.patches, shapes.token_width), np.float32)
+        tokens = shapes.view_tokens or shapes.patches
+        view = np.zeros((1, tokens, shapes.token_width), np.float32)
     # The zeros are nobody's features, even where features are what the student sees.
     return batch_rows({shapes.vision: view}, shapes) | {"teacher_features_mask": np.array(False)}
 

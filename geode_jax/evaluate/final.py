@@ -41,7 +41,7 @@ def evaluate_and_report(
     model = run.evaluator.run(state, pipeline, scenes, heads=True, label="test")
     blind = run.evaluator.run(state, pipeline, scenes, vision=False, label="vision removed")
     asked = [dict(p) for p in model.predictions]
-    frequency = scoring.frequency_baseline(_train_records(run), asked, reference)
+    frequency = scoring.frequency_baseline(run.train_records(), asked, reference)
     columns = {"model": model.predictions, "vision_removed": blind.predictions}
     columns["frequency"] = frequency
     scores = {name: scoring.score(p, reference) for name, p in columns.items()}
@@ -81,11 +81,6 @@ def evaluate_and_report(
     print("\n".join(f"note: {note}" for note in notes))
     print(f"report: {workdir / 'report.html'}", flush=True)
     return summary
-
-
-def _train_records(run) -> list[dict]:
-    train = set(run.export.scene_ids("train"))
-    return [record for record in run.export.questions() if record["scene_id"] in train]
 
 
 def _notes(run) -> list[str]:

@@ -56,9 +56,7 @@ def _answers(run, state: TrainState, workdir: Path) -> dict[str, Any]:
         columns["vision_removed"] = run.evaluator.run(
             state, pipeline, scenes, vision=False, label="vision removed"
         ).predictions
-    train = set(run.export.scene_ids("train"))
-    records = [record for record in run.export.questions() if record["scene_id"] in train]
-    columns["frequency"] = scoring.frequency_baseline(records, asked)
+    columns["frequency"] = scoring.frequency_baseline(run.train_records(), asked)
     vsi = {
         name: vsi_bench.score(vsi_bench.rows_of(predictions))
         for name, predictions in columns.items()

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from geode_jax.evaluate import spatial_metrics, text_metrics
 
@@ -101,7 +101,7 @@ COLUMN_TITLES = {"vision_removed": "vision removed"}
 
 
 def frequency_baseline(
-    train_records: Sequence[dict], eval_records: Sequence[dict], reference: str = "truth"
+    train_records: Iterable[dict], eval_records: Sequence[dict], reference: str = "truth"
 ) -> list[dict]:
     """Answers every question with the most common training answer of its kind.
 

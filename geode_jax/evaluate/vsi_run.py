@@ -18,7 +18,7 @@ from geode_jax.inference.trained import Trained, open_trained
 from geode_jax.metrics import write_json
 from geode_jax.sharding import activate
 
-_SIZES = ("grid", "token_width", "camera_width", "image", "point_width")
+_SIZES = ("grid", "token_width", "view_tokens", "camera_width", "image", "point_width")
 """Fields of `SceneShapes` that a model's parameters depend on."""
 
 

@@ -106,6 +106,14 @@ def _prepare(arguments: argparse.Namespace) -> None:
     print(_made(arguments.out, started))
 
 
+def _internvit(arguments: argparse.Namespace) -> None:
+    from geode_jax.inference.internvit import encode_export
+
+    started = time.monotonic()
+    encode_export(arguments.weights, arguments.export, arguments.out)
+    print(_made(arguments.out, started))
+
+
 def _made(folder: Path, started: float) -> str:
     """The line that closes the making of an export."""
     manifest = exports.Export(folder).manifest
@@ -358,6 +366,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--views", type=_positive, default=8, help="of a scene; default 8")
     add("--grid", type=_positive, nargs=2, default=(8, 8), metavar=("GH", "GW"), help="patches")
     add("--seed", type=int, default=0)
+
+    add = command("internvit", _internvit, "add the frames' InternViT tokens to an export")
+    add("--weights", type=Path, required=True, metavar="DIR", help="a GEODE run, or pretrained")
+    add("--export", type=Path, required=True, metavar="DIR", help="with images")
+    add("--out", type=Path, required=True, metavar="DIR")
 
     add = command("scenes", _scenes, "list the scenes that a run can be asked about")
     add("--workdir", type=Path, required=True, metavar="RUN")

@@ -25,6 +25,7 @@ from geode_jax.models.layers import Projection
 from geode_jax.models.layout import LayoutEncoder
 from geode_jax.models.packed import read_packed
 from geode_jax.models.task_heads import SpatialHead
+from geode_jax.models.vit import InternViT
 from geode_jax.shapes import Array, Batch
 
 Part = Literal["layout", "spatio", "visual"]
@@ -75,6 +76,18 @@ def nearest_patches(grid: int, patch_grid: tuple[int, int]) -> np.ndarray:
     return (row[:, None] * patch_grid[1] + column).astype(np.int32).reshape(-1)
 
 
+def encode_frames(encoder: InternViT, image_Nhw3: Array) -> jax.Array:
+    """Hidden states [N, 1 + P, width] of uint8 frames, the class token first.
+
+    Frames of another size are squeezed to the encoder's square, as InternVL's single tile.
+    """
+    pixels = jnp.asarray(image_Nhw3).astype(jnp.float32) / 255
+    square = (len(pixels), encoder.config.image_size, encoder.config.image_size, 3)
+    if pixels.shape != square:
+        pixels = jax.image.resize(pixels, square, "cubic").clip(0, 1)
+    return encoder((pixels - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD))
+
+
 class Geode(nnx.Module):
     """See the module's docstring."""
 
@@ -94,18 +107,12 @@ class Geode(nnx.Module):
         )
 
     def features(self, batch: Batch) -> jax.Array:
-        """The encoder's hidden states of all frames, [S, V, 1 + P, width].
-
-        Frames of another size are squeezed to the encoder's square, as InternVL's single tile.
-        """
-        images, side = jnp.asarray(batch.image_SVhw3), self.config.vlm.vision.image_size
-        S, V, *rest = images.shape
-        pixels = images.reshape(S * V, *rest).astype(jnp.float32) / 255
-        if rest != [side, side, 3]:
-            pixels = jax.image.resize(pixels, (S * V, side, side, 3), "cubic").clip(0, 1)
-        pixels = (pixels - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
+        """The encoder's hidden states of all frames, [S, V, 1 + P, width], made before or now."""
+        if not batch.image_SVhw3.size:
+            return jnp.asarray(batch.vision_SVPC).astype(self.config.vlm.vision.dtype)
+        S, V, *frame = batch.image_SVhw3.shape
         with jax.named_scope("vision"):
-            hidden = self.vlm.vision(pixels)
+            hidden = encode_frames(self.vlm.vision, batch.image_SVhw3.reshape(S * V, *frame))
         return hidden.reshape(S, V, *hidden.shape[1:])
 
     def patch_logits(self, batch: Batch) -> jax.Array:
