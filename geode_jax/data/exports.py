@@ -241,6 +241,8 @@ SPECS: dict[str, TensorSpec] = {
 }
 """Every tensor of the contract; writing, reading and validating all go by this table.
 
+`internvit/tokens` are InternViT's last hidden states of `images`, the class token first.
+
 Row i*N+j of `teacher/relations`: P(left), P(right), P(above), P(below) of box i relative to box j,
 seen in the first camera.
 

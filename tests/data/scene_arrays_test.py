@@ -219,7 +219,7 @@ def test_the_student_sees_neither_images_nor_points(scene, vision):
 @pytest.mark.parametrize(
     ("name", "shape", "said"),
     [
-        ("images", (1, 5, 8, 3), r"tensor images: \(5, 8\) pixels, \(6, 8\) in earlier scenes"),
+        ("images", (1, 5, 8, 3), r"tensor images: a view is \(5, 8, 3\), \(6, 8, 3\) in"),
         ("sonata/features", (2, 3), "tensor sonata/features: width 3, 4 in earlier scenes"),
     ],
 )
