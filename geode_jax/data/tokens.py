@@ -19,6 +19,9 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from geode_jax.errors import UserError
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
+_MANY = 1000
+"""Texts that are worth all cores. A scene's few take three times the CPU time there, beside a
+training step that wants the same cores."""
 
 # The smallest pieces: a digit, a word, a white space, a sign; all but the white space carry the
 # space before them, so that decoding is plain concatenation.
@@ -66,7 +69,9 @@ class Tokenizer:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of every text, on all cores."""
+        """`encode` of every text; of many on all cores."""
+        if len(texts) < _MANY:
+            return [self.encode(text) for text in texts]
         batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in batch]
 
@@ -82,8 +87,8 @@ class Tokenizer:
 
     def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """As `encode_batch`, and where in its text (in characters) every token ends."""
-        batch = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        return [(encoding.ids, [end for _, end in encoding.offsets]) for encoding in batch]
+        found = (self._backend.encode(text, add_special_tokens=False) for text in texts)
+        return [(encoding.ids, [end for _, end in encoding.offsets]) for encoding in found]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids; special tokens are left out unless `skip_special` is False.
