@@ -9,7 +9,7 @@ from geode_jax.data.control import BOX, REG
 from geode_jax.data.exports import Export
 from geode_jax.data.mixture import parse_mixture
 from geode_jax.data.pipeline import Pipeline
-from geode_jax.data.scene_arrays import GEODE_VISION
+from geode_jax.data.scene_arrays import GEODE_VISION, SceneShapes
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
 from geode_jax.losses import TERMS
@@ -227,21 +227,19 @@ def _hidden_cot(config, export: Export, tokenizer: Tokenizer, pipeline: Pipeline
     )
 
 
-def _geode_stage(config, export: Export, tokenizer: Tokenizer, pipeline: Pipeline) -> GeodeStage:
-    model, shapes, loss = config.model, pipeline.shapes, config.loss
-    patch, side = model.vision.patch_size, model.vision.image_size
+def _picture_side(vision: ml_collections.ConfigDict, shapes: SceneShapes, stage: str) -> int:
+    """The side in pixels of the square that the vision encoder sees."""
+    patch, side = vision.patch_size, vision.image_size
+    height, across = shapes.image
     if shapes.view_tokens:
-        height = across = math.isqrt(shapes.view_tokens - 1) * patch
-        made = f"{shapes.view_tokens} tokens of width {shapes.token_width}"
-        of = (side or height, model.vision.width)
-        if of != (height, shapes.token_width):
+        side = side or math.isqrt(shapes.view_tokens) * patch
+        if ((side // patch) ** 2 + 1, vision.width) != (shapes.view_tokens, shapes.token_width):
             raise UserError(
-                f"config: model.vision: width {of[1]}, {of[0]} pixels and patches of {patch}; the "
-                f"export's internvit/tokens are {made} a view"
+                f"config: model.vision: width {vision.width}, {side} pixels and patches of {patch};"
+                f" the export's internvit/tokens are {shapes.view_tokens} of width "
+                f"{shapes.token_width} a view"
             )
-    else:
-        height, across = shapes.image
-    if not side and height != across:
+    elif not side and height != across:
         raise UserError(
             f"config: model.vision.image_size: 0 takes the export's pictures as they are, and "
             f"{across} x {height} pixels are no square; name the side to which they are squeezed"
@@ -252,11 +250,17 @@ def _geode_stage(config, export: Export, tokenizer: Tokenizer, pipeline: Pipelin
             f"config: model.vision.patch_size: {patch}: a picture of {side} x {side} pixels has "
             "no even number of such patches along a side"
         )
-    if GEODE_STAGES[config.system] == "pretrain" and shapes.grid != (side // patch, side // patch):
+    if stage == "pretrain" and shapes.grid != (side // patch, side // patch):
         raise UserError(
             f"config: model.vision.patch_size: {side // patch} x {side // patch} patches, and the "
             f"export's categories are of {shapes.grid[0]} x {shapes.grid[1]}"
         )
+    return side
+
+
+def _geode_stage(config, export: Export, tokenizer: Tokenizer, pipeline: Pipeline) -> GeodeStage:
+    model, shapes, loss = config.model, pipeline.shapes, config.loss
+    side = _picture_side(model.vision, shapes, GEODE_STAGES[config.system])
     decoder = model.decoder.to_dict()
     width = decoder["width"] // decoder["heads"]
     rows = decoder.pop("vocab_size") or tokenizer.vocab_size
