@@ -62,8 +62,8 @@ class Batch:
     points_mask_SVP: Array  # bool
     extrinsic_SV34: Array  # float32 camera-from-world
     intrinsic_SV33: Array  # float32 pixels of the patch grid (gh, gw), integer patch centres
-    # Of size zero unless GEODE sees: images, and then vision_SVPC is of width 0, or InternViT's
-    # tokens of them, `internvit/tokens`, whose P is not the patch grid's; and points.
+    # Of size zero for the student. GEODE sees points and pictures (vision_SVPC is of width 0), or
+    # in place of pictures `internvit/tokens`: vision_SVPC, P then their number, not the grid's.
     image_SVhw3: Array  # uint8, `images`; 0 in padding views
     point_SGC: Array  # float32, `sonata/features`
     coord_SG3: Array  # float32 metres, `sonata/coord`

@@ -62,12 +62,11 @@ def encode_export(source: Path, export: Path, out: Path) -> None:
     encoder = open_encoder(source)
     graph, state = nnx.split(encoder)
     encode = jax.jit(lambda state, frames: encode_frames(nnx.merge(graph, state), frames))
-    manifest = old.manifest
-    header = {name: manifest[name] for name in _HEADER if name in manifest}
-    header["producer"] = {**manifest["producer"], "internvit": str(source)}
+    header = old.header()
+    header["producer"] = {**header["producer"], "internvit": str(source)}
     with ExportWriter(out, **header, resume=True) as writer:
         finished = writer.finished()
-        for entry in tqdm(manifest["scenes"], desc="scenes", unit="scene"):
+        for entry in tqdm(old.manifest["scenes"], desc="scenes", unit="scene"):
             scene_id, split = entry["id"], entry["split"]
             if scene_id in finished:
                 writer.register(finished[scene_id])
@@ -85,9 +84,3 @@ def encode_export(source: Path, export: Path, out: Path) -> None:
             arrays[TOKENS] = tokens.astype("bfloat16")
             writer.add_scene(scene_id, arrays, split=split, teacher=teacher)
         writer.add_questions(old.questions())
-
-
-_HEADER = (
-    *("dtype", "scale", "token_width", "patch_grid", "tokens_contain_depth", "categories"),
-    *("notes", "teacher_tokenizer"),
-)
