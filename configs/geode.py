@@ -150,6 +150,7 @@ def base(stage: str) -> ml_collections.ConfigDict:
                 "microbatches": 1,
                 "eval_every": 1000,
                 "checkpoint_every": 500,
+                "checkpoint_minutes": 15,  # and as often as that; 0 = by steps alone
                 "patience": 0,
                 "max_skipped": 20,
             },

@@ -156,6 +156,7 @@ def base() -> ml_collections.ConfigDict:
                 "microbatches": 1,
                 "eval_every": 1000,
                 "checkpoint_every": 500,
+                "checkpoint_minutes": 15,  # and as often as that; 0 = by steps alone
                 "patience": 5,  # evaluations without a better text loss; 0 = never stop early
                 "max_skipped": 20,  # non-finite steps in a row
             },

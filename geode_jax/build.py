@@ -27,14 +27,16 @@ from geode_jax.data.rooms import PRODUCER, make_rooms
 from geode_jax.data.sources import VERSION as RGBD_VERSION
 from geode_jax.data.sources import make_rgbd_export
 from geode_jax.data.tokens import Tokenizer, load_tokenizer, train_tokenizer
+from geode_jax.distributed import is_main, main_first
 from geode_jax.errors import UserError
 from geode_jax.evaluate.evaluator import Evaluator
+from geode_jax.metrics import write_json
 from geode_jax.models.geode import encode_frames
 from geode_jax.models.internvl import INTERNVL_TOKENS
 from geode_jax.models.vit import InternViT
 from geode_jax.objectives.geode import learned_parts
 from geode_jax.optimizer import OptimizerConfig, make_optimizer
-from geode_jax.sharding import activate, make_mesh
+from geode_jax.sharding import make_mesh, replicated
 from geode_jax.start import pretrained_folders, start_from_pretrained, start_from_run
 from geode_jax.train_step import Objective, TrainState, init_state
 
@@ -88,23 +90,23 @@ def build(config: ml_collections.ConfigDict, workdir: Path) -> Run:
             "start from a geode_drm run, or with :drm=off"
         )
     mesh = _mesh(config)
-    export = Export(prepare_export(config.data))
-    tokenizer = prepare_tokenizer(config, export, workdir)
-    pipelines = make_pipelines(config, export, tokenizer)
+    with main_first("data"):  # what it makes, the other processes find
+        export = Export(prepare_export(config.data))
+        tokenizer = prepare_tokenizer(config, export, workdir)
+        pipelines = make_pipelines(config, export, tokenizer)
     train = pipelines["train"]
     steps = config.train.steps or config.train.epochs * train.steps_per_epoch
     objective = systems.make_objective(config, export, tokenizer, train)
     optimizer_config = OptimizerConfig(steps=steps, **config.optimizer.to_dict())
-    with activate(mesh):
-        graph, optimizer, state = init_state(
-            objective, lambda params: make_optimizer(optimizer_config, params), config.seed
-        )
-        if pretrained:
-            state = start_from_pretrained(state, pretrained, objective.config.model.vlm, mesh)
-        elif init_from:
-            state = start_from_run(state, Path(init_from), learned)
-        if config.data.vision == "internvit/tokens":
-            _check_tokens(nnx.merge(graph, state.params, state.frozen).vlm.vision, export)
+    graph, optimizer, state = init_state(
+        objective, functools.partial(make_optimizer, optimizer_config), config.seed, mesh
+    )
+    if pretrained:
+        state = start_from_pretrained(state, pretrained, objective.config.model.vlm, mesh)
+    elif init_from:
+        state = start_from_run(state, Path(init_from), learned)
+    if config.data.vision == "internvit/tokens":
+        _check_tokens(nnx.merge(graph, state.params, state.frozen).vlm.vision, export, mesh)
     return Run(
         config, export, tokenizer, pipelines, objective, mesh, graph, optimizer, state, steps
     )
@@ -146,7 +148,7 @@ _TOKENS_TOLERANCE = 0.05
 """Relative error of stored tokens: bfloat16's rounding makes 0.01, another encoder 1."""
 
 
-def _check_tokens(encoder: InternViT, export: Export) -> None:
+def _check_tokens(encoder: InternViT, export: Export, mesh: jax.sharding.Mesh) -> None:
     """Refuses InternViT's tokens of another encoder, judged by the export's first frame.
 
     Raises:
@@ -157,7 +159,9 @@ def _check_tokens(encoder: InternViT, export: Export) -> None:
     if len(found) < 2:
         return  # nothing to compare
     stored = np.asarray(found["internvit/tokens"][0], np.float32)
-    made = np.asarray(encode_frames(encoder, found["images"][:1])[0], np.float32)
+    with jax.set_mesh(mesh):
+        encode = jax.jit(encode_frames, out_shardings=replicated(mesh))
+        made = np.asarray(encode(encoder, found["images"][:1])[0], np.float32)
     if np.linalg.norm(made - stored) > _TOKENS_TOLERANCE * np.linalg.norm(stored):
         raise UserError(
             f"{export.folder}: scene {scene_id}: internvit/tokens are of another vision encoder "
@@ -219,7 +223,8 @@ def prepare_tokenizer(config, export: Export, workdir: Path) -> Tokenizer:
     """
     folder = workdir / "tokenizer"
     # Without config.json a start died here: its tokenizer may be of another configuration.
-    if (workdir / "config.json").exists() and (folder / "tokenizer.json").exists():
+    made = (workdir / "config.json").exists() or not is_main()
+    if made and (folder / "tokenizer.json").exists():
         return load_tokenizer(folder)
     geode = config.system in systems.GEODE_STAGES
     if geode and config.init_from and not pretrained_folders(config.init_from):
@@ -302,7 +307,7 @@ def test_split(export: Export) -> str:
 def save_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Keep the configuration beside the run, for `ask` and for whoever reads the results."""
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+    write_json(workdir / "config.json", config.to_dict())
 
 
 def load_config(workdir: Path) -> ml_collections.ConfigDict:

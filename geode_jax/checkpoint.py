@@ -1,5 +1,9 @@
 """Checkpoints: the latest two for resuming, the best one for using. Orbax v1, asynchronous, atomic.
 
+Every process writes its own shards; a run may go on with another mesh and another number of
+processes. Beside the position stands a fingerprint of every array, so that a file that was damaged
+later is seen when it is read, and the checkpoint before is used.
+
     WORKDIR/checkpoints/latest/<step>   training state + position
     WORKDIR/checkpoints/best/<step>     the model's parameters at the best validation loss
 
@@ -13,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from geode_jax.distributed import is_main, main_first
 from geode_jax.errors import UserError
 from geode_jax.train_step import TrainState
 
@@ -47,10 +55,12 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path):
-        root = workdir.absolute() / "checkpoints"
-        self._folder = root
-        self._latest = _checkpointer(root / "latest", keep=2)
-        self._best = _checkpointer(root / "best", keep=1)
+        self._folder = workdir.absolute() / "checkpoints"
+        self._open()
+
+    def _open(self) -> None:
+        self._latest = _checkpointer(self._folder / "latest", keep=2)
+        self._best = _checkpointer(self._folder / "best", keep=1)
 
     def __enter__(self):
         return self
@@ -75,11 +85,10 @@ class Checkpoints:
         if any(c.step == step for c in checkpointer.checkpoints):
             return  # a resumed run passes this step again with the same state
         self.finish()
+        # A copy: the loop goes on counting in `position` while this is being written.
+        metadata = {**position, "fingerprint": _fingerprint(tree)}
         try:
-            # A copy: the loop goes on counting in `position` while this is being written.
-            checkpointer.save_checkpointables_async(
-                step, {"state": tree}, custom_metadata=dict(position)
-            )
+            checkpointer.save_checkpointables_async(step, {"state": tree}, custom_metadata=metadata)
         except OSError as error:
             raise self._failure(error) from error
 
@@ -99,33 +108,91 @@ class Checkpoints:
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The latest training state, sharded as `like`, and its position; None at the start."""
-        latest = self._latest.latest
-        return None if latest is None else self._load(self._latest, latest, like)
+        """The latest undamaged training state, sharded as `like`, and its position.
+
+        Returns:
+            None at the start.
+
+        Raises:
+            UserError: all are damaged, or of another configuration.
+        """
+        return self._restore("latest", like)
 
     def restore_best(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """`like` with the best parameters, and their position; None if none was saved."""
-        best = self._best.latest
-        if best is None:
+        found = self._restore("best", {"params": like.params, "frozen": like.frozen})
+        if found is None:
             return None
-        wanted = {"params": like.params, "frozen": like.frozen}
-        model, position = self._load(self._best, best, wanted)
-        state = TrainState(like.step, model["params"], model["frozen"], like.opt_state)
-        return state, position
+        model, position = found
+        return TrainState(like.step, model["params"], model["frozen"], like.opt_state), position
 
-    def _load(self, checkpointer, checkpoint, like):
+    def _restore(self, kind: str, like) -> tuple[Any, dict[str, Any]] | None:
         self.finish()
+        checkpointer = {"latest": self._latest, "best": self._best}[kind]
+        steps = sorted((c.step for c in checkpointer.checkpoints), reverse=True)
+        damaged: list[int] = []
+        found = None
+        for step in steps:
+            found = self._load(checkpointer, step, like)
+            if found is not None:
+                break
+            damaged.append(step)
+            print(f"{self._folder / kind / str(step)}: damaged", flush=True)
+        if damaged and found is None:
+            raise UserError(f"{self._folder / kind}: every checkpoint is damaged")
+        if damaged:
+            self._put_aside(kind, damaged)
+            print(f"going on from step {found[1]['step']} instead", flush=True)
+        return found
+
+    def _put_aside(self, kind: str, steps: list[int]) -> None:
+        """Renames them, so that their steps can be saved again."""
+        self._latest.close()
+        self._best.close()
+        with main_first(f"damaged {kind} {steps}"):
+            if is_main():
+                for step in steps:
+                    folder = self._folder / kind / str(step)
+                    folder.rename(folder.with_name(f"damaged_{step}"))
+        self._open()
+
+    def _load(self, checkpointer, step: int, like) -> tuple[Any, dict[str, Any]] | None:
+        """A checkpoint and its position; None where it is damaged, for any process."""
+        state, stored = None, None
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        stored = checkpointer.checkpointables_metadata(checkpoint.step)
-        if _shapes(stored.metadata["state"]) != _shapes(abstract):
+        try:
+            stored = checkpointer.checkpointables_metadata(step)
+            fits = _shapes(stored.metadata["state"]) == _shapes(abstract)
+            if fits:
+                state = checkpointer.load_checkpointables(step, {"state": abstract})["state"]
+        except Exception:  # whatever the reading of damaged files ends in
+            fits = True
+        if not fits:
             raise UserError(
-                f"{self._folder}: the checkpoint of step {checkpoint.step} does not fit this "
+                f"{self._folder}: the checkpoint of step {step} does not fit this "
                 "configuration (another model size or optimizer?); use another --workdir"
             )
-        loaded = checkpointer.load_checkpointables(checkpoint.step, {"state": abstract})
-        return loaded["state"], dict(stored.custom_metadata)
+        if not np.all(multihost_utils.process_allgather(np.array(state is not None))):
+            return None
+        position = dict(stored.custom_metadata)
+        return (state, position) if position.pop("fingerprint") == _fingerprint(state) else None
+
+
+def _fingerprint(tree) -> list[int]:
+    """A number of every array: the sum of its bits read as integers, the same on every mesh."""
+    return np.asarray(_bit_sums(jax.tree.leaves(tree))).tolist()
+
+
+@jax.jit
+def _bit_sums(leaves: list[jax.Array]) -> jax.Array:
+    def bits(x):
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        return x
+
+    return jnp.stack([jnp.sum(bits(x).astype(jnp.uint32), dtype=jnp.uint32) for x in leaves])
 
 
 def _shapes(tree) -> list[tuple[int, ...]]:

@@ -13,6 +13,11 @@ from geode_jax.errors import UserError, reported
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE[:ARGUMENTS], see configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder; default runs/<system>[-arguments].")
+_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes make the run.")
+_PROCESS = flags.DEFINE_integer(
+    "process_id", None, "Number of this one; clusters tell by themselves."
+)
 flags.mark_flag_as_required("config")
 
 
@@ -27,11 +32,13 @@ def _workdir() -> Path:
 
 def main(argv: list[str]) -> None:
     """Train, evaluate, write the report; the same command again resumes."""
+    from geode_jax import distributed
     from geode_jax.train import train_and_evaluate
 
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
     logging.set_verbosity(logging.WARNING)
+    distributed.initialize(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
     train_and_evaluate(_CONFIG.value, _workdir())
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from geode_jax.distributed import is_main
+
 
 def read_metrics(path: Path) -> list[dict]:
     """Rows of a metrics.jsonl; a half-written last line (a killed run) is left out."""
@@ -23,7 +25,9 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes a JSON file at once or not at all; arrays of one number become floats."""
+    """Writes a JSON file at once or not at all, process 0's; arrays of one number become floats."""
+    if not is_main():
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_text(json.dumps(value, indent=1, default=_plain) + "\n")
@@ -39,13 +43,16 @@ def _plain(value):
 
 
 class MetricsWriter:
-    """Writes `WORKDIR/metrics.jsonl` and TensorBoard events, one row a call.
+    """Writes `WORKDIR/metrics.jsonl` and TensorBoard events, one row a call; process 0's alone.
 
     Rows past `last_step`, the step a run resumes from, are what a killed run did after its last
     checkpoint; they are dropped, so that a resumed run leaves the same file as an unbroken one.
     """
 
     def __init__(self, workdir: Path, last_step: int):
+        self._writes = is_main()
+        if not self._writes:
+            return
         path = workdir / "metrics.jsonl"
         rows = [row for row in read_metrics(path) if row["step"] <= last_step]
         temporary = path.with_suffix(".tmp")
@@ -58,6 +65,8 @@ class MetricsWriter:
 
     def write(self, step: int, values: dict) -> None:
         """One row; values become floats."""
+        if not self._writes:
+            return
         row = {name: float(np.asarray(value)) for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
@@ -66,12 +75,19 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush both files."""
-        self._file.close()
-        self._events.close()
+        if self._writes:
+            self._file.close()
+            self._events.close()
 
 
 def progress(total: int, initial: int, unit: str, label: str) -> tqdm:
-    """A bar with rate and ETA on stderr."""
+    """A bar with rate and ETA on stderr, of process 0."""
     return tqdm(
-        total=total, initial=initial, unit=unit, desc=label, file=sys.stderr, dynamic_ncols=True
+        total=total,
+        initial=initial,
+        unit=unit,
+        desc=label,
+        file=sys.stderr,
+        dynamic_ncols=True,
+        disable=not is_main(),
     )

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -54,9 +53,3 @@ def parameter_table(params: nnx.State, frozen: nnx.State) -> str:
     lines = [f"{'parameters':<26}{'trainable':>15}{'frozen':>15}"]
     lines += [f"{name:<26}{a:>15,}{b:>15,}" for name, a, b in rows]
     return "\n".join(lines)
-
-
-def abstract_state(build, seed: int = 0) -> nnx.State:
-    """Shapes of a model's parameters without creating them; call inside `sharding.activate`."""
-    model = jax.eval_shape(lambda key: build(nnx.Rngs(key)), jax.random.key(seed))
-    return nnx.state(model)

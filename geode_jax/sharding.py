@@ -1,72 +1,156 @@
-"""The mesh and the one table that maps logical axis names to mesh axes."""
+"""The mesh, and the one table that maps logical axis names to mesh axes.
 
-import contextlib
+Every parameter names its axes where it is created (`models.layers.param`), every block's boundary
+names those of its activations (`constrain`). RULES says on which mesh axes a name is spread; the
+compiler does the rest. An axis that its mesh axes do not divide is left whole.
+"""
+
+import math
+from collections.abc import Callable, Mapping
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from geode_jax.shapes import Array
+
 AXES = ("data", "fsdp", "model")
 
-RULES = (
+RULES: Mapping[str, tuple[str, ...]] = {
     # activations
-    ("batch", ("data", "fsdp")),
-    ("length", None),
+    "batch": ("data", "fsdp"),  # scenes, or rows of text in scene order
+    "length": (),
+    "width": (),
     # parameters
-    ("embed", "fsdp"),
-    ("heads", "model"),
-    ("kv_heads", "model"),
-    ("head_dim", None),
-    ("mlp", "model"),
-    ("inner", "model"),
-    ("vocab", "model"),
-    ("layer", None),
-    ("feature", None),
-)
-"""Logical axis -> mesh axes. A name that is missing here raises where a parameter is created."""
+    "embed": ("fsdp",),
+    "head_dim": (),
+    "layer": (),
+    # both: tensor parallelism
+    "heads": ("model",),
+    "kv_heads": ("model",),
+    "mlp": ("model",),
+    "inner": ("model",),
+    "vocab": ("model",),
+}
+"""Logical axis -> the mesh axes it is spread on; a name that is missing here is a KeyError."""
 
 
-def make_mesh(shape: tuple[int, int, int] = (1, -1, 1)) -> jax.sharding.Mesh:
-    """A mesh over all devices with axes data, fsdp, model; one size may be -1 (the rest).
+def make_mesh(
+    shape: tuple[int, int, int] = (1, -1, 1), devices: list | None = None
+) -> jax.sharding.Mesh:
+    """A mesh with axes data, fsdp, model; one size may be -1 (the rest).
 
-    Axes are `Auto`: the compiler propagates shardings from the parameters' and the batch's
+    Axes are `Auto`: the compiler propagates shardings from the parameters' and the activations'
     annotations, which keeps gathers and reshapes of the vision side free of annotations.
+
+    Args:
+        shape: sizes of the axes.
+        devices: None: all there are, of all processes.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     sizes = list(shape)
     if sizes.count(-1) > 1:
-        raise ValueError(f"mesh {shape}: at most one axis may be -1")
+        raise ValueError(f"{shape}: at most one axis may be -1")
     if -1 in sizes:
-        known = -1
-        for size in sizes:
-            known *= size
-        sizes[sizes.index(-1)] = devices // known
-    total = sizes[0] * sizes[1] * sizes[2]
-    if total != devices or min(sizes) < 1:
-        raise ValueError(f"mesh {shape} does not multiply to the {devices} devices present")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+        sizes[sizes.index(-1)] = count // -math.prod(sizes)
+    if math.prod(sizes) != count or min(sizes) < 1:
+        raise ValueError(f"{shape} does not multiply to the {count} devices present")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-@contextlib.contextmanager
-def activate(mesh: jax.sharding.Mesh):
-    """Context in which annotated parameters can be created: the mesh and RULES."""
-    with jax.set_mesh(mesh), nnx.logical_axis_rules(RULES):
-        yield
+def spec(
+    names: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int]
+) -> PartitionSpec:
+    """How an array is spread.
 
-
-def shard_batch(batch, mesh: jax.sharding.Mesh):
-    """Host arrays [S, ...] of this process become global arrays split over data x fsdp.
-
-    A leading axis that the batch axes do not divide (a single scene on many devices) is replicated.
+    Args:
+        names: logical name of each axis, None: whole.
+        shape: of the array.
+        sizes: of the mesh's axes.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts: list[tuple[str, ...] | None] = []
+    for name, size in zip(names, shape, strict=True):
+        on = () if name is None else tuple(a for a in RULES[name] if sizes[a] > 1)
+        parts.append(on if on and size % math.prod(sizes[a] for a in on) == 0 else None)
+    return PartitionSpec(*parts)
 
-    def place(x):
-        divisible = (x.shape[0] * jax.process_count()) % parts == 0
-        spec = PartitionSpec(("data", "fsdp")) if divisible else PartitionSpec()
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x)
+
+def placed(tree, mesh: jax.sharding.Mesh):
+    """Abstract variables with the shardings that their axes' names say; other leaves are whole.
+
+    Args:
+        tree: of `nnx.Variable`s and plain leaves that hold `jax.ShapeDtypeStruct`s: a model's
+            state, or an optimizer's, whose moments bear the names of their parameters.
+        mesh: of the shardings.
+    """
+
+    def place(leaf):
+        names = leaf.get_metadata().get("out_sharding") if isinstance(leaf, nnx.Variable) else None
+
+        def one(x):
+            own = names if names and len(names) == len(x.shape) else (None,) * len(x.shape)
+            sharding = NamedSharding(mesh, spec(own, x.shape, mesh.shape))
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        return jax.tree.map(one, leaf)
+
+    return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def abstract_model(build: Callable[[nnx.Rngs], nnx.Module], mesh: jax.sharding.Mesh) -> nnx.Module:
+    """A model whose variables are shapes with shardings: nothing is computed."""
+    return placed(jax.eval_shape(lambda key: build(nnx.Rngs(key)), jax.random.key(0)), mesh)
+
+
+def shardings(tree):
+    """The shardings of a tree of arrays, or of shapes with shardings."""
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def constrain(x: Array, *names: str | None) -> jax.Array:
+    """Spreads an activation as its axes' names say, where a mesh is active (`jax.set_mesh`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh.shape))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Whole on every device, so that every process can fetch it."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: jax.sharding.Mesh, scenes: int) -> NamedSharding:
+    """Of a batch's arrays [S, ...]: over data x fsdp, or whole where these do not divide S."""
+    return NamedSharding(mesh, spec(("batch",), (scenes,), mesh.shape))
+
+
+def rows_of_process(mesh: jax.sharding.Mesh, scenes: int) -> slice:
+    """The rows of a batch of so many scenes that this process's devices hold."""
+    indices = batch_sharding(mesh, scenes).addressable_devices_indices_map((scenes,))
+    parts = [rows.indices(scenes)[:2] for (rows,) in indices.values()]
+    return slice(min(start for start, _ in parts), max(stop for _, stop in parts))
+
+
+def shard_batch(batch, mesh: jax.sharding.Mesh, scenes: int):
+    """Host arrays, of the rows that `rows_of_process` names, as arrays of the whole batch.
+
+    Args:
+        batch: tree of arrays [rows, ...].
+        mesh: over whose data x fsdp they are spread.
+        scenes: S of the whole batch.
+    """
+    sharding, first = batch_sharding(mesh, scenes), rows_of_process(mesh, scenes).start
+
+    def place(x: np.ndarray) -> jax.Array:
+        def part(index):
+            start, stop, _ = index[0].indices(scenes)
+            return x[start - first : stop - first]
+
+        return jax.make_array_from_callback((scenes, *x.shape[1:]), sharding, part)
 
     return jax.tree.map(place, batch)

@@ -45,7 +45,7 @@ _COMMON: tuple[Rule, ...] = (
     (
         "seed data.rooms_images data.question_length data.answer_length optimizer.warmup_steps "
         "optimizer.weight_decay optimizer.final_fraction train.steps train.patience "
-        "train.max_skipped eval.examples",
+        "train.max_skipped train.checkpoint_minutes eval.examples",
         *_at_least(0),
     ),
     (

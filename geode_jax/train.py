@@ -19,13 +19,14 @@ from geode_jax.build import (
     save_config,
 )
 from geode_jax.checkpoint import Checkpoints
+from geode_jax.distributed import Vote, is_main
 from geode_jax.errors import UserError
 from geode_jax.evaluate.efficiency import peak_memory
 from geode_jax.evaluate.final import evaluate_and_report
 from geode_jax.evaluate.geode_final import evaluate_stage
 from geode_jax.metrics import MetricsWriter, progress
 from geode_jax.parameters import parameter_table
-from geode_jax.sharding import activate, shard_batch
+from geode_jax.sharding import batch_sharding, rows_of_process, shard_batch
 from geode_jax.systems import GEODE_STAGES
 from geode_jax.train_step import TrainState, make_train_step
 
@@ -33,7 +34,7 @@ SIGTERM_EXIT = 128 + signal.SIGTERM
 
 
 class _Stop:
-    """SIGTERM asks the loop to save and leave at the next step."""
+    """SIGTERM, to any process, asks the loop to save and leave at one of the next steps."""
 
     def __init__(self):
         self.asked = False
@@ -76,7 +77,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict
     summary.unlink(missing_ok=True)  # of another configuration
     save_config(config, workdir)
     _describe(run)
-    with activate(run.mesh), Checkpoints(workdir) as checkpoints, _Stop() as stop:
+    with jax.set_mesh(run.mesh), Checkpoints(workdir) as checkpoints, _Stop() as stop:
         state, position = _train(run, workdir, checkpoints, stop)
         state, best = checkpoints.restore_best(state) or (state, position)
         print(f"best checkpoint: step {best['step']}", flush=True)
@@ -95,8 +96,13 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict
 def _train(
     run: Run, workdir: Path, checkpoints: Checkpoints, stop: _Stop
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The loop, in this order: evaluate -> checkpoint -> next batch -> step -> log."""
+    """The loop, in this order: evaluate -> checkpoint -> next batch -> step -> log.
+
+    Whatever depends on a clock or a signal is voted on, a step before it is done, so that all
+    processes do it at the same step.
+    """
     train = run.config.train
+    scenes = run.config.data.scenes_per_batch
     state = run.state
     position = {
         "step": 0,
@@ -111,9 +117,14 @@ def _train(
         state, position = restored
         print(f"resuming at step {position['step']}", flush=True)
     first = position["step"]
-    train_step = make_train_step(run.objective, run.graph, run.optimizer, train.microbatches)
-    batches = run.pipelines["train"].iterate(first, run.steps - first)
+    train_step = make_train_step(
+        run.objective, run.graph, run.optimizer, run.state, train.microbatches
+    )
+    rows = rows_of_process(run.mesh, scenes)
+    batches = run.pipelines["train"].iterate(first, run.steps - first, rows)
+    vote, every = Vote(run.mesh, 2), 60 * train.checkpoint_minutes
     started = time.monotonic() - position["seconds"]
+    saved = time.monotonic()
     if first < run.steps:
         print("compiling the training step (once; later runs reuse it) ...", flush=True)
     with _Log(run, workdir, position) as log:
@@ -128,18 +139,22 @@ def _train(
                 if _is_best(values, run.objective.judge, position, train.patience):
                     checkpoints.save_best(state, position)
             done = step >= run.steps or position["stopped_early"]
-            if step > first and (step % train.checkpoint_every == 0 or done or stop.asked):
+            due = is_main() and 0 < every <= time.monotonic() - saved
+            stopping, due = vote.cast(stop.asked, due)
+            due |= step % train.checkpoint_every == 0
+            if step > first and (due or done or stopping):
                 log.flush()
                 position["seconds"] = time.monotonic() - started
                 checkpoints.save(state, position)
+                saved = time.monotonic()
             if done:
                 return state, position
-            if stop.asked:
+            if stopping:
                 checkpoints.finish()
                 print(f"stopped by SIGTERM at step {step}, saved; the same command resumes")
                 raise SystemExit(SIGTERM_EXIT)
             _, batch = next(batches)
-            state, metrics = train_step(state, shard_batch(batch, run.mesh))
+            state, metrics = train_step(state, shard_batch(batch, run.mesh, scenes))
             position["step"] = step + 1
             log.step(step + 1, metrics)
 
@@ -218,7 +233,8 @@ def _is_best(values: dict[str, float], judge: str, position: dict[str, Any], pat
 
 
 _MAY_CHANGE = ("mesh", "data/workers", "data/root", "data/on_bad_scene", "eval/examples",
-               "eval/test_scenes", "train/checkpoint_every")  # fmt: skip
+               "eval/test_scenes", "train/checkpoint_every",
+               "train/checkpoint_minutes")  # fmt: skip
 """Fields that a resumed run may change: they do not touch what is learned."""
 
 
@@ -262,4 +278,14 @@ def _describe(run: Run) -> None:
     for reason, count in sorted(pipeline.dropped.items()):
         if count:
             print(f"not trained on: {count} x {reason}")
+    if run.mesh.size > 1:
+        sizes = ", ".join(f"{size} {name}" for name, size in run.mesh.shape.items())
+        print(f"devices: {run.mesh.size} ({sizes}) of {jax.process_count()} process(es)")
+    scenes = batch.scenes_per_batch // run.config.train.microbatches
+    parts = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    if batch_sharding(run.mesh, scenes).is_fully_replicated and parts > 1:
+        print(
+            f"note: {scenes} scenes a microbatch cannot be split over {parts} groups of devices: "
+            "all compute the same; make data.scenes_per_batch a multiple"
+        )
     sys.stdout.flush()

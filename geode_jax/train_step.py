@@ -11,6 +11,7 @@ from flax import nnx
 
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.shapes import Array, Batch
+from geode_jax.sharding import abstract_model, placed, shardings
 
 Terms = dict[str, tuple[Array, Array]]
 """Loss name -> (sum, count) over the examples that carry its target."""
@@ -72,48 +73,83 @@ class TrainState:
     opt_state: Any
 
 
-def init_state(
-    objective: Objective, make_optimizer: Callable, seed: int
-) -> tuple[nnx.GraphDef, optax.GradientTransformation, TrainState]:
-    """The model and optimizer state, created under jit: sharded from birth, reproducible by seed.
+Blueprint = tuple[nnx.GraphDef, optax.GradientTransformation, TrainState]
+"""Structure of a model, its optimizer, and the state: arrays, or shapes with shardings."""
 
-    Call inside `sharding.activate(mesh)`.
+
+def blueprint(
+    objective: Objective,
+    make_optimizer: Callable[[nnx.State], optax.GradientTransformation],
+    mesh: jax.sharding.Mesh,
+) -> Blueprint:
+    """What `init_state` makes, as shapes with shardings: nothing is computed.
+
+    An optimizer's moments lie as their parameters do.
     """
-    # Hundreds of random arrays: half of the compiler's time on a CPU, and the same bits.
-    quick = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    build = jax.jit(lambda key: objective.build(nnx.Rngs(key)), compiler_options=quick)
-    model = build(jax.random.key(seed))
+    model = abstract_model(objective.build, mesh)
     graph, params, frozen = nnx.split(model, objective.trainable, ...)
     optimizer = make_optimizer(params)
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        frozen=frozen,
-        opt_state=jax.jit(optimizer.init)(params),
-    )
-    return graph, optimizer, state
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(step, params, frozen, jax.eval_shape(optimizer.init, params))
+    return graph, optimizer, placed(state, mesh)
+
+
+def init_state(
+    objective: Objective,
+    make_optimizer: Callable[[nnx.State], optax.GradientTransformation],
+    seed: int,
+    mesh: jax.sharding.Mesh,
+) -> Blueprint:
+    """The model and optimizer state: sharded from birth, the same on every mesh."""
+    graph, optimizer, like = blueprint(objective, make_optimizer, mesh)
+
+    def build(key):
+        model = objective.build(nnx.Rngs(key))
+        _, params, frozen = nnx.split(model, objective.trainable, ...)
+        return params, frozen
+
+    # Hundreds of random arrays: half of the compiler's time on a CPU, and the same bits.
+    quick = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    out = shardings((like.params, like.frozen))
+    make = jax.jit(build, out_shardings=out, compiler_options=quick)
+    params, frozen = make(jax.random.key(seed))
+
+    def begin(params):
+        return jnp.zeros((), jnp.int32), optimizer.init(params)
+
+    step, opt_state = jax.jit(begin, out_shardings=shardings((like.step, like.opt_state)))(params)
+    return graph, optimizer, TrainState(step, params, frozen, opt_state)
 
 
 def make_train_step(
     objective: Objective,
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
+    like: TrainState,
     microbatches: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """A jitted step: (state, batch) -> (state, metrics); the state is donated.
 
-    The batch's scenes are split into `microbatches`. The counts of all microbatches are summed
-    first (they depend on the masks only, so the compiler drops the model from that pass), and every
-    microbatch then pays sum / total count: the gradient equals the whole batch's exactly, however
-    unevenly the answer tokens fall.
+    The batch's scenes are split into `microbatches`, each with a part of every device's. The counts
+    of all microbatches are summed first (they depend on the masks only, so the compiler drops the
+    model from that pass), and every microbatch then pays sum / total count: the gradient equals the
+    whole batch's exactly, however unevenly the answer tokens fall.
+
+    Args:
+        objective: what is paid.
+        graph, optimizer: as of `init_state`.
+        like: the state, or its `blueprint`; what comes out lies as it does.
+        microbatches: see above.
 
     Metrics: `loss`, `loss/<term>`, `count/<term>`, `weight/<name>`, `grad_norm`, `skipped`.
     """
 
     def accumulate(params, frozen, batch):
-        micro = jax.tree.map(
-            lambda x: x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:]), batch
-        )
+        def split(x):
+            x = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:])
+            return jnp.swapaxes(x, 0, 1)
+
+        micro = jax.tree.map(split, batch)
 
         def counts(one):
             terms = objective.terms(nnx.merge(graph, params, frozen), one)
@@ -152,4 +188,4 @@ def make_train_step(
         metrics |= {f"weight/{name}": weight for name, weight in weights.items()}
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
-    return jax.jit(step, donate_argnames="state")
+    return jax.jit(step, donate_argnames="state", out_shardings=(shardings(like), None))

@@ -14,7 +14,7 @@ from geode_jax import build, systems
 from geode_jax.data.exports import Export
 from geode_jax.data.scene_arrays import SceneShapes
 from geode_jax.errors import UserError
-from geode_jax.sharding import activate, make_mesh
+from geode_jax.sharding import abstract_model, make_mesh
 from tests.runs import tiny_rooms
 
 
@@ -90,8 +90,7 @@ def geode_objective(stage: str, arg: str, shapes: SceneShapes, **changes):
 @pytest.mark.parametrize(("stage", "shapes"), [("align", CLIP), ("drm", WIDE), ("joint", CLIP)])
 def test_geode_of_the_papers_size(stage, shapes):
     objective = geode_objective(stage, "full", shapes)
-    with activate(make_mesh()):
-        _, state = nnx.get_abstract_model(lambda: objective.build(nnx.Rngs(0)), make_mesh())
+    state = nnx.state(abstract_model(objective.build, make_mesh()))
     sizes: dict[tuple, int] = {}
     for path, variable in nnx.to_flat_state(state):
         part = path[:2] if path[0] == "vlm" else path[:1]

@@ -13,7 +13,7 @@ from geode_jax.models.decoder import Decoder, DecoderConfig
 from geode_jax.models.geode import Geode, GeodeConfig
 from geode_jax.models.internvl import InternVL, InternVLConfig
 from geode_jax.models.vit import InternViT, VitConfig
-from geode_jax.sharding import activate, make_mesh
+from geode_jax.sharding import make_mesh
 from geode_jax.start import pretrained_folders, start_from_pretrained
 from geode_jax.train_step import TrainState
 from geode_jax.weights import load_pretrained, save_pretrained
@@ -58,9 +58,7 @@ def state():
 
 
 def start(state, *sources, config=VLM):
-    mesh = make_mesh()
-    with activate(mesh):
-        return start_from_pretrained(state, list(sources), config, mesh)
+    return start_from_pretrained(state, list(sources), config, make_mesh())
 
 
 def flat(state: TrainState) -> dict:

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -13,7 +12,7 @@ from geode_jax.models.decoder import DecoderConfig
 from geode_jax.models.student import StudentConfig
 from geode_jax.models.task_heads import HeadsConfig
 from geode_jax.shapes import Batch
-from geode_jax.sharding import activate, make_mesh
+from geode_jax.sharding import abstract_model, make_mesh
 
 STUDENT = StudentConfig(
     decoder=DecoderConfig(
@@ -57,9 +56,7 @@ def materialize(build, seed: int = 0) -> nnx.Module:
         build: makes the model from `nnx.Rngs`.
         seed: of the parameters.
     """
-    with activate(make_mesh()):
-        abstract = jax.eval_shape(lambda key: build(nnx.Rngs(key)), jax.random.key(0))
-    graph, state = nnx.split(abstract)
+    graph, state = nnx.split(abstract_model(build, make_mesh()))
     random = np.random.default_rng(seed)
     flat = []
     for path, variable in nnx.to_flat_state(state):

@@ -1,6 +1,7 @@
 """The step: microbatches that add up exactly, steps that are skipped, parameters that stay."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -15,7 +16,7 @@ from geode_jax.models.layers import param
 from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig, text_terms
 from geode_jax.objectives.spatial import huber
 from geode_jax.optimizer import NEVER, OptimizerConfig, make_optimizer
-from geode_jax.sharding import activate, make_mesh
+from geode_jax.sharding import make_mesh
 from geode_jax.train_step import TrainState, init_state, make_train_step
 from tests.tiny_models import STUDENT, materialize, tiny_batch
 
@@ -85,14 +86,9 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(make):
     optimizer = optax.apply_if_finite(optax.sgd(1.0), NEVER)
     batch, found = uneven_batch(), {}
     for n in (1, 4):
-        step = make_train_step(objective, graph, optimizer, n)
-        state = TrainState(
-            jnp.zeros((), jnp.int32),
-            copied(params),
-            frozen,
-            optimizer.init(params),
-        )
-        state, metrics = step(state, batch)
+        own = jax.tree.map(jnp.array, params)  # the step donates it
+        state = TrainState(jnp.zeros((), jnp.int32), own, frozen, optimizer.init(params))
+        state, metrics = make_train_step(objective, graph, optimizer, state, n)(state, batch)
         found[n] = copied(state.params), copied(metrics)
     (one, metrics), (many, many_metrics) = found[1], found[4]
     assert metrics.keys() == many_metrics.keys()
@@ -150,11 +146,11 @@ def line():
     )
 
     def start(seed: int = 0):
-        with activate(make_mesh()):
-            return init_state(FitLine(), lambda params: make_optimizer(config, params), seed)
+        make = functools.partial(make_optimizer, config)
+        return init_state(FitLine(), make, seed, make_mesh())
 
-    graph, optimizer, _ = start()
-    return make_train_step(FitLine(), graph, optimizer, 2), lambda seed=0: start(seed)[2]
+    made = start()
+    return make_train_step(FitLine(), *made, 2), lambda seed=0: start(seed)[2]
 
 
 def test_metrics_of_a_step_against_numpy(line):

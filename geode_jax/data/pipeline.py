@@ -6,6 +6,7 @@ with `iterate(k, ...)`, with any number of workers, and gets the same batches.
 """
 
 import dataclasses
+import functools
 import itertools
 import threading
 from collections import Counter
@@ -392,15 +393,15 @@ class Pipeline:
         """
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
         order = self._order(epoch)
-        scenes, questions = [], []
+        found = []
         for slot in range(self.config.scenes_per_batch)[rows or slice(None)]:
             position = in_epoch * self.config.scenes_per_batch + slot
             round_, position = divmod(position, len(order))
             scene, tensors = self._read_good(np.roll(order, -position))
-            scenes.append(batch_rows(tensors, self.shapes))
             placed = self._place(scene, self._draw(epoch, scene, round_))
-            questions.append(self._question_rows(scene, placed, tensors))
-        return Batch(**_suffixed(stack_rows(scenes) | stack_rows(questions)))
+            questions = self._question_rows(scene, placed, tensors)
+            found.append((batch_rows(tensors, self.shapes), questions))
+        return _stacked(found)
 
     # --- Reading ----------------------------------------------------------------------------------
 
@@ -506,8 +507,7 @@ class Pipeline:
         tensors = self._read_tensors(record["scene_id"])
         columns = length + answer
         questions = lay_out_questions(arrays, [(0, 0)], tensors, 1, 1, columns, tokenizer.pad_id)
-        scene = batch_rows(tensors, self.shapes)
-        return Batch(**_suffixed(stack_rows([scene]) | stack_rows([questions])))
+        return _stacked([(batch_rows(tensors, self.shapes), questions)])
 
     # --- Iterating --------------------------------------------------------------------------------
 
@@ -539,7 +539,12 @@ class Pipeline:
             iterator.close()  # its threads
 
     def eval_batches(
-        self, max_scenes: int | None = None, seed: int | None = None, *, shuffled: bool = False
+        self,
+        max_scenes: int | None = None,
+        seed: int | None = None,
+        *,
+        shuffled: bool = False,
+        rows: slice | None = None,
     ) -> Iterator[tuple[list[list[dict]], Batch]]:
         """Every question of the split's scenes once, in order.
 
@@ -552,42 +557,55 @@ class Pipeline:
             shuffled: a scene's questions stand beside the arrays of the scene before it, those of
                 the first beside the last one's.
 
+            rows: of every batch, the scenes that this process wants; None for all.
+
         Yields:
             The records of every row (a list a row, the questions in their columns' order), and
-            the batch.
+            the batch, of the wanted rows alone.
         """
         order = np.arange(len(self._scene_ids))
         if seed is not None:
             order = np.random.default_rng((seed, _EVAL_SCENES)).permutation(order)
-        found, scenes, questions = [], [], []
-        for records, scene_rows, question_rows in self._eval_rows(order[:max_scenes], shuffled):
+        order = order[:max_scenes]
+        wanted = range(self.config.scenes_per_batch)[rows or slice(None)]
+        found, arrays = [], []
+        for records, make in self._eval_rows(order, shuffled):
+            if len(found) in wanted:
+                arrays.append(make())
             found.append(records)
-            scenes.append(scene_rows)
-            questions.append(question_rows)
             if len(found) == self.config.scenes_per_batch:
-                yield found, Batch(**_suffixed(stack_rows(scenes) | stack_rows(questions)))
-                found, scenes, questions = [], [], []
+                yield found, _stacked(arrays)
+                found, arrays = [], []
         if found:
-            missing = self.config.scenes_per_batch - len(found)
-            found += [[] for _ in range(missing)]
-            scenes += [empty_rows(self.shapes)] * missing
-            questions += [self._question_rows(int(order[0]), [], {})] * missing
-            yield found, Batch(**_suffixed(stack_rows(scenes) | stack_rows(questions)))
+            empty = (empty_rows(self.shapes), self._question_rows(int(order[0]), [], {}))
+            while len(found) < self.config.scenes_per_batch:
+                if len(found) in wanted:
+                    arrays.append(empty)
+                found.append([])
+            yield found, _stacked(arrays)
 
     def _eval_rows(self, order: np.ndarray, shuffled: bool) -> Iterator[tuple]:
+        """The records of every row, and what makes its arrays: of the scene, of the questions.
+
+        A scene of another process's rows is not read, unless it may have to be left out.
+        """
         beside = np.roll(order, int(shuffled))
         for scene, other in zip(order.tolist(), beside.tolist(), strict=True):
-            tensors = self._read_scene(scene)
-            seen = self._read_scene(other) if shuffled else tensors
-            if tensors is None or seen is None:
+            read = functools.cache(self._read_scene)
+            if self.config.on_bad_scene == "skip" and (read(scene) is None or read(other) is None):
                 continue
-            scene_rows, records = batch_rows(seen, self.shapes), self._used_records(scene)
+            records = self._used_records(scene)
             start = 0
             while start < len(records):
                 placed = self._place(scene, range(start, len(records)), in_order=True)
+
+                def make(placed=placed, scene=scene, other=other, read=read):
+                    rows = self._question_rows(scene, placed, read(scene))
+                    return batch_rows(read(other), self.shapes), rows
+
                 own = records[start : start + len(placed)]
                 start += len(placed)
-                yield own, scene_rows, self._question_rows(scene, placed, tensors)
+                yield own, make
 
 
 _FIELD_NAMES = {field.name.rsplit("_", 1)[0]: field.name for field in dataclasses.fields(Batch)}
@@ -596,3 +614,9 @@ _FIELD_NAMES = {field.name.rsplit("_", 1)[0]: field.name for field in dataclasse
 def _suffixed(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Names with the shape suffixes of `Batch`."""
     return {_FIELD_NAMES[name]: array for name, array in arrays.items()}
+
+
+def _stacked(rows: Sequence[tuple[dict, dict]]) -> Batch:
+    """Rows of scenes and of their questions as one batch."""
+    scenes, questions = zip(*rows, strict=True)
+    return Batch(**_suffixed(stack_rows(scenes) | stack_rows(questions)))

@@ -1,6 +1,7 @@
 """Runs a model over a split: losses, generated answers; a student's depth and boxes too."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -13,7 +14,7 @@ from geode_jax.evaluate.depth_metrics import DepthMetrics
 from geode_jax.evaluate.detection_metrics import DetectionMetrics
 from geode_jax.metrics import progress
 from geode_jax.shapes import Batch, without_vision
-from geode_jax.sharding import shard_batch
+from geode_jax.sharding import replicated, rows_of_process, shard_batch
 from geode_jax.train_step import Objective, TrainState
 
 
@@ -54,10 +55,14 @@ class Evaluator:
             return objective.answer(model_of(state), batch, tokenizer.eos_id)
 
         def heads(state, batch):
-            return objective.perceive(model_of(state), batch)
+            true = (batch.target_depth_SVhw, batch.view_mask_SV, batch.boxes_known_S)
+            boxes = (batch.target_boxes_SN7, batch.target_labels_SN)
+            return objective.perceive(model_of(state), batch), (*true, *boxes)
 
-        self._terms, self._total = jax.jit(terms), jax.jit(total)
-        self._answers, self._heads = jax.jit(answers), jax.jit(heads)
+        # Every process fetches all that is said: each of them scores it.
+        whole = functools.partial(jax.jit, out_shardings=replicated(mesh))
+        self._terms, self._total = whole(terms), whole(total)
+        self._answers, self._heads = whole(answers), whole(heads)
 
     def losses(
         self,
@@ -75,9 +80,10 @@ class Evaluator:
             vision: what a scene's questions stand behind: the scene, nothing, or another scene.
         """
         sums: dict[str, tuple] = {}
-        for _, batch in pipeline.eval_batches(scenes, shuffled=vision == "other"):
+        rows = rows_of_process(self._mesh, pipeline.config.scenes_per_batch)
+        for _, batch in pipeline.eval_batches(scenes, shuffled=vision == "other", rows=rows):
             shown = without_vision(batch) if vision == "none" else batch
-            terms = jax.device_get(self._terms(state, shard_batch(shown, self._mesh)))
+            terms = jax.device_get(self._terms(state, self._place(shown, pipeline)))
             for name, (part, count) in terms.items():
                 before = sums.get(name, (np.float32(0), np.float32(0)))
                 sums[name] = (before[0] + part, before[1] + count)
@@ -107,8 +113,9 @@ class Evaluator:
         """
         out = Evaluation([], DepthMetrics(), DetectionMetrics(), {})
         bar = progress(total=None, initial=0, unit=" questions", label=label)
-        for records, batch in pipeline.eval_batches(scenes):
-            shown = shard_batch(batch if vision else without_vision(batch), self._mesh)
+        rows = rows_of_process(self._mesh, pipeline.config.scenes_per_batch)
+        for records, batch in pipeline.eval_batches(scenes, rows=rows):
+            shown = self._place(batch if vision else without_vision(batch), pipeline)
             answers = jax.device_get(self._answers(state, shown))
             for row, own in enumerate(records):
                 for column, record in enumerate(own):
@@ -116,28 +123,30 @@ class Evaluator:
                     out.predictions.append(record | said)
                 bar.update(len(own))
             if heads:
-                self._measure_heads(out, state, records, batch, shown)
+                self._measure_heads(out, records, *jax.device_get(self._heads(state, shown)))
         bar.close()
         return out
 
     def answer_batch(self, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
-        """What `Objective.answer` gives for a host batch, on the device."""
-        return self._answers(state, shard_batch(batch, self._mesh))
+        """What `Objective.answer` gives for a whole host batch, on the device."""
+        scenes = len(batch.view_mask_SV)
+        rows = rows_of_process(self._mesh, scenes)
+        own = jax.tree.map(lambda x: x[rows], batch)
+        return self._answers(state, shard_batch(own, self._mesh, scenes))
 
-    def _measure_heads(self, out: Evaluation, state, records, batch: Batch, shown) -> None:
-        depth, boxes, labels, scores = jax.device_get(self._heads(state, shown))
+    def _place(self, batch: Batch, pipeline: Pipeline) -> Batch:
+        return shard_batch(batch, self._mesh, pipeline.config.scenes_per_batch)
+
+    @staticmethod
+    def _measure_heads(out: Evaluation, records: list[list[dict]], said: tuple, true: tuple):
+        depth, boxes, labels, scores = said
+        true_depth, seen, boxes_known, true_boxes, true_labels = true
         for row, own in enumerate(records):
             scene_id = own[0]["scene_id"] if own else None
             if scene_id is None or scene_id in out.depth_maps:
                 continue  # a row without a scene, or the scene's second row
             out.depth_maps[scene_id] = depth[row]
-            mask = batch.view_mask_SV[row][:, None, None]
-            out.depth.update(depth[row], batch.target_depth_SVhw[row], mask)
-            if batch.boxes_known_S[row]:
-                out.detection.update(
-                    boxes[row],
-                    labels[row],
-                    scores[row],
-                    batch.target_boxes_SN7[row],
-                    batch.target_labels_SN[row],
-                )
+            out.depth.update(depth[row], true_depth[row], seen[row][:, None, None])
+            if boxes_known[row]:
+                found = (boxes[row], labels[row], scores[row])
+                out.detection.update(*found, true_boxes[row], true_labels[row])

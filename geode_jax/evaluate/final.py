@@ -9,6 +9,7 @@ import numpy as np
 
 from geode_jax.data import rooms
 from geode_jax.data.exports import Export
+from geode_jax.distributed import is_main
 from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate.efficiency import measure_speed, parameter_counts, peak_memory
 from geode_jax.evaluate.evaluator import Evaluation
@@ -63,6 +64,8 @@ def evaluate_and_report(
         "notes": notes,
     }
     write_json(workdir / "summary.json", summary)
+    if not is_main():
+        return summary
     lines = [json.dumps(record) + "\n" for record in model.predictions]
     (workdir / "predictions.jsonl").write_text("".join(lines))
     write_report(

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from geode_jax.distributed import is_main
 from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate import vsi_bench
 from geode_jax.evaluate.detection_metrics import oriented_iou
@@ -67,8 +68,9 @@ def _answers(run, state: TrainState, workdir: Path) -> dict[str, Any]:
     }
     for name in columns.keys() - {"frequency"}:
         scores[name] |= box_scores(columns[name])
-    lines = [json.dumps(record) + "\n" for record in columns["model"]]
-    (workdir / "predictions.jsonl").write_text("".join(lines))
+    if is_main():
+        lines = [json.dumps(record) + "\n" for record in columns["model"]]
+        (workdir / "predictions.jsonl").write_text("".join(lines))
     print(vsi_bench.table(vsi))
     return {"vsi": vsi, "scores": scores}
 

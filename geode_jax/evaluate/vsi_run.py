@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from geode_jax import systems
 from geode_jax.build import load_config, test_split
 from geode_jax.data import rooms
@@ -16,7 +18,6 @@ from geode_jax.errors import UserError
 from geode_jax.evaluate import vsi_bench
 from geode_jax.inference.trained import Trained, open_trained
 from geode_jax.metrics import write_json
-from geode_jax.sharding import activate
 
 _SIZES = ("grid", "token_width", "view_tokens", "camera_width", "image", "point_width")
 """Fields of `SceneShapes` that a model's parameters depend on."""
@@ -54,7 +55,7 @@ def evaluate_run(
     asked = trained.export if export is None else Export(export)
     split = test_split(asked)
     pipeline = _pipeline(trained, asked, split)
-    with activate(trained.mesh):
+    with jax.set_mesh(trained.mesh):
         answered = {
             name: trained.evaluator.run(trained.state, pipeline, None, vision=seen, label=label)
             for name, seen, label in (

@@ -15,7 +15,6 @@ from geode_jax.data.question_records import open_question_records
 from geode_jax.errors import UserError
 from geode_jax.inference.trained import open_trained
 from geode_jax.objectives.geode import render_value
-from geode_jax.sharding import activate
 
 _WORDINGS_OF = 200
 """So many scenes' questions teach which wording belongs to which kind of question."""
@@ -116,7 +115,7 @@ class Predictor:
         """
         record = self.record(scene_id, question, options)
         trained = self._trained
-        with activate(trained.mesh):
+        with jax.set_mesh(trained.mesh):
             batch = self._pipeline.one_question(record)
             answers = jax.device_get(trained.evaluator.answer_batch(trained.state, batch))
         said = trained.objective.say(answers, (0, 0), record, self._tokenizer)

@@ -22,7 +22,7 @@ from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.tokens import Tokenizer, load_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.evaluate.evaluator import Evaluator
-from geode_jax.sharding import activate, make_mesh
+from geode_jax.sharding import abstract_model, make_mesh
 from geode_jax.systems import make_objective
 from geode_jax.train_step import Objective, TrainState
 
@@ -101,8 +101,9 @@ def open_trained(workdir: Path, *, rationale: bool = False, slots: int | None = 
     pipeline = Pipeline(export, tokenizer, pipeline_config(asked, export, tokenizer), "train")
     mesh = make_mesh()
     # Which parameters learned, as the checkpoint has them, is of the run's own stage.
-    graph, model = _abstract_model(make_objective(config, export, tokenizer, pipeline), mesh)
-    model = load_model(checkpoint, model)
+    learned = make_objective(config, export, tokenizer, pipeline)
+    graph, params, frozen = nnx.split(abstract_model(learned.build, mesh), learned.trainable, ...)
+    model = load_model(checkpoint, {"params": params, "frozen": frozen})
     state = TrainState(np.int32(checkpoint.name), model["params"], model["frozen"], ())
     objective = make_objective(asked, export, tokenizer, pipeline)
     if slots is not None:
@@ -128,19 +129,3 @@ def _as_stage_1(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.system = "geode_drm"
     config.data.answer_length = 0  # measured anew: rationales are longer than answers
     return config
-
-
-def _abstract_model(objective: Objective, mesh: jax.sharding.Mesh) -> tuple[nnx.GraphDef, dict]:
-    """The model's structure, and its variables as shapes with shardings: nothing is computed."""
-    with activate(mesh):
-        model = nnx.eval_shape(lambda: objective.build(nnx.Rngs(0)))
-        graph, params, frozen = nnx.split(model, objective.trainable, ...)
-
-        def placed(state):
-            return jax.tree.map(
-                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                state,
-                nnx.get_named_sharding(state, mesh),
-            )
-
-        return graph, {"params": placed(params), "frozen": placed(frozen)}

@@ -24,6 +24,7 @@ from geode_jax.models.layers import (
 )
 from geode_jax.ops.attention import Intervals, attention, causal
 from geode_jax.shapes import Array
+from geode_jax.sharding import constrain
 
 REMAT = {
     "none": None,
@@ -243,7 +244,8 @@ class Stage(nnx.Module):
 
         def body(x, layer):
             block, layer_cache = layer
-            return block(x, angles, intervals, layer_cache, offset)
+            x, kv = block(x, angles, intervals, layer_cache, offset)
+            return constrain(x, "batch", "length", "width"), kv
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[self.remat])
@@ -282,10 +284,11 @@ class Decoder(nnx.Module):
     def logits(self, x: Array) -> jax.Array:
         """Vocabulary logits [..., X] in fp32 of normed hidden states [..., D]."""
         if self.head is not None:
-            return self.head(x).astype(jnp.float32)
-        return jnp.einsum("...d,xd->...x", x, self.embedding[...].astype(x.dtype)).astype(
-            jnp.float32
-        )
+            out = self.head(x)
+        else:
+            out = jnp.einsum("...d,xd->...x", x, self.embedding[...].astype(x.dtype))
+        between = (None,) * (out.ndim - 2)
+        return constrain(out.astype(jnp.float32), "batch", *between, "vocab")
 
     def see(self, z_SMD: Array) -> list[KeyValues | None]:
         """Keys and values of the vision features for every stage; computed once per scene."""
@@ -318,6 +321,7 @@ class Decoder(nnx.Module):
             [B, L, D], and per stage the keys and values: of the queries, or the updated cache.
         """
         angles = rotary_angles(positions_BL, self.config.head_width, self.config.rope_theta)
+        x_BLD = constrain(x_BLD, "batch", "length", "width")
         out = []
         for i, stage in enumerate(self.stages):
             x_BLD, kv = stage(

@@ -17,7 +17,8 @@ def param(value: jax.Array, *names: str | None, contracted: int = 0) -> nnx.Para
 
     `contracted` is the number of input axes of a matrix (0: it is not one); Muon reads it.
     """
-    return nnx.Param(value, out_sharding=names, contracted=contracted)
+    # Names alone: shardings are given where a model is made, see `sharding.placed`.
+    return nnx.Param(value, out_sharding=names, contracted=contracted, eager_sharding=False)
 
 
 class Projection(nnx.Module):

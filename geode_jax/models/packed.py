@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from geode_jax.models.decoder import Decoder, KeyValues, fan_out
 from geode_jax.ops.attention import Intervals
 from geode_jax.shapes import Array, Batch
+from geode_jax.sharding import constrain
 
 
 def read_packed(
@@ -50,11 +51,12 @@ def read_packed(
         seen=seen,
         seen_length_S=seen_length_S,
     )
-    return hidden.reshape(S, M * R, -1)
+    return constrain(hidden.reshape(S, M * R, -1), "batch", "length", "width")
 
 
 def pick(hidden_SLD: Array, column: Array) -> jax.Array:
     """States at flat columns [S, ...] of a scene's rows, [S, ..., D]; -1 gives some state."""
     flat = jnp.maximum(jnp.asarray(column), 0).reshape(len(column), -1, 1)
     taken = jnp.take_along_axis(hidden_SLD, flat, axis=1)
+    taken = constrain(taken, "batch", "length", "width")
     return taken.reshape(*column.shape, hidden_SLD.shape[-1])

@@ -23,7 +23,7 @@ from geode_jax.models.geode import Geode
 from geode_jax.models.internvl import InternVL
 from geode_jax.models.student import Student
 from geode_jax.models.vit import InternViT
-from geode_jax.sharding import activate, make_mesh
+from geode_jax.sharding import abstract_model, make_mesh
 from geode_jax.weights import geode, internvit, qwen2, student
 from geode_jax.weights.files import (
     CONFIG,
@@ -155,11 +155,8 @@ def plan(
     form = FORMATS[kind]
     try:
         config = form.read(json, tensors)
-        mesh = mesh or make_mesh()
-        with activate(mesh):
-            graph, state = nnx.get_abstract_model(
-                lambda: form.build(config, rngs=nnx.Rngs(0)), mesh
-            )
+        model = abstract_model(lambda rngs: form.build(config, rngs=rngs), mesh or make_mesh())
+        graph, state = nnx.split(model)
     except KeyError as error:
         raise UserError(f"{folder / CONFIG}: {error} is missing") from None
     except (ValueError, TypeError, ZeroDivisionError) as error:

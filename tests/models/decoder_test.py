@@ -14,8 +14,8 @@ from geode_jax.models.student import StudentConfig
 from geode_jax.models.task_heads import HeadsConfig
 from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig
 from geode_jax.ops.attention import Intervals, causal
-from geode_jax.parameters import VGGT_AGGREGATOR, abstract_state, count_by_part
-from geode_jax.sharding import activate, make_mesh
+from geode_jax.parameters import VGGT_AGGREGATOR, count_by_part
+from geode_jax.sharding import abstract_model, make_mesh
 from tests.tiny_models import STUDENT, materialize
 
 TINY = STUDENT.decoder  # three layers, cross-attention before the second, two key heads for four
@@ -148,8 +148,7 @@ def test_cross_attention_reads_the_valid_features_of_its_own_scene(scenes):
 
 
 def test_cross_attention_starts_by_looking_for_its_like():
-    with activate(make_mesh()):
-        cross = jax.jit(lambda key: CrossAttention(TINY, rngs=nnx.Rngs(key)))(jax.random.key(0))
+    cross = jax.jit(lambda key: CrossAttention(TINY, rngs=nnx.Rngs(key)))(jax.random.key(0))
     np.testing.assert_array_equal(cross.q.kernel[...], cross.k.kernel[...])
     assert cross.q.kernel is not cross.k.kernel  # they learn apart
 
@@ -299,8 +298,8 @@ def full_counts() -> dict[str, int]:
         vision_prefix=m.vision_prefix,
         category_ids=((1,),) * 20,
     )
-    with activate(make_mesh()):
-        return count_by_part(abstract_state(HiddenCoT(HiddenCoTConfig(student)).build))
+    objective = HiddenCoT(HiddenCoTConfig(student))
+    return count_by_part(nnx.state(abstract_model(objective.build, make_mesh())))
 
 
 def test_full_has_the_papers_trunk(full_counts):

@@ -8,7 +8,6 @@ from flax import nnx
 
 from geode_jax.models.mamba import MambaBlock, MambaConfig, MambaMixer
 from geode_jax.optimizer import labels
-from geode_jax.sharding import activate, make_mesh
 from tests.tiny_models import materialize
 
 TINY = MambaConfig(width=20, layers=2, expand=2, states=5, taps=4)  # rank 2
@@ -141,8 +140,7 @@ def test_mamba_of_transformers_gives_the_same_output():
 @pytest.fixture(scope="module")
 def fresh() -> MambaMixer:
     config = MambaConfig(width=128, layers=4)
-    with activate(make_mesh()):
-        return jax.jit(lambda key: MambaMixer(config, rngs=nnx.Rngs(key)))(jax.random.key(0))
+    return jax.jit(lambda key: MambaMixer(config, rngs=nnx.Rngs(key)))(jax.random.key(0))
 
 
 def test_the_scan_starts_as_the_paper_says(fresh):

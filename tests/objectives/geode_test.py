@@ -104,7 +104,7 @@ def test_a_step_moves_the_stages_parts_and_nothing_else(name, batch):
     moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
     assert moments <= 3 + 2 * sum(x.size for x in jax.tree.leaves(params))
     before = jax.tree.map(np.array, (params, frozen))
-    after, metrics = make_train_step(objective, graph, optimizer, 1)(state, batch)
+    after, metrics = make_train_step(objective, graph, optimizer, state, 1)(state, batch)
     for (path, old), (_, new) in zip(
         nnx.to_flat_state(before[0]), nnx.to_flat_state(after.params), strict=True
     ):

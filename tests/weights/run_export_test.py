@@ -17,7 +17,6 @@ from geode_jax.inference.cli import main
 from geode_jax.inference.trained import Trained, open_trained
 from geode_jax.models.packed import pick
 from geode_jax.shapes import Batch
-from geode_jax.sharding import activate
 from geode_jax.weights import load_pretrained
 from geode_jax.weights.run_export import export_run
 from tests.weights.conftest import close
@@ -99,7 +98,7 @@ def write_questions(path: Path, records: list[list[dict]], batch: Batch, arrays:
 def compare(trained: Trained, folder: Path, home: Path, arrays: dict, logits) -> int:
     """Asks both the same questions; returns how many."""
     expected, jobs, asked = [], [], 0
-    with activate(trained.mesh):
+    with jax.set_mesh(trained.mesh):
         for i, (records, batch) in enumerate(trained.pipeline.eval_batches()):
             answers = jax.device_get(trained.evaluator.answer_batch(trained.state, batch))
             expected.append((records, batch, answers, logits(model_of(trained), batch)))

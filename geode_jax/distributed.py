@@ -1,0 +1,137 @@
+"""Many processes as one run: how they find each other, and what they agree on.
+
+Every process runs the same program over one mesh. Process 0 alone prints, draws progress and
+writes results; checkpoints are written by all, each its own shards. Whatever depends on a clock or
+a signal is decided by `Vote`, so that all decide alike.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from geode_jax.errors import UserError
+
+HEARTBEAT_SECONDS = 20
+"""A process that has not been heard of for so long is dead, and the others end with an error."""
+
+START_SECONDS = 300
+"""So long may processes take to find each other."""
+
+PREPARE_SECONDS = 4 * 3600
+"""So long may process 0 make what the others wait for: an export, records, a tokenizer."""
+
+
+def initialize(
+    address: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Joins the other processes of the run, if there are any; call before any use of devices.
+
+    Without arguments they are found as JAX finds them: in a SLURM step, under Open MPI, on a
+    TPU pod, or on Kubernetes.
+
+    Args:
+        address: HOST:PORT of process 0.
+        processes: how many there are.
+        process: number of this one.
+
+    Raises:
+        UserError: some of the arguments are missing or contradict each other, or the others did
+            not come.
+    """
+    given = (address, processes, process)
+    if any(x is not None for x in given):
+        if any(x is None for x in given):
+            raise UserError(
+                "--coordinator_address, --num_processes and --process_id belong together"
+            )
+        if not 0 <= process < processes:
+            raise UserError(f"--process_id {process}: not below --num_processes {processes}")
+        if ":" not in address:
+            raise UserError(f"--coordinator_address {address}: not HOST:PORT")
+    elif not _in_cluster():
+        return
+    try:
+        jax.distributed.initialize(
+            address,
+            processes,
+            process,
+            initialization_timeout=START_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"processes: could not join the others: {reason}") from error
+    if not is_main():
+        # What it would print, process 0 prints; errors still come out on stderr.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open to the end of the process
+
+
+def _in_cluster() -> bool:
+    """Whether the environment says that this process is one of several."""
+    count = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+    if any(os.environ.get(name, "1") not in ("", "1") for name in count):
+        return "SLURM_NTASKS" not in os.environ or "SLURM_STEP_ID" in os.environ
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+
+
+def is_main() -> bool:
+    """Whether this is process 0, which prints and writes."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def main_first(what: str) -> Iterator[None]:
+    """Process 0 runs the block before the others do, which then find its files made.
+
+    Args:
+        what: unique name of the block.
+    """
+
+    def meet():
+        if jax.distributed.is_initialized():
+            from orbax.checkpoint.v1 import multihost  # slow to import, and mostly not needed
+
+            everyone = set(range(jax.process_count()))
+            multihost.sync_global_processes(what, timeout=PREPARE_SECONDS, processes=everyone)
+
+    if not is_main():
+        meet()
+    yield
+    if is_main():
+        meet()
+
+
+class Vote:
+    """Wishes of single processes that all follow at the same step.
+
+    A vote is dispatched with a step and read with the next: nothing waits for the devices.
+    """
+
+    def __init__(self, mesh: Mesh, wishes: int):
+        """Args:
+        mesh: whose processes vote.
+        wishes: how many things may be wished for.
+        """
+        self._ballot = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._shape = (mesh.size, wishes)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._count = jax.jit(lambda x: jnp.any(x, axis=0), out_shardings=everywhere)
+        self._cast = None
+
+    def cast(self, *wishes: bool) -> np.ndarray:
+        """Casts this process's wishes.
+
+        Returns:
+            Bool [wishes]: what any process wished when `cast` was called the time before.
+        """
+        own = np.array([wishes])
+        ballot = jax.make_array_from_callback(self._shape, self._ballot, lambda _: own)
+        before, self._cast = self._cast, self._count(ballot)
+        return np.zeros(len(wishes), bool) if before is None else np.asarray(before)
