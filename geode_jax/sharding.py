@@ -56,7 +56,8 @@ def make_mesh(
     if sizes.count(-1) > 1:
         raise ValueError(f"{shape}: at most one axis may be -1")
     if -1 in sizes:
-        sizes[sizes.index(-1)] = count // -math.prod(sizes)
+        rest = max(1, -math.prod(sizes))
+        sizes[sizes.index(-1)] = count // rest
     if math.prod(sizes) != count or min(sizes) < 1:
         raise ValueError(f"{shape} does not multiply to the {count} devices present")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)

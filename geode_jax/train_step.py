@@ -177,8 +177,9 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch):
         total, sums, counts, weights, grads = accumulate(state.params, state.frozen, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics = {"loss": total, "grad_norm": optax.tree.norm(grads)}
         metrics["skipped"] = opt_state.total_notfinite
         metrics["skipped_in_a_row"] = opt_state.notfinite_count

@@ -14,7 +14,7 @@ from geode_jax import build, systems
 from geode_jax.data.exports import Export
 from geode_jax.data.scene_arrays import SceneShapes
 from geode_jax.errors import UserError
-from geode_jax.sharding import abstract_model, make_mesh
+from geode_jax.sharding import abstract_model, make_mesh, spec
 from tests.runs import tiny_rooms
 
 
@@ -100,6 +100,11 @@ def test_geode_of_the_papers_size(stage, shapes):
     assert sizes[("vlm", "projector")] == 8_662_016
     assert set(sizes) == {*(("vlm", p) for p in ("decoder", "vision", "projector")),
                           ("drm",), ("drh",)}  # fmt: skip
+    # On a large mesh every device holds its part alone.
+    mesh = {"data": 2, "fsdp": 16, "model": 4}
+    whole = [v for _, v in nnx.to_flat_state(state)
+             if not any(spec(v.get_metadata("out_sharding"), v.shape, mesh))]  # fmt: skip
+    assert sum(math.prod(v.shape) for v in whole) < 0.002 * sum(sizes.values())
     learned = nnx.filter_state(state, objective.trainable)
     own = {"align": 8_662_016, "drm": sizes["drm",],
            "joint": 8_662_016 + 1_543_714_304 + sizes["drh",]}  # fmt: skip
