@@ -1,0 +1,93 @@
+"""What the accelerators can do, by their makers' data sheets: the roofs of a plan and of a run."""
+
+import dataclasses
+
+import jax
+
+GB, GIB, TFLOPS = 10**9, 2**30, 10**12
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator, as JAX counts devices.
+
+    Attributes:
+        name: as in `--topology`.
+        flops: bfloat16 products and sums a second with float32 accumulation, dense.
+        hbm_bytes: of its memory.
+        hbm_bandwidth: bytes/s.
+        torus_axes: of a TPU's interconnect, along each of which a chip has two links; 0: a switch.
+        link_bandwidth: bytes/s of one link in one direction: of one of a TPU's links, or from a GPU
+            into its node's switch.
+        group: the most chips that those links join: a pod, or a node.
+        network_bandwidth: bytes/s of one chip in one direction beyond its group.
+        device_kinds: how `jax.Device.device_kind` names it.
+    """
+
+    name: str
+    flops: float
+    hbm_bytes: int
+    hbm_bandwidth: float
+    torus_axes: int
+    link_bandwidth: float
+    group: int
+    network_bandwidth: float
+    device_kinds: tuple[str, ...]
+
+    @property
+    def platform(self) -> str:
+        """`tpu` or `cuda`, as JAX calls its plugins."""
+        return "tpu" if self.torus_axes else "cuda"
+
+
+# TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: flops, memory and its bandwidth; links from
+# jax-ml/scaling-book, tpus.md, one way. A TPU's "GB" are 2^30 bytes, as its compiler counts them.
+# Beyond the pod: a host's network cards (v5e 2 x 100 Gb/s, v6e 4 x 200 Gb/s for 8 chips, v4 and v5p
+# 200 Gb/s for 4) over its chips.
+# GPU: nvidia.com data sheets of H100 SXM, H200 SXM, A100 SXM (half of the figures with sparsity) and
+# the GA102 white paper. NVLink is given for both directions together: half of it. Beyond the node:
+# one network card a GPU, 400 Gb/s (200 for A100), as in NVIDIA's DGX.
+# The paper names no GPU of 10 GB, only "10GB GPUs"; the RTX 3080 is one.
+_CHIPS = (
+    Chip("v4", 275 * TFLOPS, 32 * GIB, 1228 * GB, 3, 45 * GB, 4096, 6.25 * GB, ("TPU v4",)),
+    Chip(
+        "v5e", 197 * TFLOPS, 16 * GIB, 819 * GB, 2, 50 * GB, 256, 3.125 * GB,
+        ("TPU v5 lite", "TPU v5e"),
+    ),
+    Chip(
+        "v5p", 459 * TFLOPS, 95 * GIB, 2765 * GB, 3, 100 * GB, 8960, 6.25 * GB,
+        ("TPU v5", "TPU v5p"),
+    ),
+    Chip(
+        "v6e", 918 * TFLOPS, 32 * GIB, 1638 * GB, 2, 100 * GB, 256, 12.5 * GB,
+        ("TPU v6 lite", "TPU v6e"),
+    ),
+    Chip(
+        "h100", 989 * TFLOPS, 80 * GB, 3350 * GB, 0, 450 * GB, 8, 50 * GB,
+        ("NVIDIA H100 80GB HBM3",),
+    ),
+    Chip("h200", 989 * TFLOPS, 141 * GB, 4800 * GB, 0, 450 * GB, 8, 50 * GB, ("NVIDIA H200",)),
+    Chip(
+        "a100-80", 312 * TFLOPS, 80 * GB, 2039 * GB, 0, 300 * GB, 8, 25 * GB,
+        ("NVIDIA A100-SXM4-80GB",),
+    ),
+    Chip(
+        "a100-40", 312 * TFLOPS, 40 * GB, 1555 * GB, 0, 300 * GB, 8, 25 * GB,
+        ("NVIDIA A100-SXM4-40GB",),
+    ),
+    Chip(
+        "rtx3080", 59.5 * TFLOPS, 10 * GB, 760 * GB, 0, 32 * GB, 1, 0.125 * GB,
+        ("NVIDIA GeForce RTX 3080",),
+    ),
+)  # fmt: skip
+
+CHIPS = {chip.name: chip for chip in _CHIPS}
+"""Name -> chip."""
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """The data sheet of a device; None where it is not known (a CPU, other accelerators)."""
+    for chip in _CHIPS:
+        if device.device_kind in chip.device_kinds:
+            return chip
+    return None
