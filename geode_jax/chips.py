@@ -44,7 +44,7 @@ class Chip:
 # jax-ml/scaling-book, tpus.md, one way. A TPU's "GB" are 2^30 bytes, as its compiler counts them.
 # Beyond the pod: a host's network cards (v5e 2 x 100 Gb/s, v6e 4 x 200 Gb/s for 8 chips, v4 and v5p
 # 200 Gb/s for 4) over its chips.
-# GPU: nvidia.com data sheets of H100 SXM, H200 SXM, A100 SXM (half of the figures with sparsity) and
+# GPU: nvidia.com data sheets of H100 SXM, H200 SXM and A100 SXM (half of what is with sparsity),
 # the GA102 white paper. NVLink is given for both directions together: half of it. Beyond the node:
 # one network card a GPU, 400 Gb/s (200 for A100), as in NVIDIA's DGX.
 # The paper names no GPU of 10 GB, only "10GB GPUs"; the RTX 3080 is one.
