@@ -4,8 +4,8 @@ A compiler's own count takes the body of a loop once, whatever its length, and a
 loop here. Elementwise work is left out, as everywhere that utilisation is quoted.
 
 Utilisation is quoted against *model FLOPs*: those of the step without rematerialisation
-(`without_remat`), frozen parts and what no gradient needs as they are. What is computed a second
-time to save memory is work of the machine, not of the model.
+(`model_flops`), frozen parts and what no gradient needs as they are. What is computed a second time
+to save memory is work of the machine, not of the model.
 """
 
 import dataclasses
@@ -14,6 +14,29 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+
+from geode_jax.shapes import Batch
+from geode_jax.train_step import Objective, blueprint, make_train_step
+
+
+def model_flops(
+    objective: Objective,
+    make_optimizer: Callable,
+    mesh: jax.sharding.Mesh,
+    batch: Batch,
+    microbatches: int,
+) -> int:
+    """Model FLOPs of one training step, of all devices together; a few seconds of tracing.
+
+    Args:
+        objective, make_optimizer, mesh: as of `train_step.blueprint`.
+        batch: of the whole step, arrays or shapes.
+        microbatches: as of `make_train_step`.
+    """
+    plain = without_remat(objective)
+    graph, optimizer, like = blueprint(plain, make_optimizer, mesh)
+    step = make_train_step(plain, graph, optimizer, like, microbatches)
+    return count_flops(step, like, batch)
 
 
 def count_flops(function: Callable, *args: Any, while_trips: int = 1) -> int:

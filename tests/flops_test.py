@@ -9,9 +9,13 @@ from flax import nnx
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
-from geode_jax.flops import count_flops, without_remat
+from geode_jax.flops import count_flops, model_flops, without_remat
 from geode_jax.models.decoder import Decoder, DecoderConfig
-from geode_jax.sharding import activate, make_mesh
+from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig
+from geode_jax.optimizer import OptimizerConfig, make_optimizer
+from geode_jax.sharding import abstract_model, make_mesh
+from geode_jax.train_step import blueprint, make_train_step
+from tests.tiny_models import STUDENT, tiny_batch
 
 TINY = DecoderConfig(
     vocab_size=31, width=16, layers=3, heads=4, kv_heads=2, head_width=4, mlp_width=24
@@ -32,9 +36,7 @@ def decoder_flops(config, batch, length):
 
 
 def decoder(config):
-    with activate(make_mesh()):
-        model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    return nnx.split(model)
+    return nnx.split(abstract_model(lambda rngs: Decoder(config, rngs=rngs), make_mesh()))
 
 
 def loss(graph):
@@ -174,3 +176,21 @@ def test_xla_counts_the_same_without_loops():
     analysis = jax.jit(gradient).lower(*args).compile().cost_analysis()
     # Its figure has the elementwise work, too.
     assert count_flops(gradient, *args) == pytest.approx(analysis["flops"], rel=0.05)
+
+
+def test_model_flops_of_a_step_do_not_depend_on_rematerialisation():
+    batch, mesh = tiny_batch(scenes=2), make_mesh()
+    optimizer = OptimizerConfig("adamw", 1e-3, 0.01, warmup_steps=1, steps=4)
+
+    def make(params):
+        return make_optimizer(optimizer, params)
+
+    def objective(remat):
+        decoder = dataclasses.replace(STUDENT.decoder, remat=remat)
+        return HiddenCoT(HiddenCoTConfig(dataclasses.replace(STUDENT, decoder=decoder)))
+
+    none, full = (model_flops(objective(r), make, mesh, batch, 1) for r in ("none", "full"))
+    assert none == full > 0
+    graph, opt, like = blueprint(objective("full"), make, mesh)
+    issued = count_flops(make_train_step(objective("full"), graph, opt, like, 1), like, batch)
+    assert none < issued < 4 / 3 * none
