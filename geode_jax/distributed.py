@@ -13,6 +13,9 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# The public barrier is a collective of devices, which times out long before an export is made.
+from jax._src.distributed import global_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from geode_jax.errors import UserError
@@ -95,11 +98,8 @@ def main_first(what: str) -> Iterator[None]:
     """
 
     def meet():
-        if jax.distributed.is_initialized():
-            from orbax.checkpoint.v1 import multihost  # slow to import, and mostly not needed
-
-            everyone = set(range(jax.process_count()))
-            multihost.sync_global_processes(what, timeout=PREPARE_SECONDS, processes=everyone)
+        if client := global_state.client:
+            client.wait_at_barrier(what, PREPARE_SECONDS * 1000)
 
     if not is_main():
         meet()

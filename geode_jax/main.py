@@ -18,6 +18,7 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes mak
 _PROCESS = flags.DEFINE_integer(
     "process_id", None, "Number of this one; clusters tell by themselves."
 )
+_PROFILE = flags.DEFINE_bool("profile", False, "Trace a few steps into WORKDIR/profile.")
 flags.mark_flag_as_required("config")
 
 
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
     logging.set_verbosity(logging.WARNING)
     distributed.initialize(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
-    train_and_evaluate(_CONFIG.value, _workdir())
+    train_and_evaluate(_CONFIG.value, _workdir(), profile=_PROFILE.value)
 
 
 def run() -> None:

@@ -46,7 +46,8 @@ class MetricsWriter:
     """Writes `WORKDIR/metrics.jsonl` and TensorBoard events, one row a call; process 0's alone.
 
     Rows past `last_step`, the step a run resumes from, are what a killed run did after its last
-    checkpoint; they are dropped, so that a resumed run leaves the same file as an unbroken one.
+    checkpoint; they are dropped, so that a resumed run leaves the same file as an unbroken one, but
+    for `speed/...`.
     """
 
     def __init__(self, workdir: Path, last_step: int):

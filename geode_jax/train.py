@@ -1,5 +1,6 @@
 """Training: build -> restore -> loop -> evaluate. The one visible loop."""
 
+import contextlib
 import json
 import signal
 import sys
@@ -19,18 +20,25 @@ from geode_jax.build import (
     save_config,
 )
 from geode_jax.checkpoint import Checkpoints
+from geode_jax.chips import chip_of
 from geode_jax.distributed import Vote, is_main
 from geode_jax.errors import UserError
 from geode_jax.evaluate.efficiency import peak_memory
 from geode_jax.evaluate.final import evaluate_and_report
 from geode_jax.evaluate.geode_final import evaluate_stage
+from geode_jax.flops import model_flops
 from geode_jax.metrics import MetricsWriter, progress
 from geode_jax.parameters import parameter_table
 from geode_jax.sharding import batch_sharding, rows_of_process, shard_batch
 from geode_jax.systems import GEODE_STAGES
 from geode_jax.train_step import TrainState, make_train_step
+from geode_jax.utilisation import Meter, Profile
 
 SIGTERM_EXIT = 128 + signal.SIGTERM
+
+
+SLOW_INPUT = 0.1
+"""Share of a step's time that waits for data, from which on the bar says so."""
 
 
 class _Stop:
@@ -51,12 +59,19 @@ class _Stop:
         self.asked = True
 
 
-def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
+def train_and_evaluate(
+    config: ml_collections.ConfigDict, workdir: Path, *, profile: bool = False
+) -> dict[str, Any]:
     """Train to the end (or to an early stop), evaluate the best checkpoint, write the report.
 
     The same call on the same `workdir` resumes where the run stood: the data order is a pure
     function of the step, so the result is bitwise that of an uninterrupted run on the same machine.
     A run that has ended is left as it is.
+
+    Args:
+        config: of a file in `configs`.
+        workdir: of the run.
+        profile: whether a few steps leave a trace in `WORKDIR/profile`.
 
     Returns:
         The content of `WORKDIR/summary.json`.
@@ -78,7 +93,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict
     save_config(config, workdir)
     _describe(run)
     with jax.set_mesh(run.mesh), Checkpoints(workdir) as checkpoints, _Stop() as stop:
-        state, position = _train(run, workdir, checkpoints, stop)
+        state, position, speed = _train(run, workdir, checkpoints, stop, profile)
         state, best = checkpoints.restore_best(state) or (state, position)
         print(f"best checkpoint: step {best['step']}", flush=True)
         train_facts = {
@@ -87,6 +102,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict
             "skipped_steps": position["skipped"],
             "best_step": best["step"],
             "dropped": dict(run.pipelines["train"].dropped),
+            "speed": speed,
             **peak_memory(),
         }
         finish = evaluate_stage if config.system in GEODE_STAGES else evaluate_and_report
@@ -94,8 +110,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> dict
 
 
 def _train(
-    run: Run, workdir: Path, checkpoints: Checkpoints, stop: _Stop
-) -> tuple[TrainState, dict[str, Any]]:
+    run: Run, workdir: Path, checkpoints: Checkpoints, stop: _Stop, profile: bool
+) -> tuple[TrainState, dict[str, Any], dict[str, float]]:
     """The loop, in this order: evaluate -> checkpoint -> next batch -> step -> log.
 
     Whatever depends on a clock or a signal is voted on, a step before it is done, so that all
@@ -121,13 +137,19 @@ def _train(
         run.objective, run.graph, run.optimizer, run.state, train.microbatches
     )
     rows = rows_of_process(run.mesh, scenes)
+    devices = list(run.mesh.devices.flat)
+    flops = _step_flops(run) if chip_of(devices[0]) else 0
     batches = run.pipelines["train"].iterate(first, run.steps - first, rows)
     vote, every = Vote(run.mesh, 2), 60 * train.checkpoint_minutes
     started = time.monotonic() - position["seconds"]
     saved = time.monotonic()
     if first < run.steps:
         print("compiling the training step (once; later runs reuse it) ...", flush=True)
-    with _Log(run, workdir, position) as log:
+    with (
+        contextlib.closing(Meter(flops, devices, (rows.stop - rows.start) / scenes)) as meter,
+        contextlib.closing(Profile(workdir, profile, first)) as trace,
+        _Log(run, workdir, position, meter) as log,
+    ):
         while True:
             step = position["step"]
             if step > first and (step % train.eval_every == 0 or step == run.steps):
@@ -148,22 +170,34 @@ def _train(
                 checkpoints.save(state, position)
                 saved = time.monotonic()
             if done:
-                return state, position
+                return state, position, meter.summary()
             if stopping:
                 checkpoints.finish()
                 print(f"stopped by SIGTERM at step {step}, saved; the same command resumes")
                 raise SystemExit(SIGTERM_EXIT)
-            _, batch = next(batches)
-            state, metrics = train_step(state, shard_batch(batch, run.mesh, scenes))
-            position["step"] = step + 1
-            log.step(step + 1, metrics)
+            trace.at(step)
+            with meter.waiting():
+                _, batch = next(batches)
+            with meter.computing(batch):
+                state, metrics = train_step(state, shard_batch(batch, run.mesh, scenes))
+                position["step"] = step + 1
+                log.step(step + 1, metrics)
+
+
+def _step_flops(run: Run) -> int:
+    """Model FLOPs of a step of this run."""
+    scene = run.pipelines["train"].batch(0, slice(0, 1))
+    scenes = run.config.data.scenes_per_batch
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((scenes, *x.shape[1:]), x.dtype), scene)
+    microbatches = run.config.train.microbatches
+    return model_flops(run.objective, lambda _: run.optimizer, run.mesh, batch, microbatches)
 
 
 class _Log:
     """Metrics and the bar; a step's numbers are fetched while the next step runs."""
 
-    def __init__(self, run: Run, workdir: Path, position: dict[str, Any]):
-        self._position = position
+    def __init__(self, run: Run, workdir: Path, position: dict[str, Any], meter: Meter):
+        self._position, self._meter = position, meter
         self._max_skipped = run.config.train.max_skipped
         self._pending = None
         self._writer = MetricsWriter(workdir, position["step"])
@@ -203,12 +237,16 @@ class _Log:
             return
         step, metrics = pending
         values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-        self._writer.write(step, values)
+        speed = self._meter.last
+        self._writer.write(step, values | speed)
         self._bar.update(1)
         rate = self._bar.format_dict["rate"] or 0.0
-        self._bar.set_postfix_str(
-            f"loss {values['loss']:.3f}, {rate * self._samples:.0f} samples/s", refresh=False
-        )
+        said = f"loss {values['loss']:.3f}, {rate * self._samples:.0f} samples/s"
+        if "speed/mfu" in speed:
+            said += f", MFU {speed['speed/mfu']:.0%}"
+        if speed.get("speed/input_wait", 0) > SLOW_INPUT:
+            said += f", {speed['speed/input_wait']:.0%} waiting for data"
+        self._bar.set_postfix_str(said, refresh=False)
         self._position["skipped"] = int(values["skipped"])
         if values["skipped_in_a_row"] > self._max_skipped:
             raise UserError(

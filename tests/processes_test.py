@@ -1,0 +1,203 @@
+"""Two processes of four devices are one of eight; one that dies ends both, and the run goes on."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from geode_jax import distributed
+from geode_jax.data.rooms import make_rooms
+from geode_jax.errors import UserError
+from geode_jax.metrics import read_metrics
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STEPS, EPOCH = 12, 4
+ENDS_WITHIN = 60  # seconds
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory) -> Path:
+    """As many training scenes as four batches of eight: every fifth scene validates."""
+    folder = tmp_path_factory.mktemp("processes") / "rooms"
+    make_rooms(folder, scenes=10 * EPOCH, seed=0, test_scenes=2, workers=1, progress=False)
+    return folder
+
+
+_STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    yield
+    while _STARTED:
+        process = _STARTED.pop()
+        process.kill()
+        process.wait()
+
+
+def start(export: Path, workdir: Path, processes: int) -> list[subprocess.Popen]:
+    """A run of eight devices in all."""
+    workdir.mkdir(exist_ok=True)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    count = f" --xla_force_host_platform_device_count={8 // processes}"
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + count,
+    }
+    started = []
+    for i in range(processes):
+        own = [address, str(processes), str(i)] if processes > 1 else []
+        with (workdir / f"output_{i}").open("a") as log:
+            command = [sys.executable, "-m", "tests.processes_run"]
+            command += [str(export), str(workdir), str(STEPS), *own]
+            started.append(
+                subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+            )
+    _STARTED.extend(started)
+    return started
+
+
+def ended(processes: list[subprocess.Popen], workdir: Path) -> list[int]:
+    codes = [process.wait(timeout=900) for process in processes]
+    print(*(path.read_text()[-3000:] for path in sorted(workdir.glob("output_*"))), sep="\n")
+    return codes
+
+
+def wait_for_step(processes: list[subprocess.Popen], workdir: Path, step: int) -> None:
+    while len(read_metrics(workdir / "metrics.jsonl")) < step:
+        assert all(p.poll() is None for p in processes), ended(processes, workdir)
+        time.sleep(0.02)
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    rows = [row for row in read_metrics(workdir / "metrics.jsonl") if "loss" in row]
+    found = {row["step"]: row["loss"] for row in rows}
+    assert len(found) == len(rows)  # no step twice
+    return found
+
+
+def parameters(workdir: Path) -> list[np.ndarray]:
+    with ocp.training.Checkpointer(workdir / "checkpoints" / "latest") as checkpointer:
+        assert checkpointer.latest.step == STEPS
+        stored = checkpointer.checkpointables_metadata(STEPS).metadata["state"]
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), stored)
+        state = checkpointer.load_checkpointables(STEPS, {"state": like})["state"]
+    return [np.asarray(x) for x in jax.tree.leaves(state["params"])]
+
+
+def distance(workdir: Path, other: Path) -> float:
+    """Of the parameters, relative to their norm.
+
+    Not of each by itself: the gradient of a key's bias is 0 but for rounding, which Adam makes as
+    large as any other.
+    """
+    a, b = (np.concatenate([x.ravel() for x in parameters(d)]) for d in (workdir, other))
+    found = float(np.linalg.norm(a - b) / np.linalg.norm(a))
+    print(f"parameters are {found:.1e} apart")
+    return found
+
+
+def scenes_read(workdir: Path, pattern: str, steps: range) -> list[str]:
+    """Digests of the scenes that the processes of a start read for these steps."""
+    found = []
+    for path in workdir.glob(pattern):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            found += row["scenes"] if row["step"] in steps else []
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_process(export, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("processes") / "one"
+    assert ended(start(export, workdir, 1), workdir) == [0]
+    return workdir
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(export, one_process, tmp_path):
+    assert ended(start(export, tmp_path, 2), tmp_path) == [0, 0]
+    one, two = losses(one_process), losses(tmp_path)
+    assert list(two) == list(one) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
+    assert distance(one_process, tmp_path) < 1e-4
+    said = [
+        [json.loads(x)["prediction"] for x in (d / "predictions.jsonl").read_text().splitlines()]
+        for d in (one_process, tmp_path)
+    ]
+    assert said[0] and said[0] == said[1]
+    # Every scene of an epoch is read once, by one of the two, half by each.
+    for epoch in range(STEPS // EPOCH):
+        steps = range(epoch * EPOCH, (epoch + 1) * EPOCH)
+        read = scenes_read(tmp_path, "seen_2_*.jsonl", steps)
+        assert len(read) == len(set(read)) == 8 * EPOCH
+        assert sorted(read) == sorted(scenes_read(one_process, "seen_1_0.jsonl", steps))
+        assert len(scenes_read(tmp_path, "seen_2_1.jsonl", steps)) == 4 * EPOCH
+    # Process 0 alone speaks.
+    assert "best checkpoint" in (tmp_path / "output_0").read_text()
+    assert "best checkpoint" not in (tmp_path / "output_1").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other_and_one_process_goes_on(export, one_process, tmp_path):
+    processes = start(export, tmp_path, 2)
+    wait_for_step(processes, tmp_path, 5)
+    processes[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    assert processes[0].wait(timeout=ENDS_WITHIN) not in (0, None)
+    print(f"the other ended after {time.monotonic() - killed:.0f} s")
+    assert ended(start(export, tmp_path, 1), tmp_path) == [0]
+    said = (tmp_path / "output_0").read_text()
+    resumed = int(said.split("resuming at step ")[1].split()[0])
+    assert resumed in (3, 6)
+    one, other = losses(one_process), losses(tmp_path)
+    assert list(other) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(other.values()), list(one.values()), rtol=1e-5)
+    assert distance(one_process, tmp_path) < 1e-4
+    # No scene of an epoch lost or repeated, the epoch in which one died too.
+    for epoch in range(STEPS // EPOCH):
+        first, last = epoch * EPOCH, (epoch + 1) * EPOCH
+        read = scenes_read(tmp_path, "seen_2_*.jsonl", range(first, min(last, resumed)))
+        read += scenes_read(tmp_path, "seen_1_*.jsonl", range(max(first, resumed), last))
+        assert len(read) == len(set(read)) == 8 * EPOCH
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_saves_and_stops_both(export, tmp_path):
+    processes = start(export, tmp_path, 2)
+    wait_for_step(processes, tmp_path, 4)
+    processes[1].terminate()
+    codes = ended(processes, tmp_path)
+    assert codes == [128 + signal.SIGTERM] * 2
+    assert "stopped by SIGTERM at step" in (tmp_path / "output_0").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("host:1", 2, None), "belong together"),
+        (("host:1", 2, 2), "--process_id 2"),
+        (("host", 2, 0), "not HOST:PORT"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments, words):
+    with pytest.raises(UserError, match=words):
+        distributed.initialize(*arguments)
+
+
+def test_one_process_waits_for_nobody():
+    assert distributed.is_main()
+    with distributed.main_first("nothing"):
+        pass
