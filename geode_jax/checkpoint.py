@@ -101,10 +101,9 @@ class Checkpoints:
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> UserError:
-        reason = str(error).strip().splitlines()
         return UserError(
-            f"{self._folder}: the checkpoint could not be written "
-            f"({reason[0][:200] if reason else type(error).__name__}); earlier ones are intact"
+            f"{self._folder}: the checkpoint could not be written ({_first_line(error)}); earlier "
+            "ones are intact"
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -162,22 +161,30 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
+        fits = True
         try:
             stored = checkpointer.checkpointables_metadata(step)
-            fits = _shapes(stored.metadata["state"]) == _shapes(abstract)
-            if fits:
+            shapes = _shapes(stored.metadata["state"])
+            fits = not shapes or shapes == _shapes(abstract)
+            if shapes and fits:
                 state = checkpointer.load_checkpointables(step, {"state": abstract})["state"]
-        except Exception:  # whatever the reading of damaged files ends in
-            fits = True
+        except Exception as error:  # whatever the reading of damaged files ends in
+            print(f"{self._folder}: step {step}: {_first_line(error)}", flush=True)
         if not fits:
             raise UserError(
                 f"{self._folder}: the checkpoint of step {step} does not fit this "
                 "configuration (another model size or optimizer?); use another --workdir"
             )
-        if not np.all(multihost_utils.process_allgather(np.array(state is not None))):
+        position = dict(stored.custom_metadata or {}) if state is not None else {}
+        fingerprint = position.pop("fingerprint", None)
+        if not np.all(multihost_utils.process_allgather(np.array(fingerprint is not None))):
             return None
-        position = dict(stored.custom_metadata)
-        return (state, position) if position.pop("fingerprint") == _fingerprint(state) else None
+        return (state, position) if fingerprint == _fingerprint(state) else None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def _fingerprint(tree) -> list[int]:

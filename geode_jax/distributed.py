@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 # The public barrier is a collective of devices, which times out long before an export is made.
+from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster, GkeTpuCluster
 from jax._src.distributed import global_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -35,8 +36,8 @@ def initialize(
 ) -> None:
     """Joins the other processes of the run, if there are any; call before any use of devices.
 
-    Without arguments they are found as JAX finds them: in a SLURM step, under Open MPI, on a
-    TPU pod, or on Kubernetes.
+    Without arguments they are found as JAX finds them: in a step of SLURM, under Open MPI, on a
+    TPU pod, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Args:
         address: HOST:PORT of process 0.
@@ -76,12 +77,16 @@ def initialize(
 
 
 def _in_cluster() -> bool:
-    """Whether the environment says that this process is one of several."""
-    count = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
-    if any(os.environ.get(name, "1") not in ("", "1") for name in count):
-        return "SLURM_NTASKS" not in os.environ or "SLURM_STEP_ID" in os.environ
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+    """Whether the environment says that this process is one of several.
+
+    JAX's own detection takes a batch script of SLURM, which stands for all tasks, for one of them.
+    """
+    counts = [os.environ.get(n) for n in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
+    if any(count not in (None, "", "1") for count in counts):
+        return True
+    # Even one host of a TPU may be one of several slices.
+    tpu = (GceTpuCluster, GkeTpuCluster)
+    return "JAX_COORDINATOR_ADDRESS" in os.environ or any(c.is_env_present() for c in tpu)
 
 
 def is_main() -> bool:

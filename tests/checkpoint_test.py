@@ -3,12 +3,14 @@
 import contextlib
 import resource
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from geode_jax import checkpoint
 from geode_jax.checkpoint import Checkpoints
 from geode_jax.errors import UserError
 from geode_jax.train_step import TrainState
@@ -79,3 +81,77 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
         restored, position = checkpoints.restore(state(0, large))
         assert position["step"] == 1
         assert_equal(restored, state(1, large))
+
+
+def overwrite(file):
+    data = bytearray(file.read_bytes())
+    middle = slice(len(data) // 3, 2 * len(data) // 3)
+    data[middle] = bytes(255 - x for x in data[middle])
+    file.write_bytes(data)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+WHICH = ("largest", "manifest.ocdbt", "_METADATA", "_CHECKPOINT_METADATA")
+
+
+# Orbax leaves tasks behind when reading fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", [overwrite, cut, Path.unlink])
+@pytest.mark.parametrize("which", WHICH)
+def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(tmp_path, capsys, damage, which):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(state(step), {"step": step})
+    latest = tmp_path / "checkpoints" / "latest"
+    files = [p for p in (latest / "2").rglob("*") if p.is_file()]
+    if which == "largest":
+        chosen = [max(files, key=lambda p: p.stat().st_size)]
+    else:
+        chosen = [p for p in files if p.name == which]
+    assert chosen
+    for file in chosen:
+        damage(file)
+    with Checkpoints(tmp_path) as checkpoints:
+        restored, position = checkpoints.restore(state(0))
+        assert_equal(restored, state(position["step"]))
+        if position["step"] == 2:
+            assert which != "largest"  # what is not needed to read it may be damaged
+            return
+        said = capsys.readouterr().out
+        assert f"{latest / '2'}: damaged" in said and "going on from step 1" in said
+        checkpoints.save(state(2), {"step": 2})
+    assert {p.name for p in latest.iterdir()} == {"1", "2", "damaged_2"}
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(state(0))[1]["step"] == 2
+
+
+def test_values_that_changed_on_disk_are_noticed(tmp_path, monkeypatch):
+    """Whatever the file format lets through, the fingerprint does not."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state(1), {"step": 1})
+        other = state(2)
+        other.params["w"] = other.params["w"].at[7].add(1e-6)
+        monkeypatch.setattr(
+            checkpoint, "_fingerprint", lambda _, own=checkpoint._fingerprint: own(state(2))
+        )
+        checkpoints.save(other, {"step": 2})
+        checkpoints.finish()
+        monkeypatch.undo()
+        assert checkpoints.restore(state(0))[1]["step"] == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_where_all_are_damaged_nothing_starts_afresh(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state(1), {"step": 1})
+    folder = tmp_path / "checkpoints" / "latest" / "1"
+    cut(max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size))
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(UserError, match="every checkpoint is damaged"),
+    ):
+        checkpoints.restore(state(0))
+    assert folder.exists()

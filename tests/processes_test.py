@@ -201,3 +201,26 @@ def test_one_process_waits_for_nobody():
     assert distributed.is_main()
     with distributed.main_first("nothing"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "16"}, True),
+        ({"SLURM_NTASKS": "16"}, False),  # the batch script, not one of its tasks
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"JAX_COORDINATOR_ADDRESS": "host:1"}, True),
+    ],
+)
+def test_who_is_one_of_several(monkeypatch, environment, several):
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_COORDINATOR_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **_: joined.append(a))
+    distributed.initialize()
+    assert joined == ([(None, None, None)] if several else [])
