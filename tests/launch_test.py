@@ -240,7 +240,8 @@ def test_a_pod_is_started_again_until_it_is_done(tools, tmp_path):
         "sys.exit(n == 1)",
     )
     command = [LAUNCH / "tpu_pod.sh", "pod", "zone", "train", "--workdir=a b", "--config=c"]
-    done = subprocess.run(command, env=os.environ | {"RETRY_SECONDS": "0"}, check=False)
+    environment = os.environ | {"RETRY_SECONDS": "0"}
+    done = subprocess.run(command, env=environment, check=False, timeout=60)
     assert done.returncode == 0
     said = tools.said()
     assert len(said) == 3 and said[0] == said[2]
@@ -248,9 +249,9 @@ def test_a_pod_is_started_again_until_it_is_done(tools, tmp_path):
 
 
 def test_a_pod_with_an_error_is_not_started_again(tools):
-    tools("gcloud", "print('geode ended: 1')")
+    tools("gcloud", "print('geode ended: 2\\ngeode ended: 1')")
     command = [LAUNCH / "tpu_pod.sh", "pod", "zone", "train", "--config=c"]
-    assert subprocess.run(command, check=False).returncode == 1
+    assert subprocess.run(command, check=False, timeout=60).returncode == 2
     assert len(tools.said()) == 1
     done = subprocess.run([LAUNCH / "tpu_pod.sh"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "launch/tpu_pod.sh NAME ZONE setup" in done.stderr
