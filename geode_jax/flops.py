@@ -36,7 +36,8 @@ def model_flops(
     plain = without_remat(objective)
     graph, optimizer, like = blueprint(plain, make_optimizer, mesh)
     step = make_train_step(plain, graph, optimizer, like, microbatches)
-    return count_flops(step, like, batch)
+    with jax.set_mesh(mesh):
+        return count_flops(step, like, batch)
 
 
 def count_flops(function: Callable, *args: Any, while_trips: int = 1) -> int:

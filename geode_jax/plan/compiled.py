@@ -1,0 +1,220 @@
+"""The real steps, compiled for devices that are not there, and what the compiler says of them."""
+
+import contextlib
+import dataclasses
+import re
+import time
+import warnings
+from collections.abc import Callable, Sequence
+
+import jax
+import ml_collections
+import numpy as np
+from flax import nnx
+
+from geode_jax import systems
+from geode_jax.build import check_config
+from geode_jax.errors import UserError
+from geode_jax.evaluate.efficiency import parameter_counts
+from geode_jax.flops import count_flops, model_flops
+from geode_jax.optimizer import OptimizerConfig, make_optimizer
+from geode_jax.plan.described import Described, abstract_batch, describe
+from geode_jax.plan.hlo import Collective, Module
+from geode_jax.sharding import batch_sharding, make_mesh, replicated
+from geode_jax.train_step import Objective, TrainState, blueprint, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled step, of one device where nothing else is said.
+
+    Attributes:
+        arguments, outputs, temporaries: bytes; `outputs` without those that take over an argument's
+            memory. 0 where the compiler gave up for want of memory.
+        peak: bytes at the fullest moment; by what the compiler missed where it gave up.
+        refused: the compiler's own words where it found no room, else "".
+        flops: of matrix products, all devices, as written (with rematerialisation).
+        device_flops: those that the compiled program does on one device.
+        collectives: what it exchanges.
+        unknown_loops: loops that count once since nothing says how often they go round.
+        seconds: that compiling took.
+    """
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    peak: int
+    refused: str
+    flops: int
+    device_flops: int
+    collectives: tuple[Collective, ...]
+    unknown_loops: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A configuration's steps on a mesh, as shapes.
+
+    Attributes:
+        config: with `data.scenes_per_batch` as planned.
+        data: described.
+        objective, mesh: as of a run.
+        make_optimizer: of the parameters.
+        state: blueprint.
+    """
+
+    config: ml_collections.ConfigDict
+    data: Described
+    objective: Objective
+    mesh: jax.sharding.Mesh
+    make_optimizer: Callable
+    graph: nnx.GraphDef
+    optimizer: object
+    state: TrainState
+
+    @property
+    def steps(self) -> int:
+        """Of the whole training."""
+        train, scenes = self.config.train, self.config.data.scenes_per_batch
+        return train.steps or train.epochs * max(1, self.data.scenes // scenes)
+
+    @property
+    def shards(self) -> int:
+        """Devices over which a batch's scenes are spread."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def batch(self):
+        """The shapes of a batch, laid out as `sharding.shard_batch` does."""
+        sharding = batch_sharding(self.mesh, self.config.data.scenes_per_batch)
+        return abstract_batch(self.config, self.data, sharding)
+
+    def parameters(self) -> dict[str, int]:
+        """How many: `parameters`, and of them `trainable`."""
+        learned = parameter_counts(self.state.params)["parameters"]
+        return {
+            "parameters": learned + parameter_counts(self.state.frozen)["parameters"],
+            "trainable": learned,
+        }
+
+    def decoder_bytes(self) -> int:
+        """Of the decoder's matrices, in the activations' dtype, of all devices together."""
+        decoders = []
+        for part in (self.state.params, self.state.frozen):
+            decoders += [leaf for path, leaf in nnx.to_flat_state(part) if "decoder" in path]
+        model = self.config.model
+        dtype = model.dtype if "dtype" in model else model.decoder.dtype
+        width = 2 if dtype in ("bfloat16", "float16") else 4
+        return width * sum(int(np.prod(leaf.shape)) for leaf in decoders)
+
+    def model_flops(self) -> int:
+        """Of a training step."""
+        micro = self.config.train.microbatches
+        return model_flops(self.objective, self.make_optimizer, self.mesh, self.batch(), micro)
+
+    def train_step(self) -> Program:
+        """The training step, compiled."""
+        step = make_train_step(
+            self.objective,
+            self.graph,
+            self.optimizer,
+            self.state,
+            self.config.train.microbatches,
+        )
+        return self._compiled(step, 1)
+
+    def answers(self) -> Program:
+        """Greedy answers to a batch's questions, compiled; all `data.answer_length` tokens long."""
+
+        def answer(state, batch):
+            model = nnx.merge(self.graph, state.params, state.frozen)
+            return self.objective.answer(model, batch, self.data.eos_id)
+
+        step = jax.jit(answer, out_shardings=replicated(self.mesh))
+        return self._compiled(step, self.data.answer_length)
+
+    def _compiled(self, step, trips: int) -> Program:
+        args = self.state, self.batch()
+        started = time.monotonic()
+        with jax.set_mesh(self.mesh), _quietly():
+            flops = count_flops(step, *args, while_trips=trips)
+            lowered = step.lower(*args)
+            try:
+                compiled = lowered.compile()
+            except Exception as error:  # of whatever type the plugin raises
+                peak = missing_memory(str(error))
+                if peak is None:
+                    raise
+                words = " ".join(str(error).split())[:400]
+                seconds = time.monotonic() - started
+                return Program(0, 0, 0, peak, words, flops, 0, (), 0, seconds)
+        memory, module = compiled.memory_analysis(), Module(compiled.as_text())
+        kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return Program(
+            arguments=memory.argument_size_in_bytes,
+            outputs=kept,
+            temporaries=memory.temp_size_in_bytes,
+            peak=memory.argument_size_in_bytes + kept + memory.temp_size_in_bytes,
+            refused="",
+            flops=flops,
+            device_flops=module.flops(),
+            collectives=tuple(module.collectives(tuple(self.mesh.shape.values()))),
+            unknown_loops=module.unknown_loops,
+            seconds=time.monotonic() - started,
+        )
+
+
+def make_run(
+    config: ml_collections.ConfigDict,
+    devices: Sequence,
+    mesh: Sequence[int] | None = None,
+    scenes: int | None = None,
+) -> Run:
+    """A configuration as it would run on these devices.
+
+    Args:
+        config: of a file in `configs`.
+        devices: of `topology.devices_of`.
+        mesh: sizes of data, fsdp, model; None: the configuration's.
+        scenes: of a batch; None: the configuration's.
+
+    Raises:
+        UserError: a field that breaks its rule, or a mesh that does not fit the devices.
+    """
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.data.scenes_per_batch = scenes or config.data.scenes_per_batch
+        if not config.get("init_from", "-"):
+            config.init_from = "-"  # what a stage starts from has no part in shapes
+    check_config(config)
+    try:
+        mesh = make_mesh(tuple(mesh or config.mesh), list(devices))
+    except ValueError as error:
+        raise UserError(f"--mesh: {error}") from None
+    data = describe(config)
+    objective = systems.make_objective(config, data, data, data)
+    optimizer_config = OptimizerConfig(steps=100, **config.optimizer.to_dict())
+
+    def optimizer_of(params):
+        return make_optimizer(optimizer_config, params)
+
+    graph, optimizer, state = blueprint(objective, optimizer_of, mesh)
+    return Run(config, data, objective, mesh, optimizer_of, graph, optimizer, state)
+
+
+def missing_memory(error: str) -> int | None:
+    """Bytes that a program would have needed, by the compiler's words; None: another error."""
+    if "RESOURCE_EXHAUSTED" not in error and "out of memory" not in error.lower():
+        return None
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of", error)
+    if not found:
+        return 0
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+
+
+@contextlib.contextmanager
+def _quietly():
+    """Donating an argument that the compiler cannot use is of no interest here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        yield

@@ -1,0 +1,176 @@
+"""Data that is not there, described: what a `full` export looks like, without one at hand.
+
+A model's and a batch's shapes come from three things that only data have: an export, a tokenizer
+and a pipeline. `Described` stands where these stand (`systems.make_objective`); its sizes are the
+upstream models' own, or named here as assumed.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+import numpy as np
+
+from geode_jax import systems
+from geode_jax.data.question_arrays import add_teacher_logits, lay_out_questions, stack_questions
+from geode_jax.data.scene_arrays import SceneShapes, empty_rows
+from geode_jax.shapes import Batch
+
+VGGT = {"grid": (37, 37), "width": 2048}
+"""VGGT-1B on squares of 518 pixels in patches of 14: the tokens of a view."""
+CLIP_WIDTH = 1024
+"""LLaVA-3D's patch features (CLIP ViT-L/14)."""
+SONATA_WIDTH = 512
+"""Sonata's coarsest stage."""
+LLAMA_ROWS, QWEN_TOKENS = 32_000, 151_665
+"""Tokens of LLaVA-3D's tokenizer, which the student shares, and of Qwen2.5's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """An export, its tokenizer and its pipeline, as far as shapes depend on them.
+
+    Attributes:
+        shapes: of a batch's scenes.
+        categories: names, as many as the export would have.
+        vocab_size: of the tokenizer.
+        question_length, answer_length: Lq and La, where the configuration leaves them to the data.
+        scenes: of the training split, each seen once an epoch.
+    """
+
+    shapes: SceneShapes
+    categories: Sequence[str]
+    vocab_size: int
+    question_length: int
+    answer_length: int
+    scenes: int
+
+    # What `stack_questions` asks of a tokenizer; no text is ever read.
+    pad_id = bos_id = eos_id = 0
+
+    def encode(self, text: str) -> list[int]:
+        """One token, as a category's noun mostly is."""
+        del text
+        return [0]
+
+    def encode_with_ends(self, texts: Sequence[str]) -> list:
+        """There are no texts."""
+        return [([], []) for _ in texts]
+
+    encode_answers = encode_with_ends
+
+    def id_of(self, token: str) -> int:
+        """The last rows are the control tokens'."""
+        return self.vocab_size - 1 - (token == systems.BOX)
+
+
+def describe(config: ml_collections.ConfigDict) -> Described:
+    """The data of a configuration.
+
+    Laptop sizes train on rooms, which are what they are. Others train on an export of real scenes:
+    eight views of a scene for the student (what `geode-jax prepare` takes by default), sixteen for
+    GEODE (Table 2); 20 categories (ScanNet's benchmark); the teacher's features and its 64 best
+    logits; 1,024 points. Questions and answers are as long as in the student's `small` (96 and 64
+    tokens); VSI-Bench's answers are 16 tokens at most. An epoch is the paper's 80 % of 2,000
+    samples, or the 590,000 questions of VSI-590k at `data.questions_per_scene` a visit.
+    """
+    data, rooms = config.data, config.data.export == "rooms" or bool(config.data.rgbd)
+    student = config.system == "hidden_cot"
+    make = _rooms if rooms else _student if student else _geode
+    shapes, vocabulary, categories = make(config)
+    scenes = 1600 if student else -(-590_000 // data.questions_per_scene)
+    return Described(
+        shapes=shapes,
+        categories=[f"category {i}" for i in range(categories)],
+        vocab_size=vocabulary,
+        question_length=data.question_length or (96 if student else 256),
+        answer_length=data.answer_length or (64 if student else 16),
+        scenes=data.rooms_scenes if rooms else scenes,
+    )
+
+
+def _student(config) -> tuple[SceneShapes, int, int]:
+    data = config.data
+    vggt = data.vision == "vggt/tokens"
+    shapes = SceneShapes(
+        views=8,
+        grid=VGGT["grid"],
+        token_width=VGGT["width"] if vggt else CLIP_WIDTH,
+        camera_width=VGGT["width"] if vggt else 0,
+        token_dtype="bfloat16" if vggt else "float32",
+        depth_ratio=config.model.depth_cells,
+        boxes=data.max_boxes,
+        features=CLIP_WIDTH,
+        topk=64 if config.loss.logits else 0,
+        vision=data.vision,
+    )
+    return shapes, LLAMA_ROWS, 20
+
+
+def _geode(config) -> tuple[SceneShapes, int, int]:
+    vision, tokens = config.model.vision, config.data.vision == "internvit/tokens"
+    side = vision.image_size or 448
+    shapes = SceneShapes(
+        views=16,
+        grid=VGGT["grid"],
+        token_width=vision.width if tokens else 0,
+        view_tokens=(side // vision.patch_size) ** 2 + 1 if tokens else 0,
+        token_dtype="bfloat16" if tokens else "float32",
+        depth_ratio=1,
+        boxes=config.data.max_boxes,
+        vision=config.data.vision,
+        image=(0, 0) if tokens else (side, side),
+        points=1024,
+        point_width=SONATA_WIDTH,
+        point_frames=True,
+    )
+    return shapes, QWEN_TOKENS + 2, 20
+
+
+def _rooms(config) -> tuple[SceneShapes, int, int]:
+    """As `data.rooms` makes them; some 300 words."""
+    from geode_jax.data import rooms
+
+    classes, side = len(rooms.CATEGORIES), config.data.rooms_images
+    student = config.system == "hidden_cot"
+    shapes = SceneShapes(
+        views=rooms.VIEWS,
+        grid=(rooms.GRID, rooms.GRID),
+        token_width=rooms.TOKEN_WIDTH if student else 0,
+        depth_ratio=config.model.get("depth_cells", 1),
+        boxes=config.data.max_boxes,
+        categories=classes,
+        features=classes + 1,
+        depth_bins=rooms.DEPTH_BINS,
+        vision=config.data.vision,
+        image=(0, 0) if student else (side, side),
+        points=0 if student else 96,
+        point_width=0 if student else 10,
+        point_frames=not student,
+    )
+    return shapes, 300, classes
+
+
+def abstract_batch(
+    config: ml_collections.ConfigDict, data: Described, sharding: jax.sharding.Sharding
+) -> Batch:
+    """The shapes of a batch of `data.scenes_per_batch` scenes, laid out by `sharding`.
+
+    Made by the pipeline's own functions from a scene without anything and no question.
+    """
+    own = config.data
+    nothing = stack_questions([], data, data.question_length, data.answer_length, "answer")
+    add_teacher_logits(nothing, {}, np.zeros(0, int), data.shapes.topk)
+    columns = own.rows_per_scene, own.row_length
+    rows = empty_rows(data.shapes) | lay_out_questions(
+        nothing, [], {}, own.questions_per_scene, *columns, data.pad_id
+    )
+
+    def shape(row: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            (own.scenes_per_batch, *row.shape), row.dtype, sharding=sharding
+        )
+
+    names = [field.name for field in dataclasses.fields(Batch)]
+    return Batch(**{name: shape(rows[name.rsplit("_", 1)[0]]) for name in names})

@@ -1,0 +1,113 @@
+"""Devices that are not there: a TPU slice or nodes of GPUs, as the compiler knows them.
+
+TPU: `libtpu` from the package index compiles without a TPU. GPU: the CUDA plugin compiles without a
+GPU for a description of one, `targets/*.txtpb`.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from pathlib import Path
+
+from geode_jax.chips import CHIPS, Chip
+from geode_jax.errors import UserError
+
+TARGETS = Path(__file__).parent / "targets"
+ALIASES = {"a100": "a100-80"}
+_NEEDS = {
+    "tpu": ("libtpu", "pip install 'geode-jax[plan]'"),
+    "cuda": (
+        "jax_cuda13_plugin",
+        "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, of jaxlib's version",
+    ),
+}
+_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu asks the cloud's metadata server what it is on
+    "TPU_WORKER_HOSTNAMES": "localhost",  # and complains where nobody says
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # otherwise the plugin asks for a driver
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Attributes:
+    name: as it was asked for, such as `v5p:4x4x4` or `h100:2x8`.
+    chip: of every device.
+    shape: chips along the axes of a TPU slice; nodes and GPUs in each.
+    """
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Chips."""
+        return math.prod(self.shape)
+
+
+def parse_topology(text: str) -> Topology:
+    """`CHIP:SHAPE`, such as `v5e:4x4`, `v5p:4x4x4`, `h100:2x8` (nodes x GPUs).
+
+    Raises:
+        UserError: an unknown chip, or a shape that there is not.
+    """
+    name, _, shape = text.partition(":")
+    chip = CHIPS.get(ALIASES.get(name, name))
+    if chip is None:
+        raise UserError(f"--topology: {name}: no such chip; there are {', '.join(CHIPS)}")
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        raise UserError(f"--topology: {text}: no shape; as in v5e:4x4, v5p:4x4x4, h100:2x8")
+    sizes = tuple(int(size) for size in shape.split("x"))
+    axes = chip.torus_axes or 2
+    if len(sizes) != axes:
+        of = "nodes x GPUs" if chip.platform == "cuda" else f"{axes} axes"
+        raise UserError(f"--topology: {text}: a shape of {name} has {of}")
+    most = chip.group
+    if chip.platform == "cuda" and sizes[1] > most:
+        raise UserError(f"--topology: {text}: a node has at most {most} of them")
+    if chip.platform == "tpu" and math.prod(sizes) > most:
+        raise UserError(f"--topology: {text}: a pod has at most {most} of them")
+    return Topology(text, chip, sizes)
+
+
+def devices_of(topology: Topology) -> list:
+    """The devices, for `sharding.make_mesh`; JAX itself stays on the CPU.
+
+    Raises:
+        UserError: the optional package is missing, or the compiler refuses the shape.
+    """
+    platform = topology.chip.platform
+    module, remedy = _NEEDS[platform]
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"plan: {topology.name} needs the package {module}: {remedy}")
+    for name, value in _ALONE.items():
+        os.environ.setdefault(name, value)
+    import jax
+    from jax.experimental import topologies
+
+    jax.config.update("jax_platforms", "cpu")
+    shape = "x".join(str(size) for size in topology.shape)
+    try:
+        if platform == "cuda":
+            nodes, gpus = topology.shape
+            target = (TARGETS / f"{topology.chip.name}.txtpb").read_text()
+            found = topologies.get_topology_desc(
+                platform="cuda", target_config=target, topology=f"{nodes}x1x{gpus}"
+            )
+        else:
+            # A slice of one chip is a part of a host, whose shape must then be told; v4 is asked
+            # for its two cores as one device.
+            options = {"chips_per_host_bounds": (1, 1, 1)} if topology.size == 1 else {}
+            if topology.chip.name == "v4":
+                options["chip_config_name"] = "megacore"
+            found = topologies.get_topology_desc(
+                f"{topology.chip.name}:{shape}", platform="tpu", **options
+            )
+    except Exception as error:  # of whatever type the plugin raises
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"plan: {topology.name}: the compiler refuses it: {reason}") from None
+    return list(found.devices)
