@@ -13,6 +13,7 @@
     geode-jax convert export --source DIR --out DIR     a checkpoint -> a Hugging Face folder
     geode-jax convert export --workdir RUN --out DIR    a trained run -> a Hugging Face folder
     geode-jax convert inspect DIR                       what a Hugging Face folder holds
+    geode-jax plan --config FILE:ARG --topology v5p:4x4x4   what a run needs, before it is paid for
 
 Whatever the user can mend is one line on stderr and exit status 2.
 """
@@ -302,6 +303,27 @@ def _inspect(arguments: argparse.Namespace) -> None:
         raise UserError(f"{arguments.folder}: {len(problems)} problems, listed above")
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    from geode_jax.plan.command import plan, read_config, table
+
+    facts = plan(
+        read_config(arguments.config, arguments.set),
+        arguments.topology,
+        arguments.mesh,
+        arguments.batch,
+        search=arguments.search_batch,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(json.dumps(facts) if arguments.json else table(facts))
+
+
+def _mesh(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(size) for size in text.split(","))
+    if len(sizes) != 3:
+        raise argparse.ArgumentTypeError(f"{text}: not the sizes of data, fsdp, model")
+    return sizes
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -429,6 +451,15 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command("inspect", _inspect, "list what a Hugging Face folder holds", directions)
     add("folder", metavar="DIR", type=Path)
+
+    add = command("plan", _plan, "what a training run needs on hardware that is not there")
+    add("--config", required=True, metavar="FILE[:ARG]", help="as of python -m geode_jax.main")
+    add("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:4x4, v5p:4x4x4, h100:2x8, ...")
+    add("--mesh", type=_mesh, metavar="D,F,M", help="data, fsdp, model; default the config's")
+    add("--batch", type=_positive, metavar="N", help="scenes; default the config's")
+    add("--search-batch", action="store_true", help="plan with the largest batch that fits")
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="of the config; repeats")
+    add("--json", action="store_true", help="one JSON object")
     return parser
 
 

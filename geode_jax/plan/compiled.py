@@ -97,6 +97,14 @@ class Run:
             "trainable": learned,
         }
 
+    def state_bytes(self) -> int:
+        """Of parameters and optimizer state on one device: what no batch can do without."""
+        leaves = jax.tree.leaves(self.state)
+        return sum(
+            int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+            for leaf in leaves
+        )
+
     def decoder_bytes(self) -> int:
         """Of the decoder's matrices, in the activations' dtype, of all devices together."""
         decoders = []

@@ -7,9 +7,10 @@ early the most passes count.
 """
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -28,13 +29,14 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: `%name = shape opcode(operands), rest`."""
+    """One line: `[ROOT] %name = shape opcode(operands), rest`."""
 
     name: str
     shape: str
     opcode: str
     operands: str
     rest: str
+    root: bool
 
     def dims(self) -> tuple[int, ...]:
         """Sizes of the result, of the first of several."""
@@ -102,28 +104,28 @@ class Module:
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
         if known:
             return int(known[1])
-        condition = re.search(r"condition=%([\w.\-]+)", loop.rest)
-        bounds = list(self._bounds(condition[1])) if condition else []
-        if not bounds:
-            return None
-        index, bound = bounds[0]
-        return bound - _initial(loop, index, around)
+        names = dict(re.findall(r"\b(condition|body)=%([\w.\-]+)", loop.rest))
+        start = functools.partial(_initial, loop, around)
+        for index, bound in self._bounds(names["condition"], start):
+            step = _step(self.computations[names["body"]], index, start)
+            return -(-(bound - (start(index) or 0)) // step)
+        return None
 
-    def _bounds(self, name: str) -> Iterator[tuple[int | None, int]]:
+    def _bounds(self, name: str, start: Callable) -> Iterator[tuple[int, int]]:
         """(place in the loop's state, constant) of every `state < constant` in a condition."""
         body = self.computations.get(name, {})
         for instruction in body.values():
+            operands = _NAME.findall(instruction.operands)
             for callee in self._callees[name][instruction.name]:
                 # The state reaches a fusion as an operand: which one it is, the call says.
-                states = [_state_index(body, n) for n in _NAME.findall(instruction.operands)]
-                index = next((s for s in states if s is not None), None)
-                yield from ((index if i is None else i, b) for i, b in self._bounds(callee))
-            if instruction.opcode != "compare" or "direction=LT" not in instruction.rest:
-                continue
-            left, right = _NAME.findall(instruction.operands)[:2]
-            constant = body[right]
-            if constant.opcode == "constant" and constant.operands.lstrip("-").isdigit():
-                yield _state_index(body, left), int(constant.operands)
+                states = [s for s in (_state_index(body, n) for n in operands) if s is not None]
+                for index, bound in self._bounds(callee, start):
+                    yield (states[0] if index < 0 and states else index), bound
+            if instruction.opcode == "compare" and "direction=LT" in instruction.rest:
+                index, bound = _state_index(body, operands[0]), _value(body, operands[1], start)
+                inside = body[operands[0]].opcode == "parameter"
+                if bound is not None and bound > 0 and (index is not None or inside):
+                    yield (-1 if index is None else index), bound
 
     def instructions(self) -> Iterator[tuple[Instruction, Computation, int]]:
         """Everything that runs, the computation that it stands in and how often it runs."""
@@ -195,6 +197,7 @@ def _instruction(line: str) -> Instruction:
         opcode=right[:opening],
         operands=right[opening + 1 : closing],
         rest=right[closing + 1 :],
+        root=left.lstrip().startswith("ROOT"),
     )
 
 
@@ -221,25 +224,47 @@ def _starts(body: Computation) -> bool:
     return any('"AsyncCollectiveStart"' in i.rest for i in body.values())
 
 
+def _through(body: Computation, name: str) -> Instruction:
+    """What a value is, behind its copies."""
+    while body[name].opcode in ("copy", "bitcast", "convert"):
+        name = _NAME.findall(body[name].operands)[0]
+    return body[name]
+
+
 def _state_index(body: Computation, name: str) -> int | None:
     """The place in the loop's state that a value was taken from."""
-    while name in body and body[name].opcode in ("copy", "bitcast", "convert"):
-        name = _NAME.findall(body[name].operands)[0]
-    if name in body and body[name].opcode == "get-tuple-element":
-        return int(re.search(r"index=(\d+)", body[name].rest)[1])
-    return None
+    taken = _through(body, name)
+    if taken.opcode != "get-tuple-element":
+        return None
+    return int(re.search(r"index=(\d+)", taken.rest)[1])
 
 
-def _initial(loop: Instruction, index: int | None, around: Computation) -> int:
-    """What a loop's counter starts at, 0 where the text does not say."""
+def _value(body: Computation, name: str, start: Callable) -> int | None:
+    """A constant, in the loop or handed to it; None: it is none."""
+    index, what = _state_index(body, name), _through(body, name)
+    if index is not None:
+        return start(index)
+    value = what.operands
+    return int(value) if what.opcode == "constant" and value.lstrip("-").isdigit() else None
+
+
+def _initial(loop: Instruction, around: Computation, index: int) -> int | None:
+    """What a place in a loop's state starts as, where that is a constant."""
     (state,) = _NAME.findall(loop.operands)[:1]
-    if index is None or around[state].opcode != "tuple":
-        return 0
-    name = _NAME.findall(around[state].operands)[index]
-    while around[name].opcode in ("copy", "bitcast"):
-        name = _NAME.findall(around[name].operands)[0]
-    value = around[name].operands
-    return int(value) if around[name].opcode == "constant" and value.isdigit() else 0
+    if index < 0 or around[state].opcode != "tuple":
+        return None
+    return _value(around, _NAME.findall(around[state].operands)[index], lambda _: None)
+
+
+def _step(body: Computation, index: int, start: Callable) -> int:
+    """What is added to a place in the loop's state with each pass."""
+    (root,) = (i for i in body.values() if i.root)
+    if index < 0 or root.opcode != "tuple":
+        return 1
+    added = _through(body, _NAME.findall(root.operands)[index])
+    if added.opcode != "add":
+        return 1
+    return _value(body, _NAME.findall(added.operands)[1], start) or 1
 
 
 # --- Sizes ----------------------------------------------------------------------------------------
