@@ -312,6 +312,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         arguments.mesh,
         arguments.batch,
         search=arguments.search_batch,
+        decode=not arguments.train_only,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(json.dumps(facts) if arguments.json else table(facts))
@@ -458,6 +459,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--mesh", type=_mesh, metavar="D,F,M", help="data, fsdp, model; default the config's")
     add("--batch", type=_positive, metavar="N", help="scenes; default the config's")
     add("--search-batch", action="store_true", help="plan with the largest batch that fits")
+    add("--train-only", action="store_true", help="leave out the answering")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="of the config; repeats")
     add("--json", action="store_true", help="one JSON object")
     return parser

@@ -1,0 +1,230 @@
+"""The tables of docs/SCALING.md: python -m geode_jax.plan.scaling [--rows N]
+
+Plans every row that is not yet in `runs/plan/` (a JSON file each; delete one to plan it anew), most
+important first, and writes the tables between the document's markers. It may be stopped at any time
+and goes on where it was. A row takes one to five minutes on two cores; each runs in a process of
+its own, since a compiler that gives up may take the process with it.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from geode_jax.errors import UserError, reported
+from geode_jax.plan.topology import parse_topology
+
+STUDENT, SMALL, GEODE = (
+    "configs/hidden_cot.py:full",
+    "configs/hidden_cot.py:small",
+    "configs/geode_joint.py:full",
+)
+CACHE, DOCUMENT = Path("runs/plan"), Path("docs/SCALING.md")
+PER_CHIP = {STUDENT: 4, GEODE: 2, SMALL: 1}
+"""Scenes of a chip in the tables of meshes: weak scaling."""
+STRONG = {STUDENT: 64, GEODE: 64}
+"""Scenes of a batch, however many chips share them: strong scaling."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One plan: `geode-jax plan --config CONFIG --topology TOPOLOGY --mesh MESH --batch SCENES`."""
+
+    config: str
+    topology: str
+    scenes: int
+
+    @property
+    def mesh(self) -> tuple[int, int, int]:
+        """Parameters spread over a TPU slice, or over a node's GPUs and the same on every node."""
+        topology = parse_topology(self.topology)
+        return (1 if topology.chip.platform == "tpu" else topology.shape[0], -1, 1)
+
+    @property
+    def file(self) -> Path:
+        """Where its result is kept."""
+        config = re.sub(r"\W+", "-", Path(self.config).name)
+        mesh = "-".join(map(str, self.mesh))
+        name = f"{config}_{self.topology.replace(':', '-')}_{mesh}_{self.scenes}.json"
+        return CACHE / name
+
+    @property
+    def command(self) -> list[str]:
+        """What makes it."""
+        mesh = ",".join(map(str, self.mesh))
+        options = ["--config", self.config, "--topology", self.topology, f"--mesh={mesh}"]
+        return ["plan", *options, "--batch", str(self.scenes), "--train-only", "--json"]
+
+
+NAMED = ("v5e:4x4", "h100:2x8", "v6e:8x8", "v5p:4x4x4", "h100:8x8")
+OTHERS = ("h100:1x1", "a100:1x8", "v5e:16x16", "v5p:8x8x8")
+"""The meshes from one chip to 512."""
+STRONG_TOPOLOGIES = ("v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4")
+
+
+def weak(config: str, topology: str) -> Row:
+    """A mesh with as many scenes on every chip."""
+    return Row(config, topology, PER_CHIP[config] * parse_topology(topology).size)
+
+
+def strong(config: str, topology: str) -> Row:
+    """A mesh for the same batch."""
+    return Row(config, topology, STRONG[config])
+
+
+def rows() -> list[Row]:
+    """All, most important first."""
+    found = [weak(config, topology) for config in (STUDENT, GEODE) for topology in NAMED]
+    found += [weak(SMALL, topology) for topology in ("rtx3080:1x1", "h100:1x1", "a100:1x8")]
+    found += [weak(config, topology) for topology in OTHERS for config in (STUDENT, GEODE)]
+    found += [strong(config, t) for t in STRONG_TOPOLOGIES for config in (STUDENT, GEODE)]
+    return list(dict.fromkeys(found))
+
+
+def make(row: Row) -> None:
+    """Plan a row and keep its result; a row that the compiler refuses keeps its words."""
+    code = "from geode_jax.inference.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *row.command], capture_output=True, text=True, check=False
+    )
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        row.file.write_text(json.dumps(json.loads(lines[-1]), indent=1) + "\n")
+        return
+    words = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    if done.returncode == 2:  # one line for the user
+        raise UserError(words.removeprefix("error: "))
+    print(f"  not planned: {words[:300]}", file=sys.stderr, flush=True)
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+HEADER = (
+    "| topology | mesh | scenes | fits | peak of a chip | compute | memory | network | binds | "
+    "MFU | tokens/s | chip-hours |"
+)
+
+
+def line(row: Row) -> str:
+    """A row of a table; of one that was not planned, that it was not."""
+    if not row.file.exists():
+        return f"| {row.topology} | | {row.scenes} | not planned yet |" + " |" * 8
+    p = json.loads(row.file.read_text())
+    mesh = " x ".join(f"{axis} {size}" for axis, size in p["mesh"].items() if size > 1) or "1"
+    start = (
+        f"| {row.topology} | {mesh} | {p['scenes_per_batch']} | "
+        f"{'yes' if p['fits'] else '**no**'} | {p['hbm_peak_bytes'] / 1e9:.1f} of "
+        f"{p['hbm_bytes'] / 1e9:.0f} GB | "
+    )
+    if p["bound"] is None:
+        return start + "| " * 7
+    times = " | ".join(_milliseconds(p["seconds"][k]) for k in ("compute", "memory", "network"))
+    return start + (
+        f"{times} | {p['bound']} | {p['mfu_ceiling']:.0%} | {p['tokens_per_second']:,.0f} | "
+        f"{p['chip_hours']:.3g} |"
+    )
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"
+
+
+def table(chosen: list[Row]) -> str:
+    """Markdown."""
+    return "\n".join([HEADER, "|" + " --- |" * HEADER.count("|", 1), *map(line, chosen)])
+
+
+def collectives(chosen: list[Row]) -> str:
+    """What a chip sends in a step, by kind and mesh axes."""
+    out = ["| topology | sent by a chip in a step |", "| --- | --- |"]
+    for row in chosen:
+        if not row.file.exists():
+            continue
+        sent = json.loads(row.file.read_text()).get("collective_bytes", {})
+        parts = [
+            f"{kind} along {axes} {size / 1e9:.2f} GB"
+            for axes, kinds in sent.items()
+            for kind, size in sorted(kinds.items(), key=lambda pair: -pair[1])
+            if size >= 5e6
+        ]
+        out.append(f"| {row.topology} | {', '.join(parts) or 'less than 5 MB'} |")
+    return "\n".join(out)
+
+
+def growth(chosen: list[Row]) -> str:
+    """Chips against the time of a step and of a scene, relative to the first that fits."""
+    out = ["| topology | chips | scenes | a step | scenes/s | of linear |", "|" + " --- |" * 6]
+    first: dict[str, Any] | None = None
+    for row in chosen:
+        if not row.file.exists():
+            continue
+        p = json.loads(row.file.read_text())
+        if p["bound"] is None or not p["fits"]:
+            continue
+        first = first or p
+        linear = first["scenes_per_second"] * p["devices"] / first["devices"]
+        out.append(
+            f"| {row.topology} | {p['devices']} | {p['scenes_per_batch']} | "
+            f"{_milliseconds(p['step_seconds'])} | {p['scenes_per_second']:,.0f} | "
+            f"{p['scenes_per_second'] / linear:.0%} |"
+        )
+    return "\n".join(out)
+
+
+def sections() -> dict[str, str]:
+    """Marker -> what stands there."""
+    out = {}
+    for name, config in (("student", STUDENT), ("geode", GEODE)):
+        chips = sorted(
+            (weak(config, t) for t in (*NAMED, *OTHERS)),
+            key=lambda row: parse_topology(row.topology).size,
+        )
+        out[name] = table(chips)
+        out[f"{name} collectives"] = collectives(chips)
+        tpus = [row for row in chips if row.topology.startswith("v5p")]
+        gpus = [row for row in chips if row.topology.startswith("h100")]
+        out[f"{name} weak"] = growth(gpus) + "\n\n" + growth(tpus)
+        out[f"{name} strong"] = growth([strong(config, t) for t in STRONG_TOPOLOGIES])
+    out["small"] = table([weak(SMALL, t) for t in ("rtx3080:1x1", "h100:1x1", "a100:1x8")])
+    missing = [row for row in rows() if not row.file.exists()]
+    named = ", ".join(f"{row.topology} of {Path(row.config).name}" for row in missing)
+    out["missing"] = f"Not planned yet: {named}." if missing else "Every row is planned."
+    return out
+
+
+def write(document: Path) -> None:
+    """The tables into the document, between `<!-- NAME -->` and `<!-- end -->`.
+
+    Raises:
+        UserError: a marker is missing.
+    """
+    text = document.read_text()
+    for name, body in sections().items():
+        pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise UserError(f"{document}: no marker <!-- {name} -->")
+        text = pattern.sub(lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text)
+    document.write_text(text)
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description="Plan the rows of docs/SCALING.md.")
+    parser.add_argument("--rows", type=int, help="at most so many new ones; 0: only write tables")
+    count = parser.parse_args().rows
+    with reported():
+        missing = [row for row in rows() if not row.file.exists()]
+        for i, row in enumerate(missing[:count]):
+            print(f"{i + 1}/{len(missing[:count])} geode-jax {' '.join(row.command)}", flush=True)
+            make(row)
+            write(DOCUMENT)
+        write(DOCUMENT)
+
+
+if __name__ == "__main__":
+    main()
