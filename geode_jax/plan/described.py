@@ -144,6 +144,7 @@ def _rooms(config) -> tuple[SceneShapes, int, int]:
         features=classes + 1,
         depth_bins=rooms.DEPTH_BINS,
         vision=config.data.vision,
+        token_dtype="float16" if student else "float32",
         image=(0, 0) if student else (side, side),
         points=0 if student else 96,
         point_width=0 if student else 10,

@@ -279,8 +279,8 @@ def shape_bytes(shape: str) -> int:
     """Bytes of a shape as the text has it, of all parts of a tuple."""
     bits = 0
     for kind, sizes in _SHAPE.findall(shape):
-        width = _BITS.get(kind) or (8 if kind.startswith("f8") else int(re.search(r"\d+", kind)[0]))
-        width = 0 if _BITS.get(kind) == 0 else width
+        named = re.search(r"\d+", kind)
+        width = _BITS.get(kind, 8 if kind.startswith("f8") or not named else int(named[0]))
         bits += width * math.prod(int(size.lstrip("<=")) for size in sizes.split(",") if size)
     return bits // 8
 
