@@ -23,6 +23,9 @@ from geode_jax.plan.hlo import Collective, Module
 from geode_jax.sharding import batch_sharding, make_mesh, replicated
 from geode_jax.train_step import Objective, TrainState, blueprint, make_train_step
 
+GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+"""Without a GPU to try them on, the compiler finds no tiles for some products in Triton."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -72,6 +75,7 @@ class Run:
     graph: nnx.GraphDef
     optimizer: object
     state: TrainState
+    compiler_options: dict[str, bool]
 
     @property
     def steps(self) -> int:
@@ -148,7 +152,7 @@ class Run:
             flops = count_flops(step, *args, while_trips=trips)
             lowered = step.lower(*args)
             try:
-                compiled = lowered.compile()
+                compiled = lowered.compile(compiler_options=self.compiler_options)
             except Exception as error:  # of whatever type the plugin raises
                 peak = missing_memory(str(error))
                 if peak is None:
@@ -207,7 +211,8 @@ def make_run(
         return make_optimizer(optimizer_config, params)
 
     graph, optimizer, state = blueprint(objective, optimizer_of, mesh)
-    return Run(config, data, objective, mesh, optimizer_of, graph, optimizer, state)
+    options = GPU_OPTIONS if devices[0].platform in ("gpu", "cuda") else {}
+    return Run(config, data, objective, mesh, optimizer_of, graph, optimizer, state, options)
 
 
 def missing_memory(error: str) -> int | None:
