@@ -451,6 +451,10 @@ def test_the_documents_tables_come_from_kept_rows(tmp_path, monkeypatch):
     scaling.CACHE.mkdir(parents=True)
     row.file.write_text(json.dumps(facts))
     assert "| fsdp 16 | 64 | yes | 9.0 of 17 GB | 250 ms |" in scaling.line(row)
+    other = scaling.weak(scaling.GEODE, "v5e:4x4")
+    other.file.write_text(json.dumps({"failed": "INTERNAL: no"}))
+    assert "failed to compile" in scaling.line(other)
+    assert scaling.result(other) is None
     names = scaling.sections()
     document = tmp_path / "SCALING.md"
     document.write_text("".join(f"<!-- {name} -->\nold\n<!-- end -->\n" for name in names))
@@ -458,7 +462,7 @@ def test_the_documents_tables_come_from_kept_rows(tmp_path, monkeypatch):
     text = document.read_text()
     assert "old" not in text
     assert "all-gather along fsdp 7.00 GB |" in text
-    assert text.count("Not planned yet") == 1
+    assert text.count("Not planned: ") == 1
     document.write_text("no markers")
     with pytest.raises(UserError, match="no marker"):
         scaling.write(document)

@@ -86,20 +86,32 @@ def rows() -> list[Row]:
 
 
 def make(row: Row) -> None:
-    """Plan a row and keep its result; a row that the compiler refuses keeps its words."""
+    """Plan a row and keep its result; where a compiler fails, its last words.
+
+    Raises:
+        UserError: a compiler is missing.
+    """
     code = "from geode_jax.inference.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *row.command], capture_output=True, text=True, check=False
     )
     lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        row.file.write_text(json.dumps(json.loads(lines[-1]), indent=1) + "\n")
-        return
     words = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
     if done.returncode == 2:  # one line for the user
         raise UserError(words.removeprefix("error: "))
-    print(f"  not planned: {words[:300]}", file=sys.stderr, flush=True)
+    planned = done.returncode == 0 and lines
+    facts = json.loads(lines[-1]) if planned else {"failed": words[:300]}
+    CACHE.mkdir(parents=True, exist_ok=True)
+    temporary = row.file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(facts, indent=1) + "\n")
+    temporary.replace(row.file)
+    print(f"  {facts.get('failed') or facts['bound']}", flush=True)
+
+
+def result(row: Row) -> dict[str, Any] | None:
+    """What was kept of a row; None where nothing was, or the compiler failed."""
+    facts = json.loads(row.file.read_text()) if row.file.exists() else {"failed": ""}
+    return None if "failed" in facts else facts
 
 
 # --- Tables ---------------------------------------------------------------------------------------
@@ -112,9 +124,10 @@ HEADER = (
 
 def line(row: Row) -> str:
     """A row of a table; of one that was not planned, that it was not."""
-    if not row.file.exists():
-        return f"| {row.topology} | | {row.scenes} | not planned yet |" + " |" * 8
-    p = json.loads(row.file.read_text())
+    p = result(row)
+    if p is None:
+        why = "failed to compile" if row.file.exists() else "not planned yet"
+        return f"| {row.topology} | | {row.scenes} | {why} |" + " |" * 8
     mesh = " x ".join(f"{axis} {size}" for axis, size in p["mesh"].items() if size > 1) or "1"
     start = (
         f"| {row.topology} | {mesh} | {p['scenes_per_batch']} | "
@@ -143,9 +156,10 @@ def collectives(chosen: list[Row]) -> str:
     """What a chip sends in a step, by kind and mesh axes."""
     out = ["| topology | sent by a chip in a step |", "| --- | --- |"]
     for row in chosen:
-        if not row.file.exists():
+        p = result(row)
+        if p is None:
             continue
-        sent = json.loads(row.file.read_text()).get("collective_bytes", {})
+        sent = p.get("collective_bytes", {})
         parts = [
             f"{kind} along {axes} {size / 1e9:.2f} GB"
             for axes, kinds in sent.items()
@@ -161,10 +175,8 @@ def growth(chosen: list[Row]) -> str:
     out = ["| topology | chips | scenes | a step | scenes/s | of linear |", "|" + " --- |" * 6]
     first: dict[str, Any] | None = None
     for row in chosen:
-        if not row.file.exists():
-            continue
-        p = json.loads(row.file.read_text())
-        if p["bound"] is None or not p["fits"]:
+        p = result(row)
+        if p is None or p["bound"] is None or not p["fits"]:
             continue
         first = first or p
         linear = first["scenes_per_second"] * p["devices"] / first["devices"]
@@ -191,9 +203,11 @@ def sections() -> dict[str, str]:
         out[f"{name} weak"] = growth(gpus) + "\n\n" + growth(tpus)
         out[f"{name} strong"] = growth([strong(config, t) for t in STRONG_TOPOLOGIES])
     out["small"] = table([weak(SMALL, t) for t in ("rtx3080:1x1", "h100:1x1", "a100:1x8")])
-    missing = [row for row in rows() if not row.file.exists()]
-    named = ", ".join(f"{row.topology} of {Path(row.config).name}" for row in missing)
-    out["missing"] = f"Not planned yet: {named}." if missing else "Every row is planned."
+    missing = [row for row in rows() if result(row) is None]
+    named = ", ".join(
+        f"{row.topology} with {row.scenes} scenes of {Path(row.config).name}" for row in missing
+    )
+    out["missing"] = f"Not planned: {named}." if missing else "Every row is planned."
     return out
 
 
