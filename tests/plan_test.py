@@ -20,7 +20,7 @@ from geode_jax.flops import count_flops
 from geode_jax.inference.cli import main
 from geode_jax.plan import command, scaling
 from geode_jax.plan.bounds import Bounds, network_seconds
-from geode_jax.plan.compiled import make_run, missing_memory
+from geode_jax.plan.compiled import Program, Run, make_run, missing_memory
 from geode_jax.plan.described import abstract_batch, describe
 from geode_jax.plan.hlo import Collective, Module, mesh_axes, shape_bytes
 from geode_jax.plan.topology import TARGETS, devices_of, parse_topology
@@ -421,6 +421,88 @@ def test_the_search_for_a_batch_closes_in():
     assert 28 <= found <= 31
     assert trials <= command.TRIALS
     assert search(lambda n: 10 + 3 * n, 11, 4)[0] == 0  # not even one
+
+
+def program(**changes):
+    """A compiled step whose every figure is known: 2 s of an H100's arithmetic, 3 s of memory."""
+    known = dict(
+        arguments=3_000_000_000,
+        outputs=50_000_000,
+        temporaries=3_500_000_000,
+        peak=6_550_000_000,
+        refused="",
+        flops=2 * 989 * 10**12,
+        device_flops=2 * 989 * 10**12,
+        collectives=(),
+        unknown_loops=1,
+        seconds=1.0,
+    )
+    return Program(**known | changes)
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch):
+    """`command.plan` of a tiny student on one device, whose programs are of the test's making."""
+
+    def plan(step, answers=None, **options):
+        monkeypatch.setattr(command, "devices_of", lambda _: jax.devices()[:1])
+        monkeypatch.setattr(Run, "train_step", lambda _: step)
+        monkeypatch.setattr(Run, "answers", lambda _: answers)
+        monkeypatch.setattr(Run, "model_flops", lambda _: 989 * 10**12)
+        return command.plan(tiny(tiny_config(tmp_path)), "h100:1x1", **options)
+
+    return plan
+
+
+def test_a_plan_is_arithmetic_on_what_was_compiled(planned):
+    answers = program(device_flops=0, temporaries=0, unknown_loops=0)
+    facts = planned(program(), answers)
+    assert facts["seconds"] == {
+        "compute": 2.0,
+        "memory": pytest.approx((3.05 + 7) / 3350),
+        "network": 0.0,
+    }
+    assert (facts["bound"], facts["step_seconds"]) == ("compute", 2.0)
+    assert facts["mfu_ceiling"] == 0.5  # half of the work is done twice
+    assert facts["tokens_per_step"] == 2 * 2 * 64
+    assert facts["tokens_per_second"] == 128
+    assert facts["steps"] == 3
+    assert facts["chip_hours"] == facts["hours"] == pytest.approx(6 / 3600)
+    assert facts["fits"]
+    assert facts["decode"]["bound"] == "memory"
+    assert facts["decode"]["answers"] == 2 * 4
+    json.dumps(facts)
+    text = command.table(facts)
+    assert "peak 6.55 GB: fits" in text
+    assert "compute 2 s" in text
+    assert "unknown loops       1, counted once" in text
+    assert "50.0% of peak (MFU), 128 tokens/s" in text
+
+
+def test_what_does_not_fit_is_said(planned):
+    assert not planned(program(peak=81 * 10**9), decode=False)["fits"]
+    refused = program(peak=90 * 10**9, refused="RESOURCE_EXHAUSTED: Used 90G of 79G hbm")
+    facts = planned(refused, decode=False)
+    assert not facts["fits"]
+    assert facts["hbm_peak_bytes"] == 90 * 10**9
+    assert "DOES NOT FIT: RESOURCE_EXHAUSTED" in command.table(facts)
+
+
+def test_the_largest_batch_is_searched_for(planned, monkeypatch):
+    sizes = []
+
+    def step(run):
+        sizes.append(run.config.data.scenes_per_batch)
+        return program(peak=(5 + 3 * sizes[-1]) * 10**9)
+
+    monkeypatch.setattr(Run, "state_bytes", lambda _: 5 * 10**9)
+    assert planned(program(), decode=False)["scenes_per_batch"] == 2
+    monkeypatch.setattr(Run, "train_step", step)
+    config = tiny(tiny_config("rooms"))
+    facts = command.plan(config, "h100:1x1", search=True, decode=False)
+    assert 22 <= facts["largest_batch"] <= 25  # 5 + 3 n of 80
+    assert facts["scenes_per_batch"] == facts["largest_batch"]
+    assert len(sizes) <= command.TRIALS + 1
 
 
 # --- Tables ---------------------------------------------------------------------------------------

@@ -109,5 +109,7 @@ def devices_of(topology: Topology) -> list:
             )
     except Exception as error:  # of whatever type the plugin raises
         reason = str(error).strip().splitlines()[0]
+        if "lockfile" in reason:
+            reason = "another process is using libtpu, which serves one at a time"
         raise UserError(f"plan: {topology.name}: the compiler refuses it: {reason}") from None
     return list(found.devices)
