@@ -215,6 +215,7 @@ def test_loops_go_round_as_often_as_start_bound_and_step_say():
     assert (gather.size, gather.bytes) == (64, 256)  # one sends its 8 x 4 bfloat16 to the other
     assert gather.place == "jit(step)/gather"
     assert (passed.kind, passed.axes, passed.bytes) == ("collective-permute", "data", 256)
+    assert passed.group == (0, 2, 4, 6)
 
 
 def test_a_trip_count_that_the_compiler_knows_and_one_that_nobody_knows():

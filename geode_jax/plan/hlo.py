@@ -337,8 +337,8 @@ def _convolution_flops(instruction: Instruction, body: Computation) -> int:
 
 def _collective(kind, instruction, body, times, mesh_shape) -> Collective:
     held = sum(shape_bytes(shape) for shape in _operand_shapes(instruction, body))
-    if kind == "collective-permute":
-        group = _pair(instruction.rest)
+    if kind == "collective-permute":  # passed on along a whole axis, mostly both ways at once
+        group = _line(_pair(instruction.rest), mesh_shape)
     else:
         group = _group(instruction.rest, math.prod(mesh_shape))
     n = len(group)
@@ -359,6 +359,14 @@ def mesh_axes(group: Sequence[int], mesh_shape: tuple[int, ...]) -> str:
     places = np.array(np.unravel_index(np.array(group), mesh_shape))
     varying = np.any(places != places[:, :1], axis=1)
     return "+".join(axis for axis, on in zip(AXES, varying, strict=True) if on)
+
+
+def _line(group: Sequence[int], mesh_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """All devices that lie as these do on the mesh axes along which these do not differ."""
+    numbers = np.arange(math.prod(mesh_shape)).reshape(mesh_shape)
+    places = np.array(np.unravel_index(np.array(group), mesh_shape))
+    index = tuple(slice(None) if len(set(p)) > 1 else p[0] for p in places.tolist())
+    return tuple(int(i) for i in numbers[index].reshape(-1))
 
 
 def _pair(rest: str) -> tuple[int, ...]:
