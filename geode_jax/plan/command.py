@@ -169,6 +169,7 @@ def _facts(run: Run, where: Topology) -> dict[str, Any]:
         **run.parameters(),
         "steps": run.steps,
         "hbm_bytes": where.chip.hbm_bytes,
+        "compiler": run.compiler,
     }
 
 
@@ -275,6 +276,7 @@ def table(facts: dict[str, Any]) -> str:
     whole = "" if facts["scenes_spread"] else ", whole on every device: the mesh does not divide it"
     lines = [
         ("topology", f"{facts['topology']}, {facts['devices']} x {facts['chip']}; mesh {mesh}"),
+        ("compiler", facts["compiler"]),
         ("assumed data", assumed),
         ("parameters", f"{facts['parameters']:,}, of which {facts['trainable']:,} learn"),
         (

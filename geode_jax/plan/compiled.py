@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import re
 import time
 import warnings
@@ -75,6 +76,7 @@ class Run:
     graph: nnx.GraphDef
     optimizer: object
     state: TrainState
+    compiler: str
     compiler_options: dict[str, bool]
 
     @property
@@ -160,7 +162,7 @@ class Run:
                 words = " ".join(str(error).split())[:400]
                 seconds = time.monotonic() - started
                 return Program(0, 0, 0, peak, words, flops, 0, (), 0, seconds)
-        memory, module = compiled.memory_analysis(), Module(compiled.as_text())
+        memory, module = compiled.memory_analysis(), Module(_text(compiled, self.compiler))
         kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
         return Program(
             arguments=memory.argument_size_in_bytes,
@@ -211,8 +213,31 @@ def make_run(
         return make_optimizer(optimizer_config, params)
 
     graph, optimizer, state = blueprint(objective, optimizer_of, mesh)
-    options = GPU_OPTIONS if devices[0].platform in ("gpu", "cuda") else {}
-    return Run(config, data, objective, mesh, optimizer_of, graph, optimizer, state, options)
+    platform = devices[0].platform
+    package = {"tpu": "libtpu", "gpu": "jax-cuda13-pjrt"}.get(platform, "jaxlib")
+    return Run(
+        config,
+        data,
+        objective,
+        mesh,
+        optimizer_of,
+        graph,
+        optimizer,
+        state,
+        compiler=f"{package} {importlib.metadata.version(package)}",
+        compiler_options=GPU_OPTIONS if platform == "gpu" else {},
+    )
+
+
+def _text(compiled, compiler: str) -> str:
+    """The compiled program; jax reads what the compiler wrote, of its own version mostly."""
+    try:
+        return compiled.as_text()
+    except Exception as error:  # of whatever type
+        raise UserError(
+            f"plan: what {compiler} compiled cannot be read by jax {jax.__version__}; the extra "
+            "plan names the version that belongs to it"
+        ) from error
 
 
 def missing_memory(error: str) -> int | None:
