@@ -61,9 +61,10 @@ class Row:
 
 
 NAMED = ("v5e:4x4", "h100:2x8", "v6e:8x8", "v5p:4x4x4", "h100:8x8")
-OTHERS = ("h100:1x1", "a100:1x8", "v5e:16x16", "v5p:8x8x8")
-"""The meshes from one chip to 512."""
-STRONG_TOPOLOGIES = ("v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4")
+OTHERS = ("h100:1x1", "a100:1x8", "h100:64x8", "v5e:16x16", "v5p:8x8x8")
+"""With these the meshes from one chip to 512."""
+SMALL_ON = ("rtx3080:1x1", "h100:1x1", "a100:1x8")
+STRONG_ON = ("h100:1x8", "h100:2x8", "h100:4x8", "h100:8x8")
 
 
 def weak(config: str, topology: str) -> Row:
@@ -79,9 +80,10 @@ def strong(config: str, topology: str) -> Row:
 def rows() -> list[Row]:
     """All, most important first."""
     found = [weak(config, topology) for config in (STUDENT, GEODE) for topology in NAMED]
-    found += [weak(SMALL, topology) for topology in ("rtx3080:1x1", "h100:1x1", "a100:1x8")]
-    found += [weak(config, topology) for topology in OTHERS for config in (STUDENT, GEODE)]
-    found += [strong(config, t) for t in STRONG_TOPOLOGIES for config in (STUDENT, GEODE)]
+    found += [weak(SMALL, topology) for topology in SMALL_ON]
+    found += [weak(config, topology) for topology in OTHERS[:3] for config in (STUDENT, GEODE)]
+    found += [strong(config, topology) for topology in STRONG_ON for config in (STUDENT, GEODE)]
+    found += [weak(config, topology) for topology in OTHERS[3:] for config in (STUDENT, GEODE)]
     return list(dict.fromkeys(found))
 
 
@@ -201,8 +203,8 @@ def sections() -> dict[str, str]:
         tpus = [row for row in chips if row.topology.startswith("v5p")]
         gpus = [row for row in chips if row.topology.startswith("h100")]
         out[f"{name} weak"] = growth(gpus) + "\n\n" + growth(tpus)
-        out[f"{name} strong"] = growth([strong(config, t) for t in STRONG_TOPOLOGIES])
-    out["small"] = table([weak(SMALL, t) for t in ("rtx3080:1x1", "h100:1x1", "a100:1x8")])
+        out[f"{name} strong"] = growth([strong(config, t) for t in STRONG_ON])
+    out["small"] = table([weak(SMALL, t) for t in SMALL_ON])
     missing = [row for row in rows() if result(row) is None]
     named = ", ".join(
         f"{row.topology} with {row.scenes} scenes of {Path(row.config).name}" for row in missing
