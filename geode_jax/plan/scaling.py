@@ -173,20 +173,26 @@ def collectives(chosen: list[Row]) -> str:
 
 
 def growth(chosen: list[Row]) -> str:
-    """Chips against the time of a step and of a scene, relative to the first that fits."""
-    out = ["| topology | chips | scenes | a step | scenes/s | of linear |", "|" + " --- |" * 6]
-    first: dict[str, Any] | None = None
+    """Chips against scenes a second, of the first row's times the chips.
+
+    Twice: with all overlapped (the longest bound is the step), and with nothing (their sum).
+    """
+    out = [
+        "| topology | chips | scenes | a step, all overlapped | of linear | nothing overlapped | "
+        "of linear |",
+        "|" + " --- |" * 7,
+    ]
+    first: dict[str, float] = {}
     for row in chosen:
         p = result(row)
         if p is None or p["bound"] is None or not p["fits"]:
             continue
-        first = first or p
-        linear = first["scenes_per_second"] * p["devices"] / first["devices"]
-        out.append(
-            f"| {row.topology} | {p['devices']} | {p['scenes_per_batch']} | "
-            f"{_milliseconds(p['step_seconds'])} | {p['scenes_per_second']:,.0f} | "
-            f"{p['scenes_per_second'] / linear:.0%} |"
-        )
+        cells = []
+        for name, seconds in (("best", p["step_seconds"]), ("worst", sum(p["seconds"].values()))):
+            rate = p["scenes_per_batch"] / seconds / p["devices"]
+            cells += [_milliseconds(seconds), f"{rate / first.setdefault(name, rate):.0%}"]
+        cells = [row.topology, str(p["devices"]), str(p["scenes_per_batch"]), *cells]
+        out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
 
 
