@@ -403,6 +403,9 @@ def test_what_the_compiler_says_where_memory_is_short():
     said = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
     said += "hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
     assert missing_memory(said) == int(20.5 * 2**30)
+    said = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+    said += "temporaries (48.00G) exceeds available HBM (15.75G)."
+    assert missing_memory(said) == 48 * 2**30
     assert missing_memory("RESOURCE_EXHAUSTED: no figures") == 0
     assert missing_memory("INVALID_ARGUMENT: 3 of 4") is None
 

@@ -244,10 +244,11 @@ def missing_memory(error: str) -> int | None:
     """Bytes that a program would have needed, by the compiler's words; None: another error."""
     if "RESOURCE_EXHAUSTED" not in error and "out of memory" not in error.lower():
         return None
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of", error)
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of|\(([\d.]+)([KMGT]?)\) exceeds", error)
     if not found:
         return 0
-    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+    number, unit = (text for text in found.groups() if text is not None)
+    return int(float(number) * 1024 ** " KMGT".index(unit or " "))
 
 
 @contextlib.contextmanager
