@@ -14,6 +14,7 @@ from flax import nnx
 from geode_jax.models.layers import LayerNorm, Mlp, Projection, param, stack
 from geode_jax.ops.attention import Intervals, attention
 from geode_jax.shapes import Array
+from geode_jax.sharding import constrain
 
 LAYER_SCALE = 0.1
 """What a LayerScale starts at."""
@@ -138,7 +139,13 @@ class InternViT(nnx.Module):
         x = self.patches(x.transpose(0, 1, 3, 2, 4, 5)).reshape(B, g * g, c.width)
         first = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (B, 1, c.width))
         x = jnp.concatenate([first, x], axis=1) + self.positions[...].astype(x.dtype)
-        return jax.lax.scan(lambda x, block: (block(x), None), x, self.blocks)[0]
+
+        def body(x, block):
+            return constrain(block(x), "batch", "length", "width"), None
+
+        # Unless it is told, the compiler spreads the frames' channels as the parameters' are, and
+        # every product is summed over all devices.
+        return jax.lax.scan(body, constrain(x, "batch", "length", "width"), self.blocks)[0]
 
 
 def pixel_shuffle(x_BghD: Array) -> jax.Array:
