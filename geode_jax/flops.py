@@ -151,14 +151,19 @@ def _convolution(eqn) -> int:
 
 def _scan(eqn, out: list[bool], trips: int) -> tuple[int, list[bool]]:
     """The body times its length. A carry is live where the next pass needs it."""
-    p = eqn.params
-    consts, carries = p["num_consts"], p["num_carry"]
-    live, body = list(out), p["jaxpr"].jaxpr
+    live, body = list(out), eqn.params["jaxpr"].jaxpr
+
+    def whole(outer, inner) -> int:
+        """How many are passed as they are, constants and carries, and not cut into steps."""
+        return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True))
+
+    carries = whole(eqn.outvars, body.outvars)
+    consts = whole(eqn.invars, body.invars) - carries
     while True:
         flops, needed = _count(body, live, trips)
         carried = [a or b for a, b in zip(live, needed[consts : consts + carries], strict=False)]
         if carried == live[:carries]:
-            return flops * p["length"], needed
+            return flops * eqn.params["length"], needed
         live[:carries] = carried
 
 
