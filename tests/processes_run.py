@@ -1,6 +1,6 @@
 """What `processes_test` starts: one process of a tiny student's run.
 
-    python -m tests.processes_run EXPORT WORKDIR STEPS [ADDRESS PROCESSES PROCESS]
+    python -m tests.processes_run EXPORT WORKDIR STEPS MESH [ADDRESS PROCESSES PROCESS]
 
 Notes in WORKDIR/seen_PROCESSES_PROCESS.jsonl which scenes of every step this process read.
 """
@@ -31,13 +31,15 @@ def note_what_is_read(path: Path) -> None:
     Pipeline.batch = batch
 
 
-def main(export: str, workdir: str, steps: str, address="", processes="1", process="0") -> None:
+def main(export: str, workdir: str, steps: str, mesh: str, *others: str) -> None:
     """See the module's docstring."""
+    address, processes, process = others or ("", "1", "0")
     if address:
         distributed.initialize(address, int(processes), int(process))
     note_what_is_read(Path(workdir) / f"seen_{processes}_{process}.jsonl")
     config = tiny_config(Path(export), steps=int(steps), checkpoint_every=3, eval_every=6)
     with config.unlocked():
+        config.mesh = tuple(map(int, mesh.split("x")))
         config.data.scenes_per_batch = 8
         config.optimizer.name = "adamw"  # compiles faster
     train_and_evaluate(config, Path(workdir))

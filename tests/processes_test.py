@@ -1,4 +1,4 @@
-"""Two processes of four devices are one of eight; one that dies ends both, and the run goes on."""
+"""Two processes of four devices are one of eight; one that dies ends both, and one goes on."""
 
 import json
 import os
@@ -44,7 +44,9 @@ def nothing_is_left_running():
         process.wait()
 
 
-def start(export: Path, workdir: Path, processes: int) -> list[subprocess.Popen]:
+def start(
+    export: Path, workdir: Path, processes: int, mesh: str = "1x8x1"
+) -> list[subprocess.Popen]:
     """A run of eight devices in all."""
     workdir.mkdir(exist_ok=True)
     with socket.socket() as s:
@@ -60,7 +62,7 @@ def start(export: Path, workdir: Path, processes: int) -> list[subprocess.Popen]
         own = [address, str(processes), str(i)] if processes > 1 else []
         with (workdir / f"output_{i}").open("a") as log:
             command = [sys.executable, "-m", "tests.processes_run"]
-            command += [str(export), str(workdir), str(STEPS), *own]
+            command += [str(export), str(workdir), str(STEPS), mesh, *own]
             started.append(
                 subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
             )
@@ -158,7 +160,7 @@ def test_a_killed_process_ends_the_other_and_one_process_goes_on(export, one_pro
     killed = time.monotonic()
     assert processes[0].wait(timeout=ENDS_WITHIN) not in (0, None)
     print(f"the other ended after {time.monotonic() - killed:.0f} s")
-    assert ended(start(export, tmp_path, 1), tmp_path) == [0]
+    assert ended(start(export, tmp_path, 1, "2x2x2"), tmp_path) == [0]
     said = (tmp_path / "output_0").read_text()
     resumed = int(said.split("resuming at step ")[1].split()[0])
     assert resumed in (3, 6)
