@@ -1,6 +1,6 @@
 """What `mesh_test` starts with eight devices: a system trained and asked on several meshes.
 
-    python -m tests.mesh_run student|geode EXPORT START OUT MESH...
+    python -m tests.mesh_run student|pretrain|align|drm|joint EXPORT START OUT MESH...
 
 Writes OUT/found.json, and OUT/MESH.hlo, the compiled step.
 """
@@ -68,7 +68,7 @@ def main(system: str, export: str, start: str, out: str, *meshes: str) -> None:
         if system == "student":
             config = tiny_config(Path(export), steps=STEPS)
         else:
-            config = tiny_geode_config("joint", Path(export), start)
+            config = tiny_geode_config(system, Path(export), start)
         with config.unlocked():
             config.train.steps = STEPS
             config.data.scenes_per_batch = SCENES

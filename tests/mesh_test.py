@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 MESHES = ("1x8x1", "2x4x1", "2x2x2", "1x1x8")
 
 
-@pytest.fixture(scope="module", params=["student", "geode"])
+@pytest.fixture(scope="module", params=["student", "joint"])
 def found(request, tmp_path_factory) -> dict:
     """What a system does on every mesh, "1x1x1" too; "hlo" is where the compiled steps are."""
     folder = tmp_path_factory.mktemp(request.param)
