@@ -24,6 +24,7 @@ from optax.assignment import hungarian_algorithm
 from geode_jax.boxes import encode_boxes, generalized_iou
 from geode_jax.correspondence import gather_views, reprojection
 from geode_jax.shapes import Array
+from geode_jax.sharding import by_scenes
 
 Pair = tuple[jax.Array, jax.Array]
 """(sum, count) of a loss, float32 scalars."""
@@ -338,7 +339,7 @@ def detection(
     yes_minus_no = _focal(logits_SMN, 1.0, 0.25, 2.0) - _focal(logits_SMN, 0.0, 0.25, 2.0)
     cost_SNM = _box_distance(boxes_SM8[:, None], target_SN8[:, :, None])
     cost_SNM += BOX_CLASS_WEIGHT * jnp.swapaxes(yes_minus_no, 1, 2)
-    query_SN = match(cost_SNM, mask_SN)
+    query_SN = by_scenes(match, cost_SNM, mask_SN)
     matched = query_SN >= 0
     # Unmatched boxes write to a column past the end, which is dropped.
     S, M = class_logits_SMc.shape[:2]

@@ -120,6 +120,24 @@ def constrain(x: Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh.shape))
 
 
+def by_scenes(function: Callable, *arrays: Array):
+    """`function(*arrays)`, on every device for its own scenes where a mesh is active.
+
+    For loops that go on until they are done: left to the compiler, every pass asks all devices
+    whether one of them is not.
+
+    Args:
+        function: of scenes that have nothing to do with each other.
+        arrays: [S, ...] each, as are the results.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    own = PartitionSpec() if mesh.empty else spec(("batch",), arrays[0].shape[:1], mesh.shape)
+    if not any(own):
+        return function(*arrays)
+    # Without the check of what varies: a loop's first carry is a constant.
+    return jax.shard_map(function, in_specs=own, out_specs=own, check_vma=False)(*arrays)
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Whole on every device, so that every process can fetch it."""
     return NamedSharding(mesh, PartitionSpec())

@@ -41,6 +41,9 @@ def main(arguments: list[str]) -> int:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count="
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        # Threads: devices that wait for each other in a collective take one each, and a device may
+        # wait in several. With fewer they have been seen to wait for ever.
+        "PJRT_NPROC": str(max(os.cpu_count() or 1, 4 * options.devices)),
         "XLA_FLAGS": f"{flags}{options.devices}".strip(),
         "PYTHONUNBUFFERED": "1",
     }

@@ -35,7 +35,9 @@ def found(request, tmp_path_factory) -> dict:
     subprocess.run(
         [sys.executable, "-m", "tests.mesh_run", request.param, str(export), str(start),
          str(folder), "1x1x1", *MESHES],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": flags},
+        # Threads enough for every device to wait in several collectives: with one a core they
+        # have been seen to wait for each other.
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": flags, "PJRT_NPROC": "32"},
         cwd=REPOSITORY,
         check=True,
     )  # fmt: skip

@@ -56,6 +56,7 @@ def start(
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + count,
+        "PJRT_NPROC": "32",  # as in mesh_test
     }
     started = []
     for i in range(processes):
