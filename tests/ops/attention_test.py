@@ -1,6 +1,7 @@
 """Against dense attention in float64 with its gradient written out."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geode_jax.ops.attention import Intervals, attention, causal, visible
+from geode_jax.ops import attention as module
+from geode_jax.ops.attention import IMPLEMENTATIONS, Intervals, attention, causal, choose, visible
 
 B, L, M, H, E = 2, 5, 7, 4, 6
 
@@ -45,94 +47,158 @@ def oracle(q, k, v, mask, g):
     return out, (d_q, d_k, d_v)
 
 
-@jax.jit
-def ours(q, k, v, intervals, g):
-    out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, intervals), q, k, v)
+@functools.partial(jax.jit, static_argnums=0)
+def ours(implementation, q, k, v, intervals, g):
+    def f(q, k, v):
+        return attention(q, k, v, intervals, implementation=implementation)
+
+    out, vjp = jax.vjp(f, q, k, v)
     return out, vjp(g)
 
 
 @functools.cache
-def arrays(kv_heads: int):
+def arrays(kv_heads: int, shape: tuple = (B, L, M, H, E), dtype=np.float32):
     random = np.random.default_rng(kv_heads)
-    shapes = (B, L, H, E), (B, M, kv_heads, E), (B, M, kv_heads, E), (B, L, H, E)
-    return tuple(random.normal(size=shape).astype(np.float32) * 1.5 for shape in shapes)
+    rows, queries, keys, heads, width = shape
+    q, k = (rows, queries, heads, width), (rows, keys, kv_heads, width)
+    shapes = q, k, k, q
+    return tuple((random.normal(size=shape) * 1.5).astype(dtype) for shape in shapes)
 
 
 column = st.integers(0, M)
 intervals_of_a_batch = st.lists(st.tuples(column, column, column), min_size=B * L, max_size=B * L)
 
 
-@given(intervals_of_a_batch, st.sampled_from([4, 2, 1]))
-@settings(max_examples=60)
-def test_values_and_gradients_against_the_oracle(rows, kv_heads):
-    intervals = Intervals(*np.array(rows, np.int32).reshape(B, L, 3).transpose(2, 0, 1))
-    q, k, v, g = arrays(kv_heads)
-    mask = dense_mask(intervals, M)
-    np.testing.assert_array_equal(visible(intervals, M), mask)
-    out, gradients = ours(q, k, v, intervals, g)
-    expected, expected_gradients = oracle(q, k, v, mask, g)
-    np.testing.assert_allclose(out, expected, atol=2e-6, rtol=1e-5)
-    for name, got, want in zip("qkv", gradients, expected_gradients, strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5, err_msg=name)
+def few_questions(random, rows: int, queries: int, keys: int) -> Intervals:
+    """Runs of queries that see a prefix and, causally, themselves; some see less, or nothing."""
+    triples = np.zeros((3, rows, queries), np.int32)
+    for i in range(rows):
+        cuts = [0, *sorted(random.integers(0, queries, 3)), queries]
+        for n, (first, stop) in enumerate(itertools.pairwise(cuts)):
+            triples[0, i, first:stop] = random.integers(0, keys // 2) * (n != 1)
+            triples[1, i, first:stop] = min(first + keys // 3, keys)
+            triples[2, i, first:stop] = np.minimum(keys // 3 + 1 + np.arange(first, stop), keys)
+            if n == 2:
+                triples[:, i, first:stop] = 0
+    return Intervals(*triples)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+class TestEveryImplementation:
+    """What each of them has to satisfy, on whatever platform the tests run."""
+
+    @given(intervals_of_a_batch, st.sampled_from([4, 2, 1]))
+    @settings(max_examples=40)
+    def test_values_and_gradients_against_the_oracle(self, implementation, rows, kv_heads):
+        intervals = Intervals(*np.array(rows, np.int32).reshape(B, L, 3).transpose(2, 0, 1))
+        q, k, v, g = arrays(kv_heads)
+        mask = dense_mask(intervals, M)
+        np.testing.assert_array_equal(visible(intervals, M), mask)
+        out, gradients = ours(implementation, q, k, v, intervals, g)
+        check(out, gradients, oracle(q, k, v, mask, g), mask, 1e-5)
+
+    # Several tiles, none of them full; the head widths of the two systems.
+    @pytest.mark.parametrize(
+        ("rows", "queries", "keys", "heads", "kv_heads", "width"),
+        [(2, 300, 700, 2, 1, 64), (1, 513, 260, 2, 2, 128), (1, 1100, 1100, 1, 1, 64)],
+    )
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_several_tiles(
+        self, implementation, rows, queries, keys, heads, kv_heads, width, dtype
+    ):
+        intervals = few_questions(np.random.default_rng(queries), rows, queries, keys)
+        q, k, v, g = arrays(kv_heads, (rows, queries, keys, heads, width), jnp.dtype(dtype))
+        mask = np.asarray(visible(intervals, keys))
+        out, gradients = ours(implementation, q, k, v, intervals, g)
+        assert {x.dtype for x in (out, *gradients)} == {jnp.dtype(dtype)}
+        check(out, gradients, oracle(q, k, v, mask, g), mask, {"float32": 2e-5}.get(dtype, 0.03))
+
+    @pytest.mark.parametrize("shared", [(0, 1, 5), (0, 0, 0)])
+    def test_one_interval_for_all_queries_of_a_row(self, implementation, shared):
+        q, k, v, g = arrays(2)
+        short = Intervals(*(np.full((B, 1), x, np.int32) for x in shared))
+        long = Intervals(*(np.broadcast_to(x, (B, L)) for x in short))
+        results = (ours(implementation, q, k, v, i, g) for i in (short, long))
+        for got, want in zip(*map(jax.tree.leaves, results), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+    def test_rows_without_keys_stay_finite_beside_huge_values(self, implementation):
+        q, k, v, g = arrays(2)
+        nothing = np.zeros((B, L), np.int32)
+        intervals = Intervals(nothing, nothing + M, nothing)
+        out, gradients = ours(implementation, q * 1e4, k * 1e4, v, intervals, g)
+        assert (np.asarray(out) == 0).all()
+        assert all((np.asarray(gradient) == 0).all() for gradient in gradients)
+
+    def test_hidden_keys_may_hold_anything_finite(self, implementation):
+        q, k, v, g = arrays(2)
+        zero = np.zeros((B, L), np.int32)
+        intervals = Intervals(zero + 1, zero + 3, zero + 5)  # keys 0, 3, 4
+        out, gradients = ours(implementation, q, k, v, intervals, g)
+        hidden = np.array([0, 1, 1, 0, 0, 1, 1], bool)[None, :, None, None]
+        k, v = np.where(hidden, 1e6, k), np.where(hidden, -1e6, v)
+        changed, changed_gradients = ours(implementation, q, k, v, intervals, g)
+        np.testing.assert_array_equal(out, changed)
+        for before, after in zip(gradients, changed_gradients, strict=True):
+            np.testing.assert_array_equal(before, after)
+
+    def test_logits_beyond_the_range_of_exp(self, implementation):
+        q, k, v, g = arrays(4)
+        whole = Intervals(*(np.full((B, L), x, np.int32) for x in (0, 0, M)))
+        out, gradients = ours(implementation, q * 30, k * 30, v, whole, g)
+        expected, _ = oracle(q * 30, k * 30, v, np.ones((B, L, M), bool), g)
+        np.testing.assert_allclose(out, expected, atol=1e-3)
+        assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+    def test_bfloat16_is_rounded_once_not_at_every_key(self, implementation):
+        keys = 600
+        random = np.random.default_rng(0)
+        q, k, v = (
+            jnp.asarray(random.normal(size=(1, n, 2, 8)), jnp.bfloat16) for n in (4, keys, keys)
+        )
+        whole = Intervals(*(np.full((1, 4), x, np.int32) for x in (0, 0, keys)))
+        out = attention(q, k, v, whole, implementation=implementation)
+        assert out.dtype == jnp.bfloat16
+        expected, _ = oracle(q, k, v, np.ones((1, 4, keys), bool), np.zeros((1, 4, 2, 8)))
+        # Values are near 0.05; a sum kept in bfloat16 would lose each weight of 1/600 beside 1.
+        np.testing.assert_allclose(out.astype(np.float32), expected, atol=3e-3)
+
+
+def check(out, gradients, expected, mask, tolerance: float) -> None:
+    """Against the oracle, relative to the largest entry; exact where nothing is seen."""
+    for name, got, want in zip("oqkv", (out, *gradients), (expected[0], *expected[1]), strict=True):
+        scale = max(1.0, np.abs(want).max())
+        got = np.asarray(got, np.float64) / scale
+        np.testing.assert_allclose(got, want / scale, atol=tolerance, err_msg=name)
     # What sees nothing says nothing, and is told nothing: exactly, not nearly.
-    blind = ~mask.any(-1)
+    blind, unseen = ~mask.any(-1), ~mask.any(1)
     assert (np.asarray(out)[blind] == 0).all() and (np.asarray(gradients[0])[blind] == 0).all()
-    unseen = ~mask.any(1)
     for gradient in gradients[1:]:
         assert (np.asarray(gradient)[unseen] == 0).all()
 
 
-@pytest.mark.parametrize("shared", [(0, 1, 5), (0, 0, 0)])
-def test_one_interval_for_all_queries_of_a_row(shared):
-    q, k, v, g = arrays(2)
-    short = Intervals(*(np.full((B, 1), x, np.int32) for x in shared))
-    long = Intervals(*(np.broadcast_to(x, (B, L)) for x in short))
-    for got, want in zip(
-        *map(jax.tree.leaves, (ours(q, k, v, short, g), ours(q, k, v, long, g))), strict=True
-    ):
-        np.testing.assert_array_equal(got, want)
+def test_the_choice_is_logged_once(caplog):
+    q, k, v, _ = arrays(2)
+    whole = Intervals(*(np.full((B, 1), x, np.int32) for x in (0, 0, M)))
+    module._say.cache_clear()
+    with caplog.at_level("INFO", logger=module.__name__):
+        for _ in range(2):
+            attention(q, k, v, whole)
+    assert [r.getMessage() for r in caplog.records] == [
+        "attention of 5 queries to 7 keys on cpu: dense"
+    ]
 
 
-def test_rows_without_keys_stay_finite_beside_huge_values():
-    q, k, v, g = arrays(2)
-    nothing = np.zeros((B, L), np.int32)
-    out, gradients = ours(q * 1e4, k * 1e4, v, Intervals(nothing, nothing + M, nothing), g)
-    assert (np.asarray(out) == 0).all()
-    assert all((np.asarray(gradient) == 0).all() for gradient in gradients)
+def test_the_choice_by_shape():
+    assert choose(1, 8192) == choose(256, 300) == "dense"
+    assert choose(1024, 1033) == "chunked"
 
 
-def test_hidden_keys_may_hold_anything_finite():
-    q, k, v, g = arrays(2)
-    zero = np.zeros((B, L), np.int32)
-    intervals = Intervals(zero + 1, zero + 3, zero + 5)  # keys 0, 3, 4
-    out, gradients = ours(q, k, v, intervals, g)
-    hidden = np.array([0, 1, 1, 0, 0, 1, 1], bool)[None, :, None, None]
-    k, v = np.where(hidden, 1e6, k), np.where(hidden, -1e6, v)
-    changed, changed_gradients = ours(q, k, v, intervals, g)
-    np.testing.assert_array_equal(out, changed)
-    for before, after in zip(gradients, changed_gradients, strict=True):
-        np.testing.assert_array_equal(before, after)
-
-
-def test_logits_beyond_the_range_of_exp():
-    q, k, v, g = arrays(4)
-    whole = Intervals(*(np.full((B, L), x, np.int32) for x in (0, 0, M)))
-    out, gradients = ours(q * 30, k * 30, v, whole, g)
-    expected, _ = oracle(q * 30, k * 30, v, np.ones((B, L, M), bool), g)
-    np.testing.assert_allclose(out, expected, atol=1e-3)
-    assert all(np.isfinite(gradient).all() for gradient in gradients)
-
-
-def test_bfloat16_is_rounded_once_not_at_every_key():
-    keys = 600
-    random = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(random.normal(size=(1, n, 2, 8)), jnp.bfloat16) for n in (4, keys, keys))
-    whole = Intervals(*(np.full((1, 4), x, np.int32) for x in (0, 0, keys)))
-    out = attention(q, k, v, whole)
-    assert out.dtype == jnp.bfloat16
-    expected, _ = oracle(q, k, v, np.ones((1, 4, keys), bool), np.zeros((1, 4, 2, 8)))
-    # Values are near 0.05; a sum kept in bfloat16 would lose each weight of 1/600 beside 1.
-    np.testing.assert_allclose(out.astype(np.float32), expected, atol=3e-3)
+def test_an_implementation_that_does_not_exist():
+    q, k, v, _ = arrays(2)
+    whole = Intervals(*(np.full((B, 1), x, np.int32) for x in (0, 0, M)))
+    with pytest.raises(ValueError, match="'flash' is none of dense, chunked"):
+        attention(q, k, v, whole, implementation="flash")
 
 
 @pytest.mark.parametrize("prefix_end", [0, 2])
