@@ -12,7 +12,7 @@ scene sharing [V][T] as their prefix are all of this form, so that one contract 
 | cross-attention to k valid vision tokens | 0 | 0 | k |
 
 Behind the one call are a dense computation, which is fast where the logits are few, and by tiles,
-with memory of O(S), plain XLA (`attention_chunked`).
+with memory of O(S), plain XLA (`attention_chunked`) and kernels for TPUs (`attention_tpu`).
 """
 
 import functools
@@ -24,13 +24,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from geode_jax import sharding
-from geode_jax.ops import attention_chunked
+from geode_jax.ops import attention_chunked, attention_tpu
 from geode_jax.ops.attention_plan import Intervals, causal, visible
 from geode_jax.shapes import Array
 
 __all__ = ["IMPLEMENTATIONS", "Intervals", "attention", "causal", "visible"]
 
-_BY_TILES: dict[str, ModuleType] = {"chunked": attention_chunked}
+_BY_TILES: dict[str, ModuleType] = {"chunked": attention_chunked, "tpu": attention_tpu}
 IMPLEMENTATIONS = ("dense", *_BY_TILES)
 
 DENSE_LOGITS = 512 * 512
@@ -67,7 +67,7 @@ def attention(
     mesh = jax.sharding.get_abstract_mesh()
     platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
     if implementation is None:
-        implementation = choose(q_BLHE.shape[1], k_BMGE.shape[1])
+        implementation = choose(platform, q_BLHE.shape[1], k_BMGE.shape[1])
         _say(implementation, platform, q_BLHE.shape[1], k_BMGE.shape[1])
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention: {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
@@ -84,7 +84,7 @@ def attention(
     return _by_tiles(_BY_TILES[implementation], mesh, q, k, v, intervals)
 
 
-def choose(queries: int, keys: int) -> str:
+def choose(platform: str, queries: int, keys: int) -> str:
     """The implementation for a shape.
 
     Few logits, and decoding, whose queries are few, go the dense way: no loop. On a CPU of 2 cores,
@@ -93,7 +93,7 @@ def choose(queries: int, keys: int) -> str:
     """
     if queries * keys < DENSE_LOGITS:
         return "dense"
-    return "chunked"
+    return "tpu" if platform == "tpu" else "chunked"
 
 
 @functools.cache

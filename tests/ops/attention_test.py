@@ -113,6 +113,13 @@ class TestEveryImplementation:
         assert {x.dtype for x in (out, *gradients)} == {jnp.dtype(dtype)}
         check(out, gradients, oracle(q, k, v, mask, g), mask, {"float32": 2e-5}.get(dtype, 0.03))
 
+    def test_tiles_that_need_no_mask(self, implementation):
+        q, k, v, g = arrays(1, (1, 300, 1030, 2, 16))
+        seen = Intervals(*(np.full((1, 1), x, np.int32) for x in (0, 3, 1029)))
+        mask = np.broadcast_to(visible(seen, 1030), (1, 300, 1030))
+        out, gradients = ours(implementation, q, k, v, seen, g)
+        check(out, gradients, oracle(q, k, v, mask, g), mask, 2e-5)
+
     @pytest.mark.parametrize("shared", [(0, 1, 5), (0, 0, 0)])
     def test_one_interval_for_all_queries_of_a_row(self, implementation, shared):
         q, k, v, g = arrays(2)
@@ -189,9 +196,10 @@ def test_the_choice_is_logged_once(caplog):
     ]
 
 
-def test_the_choice_by_shape():
-    assert choose(1, 8192) == choose(256, 300) == "dense"
-    assert choose(1024, 1033) == "chunked"
+def test_the_choice_by_platform_and_shape():
+    assert choose("tpu", 1, 8192) == choose("cpu", 256, 300) == choose("tpu", 256, 300) == "dense"
+    assert choose("cpu", 1024, 1033) == choose("gpu", 1024, 1033) == "chunked"
+    assert choose("tpu", 1024, 1033) == "tpu"
 
 
 def test_an_implementation_that_does_not_exist():
