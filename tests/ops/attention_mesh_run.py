@@ -1,6 +1,6 @@
 """Attention by tiles on eight devices, in a process that has eight; prints the differences, JSON.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.ops.attention_mesh_run
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.ops.attention_mesh_run
 """
 
 import json
@@ -33,6 +33,7 @@ def measure(mesh, implementation: str, kv_heads: int) -> dict:
     both = jax.jit(both, static_argnums=0)
     expected = both("dense", q, k, v, intervals, g)
     with jax.set_mesh(mesh):
+
         def put(x, *names):
             spec = sharding.spec(names, x.shape, mesh.shape)
             return jax.device_put(x, NamedSharding(mesh, spec))
