@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec
 
 from geode_jax import sharding
 from geode_jax.ops import attention_chunked, attention_tpu
-from geode_jax.ops.attention_plan import Intervals, causal, visible
+from geode_jax.ops.attention_plan import MASKED, Intervals, causal, visible
 from geode_jax.shapes import Array
 
 __all__ = ["IMPLEMENTATIONS", "Intervals", "attention", "causal", "visible"]
@@ -122,10 +122,6 @@ def _dense(q_BLHE: Array, k_BMGE: Array, v_BMGE: Array, intervals: Intervals) ->
     sees = (intervals.end > intervals.start) | (intervals.prefix_end > 0)
     out = jnp.where(sees[:, None, None, :, None], out / total, 0.0)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, L, H, E).astype(q_BLHE.dtype)
-
-
-MASKED = -1e30
-"""Added to the logit of a hidden key. Finite, so that a row without visible keys stays finite."""
 
 
 # --- By tiles -------------------------------------------------------------------------------------

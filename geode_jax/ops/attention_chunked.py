@@ -13,14 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from geode_jax.ops.attention_plan import SKIP, Intervals, by_tile, tile_classes, tile_size
+from geode_jax.ops.attention_plan import MASKED, SKIP, Intervals, by_tile, tile_classes, tile_size
 from geode_jax.shapes import Array
 
 BLOCK = 256
-"""Queries, and keys, of a tile."""
-
-MASKED = -1e30
-"""Logit of a hidden key. Finite, so that the difference of two is no NaN."""
+"""Queries, and keys, of a tile at most."""
 
 
 def query_tiles(x_BLHE: Array, kv_heads: int, size: int) -> jax.Array:
@@ -65,9 +62,9 @@ class _Tiled(NamedTuple):
     active: jax.Array  # bool [I, J]
 
 
-def _tiled(q, k, v, intervals: Intervals, block: int) -> _Tiled:
+def _tiled(q, k, v, intervals: Intervals) -> _Tiled:
     M, G = k.shape[1:3]
-    block_q, block_k = (tile_size(n, block, 1) for n in (q.shape[1], M))
+    block_q, block_k = (tile_size(n, BLOCK, 1) for n in (q.shape[1], M))
     intervals = Intervals(*(jnp.broadcast_to(x, q.shape[:2]) for x in intervals))
     ends = (jnp.clip(jnp.asarray(x), 0, M) for x in intervals)  # hides the keys of the padding
     rows = by_tile(Intervals(*ends), block_q)
@@ -97,15 +94,13 @@ def forward(
     k_BMGE: Array,
     v_BMGE: Array,
     intervals: Intervals,
-    block: int = BLOCK,
 ) -> tuple[jax.Array, jax.Array]:
     """Output [B, L, H, E], and the logarithm of each query's sum, fp32 [B, G, I, N].
 
     Args:
         q_BLHE, k_BMGE, v_BMGE, intervals: as of `attention.attention`.
-        block: queries, and keys, of a tile at most; no length has to be a multiple.
     """
-    t = _tiled(q_BLHE, k_BMGE, v_BMGE, intervals, block)
+    t = _tiled(q_BLHE, k_BMGE, v_BMGE, intervals)
     B, G, N, E = t.q.shape[1:]
 
     def of_queries(_, x):
@@ -154,10 +149,9 @@ def backward(
     out_BLHE: Array,
     lse: Array,
     g_BLHE: Array,
-    block: int = BLOCK,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v for cotangent g of the output; the rest is of `forward`."""
-    t = _tiled(q_BLHE, k_BMGE, v_BMGE, intervals, block)
+    t = _tiled(q_BLHE, k_BMGE, v_BMGE, intervals)
     G, scale = k_BMGE.shape[2], q_BLHE.shape[-1] ** -0.5
     block_q = t.rows.start.shape[2]
     g_tiles, out_tiles = (

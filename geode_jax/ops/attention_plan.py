@@ -53,6 +53,10 @@ def visible(intervals: Intervals, keys: int) -> jax.Array:
     return own | (key < intervals.prefix_end[..., None])
 
 
+MASKED = -1e30
+"""Logit of a hidden key. Finite, so that the difference of two is no NaN."""
+
+
 def canonical(intervals: Intervals, keys: int) -> Intervals:
     """The same visible keys as two intervals that neither overlap nor touch, within [0, keys).
 
@@ -115,13 +119,13 @@ def tile_classes(intervals: Intervals, keys: int, block_q: int, block_k: int) ->
 
 
 # How a kernel meets a pair of tiles: bits of `Schedule.how`.
-MASKED, UNMASKED, FIRST, LAST = 1, 2, 4, 8
+WITH_MASK, WITHOUT_MASK, FIRST, LAST = 1, 2, 4, 8
 
 
 class Schedule(NamedTuple):
     """The pairs of tiles that a kernel visits, those of one row of tiles after another.
 
-    A row without a pair to compute is visited once, with neither MASKED nor UNMASKED: its result
+    A row with nothing to compute is visited once, neither WITH_MASK nor WITHOUT_MASK: its result
     must be written too. Entries from `steps` on mean nothing.
     """
 
@@ -150,7 +154,7 @@ def schedule(classes: Array) -> Schedule:
     at = jnp.arange(index.size, dtype=jnp.int32)
     first = (at == 0) | (row != jnp.roll(row, 1))
     last = (at == steps - 1) | (row != jnp.roll(row, -1))
-    how = jnp.where(kind == BOUNDARY, MASKED, 0) + jnp.where(kind == INTERIOR, UNMASKED, 0)
+    how = jnp.where(kind == BOUNDARY, WITH_MASK, 0) + jnp.where(kind == INTERIOR, WITHOUT_MASK, 0)
     how = how + jnp.where(first, FIRST, 0) + jnp.where(last, LAST, 0)
     return Schedule(row, column, how.astype(jnp.int32), steps)
 

@@ -25,7 +25,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from geode_jax.ops.attention_chunked import (
-    MASKED,
     from_key_tiles,
     from_query_tiles,
     key_tiles,
@@ -34,6 +33,9 @@ from geode_jax.ops.attention_chunked import (
 from geode_jax.ops.attention_plan import (
     FIRST,
     LAST,
+    MASKED,
+    WITH_MASK,
+    WITHOUT_MASK,
     Intervals,
     Schedule,
     by_tile,
@@ -41,8 +43,6 @@ from geode_jax.ops.attention_plan import (
     tile_classes,
     tile_size,
 )
-from geode_jax.ops.attention_plan import MASKED as NEEDS_MASK
-from geode_jax.ops.attention_plan import UNMASKED as NEEDS_NONE
 from geode_jax.shapes import Array
 
 ROWS, KEYS = 1024, 512
@@ -177,8 +177,8 @@ def _visit(how, step, begin: Callable, compute: Callable, finish: Callable) -> N
     """What a visit does, by the bits of `Schedule.how`; compute(masked) for one pair of tiles."""
     bits = how[step]
     pl.when(bits & FIRST != 0)(begin)
-    pl.when(bits & NEEDS_MASK != 0)(lambda: compute(True))
-    pl.when(bits & NEEDS_NONE != 0)(lambda: compute(False))
+    pl.when(bits & WITH_MASK != 0)(lambda: compute(True))
+    pl.when(bits & WITHOUT_MASK != 0)(lambda: compute(False))
     pl.when(bits & LAST != 0)(finish)
 
 

@@ -64,7 +64,7 @@ def test_a_schedule_visits_what_is_seen_row_after_row(triples, block, inverse):
     for b, i in np.ndindex(*classes.shape[:2]):
         seen = np.flatnonzero(classes[b, i])
         for j in seen if len(seen) else [0]:
-            bits = [0, plan.MASKED, plan.UNMASKED][classes[b, i, j]]
+            bits = [0, plan.WITH_MASK, plan.WITHOUT_MASK][classes[b, i, j]]
             bits += plan.FIRST * (len(seen) == 0 or j == seen[0])
             bits += plan.LAST * (len(seen) == 0 or j == seen[-1])
             wanted.append((b * classes.shape[1] + i, j, bits))
