@@ -12,11 +12,13 @@ scene sharing [V][T] as their prefix are all of this form, so that one contract 
 | cross-attention to k valid vision tokens | 0 | 0 | k |
 
 Behind the one call are a dense computation, which is fast where the logits are few, and by tiles,
-with memory of O(S), plain XLA (`attention_chunked`) and kernels for TPUs (`attention_tpu`).
+with memory of O(S), plain XLA (`attention_chunked`), kernels for TPUs (`attention_tpu`) and, where
+asked for, for Hopper GPUs (`attention_gpu`).
 """
 
 import functools
 import logging
+import os
 from types import ModuleType
 
 import jax
@@ -24,17 +26,24 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from geode_jax import sharding
-from geode_jax.ops import attention_chunked, attention_tpu
+from geode_jax.ops import attention_chunked, attention_gpu, attention_tpu
 from geode_jax.ops.attention_plan import MASKED, Intervals, causal, visible
 from geode_jax.shapes import Array
 
 __all__ = ["IMPLEMENTATIONS", "Intervals", "attention", "causal", "visible"]
 
-_BY_TILES: dict[str, ModuleType] = {"chunked": attention_chunked, "tpu": attention_tpu}
+_BY_TILES: dict[str, ModuleType] = {
+    "chunked": attention_chunked,
+    "tpu": attention_tpu,
+    "gpu": attention_gpu,
+}
 IMPLEMENTATIONS = ("dense", *_BY_TILES)
 
 DENSE_LOGITS = 512 * 512
 """With fewer logits a head, dense is about as fast as by tiles: see `choose`."""
+
+GPU_KERNELS = "GEODE_JAX_GPU_KERNELS"
+"""Environment variable: 1 takes the kernels for Hopper, which no GPU has proven yet."""
 
 _log = logging.getLogger(__name__)
 
@@ -56,21 +65,26 @@ def attention(
         k_BMGE: keys; G divides H (grouped-query attention: head h reads key head h * G // H).
         v_BMGE: values.
         intervals: visible keys of each query, [B, L] each; [B, 1] where all queries see the same.
-        implementation: of `IMPLEMENTATIONS`; None: by `choose`.
+        implementation: of `IMPLEMENTATIONS`; None: by `choose`. "tpu" runs in an interpreter
+            elsewhere; "gpu" is for Hopper, and for half precision and a head width of 64 or 128.
 
     Returns:
         [B, L, H, E] in the dtype of the queries. A query that sees no key returns zero.
 
     Raises:
-        ValueError: there is no such implementation.
+        ValueError: there is no such implementation, or it does not know the width or type.
     """
     mesh = jax.sharding.get_abstract_mesh()
     platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    L, _, E = q_BLHE.shape[1:]
+    M = k_BMGE.shape[1]
     if implementation is None:
-        implementation = choose(platform, q_BLHE.shape[1], k_BMGE.shape[1])
-        _say(implementation, platform, q_BLHE.shape[1], k_BMGE.shape[1])
+        implementation = choose(platform, L, M, E, q_BLHE.dtype)
+        _say(implementation, platform, L, M)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention: {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "gpu" and not attention_gpu.supports(E, q_BLHE.dtype):
+        raise ValueError(f"attention: no GPU kernel for heads of width {E} in {q_BLHE.dtype}")
     if implementation == "dense":
         return _dense(q_BLHE, k_BMGE, v_BMGE, intervals)
     q, k, v = (jnp.asarray(x) for x in (q_BLHE, k_BMGE, v_BMGE))
@@ -84,8 +98,8 @@ def attention(
     return _by_tiles(_BY_TILES[implementation], mesh, q, k, v, intervals)
 
 
-def choose(platform: str, queries: int, keys: int) -> str:
-    """The implementation for a shape.
+def choose(platform: str, queries: int, keys: int, width: int, dtype) -> str:
+    """The implementation for a shape, and heads of this width in this type.
 
     Few logits, and decoding, whose queries are few, go the dense way: no loop. On a CPU of 2 cores,
     8 heads of 64, fp32, causal, forward and backward: 17 ms dense and 16 by tiles for 256 queries
@@ -93,7 +107,10 @@ def choose(platform: str, queries: int, keys: int) -> str:
     """
     if queries * keys < DENSE_LOGITS:
         return "dense"
-    return "tpu" if platform == "tpu" else "chunked"
+    if platform == "tpu":
+        return "tpu"
+    asked = platform in ("gpu", "cuda") and os.environ.get(GPU_KERNELS) == "1"
+    return "gpu" if asked and attention_gpu.supports(width, dtype) else "chunked"
 
 
 @functools.cache

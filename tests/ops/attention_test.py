@@ -92,7 +92,7 @@ def few_questions(random, rows: int, queries: int, keys: int) -> Intervals:
     return Intervals(*triples)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [i for i in IMPLEMENTATIONS if i != "gpu"])
 class TestEveryImplementation:
     """What each of them has to satisfy, on whatever platform the tests run."""
 
@@ -219,10 +219,16 @@ def test_the_choice_is_logged_once(caplog):
     ]
 
 
-def test_the_choice_by_platform_and_shape():
-    assert choose("tpu", 1, 8192) == choose("cpu", 256, 300) == choose("tpu", 256, 300) == "dense"
-    assert choose("cpu", 1024, 1033) == choose("gpu", 1024, 1033) == "chunked"
-    assert choose("tpu", 1024, 1033) == "tpu"
+def test_the_choice_by_platform_and_shape(monkeypatch):
+    kind = 64, jnp.bfloat16
+    assert {choose("tpu", 1, 8192, *kind), choose("cpu", 256, 300, *kind)} == {"dense"}
+    assert choose("tpu", 1024, 1033, *kind) == "tpu"
+    for asked in ("0", "1"):
+        monkeypatch.setenv("GEODE_JAX_GPU_KERNELS", asked)
+        assert choose("cpu", 1024, 1033, *kind) == "chunked"
+        assert choose("gpu", 1024, 1033, *kind) == {"0": "chunked", "1": "gpu"}[asked]
+        assert choose("gpu", 1024, 1033, 80, jnp.bfloat16) == "chunked"
+        assert choose("gpu", 1024, 1033, 64, jnp.float32) == "chunked"
 
 
 def test_an_implementation_that_does_not_exist():
@@ -230,6 +236,8 @@ def test_an_implementation_that_does_not_exist():
     whole = Intervals(*(np.full((B, 1), x, np.int32) for x in (0, 0, M)))
     with pytest.raises(ValueError, match="'flash' is none of dense, chunked"):
         attention(q, k, v, whole, implementation="flash")
+    with pytest.raises(ValueError, match="no GPU kernel for heads of width 6 in float32"):
+        attention(q, k, v, whole, implementation="gpu")
 
 
 @pytest.mark.parametrize("prefix_end", [0, 2])

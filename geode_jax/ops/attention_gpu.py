@@ -1,0 +1,481 @@
+"""Attention by tiles as Mosaic GPU kernels for Hopper, forward and backward.
+
+Two warpgroups compute, each 64 rows of a tile of 128; a third fetches the other side's tiles ahead
+through a ring of buffers in shared memory. The tiles that a row of tiles visits, interior ones
+first, come from the plan, so that one loop runs without a mask and a shorter one with it.
+
+The arithmetic of one pair of tiles is in functions of arrays (`online_softmax`,
+`weights_and_slopes`), which the kernels and the tests' simulator share; newer jax interprets all of
+a kernel, its barriers and copies too. Nobody has run these kernels on a GPU yet, and so `attention`
+takes them only where it is told to.
+
+Letters as in `attention_chunked`; N queries and K keys of a warpgroup's part of a pair of tiles.
+"""
+
+import functools
+import inspect
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from geode_jax.ops.attention_plan import (
+    INTERIOR,
+    MASKED,
+    SKIP,
+    Intervals,
+    by_tile,
+    tile_classes,
+)
+from geode_jax.shapes import Array
+
+TILE, PART, WARPGROUPS = 128, 64, 2
+"""Rows of a tile, and of a warpgroup's part of it: Hopper's matrix instruction has 64."""
+
+STAGES = 2
+"""Tiles that are in shared memory at a time: with head width 128, 2 x 64 KiB of 227."""
+
+WIDTHS, DTYPES = (64, 128), ("bfloat16", "float16")
+
+LOG2_E = math.log2(math.e)
+
+
+# --- The arithmetic of a pair of tiles ------------------------------------------------------------
+
+
+def hide(s, key, rows: Intervals, axis: int) -> jax.Array:
+    """Logits with hidden keys at MASKED.
+
+    Args:
+        s: [N, K] logits, or [K, N].
+        key: int32 like s, the key of each.
+        rows: [N] each.
+        axis: of s along which queries lie.
+    """
+    prefix, start, end = (jax.lax.broadcast_in_dim(x, s.shape, [axis]) for x in rows)
+    return jnp.where((key < prefix) | ((key >= start) & (key < end)), s, MASKED)
+
+
+def online_softmax(s, peak, total):
+    """One more tile of keys for the running softmax, exponents base 2.
+
+    Args:
+        s: [N, K] logits; hidden keys at MASKED.
+        peak, total: [N] the largest logit so far, MASKED before the first, and the sum.
+
+    Returns:
+        Weights [N, K] relative to the new peak, by what older sums decay [N], peak and total.
+    """
+    new = jnp.maximum(peak, jnp.max(s, axis=1))
+    # Where a query has seen no key yet, MASKED - 0 makes weights of 0, MASKED - MASKED of 1.
+    level = jnp.where(new > MASKED, new, jnp.zeros_like(new))
+    weights = jnp.exp2(s - jax.lax.broadcast_in_dim(level, s.shape, [0]))
+    decay = jnp.exp2(peak - new)
+    return weights, decay, new, total * decay + jnp.sum(weights, axis=1)
+
+
+def finish(out, peak, total):
+    """Output [N, E] of the sums, and log2 of each query's sum of exponentials; 0 where blind."""
+    sees = total > 0
+    count = jnp.where(sees, total, jnp.ones_like(total))
+    lse = jnp.where(sees, peak + jnp.log(count) * LOG2_E, jnp.zeros_like(peak))
+    return out / jax.lax.broadcast_in_dim(count, out.shape, [0]), lse
+
+
+def weights_and_slopes(s, slope_of_weights, lse, delta, axis: int):
+    """Weights and the gradient of the scaled logits, like s, with queries along `axis`."""
+    lse, delta = (jax.lax.broadcast_in_dim(x, s.shape, [axis]) for x in (lse, delta))
+    weights = jnp.exp2(s - lse)
+    return weights, weights * (slope_of_weights - delta)
+
+
+# --- The visits -----------------------------------------------------------------------------------
+
+
+class Visits(NamedTuple):
+    """For each row of tiles its columns, interior ones first, then boundary; the rest mean nothing.
+
+    column: int32 [B * rows * columns]; interior, some: int32 [B * rows], how many.
+    """
+
+    column: jax.Array
+    interior: jax.Array
+    some: jax.Array
+
+
+def visits(classes: Array) -> Visits:
+    """Of classes [B, rows, columns] by `tile_classes`, or with its tile axes swapped."""
+    rank = jnp.where(classes == INTERIOR, 0, jnp.where(classes == SKIP, 2, 1))
+    column = jnp.argsort(rank, axis=2, stable=True).astype(jnp.int32)
+    return Visits(
+        column.reshape(-1),
+        jnp.sum(rank == 0, axis=2, dtype=jnp.int32).reshape(-1),
+        jnp.sum(rank < 2, axis=2, dtype=jnp.int32).reshape(-1),
+    )
+
+
+def supports(width: int, dtype) -> bool:
+    """Whether the kernels know this head width and type of activations."""
+    return width in WIDTHS and jnp.dtype(dtype).name in DTYPES
+
+
+def _pad(x: Array, axis: int = 1) -> jax.Array:
+    """Zeros up to whole tiles."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % TILE)
+    return jnp.pad(x, widths)
+
+
+def _rows(q: Array, k: Array, intervals: Intervals) -> tuple[Intervals, jax.Array]:
+    """Intervals [B, padded L], and the classes of all pairs of tiles."""
+    intervals = Intervals(*(jnp.broadcast_to(x, q.shape[:2]) for x in intervals))
+    ends = Intervals(*(jnp.clip(x, 0, k.shape[1]) for x in intervals))  # hides padding keys
+    rows = (x.reshape(q.shape[0], -1) for x in by_tile(ends, TILE))
+    return Intervals(*rows), tile_classes(intervals, k.shape[1], TILE, TILE)
+
+
+# --- Kernels --------------------------------------------------------------------------------------
+
+
+def _kernel(body, name: str, out_type, grid: tuple[int, int, int], scratch: list):
+    """A kernel with two computing warpgroups and one that fetches, on a grid (heads, tiles, B)."""
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=grid,
+        grid_names=("head", "tile", "batch"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+    )
+
+
+def _buffer(dtype, *shape: int):
+    """Shared memory for tiles [..., rows, E], laid out as the matrix instruction reads them."""
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def _full(*, arrivals: int = 1, number: int = STAGES):
+    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
+
+
+def _matmul(shape: tuple[int, int], a, b):
+    """a @ b in fp32; b in shared memory, a there or an array."""
+
+    def multiply(acc):
+        plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def _matmul_add(sums, a, b):
+    """sums + a @ b."""
+    return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(sums))
+
+
+def _transposed(ref):
+    return ref.transpose((1, 0))
+
+
+_WHOLE = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+"""Up to jax 0.10 `load` wants an index beside the reference."""
+
+
+def _vector(ref, index, axis: int):
+    """Of global memory a value for each row (axis 0), or column (axis 1), of a product."""
+    layout = plgpu.Layout.WGMMA.reduce(1 - axis)
+    return plgpu.load(ref.at[index], *_WHOLE, layout=layout, optimized=False)
+
+
+def _iota(shape: tuple[int, int], axis: int):
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def _constant(value: float, *shape: int):
+    layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def _fetch(steps, source, rings) -> None:
+    """What the third warpgroup does: fills each ring's next buffer once both others left it.
+
+    Args:
+        steps: how many.
+        source: step -> index of the tile in the arrays.
+        rings: (array, buffers [STAGES, ...], barriers of full ones, of free ones) each.
+    """
+    plgpu.set_max_registers(40, action="decrease")
+
+    @pl.loop(0, steps)
+    def _(step):
+        slot = jax.lax.rem(step, jnp.int32(STAGES))
+        for array, buffers, full, free in rings:
+
+            @pl.when(step >= STAGES)
+            def _(free=free):
+                plgpu.barrier_wait(free.at[slot])
+
+            plgpu.copy_gmem_to_smem(array.at[source(step)], buffers.at[slot], full.at[slot])
+
+
+def _place():
+    """This program's head, tile, row of the batch and warpgroup."""
+    return tuple(jax.lax.axis_index(name) for name in ("head", "tile", "batch", "warpgroup"))
+
+
+def forward(
+    q_BLHE: Array, k_BMGE: Array, v_BMGE: Array, intervals: Intervals
+) -> tuple[jax.Array, jax.Array]:
+    """Output [B, L, H, E], and log2 of each query's sum, fp32 [B, H, padded L].
+
+    Args:
+        q_BLHE, k_BMGE, v_BMGE, intervals: as of `attention.attention`; of `WIDTHS` and `DTYPES`.
+    """
+    L = q_BLHE.shape[1]
+    rows, classes = _rows(q_BLHE, k_BMGE, intervals)
+    q, k, v = (_pad(x) for x in (q_BLHE, k_BMGE, v_BMGE))
+    B, padded, H, E = q.shape
+    tiles = _buffer(q.dtype, STAGES, TILE, E)
+    out, lse = _kernel(
+        functools.partial(_forward_kernel, H // k.shape[2], classes.shape[1:]),
+        "attention_forward",
+        [
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((B, H, padded), jnp.float32),
+        ],
+        (H, padded // TILE, B),
+        [
+            _buffer(q.dtype, WARPGROUPS, PART, E),
+            plgpu.SMEM((WARPGROUPS, PART), jnp.float32),
+            tiles,
+            tiles,
+            _full(number=WARPGROUPS),
+            _full(),
+            _full(),
+            _full(arrivals=WARPGROUPS),
+            _full(arrivals=WARPGROUPS),
+        ],
+    )(q, k, v, *rows, *visits(classes))
+    return out[:, :L], lse
+
+
+def _forward_kernel(
+    share, shape, q, k, v, prefix, start, end, column, interior, some, out, lse,
+    q_buffer, lse_buffer, k_ring, v_ring, q_full, k_full, v_full, k_free, v_free,
+):  # fmt: skip
+    head, tile, batch, warpgroup = _place()
+    at = batch * shape[0] + tile
+    E = q_buffer.shape[-1]
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def _():
+        def source(step):
+            first = column[at * shape[1] + step] * TILE
+            return batch, pl.ds(first, TILE), jax.lax.div(head, jnp.int32(share))
+
+        _fetch(some[at], source, [(k, k_ring, k_full, k_free), (v, v_ring, v_full, v_free)])
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        own = pl.ds(tile * TILE + warpgroup * PART, PART)
+        mine = q_buffer.at[warpgroup]
+        plgpu.copy_gmem_to_smem(q.at[batch, own, head], mine, q_full.at[warpgroup])
+        rows = Intervals(*(_vector(x, (batch, own), 0) for x in (prefix, start, end)))
+        plgpu.barrier_wait(q_full.at[warpgroup])
+
+        def pair(step, carry, masked: bool):
+            sums, peak, total = carry
+            slot = jax.lax.rem(step, jnp.int32(STAGES))
+            plgpu.barrier_wait(k_full.at[slot])
+            s = _matmul((PART, TILE), mine, _transposed(k_ring.at[slot])) * (E**-0.5 * LOG2_E)
+            plgpu.barrier_arrive(k_free.at[slot])
+            if masked:
+                key = _iota(s.shape, 1) + column[at * shape[1] + step] * TILE
+                s = hide(s, key, rows, 0)
+            weights, decay, peak, total = online_softmax(s, peak, total)
+            sums = sums * jax.lax.broadcast_in_dim(decay, sums.shape, [0])
+            plgpu.barrier_wait(v_full.at[slot])
+            sums = _matmul_add(sums, weights.astype(v.dtype), v_ring.at[slot])
+            plgpu.barrier_arrive(v_free.at[slot])
+            return sums, peak, total
+
+        carry = _constant(0.0, PART, E), _constant(MASKED, PART), _constant(0.0, PART)
+        plain, masked = (functools.partial(pair, masked=m) for m in (False, True))
+        carry = jax.lax.fori_loop(0, interior[at], plain, carry)
+        carry = jax.lax.fori_loop(interior[at], some[at], masked, carry)
+        result, sums = finish(*carry)
+        mine[...] = result.astype(out.dtype)
+        lse_buffer[warpgroup] = sums
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(mine, out.at[batch, own, head])
+        plgpu.copy_smem_to_gmem(lse_buffer.at[warpgroup], lse.at[batch, head, own])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def backward(
+    q_BLHE: Array,
+    k_BMGE: Array,
+    v_BMGE: Array,
+    intervals: Intervals,
+    out_BLHE: Array,
+    lse: Array,
+    g_BLHE: Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k and v for cotangent g of the output; the rest is of `forward`."""
+    L, M = q_BLHE.shape[1], k_BMGE.shape[1]
+    rows, classes = _rows(q_BLHE, k_BMGE, intervals)
+    delta = jnp.sum(g_BLHE.astype(jnp.float32) * out_BLHE.astype(jnp.float32), axis=-1)
+    delta = _pad(delta.swapaxes(1, 2), axis=2)  # [B, H, padded L]
+    q, k, v, g = (_pad(x) for x in (q_BLHE, k_BMGE, v_BMGE, g_BLHE))
+    B, padded, H, E = q.shape
+    keys, G = k.shape[1:3]
+    inputs = (q, k, v, g, lse, delta, *rows)
+    own, tiles = _buffer(q.dtype, WARPGROUPS, PART, E), _buffer(q.dtype, STAGES, TILE, E)
+    barriers = [_full(number=WARPGROUPS)] * 2 + [_full()] * 2 + [_full(arrivals=WARPGROUPS)] * 2
+    dq = _kernel(
+        functools.partial(_queries_kernel, H // G, classes.shape[1:]),
+        "attention_backward_queries",
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        (H, padded // TILE, B),
+        [own, own, tiles, tiles, *barriers],
+    )(*inputs, *visits(classes))
+    parts = _buffer(q.dtype, STAGES, PART, E)
+    dk, dv = _kernel(
+        functools.partial(_keys_kernel, H // G, classes.shape[:0:-1]),
+        "attention_backward_keys",
+        [jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2,
+        (G, keys // TILE, B),
+        [own, own, parts, parts, *barriers],
+    )(*inputs, *visits(classes.swapaxes(1, 2)))
+    return dq[:, :L], dk[:, :M], dv[:, :M]
+
+
+def _queries_kernel(
+    share, shape, q, k, v, g, lse, delta, prefix, start, end, column, interior, some, dq,
+    q_buffer, g_buffer, k_ring, v_ring, q_full, g_full, k_full, v_full, k_free, v_free,
+):  # fmt: skip
+    head, tile, batch, warpgroup = _place()
+    at = batch * shape[0] + tile
+    E = q_buffer.shape[-1]
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def _():
+        def source(step):
+            first = column[at * shape[1] + step] * TILE
+            return batch, pl.ds(first, TILE), jax.lax.div(head, jnp.int32(share))
+
+        _fetch(some[at], source, [(k, k_ring, k_full, k_free), (v, v_ring, v_full, v_free)])
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        own = pl.ds(tile * TILE + warpgroup * PART, PART)
+        my_q, my_g = q_buffer.at[warpgroup], g_buffer.at[warpgroup]
+        plgpu.copy_gmem_to_smem(q.at[batch, own, head], my_q, q_full.at[warpgroup])
+        plgpu.copy_gmem_to_smem(g.at[batch, own, head], my_g, g_full.at[warpgroup])
+        rows = Intervals(*(_vector(x, (batch, own), 0) for x in (prefix, start, end)))
+        my_lse, my_delta = (_vector(x, (batch, head, own), 0) for x in (lse, delta))
+        plgpu.barrier_wait(q_full.at[warpgroup])
+        plgpu.barrier_wait(g_full.at[warpgroup])
+
+        def pair(step, sums, masked: bool):
+            slot = jax.lax.rem(step, jnp.int32(STAGES))
+            plgpu.barrier_wait(k_full.at[slot])
+            s = _matmul((PART, TILE), my_q, _transposed(k_ring.at[slot])) * (E**-0.5 * LOG2_E)
+            if masked:
+                key = _iota(s.shape, 1) + column[at * shape[1] + step] * TILE
+                s = hide(s, key, rows, 0)
+            plgpu.barrier_wait(v_full.at[slot])
+            of_weights = _matmul((PART, TILE), my_g, _transposed(v_ring.at[slot]))
+            plgpu.barrier_arrive(v_free.at[slot])
+            _, slopes = weights_and_slopes(s, of_weights, my_lse, my_delta, 0)
+            sums = _matmul_add(sums, slopes.astype(k.dtype), k_ring.at[slot])
+            plgpu.barrier_arrive(k_free.at[slot])
+            return sums
+
+        plain, masked = (functools.partial(pair, masked=m) for m in (False, True))
+        sums = jax.lax.fori_loop(0, interior[at], plain, _constant(0.0, PART, E))
+        sums = jax.lax.fori_loop(interior[at], some[at], masked, sums)
+        my_q[...] = (sums * E**-0.5).astype(dq.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(my_q, dq.at[batch, own, head])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _keys_kernel(
+    share, shape, q, k, v, g, lse, delta, prefix, start, end, column, interior, some, dk, dv,
+    k_buffer, v_buffer, q_ring, g_ring, k_full, v_full, q_full, g_full, q_free, g_free,
+):  # fmt: skip
+    """Products are transposed, keys x queries. A step is one part of a query tile and one head."""
+    kv_head, tile, batch, warpgroup = _place()
+    at = batch * shape[0] + tile
+    E = k_buffer.shape[-1]
+    parts = TILE // PART
+    each = share * parts
+
+    def place(step):
+        """Queries and query head of a step."""
+        first = column[at * shape[1] + jax.lax.div(step, jnp.int32(each))] * TILE
+        rest = jax.lax.rem(step, jnp.int32(each))
+        head = kv_head * share + jax.lax.div(rest, jnp.int32(parts))
+        return pl.ds(first + jax.lax.rem(rest, jnp.int32(parts)) * PART, PART), head
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def _():
+        def source(step):
+            queries, head = place(step)
+            return batch, queries, head
+
+        rings = [(q, q_ring, q_full, q_free), (g, g_ring, g_full, g_free)]
+        _fetch(some[at] * each, source, rings)
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        first_key = tile * TILE + warpgroup * PART
+        own = pl.ds(first_key, PART)
+        my_k, my_v = k_buffer.at[warpgroup], v_buffer.at[warpgroup]
+        plgpu.copy_gmem_to_smem(k.at[batch, own, kv_head], my_k, k_full.at[warpgroup])
+        plgpu.copy_gmem_to_smem(v.at[batch, own, kv_head], my_v, v_full.at[warpgroup])
+        plgpu.barrier_wait(k_full.at[warpgroup])
+        plgpu.barrier_wait(v_full.at[warpgroup])
+
+        def pair(step, carry, masked: bool):
+            sum_k, sum_v = carry
+            queries, head = place(step)
+            slot = jax.lax.rem(step, jnp.int32(STAGES))
+            plgpu.barrier_wait(q_full.at[slot])
+            s = _matmul((PART, PART), my_k, _transposed(q_ring.at[slot])) * (E**-0.5 * LOG2_E)
+            if masked:
+                rows = (_vector(x, (batch, queries), 1) for x in (prefix, start, end))
+                s = hide(s, _iota(s.shape, 0) + first_key, Intervals(*rows), 1)
+            plgpu.barrier_wait(g_full.at[slot])
+            of_weights = _matmul((PART, PART), my_v, _transposed(g_ring.at[slot]))
+            sums = (_vector(x, (batch, head, queries), 1) for x in (lse, delta))
+            weights, slopes = weights_and_slopes(s, of_weights, *sums, 1)
+            sum_v = _matmul_add(sum_v, weights.astype(g.dtype), g_ring.at[slot])
+            plgpu.barrier_arrive(g_free.at[slot])
+            sum_k = _matmul_add(sum_k, slopes.astype(q.dtype), q_ring.at[slot])
+            plgpu.barrier_arrive(q_free.at[slot])
+            return sum_k, sum_v
+
+        zero = _constant(0.0, PART, E)
+        plain, masked = (functools.partial(pair, masked=m) for m in (False, True))
+        sums = jax.lax.fori_loop(0, interior[at] * each, plain, (zero, zero))
+        sums = jax.lax.fori_loop(interior[at] * each, some[at] * each, masked, sums)
+        my_k[...] = (sums[0] * E**-0.5).astype(dk.dtype)
+        my_v[...] = sums[1].astype(dv.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(my_k, dk.at[batch, own, kv_head])
+        plgpu.copy_smem_to_gmem(my_v, dv.at[batch, own, kv_head])
+        plgpu.wait_smem_to_gmem(0)
