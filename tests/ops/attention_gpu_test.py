@@ -1,7 +1,7 @@
 """The kernels for Hopper as far as they can be proven without one.
 
-Their arithmetic by a simulator of the tiles; all of them in jax's interpreter, where it has one;
-and that they lower for CUDA.
+Their arithmetic by a simulator of the tiles; all of them, with a watch for races, in jax's
+interpreter, where it has one; and that they lower for CUDA.
 """
 
 import jax
@@ -113,8 +113,12 @@ def both(q, k, v, intervals, g):
 @pytest.mark.skipif(not hasattr(plgpu, "force_gpu_interpret_mode"), reason="jax is too old")
 @pytest.mark.parametrize("shape", [(1, 200, 300, 2, 1, 64), (1, 130, 260, 1, 1, 128)])
 def test_the_kernels_in_the_interpreter(shape, monkeypatch):
-    def matmul_add(sums, a, b):  # the interpreter knows no product whose left side is in registers
-        return sums + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+    # The interpreter knows no product whose left side is in registers. Its stand-in reads shared
+    # memory as no matrix instruction does, and has to be fenced off from the next copy into it.
+    def matmul_add(sums, a, b):
+        sums = sums + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()
+        return sums
 
     monkeypatch.setattr(gpu, "_matmul_add", matmul_add)
     intervals = few_questions(np.random.default_rng(0), *shape[:3])
@@ -123,7 +127,7 @@ def test_the_kernels_in_the_interpreter(shape, monkeypatch):
     )
     q, k, v, g = arrays(*shape)
     mask = np.asarray(visible(intervals, shape[2]))
-    with plgpu.force_gpu_interpret_mode():
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         out, gradients = both(q, k, v, intervals, g)
     assert {x.dtype for x in (out, *gradients)} == {jnp.dtype(jnp.bfloat16)}
     check(out, gradients, oracle(q, k, v, mask, g), mask, 0.03)
