@@ -17,6 +17,7 @@ asked for, for Hopper GPUs (`attention_gpu`).
 """
 
 import functools
+import importlib
 import logging
 import os
 from types import ModuleType
@@ -26,18 +27,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from geode_jax import sharding
-from geode_jax.ops import attention_chunked, attention_gpu, attention_tpu
 from geode_jax.ops.attention_plan import MASKED, Intervals, causal, visible
 from geode_jax.shapes import Array
 
 __all__ = ["IMPLEMENTATIONS", "Intervals", "attention", "causal", "visible"]
 
-_BY_TILES: dict[str, ModuleType] = {
-    "chunked": attention_chunked,
-    "tpu": attention_tpu,
-    "gpu": attention_gpu,
-}
-IMPLEMENTATIONS = ("dense", *_BY_TILES)
+IMPLEMENTATIONS = ("dense", "chunked", "tpu", "gpu")
 
 DENSE_LOGITS = 512 * 512
 """With fewer logits a head, dense is about as fast as by tiles: see `choose`."""
@@ -75,27 +70,28 @@ def attention(
         ValueError: there is no such implementation, or it does not know the width or type.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    device = None if mesh.empty else mesh.abstract_device
+    platform = jax.default_backend() if device is None else device.platform
     L, _, E = q_BLHE.shape[1:]
-    M = k_BMGE.shape[1]
+    M, dtype = k_BMGE.shape[1], jnp.result_type(q_BLHE, k_BMGE, v_BMGE)
     if implementation is None:
-        implementation = choose(platform, L, M, E, q_BLHE.dtype)
+        implementation = choose(platform, L, M, E, dtype)
         _say(implementation, platform, L, M)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention: {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
-    if implementation == "gpu" and not attention_gpu.supports(E, q_BLHE.dtype):
-        raise ValueError(f"attention: no GPU kernel for heads of width {E} in {q_BLHE.dtype}")
+    if implementation == "gpu" and not _module("gpu").supports(E, dtype):
+        raise ValueError(f"attention: no GPU kernel for heads of width {E} in {dtype}")
     if implementation == "dense":
         return _dense(q_BLHE, k_BMGE, v_BMGE, intervals)
-    q, k, v = (jnp.asarray(x) for x in (q_BLHE, k_BMGE, v_BMGE))
+    q, k, v = (jnp.asarray(x, dtype) for x in (q_BLHE, k_BMGE, v_BMGE))
     intervals = Intervals(*(jnp.asarray(x, jnp.int32) for x in intervals))
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
-        return _by_tiles(_BY_TILES[implementation], None, q, k, v, intervals)
+        return _by_tiles(implementation, None, q, k, v, intervals).astype(q_BLHE.dtype)
     # Where there are more devices for heads than key heads, each device holds the one it needs.
     G, parts = k.shape[2], mesh.shape["model"]
     if parts % G == 0 and q.shape[2] % parts == 0:
         k, v = (jnp.repeat(x, parts // G, axis=2) for x in (k, v))
-    return _by_tiles(_BY_TILES[implementation], mesh, q, k, v, intervals)
+    return _by_tiles(implementation, mesh, q, k, v, intervals).astype(q_BLHE.dtype)
 
 
 def choose(platform: str, queries: int, keys: int, width: int, dtype) -> str:
@@ -110,7 +106,7 @@ def choose(platform: str, queries: int, keys: int, width: int, dtype) -> str:
     if platform == "tpu":
         return "tpu"
     asked = platform in ("gpu", "cuda") and os.environ.get(GPU_KERNELS) == "1"
-    return "gpu" if asked and attention_gpu.supports(width, dtype) else "chunked"
+    return "gpu" if asked and _module("gpu").supports(width, dtype) else "chunked"
 
 
 @functools.cache
@@ -143,17 +139,23 @@ def _dense(q_BLHE: Array, k_BMGE: Array, v_BMGE: Array, intervals: Intervals) ->
 
 # --- By tiles -------------------------------------------------------------------------------------
 
+
+def _module(implementation: str) -> ModuleType:
+    """Imported when it is needed: Pallas takes most of a second."""
+    return importlib.import_module(f"geode_jax.ops.attention_{implementation}")
+
+
 # The derivative is of the whole, outside of `shard_map`, which so never has to be transposed: that
 # would sum over devices what is whole on each.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _by_tiles(module, mesh, q, k, v, intervals: Intervals) -> jax.Array:
-    return _forward(module, mesh, q, k, v, intervals)[0]
+def _by_tiles(implementation, mesh, q, k, v, intervals: Intervals) -> jax.Array:
+    return _forward(implementation, mesh, q, k, v, intervals)[0]
 
 
-def _forward(module, mesh, q, k, v, intervals: Intervals):
-    function = module.forward
+def _forward(implementation, mesh, q, k, v, intervals: Intervals):
+    function = _module(implementation).forward
     if mesh is not None:
         row, heads, sums = _specs(mesh, q, k)
         function = jax.shard_map(
@@ -167,8 +169,8 @@ def _forward(module, mesh, q, k, v, intervals: Intervals):
     return out, (q, k, v, intervals, out, lse)
 
 
-def _backward(module, mesh, saved, g):
-    function = module.backward
+def _backward(implementation, mesh, saved, g):
+    function = _module(implementation).backward
     if mesh is not None:
         row, heads, sums = _specs(mesh, *saved[:2])
         function = jax.shard_map(

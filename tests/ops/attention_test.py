@@ -158,6 +158,14 @@ class TestEveryImplementation:
         for before, after in zip(gradients, changed_gradients, strict=True):
             np.testing.assert_array_equal(before, after)
 
+    def test_queries_in_half_precision_of_keys_in_full(self, implementation):
+        q, k, v, _ = arrays(2)
+        whole = Intervals(*(np.full((B, 1), x, np.int32) for x in (0, 0, M)))
+        out = attention(jnp.asarray(q, jnp.bfloat16), k, v, whole, implementation=implementation)
+        assert out.dtype == jnp.bfloat16
+        expected, _ = oracle(q, k, v, np.ones((B, L, M), bool), q)
+        np.testing.assert_allclose(out.astype(np.float32), expected, atol=0.03)
+
     def test_logits_beyond_the_range_of_exp(self, implementation):
         q, k, v, g = arrays(4)
         whole = Intervals(*(np.full((B, L), x, np.int32) for x in (0, 0, M)))
