@@ -1,6 +1,7 @@
 """What every test shares: no network, one compilation cache, the real data."""
 
 import os
+import signal
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,9 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keeps compiled programs between runs: compiling is most of what small tests do."""
+    # A shell's background job ignores Ctrl-C, and so would everything that tests start.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     cache = config.cache.mkdir("jax")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     oldest = time.time() - CACHE_DAYS * 24 * 3600
