@@ -228,15 +228,15 @@ def test_the_choice_is_logged_once(caplog):
 
 
 def test_the_choice_by_platform_and_shape(monkeypatch):
-    kind = 64, jnp.bfloat16
+    kind, large = (64, jnp.bfloat16), (1024, 1033)
+    monkeypatch.delenv("GEODE_JAX_TILES", raising=False)
+    assert {choose(p, *large, *kind) for p in ("tpu", "gpu", "cpu")} == {"dense"}
+    monkeypatch.setenv("GEODE_JAX_TILES", "1")
     assert {choose("tpu", 1, 8192, *kind), choose("cpu", 256, 300, *kind)} == {"dense"}
-    assert choose("tpu", 1024, 1033, *kind) == "tpu"
-    for asked in ("0", "1"):
-        monkeypatch.setenv("GEODE_JAX_GPU_KERNELS", asked)
-        assert choose("cpu", 1024, 1033, *kind) == "chunked"
-        assert choose("gpu", 1024, 1033, *kind) == {"0": "chunked", "1": "gpu"}[asked]
-        assert choose("gpu", 1024, 1033, 80, jnp.bfloat16) == "chunked"
-        assert choose("gpu", 1024, 1033, 64, jnp.float32) == "chunked"
+    platforms = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu", "cpu": "chunked"}
+    assert {p: choose(p, *large, *kind) for p in platforms} == platforms
+    assert choose("gpu", *large, 80, jnp.bfloat16) == "chunked"
+    assert choose("gpu", *large, 64, jnp.float32) == "chunked"
 
 
 def test_an_implementation_that_does_not_exist():
