@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 from geode_jax.data.tokens import Tokenizer
+from geode_jax.inference.generate import Sampling
 from geode_jax.shapes import Array, Batch
 from geode_jax.sharding import abstract_model, placed, shardings
 
@@ -43,8 +44,25 @@ class Objective(Protocol):
         """The loss of `terms`, and weights for the log; `share` = this microbatch's part."""
         ...
 
-    def answer(self, model: nnx.Module, batch: Batch, eos_id: int) -> dict[str, Array]:
-        """Greedy answers to the batch's questions: `tokens` [S, Q, A], and what `say` reads."""
+    @property
+    def looks_before_asked(self) -> bool:
+        """Whether `look` does without the questions, so that it serves whatever is asked later."""
+        ...
+
+    def look(self, model: nnx.Module, batch: Batch) -> Any:
+        """What the questions of a scene share, for `answer`."""
+        ...
+
+    def answer(
+        self,
+        model: nnx.Module,
+        looked: Any,
+        batch: Batch,
+        eos_id: int,
+        sampling: Sampling | None = None,
+    ) -> dict[str, Array]:
+        """Answers to the batch's questions, greedy without `sampling`: `tokens` [S, Q, A], and
+        what `say` reads."""
         ...
 
     def say(

@@ -418,7 +418,7 @@ class Pipeline:
         if scene_id in self.bad_scenes:
             return None
         try:
-            return self._read_tensors(scene_id)
+            return self.read_tensors(scene_id)
         except ExportError as error:
             if self.config.on_bad_scene == "stop":
                 raise
@@ -427,7 +427,12 @@ class Pipeline:
                 self.dropped["bad scene"] = len(self.bad_scenes)
             return None
 
-    def _read_tensors(self, scene_id: str) -> dict[str, np.ndarray]:
+    def read_tensors(self, scene_id: str) -> dict[str, np.ndarray]:
+        """A scene's tensors, of any split.
+
+        Raises:
+            ExportError: the scene is unknown or breaks the contract.
+        """
         tensors = self._export.read_scene(scene_id, scene_tensors(self.config.vision))
         if self.config.vision not in tensors:
             raise ExportError(f"scene {scene_id}", f"tensor {self.config.vision}", "missing")
@@ -486,17 +491,15 @@ class Pipeline:
             self._tokenizer.pad_id,
         )
 
-    def one_question(self, record: Mapping[str, Any]) -> Batch:
-        """A batch of one scene of the export, of any split, and one question about it.
+    def one_question(self, record: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> Batch:
+        """A batch of one scene and one question about it.
 
         The question need not be stored, nor fit the configured length: a longer one doubles it as
         often as it takes. It has no answer, so the batch is for answering alone.
 
         Args:
-            record: `scene_id`, `kind`, `question`, and `options` and `unit` where there are some.
-
-        Raises:
-            ExportError: the scene is unknown or breaks the contract.
+            record: `kind`, `question`, and `options` and `unit` where there are some.
+            tensors: the scene's, of `read_tensors`.
         """
         record = {**record, **dict.fromkeys(ANSWER_FIELDS, ""), "value": 0.0}
         tokenizer, config = self._tokenizer, self.config
@@ -504,7 +507,6 @@ class Pipeline:
         while length < 1 + len(tokenizer.encode(prompt(record))):
             length *= 2
         arrays = stack_questions([record], tokenizer, length, answer, config.answer_field)
-        tensors = self._read_tensors(record["scene_id"])
         columns = length + answer
         questions = lay_out_questions(arrays, [(0, 0)], tensors, 1, 1, columns, tokenizer.pad_id)
         return _stacked([(batch_rows(tensors, self.shapes), questions)])

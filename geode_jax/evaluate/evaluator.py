@@ -52,7 +52,8 @@ class Evaluator:
             return objective.total(model_of(state), sums, 1.0)[0]
 
         def answers(state, batch):
-            return objective.answer(model_of(state), batch, tokenizer.eos_id)
+            model = model_of(state)
+            return objective.answer(model, objective.look(model, batch), batch, tokenizer.eos_id)
 
         def heads(state, batch):
             true = (batch.target_depth_SVhw, batch.view_mask_SV, batch.boxes_known_S)

@@ -144,13 +144,14 @@ def _ask(arguments: argparse.Namespace) -> None:
     system = load_config(arguments.workdir).system
     if arguments.diagnostic and system != "hidden_cot":
         raise UserError(f"--diagnostic: thinking tokens are the student's, this run is {system}")
-    predictor = Predictor(arguments.workdir, rationale=arguments.rationale)
+    sampling = _sampling(arguments)
+    predictor = Predictor(arguments.workdir, rationale=arguments.rationale, int8=arguments.int8)
     if arguments.question is None:
-        _ask_own(predictor, arguments)
+        _ask_own(predictor, arguments, sampling)
         return
     text = " ".join([arguments.question, *(arguments.options or ())])
     unknown = predictor.unknown_words(text)
-    answer = predictor.answer(arguments.scene, arguments.question, arguments.options)
+    answer = predictor.answer(arguments.scene, arguments.question, arguments.options, sampling)
     if unknown:
         print(f"warning: words the model never read: {', '.join(unknown)}", file=sys.stderr)
     if arguments.json:
@@ -161,14 +162,29 @@ def _ask(arguments: argparse.Namespace) -> None:
         print(answer.shown)
 
 
-def _ask_own(predictor, arguments: argparse.Namespace) -> None:
+def _sampling(arguments: argparse.Namespace):
+    """How tokens are drawn; None: greedily."""
+    import jax
+
+    from geode_jax.inference.generate import Sampling
+
+    asked = {"temperature": arguments.temperature, "top_k": arguments.top_k}
+    asked = {k: v for k, v in (asked | {"top_p": arguments.top_p}).items() if v is not None}
+    if not asked:
+        if arguments.seed is not None:
+            raise UserError("--seed: greedy answers have none; goes with --temperature, --top-k")
+        return None
+    return Sampling(jax.random.key(arguments.seed or 0), **asked)
+
+
+def _ask_own(predictor, arguments: argparse.Namespace, sampling) -> None:
     """The questions that the export has of a scene, the model's answers beside the true ones."""
     scene_id = arguments.scene
     records = predictor.questions(scene_id)
     if not records:
         raise UserError(f"scene {scene_id}: has no question of its own; give a --question")
     for number, record in enumerate(records):
-        answer = predictor.answer(scene_id, record["question"], record.get("options"))
+        answer = predictor.answer(scene_id, record["question"], record.get("options"), sampling)
         if arguments.json:
             print(_json(scene_id, record["question"], answer))
             continue
@@ -332,6 +348,20 @@ def _positive(text: str) -> int:
     return value
 
 
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="geode-jax", description="Make data, ask a trained run, score it, convert weights."
@@ -407,6 +437,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--diagnostic", action="store_true", help="also decode the student's K thinking tokens")
     add("--rationale", action="store_true", help="GEODE: what the rationale tokens alone say")
     add("--json", action="store_true", help="an object a line: answer, kind, value, unit, box, ...")
+    add("--temperature", type=_above_zero, metavar="T", help="draw the words; default: likeliest")
+    add("--top-k", type=_positive, metavar="K", help="draw from the K likeliest words")
+    add("--top-p", type=_share, metavar="P", help="draw from the likeliest that have P together")
+    add("--seed", type=int, help="of what is drawn; default 0")
+    add("--int8", action="store_true", help="the decoder's matrices at a byte a number")
 
     add = command("evaluate", _evaluate, "score a run or a file of predictions on a benchmark")
     add("benchmark", choices=("vsi", "text"), help="vsi: VSI-Bench; text: ScanQA, SQA3D")

@@ -1,4 +1,4 @@
-"""Greedy decoding with a KV cache: one prefill, one compiled loop that stops early."""
+"""Decoding with a KV cache: one prefill, one compiled loop that stops early."""
 
 import dataclasses
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from geode_jax.models.decoder import Decoder, KeyValues, fan_out
+from geode_jax.models.decoding import by_layer, for_decoding
 from geode_jax.ops.attention import Intervals, causal
 from geode_jax.shapes import Array
 
@@ -25,9 +26,41 @@ class Generated:
     hidden_SQAD: Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Tokens drawn from the model's distribution instead of its most likely one.
+
+    Attributes:
+        key: of the random numbers (`jax.random.key`).
+        temperature: divides the logits; > 0.
+        top_k: of so many most likely tokens; 0: of all.
+        top_p: of the fewest most likely tokens that have this probability together [1904.09751].
+    """
+
+    key: Array
+    temperature: float = dataclasses.field(default=1.0, metadata={"static": True})
+    top_k: int = dataclasses.field(default=0, metadata={"static": True})
+    top_p: float = dataclasses.field(default=1.0, metadata={"static": True})
+
+    def draw(self, logits_BX: Array, step: Array) -> jax.Array:
+        """Ids [B] of the answers' token number `step`."""
+        logits = logits_BX / self.temperature
+        if self.top_k:
+            least = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))[0][..., -1:]
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        if self.top_p < 1:
+            best_first = jnp.sort(logits, axis=-1, descending=True)
+            before = jnp.cumsum(jax.nn.softmax(best_first), axis=-1) - jax.nn.softmax(best_first)
+            kept = jnp.sum(before < self.top_p, axis=-1, keepdims=True)
+            least = jnp.take_along_axis(best_first, jnp.maximum(kept - 1, 0), axis=-1)
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        return jax.random.categorical(jax.random.fold_in(self.key, step), logits)
+
+
 def generate(
     decoder: Decoder,
-    prefix: list[KeyValues],
+    prefix: list,
     prompt_SQL: Array,
     prompt_length_SQ: Array,
     *,
@@ -37,11 +70,12 @@ def generate(
     prompt_prefix: int | None = None,
     seen: list[KeyValues | None] | None = None,
     seen_length_S: Array | None = None,
+    sampling: Sampling | None = None,
 ) -> Generated:
-    """Greedy answers to left-padded prompts that share their scene's prefix.
+    """Answers to left-padded prompts that share their scene's prefix.
 
     Args:
-        decoder: the trunk.
+        decoder: the trunk; as of `for_decoding` it is read as it is.
         prefix: keys and values of the prefix embeddings, from `Decoder.run_prefix`.
         prompt_SQL: ids, left-padded.
         prompt_length_SQ: real ids of each prompt.
@@ -52,10 +86,12 @@ def generate(
             answer, and the answer see all that are valid. None: the prompt does too.
         seen: result of `Decoder.see`.
         seen_length_S: valid vision tokens.
+        sampling: None: greedy.
     """
+    decoder, prefix = for_decoding(decoder), by_layer(prefix)
     S, Q, L = prompt_SQL.shape
     B, A = S * Q, max_new_tokens
-    P = prefix[0].k.shape[2]
+    P = prefix[0][0].k.shape[1]
     pad = L - jnp.asarray(prompt_length_SQ).reshape(B)
     before = jnp.full(B, P) if prefix_length_S is None else jnp.repeat(prefix_length_S, Q)
     before = before[:, None].astype(jnp.int32)
@@ -75,8 +111,9 @@ def generate(
 
     def advance(carry):
         i, last, done, cache, tokens, states = carry
-        token = jnp.argmax(decoder.logits(last), axis=-1).astype(jnp.int32)
-        token = jnp.where(done, eos_id, token)
+        logits = decoder.logits(last)
+        token = jnp.argmax(logits, axis=-1) if sampling is None else sampling.draw(logits, i)
+        token = jnp.where(done, eos_id, token.astype(jnp.int32))
         column = P + L + i
         hidden, cache = decoder.run(
             decoder.embed(token[:, None]),

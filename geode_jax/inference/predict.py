@@ -3,18 +3,22 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 from geode_jax.data.control import BOX, control_of
 from geode_jax.data.prompts import VSI_CHOICE_KINDS
 from geode_jax.data.question_records import open_question_records
 from geode_jax.errors import UserError
+from geode_jax.inference.generate import Sampling
 from geode_jax.inference.trained import open_trained
+from geode_jax.models.decoding import with_decoding
 from geode_jax.objectives.geode import render_value
+from geode_jax.sharding import replicated
 
 _WORDINGS_OF = 200
 """So many scenes' questions teach which wording belongs to which kind of question."""
@@ -56,7 +60,9 @@ class Predictor:
     """The best checkpoint of a run (the latest where none was best yet), ready to be asked.
 
     Needs neither optimizer nor training data beyond the export's own files. The answering is
-    compiled once, with the first question; one longer than any in training compiles again.
+    compiled once, with the first question; one longer than any in training compiles again. What a
+    scene's questions share is computed with the first of them, and kept until another scene is
+    asked about.
 
     Attributes:
         workdir: of the run.
@@ -65,12 +71,13 @@ class Predictor:
         step: of training at which the checkpoint was made.
     """
 
-    def __init__(self, workdir: str | Path, *, rationale: bool = False):
+    def __init__(self, workdir: str | Path, *, rationale: bool = False, int8: bool = False):
         """Opens the checkpoint.
 
         Args:
             workdir: of the run, which may still be training.
             rationale: answer with GEODE's rationales, which a run of stage 1 does anyway.
+            int8: round the decoder's matrices to a byte a number, see `models.decoding`.
 
         Raises:
             UserError, ExportError: it is no run, has no checkpoint, its export is not here, or
@@ -83,6 +90,8 @@ class Predictor:
         self._records = open_question_records(self.export, trained.config.data.on_bad_scene)
         writes = trained.pipeline.config.answer_field == "rationale"
         self.truth_field = "rationale" if writes else "answer"
+        self._int8 = int8
+        self._last: tuple[Any, Any] = (None, None)  # what was looked at, and what was seen
 
     def questions(self, scene_id: str) -> list[dict]:
         """The question records that the export has of a scene.
@@ -98,7 +107,13 @@ class Predictor:
         records = self._records.read(scene_id)
         return [record for record in records if boxes or control_of(record) != BOX]
 
-    def answer(self, scene_id: str, question: str, options: Sequence[str] | None = None) -> Answer:
+    def answer(
+        self,
+        scene_id: str,
+        question: str,
+        options: Sequence[str] | None = None,
+        sampling: Sampling | None = None,
+    ) -> Answer:
         """The model's answer.
 
         A question worded like one of the export's is put as that one was in training: with its
@@ -109,16 +124,23 @@ class Predictor:
             scene_id: any scene of the export.
             question: one or more sentences; how they are broken into lines plays no part.
             options: of a multiple choice, "A. chair" or just "chair".
+            sampling: None: greedy.
 
         Raises:
             UserError: unknown scene, or options are needed.
         """
         record = self.record(scene_id, question, options)
-        trained = self._trained
-        with jax.set_mesh(trained.mesh):
-            batch = self._pipeline.one_question(record)
-            answers = jax.device_get(trained.evaluator.answer_batch(trained.state, batch))
-        said = trained.objective.say(answers, (0, 0), record, self._tokenizer)
+        look, answer, parameters = self._compiled
+        with jax.set_mesh(self._trained.mesh):
+            alone = scene_id if self._trained.objective.looks_before_asked else record
+            if self._last[0] != alone:
+                tensors = self._pipeline.read_tensors(scene_id)
+                batch = self._pipeline.one_question(record, tensors)
+                self._last = alone, (tensors, look(parameters, batch))
+            tensors, looked = self._last[1]
+            batch = self._pipeline.one_question(record, tensors)
+            answers = jax.device_get(answer(parameters, looked, batch, sampling))
+        said = self._trained.objective.say(answers, (0, 0), record, self._tokenizer)
         box, thinking = said.get("predicted_box"), said.get("thinking_tokens")
         value = said.get("predicted_value")
         return Answer(
@@ -159,6 +181,25 @@ class Predictor:
                 f"scene {scene_id}: not in {self.export.folder}; "
                 f"list them with: geode-jax scenes --workdir {self.workdir}"
             )
+
+    @functools.cached_property
+    def _compiled(self) -> tuple[Callable, Callable, nnx.State]:
+        """Looking at a scene, answering about it, and the parameters for both."""
+        trained, eos_id = self._trained, self._tokenizer.eos_id
+        objective = trained.objective
+        model = nnx.merge(trained.graph, trained.state.params, trained.state.frozen)
+        with jax.set_mesh(trained.mesh):
+            ready = jax.jit(functools.partial(with_decoding, int8=self._int8))(model)
+        graph, parameters = nnx.split(ready)
+
+        def look(parameters, batch):
+            return objective.look(nnx.merge(graph, parameters), batch)
+
+        def answer(parameters, looked, batch, sampling):
+            return objective.answer(nnx.merge(graph, parameters), looked, batch, eos_id, sampling)
+
+        whole = replicated(trained.mesh)
+        return jax.jit(look), jax.jit(answer, out_shardings=whole), parameters
 
     @functools.cached_property
     def _kinds(self) -> dict[str, dict]:

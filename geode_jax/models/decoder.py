@@ -131,10 +131,15 @@ class SelfAttention(nnx.Module):
     def __call__(
         self, x_BLD: Array, angles, intervals: Intervals, cache: KeyValues | None, offset: Array
     ) -> tuple[jax.Array, KeyValues]:
-        q, k, v = rotate(self.q(x_BLD), angles), rotate(self.k(x_BLD), angles), self.v(x_BLD)
+        q, k, v = self.project(x_BLD)
+        q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:
             k, v = _append(cache.k, k, offset), _append(cache.v, v, offset)
         return self.out(attention(q, k, v, intervals)), KeyValues(k, v)
+
+    def project(self, x_BLD: Array) -> list[jax.Array]:
+        """Queries [B, L, H, E], keys and values [B, L, G, E]."""
+        return [self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)]
 
 
 def _append(cache: Array, new: Array, offset: Array | int) -> jax.Array:
@@ -165,10 +170,14 @@ class FeedForward(nnx.Module):
         )
 
     def __call__(self, x: Array) -> jax.Array:
-        up = self.up(x)
-        if self.gate is None:
+        up, *gate = self.widen(x)
+        if not gate:
             return self.down(jax.nn.gelu(up, approximate=False))
-        return self.down(jax.nn.silu(self.gate(x)) * up)
+        return self.down(jax.nn.silu(gate[0]) * up)
+
+    def widen(self, x: Array) -> list[jax.Array]:
+        """The product with the matrix up, and that with the gate where there is one."""
+        return [self.up(x)] if self.gate is None else [self.up(x), self.gate(x)]
 
 
 class Block(nnx.Module):
@@ -247,6 +256,12 @@ class Stage(nnx.Module):
             x, kv = block(x, angles, intervals, layer_cache, offset)
             return constrain(x, "batch", "length", "width"), kv
 
+        if isinstance(self.blocks, nnx.List):  # as `decoding` has them
+            kvs = []
+            for layer in zip(self.blocks, cache or [None] * self.length, strict=True):
+                x_BLD, kv = body(x_BLD, layer)
+                kvs.append(kv)
+            return x_BLD, kvs
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[self.remat])
         # Without remat all that a block computes is kept; a loop would copy it into stacked arrays.
@@ -311,8 +326,8 @@ class Decoder(nnx.Module):
             x_BLD: embeddings.
             positions_BL: rotary positions, int32.
             intervals: visible keys; columns count from the cache's start where there is one.
-            cache: per stage, keys and values [layer, B, M, G, E]; the queries' own keys are
-                written at columns [offset, offset + L).
+            cache: per stage, keys and values [layer, B, M, G, E], for `decoding` [B, M, G, E] of
+                each layer; the queries' own keys are written at columns [offset, offset + L).
             offset: see `cache`.
             seen: result of `see`, for S scenes; rows are in scene order, B = S * Q.
             seen_length_S: valid vision tokens per scene; 0 = no vision.
@@ -367,14 +382,14 @@ class Decoder(nnx.Module):
 def fan_out(cache: list[KeyValues], copies: int, columns: int = 0) -> list[KeyValues]:
     """The keys and values of S prefixes, for `copies` rows each, with room for `columns` more.
 
-    [layer, S, P, G, E] becomes [layer, S * copies, P + columns, G, E]: every question of a scene
-    reads the same prefix, which was computed once.
+    [..., S, P, G, E] becomes [..., S * copies, P + columns, G, E]: every question of a scene reads
+    the same prefix, which was computed once.
     """
 
     def widen(x):
-        layer, S, P, G, E = x.shape
-        x = jnp.broadcast_to(x[:, :, None], (layer, S, copies, P, G, E))
-        x = x.reshape(layer, S * copies, P, G, E)
-        return jnp.pad(x, ((0, 0), (0, 0), (0, columns), (0, 0), (0, 0)))
+        *layer, S, P, G, E = x.shape
+        x = jnp.broadcast_to(x[..., None, :, :, :], (*layer, S, copies, P, G, E))
+        x = x.reshape(*layer, S * copies, P, G, E)
+        return jnp.pad(x, [(0, 0)] * (len(layer) + 1) + [(0, columns), (0, 0), (0, 0)])
 
     return jax.tree.map(widen, cache)

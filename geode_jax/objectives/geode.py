@@ -28,7 +28,7 @@ from geode_jax import losses
 from geode_jax.boxes import decode_boxes
 from geode_jax.data.control import base_unit
 from geode_jax.data.tokens import Tokenizer
-from geode_jax.inference.generate import before_end, generate
+from geode_jax.inference.generate import Sampling, before_end, generate
 from geode_jax.models.drh import box_loss, decode_values, value_loss
 from geode_jax.models.geode import Geode, GeodeConfig, Part, Prefix
 from geode_jax.models.packed import pick
@@ -162,15 +162,31 @@ class GeodeStage:
         cosine_S = optax.losses.cosine_similarity(spatio, embedding, epsilon=1e-6)
         return jnp.sum(jnp.where(known_S, 1 - cosine_S, 0.0)), jnp.sum(known_S, dtype=jnp.float32)
 
-    def answer(self, model: Geode, batch: Batch, eos_id: int) -> dict[str, Array]:
-        """Greedy answers to a batch's questions, at most A tokens each.
+    @property
+    def looks_before_asked(self) -> bool:
+        """Unless the rationale module reads the question."""
+        drm = self.config.model.drm
+        return drm is None or not drm.condition_on_question
+
+    def look(self, model: Geode, batch: Batch) -> Prefix:
+        """What the questions of a scene share."""
+        return model.prefix(batch, self.parts(), self.config.slots)
+
+    def answer(
+        self,
+        model: Geode,
+        prefix: Prefix,
+        batch: Batch,
+        eos_id: int,
+        sampling: Sampling | None = None,
+    ) -> dict[str, Array]:
+        """Answers to a batch's questions, at most A tokens each.
 
         Returns:
             `tokens` [S, Q, A]; with a regression head, what it reads at each of them, whether it
             is a control token or not: `values` [S, Q, A], codes as of `drh.encode_values`, and
             `boxes` [S, Q, A, 7].
         """
-        prefix = model.prefix(batch, self.parts(), self.config.slots)
         generated = generate(
             model.vlm.decoder,
             prefix.keys,
@@ -179,6 +195,7 @@ class GeodeStage:
             max_new_tokens=batch.answer_SQA.shape[-1],
             eos_id=eos_id,
             prefix_length_S=prefix.length_S,
+            sampling=sampling,
         )
         out = {"tokens": generated.tokens_SQA}
         if model.drh is not None:

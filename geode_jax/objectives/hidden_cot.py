@@ -29,9 +29,9 @@ from geode_jax import losses
 from geode_jax.boxes import decode_boxes
 from geode_jax.correspondence import correspondences
 from geode_jax.data.tokens import Tokenizer
-from geode_jax.inference.generate import Generated, before_end, generate
+from geode_jax.inference.generate import Sampling, before_end, generate
 from geode_jax.models.layers import param
-from geode_jax.models.student import Student, StudentConfig, StudentOutput
+from geode_jax.models.student import Scene, Student, StudentConfig, StudentOutput
 from geode_jax.objectives.spatial import asked_terms
 from geode_jax.shapes import Array, Batch, without_vision
 from geode_jax.train_step import Terms
@@ -92,6 +92,7 @@ class HiddenCoT:
     trainable = nnx.Param
     # Eq. 2's own value moves with the uncertainties: two evaluations of it do not compare.
     judge = "text"
+    looks_before_asked = True
 
     def build(self, rngs: nnx.Rngs) -> HiddenCoTModel:
         """The student and its log-variances."""
@@ -112,9 +113,39 @@ class HiddenCoT:
             terms |= spatial_terms(out, batch)
         return {name: pair for name, pair in terms.items() if term_of(name) in self.config.terms}
 
-    def answer(self, model: HiddenCoTModel, batch: Batch, eos_id: int) -> dict[str, Array]:
-        """`tokens` [S, Q, A] and `thinking` [S, K] of `generate_answers`."""
-        generated, thinking = generate_answers(model.student, self.prepare(batch), eos_id=eos_id)
+    def look(self, model: HiddenCoTModel, batch: Batch) -> Scene:
+        """What the questions of a scene share."""
+        return model.student.look(self.prepare(batch))
+
+    def answer(
+        self,
+        model: HiddenCoTModel,
+        scene: Scene,
+        batch: Batch,
+        eos_id: int,
+        sampling: Sampling | None = None,
+    ) -> dict[str, Array]:
+        """Answers to a batch's questions, at most A tokens each.
+
+        Returns:
+            `tokens` [S, Q, A], and the decoded thinking tokens `thinking` [S, K] of the diagnostic
+            mode (Sec. V-d): argmax over the vocabulary at the K thinking positions, never part of
+            an answer.
+        """
+        student = model.student
+        generated = generate(
+            student.decoder,
+            scene.prefix,
+            batch.question_SQL,
+            batch.question_length_SQ,
+            max_new_tokens=batch.answer_SQA.shape[-1],
+            eos_id=eos_id,
+            prompt_prefix=student.config.vision_prefix,
+            seen=scene.seen,
+            seen_length_S=scene.seen_length_S,
+            sampling=sampling,
+        )
+        thinking = jnp.argmax(student.thinking_logits(scene), axis=-1)
         return {"tokens": generated.tokens_SQA, "thinking": thinking}
 
     def say(
@@ -162,28 +193,6 @@ class HiddenCoT:
                 grouped, log_variance, self.config.log_variance_bounds, share
             )
         return total, weights
-
-
-def generate_answers(student: Student, batch: Batch, *, eos_id: int) -> tuple[Generated, jax.Array]:
-    """The student's greedy answers to a batch's questions, at most A tokens each.
-
-    Returns:
-        The answers, and the decoded thinking tokens [S, K] of the diagnostic mode (Sec. V-d):
-        argmax over the vocabulary at the K thinking positions, never part of an answer.
-    """
-    scene = student.look(batch)
-    generated = generate(
-        student.decoder,
-        scene.prefix,
-        batch.question_SQL,
-        batch.question_length_SQ,
-        max_new_tokens=batch.answer_SQA.shape[-1],
-        eos_id=eos_id,
-        prompt_prefix=student.config.vision_prefix,
-        seen=scene.seen,
-        seen_length_S=scene.seen_length_S,
-    )
-    return generated, jnp.argmax(student.thinking_logits(scene), axis=-1)
 
 
 def term_of(name: str) -> str:

@@ -142,7 +142,8 @@ class Run:
 
         def answer(state, batch):
             model = nnx.merge(self.graph, state.params, state.frozen)
-            return self.objective.answer(model, batch, self.data.eos_id)
+            looked = self.objective.look(model, batch)
+            return self.objective.answer(model, looked, batch, self.data.eos_id)
 
         step = jax.jit(answer, out_shardings=replicated(self.mesh))
         return self._compiled(step, self.data.answer_length)

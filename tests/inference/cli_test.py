@@ -38,6 +38,8 @@ def test_without_a_command_it_explains_itself(run):
         (["rooms", "--images", "0", "--out", "x"], "0 is less than 1"),
         (["rooms"], "--out"),
         (["ask", "--workdir", "x"], "--scene"),
+        (["ask", "--workdir", "x", "--scene", "y", "--temperature", "0"], "0 is no number above 0"),
+        (["ask", "--workdir", "x", "--scene", "y", "--top-p", "1.5"], "1.5 is not above 0"),
         (["scenes", "--workdir", "x", "--split", "tset"], "tset"),
         (["rgbd", "--source", "x", "--out", "y", "--grid", "3"], "--grid"),
         (["evaluate", "vsi"], "--predictions"),
@@ -132,6 +134,11 @@ def test_ask_prints_the_answer_of_the_evaluation_and_nothing_else(run, tiny_run)
     ask = ("ask", "--workdir", tiny_run.workdir, "--scene", expected["scene_id"])
     asked = run(*ask, "--question", expected["question"])
     assert asked == (0, expected["prediction"] + "\n", "")
+
+    asked = run(*ask, "--question", expected["question"], "--top-k", 1, "--seed", 3)
+    assert asked == (0, expected["prediction"] + "\n", "")
+    line = one_error(run(*ask, "--question", expected["question"], "--seed", 3))
+    assert "goes with --temperature" in line
 
     status, out, err = run(*ask, "--question", expected["question"] + " Wallaby?", "--diagnostic")
     answer, thinking = out.splitlines()

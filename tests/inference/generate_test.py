@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from geode_jax.inference.generate import Sampling, generate
 from geode_jax.models.student import Student
-from geode_jax.objectives.hidden_cot import generate_answers
 from geode_jax.ops.attention import Intervals
 from tests.tiny_models import ANSWER, QUESTION, STUDENT, materialize, tiny_batch
 
@@ -29,8 +29,21 @@ class Case:
 
 
 @jax.jit
-def answer_until(student, batch, eos_id):
-    generated, thinking = generate_answers(student, batch, eos_id=eos_id)
+def answer_until(student, batch, eos_id, sampling=None):
+    scene = student.look(batch)
+    generated = generate(
+        student.decoder,
+        scene.prefix,
+        batch.question_SQL,
+        batch.question_length_SQ,
+        max_new_tokens=ANSWER,
+        eos_id=eos_id,
+        prompt_prefix=student.config.vision_prefix,
+        seen=scene.seen,
+        seen_length_S=scene.seen_length_S,
+        sampling=sampling,
+    )
+    thinking = jnp.argmax(student.thinking_logits(scene), axis=-1)
     return generated.tokens_SQA, generated.hidden_SQAD, thinking
 
 
@@ -134,3 +147,33 @@ def test_generation_stops_when_all_have_ended():
     assert (hidden[:, :, 0] != 0).any() and (hidden[:, :, 1:] == 0).all()
     _, hidden, _ = map(np.asarray, answer_until(loud, c.batch, NEVER))
     assert (hidden != 0).any(axis=-1).all()
+
+
+LOGITS = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32))
+
+
+def drawn(times: int = 4000, **options) -> np.ndarray:
+    """How often each of four tokens is drawn, as a share."""
+    draw = jax.jit(jax.vmap(lambda i: Sampling(jax.random.key(0), **options).draw(LOGITS, i)[0]))
+    return np.bincount(np.asarray(draw(jnp.arange(times))), minlength=4) / times
+
+
+def test_tokens_are_drawn_as_often_as_the_model_says():
+    # Four standard deviations of a share of 0.5 in 4,000 draws are 0.032.
+    np.testing.assert_allclose(drawn(), [0.5, 0.3, 0.15, 0.05], atol=0.032)
+    np.testing.assert_allclose(drawn(top_k=2), [0.625, 0.375, 0, 0], atol=0.032)
+    np.testing.assert_allclose(drawn(top_p=0.79), [0.625, 0.375, 0, 0], atol=0.032)
+    np.testing.assert_allclose(drawn(top_p=0.81), [10 / 19, 6 / 19, 3 / 19, 0], atol=0.032)
+    squares = np.array([0.25, 0.09, 0.0225, 0.0025])
+    np.testing.assert_allclose(drawn(temperature=0.5), squares / squares.sum(), atol=0.032)
+    assert drawn(top_p=0.01)[0] == drawn(top_k=1)[0] == 1
+    assert drawn(top_k=9)[3] > 0  # more than there are
+
+
+def test_sampling_with_one_choice_is_greedy_and_a_key_gives_the_same_again():
+    c = case(2)
+    said = [answer_until(c.student, c.batch, NEVER, Sampling(jax.random.key(key), **how))[0]
+            for key, how in ((0, {"top_k": 1}), (0, {}), (0, {}), (1, {}))]  # fmt: skip
+    np.testing.assert_array_equal(said[0], c.tokens)
+    np.testing.assert_array_equal(said[1], said[2])
+    assert (said[1] != said[3]).any()

@@ -6,12 +6,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from geode_jax.build import pipeline_config
 from geode_jax.data.exports import Export
 from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.tokens import load_tokenizer
 from geode_jax.errors import UserError
+from geode_jax.inference.generate import Sampling
 from geode_jax.inference.predict import Answer, Predictor
 from geode_jax.inference.trained import open_run_export
 from geode_jax.objectives.geode import render_value
@@ -79,7 +81,7 @@ def test_a_single_question_is_batched_as_the_evaluation_batches_it(tiny_run):
     for [[record]], expected in test.eval_batches(1):
         # The pipeline of another split, and nothing of the record but what is asked.
         asked = {k: record[k] for k in ("scene_id", "kind", "question", "options") if k in record}
-        batch = train.one_question(asked)
+        batch = train.one_question(asked, train.read_tensors(record["scene_id"]))
         for field in dataclasses.fields(batch):
             if not field.name.startswith((*unasked, "teacher_relations")):
                 ours, theirs = getattr(batch, field.name), getattr(expected, field.name)
@@ -93,14 +95,46 @@ def test_a_single_question_is_batched_as_the_evaluation_batches_it(tiny_run):
 def test_a_question_longer_than_any_in_training_is_asked_whole(predictor):
     scene_id = predictor.export.scene_ids("test")[0]
     question = "Is the chair touching the lamp? " * 20
-    batch = predictor._pipeline.one_question(predictor.record(scene_id, question))
-    usual = predictor._pipeline.config.question_length
+    pipeline = predictor._pipeline
+    tensors = pipeline.read_tensors(scene_id)
+    batch = pipeline.one_question(predictor.record(scene_id, question), tensors)
+    usual = pipeline.config.question_length
     length = int(batch.question_length_SQ[0, 0])
     assert length > usual
     assert batch.question_SQL.shape[-1] in (2 * usual, 4 * usual)
     ids = batch.question_SQL[0, 0, -length:]
     assert predictor._tokenizer.decode(ids) == question
     assert predictor.answer(scene_id, question).text
+
+
+def test_a_scene_is_looked_at_once_for_all_its_questions(predictor, monkeypatch):
+    read, pipeline = [], predictor._pipeline
+    tensors_of = pipeline.read_tensors
+    monkeypatch.setattr(pipeline, "read_tensors", lambda i: read.append(i) or tensors_of(i))
+    first, second = predictor.export.scene_ids("train")[:2]
+    asked = [q["question"] for q in predictor.questions(first)[:3]]
+    said = [predictor.answer(first, question) for question in asked]
+    assert read == [first]
+    predictor.answer(second, "How many lamp(s) are in this room?")
+    assert [predictor.answer(first, question) for question in asked] == said
+    assert read == [first, second, first]
+
+
+def test_words_can_be_drawn_and_matrices_rounded(predictor, tiny_run):
+    scene_id = predictor.export.scene_ids("test")[0]
+    question = predictor.questions(scene_id)[0]["question"]
+    greedy = predictor.answer(scene_id, question)
+    only = Sampling(jax.random.key(0), top_k=1)
+    assert predictor.answer(scene_id, question, sampling=only) == greedy
+    hot = [
+        predictor.answer(scene_id, question, sampling=Sampling(jax.random.key(i), 50.0)).text
+        for i in range(2)
+    ]
+    assert hot[0] != hot[1]
+    rounded = Predictor(tiny_run.workdir, int8=True)
+    assert rounded.answer(scene_id, question).kind == greedy.kind
+    decoder = nnx.to_flat_state(rounded._compiled[2])
+    assert any(x[...].dtype == np.int8 for path, x in decoder if path[-1] == "kernel")
 
 
 def test_stored_questions_are_recognised_however_they_are_broken_into_lines(predictor):

@@ -276,7 +276,7 @@ def test_patches_of_no_category_are_the_last_class(model, batch):
 def test_a_value_is_read_where_its_control_token_is_the_input(model, batch):
     """What training reads at an answer's first token is what the head says of a generated one."""
     objective = stage("joint")
-    out = jax.jit(lambda m, b: objective.answer(m, b, EOS_ID))(model, batch)
+    out = jax.jit(lambda m, b: objective.answer(m, objective.look(m, b), b, EOS_ID))(model, batch)
     # The same tokens as if they were the answers.
     packed = batch.packed_SMR.reshape(2, -1).copy()
     column = batch.answer_column_SQA[:, :2, 1]

@@ -28,7 +28,6 @@ from geode_jax.objectives.hidden_cot import (
     HiddenCoT,
     HiddenCoTConfig,
     HiddenCoTModel,
-    generate_answers,
 )
 from geode_jax.shapes import Batch, without_vision
 from geode_jax.weights import load_pretrained
@@ -134,9 +133,9 @@ def test_the_students_twin_computes_what_the_student_computes(torch, trained, ba
     @jax.jit
     def ours(model, batch):
         student = model.student
-        answers, thinking = generate_answers(student, batch, eos_id=EOS_ID)
+        out = OBJECTIVE.answer(model, student.look(batch), batch, EOS_ID)
         logits = student.decoder.logits(student.read(student.look(batch), batch)[0])
-        return logits, answers.tokens_SQA, thinking, OBJECTIVE.perceive(model, batch)
+        return logits, out["tokens"], out["thinking"], OBJECTIVE.perceive(model, batch)
 
     for shown in (batch, without_vision(batch)):
         logits, tokens, thinking, heads = ours(trained, shown)
@@ -207,7 +206,7 @@ def test_geodes_twin_computes_what_geode_computes(torch, batch, tmp_path, config
     def ours(model, batch):
         states = model.read(batch, model.prefix(batch, parts))
         logits = model.vlm.decoder.logits(pick(states, batch.answer_column_SQA))
-        return logits, objective.answer(model, batch, EOS_ID)
+        return logits, objective.answer(model, objective.look(model, batch), batch, EOS_ID)
 
     logits, out = ours(model, batch)
     prompts, mask, answers = text_of(torch, batch)

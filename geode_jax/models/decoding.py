@@ -1,0 +1,150 @@
+"""The decoder as answering reads it: every matrix once for every token.
+
+A token at a time, the work is to fetch the weights. So each block has arrays of its own (a slice of
+stacked ones is copied for every token) in the activations' dtype (training keeps float32), matrices
+that read the same input are one, and on many devices they are gathered over `fsdp` once instead of
+for every token: a device holds the whole decoder, but for what `model` divides.
+
+With `int8`, the blocks' matrices take a byte a number, and a scale for each of their columns, as
+vectors are quantised in LLM.int8() [2208.07339, Sec. 2.1]; weights alone, rounded to nearest.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from geode_jax.models.decoder import Decoder, FeedForward, KeyValues, SelfAttention
+from geode_jax.models.layers import Projection
+from geode_jax.shapes import Array
+from geode_jax.sharding import constrain
+
+LARGEST = 127
+"""Of int8, the same on both sides of zero."""
+
+
+class Matrix(nnx.Module):
+    """Projections of one input as one matrix [inputs, outputs], side by side."""
+
+    def __init__(self, *projections: Projection, int8: bool):
+        inputs = projections[0].contracted
+        self.rows = math.prod(projections[0].kernel.shape[:inputs])
+        self.contracted = inputs
+        flat = [p.kernel[...].reshape(self.rows, -1) for p in projections]
+        self.ends = [sum(x.shape[1] for x in flat[: i + 1]) for i in range(len(flat) - 1)]
+        kernel = jnp.concatenate(flat, axis=1)
+        kernel, scale = _rounded(kernel) if int8 else (kernel, None)
+        self.kernel = nnx.Param(kernel)
+        self.scale = None if scale is None else nnx.Param(scale)
+        biases = [p.bias[...].reshape(-1) for p in projections if p.bias is not None]
+        self.bias = nnx.Param(jnp.concatenate(biases)) if biases else None
+
+    def __call__(self, x: Array) -> list[jax.Array]:
+        """The results [..., outputs] of each projection."""
+        x = x.reshape(*x.shape[: x.ndim - self.contracted], self.rows)
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.scale is not None:
+            y = (y * self.scale[...]).astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        return jnp.split(y, self.ends, axis=-1)
+
+
+def _rounded(kernel: Array) -> tuple[jax.Array, jax.Array]:
+    """int8 numbers, and the step between them of each column."""
+    scale = jnp.max(jnp.abs(kernel.astype(jnp.float32)), axis=0) / LARGEST
+    return jnp.round(kernel / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8), scale
+
+
+class FusedAttention(SelfAttention):
+    """Query, key and value as one matrix."""
+
+    def __init__(self, own: SelfAttention, *, int8: bool):
+        self.shapes = [p.kernel.shape[1:] for p in (own.q, own.k, own.v)]
+        self.qkv = Matrix(own.q, own.k, own.v, int8=int8)
+        self.back = Matrix(own.out, int8=int8)
+
+    def project(self, x_BLD: Array) -> list[jax.Array]:
+        parts = self.qkv(x_BLD)
+        return [
+            p.reshape(*p.shape[:-1], *shape) for p, shape in zip(parts, self.shapes, strict=True)
+        ]
+
+    def out(self, x_BLHE: Array) -> jax.Array:
+        return self.back(x_BLHE)[0]
+
+
+class FusedFeedForward(FeedForward):
+    """Gate and up as one matrix."""
+
+    def __init__(self, own: FeedForward, *, int8: bool):
+        self.ups = Matrix(*([own.up] if own.gate is None else [own.up, own.gate]), int8=int8)
+        self.back = Matrix(own.down, int8=int8)
+
+    def widen(self, x: Array) -> list[jax.Array]:
+        return self.ups(x)
+
+    def down(self, x: Array) -> jax.Array:
+        return self.back(x)[0]
+
+
+def for_decoding(decoder: Decoder, *, int8: bool = False) -> Decoder:
+    """The same decoder as decoding reads it; itself where it is that already.
+
+    Where heads are spread (mesh axis `model`), a block's matrices stay apart, since side by side
+    they would lie on other devices than their parts.
+
+    Args:
+        decoder: as training has it.
+        int8: see the module's docstring.
+
+    Raises:
+        ValueError: `int8` where heads are spread.
+    """
+    if isinstance(decoder.stages[0].blocks, nnx.List):
+        return decoder
+    mesh = jax.sharding.get_abstract_mesh()
+    spread = not mesh.empty and mesh.shape["model"] > 1
+    if spread and int8:
+        raise ValueError("decoding: int8 matrices are not spread over the mesh axis model")
+    graph, state = nnx.split(decoder)
+    ready = nnx.merge(graph, _gathered(state, decoder.config.dtype))
+    for stage in ready.stages:
+        blocks = [jax.tree.map(lambda x, i=i: x[i], stage.blocks) for i in range(stage.length)]
+        for block in blocks if not spread else []:
+            block.attention = FusedAttention(block.attention, int8=int8)
+            block.mlp = FusedFeedForward(block.mlp, int8=int8)
+        stage.blocks = nnx.List(blocks)
+    return ready
+
+
+def with_decoding(model: nnx.Module, *, int8: bool = False) -> nnx.Module:
+    """A model with each decoder in it as of `for_decoding`; the model itself is changed."""
+    for _, module in list(nnx.iter_modules(model)):
+        for name, part in list(vars(module).items()):
+            if isinstance(part, Decoder):
+                setattr(module, name, for_decoding(part, int8=int8))
+    return model
+
+
+def _gathered(state: nnx.State, dtype: str) -> nnx.State:
+    """Matrices whole over fsdp, in the activations' dtype; norms and biases as they are."""
+
+    def gathered(path, variable):
+        names = variable.get_metadata().get("out_sharding")
+        if path[-1] not in ("kernel", "embedding"):
+            return variable
+        x = variable[...].astype(dtype)
+        return variable.replace(constrain(x, *(None if n == "embed" else n for n in names)))
+
+    flat = nnx.to_flat_state(state)
+    return nnx.from_flat_state([(path, gathered(path, v)) for path, v in flat])
+
+
+def by_layer(cache: list) -> list[list[KeyValues]]:
+    """Per stage, the keys and values [B, M, G, E] of each block; of stacked ones, or of such."""
+    return [
+        stage if isinstance(stage, list) else [KeyValues(*kv) for kv in zip(*stage, strict=True)]
+        for stage in cache
+    ]
