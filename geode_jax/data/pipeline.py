@@ -190,6 +190,13 @@ def measure_lengths(
     return summaries
 
 
+class OneScene(NamedTuple):
+    """A scene's tensors, and its rows of a batch of one."""
+
+    tensors: dict[str, np.ndarray]
+    rows: dict[str, np.ndarray]
+
+
 class Pipeline:
     """Batches of one split of an export; any number of threads may ask for them.
 
@@ -418,7 +425,7 @@ class Pipeline:
         if scene_id in self.bad_scenes:
             return None
         try:
-            return self.read_tensors(scene_id)
+            return self._read_tensors(scene_id)
         except ExportError as error:
             if self.config.on_bad_scene == "stop":
                 raise
@@ -427,12 +434,7 @@ class Pipeline:
                 self.dropped["bad scene"] = len(self.bad_scenes)
             return None
 
-    def read_tensors(self, scene_id: str) -> dict[str, np.ndarray]:
-        """A scene's tensors, of any split.
-
-        Raises:
-            ExportError: the scene is unknown or breaks the contract.
-        """
+    def _read_tensors(self, scene_id: str) -> dict[str, np.ndarray]:
         tensors = self._export.read_scene(scene_id, scene_tensors(self.config.vision))
         if self.config.vision not in tensors:
             raise ExportError(f"scene {scene_id}", f"tensor {self.config.vision}", "missing")
@@ -491,7 +493,16 @@ class Pipeline:
             self._tokenizer.pad_id,
         )
 
-    def one_question(self, record: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> Batch:
+    def one_scene(self, scene_id: str) -> OneScene:
+        """A scene, of any split, to be asked about.
+
+        Raises:
+            ExportError: the scene is unknown or breaks the contract.
+        """
+        tensors = self._read_tensors(scene_id)
+        return OneScene(tensors, stack_rows([batch_rows(tensors, self.shapes)]))
+
+    def one_question(self, record: Mapping[str, Any], scene: OneScene) -> Batch:
         """A batch of one scene and one question about it.
 
         The question need not be stored, nor fit the configured length: a longer one doubles it as
@@ -499,7 +510,7 @@ class Pipeline:
 
         Args:
             record: `kind`, `question`, and `options` and `unit` where there are some.
-            tensors: the scene's, of `read_tensors`.
+            scene: of `one_scene`.
         """
         record = {**record, **dict.fromkeys(ANSWER_FIELDS, ""), "value": 0.0}
         tokenizer, config = self._tokenizer, self.config
@@ -507,9 +518,9 @@ class Pipeline:
         while length < 1 + len(tokenizer.encode(prompt(record))):
             length *= 2
         arrays = stack_questions([record], tokenizer, length, answer, config.answer_field)
-        columns = length + answer
-        questions = lay_out_questions(arrays, [(0, 0)], tensors, 1, 1, columns, tokenizer.pad_id)
-        return _stacked([(batch_rows(tensors, self.shapes), questions)])
+        columns, pad_id = length + answer, tokenizer.pad_id
+        questions = lay_out_questions(arrays, [(0, 0)], scene.tensors, 1, 1, columns, pad_id)
+        return Batch(**_suffixed(scene.rows | stack_rows([questions])))
 
     # --- Iterating --------------------------------------------------------------------------------
 

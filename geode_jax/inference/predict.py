@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from geode_jax.data.control import BOX, control_of
+from geode_jax.data.pipeline import OneScene
 from geode_jax.data.prompts import VSI_CHOICE_KINDS
 from geode_jax.data.question_records import open_question_records
 from geode_jax.errors import UserError
@@ -56,6 +57,23 @@ class Answer:
         return named | {k: v for k in more if (v := getattr(self, k)) is not None}
 
 
+@dataclasses.dataclass
+class _Scene:
+    """The scene that was asked about last.
+
+    Attributes:
+        scene_id: its name.
+        records: its own questions.
+        arrays: as the model reads them.
+        looked: what its questions share, once one was asked.
+    """
+
+    scene_id: str
+    records: list[dict]
+    arrays: OneScene
+    looked: Any = None
+
+
 class Predictor:
     """The best checkpoint of a run (the latest where none was best yet), ready to be asked.
 
@@ -91,7 +109,7 @@ class Predictor:
         writes = trained.pipeline.config.answer_field == "rationale"
         self.truth_field = "rationale" if writes else "answer"
         self._int8 = int8
-        self._last: tuple[Any, Any] = (None, None)  # what was looked at, and what was seen
+        self._last: _Scene | None = None
 
     def questions(self, scene_id: str) -> list[dict]:
         """The question records that the export has of a scene.
@@ -102,10 +120,7 @@ class Predictor:
         Raises:
             UserError: unknown scene.
         """
-        self._check_scene(scene_id)
-        boxes = self._pipeline.config.controls is not None
-        records = self._records.read(scene_id)
-        return [record for record in records if boxes or control_of(record) != BOX]
+        return list(self._scene(scene_id).records)
 
     def answer(
         self,
@@ -131,14 +146,14 @@ class Predictor:
         """
         record = self.record(scene_id, question, options)
         look, answer, parameters = self._compiled
+        scene = self._scene(scene_id)
+        batch = self._pipeline.one_question(record, scene.arrays)
         with jax.set_mesh(self._trained.mesh):
-            alone = scene_id if self._trained.objective.looks_before_asked else record
-            if self._last[0] != alone:
-                tensors = self._pipeline.read_tensors(scene_id)
-                batch = self._pipeline.one_question(record, tensors)
-                self._last = alone, (tensors, look(parameters, batch))
-            tensors, looked = self._last[1]
-            batch = self._pipeline.one_question(record, tensors)
+            looked = scene.looked
+            if looked is None:
+                looked = look(parameters, batch)
+            if self._trained.objective.looks_before_asked:
+                scene.looked = looked
             answers = jax.device_get(answer(parameters, looked, batch, sampling))
         said = self._trained.objective.say(answers, (0, 0), record, self._tokenizer)
         box, thinking = said.get("predicted_box"), said.get("thinking_tokens")
@@ -175,12 +190,19 @@ class Predictor:
         unknown = self._tokenizer.unk_id
         return [word for word in words if unknown in self._tokenizer.encode(" " + word)]
 
-    def _check_scene(self, scene_id: str) -> None:
-        if scene_id not in self.export.scene_ids():
-            raise UserError(
-                f"scene {scene_id}: not in {self.export.folder}; "
-                f"list them with: geode-jax scenes --workdir {self.workdir}"
-            )
+    def _scene(self, scene_id: str) -> _Scene:
+        """All there is of a scene; that of the last one is kept."""
+        if self._last is None or self._last.scene_id != scene_id:
+            if scene_id not in self.export.scene_ids():
+                raise UserError(
+                    f"scene {scene_id}: not in {self.export.folder}; "
+                    f"list them with: geode-jax scenes --workdir {self.workdir}"
+                )
+            boxes = self._pipeline.config.controls is not None
+            records = self._records.read(scene_id)
+            records = [record for record in records if boxes or control_of(record) != BOX]
+            self._last = _Scene(scene_id, records, self._pipeline.one_scene(scene_id))
+        return self._last
 
     @functools.cached_property
     def _compiled(self) -> tuple[Callable, Callable, nnx.State]:

@@ -53,7 +53,12 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
-        y = jnp.tensordot(x, kernel, axes=self.contracted)
+        inputs, outputs = kernel.shape[: self.contracted], kernel.shape[self.contracted :]
+        rows = x.shape[: x.ndim - self.contracted]
+        # One axis of rows: for the kernel's gradient, which sums over them, XLA's CPU compiler
+        # would else write what was computed from x a second time, transposed.
+        y = jnp.tensordot(x.reshape(-1, *inputs), kernel, axes=self.contracted)
+        y = y.reshape(*rows, *outputs)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -13,7 +13,7 @@ scene sharing [V][T] as their prefix are all of this form, so that one contract 
 
 Behind the one call are a dense computation, which is fast where the logits are few, and by tiles,
 with memory of O(S), plain XLA (`attention_chunked`), kernels for TPUs (`attention_tpu`) and for
-Hopper GPUs (`attention_gpu`), which are taken where `TILES` asks for them.
+Hopper GPUs (`attention_gpu`), which are taken where `GPU_KERNELS` asks for them.
 """
 
 import functools
@@ -37,9 +37,8 @@ IMPLEMENTATIONS = ("dense", "chunked", "tpu", "gpu")
 DENSE_LOGITS = 512 * 512
 """With fewer logits a head, dense is about as fast as by tiles: see `choose`."""
 
-TILES = "GEODE_JAX_TILES"
-"""Environment variable: 1 works by tiles where logits are many. Not without being asked, before a
-step of full size has been compiled with them for every platform, and run."""
+GPU_KERNELS = "GEODE_JAX_GPU_KERNELS"
+"""Environment variable: 1 takes the kernels for GPUs, which no GPU has run yet."""
 
 _log = logging.getLogger(__name__)
 
@@ -102,12 +101,12 @@ def choose(platform: str, queries: int, keys: int, width: int, dtype) -> str:
     8 heads of 64, fp32, causal, forward and backward: 17 ms dense and 16 by tiles for 256 queries
     and keys, 133 and 86 for 768, 252 and 160 for 1,024; 337 and 354 for 16 rows of 256.
     """
-    if queries * keys < DENSE_LOGITS or os.environ.get(TILES) != "1":
+    if queries * keys < DENSE_LOGITS:
         return "dense"
-    if platform == "tpu":
-        return "tpu"
-    on_gpu = platform in ("gpu", "cuda") and _module("gpu").supports(width, dtype)
-    return "gpu" if on_gpu else "chunked"
+    if platform not in ("gpu", "cuda"):
+        return "tpu" if platform == "tpu" else "chunked"
+    wanted = os.environ.get(GPU_KERNELS) == "1" and _module("gpu").supports(width, dtype)
+    return "gpu" if wanted else "dense"
 
 
 @functools.cache

@@ -161,8 +161,7 @@ def test_rationales_can_be_learned(geode_export, tokenizer, config):
 def test_a_question_to_be_answered_holds_no_control_token(geode_export, tokenizer, config, field):
     pipeline = Pipeline(geode_export, tokenizer, changed(config, answer_field=field), "train")
     record = {"scene_id": "scene004", "kind": "object_size_estimation", "question": "How long?"}
-    tensors = pipeline.read_tensors(record["scene_id"])
-    batch = pipeline.one_question(record | {"unit": "cm"}, tensors)
+    batch = pipeline.one_question(record | {"unit": "cm"}, pipeline.one_scene("scene004"))
     assert batch.image_SVhw3.shape == (1, 3, *IMAGE, 3)
     assert not {*config.controls} & {*batch.answer_SQA.flat, *batch.packed_SMR.flat}
     assert batch.base_unit_SQ == np.float32(0.01)

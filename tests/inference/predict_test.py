@@ -81,7 +81,7 @@ def test_a_single_question_is_batched_as_the_evaluation_batches_it(tiny_run):
     for [[record]], expected in test.eval_batches(1):
         # The pipeline of another split, and nothing of the record but what is asked.
         asked = {k: record[k] for k in ("scene_id", "kind", "question", "options") if k in record}
-        batch = train.one_question(asked, train.read_tensors(record["scene_id"]))
+        batch = train.one_question(asked, train.one_scene(record["scene_id"]))
         for field in dataclasses.fields(batch):
             if not field.name.startswith((*unasked, "teacher_relations")):
                 ours, theirs = getattr(batch, field.name), getattr(expected, field.name)
@@ -96,8 +96,8 @@ def test_a_question_longer_than_any_in_training_is_asked_whole(predictor):
     scene_id = predictor.export.scene_ids("test")[0]
     question = "Is the chair touching the lamp? " * 20
     pipeline = predictor._pipeline
-    tensors = pipeline.read_tensors(scene_id)
-    batch = pipeline.one_question(predictor.record(scene_id, question), tensors)
+    scene = pipeline.one_scene(scene_id)
+    batch = pipeline.one_question(predictor.record(scene_id, question), scene)
     usual = pipeline.config.question_length
     length = int(batch.question_length_SQ[0, 0])
     assert length > usual
@@ -109,8 +109,8 @@ def test_a_question_longer_than_any_in_training_is_asked_whole(predictor):
 
 def test_a_scene_is_looked_at_once_for_all_its_questions(predictor, monkeypatch):
     read, pipeline = [], predictor._pipeline
-    tensors_of = pipeline.read_tensors
-    monkeypatch.setattr(pipeline, "read_tensors", lambda i: read.append(i) or tensors_of(i))
+    one_scene = pipeline.one_scene
+    monkeypatch.setattr(pipeline, "one_scene", lambda i: read.append(i) or one_scene(i))
     first, second = predictor.export.scene_ids("train")[:2]
     asked = [q["question"] for q in predictor.questions(first)[:3]]
     said = [predictor.answer(first, question) for question in asked]

@@ -1,6 +1,6 @@
 """Attention, and a training step with it, compiled for TPUs that are not there; prints JSON.
 
-GEODE_JAX_TILES=1 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m tests.ops.attention_compile_run
+JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m tests.ops.attention_compile_run
 """
 
 import dataclasses

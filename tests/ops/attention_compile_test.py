@@ -18,7 +18,6 @@ KERNELS = ["attention_backward_keys", "attention_backward_queries", "attention_f
 def test_kernels_compile_for_tpus():
     alone = {
         "JAX_PLATFORMS": "cpu",
-        "GEODE_JAX_TILES": "1",
         "TPU_SKIP_MDS_QUERY": "1",
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }

@@ -229,14 +229,14 @@ def test_the_choice_is_logged_once(caplog):
 
 def test_the_choice_by_platform_and_shape(monkeypatch):
     kind, large = (64, jnp.bfloat16), (1024, 1033)
-    monkeypatch.delenv("GEODE_JAX_TILES", raising=False)
-    assert {choose(p, *large, *kind) for p in ("tpu", "gpu", "cpu")} == {"dense"}
-    monkeypatch.setenv("GEODE_JAX_TILES", "1")
+    monkeypatch.delenv("GEODE_JAX_GPU_KERNELS", raising=False)
     assert {choose("tpu", 1, 8192, *kind), choose("cpu", 256, 300, *kind)} == {"dense"}
-    platforms = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu", "cpu": "chunked"}
+    platforms = {"tpu": "tpu", "gpu": "dense", "cuda": "dense", "cpu": "chunked"}
     assert {p: choose(p, *large, *kind) for p in platforms} == platforms
-    assert choose("gpu", *large, 80, jnp.bfloat16) == "chunked"
-    assert choose("gpu", *large, 64, jnp.float32) == "chunked"
+    monkeypatch.setenv("GEODE_JAX_GPU_KERNELS", "1")
+    assert {choose(p, *large, *kind) for p in ("gpu", "cuda")} == {"gpu"}
+    assert choose("gpu", *large, 80, jnp.bfloat16) == "dense"
+    assert choose("gpu", *large, 64, jnp.float32) == "dense"
 
 
 def test_an_implementation_that_does_not_exist():

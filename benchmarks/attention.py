@@ -1,0 +1,141 @@
+"""Masked attention by tiles against PyTorch's with the same mask: time, and memory as rows grow.
+
+    python -m benchmarks.attention [--rounds 7]
+
+The mask is that of packed questions behind a prefix: four segments of a row, each causal and seeing
+the first eighth of the keys. PyTorch is given it as a boolean array, the only form its
+`scaled_dot_product_attention` takes such a mask in. fp32, 8 heads of 64, one row; forward and
+backward. Memory is what a process of its own grows by at its peak.
+"""
+
+import argparse
+import multiprocessing
+import resource
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import torch
+
+from benchmarks import ledger
+from geode_jax.build import keep_freed_memory
+from geode_jax.ops.attention import Intervals, attention, visible
+
+HEADS, WIDTH, SEGMENTS = 8, 64, 4
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+
+
+def intervals(length: int) -> Intervals:
+    """Of packed questions, [1, length]."""
+    column = np.arange(length, dtype=np.int32)[None]
+    start = column // (length // SEGMENTS) * (length // SEGMENTS)
+    return Intervals(np.full_like(column, length // 8), start, column + 1)
+
+
+def arrays(length: int) -> list[np.ndarray]:
+    """q, k, v and the cotangent, [1, length, HEADS, WIDTH]."""
+    random = np.random.default_rng(0)
+    return [random.standard_normal((1, length, HEADS, WIDTH), np.float32) for _ in range(4)]
+
+
+def ours(length: int, implementation: str | None = None) -> Callable[[], list]:
+    """Output and gradients, compiled."""
+
+    @jax.jit
+    def both(q, k, v, g, rows):
+        def f(q, k, v):
+            return attention(q, k, v, rows, implementation=implementation)
+
+        out, vjp = jax.vjp(f, q, k, v)
+        return [out, *vjp(g)]
+
+    args = *map(jax.numpy.asarray, arrays(length)), intervals(length)
+    return lambda: jax.block_until_ready(both(*args))
+
+
+def theirs(length: int) -> Callable[[], list]:
+    """The same of PyTorch."""
+    q, k, v, g = (torch.tensor(x).transpose(1, 2).contiguous() for x in arrays(length))
+    mask = torch.tensor(np.array(visible(intervals(length), length)))[:, None]
+
+    def both():
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask)
+        out.backward(g)
+        return [out.detach(), *(x.grad for x in inputs)]
+
+    return both
+
+
+def check(length: int) -> None:
+    """Outputs and gradients agree within 1e-4 of the largest number."""
+    for a, b in zip(ours(length)(), theirs(length)(), strict=True):
+        b = b.transpose(1, 2).numpy()
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
+
+
+def _grown(side: str, length: int, send) -> None:
+    """Megabytes that a process grows by between small rows, which load all it needs, and these."""
+    torch.set_num_threads(ledger.threads())
+    make = {"ours": ours, "theirs": theirs}[side]
+    make(1024)()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    make(length)()
+    send.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def peak_memory(side: str, length: int) -> float:
+    """Of a new process, in megabytes."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_grown, args=(side, length, queue))
+    process.start()
+    grown = queue.get(timeout=600)
+    process.join()
+    return grown
+
+
+def main() -> None:
+    """Measures, prints a table and writes `attention.json`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(ledger.threads())
+    rows, memory = [], {"ours": [], "theirs": []}
+    for length in LENGTHS:
+        check(length)
+        shape = [1, length, HEADS, WIDTH]
+        times = ledger.alternate(ours(length), theirs(length), arguments.rounds)
+        name = "attention to packed segments, forward and backward"
+        rows.append(ledger.row(name, *times, unit="s", dtype="float32", shape=shape))
+        print(ledger.table(rows)[-1], flush=True)
+    for length in LENGTHS[2:]:
+        grown = {side: [peak_memory(side, length) for _ in range(3)] for side in memory}
+        for side, found in grown.items():
+            memory[side].append(sorted(found)[1])
+        name = "its memory, beyond a row of 1,024"
+        rows.append(
+            ledger.row(
+                name,
+                grown["ours"],
+                grown["theirs"],
+                unit="MB",
+                dtype="float32",
+                shape=[1, length, HEADS, WIDTH],
+            )
+        )
+        print(ledger.table(rows)[-1], flush=True)
+    growth = {side: m[-1] / m[-2] for side, m in memory.items()}
+    ledger.write(
+        "attention",
+        rows,
+        [
+            f"from rows of {LENGTHS[-2]} to {LENGTHS[-1]} memory grows {growth['ours']:.1f} times "
+            f"(ours) and {growth['theirs']:.1f} times (theirs)"
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

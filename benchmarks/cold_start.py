@@ -1,0 +1,61 @@
+"""From nothing to a trained step, without and with a compilation cache.
+
+    python -m benchmarks.cold_start [--rounds 3]
+
+The laptop student on a handful of rooms, two steps and their evaluation, in a process of its own
+each time: Python and its imports, opening the data, compiling, or reading what was compiled before.
+"Ours" is a run with a warm cache, "theirs" the same run with an empty one.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import ledger
+
+SMALL = {
+    "data.rooms_scenes": 16,
+    "train.steps": 2,
+    "train.eval_every": 2,
+    "train.checkpoint_every": 2,
+    "eval.val_scenes": 1,
+    "eval.test_scenes": 1,
+}
+
+
+def start(root: Path, cache: Path, run: str) -> None:
+    """A whole run of two steps, with as little evaluation as there can be."""
+    options = [f"--config.{name}={value}" for name, value in SMALL.items()]
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "geode_jax.main", "--config=configs/hidden_cot.py"),
+            *(f"--workdir={root / run}", f"--config.data.root={root / 'data'}", *options),
+        ],
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
+        check=True,
+        capture_output=True,
+    )
+
+
+def main() -> None:
+    """Measures, prints a table and writes `cold_start.json`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    warm, cold = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        start(root, root / "warm", "first")  # makes the rooms and fills the cache
+        for i in range(arguments.rounds):
+            cold.append(ledger.seconds(lambda i=i: start(root, root / f"cold{i}", f"cold run {i}")))
+            warm.append(ledger.seconds(lambda i=i: start(root, root / "warm", f"warm run {i}")))
+    name = "a run of two steps and its evaluation, cache warm against empty"
+    row = ledger.row(name, warm, cold, unit="s", dtype="float32", shape=[2])
+    ledger.write("cold_start", [row])
+
+
+if __name__ == "__main__":
+    main()
