@@ -1,4 +1,4 @@
-"""Our decoder against the same one of transformers, with the same weights: reading, learning, saying.
+"""Our decoder against transformers' with the same weights: reading, learning, saying.
 
     python -m benchmarks.language_model [--rounds 7] [--compiled]
 

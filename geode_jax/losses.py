@@ -85,8 +85,16 @@ def cross_entropy(logits_X: Array, labels: Array, mask: Array) -> Pair:
     return _masked_sum(logsumexp(logits_X, axis=-1) - picked, mask)
 
 
+def token_cross_entropy(label_score: Array, lse: Array, mask: Array) -> Pair:
+    """The same of the label's logit and the log-sum-exp of all, [...]; see `ops.cross_entropy`."""
+    mask = _mask(mask, lse.shape)
+    return _masked_sum(_keep(lse, mask) - _keep(label_score, mask), mask)
+
+
 def distillation(
-    logits_X: Array,
+    score_k: Array,
+    lse: Array,
+    rest: Array | None,
     topk_id_k: Array,
     topk_logprob_k: Array,
     mask: Array,
@@ -102,40 +110,35 @@ def distillation(
     paper writes cross-entropy: the same gradient.
 
     Args:
-        logits_X: [..., X].
+        score_k: [..., k], the student's logits of the listed tokens, of `ops.cross_entropy`.
+        lse: [...], log-sum-exp of all its logits.
+        rest: [...], of all but the listed, -inf where there are none; read at temperature 1 only.
         topk_id_k: int [..., k], distinct; an entry with a negative id or log-probability -inf is
             padding.
         topk_logprob_k: [..., k], normalised over the whole vocabulary at temperature 1.
         mask: [...]; positions without any entry are not counted.
         temperature: T > 0, a Python number.
     """
-    X, k = logits_X.shape[-1], topk_id_k.shape[-1]
-    mask = _mask(mask, logits_X.shape[:-1])
-    if k == 0:
-        return jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
+    mask = _mask(mask, lse.shape)
     entry = mask[..., None] & (topk_id_k >= 0) & jnp.isfinite(topk_logprob_k)
     mask = jnp.any(entry, axis=-1)
-    logits_X = _keep(logits_X, mask)
-    logprob_k = _keep(topk_logprob_k, entry)
-    listed_k = jnp.take_along_axis(logits_X, jnp.where(entry, topk_id_k, 0), axis=-1)
+    score_k, logprob_k = _keep(score_k, entry), _keep(topk_logprob_k, entry)
     if temperature != 1.0:
         # Finite, so that a row without entries stays finite too.
         teacher_k = jax.nn.log_softmax(jnp.where(entry, logprob_k / temperature, -1e30))
-        student_k = jax.nn.log_softmax(jnp.where(entry, listed_k / temperature, -1e30))
+        student_k = jax.nn.log_softmax(jnp.where(entry, score_k / temperature, -1e30))
         kl_k = jnp.exp(teacher_k) * (teacher_k - student_k)
         return _masked_sum(temperature**2 * jnp.sum(jnp.where(entry, kl_k, 0.0), -1), mask)
     prob_k = jnp.where(entry, jnp.exp(logprob_k), 0.0)
     # Rounded (float16) log-probabilities may add up to a little more than 1.
     excess = jnp.maximum(jnp.sum(prob_k, -1, keepdims=True), 1.0)
     prob_k, logprob_k = prob_k / excess, logprob_k - jnp.log(excess)
-    log_z = logsumexp(logits_X, axis=-1)
-    kl = jnp.sum(prob_k * jnp.where(entry, logprob_k - (listed_k - log_z[..., None]), 0.0), -1)
-    # The student's tail from the other logits themselves: 1 - sum(listed) would cancel.
-    dropped = jnp.where(entry, topk_id_k, X)
-    rest_X = jnp.put_along_axis(logits_X, dropped, -jnp.inf, -1, inplace=False, mode="drop")
+    lse = _keep(lse, mask)
+    kl = jnp.sum(prob_k * jnp.where(entry, logprob_k - (score_k - lse[..., None]), 0.0), -1)
+    # The student's tail is of the other logits themselves: 1 - sum(listed) would cancel.
     tail = jnp.maximum(1.0 - jnp.sum(prob_k, axis=-1), 0.0)
-    has_tail = (tail > 0) & (jnp.max(rest_X, axis=-1) > -jnp.inf)
-    log_tail = logsumexp(jnp.where(has_tail[..., None], rest_X, 0.0), axis=-1) - log_z
+    has_tail = mask & (tail > 0) & (rest > -jnp.inf)
+    log_tail = _keep(rest, has_tail) - lse
     teacher_log_tail = jnp.log(jnp.where(has_tail, tail, 1.0))
     kl += jnp.where(has_tail, tail * (teacher_log_tail - log_tail), 0.0)
     return _masked_sum(kl, mask)

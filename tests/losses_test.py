@@ -11,6 +11,7 @@ from scipy import optimize, special, stats
 
 from geode_jax import losses
 from geode_jax.boxes import decode_boxes, encode_boxes, generalized_iou
+from geode_jax.ops import cross_entropy
 
 detect = jax.jit(losses.detection)
 match = jax.jit(losses.match)
@@ -54,13 +55,38 @@ def align(part):
     return lambda *arrays: losses.feature_alignment(**{part: arrays})[part]
 
 
+def distillation(logits_X, ids, logprobs, mask, temperature=1.0):
+    """Of logits that a head which does nothing makes of themselves."""
+    *between, X = logits_X.shape
+    k = ids.shape[-1]
+    paid = jnp.broadcast_to(
+        jnp.asarray(mask).reshape(np.shape(mask) + (1,) * (len(between) - np.ndim(mask))), between
+    )
+    own = jnp.where(jnp.isfinite(logprobs), ids, -1).reshape(1, -1, k)
+    scores = cross_entropy.scores(
+        jnp.reshape(logits_X, (1, -1, X)), jnp.eye(X), own, paid.reshape(1, -1), tied=False, rest=0
+    )
+    scores = [x.reshape(*between, *x.shape[2:]) for x in scores]
+    return losses.distillation(*scores, ids, logprobs, mask, temperature)
+
+
+def text_cross_entropy(logits_X, labels, mask):
+    """The same."""
+    X = logits_X.shape[-1]
+    scores = cross_entropy.scores(
+        logits_X, jnp.eye(X), labels[..., None], jnp.asarray(mask), tied=True
+    )
+    return losses.token_cross_entropy(scores.listed_STk[..., 0], scores.lse_ST, mask)
+
+
 # name: (loss of (student, *targets, mask), student, targets), for masks [3, 5].
 _full, _ids, _logprobs = draw_topk(9, 4, 3, 5)
 MASKED = {
     "cross_entropy": (losses.cross_entropy, draw(3, 5, 9), [draw_ids(9, 3, 5)]),
-    "distillation": (losses.distillation, draw(3, 5, 9), [_ids, _logprobs]),
+    "token_cross_entropy": (text_cross_entropy, draw(3, 5, 9), [draw_ids(9, 3, 5)]),
+    "distillation": (distillation, draw(3, 5, 9), [_ids, _logprobs]),
     "distillation at 2": (
-        lambda *a: losses.distillation(*a, temperature=2.0),
+        lambda *a: distillation(*a, temperature=2.0),
         draw(3, 5, 9),
         [_ids, _logprobs],
     ),
@@ -189,7 +215,7 @@ def test_distillation_at_temperature_1_is_the_kl_with_one_bucket_for_the_tail():
     p_k, q_k = np.exp(logprobs.astype(np.float64)), np.take_along_axis(q, ids, -1)
     p = np.concatenate([p_k, 1 - p_k.sum(-1, keepdims=True)], -1)
     q = np.concatenate([q_k, 1 - q_k.sum(-1, keepdims=True)], -1)
-    total, _ = losses.distillation(logits, ids, logprobs, mask)
+    total, _ = distillation(logits, ids, logprobs, mask)
     assert float(total) == pytest.approx(stats.entropy(p[mask], q[mask], axis=-1).sum(), rel=1e-5)
     whole = stats.entropy(np.exp(full[mask]), special.softmax(logits[mask], axis=-1), axis=-1).sum()
     assert float(total) < whole
@@ -203,7 +229,7 @@ def test_distillation_over_the_whole_vocabulary_is_the_full_kl_at_every_temperat
         q = special.softmax(logits / temperature, axis=-1)
         expected = temperature**2 * stats.entropy(p, q, axis=-1).sum()
         total, grad_count, grad = value_and_grad(
-            lambda logits, t=temperature: losses.distillation(logits, ids, logprobs, True, t),
+            lambda logits, t=temperature: distillation(logits, ids, logprobs, True, t),
             logits,
         )
         assert total == pytest.approx(expected, rel=1e-5)
@@ -217,7 +243,7 @@ def test_distillation_at_other_temperatures_renormalises_over_the_top_k():
     logits, mask = draw(3, 5, 9), draw_mask(3, 5)
     p = special.softmax(logprobs / 3.0, axis=-1)[mask]
     q = special.softmax(np.take_along_axis(logits, ids, -1) / 3.0, axis=-1)[mask]
-    total, _ = losses.distillation(logits, ids, logprobs, mask, temperature=3.0)
+    total, _ = distillation(logits, ids, logprobs, mask, temperature=3.0)
     assert float(total) == pytest.approx(9.0 * stats.entropy(p, q, axis=-1).sum(), rel=1e-5)
 
 
@@ -225,7 +251,7 @@ def test_distillation_at_other_temperatures_renormalises_over_the_top_k():
 def test_distillation_is_zero_with_zero_gradient_at_the_teacher(temperature):
     full, ids, logprobs = draw_topk(9, 4, 3, 5)
     total, _, grad = value_and_grad(
-        lambda x: losses.distillation(x, ids, logprobs, True, temperature), full
+        lambda x: distillation(x, ids, logprobs, True, temperature), full
     )
     assert total == pytest.approx(0.0, abs=1e-5)
     np.testing.assert_allclose(grad, 0.0, atol=1e-6)
@@ -235,15 +261,13 @@ def test_distillation_is_zero_with_zero_gradient_at_the_teacher(temperature):
 def test_distillation_ignores_padded_entries_and_positions_without_entries(temperature):
     _, ids, logprobs = draw_topk(9, 4, 3, 5)
     logits = draw(3, 5, 9)
-    short = losses.distillation(logits, ids[..., :2], logprobs[..., :2], True, temperature)
+    short = distillation(logits, ids[..., :2], logprobs[..., :2], True, temperature)
     ids_, logprobs_ = ids.copy(), logprobs.copy()
     ids_[..., 2], logprobs_[..., 3], ids_[..., 3] = -1, -np.inf, 0
-    padded = losses.distillation(logits, ids_, logprobs_, True, temperature)
+    padded = distillation(logits, ids_, logprobs_, True, temperature)
     np.testing.assert_allclose(padded, short, rtol=1e-6)
     ids_[1] = -1
-    assert losses.distillation(logits, ids_, logprobs_, True, temperature)[1] == 10
-    nothing = losses.distillation(logits, ids[..., :0], logprobs[..., :0], True, temperature)
-    assert nothing == (0.0, 0.0)
+    assert distillation(logits, ids_, logprobs_, True, temperature)[1] == 10
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
@@ -273,7 +297,7 @@ def test_distillation_from_a_float16_cache_agrees_with_torch_in_float64(temperat
     expected = temperature**2 * rows[mask].sum()
     expected.backward()
     total, count, grad = value_and_grad(
-        lambda x: losses.distillation(x, ids.numpy(), cache.numpy(), mask.numpy(), temperature),
+        lambda x: distillation(x, ids.numpy(), cache.numpy(), mask.numpy(), temperature),
         logits.detach().numpy().astype(np.float32),
     )
     assert count == int(mask.sum())
@@ -285,7 +309,7 @@ def test_distillation_of_rounded_probabilities_stays_a_divergence():
     # float16 log-probabilities whose sum is above 1 must not give a negative loss.
     logprobs = np.log(np.array([0.6, 0.41], np.float32))
     logits = np.log(np.array([0.6, 0.41, 1e-9], np.float32))
-    total, _ = losses.distillation(logits[None], np.array([[0, 1]]), logprobs[None], True)
+    total, _ = distillation(logits[None], np.array([[0, 1]]), logprobs[None], True)
     assert 0.0 <= float(total) < 1e-5
 
 

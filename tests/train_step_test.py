@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,9 @@ from flax import nnx
 
 from geode_jax import losses
 from geode_jax.models.layers import param
-from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig, text_terms
+from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig
 from geode_jax.objectives.spatial import huber
+from geode_jax.objectives.text import text_term
 from geode_jax.optimizer import NEVER, OptimizerConfig, make_optimizer
 from geode_jax.sharding import make_mesh
 from geode_jax.train_step import TrainState, init_state, make_train_step
@@ -62,13 +62,12 @@ class FewTerms(HiddenCoT):
         student = model.student
         scene = student.look(batch)
         hidden, encoding, names = student.read(scene, batch)
-        logits, spatial = student.decoder.logits(hidden), student.spatial_head(encoding, names)
-        out = types.SimpleNamespace(answer_logits_SQAX=logits)
+        spatial = student.spatial_head(encoding, names)
         relations = spatial.relations_SQR, batch.relations_SQR, batch.relations_mask_SQR
         value = spatial.log_value_SQ[..., None], batch.value_SQ[..., None], batch.value_mask_SQ
         depth = batch.teacher_depth_bins_SVPB, batch.teacher_depth_bins_mask_S[:, None, None]
         return {
-            **text_terms(out, batch, 1.0),
+            "text": text_term(student.decoder, hidden, batch),
             "spatial/relations": losses.binary_kl(*relations),
             "spatial/value": huber(*value),
             "depth_kl": losses.depth_bin_kl(scene.z_SVPD[..., : depth[0].shape[-1]], *depth),

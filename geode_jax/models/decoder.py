@@ -23,6 +23,7 @@ from geode_jax.models.layers import (
     stack,
 )
 from geode_jax.ops.attention import Intervals, attention, causal
+from geode_jax.ops.cross_entropy import Scores, scores
 from geode_jax.shapes import Array
 from geode_jax.sharding import constrain
 
@@ -304,6 +305,14 @@ class Decoder(nnx.Module):
             out = jnp.einsum("...d,xd->...x", x, self.embedding[...].astype(x.dtype))
         between = (None,) * (out.ndim - 2)
         return constrain(out.astype(jnp.float32), "batch", *between, "vocab")
+
+    def scores(
+        self, hidden_STD: Array, ids_STk: Array, paid_ST: Array, *, rest: int | None = None
+    ) -> Scores:
+        """What losses read of the logits at answer tokens, see `ops.cross_entropy.scores`."""
+        tied = self.head is None
+        matrix = self.embedding[...] if tied else self.head.kernel[...]
+        return scores(hidden_STD, matrix, ids_STk, paid_ST, tied=tied, rest=rest)
 
     def see(self, z_SMD: Array) -> list[KeyValues | None]:
         """Keys and values of the vision features for every stage; computed once per scene."""

@@ -86,7 +86,7 @@ class Scene:
 class StudentOutput:
     """Everything the losses of Sec. III-D read."""
 
-    answer_logits_SQAX: Array
+    answer_hidden_SQAD: Array  # states that predict the answers' tokens
     depth_logits_SVhwB: Array
     patch_logits_SVPc: Array  # category of the patch; the last class is "none of them"
     detection: DetectionOutput
@@ -239,7 +239,7 @@ class Student(nnx.Module):
         with jax.named_scope("heads"):
             features = None if self.feature_head is None else self.feature_head(scene.z_SVPD)
             return StudentOutput(
-                answer_logits_SQAX=self.decoder.logits(answer_hidden),
+                answer_hidden_SQAD=answer_hidden,
                 depth_logits_SVhwB=self.depth_head(scene.z_SVPD, self.config.patch_grid).astype(
                     jnp.float32
                 ),

@@ -33,6 +33,7 @@ from geode_jax.models.drh import box_loss, decode_values, value_loss
 from geode_jax.models.geode import Geode, GeodeConfig, Part, Prefix
 from geode_jax.models.packed import pick
 from geode_jax.objectives.spatial import asked_terms
+from geode_jax.objectives.text import text_term
 from geode_jax.shapes import Array, Batch
 from geode_jax.train_step import Terms
 
@@ -122,8 +123,7 @@ class GeodeStage:
         A = batch.answer_SQA.shape[-1]
         paid = jnp.arange(A) < jnp.asarray(batch.answer_length_SQ)[..., None]
         states_SQAD = pick(hidden, batch.answer_column_SQA)
-        logits = model.vlm.decoder.logits(states_SQAD)
-        terms = {"text": losses.cross_entropy(logits, batch.answer_SQA, paid)}
+        terms = {"text": text_term(model.vlm.decoder, states_SQAD, batch)}
         if c.stage == "pretrain":
             label = jnp.asarray(batch.target_segmentation_SVP)
             logits = model.patch_logits(batch)

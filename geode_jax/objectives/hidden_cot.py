@@ -33,6 +33,7 @@ from geode_jax.inference.generate import Sampling, before_end, generate
 from geode_jax.models.layers import param
 from geode_jax.models.student import Scene, Student, StudentConfig, StudentOutput
 from geode_jax.objectives.spatial import asked_terms
+from geode_jax.objectives.text import text_term
 from geode_jax.shapes import Array, Batch, without_vision
 from geode_jax.train_step import Terms
 
@@ -106,7 +107,8 @@ class HiddenCoT:
         """All losses that are paid, named `term/part`, as (sum, count)."""
         batch = self.prepare(batch)
         out = model.student(batch)
-        terms = text_terms(out, batch, self.config.temperature)
+        decoder, said = model.student.decoder, out.answer_hidden_SQAD
+        terms = {"text": text_term(decoder, said, batch, self.config.temperature)}
         if self.config.vision:
             terms |= depth_terms(out, batch, self.config.literal_cross_view)
             terms |= detection_terms(out, batch)
@@ -198,19 +200,6 @@ class HiddenCoT:
 def term_of(name: str) -> str:
     """`detection/boxes` -> `detection`."""
     return name.split("/")[0]
-
-
-def text_terms(out: StudentOutput, batch: Batch, temperature: float) -> Terms:
-    """Sec. III-D.1: labels on the answer A only; V, T, Q and padding are never paid."""
-    A = batch.answer_SQA.shape[-1]
-    paid = jnp.arange(A) < jnp.asarray(batch.answer_length_SQ)[..., None]
-    taught = paid & batch.topk_mask_SQA
-    ce = losses.cross_entropy(out.answer_logits_SQAX, batch.answer_SQA, paid & ~taught)
-    kd = losses.distillation(
-        out.answer_logits_SQAX, batch.topk_id_SQAk, batch.topk_logprob_SQAk, taught, temperature
-    )
-    # One mean over all answer tokens, whichever of the two a token pays.
-    return {"text": (ce[0] + kd[0], ce[1] + kd[1])}
 
 
 def patch_depth_logits(depth_logits_SVhwB: Array, grid: tuple[int, int]) -> jax.Array:

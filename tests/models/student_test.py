@@ -111,16 +111,15 @@ def unpacked(student, batch):
     back = batch.encoding_column_SQ[..., None] - jnp.maximum(batch.object_column_SQO, 0)
     place = jnp.clip(L - 2 - back, 0, L - 2)
     names = jnp.take_along_axis(states, place.reshape(S, Q, -1, 1), axis=2)
-    logits = student.decoder.logits(states[:, :, L - 1 :])
-    return logits, student.spatial_head(states[:, :, L - 2], names)
+    return states[:, :, L - 1 :], student.spatial_head(states[:, :, L - 2], names)
 
 
 def test_packed_questions_equal_questions_in_rows_of_their_own(model, batch, before):
     out, _ = before
-    logits, spatial = unpacked(model.student, batch)
+    states, spatial = unpacked(model.student, batch)
     where = paid(batch)
     assert 0 < where.sum() < where.size
-    np.testing.assert_allclose(out.answer_logits_SQAX[where], logits[where], atol=1e-5)
+    np.testing.assert_allclose(out.answer_hidden_SQAD[where], states[where], atol=1e-5)
     for got, want in zip(taught(batch, out.spatial), taught(batch, spatial), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -138,7 +137,7 @@ def test_a_camera_token_moves_the_features_of_its_view(model, batch, before):
 
 
 def test_a_question_never_hears_its_neighbours(model, batch, before):
-    """Another question in the same row changes, the others' logits and encodings do not."""
+    """Another question in the same row changes, the others' states and encodings do not."""
     out, _ = before
     text = batch.answer_column_SQA[0, 0, 0] + 1 - QUESTION  # the first question is full length
     columns = np.arange(batch.packed_SMR[0].size)
@@ -151,13 +150,13 @@ def test_a_question_never_hears_its_neighbours(model, batch, before):
     rest = paid(batch)
     rest[0, 0] = False
     for got, want in (
-        (after.answer_logits_SQAX[rest], out.answer_logits_SQAX[rest]),
+        (after.answer_hidden_SQAD[rest], out.answer_hidden_SQAD[rest]),
         (after.spatial.relations_SQR[0, 1], out.spatial.relations_SQR[0, 1]),
         (after.spatial.relations_SQR[1], out.spatial.relations_SQR[1]),
     ):
         np.testing.assert_array_equal(got, want)
     # All that depends on it does change.
-    assert (np.abs(after.answer_logits_SQAX - out.answer_logits_SQAX)[0, 0] > 0).any(-1).all()
+    assert (np.abs(after.answer_hidden_SQAD - out.answer_hidden_SQAD)[0, 0] > 0).any(-1).all()
     assert not np.array_equal(after.spatial.relations_SQR[0, 0], out.spatial.relations_SQR[0, 0])
 
 
@@ -169,7 +168,7 @@ def test_padding_columns_are_seen_by_nobody(model, batch, before):
     packed = other(batch.packed_SMR, padding)
     after, after_terms = compute(model, changed(batch, packed_SMR=packed))
     where = paid(batch)
-    np.testing.assert_array_equal(after.answer_logits_SQAX[where], out.answer_logits_SQAX[where])
+    np.testing.assert_array_equal(after.answer_hidden_SQAD[where], out.answer_hidden_SQAD[where])
     assert same(after_terms, terms)
 
 
@@ -221,7 +220,7 @@ def test_heads_do_not_see_the_thinking_tokens(model, batch, before):
         np.testing.assert_array_equal(got, want)
     for name in ("depth_logits_SVhwB", "patch_logits_SVPc", "detection", "features_SVPF"):
         assert same(getattr(after, name), getattr(out, name)), name
-    difference = np.abs(after.answer_logits_SQAX - out.answer_logits_SQAX)[paid(batch)]
+    difference = np.abs(after.answer_hidden_SQAD - out.answer_hidden_SQAD)[paid(batch)]
     assert (difference.max(-1) > 0).all()
 
 
@@ -231,7 +230,7 @@ def test_the_dense_heads_do_not_see_v(model, batch, before):
     hinted, _ = compute(model, changed(batch, depth_hint_SVP=batch.depth_hint_SVP * 3))
     for name in ("depth_logits_SVhwB", "patch_logits_SVPc", "detection", "features_SVPF"):
         assert same(getattr(hinted, name), getattr(out, name)), name
-    for part in ("answer_logits_SQAX", "spatial"):
+    for part in ("answer_hidden_SQAD", "spatial"):
         assert not same(getattr(hinted, part), getattr(out, part)), part
 
 
@@ -252,7 +251,7 @@ def test_only_answer_tokens_are_paid(model, batch, before):
                 {n: t for n, t in terms.items() if n != "text"})  # fmt: skip
 
 
-def test_a_later_answer_token_never_changes_an_earlier_logit(model, batch, before):
+def test_a_later_answer_token_never_changes_an_earlier_state(model, batch, before):
     out, _ = before
     s, q = 0, 0
     first = batch.answer_column_SQA[s, q, 0]  # bos; answers follow it
@@ -261,7 +260,7 @@ def test_a_later_answer_token_never_changes_an_earlier_logit(model, batch, befor
         packed = batch.packed_SMR.copy().reshape(batch.packed_SMR.shape[0], -1)
         packed[s, first + token] = (packed[s, first + token] + 1) % VOCABULARY
         after, _ = compute(model, changed(batch, packed_SMR=packed.reshape(batch.packed_SMR.shape)))
-        difference = np.abs(after.answer_logits_SQAX - out.answer_logits_SQAX)[s, q].max(-1)
+        difference = np.abs(after.answer_hidden_SQAD - out.answer_hidden_SQAD)[s, q].max(-1)
         assert (difference[:token] == 0).all() and (difference[token:] > 0).all()
 
 
@@ -279,7 +278,7 @@ def test_without_a_view_nothing_of_the_vision_remains(model, batch, before):
     blind, _ = compute(model, HiddenCoT(HiddenCoTConfig(STUDENT, vision=False)).prepare(batch))
     assert same(blind, out)
     seeing, _ = before
-    assert not np.array_equal(seeing.answer_logits_SQAX, out.answer_logits_SQAX)
+    assert not np.array_equal(seeing.answer_hidden_SQAD, out.answer_hidden_SQAD)
 
 
 def test_padding_views_are_not_seen(model, batch, before):
@@ -300,4 +299,4 @@ def test_scenes_do_not_hear_each_other(model, batch, before):
     vision[1] += 1
     after, _ = compute(model, changed(batch, vision_SVPC=vision))
     assert same(*(jax.tree.map(lambda x: x[0], o) for o in (out, after)))
-    assert not np.array_equal(out.answer_logits_SQAX[1], after.answer_logits_SQAX[1])
+    assert not np.array_equal(out.answer_hidden_SQAD[1], after.answer_hidden_SQAD[1])

@@ -1,0 +1,41 @@
+"""Text (Sec. III-D.1): labels on the answer A only; V, T, Q and padding are never paid."""
+
+import jax.numpy as jnp
+
+from geode_jax import losses
+from geode_jax.models.decoder import Decoder
+from geode_jax.shapes import Array, Batch
+
+
+def text_term(
+    decoder: Decoder, hidden_SQAD: Array, batch: Batch, temperature: float = 1.0
+) -> losses.Pair:
+    """Cross-entropy on the answers; KL to the teacher's top-k logits where a teacher answered.
+
+    Args:
+        decoder: whose head speaks.
+        hidden_SQAD: the states that predict the answers' tokens.
+        batch: the answers.
+        temperature: of the teacher's logits.
+    """
+    S, Q, A, _ = hidden_SQAD.shape
+    topk_id, topk_logprob = map(jnp.asarray, (batch.topk_id_SQAk, batch.topk_logprob_SQAk))
+    k = topk_id.shape[-1]
+    topk_id = jnp.where(jnp.isfinite(topk_logprob), topk_id, -1)  # padding
+    paid = jnp.arange(A) < jnp.asarray(batch.answer_length_SQ)[..., None]
+    taught = paid & batch.topk_mask_SQA & (k > 0)
+    ids = jnp.concatenate([batch.answer_SQA[..., None], topk_id], axis=-1)
+    hidden, ids, topk_id, topk_logprob, paid, taught = (
+        x.reshape(S, Q * A, *x.shape[3:])
+        for x in (hidden_SQAD, ids, topk_id, topk_logprob, paid, taught)
+    )
+    rest = 1 if k and temperature == 1.0 else None
+    listed, lse, others = decoder.scores(hidden, ids, paid, rest=rest)
+    ce = losses.token_cross_entropy(listed[..., 0], lse, paid & ~taught)
+    if not k:
+        return ce
+    kd = losses.distillation(
+        listed[..., 1:], lse, others, topk_id, topk_logprob, taught, temperature
+    )
+    # One mean over all answer tokens, whichever of the two a token pays.
+    return ce[0] + kd[0], ce[1] + kd[1]
