@@ -1,0 +1,110 @@
+"""Cross-entropy over Qwen's vocabulary, tile by tile, against all logits at once: time and memory.
+
+    python -m benchmarks.cross_entropy [--rounds 5]
+
+Value and gradients, of states and matrix, at 151,936 entries and a width of 256, fp32. "XLA" is
+the same loss of materialised logits through the same compiler; "PyTorch" its
+`torch.nn.functional.cross_entropy` of a linear layer. Memory is what the compiler reserves beside
+arguments and results; PyTorch's is that of the logits and their gradient, which it keeps at least.
+All tokens are paid; then half, as padding of answers leaves them.
+"""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from benchmarks import ledger
+from geode_jax.build import keep_freed_memory
+from geode_jax.ops.cross_entropy import scores
+
+ENTRIES, WIDTH = 151_936, 256
+MB = 2**20
+
+
+def ours(hidden, matrix, labels, paid):
+    """Of paid tokens alone."""
+    listed, lse, _ = scores(hidden[None], matrix, labels[None, :, None], paid[None], tied=True)
+    return jnp.sum(jnp.where(paid, lse - listed[..., 0], 0)) / jnp.sum(paid)
+
+
+def materialised(hidden, matrix, labels, paid):
+    """Of all logits, of which those that are not paid count nothing."""
+    logits = hidden @ matrix.T
+    label = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    loss = jax.nn.logsumexp(logits, axis=-1) - label
+    return jnp.sum(jnp.where(paid, loss, 0)) / jnp.sum(paid)
+
+
+def compiled(loss, *args):
+    """A call that awaits value and gradients, and the megabytes that it reserves."""
+    program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*args).compile()
+    memory = program.memory_analysis().temp_size_in_bytes / MB
+    return lambda: jax.block_until_ready(program(*args)), memory
+
+
+def of_torch(hidden, matrix, labels, paid):
+    """The same of PyTorch."""
+    x, w = (torch.tensor(np.asarray(a)).requires_grad_() for a in (hidden, matrix))
+    labels = torch.tensor(np.where(paid, labels, -100)).long()
+
+    def call():
+        x.grad = w.grad = None
+        loss = torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, w), labels)
+        loss.backward()
+        return loss.detach(), (x.grad, w.grad)
+
+    return call
+
+
+def check(got, want) -> None:
+    """Value and gradients agree within 1e-4 of the largest number."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
+
+
+def measure(tokens: int, share: float, rounds: int) -> list[dict]:
+    """The rows of one size."""
+    random = np.random.default_rng(0)
+    hidden = jnp.asarray(random.standard_normal((tokens, WIDTH), np.float32))
+    matrix = jnp.asarray(random.standard_normal((ENTRIES, WIDTH), np.float32) * WIDTH**-0.5)
+    labels = jnp.asarray(random.integers(0, ENTRIES, tokens))
+    paid = jnp.asarray(random.random(tokens) < share)
+    args = hidden, matrix, labels, paid
+    our_call, our_memory = compiled(ours, *args)
+    xla_call, xla_memory = compiled(materialised, *args)
+    torch_call = of_torch(*args)
+    check(our_call(), xla_call())
+    check(our_call(), torch_call())
+    what = f"cross-entropy, {'all' if share == 1 else 'half'} of the tokens paid"
+    facts = {"dtype": "float32", "shape": [tokens, WIDTH, ENTRIES]}
+    rows = []
+    for name, call in (("XLA", xla_call), ("PyTorch", torch_call)):
+        times = ledger.alternate(our_call, call, rounds)
+        rows.append(ledger.row(f"{what}, against {name}", *times, unit="s", **facts))
+    logits = 2 * tokens * ENTRIES * 4 / MB
+    for name, memory in (("XLA", xla_memory), ("PyTorch", logits)):
+        name = f"its memory, against {name}"
+        rows.append(ledger.row(name, [our_memory], [memory], unit="MB", **facts))
+    print("\n".join(ledger.table(rows)[2:]), flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measures, prints a table and writes `cross_entropy.json`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(ledger.threads())
+    rows = []
+    for tokens, share in ((512, 1.0), (4096, 1.0), (4096, 0.5)):
+        rows += measure(tokens, share, arguments.rounds)
+    ledger.write("cross_entropy", rows)
+
+
+if __name__ == "__main__":
+    main()
