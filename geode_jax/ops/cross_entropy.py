@@ -219,6 +219,18 @@ def _without(logits: Array, place_Stk: Array) -> jax.Array:
     return jnp.put_along_axis(logits, place_Stk, -jnp.inf, -1, inplace=False, mode="drop")
 
 
+def _added(slope: Array, place_Stk: Array, listed_Stk: Array) -> jax.Array:
+    """Slopes [S, t, X] and those of the listed entries, at their places."""
+    # The first, in most losses the only one, by comparing: a scatter would be a pass of its own.
+    is_first = place_Stk[..., :1] == jnp.arange(slope.shape[-1])
+    slope += jnp.where(is_first, listed_Stk[..., :1], 0.0)
+    S, t, k = place_Stk.shape
+    if k == 1:
+        return slope
+    at = jnp.arange(S)[:, None, None], jnp.arange(t)[:, None], place_Stk[..., 1:]
+    return slope.at[at].add(listed_Stk[..., 1:], mode="drop")
+
+
 def _sum_exp(how: _How, logits: Array) -> jax.Array:
     """log sum exp [S, t] over the whole vocabulary; -inf where all are."""
     axis = how.spread.vocabulary
@@ -260,10 +272,8 @@ def _own_gradients(how: _How, hidden, matrix, ids, paid, out: Scores, slopes: Sc
             rest = jnp.where(some, slopes.rest_ST, 0.0)[..., None]
             others = _without(logits, place[..., how.rest :])
             slope += rest * jnp.exp(others - jnp.where(some, out.rest_ST, 0.0)[..., None])
-        S, t, _ = place.shape
-        at = jnp.arange(S)[:, None, None], jnp.arange(t)[:, None], place
         listed = jnp.where(paid[..., None], slopes.listed_STk, 0.0)
-        slope = slope.at[at].add(listed, mode="drop").astype(x.dtype)
+        slope = _added(slope, place, listed).astype(x.dtype)
         x = jnp.where(paid[..., None], x, 0)
         forms = ("stx,xd->std", "stx,std->xd") if how.tied else ("stx,dx->std", "stx,std->dx")
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
