@@ -138,6 +138,13 @@ def by_scenes(function: Callable, *arrays: Array):
     return jax.shard_map(function, in_specs=own, out_specs=own, check_vma=False)(*arrays)
 
 
+def platform() -> str:
+    """Of the mesh's devices, which may not be there; without a mesh, of those that are."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Whole on every device, so that every process can fetch it."""
     return NamedSharding(mesh, PartitionSpec())

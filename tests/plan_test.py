@@ -439,6 +439,7 @@ def program(**changes):
         device_flops=2 * 989 * 10**12,
         collectives=(),
         unknown_loops=1,
+        kernels=("attention_forward",),
         seconds=1.0,
     )
     return Program(**known | changes)
@@ -480,6 +481,7 @@ def test_a_plan_is_arithmetic_on_what_was_compiled(planned):
     assert "peak 6.55 GB: fits" in text
     assert "compute 2 s" in text
     assert "unknown loops       1, counted once" in text
+    assert "kernels             attention_forward" in text
     assert "50.0% of peak (MFU), 128 tokens/s" in text
 
 

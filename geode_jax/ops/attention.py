@@ -70,8 +70,7 @@ def attention(
         ValueError: there is no such implementation, or it does not know the width or type.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    platform = jax.default_backend() if device is None else device.platform
+    platform = sharding.platform()
     L, _, E = q_BLHE.shape[1:]
     M, dtype = k_BMGE.shape[1], jnp.result_type(q_BLHE, k_BMGE, v_BMGE)
     if implementation is None:

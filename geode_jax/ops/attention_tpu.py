@@ -44,6 +44,7 @@ from geode_jax.ops.attention_plan import (
     tile_size,
 )
 from geode_jax.shapes import Array
+from geode_jax.sharding import platform
 
 ROWS, KEYS = 1024, 512
 """At most so many queries (of all heads of a key head together), and keys, in a tile."""
@@ -144,16 +145,9 @@ class _Plan:
                 transcendentals=pairs,
                 bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
             ),
-            interpret=_interpreted(),
+            interpret=platform() != "tpu",  # in Pallas' interpreter, for tests
             name=name,
         )(visits.row, visits.column, visits.how, *arrays)
-
-
-def _interpreted() -> bool:
-    """Off a TPU the kernels run in Pallas' interpreter, for tests."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    return (jax.default_backend() if device is None else device.platform) != "tpu"
 
 
 def _dot(a, b, contract: tuple[int, int]) -> jax.Array:

@@ -4,12 +4,22 @@
 
 for each of E channels, which have U states each; u, delta and D are of a channel, B and C of all
 channels of a position. States are [B, U, E]: the channels, of which there are many, come last.
+
+Behind the one call are plain XLA, by chunks, and kernels for TPUs (`selective_scan_tpu`).
 """
+
+import functools
+import importlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from geode_jax import sharding
 from geode_jax.shapes import Array
+
+IMPLEMENTATIONS = ("chunked", "tpu")
 
 CHUNK = 16
 """Positions between two states that the backward pass keeps; it computes those in between again."""
@@ -45,8 +55,11 @@ def selective_scan(
     *,
     first_BL: Array | None = None,
     state_BUE: Array | None = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """All positions, in order; the state is fp32 whatever the dtype of the rest.
+
+    Under a mesh (`jax.set_mesh`) the kernels run on each device's rows and channels.
 
     Args:
         u_BLE: input.
@@ -57,13 +70,36 @@ def selective_scan(
         D_E: skip connection, fp32.
         first_BL: bool, a segment begins here: it sees no state from before. None: nowhere.
         state_BUE: state before the first position; None: zeros.
+        implementation: of `IMPLEMENTATIONS`; None: "tpu" on TPUs, else "chunked". "tpu" runs in an
+            interpreter elsewhere.
 
     Returns:
         y [B, L, E] in the dtype of u, and the state after the last position.
+
+    Raises:
+        ValueError: there is no such implementation.
     """
     B, L, E = u_BLE.shape
     if state_BUE is None:
         state_BUE = jnp.zeros((B, A_EU.shape[1], E), jnp.float32)
+    if implementation is None:
+        # A step of decoding is one position: a kernel has nothing to save there.
+        implementation = "tpu" if sharding.platform() == "tpu" and L > 1 else "chunked"
+    if implementation not in IMPLEMENTATIONS:
+        names = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"selective_scan: {implementation!r} is none of {names}")
+    if implementation == "chunked":
+        return _chunked(u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, first_BL, state_BUE)
+    first_BL = jnp.zeros((B, L)) if first_BL is None else first_BL
+    first_BL = first_BL.astype(jnp.float32)
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = mesh.empty or mesh.size == 1 or mesh.manual_axes
+    spread = None if alone else _spread(mesh, B, E)
+    return _by_kernels(spread, u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, first_BL, state_BUE)
+
+
+def _chunked(u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, first_BL, state_BUE):
+    B, L, E = u_BLE.shape
     chunk = min(CHUNK, L)
     chunks = -(-L // chunk)
 
@@ -88,3 +124,83 @@ def selective_scan(
     state_BUE, y = jax.lax.scan(remat, state_BUE, inputs)
     y_BLE = jnp.moveaxis(y.reshape(chunks * chunk, B, E)[:L], 0, 1)
     return y_BLE, state_BUE
+
+
+# --- By kernels -----------------------------------------------------------------------------------
+
+
+class _Spread(NamedTuple):
+    """Static: how rows and channels lie on a mesh."""
+
+    mesh: jax.sharding.AbstractMesh
+    rows: tuple[str, ...] | str | None
+    inner: tuple[str, ...] | str | None
+
+    def specs(self, letters: str) -> tuple[PartitionSpec, ...]:
+        """Of arrays whose axes are named by words of the letters B, E, and others: whole."""
+        on = {"B": self.rows, "E": self.inner}
+        return tuple(PartitionSpec(*map(on.get, word)) for word in letters.split())
+
+    def summed(self, x: Array, over: tuple[str, ...] | str | None) -> jax.Array:
+        """Over the devices that each have a part of the sum."""
+        return x if over is None else jax.lax.psum(x, over)
+
+
+def _spread(mesh, rows: int, channels: int) -> _Spread:
+    sizes = mesh.shape
+    parts = sharding.spec(("batch", "inner"), (rows, channels), sizes)
+    return _Spread(mesh, *parts)
+
+
+# The derivative is of the whole, outside of `shard_map`, as in `ops.attention`.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_kernels(spread, u, delta, A, B, C, D, first, state):
+    return _forward(spread, u, delta, A, B, C, D, first, state)[0]
+
+
+def _kernels():
+    """Imported when they are needed: Pallas takes most of a second."""
+    return importlib.import_module("geode_jax.ops.selective_scan_tpu")
+
+
+def _forward(spread: _Spread | None, u, delta, A, B, C, D, first, state):
+    function = _kernels().forward
+    if spread is not None:
+        function = jax.shard_map(
+            function,
+            mesh=spread.mesh,
+            in_specs=spread.specs("BLE BLE EU BLU BLU E BL BUE"),
+            # What is kept of the channels has them as tiles.
+            out_specs=spread.specs("BLE BUE BNUE"),
+            check_vma=False,
+        )
+    y, last, before = function(u, delta, A, B, C, D, first, state)
+    return (y, last), (u, delta, A, B, C, D, first, before)
+
+
+def _backward(spread: _Spread | None, saved, slopes):
+    u, delta, A, B, C, D, first, before = saved
+    function = _kernels().backward
+    if spread is not None:
+
+        def own(*arrays):
+            du, ddelta, dA, dB, dC, dD, dstate = _kernels().backward(*arrays)
+            dA, dD = (spread.summed(x, spread.rows) for x in (dA, dD))
+            dB, dC = (spread.summed(x, spread.inner) for x in (dB, dC))
+            return du, ddelta, dA, dB, dC, dD, dstate
+
+        function = jax.shard_map(
+            own,
+            mesh=spread.mesh,
+            in_specs=spread.specs("BLE BLE EU BLU BLU E BL BNUE BLE BUE"),
+            out_specs=spread.specs("BLE BLE EU BLU BLU E BUE"),
+            check_vma=False,
+        )
+    *gradients, dstate = function(u, delta, A, B, C, D, first, before, *slopes)
+    like = zip(gradients, (u, delta, A, B, C, D), strict=True)
+    return *(g.astype(x.dtype) for g, x in like), jnp.zeros_like(first), dstate
+
+
+_by_kernels.defvjp(_forward, _backward)

@@ -204,6 +204,7 @@ def _work_facts(program: Program, bounds: Bounds) -> dict[str, Any]:
         "flops_per_device": program.device_flops,
         "collective_bytes": {axes: dict(kinds) for axes, kinds in sorted(sent.items())},
         "loops_counted_once": program.unknown_loops,
+        "kernels": list(program.kernels),
         "seconds": {
             "compute": bounds.compute,
             "memory": bounds.memory,
@@ -343,6 +344,8 @@ def _work_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     for axes, kinds in facts["collective_bytes"].items():
         parts = ", ".join(f"{kind} {_bytes(size)}" for kind, size in sorted(kinds.items()))
         lines.append((f"sent along {axes}", f"{parts} by each device"))
+    if facts["kernels"]:
+        lines.append(("kernels", ", ".join(facts["kernels"])))
     if facts["loops_counted_once"]:
         lines.append(("unknown loops", f"{facts['loops_counted_once']}, counted once"))
     times = ", ".join(f"{name} {_seconds(s)}" for name, s in facts["seconds"].items())

@@ -27,6 +27,9 @@ from geode_jax.train_step import Objective, TrainState, blueprint, make_train_st
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 """Without a GPU to try them on, the compiler finds no tiles for some products in Triton."""
 
+KERNEL = re.compile(r"\b(?:attention|selective_scan)_(?:forward|backward)(?:_\w+)?\b")
+"""Names of the kernels in `ops`, as compiled programs bear them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -41,6 +44,7 @@ class Program:
         device_flops: those that the compiled program does on one device.
         collectives: what it exchanges.
         unknown_loops: loops that count once since nothing says how often they go round.
+        kernels: this package's own that the program calls.
         seconds: that compiling took.
     """
 
@@ -53,6 +57,7 @@ class Program:
     device_flops: int
     collectives: tuple[Collective, ...]
     unknown_loops: int
+    kernels: tuple[str, ...]
     seconds: float
 
 
@@ -162,8 +167,9 @@ class Run:
                     raise
                 words = " ".join(str(error).split())[:400]
                 seconds = time.monotonic() - started
-                return Program(0, 0, 0, peak, words, flops, 0, (), 0, seconds)
-        memory, module = compiled.memory_analysis(), Module(_text(compiled, self.compiler))
+                return Program(0, 0, 0, peak, words, flops, 0, (), 0, (), seconds)
+        text = _text(compiled, self.compiler)
+        memory, module = compiled.memory_analysis(), Module(text)
         kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
         return Program(
             arguments=memory.argument_size_in_bytes,
@@ -175,6 +181,7 @@ class Run:
             device_flops=module.flops(),
             collectives=tuple(module.collectives(tuple(self.mesh.shape.values()))),
             unknown_loops=module.unknown_loops,
+            kernels=tuple(sorted(set(KERNEL.findall(text)))),
             seconds=time.monotonic() - started,
         )
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geode_jax.ops.selective_scan import CHUNK, selective_scan, selective_step
+from geode_jax.ops import selective_scan_tpu
+from geode_jax.ops.selective_scan import CHUNK, IMPLEMENTATIONS, selective_scan, selective_step
 
 B, E, U = 2, 3, 4
 NAMES = ("u", "delta", "A", "B", "C", "D", "state")
@@ -49,18 +50,38 @@ def oracle(inputs, first, g_y, g_last):
     return (y, states[-1]), gradients
 
 
-def run(inputs, first):
+HERE = {}
+
+
+@pytest.fixture(scope="module", params=IMPLEMENTATIONS, autouse=True)
+def implementation(request):
+    """Every test is of each; the kernels with chunks as long as the other's."""
+    HERE["implementation"] = request.param
+    positions, selective_scan_tpu.POSITIONS = selective_scan_tpu.POSITIONS, CHUNK
+    yield request.param
+    selective_scan_tpu.POSITIONS = positions
+
+
+def run(inputs, first, implementation):
     *rest, state = inputs
-    return selective_scan(*rest, first_BL=first, state_BUE=state)
+    return selective_scan(*rest, first_BL=first, state_BUE=state, implementation=implementation)
 
 
-@jax.jit
-def ours(inputs, first, cotangents):
-    out, vjp = jax.vjp(lambda inputs: run(inputs, first), inputs)
+@functools.partial(jax.jit, static_argnums=3)
+def differentiated(inputs, first, cotangents, implementation):
+    out, vjp = jax.vjp(lambda inputs: run(inputs, first, implementation), inputs)
     return out, vjp(cotangents)[0]
 
 
-scan = jax.jit(run)
+compiled = jax.jit(run, static_argnums=2)
+
+
+def ours(inputs, first, cotangents):
+    return differentiated(inputs, first, cotangents, HERE["implementation"])
+
+
+def scan(inputs, first):
+    return compiled(inputs, first, HERE["implementation"])
 
 
 @functools.cache
