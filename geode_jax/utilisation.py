@@ -66,6 +66,9 @@ class Meter:
         before = self._compilations
         asked = batch.answer_length_SQ > 0
         tokens = np.sum((batch.question_length_SQ + batch.answer_length_SQ) * asked)
+        # Of the packed text's columns: padding's segment starts past itself.
+        columns = np.arange(batch.packed_start_SMR.shape[-1])
+        occupancy = float(np.mean(batch.packed_start_SMR <= columns))
         yield
         seconds = time.monotonic() - self._began
         self._steps += 1
@@ -77,6 +80,7 @@ class Meter:
             "speed/step_seconds": seconds,
             "speed/input_wait": self._waited / seconds,
             "speed/tokens_per_second": float(tokens) / self._share / seconds,
+            "speed/occupancy": occupancy,
         }
         if self._roof and self._flops:
             row["speed/mfu"] = self._flops / (seconds * self._roof)

@@ -26,7 +26,9 @@ def clock(monkeypatch):
 def batch():
     """Two scenes' questions, of which this process reads one: 5 + 2 and 3 + 1 tokens, one empty."""
     return types.SimpleNamespace(
-        question_length_SQ=np.array([[5, 3, 4]]), answer_length_SQ=np.array([[2, 1, 0]])
+        question_length_SQ=np.array([[5, 3, 4]]),
+        answer_length_SQ=np.array([[2, 1, 0]]),
+        packed_start_SMR=np.array([[[0] * 6 + [6] * 3 + [10]]]),
     )
 
 
@@ -48,6 +50,7 @@ def test_a_step_is_measured_without_what_lies_between(monkeypatch, clock, batch)
     assert step(meter, clock, batch, 5, 50) == {}  # it compiles
     row = step(meter, clock, batch, 0.5, 1.5)
     assert row["speed/step_seconds"] == 2 and row["speed/input_wait"] == 0.25
+    assert row["speed/occupancy"] == 0.9  # 6 and 3 columns of text, one of padding
     assert row["speed/tokens_per_second"] == 11 / 0.5 / 2
     assert row["speed/mfu"] == pytest.approx(1 / (2 * 4))
     for seconds in (4, 3):

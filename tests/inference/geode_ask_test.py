@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -19,13 +20,13 @@ from geode_jax.data.rooms import make_rooms
 from geode_jax.data.tokens import load_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.evaluate import vsi_bench
-from geode_jax.evaluate.evaluator import Evaluator
 from geode_jax.evaluate.vsi_run import evaluate_run
 from geode_jax.inference.predict import Predictor
 from geode_jax.inference.trained import open_trained
 from geode_jax.models.decoder import Decoder
 from geode_jax.models.internvl import INTERNVL_TOKENS
 from geode_jax.models.vit import InternViT
+from geode_jax.objectives.geode import GeodeStage
 from geode_jax.weights import save_pretrained
 from tests.inference.conftest import one_error
 from tests.runs import tiny_geode_config
@@ -48,16 +49,15 @@ def predictions(geode_runs) -> list[dict]:
 @pytest.fixture
 def answered_by(joint, monkeypatch):
     """Makes every answer a control token, as a trained model's would be."""
-    answer_batch = Evaluator.answer_batch
+    answer = GeodeStage.answer
 
     def by(name: str) -> None:
-        def forced(self, state, batch):
-            out = dict(answer_batch(self, state, batch))
-            tokens = np.full(out["tokens"].shape, joint._tokenizer.eos_id)
-            tokens[..., 0] = joint._tokenizer.id_of(name)
-            return out | {"tokens": tokens}
+        def forced(self, model, prefix, batch, eos_id, sampling=None):
+            out = answer(self, model, prefix, batch, eos_id, sampling)
+            tokens = jnp.full_like(out["tokens"], eos_id)
+            return out | {"tokens": tokens.at[..., 0].set(joint._tokenizer.id_of(name))}
 
-        monkeypatch.setattr(Evaluator, "answer_batch", forced)
+        monkeypatch.setattr(GeodeStage, "answer", forced)
 
     return by
 

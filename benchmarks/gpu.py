@@ -1,0 +1,420 @@
+"""The rows that only a GPU can settle: one command, parity before every time.
+
+    python -m benchmarks.gpu [--rows A1 C1 ...] [--rounds 20]
+    python -m benchmarks.gpu --compile h100:1x1     no GPU: does every program of ours compile?
+    python -m benchmarks.gpu --small                no GPU: does the script run, at toy sizes?
+
+| row | what | against |
+|---|---|---|
+| A1 | attention forward, 16 heads of 64, 10,992 tokens (VGGT's global layers) | cuDNN |
+| A2 | attention forward, causal, 16 heads of 128, rows of 4,096 | cuDNN |
+| A3 | the same, 2,176 tokens, of which all see the first 2,048 | cuDNN with the mask as an array |
+| A4 | A2 forward and backward | cuDNN |
+| M1 | selective scan of 3,072 channels, 4,096 positions, and gradients, fp32 | associative scan |
+| C1 | cross-entropy, 4,096 tokens, 151,936 entries, and gradients | all logits at once |
+| T1 | training step of Qwen2.5-1.5B, 2 rows of 4,096: TFLOP/s | the chip's peak: MFU |
+| D1 | greedy text of Qwen2.5-1.5B, 64 + 256 tokens: GB/s of weights | the chip's bandwidth |
+| D2 | the same: tokens/s | transformers (needs PyTorch with CUDA) |
+| L1 | `full` student: an answer of 64 tokens to 8 views | the paper's 15,330 ms (Table IV) |
+
+bfloat16 but where said. Works with jax 0.11 and newer on CUDA 13 and with 0.10; a row that cannot
+run says why, and the others go on. Weights and inputs are random: zeros would run faster.
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from benchmarks import ledger
+from configs import hidden_cot
+from geode_jax.chips import Chip, chip_of
+from geode_jax.inference.generate import generate
+from geode_jax.models.decoder import QWEN2P5_1P5B, Decoder
+from geode_jax.models.decoding import for_decoding, with_decoding
+from geode_jax.ops.attention import Intervals, attention, causal
+from geode_jax.ops.cross_entropy import scores
+from geode_jax.ops.selective_scan import selective_scan
+from geode_jax.plan.compiled import make_run
+from geode_jax.plan.topology import Topology, devices_of, parse_topology
+from geode_jax.sharding import make_mesh
+
+NEVER = -1
+"""An end token that no model says."""
+
+SECONDS = 0.05
+"""A measurement lasts at least so long: calls follow each other without waiting."""
+
+
+@dataclasses.dataclass
+class Row:
+    """A row to be measured.
+
+    Attributes:
+        name: of the ledger.
+        ours: function of `args`.
+        theirs: another of the same; or a number, which stands for itself.
+        args: arrays as shapes, filled with random numbers.
+        unit: of the row.
+        work: what a call does, in units of the row times seconds; None: the row is of the time.
+        tolerance: of the results' difference, by the largest number; None: nothing to compare.
+    """
+
+    name: str
+    ours: Callable
+    theirs: Callable | float
+    args: tuple
+    unit: str
+    work: float | None = None
+    tolerance: float | None = 0.02
+
+
+def shape(*size: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    """Of an array."""
+    return jax.ShapeDtypeStruct(size, dtype)
+
+
+def filled(tree: Any) -> Any:
+    """Random numbers: normal ones, and small integers."""
+    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(tree))))
+
+    def one(x):
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return jax.random.normal(next(keys), x.shape, x.dtype)
+        return jnp.asarray(np.random.default_rng(0).integers(0, 2, x.shape), x.dtype)
+
+    return jax.tree.map(one, tree)
+
+
+def differentiated(f: Callable) -> Callable:
+    """Output and gradients, for a cotangent that comes last."""
+
+    def both(*args):
+        out, vjp = jax.vjp(f, *args[:-1])
+        return out, *vjp(args[-1])
+
+    return both
+
+
+# --- The rows -------------------------------------------------------------------------------------
+
+
+class Rows:
+    """Each makes a row; `small`: toy sizes, and what every platform has; `where`: see --compile."""
+
+    def __init__(self, small: bool = False, where: Topology | None = None):
+        self.small, self.where = small, where
+        self.devices = (jax.devices() if where is None else devices_of(where))[:1]
+        self.kernel = None if small else "gpu"
+
+    def _attention(self, name, B, L, H, E, prefix, *, causally, backward=False) -> Row:
+        if self.small:
+            B, L, H, prefix = 1, 160, 2, min(prefix, 32)
+        own = causal(B, L) if causally else Intervals(*(jnp.full((B, 1), x) for x in (0, 0, L)))
+        rows = own._replace(prefix_end=jnp.full_like(own.end, prefix))
+        mask = None
+        if prefix:
+            column = np.arange(L)
+            mask = jnp.asarray((column < prefix) | (column <= column[:, None]))[None, None]
+
+        def ours(q, k, v):
+            return attention(q, k, v, rows, implementation=self.kernel)
+
+        def theirs(q, k, v):
+            return jax.nn.dot_product_attention(
+                *(q, k, v),
+                mask=mask,
+                is_causal=causally and mask is None,
+                implementation=None if self.small else "cudnn",
+            )
+
+        x = shape(B, L, H, E)
+        flops = 4 * B * H * L * L * E / (2 if causally else 1) * (3.5 if backward else 1)
+        if backward:
+            return Row(
+                name, *map(differentiated, (ours, theirs)), (x,) * 4, "TFLOP/s", flops / 1e12
+            )
+        return Row(name, ours, theirs, (x,) * 3, "TFLOP/s", flops / 1e12)
+
+    def A1(self) -> Row:
+        return self._attention("attention, full", 1, 10_992, 16, 64, 0, causally=False)
+
+    def A2(self) -> Row:
+        return self._attention("attention, causal", 4, 4096, 16, 128, 0, causally=True)
+
+    def A3(self) -> Row:
+        return self._attention("attention, prefix", 4, 2176, 16, 128, 2048, causally=True)
+
+    def A4(self) -> Row:
+        name = "attention, causal, forward and backward"
+        return self._attention(name, 4, 4096, 16, 128, 0, causally=True, backward=True)
+
+    def M1(self) -> Row:
+        L, E, U = (40, 64, 4) if self.small else (4096, 3072, 16)
+
+        def steps(delta):
+            return jax.nn.softplus(delta - 4)
+
+        def ours(u, delta, A, B, C, D):
+            return selective_scan(u, steps(delta), -jnp.exp(A), B, C, D)[0]
+
+        def theirs(u, delta, A, B, C, D):
+            decay = jnp.exp(steps(delta)[..., None] * -jnp.exp(A))
+            added = (steps(delta) * u)[..., None] * B[:, :, None]
+
+            def join(a, b):
+                return b[0] * a[0], b[0] * a[1] + b[1]
+
+            states = jax.lax.associative_scan(join, (decay, added), axis=1)[1]
+            return jnp.sum(states * C[:, :, None], axis=-1) + D * u
+
+        f32 = functools.partial(shape, dtype=jnp.float32)
+        args = (
+            f32(1, L, E),
+            f32(1, L, E),
+            f32(E, U),
+            f32(1, L, U),
+            f32(1, L, U),
+            f32(E),
+            f32(1, L, E),
+        )
+        both = map(differentiated, (ours, theirs))
+        return Row("selective scan, forward and backward", *both, args, "s", tolerance=1e-3)
+
+    def C1(self) -> Row:
+        T, D, X = (64, 32, 500) if self.small else (4096, 1536, 151_936)
+
+        def ours(x, matrix, labels):
+            paid = jnp.ones(labels.shape, bool)
+            of = scores(x, matrix, labels[..., None], paid, tied=True)
+            return jnp.mean(of.lse_ST - of.listed_STk[..., 0])
+
+        def theirs(x, matrix, labels):
+            logits = jnp.einsum("std,xd->stx", x, matrix, preferred_element_type=jnp.float32)
+            label = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+            return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - label)
+
+        args = shape(1, T, D), shape(X, D), shape(1, T, dtype=jnp.int32)
+        both = (jax.value_and_grad(f, (0, 1)) for f in (ours, theirs))
+        return Row("cross-entropy with gradients", *both, args, "s")
+
+    def _qwen(self) -> tuple[nnx.GraphDef, nnx.State]:
+        config = QWEN2P5_1P5B
+        if self.small:
+            config = dataclasses.replace(
+                config, vocab_size=500, width=64, layers=2, heads=4, head_width=16, mlp_width=96
+            )
+        config = dataclasses.replace(config, remat="none" if self.small else "dots")
+        return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+
+    def T1(self) -> Row:
+        graph, state = self._qwen()
+        B, L = (1, 32) if self.small else (2, 4096)
+        optimizer = optax.adamw(1e-4)
+
+        def loss(state, ids):
+            model = nnx.merge(graph, state)
+            positions = jnp.broadcast_to(jnp.arange(L), (B, L))
+            hidden, _ = model.run(model.embed(ids), positions, causal(B, L))
+            paid = jnp.broadcast_to(jnp.arange(L) < L - 1, (B, L))
+            of = model.scores(hidden, jnp.roll(ids, -1, axis=1)[..., None], paid)
+            return jnp.sum(jnp.where(paid, of.lse_ST - of.listed_STk[..., 0], 0)) / (B * L - B)
+
+        def step(state, moments, ids):
+            value, gradient = jax.value_and_grad(loss)(state, ids)
+            updates, moments = optimizer.update(gradient, moments, state)
+            return optax.apply_updates(state, updates), moments, value
+
+        c = nnx.merge(graph, state).config
+        matrices = sum(x.size for x in jax.tree.leaves(state))  # the tied head's counted once
+        attention_flops = 6 * c.layers * L * c.heads * c.head_width
+        args = state, jax.eval_shape(optimizer.init, state), shape(B, L, dtype=jnp.int32)
+        work = (6 * matrices + attention_flops) * B * L / 1e12
+        peak = 1.0 if self.small else self.chip().flops / 1e12
+        return Row("training step of Qwen2.5-1.5B, MFU", step, peak, args, "TFLOP/s", work, None)
+
+    def _say(self) -> tuple[Callable, tuple, int, int]:
+        graph, state = self._qwen()
+        prompt, new = (8, 8) if self.small else (64, 256)
+        ready = nnx.eval_shape(for_decoding, nnx.merge(graph, state))
+        graph, state = nnx.split(ready)
+
+        def say(state, ids):
+            model = nnx.merge(graph, state)
+            length = jnp.full((1, 1), prompt)
+            said = generate(
+                model, model.no_prefix(1), ids, length, max_new_tokens=new, eos_id=NEVER
+            )
+            return said.tokens_SQA
+
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        return say, (state, shape(1, 1, prompt, dtype=jnp.int32)), size, new
+
+    def D1(self) -> Row:
+        say, args, size, new = self._say()
+        roof = 1.0 if self.small else self.chip().hbm_bandwidth / 1e9
+        return Row("greedy text, weights read", say, roof, args, "GB/s", size * new / 1e9, None)
+
+    def D2(self) -> Row:
+        import torch
+        import transformers
+
+        if not (self.small or self.where or torch.cuda.is_available()):
+            raise RuntimeError("PyTorch sees no GPU")
+        say, args, _, new = self._say()
+        if self.where:
+            return Row("greedy text", say, 0.0, args, "tokens/s", new, None)
+        c, device = QWEN2P5_1P5B, "cuda" if torch.cuda.is_available() else "cpu"
+        sizes = dict(
+            vocab_size=c.vocab_size,
+            hidden_size=c.width,
+            num_hidden_layers=c.layers,
+            num_attention_heads=c.heads,
+            num_key_value_heads=c.kv_heads,
+            intermediate_size=c.mlp_width,
+        )
+        if self.small:
+            sizes |= dict(
+                vocab_size=500, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                intermediate_size=96,
+            )  # fmt: skip
+        config = transformers.Qwen2Config(**sizes, tie_word_embeddings=True, eos_token_id=None)
+        with torch.device(device):
+            model = transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).eval()
+            ids = torch.zeros((1, args[1].shape[-1]), dtype=torch.long)
+
+        def theirs(*_):
+            with torch.inference_mode():
+                said = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False
+                )
+            return np.asarray(said.cpu())
+
+        # In bfloat16 greedy texts part soon; parity is `benchmarks.language_model`'s.
+        return Row("greedy text", say, theirs, args, "tokens/s", new, None)
+
+    def L1(self) -> Row:
+        config = hidden_cot.get_config("laptop" if self.small else "full")
+        run = make_run(config, self.devices, (1, 1, 1), 1)
+        objective = run.objective
+        model = nnx.merge(run.graph, run.state.params, run.state.frozen)
+        graph, state = nnx.split(nnx.eval_shape(with_decoding, model))
+
+        def answer(state, batch):
+            model = nnx.merge(graph, state)
+            return objective.answer(model, objective.look(model, batch), batch, NEVER)["tokens"]
+
+        plain = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), (state, run.batch()))
+        return Row("an answer of the full student", answer, 15_330.0, plain, "ms", None, None)
+
+    def chip(self) -> Chip:
+        """The device's data sheet."""
+        if self.where is not None:
+            return self.where.chip
+        device = jax.devices()[0]
+        if (found := chip_of(device)) is None:
+            raise RuntimeError(f"no data sheet of {device.device_kind}")
+        return found
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds of a call, of many that follow each other."""
+    jax.block_until_ready(call())
+    started, calls = time.perf_counter(), 0
+    while time.perf_counter() - started < SECONDS:
+        out = call()
+        calls += 1
+    jax.block_until_ready(out)
+    return (time.perf_counter() - started) / calls
+
+
+def measured(key: str, row: Row, rounds: int) -> dict:
+    """Parity, then times in turn."""
+    args = filled(row.args)
+    ours = functools.partial(jax.jit(row.ours), *args)
+    compare = callable(row.theirs)
+    theirs = None
+    if compare:
+        of_jax = row.tolerance is not None
+        theirs = functools.partial(jax.jit(row.theirs) if of_jax else row.theirs, *args)
+    if row.tolerance is not None:
+        for a, b in zip(jax.tree.leaves(ours()), jax.tree.leaves(theirs()), strict=True):
+            a, b = (np.asarray(x, np.float32) for x in (a, b))
+            np.testing.assert_allclose(a, b, atol=row.tolerance * np.abs(b).max())
+    pairs = [(timed(ours), timed(theirs) if compare else None) for _ in range(rounds)]
+    work = row.work
+
+    def value(seconds: float) -> float:
+        if work is None:
+            return seconds * (1000 if row.unit == "ms" else 1)
+        return work / seconds
+
+    return ledger.row(
+        f"{key}: {row.name}",
+        [value(a) for a, _ in pairs],
+        [value(b) if compare else row.theirs for _, b in pairs],
+        unit=row.unit,
+        dtype=next(str(x.dtype) for x in jax.tree.leaves(row.args) if x.dtype != jnp.int32),
+        shape=list(jax.tree.leaves(row.args)[-1].shape),
+        more_is_better=work is not None,
+    )
+
+
+def compiled(key: str, row: Row, mesh: jax.sharding.Mesh) -> str:
+    """What the compiler says of ours, for a device that is not there."""
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def put(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+
+    with jax.set_mesh(mesh):
+        program = jax.jit(row.ours).lower(*jax.tree.map(put, row.args)).compile()
+    kernels = program.as_text().count('custom_call_target="mosaic_gpu')
+    temporary = program.memory_analysis().temp_size_in_bytes / 1e9
+    return f"{key}: {row.name}: compiled, {kernels} kernels of ours, {temporary:.2f} GB temporaries"
+
+
+def main() -> None:
+    """Measures, prints a table and writes `gpu.json`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [name for name in vars(Rows) if name[0].isupper()]
+    parser.add_argument("--rows", nargs="+", choices=names, default=names)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--compile", metavar="TOPOLOGY")
+    parser.add_argument("--small", action="store_true")
+    arguments = parser.parse_args()
+    os.environ["GEODE_JAX_GPU_KERNELS"] = "1"
+    where = parse_topology(arguments.compile) if arguments.compile else None
+    rows = Rows(arguments.small, where)
+    mesh = make_mesh((1, 1, 1), rows.devices) if where else None
+    found, failed = [], []
+    for key in arguments.rows:
+        try:
+            if mesh is None:
+                found.append(measured(key, getattr(rows, key)(), arguments.rounds))
+                print(ledger.table(found)[-1], flush=True)
+            else:
+                print(compiled(key, getattr(rows, key)(), mesh), flush=True)
+        except Exception as error:  # of whatever library: the other rows are worth having
+            failed.append(f"{key}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            print(f"failed: {failed[-1]}", flush=True)
+    if found and not arguments.small:
+        ledger.write("gpu", found, failed)
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
