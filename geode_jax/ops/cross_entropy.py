@@ -35,6 +35,10 @@ PARTS = 8
 """At least so many tiles where rows allow it, so that padding can be left out."""
 
 
+RECOMPUTED = "recomputed"
+"""Named scope of what the backward pass computes a second time; see `flops.model_flops`."""
+
+
 class Scores(NamedTuple):
     """Of each token; anything where nobody pays."""
 
@@ -264,7 +268,9 @@ def _own_gradients(how: _How, hidden, matrix, ids, paid, out: Scores, slopes: Sc
     tiles = _Tiles(paid, entries)
 
     def compute(dw, paid, x, ids, out, slopes):
-        logits, place = _logits(how, x, matrix, paid), _places(how, ids, entries)
+        with jax.named_scope(RECOMPUTED):
+            logits = _logits(how, x, matrix, paid)
+        place = _places(how, ids, entries)
         lse = jnp.where(paid, slopes.lse_ST, 0.0)[..., None]
         slope = lse * jnp.exp(logits - out.lse_ST[..., None])
         if how.rest is not None:
