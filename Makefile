@@ -5,6 +5,7 @@
 ## make test        format and lint checks, then the fast tests; ARGS="-k pattern"
 ## make test-slow   the tests that take minutes
 ## make lint        ruff format and ruff check alone
+## make bench       measure against what else there is, half an hour; BENCHMARKS.md
 ##
 ## Each starts from nothing but Python 3.11 or newer (PYTHON=python3.12 picks one) and its pip.
 ## The parity tests need PyTorch (Python 3.11): where pip would fetch a build with CUDA, give the
@@ -18,7 +19,7 @@ TORCH_INDEX ?=
 SHELL := bash
 COMMA := ,
 .DEFAULT_GOAL := help
-.PHONY: help setup train geode table4 test test-slow lint
+.PHONY: help setup train geode table4 test test-slow lint bench
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2] if sys.version_info >= (3, 11) else "")' 2>/dev/null)
 ifeq ($(VERSION),)
@@ -54,6 +55,9 @@ test: lint
 
 test-slow: $(VENV)/.installed-test
 	$(RUN) -m pytest -m slow --durations=10 -o faulthandler_timeout=3600 $(ARGS)
+
+bench: $(VENV)/.installed-test
+	$(RUN) -m benchmarks $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff format --check .

@@ -1,6 +1,6 @@
 """Reading speed of the pipeline against a PyTorch DataLoader, on the same files in the same run.
 
-    python benchmarks/loader.py [--scenes 24] [--workers 1 2] [--rounds 5] [--out FILE]
+    python -m benchmarks.loader [--scenes 12] [--workers 1 2] [--rounds 5]
 
 The export is made on the spot, as large as VGGT's of ScanNet: 8 frames of 37 x 37 tokens of width
 2,048 in bfloat16, with depth and cameras, 45 MB a scene. A sample is a scene. The DataLoader reads
@@ -12,8 +12,6 @@ round of ours stands apart: it checks every file's sha256 and every tensor's val
 """
 
 import argparse
-import json
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +22,7 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks import ledger
 from geode_jax.data.exports import Export, ExportWriter
 from geode_jax.data.pipeline import Pipeline, PipelineConfig
 from geode_jax.data.tokens import train_tokenizer
@@ -119,13 +118,12 @@ def scenes_per_second(batches: Iterator) -> float:
 def main() -> None:
     """Measures, prints a table and writes `loader.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scenes", type=int, default=24)
+    parser.add_argument("--scenes", type=int, default=12)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/loader.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    rows, notes = [], []
     with tempfile.TemporaryDirectory() as folder:
         export = make_export(Path(folder), arguments.scenes)
         texts = [record["question"] for record in export.questions()]
@@ -139,27 +137,25 @@ def main() -> None:
             for _ in range(1 + arguments.rounds):
                 found["ours"].append(scenes_per_second(our_batches(pipeline, steps)))
                 found["theirs"].append(scenes_per_second(torch_batches(export, workers, steps)))
-            rows.append(row(workers, **found))
-            print(json.dumps(rows[-1]))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-
-
-def row(workers: int, ours: list[float], theirs: list[float]) -> dict:
-    """Medians and the ratio of every round, which shares the machine's moods."""
-    first, *ratios = (a / b for a, b in zip(ours, theirs, strict=True))
-    return {
-        "name": f"loader, {workers} workers",
-        "ours": round(statistics.median(ours[1:]), 2),
-        "theirs": round(statistics.median(theirs[1:]), 2),
-        "ratio": round(statistics.median(ratios), 2),
-        "ratio_least": round(min(ratios), 2),
-        "ratio_most": round(max(ratios), 2),
-        "ratio_first": round(first, 2),
-        "unit": "scenes/s",
-        "dtype": "bfloat16",
-        "shape": [VIEWS, GRID[0] * GRID[1], WIDTH],
-    }
+            ours, theirs = ([*rates] for rates in found.values())
+            checked, unchecked = ours.pop(0), theirs.pop(0)
+            rows.append(
+                ledger.row(
+                    f"loader, {workers} workers",
+                    ours,
+                    theirs,
+                    unit="scenes/s",
+                    dtype="bfloat16",
+                    shape=[VIEWS, GRID[0] * GRID[1], WIDTH],
+                    more_is_better=True,
+                )
+            )
+            notes.append(
+                f"with {workers} workers the first round, in which ours checks every byte, was "
+                f"{checked:.2f} against {unchecked:.2f} scenes/s"
+            )
+            print(ledger.table(rows)[-1], flush=True)
+    ledger.write("loader", rows, notes)
 
 
 if __name__ == "__main__":
