@@ -78,7 +78,7 @@ def _grown(side: str, length: int, send) -> None:
     """Megabytes that a process grows by between small rows, which load all it needs, and these."""
     torch.set_num_threads(ledger.threads())
     make = {"ours": ours, "theirs": theirs}[side]
-    make(1024)()
+    make(512)()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     make(length)()
     send.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
@@ -114,7 +114,7 @@ def main() -> None:
         grown = {side: [peak_memory(side, length) for _ in range(3)] for side in memory}
         for side, found in grown.items():
             memory[side].append(sorted(found)[1])
-        name = "its memory, beyond a row of 1,024"
+        name = "its memory, beyond a row of 512"
         rows.append(
             ledger.row(
                 name,

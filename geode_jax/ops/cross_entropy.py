@@ -28,8 +28,9 @@ from geode_jax.shapes import Array
 TILE_BYTES = 2**28
 """Of a tile's logits."""
 
-TILE_ROWS = 128
-"""At least so many tokens in a tile: the matrix's gradient is read and written once a tile."""
+TILE_ROWS = 512
+"""At least so many tokens in a tile, where there are so many: the matrix's gradient is read and
+written once a tile."""
 
 PARTS = 8
 """At least so many tiles where rows allow it, so that padding can be left out."""
@@ -198,6 +199,8 @@ class _Tiles:
                 lambda: (carry, none),
             )
 
+        if self.tiles == 1:  # in a plain program XLA need not make the logits again
+            return compute(carry, paid_ST, *arrays)
         carry, out = jax.lax.scan(tile, carry, jax.tree.map(self.split, (paid_ST, *arrays)))
         return carry, jax.tree.map(self.join, out)
 

@@ -36,12 +36,8 @@ def selective_step(
     first_B: Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One position: the next state, fp32, and y [B, E] in the dtype of u; see `selective_scan`."""
-    u, delta, b, c = (x.astype(jnp.float32) for x in (u_BE, delta_BE, B_BU, C_BU))
-    decay = jnp.exp(delta[:, None] * A_EU.T)
-    if first_B is not None:
-        decay = jnp.where(first_B[:, None, None], 0.0, decay)
-    state = decay * state_BUE + (delta * u)[:, None] * b[..., None]
-    y = jnp.sum(c[..., None] * state, axis=1) + D_E * u
+    inputs = (x.astype(jnp.float32) for x in (u_BE, delta_BE, B_BU, C_BU))
+    state, y = _step(state_BUE, (*inputs, first_B), A_EU.T, D_E)
     return state, y.astype(u_BE.dtype)
 
 
@@ -109,21 +105,85 @@ def _chunked(u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, first_BL, state_BUE):
         x = jnp.pad(x, ((0, chunks * chunk - L), *((0, 0),) * (x.ndim - 1)))
         return x.reshape(chunks, chunk, *x.shape[1:])
 
-    def position(state, x):
-        u, delta, b, c, first = x
-        return selective_step(state, u, delta, A_EU, b, c, D_E, first)
+    inputs = (u_BLE, delta_BLE, B_BLU, C_BLU)
+    inputs = (*(x.astype(jnp.float32) for x in inputs), first_BL)
 
     # One position after the other: forward and backward of [8, 256, 128, 16] take 76 ms of a CPU
     # core so, and 298 ms by an associative scan of each chunk, whose steps move all its states.
     def positions(state, x):
-        return jax.lax.scan(position, state, x)
+        return _positions(state, x, A_EU.T, D_E)
 
-    inputs = jax.tree.map(by_chunk, (u_BLE, delta_BLE, B_BLU, C_BLU, first_BL))
-    # The loop separates the two passes by itself; a barrier against merging them only costs.
-    remat = jax.checkpoint(positions, prevent_cse=False)
-    state_BUE, y = jax.lax.scan(remat, state_BUE, inputs)
+    state_BUE, y = jax.lax.scan(positions, state_BUE, jax.tree.map(by_chunk, inputs))
     y_BLE = jnp.moveaxis(y.reshape(chunks * chunk, B, E)[:L], 0, 1)
-    return y_BLE, state_BUE
+    return y_BLE.astype(u_BLE.dtype), state_BUE
+
+
+# Sums are products of matrices where they can be: of the loops that elementwise products and
+# `jnp.sum` make of them, XLA's CPU compiler does the exponentials of the summands again and again,
+# in ten times the time. The derivative is written out for the same reason.
+_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+def _decay(delta_BE: Array, A_UE: Array, first_B: Array | None) -> jax.Array:
+    decay = jnp.exp(delta_BE[:, None] * A_UE)
+    return decay if first_B is None else jnp.where(first_B[:, None, None], 0.0, decay)
+
+
+def _step(state_BUE: Array, x, A_UE: Array, D_E: Array) -> tuple[jax.Array, jax.Array]:
+    u, delta, b, c, first = x
+    state = _decay(delta, A_UE, first) * state_BUE + (delta * u)[:, None] * b[..., None]
+    return state, _product("bu,bue->be", c, state) + D_E * u
+
+
+@jax.custom_vjp
+def _positions(state_BUE: Array, inputs, A_UE: Array, D_E: Array) -> tuple[jax.Array, jax.Array]:
+    """A chunk: the state after it, and y [T, B, E]; of its states the first alone is kept."""
+    return jax.lax.scan(lambda state, x: _step(state, x, A_UE, D_E), state_BUE, inputs)
+
+
+def _positions_forward(state_BUE, inputs, A_UE, D_E):
+    return _positions(state_BUE, inputs, A_UE, D_E), (state_BUE, inputs, A_UE, D_E)
+
+
+def _positions_backward(saved, slopes):
+    state_BUE, inputs, A_UE, D_E = saved
+
+    def again(before, x):
+        after, _ = _step(before, x, A_UE, D_E)
+        return after, (before, after)
+
+    _, states = jax.lax.scan(again, state_BUE, inputs)
+
+    def position(carry, x):
+        of_state, of_A, of_D = carry
+        (u, delta, b, c, first), of_y, before, after = x
+        of_state = of_state + c[..., None] * of_y[:, None]
+        of_before = of_state * _decay(delta, A_UE, first)
+        # Made once, although several sums read them.
+        of_state, of_before = jax.lax.optimization_barrier((of_state, of_before))
+        of_exponent = jax.lax.optimization_barrier(of_before * before)
+        of_added = _product("bue,bu->be", of_state, b)
+        of_delta = sum(of_exponent[:, i] * A_UE[i] for i in range(len(A_UE))) + of_added * u
+        of_inputs = (
+            of_added * delta + D_E * of_y,
+            of_delta,
+            _product("bue,be->bu", of_state, delta * u),
+            _product("bue,be->bu", after, of_y),
+            None,
+        )
+        of_A = of_A + jnp.sum(of_exponent * delta[:, None], axis=0)
+        of_D = of_D + jnp.sum(of_y * u, axis=0)
+        return (of_before, of_A, of_D), of_inputs
+
+    of_last, of_y = slopes
+    start = of_last, jnp.zeros_like(A_UE), jnp.zeros_like(D_E)
+    (of_state, of_A, of_D), of_inputs = jax.lax.scan(
+        position, start, (inputs, of_y, *states), reverse=True
+    )
+    return of_state, of_inputs, of_A, of_D
+
+
+_positions.defvjp(_positions_forward, _positions_backward)
 
 
 # --- By kernels -----------------------------------------------------------------------------------
