@@ -38,7 +38,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def alternate(
-    ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int, warm_up: int = 1
+    ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int, warm_up: int = 2
 ) -> tuple[list[float], list[float]]:
     """Seconds of both, turn by turn, after calls that are not counted."""
     for _ in range(warm_up):

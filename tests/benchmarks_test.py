@@ -29,7 +29,7 @@ def test_a_row_has_the_median_of_the_rounds_ratios():
 def test_calls_take_turns():
     calls = []
     times = ledger.alternate(lambda: calls.append("a"), lambda: calls.append("b"), 3)
-    assert calls == ["a", "b"] * 4  # the first pair warms up
+    assert calls == ["a", "b"] * 5  # the first pairs warm up
     assert [len(side) for side in times] == [3, 3]
 
 
