@@ -134,14 +134,9 @@ def main() -> None:
         )
         print(ledger.table(rows)[-1], flush=True)
     growth = {side: m[-1] / m[0] for side, m in memory.items()}
-    ledger.write(
-        "attention",
-        rows,
-        [
-            f"from rows of {LENGTHS[2]:,} to {LENGTHS[-1]:,} memory grows {growth['ours']:.1f} times "
-            f"(ours) and {growth['theirs']:.1f} times (theirs)"
-        ],
-    )
+    rise = f"from rows of {LENGTHS[2]:,} to {LENGTHS[-1]:,} memory grows"
+    note = f"{rise} {growth['ours']:.1f} times (ours) and {growth['theirs']:.1f} times (theirs)"
+    ledger.write("attention", rows, [note])
 
 
 if __name__ == "__main__":

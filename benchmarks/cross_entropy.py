@@ -1,6 +1,6 @@
 """Cross-entropy over Qwen's vocabulary, tile by tile, against all logits at once: time and memory.
 
-    python -m benchmarks.cross_entropy [--rounds 5]
+    python -m benchmarks.cross_entropy [--rounds 3]
 
 Value and gradients, of states and matrix, at 151,936 entries and a width of 256, fp32. "XLA" is
 the same loss of materialised logits through the same compiler; "PyTorch" its
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from benchmarks import ledger
-from geode_jax.build import keep_freed_memory
 from geode_jax.ops.cross_entropy import scores
 
 ENTRIES, WIDTH = 151_936, 256
@@ -96,9 +95,8 @@ def measure(tokens: int, share: float, rounds: int) -> list[dict]:
 def main() -> None:
     """Measures, prints a table and writes `cross_entropy.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    keep_freed_memory()
     torch.set_num_threads(ledger.threads())
     rows = []
     for tokens, share in ((512, 1.0), (4096, 1.0), (4096, 0.5)):
