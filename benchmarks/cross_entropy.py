@@ -82,7 +82,7 @@ def measure(tokens: int, share: float, rounds: int) -> list[dict]:
     facts = {"dtype": "float32", "shape": [tokens, WIDTH, ENTRIES]}
     rows = []
     for name, call in (("XLA", xla_call), ("PyTorch", torch_call)):
-        times = ledger.alternate(our_call, call, rounds)
+        times = ledger.alternate(our_call, call, rounds, warm_up=1)
         rows.append(ledger.row(f"{what}, against {name}", *times, unit="s", **facts))
     logits = 2 * tokens * ENTRIES * 4 / MB
     for name, memory in (("XLA", xla_memory), ("PyTorch", logits)):

@@ -1,6 +1,11 @@
 """The decoder that answering reads against the one that training has."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +20,7 @@ from geode_jax.models.student import Student
 from geode_jax.ops.attention import causal
 from tests.tiny_models import STUDENT, materialize
 
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 QWEN = DecoderConfig(
     vocab_size=23,
     width=16,
@@ -95,3 +101,22 @@ def test_a_model_gets_its_decoder_made_ready():
     ready = with_decoding(student)
     assert ready is student and len(ready.decoder.stages) == 2
     assert all(isinstance(stage.blocks, nnx.List) for stage in ready.decoder.stages)
+
+
+@pytest.mark.slow
+def test_spread_matrices_are_gathered_before_the_loop_over_tokens():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.models.decoding_mesh_run"],
+        env=os.environ
+        | {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+        },
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["entry"] > 0 and found["others"] == 0
