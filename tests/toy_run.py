@@ -62,7 +62,7 @@ class Line:
 
 @jax.tree_util.register_pytree_node_class
 class ToyBatch(types.SimpleNamespace):
-    """x, y [S, WIDTH], and the lengths that are counted as tokens."""
+    """x, y [S, WIDTH], and what `utilisation.Meter` counts: one token a row, no padding."""
 
     def tree_flatten(self):
         return [self.__dict__[n] for n in sorted(self.__dict__)], sorted(self.__dict__)
@@ -79,7 +79,9 @@ class Pipeline:
         for step in range(first, first + count):
             x, y = np.random.default_rng(step).standard_normal((2, 4, WIDTH), np.float32)
             ones = np.ones((4, 1), np.int32)
-            yield step, ToyBatch(x=x, y=y, question_length_SQ=ones, answer_length_SQ=ones)
+            lengths = {"question_length_SQ": ones, "answer_length_SQ": ones}
+            starts = np.zeros((4, 1, 1), np.int32)
+            yield step, ToyBatch(x=x, y=y, packed_start_SMR=starts, **lengths)
 
 
 def kill(fault: str, workdir: Path) -> None:
