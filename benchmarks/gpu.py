@@ -39,10 +39,11 @@ from benchmarks import ledger
 from configs import hidden_cot
 from geode_jax.chips import Chip, chip_of
 from geode_jax.inference.generate import generate
+from geode_jax.losses import token_cross_entropy
 from geode_jax.models.decoder import QWEN2P5_1P5B, Decoder
 from geode_jax.models.decoding import for_decoding, with_decoding
 from geode_jax.ops.attention import Intervals, attention, causal
-from geode_jax.ops.cross_entropy import scores
+from geode_jax.ops.cross_entropy import token_loss
 from geode_jax.ops.selective_scan import selective_scan
 from geode_jax.plan.compiled import make_run
 from geode_jax.plan.topology import Topology, devices_of, parse_topology
@@ -195,8 +196,8 @@ class Rows:
 
         def ours(x, matrix, labels):
             paid = jnp.ones(labels.shape, bool)
-            of = scores(x, matrix, labels[..., None], paid, tied=True)
-            return jnp.mean(of.lse_ST - of.listed_STk[..., 0])
+            args = x, matrix, labels[..., None], paid
+            return token_loss(token_cross_entropy, *args, tied=True) / paid.size
 
         def theirs(x, matrix, labels):
             logits = jnp.einsum("std,xd->stx", x, matrix, preferred_element_type=jnp.float32)
@@ -226,8 +227,8 @@ class Rows:
             positions = jnp.broadcast_to(jnp.arange(L), (B, L))
             hidden, _ = model.run(model.embed(ids), positions, causal(B, L))
             paid = jnp.broadcast_to(jnp.arange(L) < L - 1, (B, L))
-            of = model.scores(hidden, jnp.roll(ids, -1, axis=1)[..., None], paid)
-            return jnp.sum(jnp.where(paid, of.lse_ST - of.listed_STk[..., 0], 0)) / (B * L - B)
+            labels = jnp.roll(ids, -1, axis=1)[..., None]
+            return model.token_loss(token_cross_entropy, hidden, labels, paid) / (B * L - B)
 
         def step(state, moments, ids):
             value, gradient = jax.value_and_grad(loss)(state, ids)

@@ -90,9 +90,9 @@ class Ours:
             positions = jnp.broadcast_to(jnp.arange(L), ids.shape)
             hidden, _ = model.run(model.embed(ids), positions, causal(B, L))
             paid = jnp.ones((B, L - 1), bool)
-            listed, lse, _ = model.scores(hidden[:, :-1], ids[:, 1:, None], paid)
-            total, count = token_cross_entropy(listed[..., 0], lse, paid)
-            return total / count
+            labels = ids[:, 1:, None]
+            total = model.token_loss(token_cross_entropy, hidden[:, :-1], labels, paid)
+            return total / paid.size
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def step(params, state, ids):

@@ -5,17 +5,16 @@ loop here. Elementwise work is left out, as everywhere that utilisation is quote
 
 Utilisation is quoted against *model FLOPs*: those of the step without rematerialisation
 (`model_flops`), frozen parts and what no gradient needs as they are. What is computed a second time
-to save memory, the logits of `ops.cross_entropy` too, is work of the machine, not of the model.
+to save memory is work of the machine, not of the model.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
-from geode_jax.ops.cross_entropy import RECOMPUTED
 from geode_jax.shapes import Batch
 from geode_jax.train_step import Objective, blueprint, make_train_step
 
@@ -38,19 +37,10 @@ def model_flops(
     graph, optimizer, like = blueprint(plain, make_optimizer, mesh)
     step = make_train_step(plain, graph, optimizer, like, microbatches)
     with jax.set_mesh(mesh):
-        return count_flops(step, like, batch, recomputed=False)
+        return count_flops(step, like, batch)
 
 
-class _Rules(NamedTuple):
-    """Keyword arguments of `count_flops`."""
-
-    while_trips: int
-    recomputed: bool
-
-
-def count_flops(
-    function: Callable, *args: Any, while_trips: int = 1, recomputed: bool = True
-) -> int:
+def count_flops(function: Callable, *args: Any, while_trips: int = 1) -> int:
     """FLOPs of `function(*args)`: 2 M N K of every matrix product whose result is used.
 
     Args:
@@ -59,15 +49,13 @@ def count_flops(
         while_trips: passes assumed of a `while_loop`, whose number nobody knows beforehand: an
             answer's length for greedy decoding. A `scan`, and a `fori_loop` between fixed bounds,
             knows its own.
-        recomputed: count what stands under a scope named `RECOMPUTED`, too.
 
     Returns:
         Of all devices together. Of a `cond` the dearest branch; of a Pallas call its
         `cost_estimate`, without one its body times its grid.
     """
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-    rules = _Rules(while_trips, recomputed)
-    flops, _ = _count(jaxpr, [True] * len(jaxpr.outvars), rules)
+    flops, _ = _count(jaxpr, [True] * len(jaxpr.outvars), while_trips)
     return flops
 
 
@@ -82,7 +70,7 @@ def without_remat(config: Any) -> Any:
     return dataclasses.replace(config, **changed)
 
 
-def _count(jaxpr, live_out: Sequence[bool], rules: _Rules) -> tuple[int, list[bool]]:
+def _count(jaxpr, live_out: Sequence[bool], trips: int) -> tuple[int, list[bool]]:
     """FLOPs of what the live outputs need, and which inputs they need.
 
     Backwards, since autodiff leaves behind what nobody asks for: the compiler drops it.
@@ -93,9 +81,7 @@ def _count(jaxpr, live_out: Sequence[bool], rules: _Rules) -> tuple[int, list[bo
         out = [var in live for var in eqn.outvars]
         if not any(out) and not eqn.effects:
             continue
-        own, needed = _count_equation(eqn, out, rules)
-        if not rules.recomputed and RECOMPUTED in str(eqn.source_info.name_stack):
-            own = 0
+        own, needed = _count_equation(eqn, out, trips)
         flops += own
         live |= {var for var, on in zip(eqn.invars, needed, strict=True) if on and _is_var(var)}
     return flops, [var in live for var in jaxpr.invars]
@@ -105,7 +91,7 @@ def _is_var(atom) -> bool:
     return not hasattr(atom, "val")  # a literal is no variable, and cannot be hashed
 
 
-def _count_equation(eqn, out: list[bool], rules: _Rules) -> tuple[int, list[bool]]:
+def _count_equation(eqn, out: list[bool], trips: int) -> tuple[int, list[bool]]:
     name, params = eqn.primitive.name, eqn.params
     everything = [True] * len(eqn.invars)
     if name == "dot_general":
@@ -113,28 +99,27 @@ def _count_equation(eqn, out: list[bool], rules: _Rules) -> tuple[int, list[bool
     if name == "conv_general_dilated":
         return _convolution(eqn), everything
     if name == "scan":
-        return _scan(eqn, out, rules)
+        return _scan(eqn, out, trips)
     if name == "while":
         body, test = params["body_jaxpr"].jaxpr, params["cond_jaxpr"].jaxpr
-        flops, _ = _count(body, [True] * len(body.outvars), rules)
-        flops += _count(test, [True], rules)[0]
-        return rules.while_trips * flops, everything
+        flops, _ = _count(body, [True] * len(body.outvars), trips)
+        return trips * (flops + _count(test, [True], trips)[0]), everything
     if name == "cond":
-        branches = [_count(branch.jaxpr, out, rules) for branch in params["branches"]]
+        branches = [_count(branch.jaxpr, out, trips) for branch in params["branches"]]
         needed = [any(of) for of in zip(*(needed for _, needed in branches), strict=True)]
         return max(flops for flops, _ in branches), [True, *needed]
     if name == "pallas_call":
-        return _pallas(eqn, rules), everything
+        return _pallas(eqn, trips), everything
     inner = [sub for value in params.values() for sub in _jaxprs(value)]
     if len(inner) != 1:  # nothing inside, or functions that stand for other rules of the same call
         own = params.get("call_jaxpr", params.get("fun_jaxpr"))
         inner = [*_jaxprs(own)] if own is not None else inner
     if name == "shard_map":  # shapes inside are those of one device
-        flops, needed = _count(inner[0], out, rules)
+        flops, needed = _count(inner[0], out, trips)
         axes = params.get("manual_axes", params["mesh"].axis_names)
         return flops * math.prod(params["mesh"].shape[axis] for axis in axes), needed
     if len(inner) == 1 and len(inner[0].outvars) == len(out):
-        flops, needed = _count(inner[0], out, rules)  # jit, remat, custom derivatives
+        flops, needed = _count(inner[0], out, trips)  # jit, remat, custom derivatives
         if len(needed) == len(everything):
             return flops, needed
         return flops, everything
@@ -164,7 +149,7 @@ def _convolution(eqn) -> int:
     return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // features
 
 
-def _scan(eqn, out: list[bool], rules: _Rules) -> tuple[int, list[bool]]:
+def _scan(eqn, out: list[bool], trips: int) -> tuple[int, list[bool]]:
     """The body times its length. A carry is live where the next pass needs it."""
     live, body = list(out), eqn.params["jaxpr"].jaxpr
 
@@ -175,18 +160,18 @@ def _scan(eqn, out: list[bool], rules: _Rules) -> tuple[int, list[bool]]:
     carries = whole(eqn.outvars, body.outvars)
     consts = whole(eqn.invars, body.invars) - carries
     while True:
-        flops, needed = _count(body, live, rules)
+        flops, needed = _count(body, live, trips)
         carried = [a or b for a, b in zip(live, needed[consts : consts + carries], strict=False)]
         if carried == live[:carries]:
             return flops * eqn.params["length"], needed
         live[:carries] = carried
 
 
-def _pallas(eqn, rules: _Rules) -> int:
+def _pallas(eqn, trips: int) -> int:
     estimate = eqn.params.get("cost_estimate")
     if estimate is not None:
         return int(estimate.flops)
     jaxpr = eqn.params["jaxpr"]
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    body, _ = _count(jaxpr, [True] * len(jaxpr.outvars), rules)
+    body, _ = _count(jaxpr, [True] * len(jaxpr.outvars), trips)
     return body * math.prod(int(size) for size in eqn.params["grid_mapping"].grid)

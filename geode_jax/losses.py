@@ -23,6 +23,7 @@ from optax.assignment import hungarian_algorithm
 
 from geode_jax.boxes import encode_boxes, generalized_iou
 from geode_jax.correspondence import gather_views, reprojection
+from geode_jax.ops.cross_entropy import Scores
 from geode_jax.shapes import Array
 from geode_jax.sharding import by_scenes
 
@@ -85,10 +86,9 @@ def cross_entropy(logits_X: Array, labels: Array, mask: Array) -> Pair:
     return _masked_sum(logsumexp(logits_X, axis=-1) - picked, mask)
 
 
-def token_cross_entropy(label_score: Array, lse: Array, mask: Array) -> Pair:
-    """The same of the label's logit and the log-sum-exp of all, [...]; see `ops.cross_entropy`."""
-    mask = _mask(mask, lse.shape)
-    return _masked_sum(_keep(lse, mask) - _keep(label_score, mask), mask)
+def token_cross_entropy(scores: Scores, paid: Array) -> Array:
+    """The sum alone, for `ops.cross_entropy.token_loss`; the label is the first id listed."""
+    return jnp.sum(_keep(scores.lse_n - scores.listed_nk[:, 0], paid))
 
 
 def distillation(

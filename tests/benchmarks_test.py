@@ -2,10 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +9,8 @@ pytest.importorskip("torch", reason="PyTorch, which benchmarks compare with, is 
 
 from benchmarks import __main__ as bench
 from benchmarks import ledger
+from tests.own_process import output_of
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 FACTS = {"dtype": "float32", "shape": [1, 2]}
 
 
@@ -43,22 +39,9 @@ def test_results_become_the_document(tmp_path, monkeypatch):
     assert "## Gpu" in bench.document() and "Not measured" not in bench.document()
 
 
-def gpu(*options: str, **environment: str) -> list[str]:
-    """What `benchmarks.gpu` prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *options],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    return done.stdout.splitlines()
-
-
 @pytest.mark.slow
 def test_the_script_for_gpus_runs_at_toy_sizes():
-    lines = gpu("--small", "--rounds", "1")
+    lines = output_of("benchmarks.gpu", "--small", "--rounds", "1").splitlines()
     rows = ("A1", "A2", "A3", "A4", "M1", "C1", "T1", "D1", "D2", "L1")
     assert [line[2:4] for line in lines] == list(rows)
 
@@ -69,7 +52,8 @@ def test_the_script_for_gpus_runs_at_toy_sizes():
 )
 def test_the_script_for_gpus_compiles_for_one_that_is_not_there():
     rows = ("A1", "A2", "A3", "A4", "M1", "C1", "D1")  # T1 and L1 take minutes
-    lines = gpu("--compile", "h100:1x1", "--rows", *rows, JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
+    told = ("--compile", "h100:1x1", "--rows", *rows)
+    lines = output_of("benchmarks.gpu", *told, JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1").splitlines()
     assert [line[:2] for line in lines] == list(rows)
     kernels = [int(line.split("compiled, ")[1].split()[0]) for line in lines]
     assert kernels[:4] == [1, 1, 1, 3]

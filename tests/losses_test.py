@@ -63,20 +63,27 @@ def distillation(logits_X, ids, logprobs, mask, temperature=1.0):
         jnp.asarray(mask).reshape(np.shape(mask) + (1,) * (len(between) - np.ndim(mask))), between
     )
     own = jnp.where(jnp.isfinite(logprobs), ids, -1).reshape(1, -1, k)
-    scores = cross_entropy.scores(
-        jnp.reshape(logits_X, (1, -1, X)), jnp.eye(X), own, paid.reshape(1, -1), tied=False, rest=0
-    )
-    scores = [x.reshape(*between, *x.shape[2:]) for x in scores]
-    return losses.distillation(*scores, ids, logprobs, mask, temperature)
+    rows = [x.reshape(1, -1, *x.shape[len(between) :]) for x in map(jnp.asarray, (ids, logprobs))]
+
+    def part(index, scores, paid, ids, logprobs):
+        return losses.distillation(*scores, ids, logprobs, paid, temperature)[index]
+
+    def summed(index):
+        loss = functools.partial(part, index)
+        states = jnp.reshape(logits_X, (1, -1, X))
+        return cross_entropy.token_loss(
+            loss, states, jnp.eye(X), own, paid.reshape(1, -1), *rows, tied=False, rest=0
+        )
+
+    return summed(0), summed(1)
 
 
 def text_cross_entropy(logits_X, labels, mask):
     """The same."""
-    X = logits_X.shape[-1]
-    scores = cross_entropy.scores(
-        logits_X, jnp.eye(X), labels[..., None], jnp.asarray(mask), tied=True
-    )
-    return losses.token_cross_entropy(scores.listed_STk[..., 0], scores.lse_ST, mask)
+    identity, paid = jnp.eye(logits_X.shape[-1]), jnp.asarray(mask)
+    loss, own = losses.token_cross_entropy, labels[..., None]
+    total = cross_entropy.token_loss(loss, logits_X, identity, own, paid, tied=True)
+    return total, jnp.sum(paid, dtype=jnp.float32)
 
 
 # name: (loss of (student, *targets, mask), student, targets), for masks [3, 5].

@@ -1,11 +1,7 @@
 """A run on eight devices is the run on one: losses, answers, and where everything lies."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,9 +12,9 @@ from jax.sharding import PartitionSpec
 from geode_jax import sharding
 from geode_jax.models.layers import param
 from tests.mesh_run import STEPS
+from tests.own_process import output_of
 from tests.runs import tiny_rooms
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 MESHES = ("1x8x1", "2x4x1", "2x2x2", "1x1x8")
 
 
@@ -31,16 +27,8 @@ def found(request, tmp_path_factory) -> dict:
     else:
         runs = request.getfixturevalue("geode_runs")
         export, start = runs["drm"].export, runs["drm"].workdir
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    subprocess.run(
-        [sys.executable, "-m", "tests.mesh_run", request.param, str(export), str(start),
-         str(folder), "1x1x1", *MESHES],
-        # Threads enough for every device to wait in several collectives: with one a core they
-        # have been seen to wait for each other.
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": flags, "PJRT_NPROC": "32"},
-        cwd=REPOSITORY,
-        check=True,
-    )  # fmt: skip
+    told = (request.param, str(export), str(start), str(folder), "1x1x1", *MESHES)
+    output_of("tests.mesh_run", *told, devices=8)
     return json.loads((folder / "found.json").read_text()) | {"hlo": folder}
 
 

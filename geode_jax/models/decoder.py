@@ -7,6 +7,7 @@ SwiGLU, RMSNorm, a tied head and the RoPE base are switches, which is all that Q
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from geode_jax.models.layers import (
     stack,
 )
 from geode_jax.ops.attention import Intervals, attention, causal
-from geode_jax.ops.cross_entropy import Scores, scores
+from geode_jax.ops.cross_entropy import token_loss
 from geode_jax.shapes import Array
 from geode_jax.sharding import constrain
 
@@ -306,13 +307,21 @@ class Decoder(nnx.Module):
         between = (None,) * (out.ndim - 2)
         return constrain(out.astype(jnp.float32), "batch", *between, "vocab")
 
-    def scores(
-        self, hidden_STD: Array, ids_STk: Array, paid_ST: Array, *, rest: int | None = None
-    ) -> Scores:
-        """What losses read of the logits at answer tokens, see `ops.cross_entropy.scores`."""
+    def token_loss(
+        self,
+        loss: Callable[..., Array],
+        hidden_STD: Array,
+        ids_STk: Array,
+        paid_ST: Array,
+        *targets_ST: Array,
+        rest: int | None = None,
+    ) -> jax.Array:
+        """The sum over answer tokens of what a loss reads of their logits; see `ops`' function."""
         tied = self.head is None
         matrix = self.embedding[...] if tied else self.head.kernel[...]
-        return scores(hidden_STD, matrix, ids_STk, paid_ST, tied=tied, rest=rest)
+        return token_loss(
+            loss, hidden_STD, matrix, ids_STk, paid_ST, *targets_ST, tied=tied, rest=rest
+        )
 
     def see(self, z_SMD: Array) -> list[KeyValues | None]:
         """Keys and values of the vision features for every stage; computed once per scene."""

@@ -24,18 +24,22 @@ def text_term(
     topk_id = jnp.where(jnp.isfinite(topk_logprob), topk_id, -1)  # padding
     paid = jnp.arange(A) < jnp.asarray(batch.answer_length_SQ)[..., None]
     taught = paid & batch.topk_mask_SQA & (k > 0)
+    paid &= ~taught | jnp.any(topk_id >= 0, axis=-1)
     ids = jnp.concatenate([batch.answer_SQA[..., None], topk_id], axis=-1)
-    hidden, ids, topk_id, topk_logprob, paid, taught = (
+    hidden, ids, paid, taught, topk_id, topk_logprob = (
         x.reshape(S, Q * A, *x.shape[3:])
-        for x in (hidden_SQAD, ids, topk_id, topk_logprob, paid, taught)
+        for x in (hidden_SQAD, ids, paid, taught, topk_id, topk_logprob)
     )
+
+    def loss(scores, paid, taught, topk_id, topk_logprob):
+        ce = losses.token_cross_entropy(scores, paid & ~taught)
+        if not k:
+            return ce
+        listed, lse, rest = scores
+        teacher = topk_id, topk_logprob, paid & taught
+        return ce + losses.distillation(listed[:, 1:], lse, rest, *teacher, temperature)[0]
+
     rest = 1 if k and temperature == 1.0 else None
-    listed, lse, others = decoder.scores(hidden, ids, paid, rest=rest)
-    ce = losses.token_cross_entropy(listed[..., 0], lse, paid & ~taught)
-    if not k:
-        return ce
-    kd = losses.distillation(
-        listed[..., 1:], lse, others, topk_id, topk_logprob, taught, temperature
-    )
+    total = decoder.token_loss(loss, hidden, ids, paid, taught, topk_id, topk_logprob, rest=rest)
     # One mean over all answer tokens, whichever of the two a token pays.
-    return ce[0] + kd[0], ce[1] + kd[1]
+    return total, jnp.sum(paid, dtype=jnp.float32)

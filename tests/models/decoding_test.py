@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +14,9 @@ from geode_jax.models.decoding import LARGEST, Matrix, by_layer, for_decoding, w
 from geode_jax.models.layers import Projection
 from geode_jax.models.student import Student
 from geode_jax.ops.attention import causal
+from tests.own_process import output_of
 from tests.tiny_models import STUDENT, materialize
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 QWEN = DecoderConfig(
     vocab_size=23,
     width=16,
@@ -105,18 +101,5 @@ def test_a_model_gets_its_decoder_made_ready():
 
 @pytest.mark.slow
 def test_spread_matrices_are_gathered_before_the_loop_over_tokens():
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.models.decoding_mesh_run"],
-        env=os.environ
-        | {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
-        },
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = json.loads(output_of("tests.models.decoding_mesh_run", devices=8))
     assert found["entry"] > 0 and found["others"] == 0

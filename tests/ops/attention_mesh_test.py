@@ -1,27 +1,15 @@
 """Attention by tiles on eight devices is attention on one."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
+from tests.own_process import output_of
 
 
 @pytest.mark.slow
 def test_rows_and_heads_on_eight_devices():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.ops.attention_mesh_run"],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": flags},
-        cwd=REPOSITORY,
-        check=True,
-        stdout=subprocess.PIPE,
-    )
-    found = json.loads(done.stdout)
+    found = json.loads(output_of("tests.ops.attention_mesh_run", devices=8))
     assert len(found) == 10
     for name, of in found.items():
         assert of["difference"] < 1e-5, name

@@ -2,10 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,8 +10,8 @@ import pytest
 from geode_jax.ops import selective_scan_tpu
 from geode_jax.ops.selective_scan import selective_scan
 from tests.ops.selective_scan_test import oracle
+from tests.own_process import output_of
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 KERNELS = ["selective_scan_backward", "selective_scan_forward"]
 
 
@@ -50,26 +46,9 @@ def test_an_implementation_that_does_not_exist():
         selective_scan(x, x, x[0].T, x, x, x[0, 0], implementation="cuda")
 
 
-def found_by(module: str, **environment: str) -> dict:
-    """What a script prints in a process of its own."""
-    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", module],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path} | environment,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
-    if "libtpu multi-process lockfile" in done.stderr:
-        pytest.skip("another process is using libtpu, which serves one at a time")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
-
-
 @pytest.mark.slow
 def test_rows_and_channels_on_eight_devices():
-    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PJRT_NPROC": "16"}
-    found = found_by("tests.ops.selective_scan_mesh_run", **eight)
+    found = json.loads(output_of("tests.ops.selective_scan_mesh_run", devices=8))
     assert len(found) == 4
     for name, of in found.items():
         assert of["difference"] < 1e-5 and of["spread"] == 8, name
@@ -80,7 +59,7 @@ def test_rows_and_channels_on_eight_devices():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_kernels_compile_for_tpus_alone_and_in_the_step_of_stage_1():
-    found = found_by("tests.ops.selective_scan_compile_run", TPU_SKIP_MDS_QUERY="1")
+    found = json.loads(output_of("tests.ops.selective_scan_compile_run", TPU_SKIP_MDS_QUERY="1"))
     assert len(found) == 7
     for name, of in found.items():
         assert of["kernels"] == KERNELS, name
