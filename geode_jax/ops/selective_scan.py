@@ -108,8 +108,8 @@ def _chunked(u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, first_BL, state_BUE):
     inputs = (u_BLE, delta_BLE, B_BLU, C_BLU)
     inputs = (*(x.astype(jnp.float32) for x in inputs), first_BL)
 
-    # One position after the other: forward and backward of [8, 256, 128, 16] take 76 ms of a CPU
-    # core so, and 298 ms by an associative scan of each chunk, whose steps move all its states.
+    # One position after the other: an associative scan of each chunk, whose steps move all its
+    # states, takes several times as long on a CPU.
     def positions(state, x):
         return _positions(state, x, A_EU.T, D_E)
 
@@ -124,14 +124,18 @@ def _chunked(u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, first_BL, state_BUE):
 _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def _decay(delta_BE: Array, A_UE: Array, first_B: Array | None) -> jax.Array:
-    decay = jnp.exp(delta_BE[:, None] * A_UE)
-    return decay if first_B is None else jnp.where(first_B[:, None, None], 0.0, decay)
+def _decay_and_added(x, A_UE: Array) -> tuple[jax.Array, jax.Array]:
+    """By what a position multiplies the states [..., B, U, E], and what it adds to them."""
+    u, delta, b, _, first = x
+    decay = jnp.exp(delta[..., None, :] * A_UE)
+    decay = decay if first is None else jnp.where(first[..., None, None], 0.0, decay)
+    return decay, (delta * u)[..., None, :] * b[..., None]
 
 
 def _step(state_BUE: Array, x, A_UE: Array, D_E: Array) -> tuple[jax.Array, jax.Array]:
-    u, delta, b, c, first = x
-    state = _decay(delta, A_UE, first) * state_BUE + (delta * u)[:, None] * b[..., None]
+    u, _, _, c, _ = x
+    decay, added = _decay_and_added(x, A_UE)
+    state = decay * state_BUE + added
     return state, _product("bu,bue->be", c, state) + D_E * u
 
 
@@ -146,41 +150,38 @@ def _positions_forward(state_BUE, inputs, A_UE, D_E):
 
 
 def _positions_backward(saved, slopes):
+    """The two recurrences position by position, all else of the whole chunk at once."""
     state_BUE, inputs, A_UE, D_E = saved
-
-    def again(before, x):
-        after, _ = _step(before, x, A_UE, D_E)
-        return after, (before, after)
-
-    _, states = jax.lax.scan(again, state_BUE, inputs)
-
-    def position(carry, x):
-        of_state, of_A, of_D = carry
-        (u, delta, b, c, first), of_y, before, after = x
-        of_state = of_state + c[..., None] * of_y[:, None]
-        of_before = of_state * _decay(delta, A_UE, first)
-        # Made once, although several sums read them.
-        of_state, of_before = jax.lax.optimization_barrier((of_state, of_before))
-        of_exponent = jax.lax.optimization_barrier(of_before * before)
-        of_added = _product("bue,bu->be", of_state, b)
-        of_delta = sum(of_exponent[:, i] * A_UE[i] for i in range(len(A_UE))) + of_added * u
-        of_inputs = (
-            of_added * delta + D_E * of_y,
-            of_delta,
-            _product("bue,be->bu", of_state, delta * u),
-            _product("bue,be->bu", after, of_y),
-            None,
-        )
-        of_A = of_A + jnp.sum(of_exponent * delta[:, None], axis=0)
-        of_D = of_D + jnp.sum(of_y * u, axis=0)
-        return (of_before, of_A, of_D), of_inputs
-
+    u, delta, b, c, _ = inputs
     of_last, of_y = slopes
-    start = of_last, jnp.zeros_like(A_UE), jnp.zeros_like(D_E)
-    (of_state, of_A, of_D), of_inputs = jax.lax.scan(
-        position, start, (inputs, of_y, *states), reverse=True
+    # What several of the following read is made once.
+    decay, added = jax.lax.optimization_barrier(_decay_and_added(inputs, A_UE))
+
+    def again(state, x):
+        decay, added = x
+        state = decay * state + added
+        return state, state
+
+    def back(of_after, x):
+        decay, of_read = x
+        of_state = of_after + of_read
+        return of_state * decay, of_state
+
+    _, after = jax.lax.scan(again, state_BUE, (decay, added))
+    before = jnp.concatenate([state_BUE[None], after[:-1]])
+    of_read = c[..., None] * of_y[..., None, :]
+    of_first, of_state = jax.lax.scan(back, of_last, (decay, of_read), reverse=True)
+    of_exponent = jax.lax.optimization_barrier(of_state * decay * before)
+    of_added = _product("tbue,tbu->tbe", of_state, b)
+    of_inputs = (
+        of_added * delta + D_E * of_y,
+        sum(of_exponent[..., i, :] * A_UE[i] for i in range(len(A_UE))) + of_added * u,
+        _product("tbue,tbe->tbu", of_state, delta * u),
+        _product("tbue,tbe->tbu", after, of_y),
+        None,
     )
-    return of_state, of_inputs, of_A, of_D
+    of_A = jnp.sum(of_exponent * delta[..., None, :], axis=(0, 1))
+    return of_first, of_inputs, of_A, jnp.sum(of_y * u, axis=(0, 1))
 
 
 _positions.defvjp(_positions_forward, _positions_backward)
