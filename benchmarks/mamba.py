@@ -1,17 +1,19 @@
-"""Our Mamba block against PyTorch's ways of running the same one, with the same weights.
+"""Our Mamba block and its scan against PyTorch's ways of running the same, with the same weights.
 
     python -m benchmarks.mamba [--rounds 7]
 
 Width 512 (1,024 channels of 16 states), one row of 1,024 positions, fp32; output, and output with
 the gradients of input and weights. Against `transformers`' block as it runs without its CUDA
-kernels, and against the fairest loop over positions that PyTorch can be given: everything that
-needs no loop is done before it, and positions are unbound once. transformers' loop indexes its
-arrays in each step, whose gradient writes all of them each time: its training is measured on 128
-positions.
+kernels, and against loops over positions as fair as PyTorch allows: positions are unbound once
+(transformers' loop indexes its arrays in each step, whose gradient writes all of them each time:
+its training is measured on 128 positions). The usual loop reads the output of each position in its
+turn; the fairest does everything before or after the loop that can be done there.
 """
 
 import argparse
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from transformers.models.mamba.modeling_mamba import MambaBlock as Reference
 from benchmarks import ledger
 from geode_jax.build import keep_freed_memory
 from geode_jax.models.mamba import MambaBlock, MambaConfig
+from geode_jax.ops.selective_scan import selective_scan
 
 WIDTH, POSITIONS, SHORT = 512, 1024, 128
 
@@ -48,21 +51,27 @@ def both() -> tuple[Reference, MambaBlock]:
     return theirs, ours
 
 
+def by_loop(u, step, A, b, c, D, *, read_in_turn: bool = False) -> torch.Tensor:
+    """The scan as a loop over positions; arguments as of `selective_scan`."""
+    decay = torch.exp(step[..., None] * A)
+    added = (step * u)[..., None] * b[:, :, None]
+    state, out = torch.zeros_like(added[:, 0]), []
+    for d, a, r in zip(decay.unbind(1), added.unbind(1), c.unbind(1), strict=True):
+        state = d * state + a
+        out.append(torch.einsum("beu,bu->be", state, r) if read_in_turn else state)
+    y = torch.stack(out, 1)
+    return (y if read_in_turn else torch.einsum("bleu,blu->ble", y, c)) + D * u
+
+
 def fair(block: Reference, x: torch.Tensor) -> torch.Tensor:
-    """The same block, its loop over positions as light as PyTorch allows."""
+    """The same block around the fairest loop."""
     m, length = block.mixer, x.shape[1]
     u, gate = m.in_proj(block.norm(x)).transpose(1, 2).chunk(2, dim=1)
     u = torch.nn.functional.silu(m.conv1d(u)[..., :length]).transpose(1, 2)
     parts = m.x_proj(u)
     step, b, c = parts.split([m.time_step_rank, m.ssm_state_size, m.ssm_state_size], dim=-1)
     step = torch.nn.functional.softplus(m.dt_proj(step))
-    decay = torch.exp(step[..., None] * -torch.exp(m.A_log))
-    added = (step * u)[..., None] * b[:, :, None]
-    state, states = torch.zeros_like(added[:, 0]), []
-    for d, a in zip(decay.unbind(1), added.unbind(1), strict=True):
-        state = d * state + a
-        states.append(state)
-    y = torch.einsum("bleu,blu->ble", torch.stack(states, 1), c) + m.D * u
+    y = by_loop(u, step, -torch.exp(m.A_log), b, c, m.D)
     return x + m.out_proj(y * torch.nn.functional.silu(gate.transpose(1, 2)))
 
 
@@ -105,6 +114,72 @@ def ours_of(block: MambaBlock, x: np.ndarray, gradients: bool) -> Callable:
     return run
 
 
+def blocks(rounds: int) -> Iterator[dict]:
+    """Rows of the whole block."""
+    theirs, ours = both()
+    calls = {"transformers": lambda x: theirs(x), "the fairest loop": lambda x: fair(theirs, x)}
+    for name, call in calls.items():
+        for gradients in (False, True):
+            length = SHORT if gradients and name == "transformers" else POSITIONS
+            x = np.random.default_rng(0).standard_normal((1, length, WIDTH), np.float32)
+            pair = ours_of(ours, x, gradients), of_torch(call, theirs, x, gradients)
+            yield compared(f"Mamba block against {name}", *pair, x.shape, gradients, rounds)
+
+
+def scans(rounds: int) -> Iterator[dict]:
+    """Rows of the scan alone."""
+    random, E, U = np.random.default_rng(0), 2 * WIDTH, 16
+    shapes = (
+        (1, POSITIONS, E),
+        (1, POSITIONS, E),
+        (E, U),
+        (1, POSITIONS, U),
+        (1, POSITIONS, U),
+        (E,),
+    )
+    inputs = [random.standard_normal(shape, np.float32) for shape in shapes]
+    inputs[1], inputs[2] = np.log1p(np.exp(inputs[1] - 3)), -np.exp(inputs[2] / 2)
+
+    def loss(*inputs):
+        y = selective_scan(*inputs)[0]
+        return jnp.sum(jnp.square(y)), y
+
+    forward = jax.jit(lambda *inputs: selective_scan(*inputs)[0])
+    backward = jax.jit(jax.grad(loss, tuple(range(6)), has_aux=True))
+
+    def ours(gradients):
+        if not gradients:
+            return (forward(*inputs).block_until_ready(),)
+        slopes, y = jax.block_until_ready(backward(*inputs))
+        return y, *slopes
+
+    def theirs(gradients, in_turn):
+        own = [torch.tensor(x).requires_grad_(gradients) for x in inputs]
+        with torch.inference_mode(not gradients):
+            y = by_loop(*own, read_in_turn=in_turn)
+        if not gradients:
+            return (y,)
+        y.square().sum().backward()
+        return y.detach(), *(x.grad for x in own)
+
+    for name, in_turn in (("the fairest loop", False), ("the usual loop", True)):
+        for gradients in (False, True):
+            pair = (
+                functools.partial(ours, gradients),
+                functools.partial(theirs, gradients, in_turn),
+            )
+            yield compared(f"scan alone against {name}", *pair, shapes[0] + (U,), gradients, rounds)
+
+
+def compared(name: str, ours, theirs, shape, gradients: bool, rounds: int) -> dict:
+    """A row, after both gave the same."""
+    for a, b in zip(ours(), theirs(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * float(b.abs().max()))
+    name = f"{name}: forward{' and backward' if gradients else ''}"
+    facts = {"unit": "s", "dtype": "float32", "shape": list(shape)}
+    return ledger.row(name, *ledger.alternate(ours, theirs, rounds), **facts)
+
+
 def main() -> None:
     """Measures, prints a table and writes `mamba.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -112,28 +187,10 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(ledger.threads())
-    theirs, ours = both()
-    calls = {"transformers": lambda x: theirs(x), "a fair loop": lambda x: fair(theirs, x)}
     rows = []
-    for name, call in calls.items():
-        for gradients in (False, True):
-            length = SHORT if gradients and name == "transformers" else POSITIONS
-            x = np.random.default_rng(0).standard_normal((1, length, WIDTH), np.float32)
-            mine, other = ours_of(ours, x, gradients), of_torch(call, theirs, x, gradients)
-            for a, b in zip(mine(), other(), strict=True):
-                np.testing.assert_allclose(a, b, atol=1e-4 * float(b.abs().max()))
-            times = ledger.alternate(mine, other, arguments.rounds)
-            what = "forward and backward" if gradients else "forward"
-            rows.append(
-                ledger.row(
-                    f"Mamba block against {name}: {what}",
-                    *times,
-                    unit="s",
-                    dtype="float32",
-                    shape=[1, length, WIDTH],
-                )
-            )
-            print(ledger.table(rows)[-1], flush=True)
+    for row in itertools.chain(blocks(arguments.rounds), scans(arguments.rounds)):
+        rows.append(row)
+        print(ledger.table(rows)[-1], flush=True)
     ledger.write("mamba", rows)
 
 
