@@ -5,13 +5,15 @@
 Two sizes of Qwen2's architecture: 0.15B, and that of the laptop's student. A model of transformers
 with random weights is saved and imported by `geode_jax.weights`; logits, the loss's gradient and
 the greedy text must agree before anything is timed. Theirs runs eagerly with scaled dot-product
-attention; `--compiled` measures `torch.compile` beside it, where that works. fp32, which is what a
-CPU is fast in.
+attention, in a process of its own: as its users have it, and again with the memory setting that
+ours comes with; `--compiled` measures `torch.compile` too, where that works. Ours reads and says
+with the matrices that `for_decoding` makes. fp32, which is what a CPU is fast in.
 """
 
 import argparse
 import functools
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -57,22 +59,16 @@ READ = {"Qwen-shaped 0.15B": (1, 512), "laptop student": (16, 128)}
 PROMPT, SAID = 64, 64
 
 
-def both(sizes: dict) -> tuple[torch.nn.Module, Decoder]:
-    """transformers' model with random weights, and ours from its files."""
+def save(sizes: dict, folder: str) -> None:
+    """transformers' model with random weights, as files."""
     torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        **sizes, tie_word_embeddings=True, attn_implementation="sdpa", eos_token_id=None
-    )
-    theirs = transformers.Qwen2ForCausalLM(config).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        return theirs, load_pretrained(Path(folder))
+    config = transformers.Qwen2Config(**sizes, tie_word_embeddings=True, eos_token_id=None)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
 
 
-def close(ours, theirs) -> None:
+def close(ours, theirs: np.ndarray) -> None:
     """Within 1e-4 of the largest number."""
-    ours, theirs = np.asarray(ours), theirs.detach().numpy()
-    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+    np.testing.assert_allclose(np.asarray(ours), theirs, atol=1e-4 * np.abs(theirs).max())
 
 
 class Ours:
@@ -111,12 +107,12 @@ class Ours:
                 eos_id=NEVER,
             ).tokens_SQA[0]
 
-        self._forward = jax.jit(lambda params, ids: nnx.merge(self.graph, params)(ids))
+        self._forward = jax.jit(lambda model, ids: model(ids))
         self._gradient = jax.jit(jax.grad(loss))
         self._step, self._say = step, say
 
     def forward(self, ids):
-        return self._forward(self.params, ids).block_until_ready()
+        return self._forward(self.ready, ids).block_until_ready()
 
     def gradient(self, ids):
         return self._gradient(self.params, ids)
@@ -130,80 +126,74 @@ class Ours:
 
 
 class Theirs:
-    """The same of theirs."""
+    """The same of theirs, made where it runs."""
 
-    def __init__(self, model: torch.nn.Module, compiled: bool):
-        self.model = model
-        self.call = torch.compile(model) if compiled else model
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4)
+    def __init__(self, folder: str, compiled: bool):
+        self.model = transformers.Qwen2ForCausalLM.from_pretrained(
+            folder, attn_implementation="sdpa"
+        ).eval()
+        self.called = torch.compile(self.model) if compiled else self.model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=1e-4)
 
     def forward(self, ids):
         with torch.inference_mode():
-            return self.call(ids, use_cache=False).logits
+            return self.called(torch.tensor(ids), use_cache=False).logits.numpy()
 
-    def loss(self, ids):
-        return self.call(ids, labels=ids, use_cache=False).loss
+    def gradient(self, ids):
+        ids = torch.tensor(ids)
+        self.optimizer.zero_grad()
+        self.called(ids, labels=ids, use_cache=False).loss.backward()
+        return self.model.get_input_embeddings().weight.grad.numpy()
 
     def train(self, ids):
-        self.optimizer.zero_grad()
-        self.loss(ids).backward()
+        self.gradient(ids)
         self.optimizer.step()
 
     def say(self, ids, new: int):
+        ids = torch.tensor(ids)
         with torch.inference_mode():
             said = self.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False
             )
-        return said[:, ids.shape[1] :]
+        return said[:, ids.shape[1] :].numpy()
 
 
-def check(ours: Ours, theirs: Theirs, ids: np.ndarray) -> None:
+def check(ours: Ours, theirs: ledger.Apart, ids: np.ndarray) -> None:
     """Logits, a gradient and greedy text agree."""
-    tensor = torch.tensor(ids)
-    close(ours.forward(ids), theirs.forward(tensor))
-    theirs.loss(tensor).backward()
+    close(ours.forward(ids), theirs.get("forward", ids))
     gradient = nnx.merge(ours.graph, ours.gradient(ids)).embedding[...]
-    close(gradient, theirs.model.get_input_embeddings().weight.grad)
-    said = theirs.say(tensor[:1, :PROMPT], SAID).numpy()
-    np.testing.assert_array_equal(ours.say(ids[:1, :PROMPT], SAID), said)
+    close(gradient, theirs.get("gradient", ids))
+    prompt = ids[:1, :PROMPT]
+    np.testing.assert_array_equal(ours.say(prompt, SAID), theirs.get("say", prompt, SAID))
 
 
-def measure(name: str, rounds: int, compiled: bool) -> list[dict]:
+def measure(name: str, rounds: int, others: dict[str, dict[str, bool]]) -> Iterator[dict]:
     """The rows of one size."""
-    model, decoder = both(SIZES[name])
-    ours, theirs = Ours(decoder), Theirs(model, compiled)
     read = READ[name]
     ids = np.random.default_rng(0).integers(0, SIZES[name]["vocab_size"], read)
-    check(ours, theirs, ids)
-    tensor, prompt = torch.tensor(ids), ids[:1, :PROMPT]
-    asked = torch.tensor(prompt)
-    against = f"{name} against {'torch.compile' if compiled else 'transformers'}"
     calls = {
-        "forward": (lambda: ours.forward(ids), lambda: theirs.forward(tensor), list(read)),
-        "training step with AdamW": (
-            lambda: ours.train(ids),
-            lambda: theirs.train(tensor),
-            list(read),
-        ),
-        "prefill and one token": (
-            lambda: ours.say(ids[:1], 1),
-            lambda: theirs.say(tensor[:1], 1),
-            [1, read[1]],
-        ),
-        "greedy text with a cache": (
-            lambda: ours.say(prompt, SAID),
-            lambda: theirs.say(asked, SAID),
-            [1, PROMPT, SAID],
-        ),
+        "forward": ("forward", (ids,), list(read)),
+        "training step with AdamW": ("train", (ids,), list(read)),
+        "prefill and one token": ("say", (ids[:1], 1), [1, read[1]]),
+        "greedy text with a cache": ("say", (ids[:1, :PROMPT], SAID), [1, PROMPT, SAID]),
     }
-    rows = []
-    for what, (our_call, their_call, shape) in calls.items():
-        times = ledger.alternate(our_call, their_call, rounds)
-        rows.append(
-            ledger.row(f"{against}: {what}", *times, unit="s", dtype="float32", shape=shape)
-        )
-        print("\n".join(ledger.table(rows)[-1:]), flush=True)
-    return rows
+    with tempfile.TemporaryDirectory() as folder:
+        save(SIZES[name], folder)
+        for other, how in others.items():
+            ours = Ours(load_pretrained(Path(folder)))
+            theirs = ledger.Apart(
+                Theirs, folder, how.get("compiled", False), keep_memory=how.get("keep", False)
+            )
+            check(ours, theirs, ids)
+            for what, (method, args, shape) in calls.items():
+                times = ledger.alternate(
+                    functools.partial(getattr(ours, method), *args),
+                    functools.partial(theirs.call, method, *args),
+                    rounds,
+                )
+                facts = {"unit": "s", "dtype": "float32", "shape": shape}
+                yield ledger.row(f"{name} against {other}: {what}", *times, **facts)
+            theirs.close()
 
 
 def main() -> None:
@@ -213,12 +203,14 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true")
     arguments = parser.parse_args()
     keep_freed_memory()
-    torch.set_num_threads(ledger.threads())
+    others = {"transformers": {}, "transformers, our memory setting": {"keep": True}}
+    if arguments.compiled:
+        others["torch.compile"] = {"compiled": True}
     rows = []
     for name in SIZES:
-        rows += measure(name, arguments.rounds, compiled=False)
-        if arguments.compiled:
-            rows += measure(name, arguments.rounds, compiled=True)
+        for row in measure(name, arguments.rounds, others):
+            rows.append(row)
+            print(ledger.table(rows)[-1], flush=True)
     ledger.write("language_model", rows)
 
 

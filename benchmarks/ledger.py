@@ -1,7 +1,7 @@
 """What every benchmark shares: alternate timing, rows, the table, and what machine it was.
 
-A row says how many times better ours is than what a user would pick instead, measured in one
-process, turn by turn, so that both share the machine's moods:
+A row says how many times better ours is than what a user would pick instead, measured in one run,
+turn by turn, so that both share the machine's moods:
 
     name, unit, dtype, shape    what was measured; a unit that starts with s is a time, MB memory
     ours, theirs                medians of the rounds
@@ -12,6 +12,7 @@ process, turn by turn, so that both share the machine's moods:
 
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -30,11 +31,72 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+REST = 0.05
+"""Seconds before each turn: threads of the other side wait a while for more work, busily."""
+
+
 def seconds(call: Callable[[], Any]) -> float:
     """Of one call, which awaits its result."""
+    time.sleep(REST)
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
+
+
+class Apart:
+    """PyTorch's side in a process of its own, where it runs as its users have it.
+
+    Within our process it would have the memory setting that ours comes with
+    (`keep_freed_memory`), which makes it faster; `keep_memory` gives it that.
+    """
+
+    def __init__(self, make: Callable[..., Any], *args: Any, keep_memory: bool = False):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        told = (other, keep_memory, make, args)
+        self._process = context.Process(target=_serve, args=told, daemon=True)
+        self._process.start()
+        self._pipe.recv()
+
+    def call(self, method: str, *args: Any) -> None:
+        """Returns when the method of what `make` made is done."""
+        self.get(method, *args, wanted=False)
+
+    def get(self, method: str, *args: Any, wanted: bool = True) -> Any:
+        """The method's result.
+
+        Raises:
+            RuntimeError: it failed there.
+        """
+        self._pipe.send((method, args, wanted))
+        result, error = self._pipe.recv()
+        if error is not None:
+            raise RuntimeError(f"{method} in the other process: {error}")
+        return result
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._pipe.send(None)
+        self._process.join()
+
+
+def _serve(pipe, keep_memory: bool, make: Callable[..., Any], args: tuple) -> None:
+    import torch
+
+    from geode_jax.build import keep_freed_memory
+
+    if keep_memory:
+        keep_freed_memory()
+    torch.set_num_threads(threads())
+    made = make(*args)
+    pipe.send(None)
+    while (told := pipe.recv()) is not None:
+        method, args, wanted = told
+        try:
+            result, error = getattr(made, method)(*args), None
+        except Exception as found:  # of whatever library: told to who asked
+            result, error = None, f"{type(found).__name__}: {' '.join(str(found).split())[:300]}"
+        pipe.send((result if wanted else None, error))
 
 
 def alternate(

@@ -7,12 +7,13 @@ the gradients of input and weights. Against `transformers`' block as it runs wit
 kernels, and against loops over positions as fair as PyTorch allows: positions are unbound once
 (transformers' loop indexes its arrays in each step, whose gradient writes all of them each time:
 its training is measured on 128 positions). The usual loop reads the output of each position in its
-turn; the fairest does everything before or after the loop that can be done there.
+turn; the fairest does everything before or after the loop that can be done there. PyTorch runs in a
+process of its own, as its users have it; the fairest loop again with the memory setting that ours
+comes with.
 """
 
 import argparse
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from flax import nnx
 from transformers import MambaConfig as ReferenceConfig
+from transformers import MambaModel
 from transformers.models.mamba.modeling_mamba import MambaBlock as Reference
 
 from benchmarks import ledger
@@ -31,12 +33,17 @@ from geode_jax.ops.selective_scan import selective_scan
 WIDTH, POSITIONS, SHORT = 512, 1024, 128
 
 
-def both() -> tuple[Reference, MambaBlock]:
-    """transformers' block with random weights, and ours with the same."""
+def reference() -> Reference:
+    """transformers' block with random weights; of a model, since a block alone sets not all."""
     torch.manual_seed(0)
-    theirs = Reference(
-        ReferenceConfig(hidden_size=WIDTH, num_hidden_layers=1, use_mambapy=False), layer_idx=0
+    config = ReferenceConfig(
+        vocab_size=1, hidden_size=WIDTH, num_hidden_layers=1, use_mambapy=False
     )
+    return MambaModel(config).layers[0]
+
+
+def copied(theirs: Reference) -> MambaBlock:
+    """Our block with the same weights."""
     ours = MambaBlock(MambaConfig(width=WIDTH, layers=1), rngs=nnx.Rngs(0))
     weights = {name: jnp.asarray(w.detach().numpy()) for name, w in theirs.named_parameters()}
     mixer = ours.mixer
@@ -48,7 +55,7 @@ def both() -> tuple[Reference, MambaBlock]:
         getattr(mixer, name).kernel[...] = weights[f"mixer.{name}.weight"].T
     mixer.dt_proj.bias[...] = weights["mixer.dt_proj.bias"]
     mixer.A_log[...], mixer.D[...] = weights["mixer.A_log"], weights["mixer.D"]
-    return theirs, ours
+    return ours
 
 
 def by_loop(u, step, A, b, c, D, *, read_in_turn: bool = False) -> torch.Tensor:
@@ -75,59 +82,9 @@ def fair(block: Reference, x: torch.Tensor) -> torch.Tensor:
     return x + m.out_proj(y * torch.nn.functional.silu(gate.transpose(1, 2)))
 
 
-def of_torch(call: Callable, block: Reference, x: np.ndarray, gradients: bool) -> Callable:
-    """Output, and where wanted the input's gradient, with the weights' beside it."""
-    x = torch.tensor(x)
-
-    def run():
-        if not gradients:
-            with torch.inference_mode():
-                return (call(x),)
-        block.zero_grad()
-        own = x.clone().requires_grad_()
-        out = call(own)
-        out.square().sum().backward()
-        return out.detach(), own.grad
-
-    return run
-
-
-def ours_of(block: MambaBlock, x: np.ndarray, gradients: bool) -> Callable:
-    """The same of ours, compiled."""
-    graph, state = nnx.split(block)
-
-    def out(state, x):
-        return nnx.merge(graph, state)(x)[0]
-
-    def loss(state, x):
-        y = out(state, x)
-        return jnp.sum(jnp.square(y)), y
-
-    forward, backward = jax.jit(out), jax.jit(jax.grad(loss, (0, 1), has_aux=True))
-
-    def run():
-        if not gradients:
-            return (forward(state, x).block_until_ready(),)
-        (_, dx), y = jax.block_until_ready(backward(state, x))
-        return y, dx
-
-    return run
-
-
-def blocks(rounds: int) -> Iterator[dict]:
-    """Rows of the whole block."""
-    theirs, ours = both()
-    calls = {"transformers": lambda x: theirs(x), "the fairest loop": lambda x: fair(theirs, x)}
-    for name, call in calls.items():
-        for gradients in (False, True):
-            length = SHORT if gradients and name == "transformers" else POSITIONS
-            x = np.random.default_rng(0).standard_normal((1, length, WIDTH), np.float32)
-            pair = ours_of(ours, x, gradients), of_torch(call, theirs, x, gradients)
-            yield compared(f"Mamba block against {name}", *pair, x.shape, gradients, rounds)
-
-
-def scans(rounds: int) -> Iterator[dict]:
-    """Rows of the scan alone."""
+@functools.cache
+def inputs_of_scan() -> list[np.ndarray]:
+    """u, delta, A, B, C and D."""
     random, E, U = np.random.default_rng(0), 2 * WIDTH, 16
     shapes = (
         (1, POSITIONS, E),
@@ -137,47 +94,112 @@ def scans(rounds: int) -> Iterator[dict]:
         (1, POSITIONS, U),
         (E,),
     )
-    inputs = [random.standard_normal(shape, np.float32) for shape in shapes]
-    inputs[1], inputs[2] = np.log1p(np.exp(inputs[1] - 3)), -np.exp(inputs[2] / 2)
+    u, delta, A, *rest = (random.standard_normal(shape, np.float32) for shape in shapes)
+    return [u, np.log1p(np.exp(delta - 3)), -np.exp(A / 2), *rest]
 
-    def loss(*inputs):
-        y = selective_scan(*inputs)[0]
-        return jnp.sum(jnp.square(y)), y
 
-    forward = jax.jit(lambda *inputs: selective_scan(*inputs)[0])
-    backward = jax.jit(jax.grad(loss, tuple(range(6)), has_aux=True))
+@functools.cache
+def inputs_of_block(positions: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((1, positions, WIDTH), np.float32)
 
-    def ours(gradients):
+
+class Ours:
+    """What is timed of ours, compiled; each call awaits its result."""
+
+    def __init__(self):
+        graph, self.state = nnx.split(copied(reference()))
+
+        def block(state, x):
+            return nnx.merge(graph, state)(x)[0]
+
+        def scan(*inputs):
+            return selective_scan(*inputs)[0]
+
+        self._block, self._scan = jax.jit(block), jax.jit(scan)
+        self._block_slopes = jax.jit(jax.grad(_squared(block), (0, 1), has_aux=True))
+        self._scan_slopes = jax.jit(jax.grad(_squared(scan), tuple(range(6)), has_aux=True))
+
+    def block(self, positions: int, gradients: bool) -> tuple:
+        """Output, and where wanted the input's gradient, with the weights' beside it."""
+        x = inputs_of_block(positions)
         if not gradients:
-            return (forward(*inputs).block_until_ready(),)
-        slopes, y = jax.block_until_ready(backward(*inputs))
+            return (self._block(self.state, x).block_until_ready(),)
+        (_, dx), y = jax.block_until_ready(self._block_slopes(self.state, x))
+        return y, dx
+
+    def scan(self, gradients: bool) -> tuple:
+        """Output, and where wanted the gradients of all inputs."""
+        inputs = inputs_of_scan()
+        if not gradients:
+            return (self._scan(*inputs).block_until_ready(),)
+        slopes, y = jax.block_until_ready(self._scan_slopes(*inputs))
         return y, *slopes
 
-    def theirs(gradients, in_turn):
-        own = [torch.tensor(x).requires_grad_(gradients) for x in inputs]
-        with torch.inference_mode(not gradients):
-            y = by_loop(*own, read_in_turn=in_turn)
-        if not gradients:
-            return (y,)
-        y.square().sum().backward()
-        return y.detach(), *(x.grad for x in own)
 
-    for name, in_turn in (("the fairest loop", False), ("the usual loop", True)):
-        for gradients in (False, True):
-            pair = (
-                functools.partial(ours, gradients),
-                functools.partial(theirs, gradients, in_turn),
+def _squared(function: Callable) -> Callable:
+    def loss(*args):
+        y = function(*args)
+        return jnp.sum(jnp.square(y)), y
+
+    return loss
+
+
+class Theirs:
+    """The same of theirs, made where it runs; "transformers", "fairest" or "usual"."""
+
+    def __init__(self, kind: str):
+        self.kind, self.model = kind, reference()
+
+    def block(self, positions: int, gradients: bool) -> tuple:
+        call = self.model if self.kind == "transformers" else functools.partial(fair, self.model)
+        self.model.zero_grad()
+        return _run(call, [inputs_of_block(positions)], gradients)
+
+    def scan(self, gradients: bool) -> tuple:
+        call = functools.partial(by_loop, read_in_turn=self.kind == "usual")
+        return _run(call, inputs_of_scan(), gradients)
+
+
+def _run(call: Callable, inputs: list[np.ndarray], gradients: bool) -> tuple:
+    own = [torch.tensor(x).requires_grad_(gradients) for x in inputs]
+    with torch.inference_mode(not gradients):
+        y = call(*own)
+    if not gradients:
+        return (y.numpy(),)
+    y.square().sum().backward()
+    return y.detach().numpy(), *(x.grad.numpy() for x in own)
+
+
+def measure(rounds: int) -> Iterator[dict]:
+    """Rows."""
+    ours = Ours()
+    kinds = {
+        "transformers": ("transformers", False),
+        "the fairest loop": ("fairest", False),
+        "the fairest loop, our memory setting": ("fairest", True),
+        "the usual loop": ("usual", False),
+    }
+    for name, (kind, keep) in kinds.items():
+        theirs = ledger.Apart(Theirs, kind, keep_memory=keep)
+        calls = [("scan", (gradients,)) for gradients in (False, True) if kind != "transformers"]
+        if kind != "usual":
+            short = SHORT if kind == "transformers" else POSITIONS
+            calls += [("block", (POSITIONS, False)), ("block", (short, True))]
+        for what, args in calls:
+            call = functools.partial(getattr(ours, what), *args)
+            for a, b in zip(call(), theirs.get(what, *args), strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-4 * float(np.abs(b).max()))
+            times = ledger.alternate(call, functools.partial(theirs.call, what, *args), rounds)
+            whole = "Mamba block" if what == "block" else "scan alone"
+            shape = [1, args[0], WIDTH] if what == "block" else [1, POSITIONS, 2 * WIDTH, 16]
+            yield ledger.row(
+                f"{whole} against {name}: forward{' and backward' if args[-1] else ''}",
+                *times,
+                unit="s",
+                dtype="float32",
+                shape=shape,
             )
-            yield compared(f"scan alone against {name}", *pair, shapes[0] + (U,), gradients, rounds)
-
-
-def compared(name: str, ours, theirs, shape, gradients: bool, rounds: int) -> dict:
-    """A row, after both gave the same."""
-    for a, b in zip(ours(), theirs(), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4 * float(b.abs().max()))
-    name = f"{name}: forward{' and backward' if gradients else ''}"
-    facts = {"unit": "s", "dtype": "float32", "shape": list(shape)}
-    return ledger.row(name, *ledger.alternate(ours, theirs, rounds), **facts)
+        theirs.close()
 
 
 def main() -> None:
@@ -186,9 +208,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     keep_freed_memory()
-    torch.set_num_threads(ledger.threads())
     rows = []
-    for row in itertools.chain(blocks(arguments.rounds), scans(arguments.rounds)):
+    for row in measure(arguments.rounds):
         rows.append(row)
         print(ledger.table(rows)[-1], flush=True)
     ledger.write("mamba", rows)

@@ -1,5 +1,6 @@
 """The ledger's arithmetic; the script for GPUs runs, and compiles for one that is not there."""
 
+import collections
 import importlib.util
 import json
 
@@ -27,6 +28,17 @@ def test_calls_take_turns():
     times = ledger.alternate(lambda: calls.append("a"), lambda: calls.append("b"), 3)
     assert calls == ["a", "b"] * 5  # the first pairs warm up
     assert [len(side) for side in times] == [3, 3]
+
+
+def test_the_other_side_runs_in_a_process_of_its_own():
+    theirs = ledger.Apart(collections.Counter, "aab")
+    assert theirs.get("most_common", 1) == [("a", 2)]
+    theirs.call("update", "bb")
+    assert theirs.get("total") == 5
+    with pytest.raises(RuntimeError, match="lost in the other process: AttributeError"):
+        theirs.call("lost")
+    theirs.close()
+    assert not theirs._process.is_alive()
 
 
 def test_results_become_the_document(tmp_path, monkeypatch):
