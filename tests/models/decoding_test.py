@@ -17,20 +17,8 @@ from geode_jax.ops.attention import causal
 from tests.own_process import output_of
 from tests.tiny_models import STUDENT, materialize
 
-QWEN = DecoderConfig(
-    vocab_size=23,
-    width=16,
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    head_width=4,
-    mlp_width=24,
-    mlp="swiglu",
-    norm="rms",
-    linear_bias=False,
-    tied_head=True,
-)
 GELU = dataclasses.replace(STUDENT.decoder, cross_layers=())
+QWEN = dataclasses.replace(GELU, mlp="swiglu", norm="rms", linear_bias=False, tied_head=True)
 
 
 def made(config: DecoderConfig) -> Decoder:
