@@ -29,11 +29,15 @@ from geode_jax.ops.attention_plan import (
     Intervals,
     by_tile,
     tile_classes,
+    visible,
 )
 from geode_jax.shapes import Array
 
 TILE, PART, WARPGROUPS = 128, 64, 2
 """Rows of a tile, and of a warpgroup's part of it: Hopper's matrix instruction has 64."""
+
+PARTS = 16
+"""At most so many, into which the keys of a single query are split."""
 
 STAGES = 2
 """Tiles that are in shared memory at a time: with head width 128, 2 x 64 KiB of 227."""
@@ -240,12 +244,57 @@ def forward(
     Args:
         q_BLHE, k_BMGE, v_BMGE, intervals: as of `attention.attention`; of `WIDTHS` and `DTYPES`.
     """
-    L = q_BLHE.shape[1]
     rows, classes = _rows(q_BLHE, k_BMGE, intervals)
     q, k, v = (_pad(x) for x in (q_BLHE, k_BMGE, v_BMGE))
+    L, M = q_BLHE.shape[1], k_BMGE.shape[1]
+    if L == 1:
+        return _in_parts(q_BLHE, k, v, rows, classes, visible(intervals, M))
+    out, lse = _forward(q, k, v, rows, classes)
+    return out[:, :L], lse
+
+
+def _in_parts(
+    q_BLHE: Array, k: Array, v: Array, rows: Intervals, classes: Array, visible_B1M: Array
+) -> tuple[jax.Array, jax.Array]:
+    """`forward` of a step of decoding, its keys in parts side by side (split-K).
+
+    One program a head and row would leave most of a GPU idle. So the heads that share a key head
+    are the queries of a tile, and the tiles of keys are dealt to several programs, each with a
+    softmax of its own, which are one in the end.
+    """
+    B, _, H, E = q_BLHE.shape
+    G, columns = k.shape[2], classes.shape[2]
+    share, parts = H // G, min(PARTS, columns)
+    own = jnp.arange(columns) * parts // columns == jnp.arange(parts)[:, None]  # [parts, columns]
+    q = _pad(q_BLHE.reshape(B, G, share, E).swapaxes(1, 2))
+    out, lse = _forward(
+        jnp.tile(q, (1, parts, 1, 1)),
+        k,
+        v,
+        Intervals(*(jnp.tile(x, (1, parts)) for x in rows)),
+        jnp.where(own, classes, SKIP),
+    )
+    out = out.reshape(B, parts, TILE, G, E)[:, :, :share]
+    seen = _pad(visible_B1M, axis=2).reshape(B, 1, columns, TILE).any(3)
+    sees = jnp.any(own & seen, axis=2)[:, None, :, None]  # [B, 1, parts, 1]
+    lse = jnp.where(sees, lse.reshape(B, G, parts, TILE)[..., :share], -jnp.inf)
+    peak = jnp.max(lse, axis=2, keepdims=True)
+    peak = jnp.where(peak > -jnp.inf, peak, 0.0)
+    weights = jnp.exp2(lse - peak)
+    total = jnp.sum(weights, axis=2)  # [B, G, share]
+    count = jnp.where(total > 0, total, 1.0)
+    out = jnp.einsum("bgps,bpsge->bgse", weights, out.astype(jnp.float32)) / count[..., None]
+    lse = (peak[:, :, 0] + jnp.log2(count)).reshape(B, H, 1)
+    return out.reshape(B, 1, H, E).astype(q_BLHE.dtype), _pad(lse, axis=2)
+
+
+def _forward(
+    q: Array, k: Array, v: Array, rows: Intervals, classes: Array
+) -> tuple[jax.Array, jax.Array]:
+    """`forward` of whole tiles of queries and keys, with the classes of their pairs."""
     B, padded, H, E = q.shape
     tiles = _buffer(q.dtype, STAGES, TILE, E)
-    out, lse = _kernel(
+    return _kernel(
         functools.partial(_forward_kernel, H // k.shape[2], classes.shape[1:]),
         "attention_forward",
         [
@@ -265,7 +314,6 @@ def forward(
             _full(arrivals=WARPGROUPS),
         ],
     )(q, k, v, *rows, *visits(classes))
-    return out[:, :L], lse
 
 
 def _forward_kernel(

@@ -110,16 +110,66 @@ def both(q, k, v, intervals, g):
     return out, vjp(g)
 
 
+def matmul_add(sums, a, b):
+    """For the interpreter, which knows no product whose left side is in registers.
+
+    It reads shared memory as no matrix instruction does, and has to be fenced off from the next
+    copy into it.
+    """
+    sums = sums + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+    plgpu.commit_smem()
+    return sums
+
+
+ONE = (3, 1, 600, 6, 2, 64)
+"""Of a step of decoding: 5 tiles of keys; rows that see two runs of keys, few, and none."""
+OF_ONE = Intervals(*np.array([[[300], [0], [0]], [[320], [70], [5]], [[580], [90], [5]]], np.int32))
+
+
+def dense_forward(q, k, v, rows, classes):
+    """What `_forward` computes."""
+    share = q.shape[2] // k.shape[2]
+    q, k, v = (np.asarray(x, np.float32) for x in (q, k, v))
+    s = np.einsum("blhe,bmhe->bhlm", q, np.repeat(k, share, 2)) * (q.shape[-1] ** -0.5 * SCALE)
+    of_tile = np.asarray(classes).repeat(gpu.TILE, 1).repeat(gpu.TILE, 2) != gpu.SKIP
+    mask = (np.asarray(visible(rows, k.shape[1])) & of_tile)[:, None]
+    weights = np.where(mask, np.exp2(s), 0)
+    total = weights.sum(-1)
+    count = np.where(total > 0, total, 1)
+    out = np.einsum("bhlm,bmhe->blhe", weights / count[..., None], np.repeat(v, share, 2))
+    return jnp.asarray(out), jnp.asarray(np.log2(count))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 16])
+def test_the_keys_of_a_single_query_in_parts(parts, monkeypatch):
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "_forward", dense_forward)
+    q, k, v, g = (x.astype(jnp.float32) for x in arrays(*ONE))
+    mask = np.asarray(visible(OF_ONE, ONE[2]))
+    out, lse = gpu.forward(q, k, v, OF_ONE)
+    want, _ = oracle(q, k, v, mask, g)
+    np.testing.assert_allclose(out, want, atol=1e-5)
+    s = np.einsum("blhe,bmhe->bhlm", q, np.repeat(k, 3, 2)) / 8
+    total = np.where(mask[:, None], np.exp(s.astype(np.float64)), 0).sum(-1)
+    total[2] = 1  # blind
+    assert lse.shape == (3, 6, gpu.TILE)
+    np.testing.assert_allclose(lse[..., 0], np.log2(total)[..., 0], atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(plgpu, "force_gpu_interpret_mode"), reason="jax is too old")
+def test_a_single_query_in_the_interpreter(monkeypatch):
+    monkeypatch.setattr(gpu, "_matmul_add", matmul_add)
+    monkeypatch.setattr(gpu, "PARTS", 2)
+    q, k, v, g = arrays(*ONE)
+    mask = np.asarray(visible(OF_ONE, ONE[2]))
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        out = attention(q, k, v, OF_ONE, implementation="gpu")
+    np.testing.assert_allclose(out, oracle(q, k, v, mask, g)[0], atol=0.03)
+
+
 @pytest.mark.skipif(not hasattr(plgpu, "force_gpu_interpret_mode"), reason="jax is too old")
 @pytest.mark.parametrize("shape", [(1, 200, 300, 2, 1, 64), (1, 130, 260, 1, 1, 128)])
 def test_the_kernels_in_the_interpreter(shape, monkeypatch):
-    # The interpreter knows no product whose left side is in registers. Its stand-in reads shared
-    # memory as no matrix instruction does, and has to be fenced off from the next copy into it.
-    def matmul_add(sums, a, b):
-        sums = sums + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-        plgpu.commit_smem()
-        return sums
-
     monkeypatch.setattr(gpu, "_matmul_add", matmul_add)
     intervals = few_questions(np.random.default_rng(0), *shape[:3])
     intervals = intervals._replace(
@@ -140,3 +190,15 @@ def test_the_kernels_lower_for_cuda(shape):
     traced = jax.jit(both).trace(q, k, v, Intervals(row, row, row), g)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 3
+
+
+def test_a_single_query_lowers_for_cuda():
+    q, k, v, _ = jax.eval_shape(lambda: arrays(1, 1, 4096, 12, 2, 128))
+    row = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+    def f(*args):
+        return attention(*args, implementation="gpu")
+
+    traced = jax.jit(f).trace(q, k, v, Intervals(row, row, row))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
