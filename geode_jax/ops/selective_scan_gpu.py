@@ -126,7 +126,7 @@ class _Sizes:
         self.N = -(-self.L // T)
         self.blocks = -(-self.E // CHANNELS)
         self.c = self.blocks * CHANNELS
-        self.scalars = -(-(2 * self.U + 1) // 8) * 8  # copies are of whole 16 bytes
+        self.scalars = -(-(2 * self.U + 1) // 4) * 4  # copies are of whole 16 bytes
 
     def channels(self, x: Array) -> jax.Array:
         """[..., E] -> [..., c], float32."""
