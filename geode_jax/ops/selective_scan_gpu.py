@@ -50,6 +50,9 @@ STATES = (4, 8, 16)
 STAGES = 2
 """Chunks that are in shared memory at a time."""
 
+UNROLL = 2
+"""Positions between two jumps: what the second reads is on its way while the first is computed."""
+
 LN_2 = math.log(2)
 
 
@@ -266,7 +269,7 @@ def forward(
                 y[(batch * N + n) * T + t, mine] = read(states, c, skip * own)
                 return states
 
-            return jax.lax.fori_loop(0, T, position, states)
+            return jax.lax.fori_loop(0, T, position, states, unroll=UNROLL)
 
         states = [_load(first, batch, i, mine) for i in range(U)]
         states = _over_chunks(p, chunk, lambda n: n, states, scalars, u, delta)
@@ -313,40 +316,50 @@ def backward(
         batch, block, mine = _place()
         rates, skip = [_load(A, i, mine) for i in range(U)], _load(D, mine)
 
-        def chunk(n, u, delta, dy, scalars, carry):
-            def sum_rows(out, g):
-                """Writes the sums of `rows` as those of group g."""
-                plgpu.commit_smem()
+        def groups(n, position, sums, carry, reverse: bool):
+            """Calls position(t, put, carry) for each, and sums what is put in the place of state i.
+
+            Args:
+                n: chunk.
+                sums: of dB or dC, in global memory.
+                carry: before the first call; the one after the last is returned.
+                reverse: the last position comes first.
+            """
+
+            def whole(k, carry):
+                g = T // group - 1 - k if reverse else k
+
+                def one(k, carry):
+                    at = group - 1 - k if reverse else k
+
+                    def put(i, x):
+                        rows[at * U + i, pl.ds(0, CHANNELS)] = x
+
+                    return position(g * group + at, put, carry)
+
+                carry = jax.lax.fori_loop(0, group, one, carry, unroll=UNROLL)
+                plgpu.commit_smem()  # all threads have put their channels
                 x = rows.at[:, pl.ds(0, CHANNELS)]
                 x = plgpu.load(x, *WHOLE, layout=plgpu.Layout.WGMMA, optimized=False)
-                out[batch, block, n * (T // group) + g] = jnp.sum(x, axis=1)
-                plgpu.commit_smem()
+                sums[batch, block, n * (T // group) + g] = jnp.sum(x, axis=1)
+                plgpu.commit_smem()  # and have read what they put next over
+                return carry
 
-            def put(t, i, x):
-                rows[jax.lax.rem(t, jnp.int32(group)) * U + i, pl.ds(0, CHANNELS)] = x
+            return jax.lax.fori_loop(0, T // group, whole, carry)
 
-            def again(t, states):
-                """Keeps the states before the position; the summands of dC."""
+        def chunk(n, u, delta, dy, scalars, carry):
+            def again(t, put, states):
                 b, _, reset = _scalars(scalars, t, U)
                 step, g = _load(delta, t), _load(dy, t)
                 for i, h in enumerate(states):
                     kept[t, i] = h
                 states = advance(states, rates, step, step * _load(u, t), reset, b)
                 for i, h in enumerate(states):
-                    put(t, i, g * h)
+                    put(i, g * h)
                 return states
 
-            def group_again(g, states):
-                states = jax.lax.fori_loop(g * group, (g + 1) * group, again, states)
-                sum_rows(dC, g)
-                return states
-
-            states = [_load(before, batch, n, i, mine) for i in range(U)]
-            jax.lax.fori_loop(0, T // group, group_again, states)
-
-            def position(back, carry):
+            def position(t, put, carry):
                 slopes, of_A, of_D = carry
-                t = T - 1 - back
                 b, c, reset = _scalars(scalars, t, U)
                 step, own, g = _load(delta, t), _load(u, t), _load(dy, t)
                 states = [_load(kept, t, i) for i in range(U)]
@@ -354,18 +367,15 @@ def backward(
                     slopes, states, rates, step, own, g, reset, b, c, skip
                 )
                 for i, x in enumerate(of_b):
-                    put(t, i, x)
+                    put(i, x)
                 at = (batch * N + n) * T + t
                 du[at, mine], ddelta[at, mine] = of_u, of_step
                 of_A = [a + x for a, x in zip(of_A, of_rates, strict=True)]
                 return slopes, of_A, of_D + g * own
 
-            def group_back(back, carry):
-                carry = jax.lax.fori_loop(back * group, (back + 1) * group, position, carry)
-                sum_rows(dB, T // group - 1 - back)
-                return carry
-
-            return jax.lax.fori_loop(0, T // group, group_back, carry)
+            states = [_load(before, batch, n, i, mine) for i in range(U)]
+            groups(n, again, dC, states, reverse=False)
+            return groups(n, position, dB, carry, reverse=True)
 
         slopes = [_load(dlast, batch, i, mine) for i in range(U)]
         carry = slopes, [_zero() for _ in range(U)], _zero()
