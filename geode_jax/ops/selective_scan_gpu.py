@@ -5,18 +5,19 @@ the chunks of positions of the row. Of each of the U states, 128 channels are on
 thread, and what belongs to a position and not to a channel (B, C, whether the state before counts)
 is scalars: so threads have nothing to say to each other, but for dB and dC. Chunks come through a
 ring of buffers in shared memory, the next one while this one is computed; results go from registers
-to global memory, 512 bytes in a row. Forward keeps the state
-before each chunk; backward goes over the chunks in reverse and computes the states within a chunk
-again, into shared memory.
+to global memory, 512 bytes in a row. Forward keeps the state before each chunk, [chunks, U, E]
+floats; backward goes over the chunks in reverse and computes the states within a chunk again, into
+shared memory.
 
-dB and dC are sums over channels: the summands of a few positions are turned by way of shared
-memory, so that a thread sums channels of one row there; XLA sums the blocks of channels.
+dB and dC are sums over channels: the summands of a few positions are transposed by way of shared
+memory, so that a thread sums channels instead of holding one; XLA sums the blocks of channels.
 Everything is float32 inside. Positions, of which a chunk may have too many, and channels are padded
 with zeros: a step size of 0 leaves the state.
 
 The arithmetic of a position is in functions of arrays (`advance`, `retreat`), which the kernels and
 the tests' simulator share; newer jax interprets all of a kernel, its copies too. Nobody has run
-these kernels on a GPU yet, and so `selective_scan` takes them only where it is told to.
+these kernels on a GPU yet, and so `selective_scan` takes them only where it is told to. A GPU is
+full from 132 programs on, which a single row of 3,072 channels does not have.
 
 Letters: N chunks of T positions; c channels with padding.
 """
@@ -42,7 +43,7 @@ ROWS = 64
 """Of what is summed over channels at a time, positions x states: the layout of sums has 64."""
 
 PITCH = CHANNELS + 8
-"""Of these rows: the 8 rows that a warp reads at a time begin in different banks of memory."""
+"""Of these rows, in shared memory: the 4 that half a warp reads at a time are in other banks."""
 
 STATES = (4, 8, 16)
 """Those U that divide `ROWS` into positions that divide `T`."""
