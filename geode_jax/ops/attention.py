@@ -13,13 +13,12 @@ scene sharing [V][T] as their prefix are all of this form, so that one contract 
 
 Behind the one call are a dense computation, which is fast where the logits are few, and by tiles,
 with memory of O(S), plain XLA (`attention_chunked`), kernels for TPUs (`attention_tpu`) and for
-Hopper GPUs (`attention_gpu`), which are taken where `GPU_KERNELS` asks for them.
+Hopper GPUs (`attention_gpu`), which are taken where `gpu.GPU_KERNELS` asks for them.
 """
 
 import functools
 import importlib
 import logging
-import os
 from types import ModuleType
 
 import jax
@@ -27,6 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from geode_jax import sharding
+from geode_jax.ops import gpu
 from geode_jax.ops.attention_plan import MASKED, Intervals, causal, visible
 from geode_jax.shapes import Array
 
@@ -36,9 +36,6 @@ IMPLEMENTATIONS = ("dense", "chunked", "tpu", "gpu")
 
 DENSE_LOGITS = 512 * 512
 """With fewer logits a head, dense is about as fast as by tiles: see `choose`."""
-
-GPU_KERNELS = "GEODE_JAX_GPU_KERNELS"
-"""Environment variable: 1 takes the kernels for GPUs, which no GPU has run yet."""
 
 _log = logging.getLogger(__name__)
 
@@ -102,9 +99,9 @@ def choose(platform: str, queries: int, keys: int, width: int, dtype) -> str:
     """
     if queries * keys < DENSE_LOGITS:
         return "dense"
-    if platform not in ("gpu", "cuda"):
+    if platform not in gpu.PLATFORMS:
         return "tpu" if platform == "tpu" else "chunked"
-    wanted = os.environ.get(GPU_KERNELS) == "1" and _module("gpu").supports(width, dtype)
+    wanted = gpu.kernels_wanted(platform) and _module("gpu").supports(width, dtype)
     return "gpu" if wanted else "dense"
 
 

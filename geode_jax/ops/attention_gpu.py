@@ -190,14 +190,14 @@ def _transposed(ref):
     return ref.transpose((1, 0))
 
 
-_WHOLE = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+WHOLE = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
 """Up to jax 0.10 `load` wants an index beside the reference."""
 
 
 def _vector(ref, index, axis: int):
     """Of global memory a value for each row (axis 0), or column (axis 1), of a product."""
     layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-    return plgpu.load(ref.at[index], *_WHOLE, layout=layout, optimized=False)
+    return plgpu.load(ref.at[index], *WHOLE, layout=layout, optimized=False)
 
 
 def _iota(shape: tuple[int, int], axis: int):

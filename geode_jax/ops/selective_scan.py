@@ -5,11 +5,13 @@
 for each of E channels, which have U states each; u, delta and D are of a channel, B and C of all
 channels of a position. States are [B, U, E]: the channels, of which there are many, come last.
 
-Behind the one call are plain XLA, by chunks, and kernels for TPUs (`selective_scan_tpu`).
+Behind the one call are plain XLA, by chunks, and kernels for TPUs (`selective_scan_tpu`) and for
+Hopper GPUs (`selective_scan_gpu`), which are taken where `gpu.GPU_KERNELS` asks for them.
 """
 
 import functools
 import importlib
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -17,9 +19,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from geode_jax import sharding
+from geode_jax.ops import gpu
 from geode_jax.shapes import Array
 
-IMPLEMENTATIONS = ("chunked", "tpu")
+IMPLEMENTATIONS = ("chunked", "tpu", "gpu")
 
 CHUNK = 16
 """Positions between two states that the backward pass keeps; it computes those in between again."""
@@ -66,24 +69,25 @@ def selective_scan(
         D_E: skip connection, fp32.
         first_BL: bool, a segment begins here: it sees no state from before. None: nowhere.
         state_BUE: state before the first position; None: zeros.
-        implementation: of `IMPLEMENTATIONS`; None: "tpu" on TPUs, else "chunked". "tpu" runs in an
-            interpreter elsewhere.
+        implementation: of `IMPLEMENTATIONS`; None: by `choose`. "tpu" runs in an interpreter
+            elsewhere; "gpu" is for Hopper, and for 4, 8 or 16 states.
 
     Returns:
         y [B, L, E] in the dtype of u, and the state after the last position.
 
     Raises:
-        ValueError: there is no such implementation.
+        ValueError: there is no such implementation, or it does not know the number of states.
     """
-    B, L, E = u_BLE.shape
+    (B, L, E), U = u_BLE.shape, A_EU.shape[1]
     if state_BUE is None:
-        state_BUE = jnp.zeros((B, A_EU.shape[1], E), jnp.float32)
+        state_BUE = jnp.zeros((B, U, E), jnp.float32)
     if implementation is None:
-        # A step of decoding is one position: a kernel has nothing to save there.
-        implementation = "tpu" if sharding.platform() == "tpu" and L > 1 else "chunked"
+        implementation = choose(sharding.platform(), L, U)
     if implementation not in IMPLEMENTATIONS:
         names = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"selective_scan: {implementation!r} is none of {names}")
+    if implementation == "gpu" and not _kernels("gpu").supports(U):
+        raise ValueError(f"selective_scan: no GPU kernel for {U} states")
     if implementation == "chunked":
         return _chunked(u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, first_BL, state_BUE)
     first_BL = jnp.zeros((B, L)) if first_BL is None else first_BL
@@ -91,7 +95,21 @@ def selective_scan(
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or mesh.size == 1 or mesh.manual_axes
     spread = None if alone else _spread(mesh, B, E)
-    return _by_kernels(spread, u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, first_BL, state_BUE)
+    arrays = u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, first_BL, state_BUE
+    return _by_kernels(implementation, spread, *arrays)
+
+
+def choose(platform: str, positions: int, states: int) -> str:
+    """The implementation for so many positions and states.
+
+    A step of decoding is one position: a kernel has nothing to save there.
+    """
+    if positions == 1:
+        return "chunked"
+    if platform == "tpu":
+        return "tpu"
+    wanted = gpu.kernels_wanted(platform) and _kernels("gpu").supports(states)
+    return "gpu" if wanted else "chunked"
 
 
 def _chunked(u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, first_BL, state_BUE):
@@ -216,24 +234,24 @@ def _spread(mesh, rows: int, channels: int) -> _Spread:
 # The derivative is of the whole, outside of `shard_map`, as in `ops.attention`.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _by_kernels(spread, u, delta, A, B, C, D, first, state):
-    return _forward(spread, u, delta, A, B, C, D, first, state)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_kernels(implementation, spread, u, delta, A, B, C, D, first, state):
+    return _forward(implementation, spread, u, delta, A, B, C, D, first, state)[0]
 
 
-def _kernels():
+def _kernels(implementation: str) -> ModuleType:
     """Imported when they are needed: Pallas takes most of a second."""
-    return importlib.import_module("geode_jax.ops.selective_scan_tpu")
+    return importlib.import_module(f"geode_jax.ops.selective_scan_{implementation}")
 
 
-def _forward(spread: _Spread | None, u, delta, A, B, C, D, first, state):
-    function = _kernels().forward
+def _forward(implementation: str, spread: _Spread | None, u, delta, A, B, C, D, first, state):
+    function = _kernels(implementation).forward
     if spread is not None:
         function = jax.shard_map(
             function,
             mesh=spread.mesh,
             in_specs=spread.specs("BLE BLE EU BLU BLU E BL BUE"),
-            # What is kept of the channels has them as tiles.
+            # What is kept of the channels has them with padding, and for TPUs as tiles.
             out_specs=spread.specs("BLE BUE BNUE"),
             check_vma=False,
         )
@@ -241,13 +259,13 @@ def _forward(spread: _Spread | None, u, delta, A, B, C, D, first, state):
     return (y, last), (u, delta, A, B, C, D, first, before)
 
 
-def _backward(spread: _Spread | None, saved, slopes):
+def _backward(implementation: str, spread: _Spread | None, saved, slopes):
     u, delta, A, B, C, D, first, before = saved
-    function = _kernels().backward
+    function = _kernels(implementation).backward
     if spread is not None:
 
         def own(*arrays):
-            du, ddelta, dA, dB, dC, dD, dstate = _kernels().backward(*arrays)
+            du, ddelta, dA, dB, dC, dD, dstate = _kernels(implementation).backward(*arrays)
             dA, dD = (spread.summed(x, spread.rows) for x in (dA, dD))
             dB, dC = (spread.summed(x, spread.inner) for x in (dB, dC))
             return du, ddelta, dA, dB, dC, dD, dstate
