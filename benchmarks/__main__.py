@@ -38,8 +38,7 @@ No row of a GPU or TPU: `python -m benchmarks.gpu` (attention against cuDNN, the
 MFU of a training step, decoding against its bandwidth and against transformers, latency of the
 student) is one command for a machine that has one. What could be proven without: every program of
 it compiles for an H100 that is not there (`--compile h100:1x1`), and the kernels' numbers in
-interpreters (`tests/ops`). Decoding by several blocks of keys at a time (split-K) and a kernel of
-the selective scan for GPUs do not exist; XLA's own programs run there.
+interpreters (`tests/ops`).
 """
 
 

@@ -15,6 +15,7 @@
 | T1 | training step of Qwen2.5-1.5B, 2 rows of 4,096: TFLOP/s | the chip's peak: MFU |
 | D1 | greedy text of Qwen2.5-1.5B, 64 + 256 tokens: GB/s of weights | the chip's bandwidth |
 | D2 | the same: tokens/s | transformers (needs PyTorch with CUDA) |
+| D3 | one query, 12 heads of 128 over 2, to 32,768 keys: GB/s of cache | XLA, keys not split |
 | L1 | `full` student: an answer of 64 tokens to 8 views | the paper's 15,330 ms (Table IV) |
 
 bfloat16 but where said. Works with jax 0.11 and newer on CUDA 13 and with 0.10; a row that cannot
@@ -302,6 +303,17 @@ class Rows:
 
         # In bfloat16 greedy texts part soon; parity is `benchmarks.language_model`'s.
         return Row("greedy text", say, theirs, args, "tokens/s", new, None)
+
+    def D3(self) -> Row:
+        M = 160 if self.small else 32_768
+        rows = Intervals(*(jnp.full((1, 1), x) for x in (0, 0, M)))
+        cache = shape(1, M, 2, 128)
+        both = (
+            functools.partial(attention, intervals=rows, implementation=implementation)
+            for implementation in (self.kernel, "dense")
+        )
+        args = shape(1, 1, 12, 128), cache, cache
+        return Row("attention of one query", *both, args, "GB/s", 2 * cache.size * 2 / 1e9)
 
     def L1(self) -> Row:
         config = hidden_cot.get_config("laptop" if self.small else "full")

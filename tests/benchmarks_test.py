@@ -54,7 +54,7 @@ def test_results_become_the_document(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_script_for_gpus_runs_at_toy_sizes():
     lines = output_of("benchmarks.gpu", "--small", "--rounds", "1").splitlines()
-    rows = ("A1", "A2", "A3", "A4", "M1", "C1", "T1", "D1", "D2", "L1")
+    rows = ("A1", "A2", "A3", "A4", "M1", "C1", "T1", "D1", "D2", "D3", "L1")
     assert [line[2:4] for line in lines] == list(rows)
 
 
@@ -63,9 +63,9 @@ def test_the_script_for_gpus_runs_at_toy_sizes():
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="no compiler for GPUs"
 )
 def test_the_script_for_gpus_compiles_for_one_that_is_not_there():
-    rows = ("A1", "A2", "A3", "A4", "M1", "C1", "D1")  # T1 and L1 take minutes
+    rows = ("A1", "A2", "A3", "A4", "M1", "D3", "C1", "D1")  # T1 and L1 take minutes
     told = ("--compile", "h100:1x1", "--rows", *rows)
     lines = output_of("benchmarks.gpu", *told, JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1").splitlines()
     assert [line[:2] for line in lines] == list(rows)
     kernels = [int(line.split("compiled, ")[1].split()[0]) for line in lines]
-    assert kernels[:4] == [1, 1, 1, 3]
+    assert kernels[:6] == [1, 1, 1, 3, 2, 1]

@@ -8,7 +8,7 @@ import numpy as np
 
 from geode_jax.models.decoder import Decoder, KeyValues, fan_out
 from geode_jax.models.decoding import by_layer, for_decoding
-from geode_jax.ops.attention import Intervals, causal
+from geode_jax.ops.attention import Intervals, cache_columns, causal
 from geode_jax.shapes import Array
 
 
@@ -104,7 +104,7 @@ def generate(
         own._replace(
             prefix_end=jnp.where(opens, before, before if prompt_prefix is None else prompt_prefix)
         ),
-        cache=fan_out(prefix, Q, L + A),
+        cache=fan_out(prefix, Q, cache_columns(P + L + A) - P),
         offset=P,
         **vision,
     )

@@ -30,12 +30,15 @@ from geode_jax.ops import gpu
 from geode_jax.ops.attention_plan import MASKED, Intervals, causal, visible
 from geode_jax.shapes import Array
 
-__all__ = ["IMPLEMENTATIONS", "Intervals", "attention", "causal", "visible"]
+__all__ = ["IMPLEMENTATIONS", "Intervals", "attention", "cache_columns", "causal", "visible"]
 
 IMPLEMENTATIONS = ("dense", "chunked", "tpu", "gpu")
 
 DENSE_LOGITS = 512 * 512
 """With fewer logits a head, dense is about as fast as by tiles: see `choose`."""
+
+SPLIT_KEYS = 1024
+"""With so many keys a single query's are split, where GPUs have kernels of ours."""
 
 _log = logging.getLogger(__name__)
 
@@ -93,16 +96,28 @@ def attention(
 def choose(platform: str, queries: int, keys: int, width: int, dtype) -> str:
     """The implementation for a shape, and heads of this width in this type.
 
-    Few logits, and decoding, whose queries are few, go the dense way: no loop. On a CPU of 2 cores,
-    8 heads of 64, fp32, causal, forward and backward: 17 ms dense and 16 by tiles for 256 queries
-    and keys, 133 and 86 for 768, 252 and 160 for 1,024; 337 and 354 for 16 rows of 256.
+    Few logits, and decoding, whose queries are few, go the dense way: no loop. But where kernels
+    for GPUs are taken, they decode from many keys, too. On a CPU of 2 cores, 8 heads of 64, fp32,
+    causal, forward and backward: 17 ms dense and 16 by tiles for 256 queries and keys, 133 and 86
+    for 768, 252 and 160 for 1,024; 337 and 354 for 16 rows of 256.
     """
-    if queries * keys < DENSE_LOGITS:
-        return "dense"
+    many = queries * keys >= DENSE_LOGITS
     if platform not in gpu.PLATFORMS:
-        return "tpu" if platform == "tpu" else "chunked"
-    wanted = gpu.kernels_wanted(platform) and _module("gpu").supports(width, dtype)
+        kernels = "tpu" if platform == "tpu" else "chunked"
+        return kernels if many else "dense"
+    wanted = many or (queries == 1 and keys >= SPLIT_KEYS)
+    wanted = wanted and gpu.kernels_wanted(platform) and _module("gpu").supports(width, dtype)
     return "gpu" if wanted else "dense"
+
+
+def cache_columns(keys: int) -> int:
+    """Columns for a cache of so many keys.
+
+    Whole tiles where kernels for GPUs read it: else all of it would be copied for every token, to
+    pad it.
+    """
+    tile = _module("gpu").TILE if gpu.kernels_wanted(sharding.platform()) else 1
+    return -(-keys // tile) * tile
 
 
 @functools.cache

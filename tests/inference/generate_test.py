@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from geode_jax.inference import generate as module
 from geode_jax.inference.generate import Sampling, generate
 from geode_jax.models.student import Student
 from geode_jax.ops.attention import Intervals
@@ -150,6 +151,14 @@ def test_generation_stops_when_all_have_ended():
 
 
 LOGITS = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32))
+
+
+def test_a_cache_with_columns_to_spare(monkeypatch):
+    asked = case(2)
+    monkeypatch.setattr(module, "cache_columns", lambda keys: keys + 5)
+    again = jax.jit(answer_until.__wrapped__)(asked.student, asked.batch, NEVER)
+    np.testing.assert_array_equal(again[0], asked.tokens)
+    np.testing.assert_allclose(again[1], asked.hidden, atol=1e-5)
 
 
 def drawn(times: int = 4000, **options) -> np.ndarray:

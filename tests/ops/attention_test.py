@@ -235,6 +235,8 @@ def test_the_choice_by_platform_and_shape(monkeypatch):
     assert {p: choose(p, *large, *kind) for p in platforms} == platforms
     monkeypatch.setenv("GEODE_JAX_GPU_KERNELS", "1")
     assert {choose(p, *large, *kind) for p in ("gpu", "cuda")} == {"gpu"}
+    assert choose("gpu", 1, 1023, *kind) == choose("gpu", 2, 1024, *kind) == "dense"
+    assert choose("gpu", 1, 1024, *kind) == "gpu"
     assert choose("gpu", *large, 80, jnp.bfloat16) == "dense"
     assert choose("gpu", *large, 64, jnp.float32) == "dense"
 
