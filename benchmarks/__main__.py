@@ -26,10 +26,10 @@ HEAD = """# What was measured
 
 Each table is one run of one script, ours and theirs turn by turn, after their results were found
 equal. "Times better" is the median over the rounds of theirs / ours (for rates, ours / theirs),
-with its least and most: below 1 we lose, and the row stays. A language model and a Mamba block of
-PyTorch run in a process of their own, as their users have them; "our memory setting" are rows in
-which they have `keep_freed_memory` too, everything else of PyTorch has it always. Written by
-`make bench` from `benchmarks/results/*.json`, which have the versions of everything.
+with its least and most: below 1 we lose, and the row stays. Language models, Mamba and the loss of
+PyTorch run in a process of their own, as their users have them; rows of "our memory setting" give
+them `keep_freed_memory` too, which PyTorch's attention always has. Written by `make bench` from
+`benchmarks/results/*.json`, which have the versions of everything.
 """
 
 UNMEASURED = """## Not measured

@@ -4,7 +4,7 @@
 
 Value and gradients, of states and matrix, at 151,936 entries and a width of 256, fp32. "XLA" is
 the same loss of materialised logits through the same compiler; "PyTorch" its
-`torch.nn.functional.cross_entropy` of a linear layer. Memory is what the compiler reserves beside
+`torch.nn.functional.cross_entropy` of a linear layer, in a process of its own. Memory is what the compiler reserves beside
 arguments and results; PyTorch's is that of the logits and their gradient, which it keeps at least.
 All tokens are paid; then half, as padding of answers leaves them.
 """
@@ -46,18 +46,28 @@ def compiled(loss, *args):
     return lambda: jax.block_until_ready(program(*args)), memory
 
 
-def of_torch(hidden, matrix, labels, paid):
-    """The same of PyTorch."""
-    x, w = (torch.tensor(np.asarray(a)).requires_grad_() for a in (hidden, matrix))
-    labels = torch.tensor(np.where(paid, labels, -100)).long()
+def drawn(tokens: int, share: float) -> tuple[np.ndarray, ...]:
+    """States, matrix, labels, and which tokens are paid."""
+    random = np.random.default_rng(0)
+    hidden = random.standard_normal((tokens, WIDTH), np.float32)
+    matrix = random.standard_normal((ENTRIES, WIDTH), np.float32) * np.float32(WIDTH**-0.5)
+    return hidden, matrix, random.integers(0, ENTRIES, tokens), random.random(tokens) < share
 
-    def call():
-        x.grad = w.grad = None
-        loss = torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, w), labels)
+
+class Theirs:
+    """The same of PyTorch, made where it runs."""
+
+    def __init__(self, tokens: int, share: float):
+        hidden, matrix, labels, paid = drawn(tokens, share)
+        self.x, self.w = (torch.tensor(a).requires_grad_() for a in (hidden, matrix))
+        self.labels = torch.tensor(np.where(paid, labels, -100)).long()
+
+    def __call__(self):
+        self.x.grad = self.w.grad = None
+        logits = torch.nn.functional.linear(self.x, self.w)
+        loss = torch.nn.functional.cross_entropy(logits, self.labels)
         loss.backward()
-        return loss.detach(), (x.grad, w.grad)
-
-    return call
+        return loss.detach().numpy(), (self.x.grad.numpy(), self.w.grad.numpy())
 
 
 def check(got, want) -> None:
@@ -69,23 +79,19 @@ def check(got, want) -> None:
 
 def measure(tokens: int, share: float, rounds: int) -> list[dict]:
     """The rows of one size."""
-    random = np.random.default_rng(0)
-    hidden = jnp.asarray(random.standard_normal((tokens, WIDTH), np.float32))
-    matrix = jnp.asarray(random.standard_normal((ENTRIES, WIDTH), np.float32) * WIDTH**-0.5)
-    labels = jnp.asarray(random.integers(0, ENTRIES, tokens))
-    paid = jnp.asarray(random.random(tokens) < share)
-    args = hidden, matrix, labels, paid
+    args = tuple(map(jnp.asarray, drawn(tokens, share)))
     our_call, our_memory = compiled(ours, *args)
     xla_call, xla_memory = compiled(materialised, *args)
-    torch_call = of_torch(*args)
+    theirs = ledger.Apart(Theirs, tokens, share)
     check(our_call(), xla_call())
-    check(our_call(), torch_call())
+    check(our_call(), theirs.get("__call__"))
     what = f"cross-entropy, {'all' if share == 1 else 'half'} of the tokens paid"
     facts = {"dtype": "float32", "shape": [tokens, WIDTH, ENTRIES]}
     rows = []
-    for name, call in (("XLA", xla_call), ("PyTorch", torch_call)):
+    for name, call in (("XLA", xla_call), ("PyTorch", lambda: theirs.call("__call__"))):
         times = ledger.alternate(our_call, call, rounds, warm_up=1)
         rows.append(ledger.row(f"{what}, against {name}", *times, unit="s", **facts))
+    theirs.close()
     logits = 2 * tokens * ENTRIES * 4 / MB
     for name, memory in (("XLA", xla_memory), ("PyTorch", logits)):
         name = f"its memory, against {name}"
@@ -100,7 +106,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     keep_freed_memory()
-    torch.set_num_threads(ledger.threads())
     rows = []
     for tokens, share in ((512, 1.0), (4096, 1.0), (4096, 0.5)):
         rows += measure(tokens, share, arguments.rounds)

@@ -33,6 +33,8 @@ from geode_jax.models.decoding import for_decoding
 from geode_jax.ops.attention import causal
 from geode_jax.weights import load_pretrained
 
+transformers.utils.logging.disable_progress_bar()
+
 NEVER = -1
 """An end token that no model says."""
 
