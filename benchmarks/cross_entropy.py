@@ -4,9 +4,9 @@
 
 Value and gradients, of states and matrix, at 151,936 entries and a width of 256, fp32. "XLA" is
 the same loss of materialised logits through the same compiler; "PyTorch" its
-`torch.nn.functional.cross_entropy` of a linear layer, in a process of its own. Memory is what the compiler reserves beside
-arguments and results; PyTorch's is that of the logits and their gradient, which it keeps at least.
-All tokens are paid; then half, as padding of answers leaves them.
+`torch.nn.functional.cross_entropy` of a linear layer, in a process of its own. Memory is what the
+compiler reserves beside arguments and results; PyTorch's is that of the logits and their gradient,
+which it keeps at least. All tokens are paid; then half, as padding of answers leaves them.
 """
 
 import argparse
