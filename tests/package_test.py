@@ -32,8 +32,8 @@ CARD = {
     "tensorflow-datasets",
     "transformers",
 }
-# Named by the extra `torch`, imported by parity tests and by readers of PyTorch's own files.
-OPTIONAL = {"torch"}
+# Named by extras: `torch`, imported by parity tests and by readers of PyTorch's own files; `int8`.
+OPTIONAL = {"torch", "qwix"}
 
 
 def required(python: str) -> dict[str, Requirement]:

@@ -6,7 +6,7 @@ that read the same input are one, and on many devices they are gathered over `fs
 for every token: a device holds the whole decoder, but for what `model` divides.
 
 With `int8`, the blocks' matrices take a byte a number, and a scale for each of their columns, as
-vectors are quantised in LLM.int8() [2208.07339, Sec. 2.1]; weights alone, rounded to nearest.
+vectors are quantised in LLM.int8() [2208.07339, Sec. 2.1]; weights alone, rounded by qwix.
 """
 
 import math
@@ -15,14 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from geode_jax.errors import UserError
 from geode_jax.models.decoder import Decoder, FeedForward, KeyValues, SelfAttention
 from geode_jax.models.layers import Projection
 from geode_jax.shapes import Array
 from geode_jax.sharding import constrain
-
-LARGEST = 127
-"""Of int8, the same on both sides of zero."""
-
 
 class Matrix(nnx.Module):
     """Projections of one input as one matrix [inputs, outputs], side by side."""
@@ -53,8 +50,12 @@ class Matrix(nnx.Module):
 
 def _rounded(kernel: Array) -> tuple[jax.Array, jax.Array]:
     """int8 numbers, and the step between them of each column."""
-    scale = jnp.max(jnp.abs(kernel.astype(jnp.float32)), axis=0) / LARGEST
-    return jnp.round(kernel / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8), scale
+    try:
+        import qwix
+    except ImportError as error:
+        raise UserError("int8 needs qwix: pip install 'geode-jax[int8]'") from error
+    rounded = qwix.quantize(kernel.astype(jnp.float32), jnp.int8, channelwise_axes=[1])
+    return rounded.qvalue, rounded.scale[0]
 
 
 class FusedAttention(SelfAttention):
@@ -101,6 +102,7 @@ def for_decoding(decoder: Decoder, *, int8: bool = False) -> Decoder:
 
     Raises:
         ValueError: `int8` where heads are spread.
+        UserError: `int8` without qwix.
     """
     if isinstance(decoder.stages[0].blocks, nnx.List):
         return decoder

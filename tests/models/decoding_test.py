@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from geode_jax.errors import UserError
 from geode_jax.models.decoder import Decoder, DecoderConfig
-from geode_jax.models.decoding import LARGEST, Matrix, by_layer, for_decoding, with_decoding
+from geode_jax.models.decoding import Matrix, by_layer, for_decoding, with_decoding
 from geode_jax.models.layers import Projection
 from geode_jax.models.student import Student
 from geode_jax.ops.attention import causal
@@ -64,7 +66,7 @@ def test_int8_rounds_to_the_nearest_step_of_each_column():
     matrix = Matrix(projection, int8=True)
     assert matrix.kernel.dtype == jnp.int8
     kernel = projection.kernel[...].reshape(6, 15)
-    step = np.abs(kernel).max(axis=0) / LARGEST
+    step = np.abs(kernel).max(axis=0) / 127
     error = np.abs(matrix.kernel[...] * matrix.scale[...] - kernel)
     assert (error <= step / 2 + 1e-7).all() and error.max() > 0
     got = matrix(x)[0].reshape(4, 3, 5)
@@ -78,6 +80,12 @@ def test_int8_decoder_says_nearly_the_same():
     exact, rounded = read(decoder, ids), read(for_decoding(decoder, int8=True), ids)
     difference = float(jnp.abs(rounded - exact).max() / jnp.abs(exact).max())
     assert 0 < difference < 0.05
+
+
+def test_int8_without_qwix_names_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    with pytest.raises(UserError, match=r"pip install 'geode-jax\[int8\]'"):
+        for_decoding(made(QWEN), int8=True)
 
 
 def test_a_model_gets_its_decoder_made_ready():
