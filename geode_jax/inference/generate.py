@@ -19,11 +19,12 @@ class Generated:
 
     Attributes:
         tokens_SQA: generated ids; from the end token on, `eos_id`.
-        hidden_SQAD: last hidden state at the position of each generated token.
+        hidden_SQAD: last hidden state at the position of each generated token before the end one;
+            None unless asked for.
     """
 
     tokens_SQA: Array
-    hidden_SQAD: Array
+    hidden_SQAD: Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -66,6 +67,7 @@ def generate(
     *,
     max_new_tokens: int,
     eos_id: int,
+    states: bool = False,
     prefix_length_S: Array | None = None,
     prompt_prefix: int | None = None,
     seen: list[KeyValues | None] | None = None,
@@ -81,6 +83,8 @@ def generate(
         prompt_length_SQ: real ids of each prompt.
         max_new_tokens: A.
         eos_id: ends an answer.
+        states: whether the result has `hidden_SQAD`; the last token then goes through the decoder,
+            too.
         prefix_length_S: valid columns of the prefix, the others stand behind them; None = all.
         prompt_prefix: columns of the prefix that the prompt sees; its last token, which opens the
             answer, and the answer see all that are valid. None: the prompt does too.
@@ -91,6 +95,7 @@ def generate(
     decoder, prefix = for_decoding(decoder), by_layer(prefix)
     S, Q, L = prompt_SQL.shape
     B, A = S * Q, max_new_tokens
+    read = A if states else A - 1
     P = prefix[0][0].k.shape[1]
     pad = L - jnp.asarray(prompt_length_SQ).reshape(B)
     before = jnp.full(B, P) if prefix_length_S is None else jnp.repeat(prefix_length_S, Q)
@@ -98,24 +103,28 @@ def generate(
     vision = {"seen": seen, "seen_length_S": seen_length_S}
     opens = jnp.arange(L) == L - 1
     own = causal(B, L, start=pad, prefix_end=P)
-    hidden, cache = decoder.run(
+    prompt, cache = decoder.run(
         decoder.embed(jnp.asarray(prompt_SQL).reshape(B, L)),
         before + text_positions(pad, L),
         own._replace(
             prefix_end=jnp.where(opens, before, before if prompt_prefix is None else prompt_prefix)
         ),
-        cache=fan_out(prefix, Q, cache_columns(P + L + A) - P),
+        cache=fan_out(prefix, Q, cache_columns(P + L + read) - P),
         offset=P,
         **vision,
     )
 
-    def advance(carry):
-        i, last, done, cache, tokens, states = carry
-        logits = decoder.logits(last)
+    def said(hidden_BD, i, done, tokens):
+        """Token i of the answers, after the state before it; none is wanted behind the last."""
+        logits = decoder.logits(hidden_BD)
         token = jnp.argmax(logits, axis=-1) if sampling is None else sampling.draw(logits, i)
         token = jnp.where(done, eos_id, token.astype(jnp.int32))
+        return token, done | (token == eos_id), tokens.at[:, i].set(token, mode="drop")
+
+    def advance(carry):
+        i, token, done, cache, tokens, hidden = carry
         column = P + L + i
-        hidden, cache = decoder.run(
+        state, cache = decoder.run(
             decoder.embed(token[:, None]),
             before + (L + i - pad)[:, None],
             Intervals(before, P + pad[:, None], jnp.full((B, 1), column + 1)),
@@ -123,22 +132,23 @@ def generate(
             offset=column,
             **vision,
         )
-        last = hidden[:, 0]
-        tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, i, axis=1)
-        states = jax.lax.dynamic_update_index_in_dim(states, last, i, axis=1)
-        return i + 1, last, done | (token == eos_id), cache, tokens, states
+        if states:
+            hidden = jax.lax.dynamic_update_slice_in_dim(hidden, state, i, axis=1)
+        token, done, tokens = said(state[:, 0], i + 1, done, tokens)
+        return i + 1, token, done, cache, tokens, hidden
 
     def going(carry):
-        return (carry[0] < A) & ~jnp.all(carry[2])
+        return (carry[0] < read) & ~jnp.all(carry[2])
 
-    last = hidden[:, -1]
     # A padding question (length 0) is done before it starts.
     done = jnp.asarray(prompt_length_SQ).reshape(B) == 0
     tokens = jnp.full((B, A), eos_id, jnp.int32)
-    states = jnp.zeros((B, A, last.shape[-1]), last.dtype)
-    carry = (jnp.zeros((), jnp.int32), last, done, cache, tokens, states)
-    _, _, _, _, tokens, states = jax.lax.while_loop(going, advance, carry)
-    return Generated(tokens.reshape(S, Q, A), states.reshape(S, Q, A, -1))
+    start = jnp.zeros((), jnp.int32)
+    token, done, tokens = said(prompt[:, -1], start, done, tokens)
+    hidden = jnp.zeros((B, A, prompt.shape[-1]), prompt.dtype) if states else None
+    carry = (start, token, done, cache, tokens, hidden)
+    *_, tokens, hidden = jax.lax.while_loop(going, advance, carry)
+    return Generated(tokens.reshape(S, Q, A), hidden.reshape(S, Q, A, -1) if states else None)
 
 
 def text_positions(pad_B: Array, columns: int) -> jax.Array:

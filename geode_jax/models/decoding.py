@@ -21,6 +21,7 @@ from geode_jax.models.layers import Projection
 from geode_jax.shapes import Array
 from geode_jax.sharding import constrain
 
+
 class Matrix(nnx.Module):
     """Projections of one input as one matrix [inputs, outputs], side by side."""
 

@@ -194,6 +194,7 @@ class GeodeStage:
             batch.question_length_SQ,
             max_new_tokens=batch.answer_SQA.shape[-1],
             eos_id=eos_id,
+            states=model.drh is not None,
             prefix_length_S=prefix.length_S,
             sampling=sampling,
         )

@@ -29,8 +29,8 @@ class Case:
     thinking: np.ndarray
 
 
-@jax.jit
-def answer_until(student, batch, eos_id, sampling=None):
+@functools.partial(jax.jit, static_argnames="states")
+def answer_until(student, batch, eos_id, sampling=None, states=True):
     scene = student.look(batch)
     generated = generate(
         student.decoder,
@@ -39,6 +39,7 @@ def answer_until(student, batch, eos_id, sampling=None):
         batch.question_length_SQ,
         max_new_tokens=ANSWER,
         eos_id=eos_id,
+        states=states,
         prompt_prefix=student.config.vision_prefix,
         seen=scene.seen,
         seen_length_S=scene.seen_length_S,
@@ -144,13 +145,19 @@ def test_generation_stops_when_all_have_ended():
     loud.decoder.head.kernel[...] = loud.decoder.head.kernel[...].at[:, eos].set(10.0)
     tokens, hidden, _ = map(np.asarray, answer_until(loud, c.batch, eos))
     assert (tokens == eos).all()
-    # The states of steps that were never run are zeros.
-    assert (hidden[:, :, 0] != 0).any() and (hidden[:, :, 1:] == 0).all()
+    assert (hidden == 0).all()  # no step was run
     _, hidden, _ = map(np.asarray, answer_until(loud, c.batch, NEVER))
     assert (hidden != 0).any(axis=-1).all()
 
 
 LOGITS = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32))
+
+
+def test_answers_are_the_same_where_no_states_are_wanted():
+    c = case(2)
+    tokens, hidden, _ = answer_until(c.student, c.batch, NEVER, states=False)
+    assert hidden is None
+    np.testing.assert_array_equal(tokens, c.tokens)
 
 
 def test_a_cache_with_columns_to_spare(monkeypatch):
