@@ -17,7 +17,10 @@ from geode_jax.ops.attention_plan import MASKED, SKIP, Intervals, by_tile, tile_
 from geode_jax.shapes import Array
 
 BLOCK = 256
-"""Queries, and keys, of a tile at most."""
+"""Keys of a tile at most, and queries where they are of several heads."""
+ROWS = 512
+"""Rows N of a tile of one head's queries at most: XLA's CPU client gives a product of 256 x 64 x 256
+to one thread, and one of twice as many rows to all."""
 
 
 def query_tiles(x_BLHE: Array, kv_heads: int, size: int) -> jax.Array:
@@ -64,7 +67,8 @@ class _Tiled(NamedTuple):
 
 def _tiled(q, k, v, intervals: Intervals) -> _Tiled:
     M, G = k.shape[1:3]
-    block_q, block_k = (tile_size(n, BLOCK, 1) for n in (q.shape[1], M))
+    block_q = tile_size(q.shape[1], max(BLOCK, ROWS * G // q.shape[2]), 1)
+    block_k = tile_size(M, BLOCK, 1)
     intervals = Intervals(*(jnp.broadcast_to(x, q.shape[:2]) for x in intervals))
     ends = (jnp.clip(jnp.asarray(x), 0, M) for x in intervals)  # hides the keys of the padding
     rows = by_tile(Intervals(*ends), block_q)
@@ -78,13 +82,22 @@ def _tiled(q, k, v, intervals: Intervals) -> _Tiled:
     )
 
 
-def _logits(q, k, rows: Intervals, first_key) -> jax.Array:
+def _product(x, y) -> jax.Array:
+    """fp32 [B, G, n, m] of [B, G, n, k] and [B, G, k, m].
+
+    All are of this form, for which operands and sums stand transposed where that takes it: of a
+    first operand that is transposed, XLA's products on CPUs take two to three times as long.
+    """
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+
+
+def _logits(q, k_EK, rows: Intervals, first_key) -> jax.Array:
     """fp32 [B, G, N, K] of one pair of tiles, hidden keys at MASKED."""
     B, G, N, E = q.shape
     prefix, start, end = (x[..., None] for x in rows)
-    key = first_key + jnp.arange(k.shape[2], dtype=jnp.int32)
+    key = first_key + jnp.arange(k_EK.shape[-1], dtype=jnp.int32)
     mask = (key < prefix) | ((key >= start) & (key < end))  # [B, queries, K]
-    s = jnp.einsum("bgne,bgke->bgnk", q, k, preferred_element_type=jnp.float32) * E**-0.5
+    s = _product(q, k_EK) * E**-0.5
     s = s.reshape(B, G, N // mask.shape[1], *mask.shape[1:])
     return jnp.where(mask[:, None, None], s, MASKED).reshape(B, G, N, -1)
 
@@ -102,31 +115,30 @@ def forward(
     """
     t = _tiled(q_BLHE, k_BMGE, v_BMGE, intervals)
     B, G, N, E = t.q.shape[1:]
+    keys = t.k.mT, t.v, t.first_key
 
     def of_queries(_, x):
         q, rows, active = x
 
         def of_keys(carry, y):
-            k, v, first_key, on = y
+            k_EK, v, first_key, on = y
 
             def add(carry):
                 peak, total, out = carry
-                s = _logits(q, k, rows, first_key)
+                s = _logits(q, k_EK, rows, first_key)
                 new = jnp.maximum(peak, jnp.max(s, axis=-1))
                 # Before the first visible key the maximum is MASKED: weights of 1, which 0 below
                 # takes away.
                 p = jnp.exp(s - jnp.where(new > MASKED, new, 0.0)[..., None])
                 decay = jnp.exp(peak - new)
-                out = out * decay[..., None] + jnp.einsum(
-                    "bgnk,bgke->bgne", p.astype(v.dtype), v, preferred_element_type=jnp.float32
-                )
+                out = out * decay[..., None] + _product(p.astype(v.dtype), v)
                 return new, total * decay + jnp.sum(p, axis=-1), out
 
             return jax.lax.cond(on, add, lambda carry: carry, carry), None
 
         zero = jnp.zeros((B, G, N), jnp.float32)
         carry = zero + MASKED, zero, jnp.zeros((B, G, N, E), jnp.float32)
-        (peak, total, out), _ = jax.lax.scan(of_keys, carry, (t.k, t.v, t.first_key, active))
+        (peak, total, out), _ = jax.lax.scan(of_keys, carry, (*keys, active))
         sees = total > 0
         out = out / jnp.where(sees, total, 1.0)[..., None]
         lse = jnp.where(sees, peak + jnp.log(jnp.where(sees, total, 1.0)), 0.0)
@@ -159,37 +171,37 @@ def backward(
     )
     delta = jnp.sum(g_tiles.astype(jnp.float32) * out_tiles.astype(jnp.float32), axis=-1)
 
+    keys = t.k, t.k.mT, t.v.mT, t.first_key
+
     def of_queries(carry, x):
-        q, g, lse, delta, rows, active = x
+        q, q_EN, g, g_EN, lse, delta, rows, active = x
 
         def of_keys(dq, y):
-            k, v, dk, dv, first_key, on = y
+            k, k_EK, v_EK, first_key, on, dk_EK, dv_EK = y
 
             def add(sums):
-                dq, dk, dv = sums
-                p = jnp.exp(_logits(q, k, rows, first_key) - lse[..., None])
-                dp = jnp.einsum("bgne,bgke->bgnk", g, v, preferred_element_type=jnp.float32)
+                dq, dk_EK, dv_EK = sums
+                p = jnp.exp(_logits(q, k_EK, rows, first_key) - lse[..., None])
+                dp = _product(g, v_EK)
                 ds = (p * (dp - delta[..., None]) * scale).astype(q.dtype)
-                p = p.astype(g.dtype)
-                like = {"preferred_element_type": jnp.float32}
                 return (
-                    dq + jnp.einsum("bgnk,bgke->bgne", ds, k, **like),
-                    dk + jnp.einsum("bgnk,bgne->bgke", ds, q, **like),
-                    dv + jnp.einsum("bgnk,bgne->bgke", p, g, **like),
+                    dq + _product(ds, k),
+                    dk_EK + _product(q_EN, ds),
+                    dv_EK + _product(g_EN, p.astype(g.dtype)),
                 )
 
-            dq, dk, dv = jax.lax.cond(on, add, lambda sums: sums, (dq, dk, dv))
-            return dq, (dk, dv)
+            dq, *of_tile = jax.lax.cond(on, add, lambda sums: sums, (dq, dk_EK, dv_EK))
+            return dq, tuple(of_tile)
 
         zero = jnp.zeros(q.shape, jnp.float32)
-        dq, carry = jax.lax.scan(of_keys, zero, (t.k, t.v, *carry, t.first_key, active))
+        dq, carry = jax.lax.scan(of_keys, zero, (*keys, active, *carry))
         return carry, dq.astype(q_BLHE.dtype)
 
-    zero = jnp.zeros(t.k.shape, jnp.float32)
-    xs = t.q, g_tiles, jnp.moveaxis(lse, 2, 0), delta, t.rows, t.active
+    zero = jnp.zeros(t.k.mT.shape, jnp.float32)
+    xs = t.q, t.q.mT, g_tiles, g_tiles.mT, jnp.moveaxis(lse, 2, 0), delta, t.rows, t.active
     (dk, dv), dq = jax.lax.scan(of_queries, (zero, zero), xs)
     dk, dv = (
-        from_key_tiles(jnp.moveaxis(x, 0, 2), k_BMGE.shape[1]).astype(k_BMGE.dtype)
+        from_key_tiles(jnp.moveaxis(x.mT, 0, 2), k_BMGE.shape[1]).astype(k_BMGE.dtype)
         for x in (dk, dv)
     )
     return from_query_tiles(jnp.moveaxis(dq, 0, 2), *_size(q_BLHE)), dk, dv

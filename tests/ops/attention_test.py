@@ -74,6 +74,7 @@ intervals_of_a_batch = st.lists(st.tuples(column, column, column), min_size=B * 
 def small_tiles(monkeypatch):
     """Of 128 queries and keys, so that a few hundred are several tiles."""
     monkeypatch.setattr(attention_chunked, "BLOCK", 128)
+    monkeypatch.setattr(attention_chunked, "ROWS", 128)
     monkeypatch.setattr(attention_tpu, "ROWS", 256)
     monkeypatch.setattr(attention_tpu, "KEYS", 128)
 
