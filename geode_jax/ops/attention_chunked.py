@@ -19,8 +19,8 @@ from geode_jax.shapes import Array
 BLOCK = 256
 """Keys of a tile at most, and queries where they are of several heads."""
 ROWS = 512
-"""Rows N of a tile of one head's queries at most: XLA's CPU client gives a product of 256 x 64 x 256
-to one thread, and one of twice as many rows to all."""
+"""Rows N of a tile of one head's queries at most: XLA's CPU client makes a product of 256 x 64 by
+64 x 256 on one thread, one of twice as many rows on all."""
 
 
 def query_tiles(x_BLHE: Array, kv_heads: int, size: int) -> jax.Array:
