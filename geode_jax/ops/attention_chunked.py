@@ -174,7 +174,8 @@ def backward(
     keys = t.k, t.k.mT, t.v.mT, t.first_key
 
     def of_queries(carry, x):
-        q, q_EN, g, g_EN, lse, delta, rows, active = x
+        q, g, lse, delta, rows, active = x
+        q_EN, g_EN = q.mT, g.mT
 
         def of_keys(dq, y):
             k, k_EK, v_EK, first_key, on, dk_EK, dv_EK = y
@@ -198,7 +199,7 @@ def backward(
         return carry, dq.astype(q_BLHE.dtype)
 
     zero = jnp.zeros(t.k.mT.shape, jnp.float32)
-    xs = t.q, t.q.mT, g_tiles, g_tiles.mT, jnp.moveaxis(lse, 2, 0), delta, t.rows, t.active
+    xs = t.q, g_tiles, jnp.moveaxis(lse, 2, 0), delta, t.rows, t.active
     (dk, dv), dq = jax.lax.scan(of_queries, (zero, zero), xs)
     dk, dv = (
         from_key_tiles(jnp.moveaxis(x.mT, 0, 2), k_BMGE.shape[1]).astype(k_BMGE.dtype)
