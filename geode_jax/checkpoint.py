@@ -11,8 +11,12 @@ The position is the global step (the data order is a pure function of it) plus t
 loop carries: no iterator is ever pickled.
 """
 
+import functools
+import gc
+import inspect
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,8 @@ from geode_jax.distributed import is_main, main_first
 from geode_jax.errors import UserError
 from geode_jax.train_step import TrainState
 
-logging.getLogger("absl").setLevel(logging.WARNING)
+# Orbax warns of each file that it cannot read; here that ends in one line.
+logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 class _WhenAsked:
@@ -163,12 +168,13 @@ class Checkpoints:
         )
         fits = True
         try:
-            stored = checkpointer.checkpointables_metadata(step)
+            stored = _read(checkpointer.checkpointables_metadata, step)
             shapes = _shapes(stored.metadata["state"])
             fits = not shapes or shapes == _shapes(abstract)
             if shapes and fits:
-                state = checkpointer.load_checkpointables(step, {"state": abstract})["state"]
-        except Exception as error:  # whatever the reading of damaged files ends in
+                wanted = {"state": abstract}
+                state = _read(checkpointer.load_checkpointables, step, wanted)["state"]
+        except (_Unreadable, KeyError, TypeError, AttributeError) as error:
             print(f"{self._folder}: step {step}: {_first_line(error)}", flush=True)
         if not fits:
             raise UserError(
@@ -180,6 +186,50 @@ class Checkpoints:
         if not np.all(multihost_utils.process_allgather(np.array(fingerprint is not None))):
             return None
         return (state, position) if fingerprint == _fingerprint(state) else None
+
+
+class _Unreadable(Exception):
+    """What the reading of damaged files ended in, in one line."""
+
+
+def _read(read: Callable[..., Any], *arguments) -> Any:
+    """`read(*arguments)`, a function of Orbax's.
+
+    Raises:
+        _Unreadable: the files are damaged, or not what was asked for.
+    """
+    _silence_orphans()
+    try:
+        return read(*arguments)
+    except Exception as error:  # damaged files raise whatever they end in
+        failure = _first_line(error)
+    gc.collect()  # the orphans, which the error's traceback kept
+    raise _Unreadable(failure)
+
+
+@functools.cache
+def _silence_orphans() -> None:
+    """Keeps reads that Orbax abandoned from printing tracebacks, from now on.
+
+    At the first failure it closes its event loop. A read still under way then ends in an error that
+    nobody waits for: in TensorStore's thread, which finds the loop closed, or when its coroutine is
+    collected; or in one that asyncio logs.
+    """
+
+    def of_others(record):
+        said = record.getMessage()
+        return not ("orbax" in said or "tensorstore" in said)
+
+    logging.getLogger("asyncio").addFilter(of_others)
+    others = sys.unraisablehook
+
+    def hook(unraisable):
+        of, error = unraisable.object, unraisable.exc_value
+        abandoned = inspect.iscoroutine(of) and "orbax" in of.cr_code.co_filename
+        if not (abandoned or str(error) == "Event loop is closed"):
+            others(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _first_line(error: Exception) -> str:
@@ -249,9 +299,9 @@ def save_model(folder: Path, params: dict[str, jax.Array]) -> None:
 def stored_dtypes(folder: Path) -> dict[str, Any]:
     """The dtypes of what `save_model` wrote, by name; empty where it is damaged."""
     try:
-        params = ocp.checkpointables_metadata(folder.absolute()).metadata["state"]["params"]
+        params = _stored(folder)["params"]
         return {name: stored.dtype for name, stored in params.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (_Unreadable, KeyError, TypeError, AttributeError):
         return {}  # `load_model` says it
 
 
@@ -269,12 +319,14 @@ def load_model(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
     context.pytree.loading.partial_load = True  # the latest also holds the optimizer's state
     with context:
         try:
-            stored = ocp.checkpointables_metadata(folder.absolute()).metadata["state"]
+            stored = _stored(folder)
             if _shapes({name: stored[name] for name in like}) != _shapes(like):
                 raise ValueError("other shapes")
-            return ocp.load_checkpointables(folder.absolute(), {"state": like})["state"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}: damaged, or a checkpoint of another model") from error
+            return _load_state(folder, like)
+        except (_Unreadable, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder}: damaged, or a checkpoint of another model ({_first_line(error)})"
+            ) from error
 
 
 def load_leaves(
@@ -290,8 +342,8 @@ def load_leaves(
         UserError: the checkpoint cannot be read, lacks a path or has it in another shape.
     """
     try:
-        stored = ocp.checkpointables_metadata(folder.absolute()).metadata["state"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        stored = _stored(folder)
+    except (_Unreadable, KeyError, TypeError) as error:
         raise UserError(f"{folder}: damaged, or no checkpoint") from error
     wanted: dict[str, Any] = {}
     for path, variable in like:
@@ -312,8 +364,8 @@ def load_leaves(
     context.pytree.loading.partial_load = True
     with context:
         try:
-            loaded = ocp.load_checkpointables(folder.absolute(), {"state": wanted})["state"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            loaded = _load_state(folder, wanted)
+        except _Unreadable as error:
             raise UserError(f"{folder}: damaged") from error
     found = []
     for path, variable in like:
@@ -321,6 +373,15 @@ def load_leaves(
         value = next(v for p in loaded if (v := _at(loaded[p], keys)) is not None)
         found.append((path, variable.replace(value)))
     return found
+
+
+def _stored(folder: Path) -> Any:
+    """What a checkpoint holds: its tree, of shapes and dtypes."""
+    return _read(ocp.checkpointables_metadata, folder.absolute()).metadata["state"]
+
+
+def _load_state(folder: Path, like: Any) -> Any:
+    return _read(ocp.load_checkpointables, folder.absolute(), {"state": like})["state"]
 
 
 def _at(tree: Any, keys: Sequence[str]) -> Any:

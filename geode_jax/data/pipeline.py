@@ -520,7 +520,8 @@ class Pipeline:
         arrays = stack_questions([record], tokenizer, length, answer, config.answer_field)
         columns, pad_id = length + answer, tokenizer.pad_id
         questions = lay_out_questions(arrays, [(0, 0)], scene.tensors, 1, 1, columns, pad_id)
-        return Batch(**_suffixed(scene.rows | stack_rows([questions])))
+        rows = {name: array[None] for name, array in questions.items()}
+        return Batch(**_suffixed(scene.rows | rows))
 
     # --- Iterating --------------------------------------------------------------------------------
 
