@@ -84,7 +84,7 @@ def stack_questions(
     for record in records:
         for item in record.get("objects", ()):
             rows.setdefault(tuple(item["box"]), len(rows))
-    gaps = box_gaps(*2 * [np.array([*rows], np.float64).reshape(-1, 7)])
+    gaps = box_gaps(*2 * [np.array([*rows], np.float64)]) if rows else np.zeros((0, 0))
     for i, record in enumerate(records):
         ids, ends = prompts[i]
         ids = [*ids, tokenizer.bos_id]
