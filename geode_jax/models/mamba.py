@@ -91,14 +91,22 @@ class CausalConvolution(nnx.Module):
             window_BWE = jnp.zeros((B, before, E), x_BLE.dtype)
         x = jnp.concatenate([window_BWE, x_BLE], axis=1)
         kernel = self.kernel[...].astype(x.dtype)
-        # Segments in order of their beginning, 0 for what continues the window.
-        first_BL = jnp.zeros((B, L), bool) if first_BL is None else first_BL
-        segment = jnp.pad(jnp.cumsum(first_BL, axis=1), ((0, 0), (before, 0)))[..., None]
-        own = segment[:, before:]
+        if first_BL is None:
+            own = None
+        else:  # segments in order of their beginning, 0 for what continues the window
+            segment = jnp.pad(jnp.cumsum(first_BL, axis=1), ((0, 0), (before, 0)))[..., None]
+            own = segment[:, before:]
         y = self.bias[...].astype(x.dtype)
         for i, tap in enumerate(kernel):
-            y = y + tap * jnp.where(segment[:, i : i + L] == own, x[:, i : i + L], 0)
-        return y, jnp.where(segment[:, L:] == own[:, -1:], x[:, L:], 0)
+            shifted = x[:, i : i + L]
+            if own is not None:
+                shifted = jnp.where(segment[:, i : i + L] == own, shifted, 0)
+            # Broadcast here, a tap has a sum over rows and positions for its gradient. What the
+            # product would make of it, a sum over the positions of a single row, takes XLA's CPU
+            # compiler ten times as long.
+            y = y + jnp.broadcast_to(tap, shifted.shape) * shifted
+        window = x[:, L:]
+        return y, window if own is None else jnp.where(segment[:, L:] == own[:, -1:], window, 0)
 
 
 class MambaMixer(nnx.Module):
