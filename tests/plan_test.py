@@ -319,6 +319,12 @@ def test_a_tpus_pieces_of_one_collective_count_once_and_its_reduce_scatter_is_on
             '"rhs_contracting_dimensions":["1"]}}}',
             5 * 2 * 2 * 3 * 7,
         ),
+        (
+            'f32[5,2,7]{2,1,0} custom-call(%a, %b), custom_call_target="tpu_custom_call", '
+            'backend_config={"custom_call_config":{"body":"TUzvUg==","cost_estimate":'
+            '{"flops":"420","transcendentals":"9","bytes_accessed":"33"}}}',
+            420,
+        ),
     ],
 )
 def test_products_as_compilers_write_them(line, flops):

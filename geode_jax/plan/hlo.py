@@ -135,7 +135,7 @@ class Module:
                 yield instruction, body, times
 
     def flops(self) -> int:
-        """Of matrix products and convolutions, on one device, in a step."""
+        """Of matrix products, convolutions and TPU kernels (their estimates), on one device."""
         return sum(
             times * _flops(instruction, body) for instruction, body, times in self.instructions()
         )
@@ -305,6 +305,9 @@ def _flops(instruction: Instruction, body: Computation) -> int:
         contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.rest)[1]
         summed = math.prod(lhs[int(i)] for i in re.findall(r"\d+", contracted))
         return 2 * math.prod(instruction.dims()) * summed
+    if instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.rest:
+        estimate = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest)
+        return int(estimate[1]) if estimate else 0
     return 0
 
 
