@@ -31,8 +31,7 @@ from geode_jax.distributed import is_main, main_first
 from geode_jax.errors import UserError
 from geode_jax.train_step import TrainState
 
-# Orbax warns of each file that it cannot read; here that ends in one line.
-logging.getLogger("absl").setLevel(logging.ERROR)
+logging.getLogger("absl").setLevel(logging.WARNING)
 
 
 class _WhenAsked:
@@ -198,29 +197,34 @@ def _read(read: Callable[..., Any], *arguments) -> Any:
     Raises:
         _Unreadable: the files are damaged, or not what was asked for.
     """
-    _silence_orphans()
+    _silence_failed_reads()
     try:
         return read(*arguments)
     except Exception as error:  # damaged files raise whatever they end in
         failure = _first_line(error)
-    gc.collect()  # the orphans, which the error's traceback kept
+    gc.collect()  # abandoned reads, which the error's traceback kept
     raise _Unreadable(failure)
 
 
 @functools.cache
-def _silence_orphans() -> None:
-    """Keeps reads that Orbax abandoned from printing tracebacks, from now on.
+def _silence_failed_reads() -> None:
+    """Keeps Orbax's failed reads from printing more than their error, from now on.
 
-    At the first failure it closes its event loop. A read still under way then ends in an error that
-    nobody waits for: in TensorStore's thread, which finds the loop closed, or when its coroutine is
-    collected; or in one that asyncio logs.
+    It warns of every file that it cannot read. At the first failure it closes its event loop: a
+    read still under way then ends in an error that nobody waits for, in TensorStore's thread, which
+    finds the loop closed, or when its coroutine is collected, or in one that asyncio logs.
     """
 
-    def of_others(record):
+    def no_warning(record):
+        return record.levelno > logging.WARNING or "orbax" not in record.pathname
+
+    def no_abandoned_read(record):
         said = record.getMessage()
         return not ("orbax" in said or "tensorstore" in said)
 
-    logging.getLogger("asyncio").addFilter(of_others)
+    # Filters, and no levels: absl's are set anew where its flags are parsed.
+    logging.getLogger("absl").addFilter(no_warning)
+    logging.getLogger("asyncio").addFilter(no_abandoned_read)
     others = sys.unraisablehook
 
     def hook(unraisable):
@@ -376,8 +380,11 @@ def load_leaves(
 
 
 def _stored(folder: Path) -> Any:
-    """What a checkpoint holds: its tree, of shapes and dtypes."""
-    return _read(ocp.checkpointables_metadata, folder.absolute()).metadata["state"]
+    """What a checkpoint holds: its tree, of shapes and dtypes; errors as of `_read`."""
+    stored = _read(ocp.checkpointables_metadata, folder.absolute()).metadata["state"]
+    if stored is None:  # Orbax goes on without what it cannot read
+        raise _Unreadable("no metadata")
+    return stored
 
 
 def _load_state(folder: Path, like: Any) -> Any:

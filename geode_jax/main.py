@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
 
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
-    logging.set_verbosity(logging.ERROR)  # of Orbax, see checkpoint.py
+    logging.set_verbosity(logging.WARNING)
     distributed.initialize(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
     train_and_evaluate(_CONFIG.value, _workdir(), profile=_PROFILE.value)
 
