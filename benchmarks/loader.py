@@ -23,9 +23,9 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import ledger
-from geode_jax.data.exports import Export, ExportWriter
 from geode_jax.data.pipeline import Pipeline, PipelineConfig
 from geode_jax.data.tokens import train_tokenizer
+from geode_jax.exports import Export, ExportWriter
 
 VIEWS, GRID, WIDTH, SIDE = 8, (37, 37), 2048, 74
 QUESTIONS, SCENES_PER_BATCH = 16, 2

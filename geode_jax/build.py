@@ -18,10 +18,8 @@ from flax import nnx
 from geode_jax import systems
 from geode_jax.checkpoint import find_model, has_checkpoint
 from geode_jax.data.control import BOX, REG, control_of
-from geode_jax.data.exports import Export
 from geode_jax.data.mixture import parse_mixture
 from geode_jax.data.pipeline import Pipeline, PipelineConfig, measure_lengths
-from geode_jax.data.prompts import prompt
 from geode_jax.data.question_records import open_question_records
 from geode_jax.data.rooms import PRODUCER, make_rooms
 from geode_jax.data.sources import VERSION as RGBD_VERSION
@@ -30,6 +28,8 @@ from geode_jax.data.tokens import Tokenizer, load_tokenizer, train_tokenizer
 from geode_jax.distributed import is_main, main_first
 from geode_jax.errors import UserError
 from geode_jax.evaluate.evaluator import Evaluator
+from geode_jax.exports import Export
+from geode_jax.exports.prompts import prompt
 from geode_jax.metrics import write_json
 from geode_jax.models.geode import encode_frames
 from geode_jax.models.internvl import INTERNVL_TOKENS

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 import ml_collections
 
 from geode_jax.data.control import BOX, REG
-from geode_jax.data.exports import Export
 from geode_jax.data.mixture import parse_mixture
 from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.scene_arrays import GEODE_VISION, SceneShapes
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
+from geode_jax.exports import Export
 from geode_jax.losses import TERMS
 from geode_jax.models.decoder import REMAT, DecoderConfig
 from geode_jax.models.drm import DrmConfig

@@ -11,9 +11,9 @@ from flax import nnx
 
 from configs.hidden_cot import get_config
 from geode_jax import build, systems
-from geode_jax.data.exports import Export
 from geode_jax.data.scene_arrays import SceneShapes
 from geode_jax.errors import UserError
+from geode_jax.exports import Export
 from geode_jax.sharding import abstract_model, make_mesh, spec
 from tests.runs import tiny_rooms
 

@@ -14,8 +14,8 @@ from configs.geode_joint import get_config as geode
 from configs.hidden_cot import get_config as student
 from geode_jax import build
 from geode_jax.chips import CHIPS, chip_of
-from geode_jax.data.exports import Export
 from geode_jax.errors import UserError
+from geode_jax.exports import Export
 from geode_jax.flops import count_flops
 from geode_jax.inference.cli import main
 from geode_jax.plan import command, scaling

@@ -1,8 +1,8 @@
 """What the exporters of this folder share: shards, resuming, one line for what is wrong.
 
 An exporter runs inside the environment of the project whose arrays it exports, so this file and
-what it loads, `geode_jax/data/exports.py` and `frames.py`, need Python 3.9, numpy and safetensors
-alone, and nothing of geode_jax is imported as a package.
+what it loads, the folder `geode_jax/exports`, need Python 3.9, numpy and safetensors alone, and
+nothing of geode_jax is imported as a package.
 
 A job is a list of scenes, the same in every process. Shard I of N makes the scenes I, I + N, ...;
 each finished scene stays, whatever happens to the process. When all are there, `--merge` (or the
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_DATA = Path(__file__).resolve().parent.parent / "geode_jax" / "data"
+_CONTRACT = Path(__file__).resolve().parent.parent / "geode_jax" / "exports"
 _QUESTIONS = ".questions"
 """Folder of the questions of scenes that are done, where an exporter answers them."""
 
@@ -53,18 +53,21 @@ class Made(NamedTuple):
     report: str = ""
 
 
-def load_by_path(path: str | Path, name: str) -> Any:
-    """The module in a file, without its package.
+def load_contract(folder: str | Path) -> Any:
+    """The package `geode_jax/exports` in a folder, without the package around it.
 
     Raises:
-        InputError: there is no such file.
+        InputError: the folder holds no such package.
     """
-    path = Path(path)
+    path = Path(folder) / "__init__.py"
     if not path.is_file():
-        raise InputError(f"{path}: no such file (geode_jax/data/{name}.py of the checkout)")
-    spec = importlib.util.spec_from_file_location(f"geode_jax_{name}", path)
+        raise InputError(f"{path}: no such file (--contract: geode_jax/exports of the checkout)")
+    name = "geode_jax_exports"
+    spec = importlib.util.spec_from_file_location(
+        name, path, submodule_search_locations=[str(path.parent)]
+    )
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its NamedTuples look themselves up there
+    sys.modules[name] = module  # its relative imports look it up there
     spec.loader.exec_module(module)
     return module
 
@@ -82,8 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contract",
         type=Path,
-        default=_DATA / "exports.py",
-        help="geode_jax/data/exports.py (%(default)s)",
+        default=_CONTRACT,
+        help="folder geode_jax/exports (%(default)s)",
     )
 
 
@@ -111,7 +114,7 @@ def run(
 
     Args:
         args: with those of `add_arguments`.
-        contract: the loaded `exports.py`.
+        contract: the loaded package `exports`.
         scenes: of all shards, in the manifest's order.
         begin: loads the model; returns the header (keyword arguments of `ExportWriter`) and the
             function that makes a scene.
@@ -299,8 +302,11 @@ def guarded(name: str, main: Callable[[list[str] | None], int]) -> Callable[...,
         try:
             return main(argv)
         except ValueError as error:
-            # ExportError is one; its class belongs to the contract that `main` has loaded.
-            if not isinstance(error, InputError) and type(error).__name__ != "ExportError":
+            # The contract's errors are classes of the package that `main` has loaded.
+            if not isinstance(error, InputError) and type(error).__name__ not in (
+                "ExportError",
+                "UserError",
+            ):
                 raise
             print(f"{name}: {error}", file=sys.stderr)
             return 1

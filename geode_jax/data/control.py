@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from geode_jax.data.exports import NUMERIC_KINDS
 from geode_jax.errors import UserError
+from geode_jax.exports import NUMERIC_KINDS
 
 REG, BOX = "<REG>", "<3DBBOX>"
 """The tokens: a number, a box. The state at one of them is regressed, see `models.drh`."""

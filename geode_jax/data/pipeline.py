@@ -17,10 +17,8 @@ import grain
 import numpy as np
 
 from geode_jax.data.control import BOX
-from geode_jax.data.exports import Export, ExportError
 from geode_jax.data.mixture import choose_scenes, scenes_per_epoch, stratified_part
 from geode_jax.data.packing import pack
-from geode_jax.data.prompts import prompt
 from geode_jax.data.question_arrays import (
     TEACHER_LOGITS,
     add_teacher_logits,
@@ -44,6 +42,8 @@ from geode_jax.data.scene_arrays import (
 )
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
+from geode_jax.exports import Export, ExportError
+from geode_jax.exports.prompts import prompt
 from geode_jax.shapes import Batch
 
 _CACHE_BYTES = 256 * 2**20  # of tokenized questions, per process

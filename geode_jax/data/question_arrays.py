@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from geode_jax.data.control import BASE_UNIT, BOX, REG, base_unit, control_of
-from geode_jax.data.exports import RELATIONS
 from geode_jax.data.packing import lay_out
-from geode_jax.data.prompts import prompt
 from geode_jax.data.raycast import box_gaps
 from geode_jax.data.tokens import Tokenizer
+from geode_jax.exports import RELATIONS
+from geode_jax.exports.prompts import prompt
 from geode_jax.shapes import MAX_OBJECTS
 
 TEACHER_LOGITS = (

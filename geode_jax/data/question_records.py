@@ -25,11 +25,11 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from geode_jax.data.control import control_of
-from geode_jax.data.exports import Export
 from geode_jax.data.mixture import OWN
-from geode_jax.data.prompts import prompt
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
+from geode_jax.exports import Export
+from geode_jax.exports.prompts import prompt
 
 _FORMAT = "1.0.0"  # of the records; part of the cache key, so a change makes new records
 _INDEX = "index.json"

@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from geode_jax.data.exports import ROTATION_TOLERANCE
 from geode_jax.errors import UserError
+from geode_jax.exports import ROTATION_TOLERANCE
 
 
 class Dropped(Exception):

@@ -2,7 +2,7 @@
 
 A scene is a rectangular room with 6 to 10 upright boxes (furniture of 16 categories) seen by a
 camera on a short walk of four views. Scene `index` of seed `seed` is a pure function of these two
-numbers. `make_rooms` writes the array contract of `exports.py`; nothing here needs JAX.
+numbers. `make_rooms` writes the array contract of `exports`; nothing here needs JAX.
 
 What stands in for a pre-trained vision encoder. `vggt/tokens` [4, 64, 76] is a fixed function of
 what the camera sees. A patch is 4 x 4 pixels of a 32 x 32 image; its 2 x 2 sub-cells, row-major,
@@ -46,7 +46,8 @@ from pathlib import Path
 import numpy as np
 import tqdm
 
-from geode_jax.data import exports, raycast, room_layout, room_questions
+from geode_jax import exports
+from geode_jax.data import raycast, room_layout, room_questions
 from geode_jax.data.room_layout import CATEGORIES, VIEWS, RoomObject
 from geode_jax.data.workers import deaf_to_ctrl_c
 
@@ -375,7 +376,7 @@ def _categories(scene: RoomScene) -> np.ndarray:
 
 
 def scene_arrays(scene: RoomScene, seen: Observation) -> dict[str, np.ndarray]:
-    """The scene's tensors, as `exports.py` names them."""
+    """The scene's tensors, as `exports` names them."""
     visible, category = np.flatnonzero(seen.visible), _categories(scene)
     maps = (-1, 2 * seen.grid, 2 * seen.grid)
     depth = seen.cells.depth.reshape(maps).astype(np.float32)
@@ -393,7 +394,7 @@ def scene_arrays(scene: RoomScene, seen: Observation) -> dict[str, np.ndarray]:
 
 
 def teacher_arrays(scene: RoomScene, seen: Observation) -> dict[str, np.ndarray]:
-    """The tensors of the scene's exact oracle, as `exports.py` names them."""
+    """The tensors of the scene's exact oracle, as `exports` names them."""
     visible, category = np.flatnonzero(seen.visible), _categories(scene)
     classes = len(CATEGORIES)
     # -1 becomes the last column

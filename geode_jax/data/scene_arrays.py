@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from geode_jax.data.exports import Export
 from geode_jax.errors import UserError
+from geode_jax.exports import Export
 
 SCENE_TENSORS = (
     "vggt/tokens",

@@ -27,13 +27,13 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from geode_jax.data.exports import ExportWriter
 from geode_jax.data.raycast import luminance
 from geode_jax.data.rgbd_folder import RgbdFolder, open_folder
 from geode_jax.data.rgbd_questions import PLACES, Questioner, SeenView
 from geode_jax.data.rgbd_sequence import Dropped, RgbdSequence, resized
 from geode_jax.data.rooms import TOKEN_WIDTH, patch_tokens
 from geode_jax.errors import UserError
+from geode_jax.exports import ExportWriter
 
 VERSION = 1
 """Of what an export of a folder holds; changes when this converter changes."""
@@ -436,7 +436,7 @@ def _read_frames(
 
 
 def frame_arrays(source: RgbdSequence, frames: Sequence[Frame]) -> dict[str, np.ndarray]:
-    """A scene's tensors of its views, as `exports.py` names them."""
+    """A scene's tensors of its views, as `exports` names them."""
     poses = np.array([frame.view.world_from_camera for frame in frames])
     rotation = poses[:, :3, :3].swapaxes(1, 2)
     extrinsic = np.concatenate([rotation, -rotation @ poses[:, :3, 3:]], axis=2)

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 
 from geode_jax.data import rooms
-from geode_jax.data.exports import Export
 from geode_jax.distributed import is_main
 from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate.efficiency import measure_speed, parameter_counts, peak_memory
 from geode_jax.evaluate.evaluator import Evaluation
 from geode_jax.evaluate.report import depth_colours, write_report
 from geode_jax.evaluate.text_metrics import answer_rows, with_reference
+from geode_jax.exports import Export
 from geode_jax.metrics import read_metrics, write_json
 from geode_jax.train_step import TrainState
 

@@ -28,7 +28,6 @@ from string import ascii_uppercase
 from typing import Any
 
 from geode_jax import __version__
-from geode_jax.data import prompts
 from geode_jax.errors import UserError
 from geode_jax.evaluate.scores import frequency_baseline, row_of
 from geode_jax.evaluate.spatial_metrics import (
@@ -40,6 +39,7 @@ from geode_jax.evaluate.spatial_metrics import (
     letter_accuracy,
     number_accuracy,
 )
+from geode_jax.exports import prompts
 
 QUESTION_TYPES = (*NUMERIC_KINDS, *CHOICE_KINDS)
 CHOICE_TASKS = tuple(task for task in VSI_TASKS if task not in NUMERIC_KINDS)
@@ -48,7 +48,7 @@ _LABELS = {"na": "number tasks (NA)", "mca": "choice tasks (MCA)"}
 
 
 def prompt(row: dict) -> str:
-    """The text that the benchmark asks for a row, which is `data.prompts.prompt`."""
+    """The text that the benchmark asks for a row, which is `exports.prompts.prompt`."""
     return prompts.prompt({**row, "kind": row["question_type"]})
 
 

@@ -11,11 +11,11 @@ import jax
 from geode_jax import systems
 from geode_jax.build import load_config, test_split
 from geode_jax.data import rooms
-from geode_jax.data.exports import Export
 from geode_jax.data.pipeline import Pipeline, measure_lengths
 from geode_jax.data.question_records import open_question_records
 from geode_jax.errors import UserError
 from geode_jax.evaluate import vsi_bench
+from geode_jax.exports import Export
 from geode_jax.inference.trained import Trained, open_trained
 from geode_jax.metrics import write_json
 

@@ -28,7 +28,7 @@ from pathlib import Path
 # Quiet by default, as in geode_jax.main.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from geode_jax.data import exports
+from geode_jax import exports
 from geode_jax.errors import UserError, reported
 
 # A command imports what it needs when it runs: checking a folder shall not wait for JAX.

@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from geode_jax.data.exports import Export, ExportWriter
 from geode_jax.errors import UserError
+from geode_jax.exports import Export, ExportWriter
 from geode_jax.inference.trained import open_trained
 from geode_jax.models.geode import Geode, encode_frames
 from geode_jax.models.internvl import InternVL

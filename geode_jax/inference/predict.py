@@ -12,9 +12,9 @@ from flax import nnx
 
 from geode_jax.data.control import BOX, control_of
 from geode_jax.data.pipeline import OneScene
-from geode_jax.data.prompts import VSI_CHOICE_KINDS
 from geode_jax.data.question_records import open_question_records
 from geode_jax.errors import UserError
+from geode_jax.exports.prompts import VSI_CHOICE_KINDS
 from geode_jax.inference.generate import Sampling
 from geode_jax.inference.trained import open_trained
 from geode_jax.models.decoding import with_decoding
@@ -132,7 +132,7 @@ class Predictor:
         """The model's answer.
 
         A question worded like one of the export's is put as that one was in training: with its
-        kind's prompt (`data.prompts`) and in its unit, a question of the scene itself also with
+        kind's prompt (`exports.prompts`) and in its unit, a question of the scene itself also with
         its options.
 
         Args:

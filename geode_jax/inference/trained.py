@@ -17,11 +17,11 @@ from geode_jax.build import (
     pipeline_config,
 )
 from geode_jax.checkpoint import find_model, load_model
-from geode_jax.data.exports import Export
 from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.tokens import Tokenizer, load_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.evaluate.evaluator import Evaluator
+from geode_jax.exports import Export
 from geode_jax.sharding import abstract_model, make_mesh
 from geode_jax.systems import make_objective
 from geode_jax.train_step import Objective, TrainState

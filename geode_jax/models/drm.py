@@ -159,7 +159,7 @@ class Drm(nnx.Module):
             visual_mask_SF: False = padding frame.
             place_SFI3: the point that a token shows, metres; `place_mask_SFI` False = unknown.
             point_SGC: point features; `coord_SG3` their places, in the same world, metres, z up,
-                centred in x and y, floor at 0 (`data.frames`); `point_mask_SG` False = padding.
+                centred in x and y, floor at 0 (`exports.frames`); `point_mask_SG` False = padding.
             extrinsic_SV34: camera-from-world poses in the same world; `camera_mask_SV` False =
                 padding. They need not be those of the ViT's frames (Table 2).
             question_SLD: embeddings of the question and their mask, where the module is

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from geode_jax.data.exports import Export, ExportWriter
+from geode_jax.exports import Export, ExportWriter
 
 CATEGORIES = ["chair", "table", "dining table", "lamp", "sofa"]
 GRID, CELL, TOKEN_WIDTH = (2, 3), 4, 5

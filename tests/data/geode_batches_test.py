@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from geode_jax.data.control import BOX, REG, control_of
-from geode_jax.data.exports import Export, ExportError, ExportWriter, write_scene
 from geode_jax.data.pipeline import Pipeline, PipelineConfig, measure_lengths
-from geode_jax.data.prompts import prompt
 from geode_jax.data.tokens import Tokenizer, train_tokenizer
 from geode_jax.errors import UserError
+from geode_jax.exports import Export, ExportError, ExportWriter, write_scene
+from geode_jax.exports.prompts import prompt
 from tests.data.conftest import (
     CATEGORIES,
     HEADER,

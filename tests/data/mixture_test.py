@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 
 from geode_jax.build import check_config
-from geode_jax.data.exports import Export, ExportWriter
 from geode_jax.data.mixture import (
     choose_scenes,
     parse_mixture,
@@ -17,6 +16,7 @@ from geode_jax.data.mixture import (
 from geode_jax.data.pipeline import Pipeline, PipelineConfig
 from geode_jax.data.tokens import Tokenizer, train_tokenizer
 from geode_jax.errors import UserError
+from geode_jax.exports import Export, ExportWriter
 from tests.data.conftest import HEADER, TOKEN_WIDTH
 from tests.runs import tiny_config
 

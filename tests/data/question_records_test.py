@@ -9,8 +9,6 @@ import pytest
 
 from geode_jax.data import question_records
 from geode_jax.data.control import control_of
-from geode_jax.data.exports import Export, ExportError
-from geode_jax.data.prompts import prompt
 from geode_jax.data.question_records import (
     answer_lengths,
     open_question_records,
@@ -18,6 +16,8 @@ from geode_jax.data.question_records import (
 )
 from geode_jax.data.tokens import train_tokenizer
 from geode_jax.errors import UserError
+from geode_jax.exports import Export, ExportError
+from geode_jax.exports.prompts import prompt
 from tests.data.conftest import CATEGORIES, write_tiny_export
 
 
@@ -31,7 +31,7 @@ def by_scene(export: Export) -> dict[str, list[dict]]:
 def run(code: str) -> subprocess.Popen:
     preamble = (
         "import os, signal, sys\n"
-        "from geode_jax.data.exports import Export\n"
+        "from geode_jax.exports import Export\n"
         "from geode_jax.data import question_records\n"
     )
     return subprocess.Popen([sys.executable, "-W", "error", "-c", preamble + code])

@@ -11,9 +11,9 @@ from PIL import Image
 from scipy.spatial import ConvexHull
 from scipy.spatial.transform import Rotation
 
-from geode_jax.data.exports import NUMERIC_KINDS, Export
 from geode_jax.data.rgbd_questions import KINDS, PLACES, Questioner, SeenView, space_size
 from geode_jax.data.sources import make_rgbd_export
+from geode_jax.exports import NUMERIC_KINDS, Export
 
 PLACE = "(" + "|".join(sorted(PLACES, key=len, reverse=True)) + ")"
 WORDING = {

@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from geode_jax.data import exports, raycast, room_layout, room_questions, rooms
+from geode_jax import exports
+from geode_jax.data import raycast, room_layout, room_questions, rooms
 
 SEED = 3
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from geode_jax.data import exports
+from geode_jax import exports
 from geode_jax.data.scene_arrays import (
     SceneShapes,
     _patch_majority,

@@ -12,11 +12,11 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from geode_jax.data import rooms, sources
-from geode_jax.data.exports import Export, validate
 from geode_jax.data.rgbd_folder import open_folder
 from geode_jax.data.rgbd_questions import KINDS, PLACES
 from geode_jax.data.sources import make_rgbd_export
 from geode_jax.errors import UserError
+from geode_jax.exports import Export, validate
 
 # A synthetic hall, y down as in the first camera's frame: x in [-3, 3], y in [-1.5, 1.2] (floor at
 # 1.2), z in [-4, 4]. The world point p has the colour SHADE * (p - LOW).

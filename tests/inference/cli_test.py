@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from geode_jax.data.exports import Export
+from geode_jax.exports import Export
 from tests.data.conftest import write_tiny_export
 from tests.data.sources_test import write_hall
 from tests.inference.conftest import one_error

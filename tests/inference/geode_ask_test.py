@@ -15,12 +15,12 @@ from flax import nnx
 
 from geode_jax import build
 from geode_jax.data.control import BOX, REG
-from geode_jax.data.exports import Export
 from geode_jax.data.rooms import make_rooms
 from geode_jax.data.tokens import load_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.evaluate import vsi_bench
 from geode_jax.evaluate.vsi_run import evaluate_run
+from geode_jax.exports import Export
 from geode_jax.inference.predict import Predictor
 from geode_jax.inference.trained import open_trained
 from geode_jax.models.decoder import Decoder

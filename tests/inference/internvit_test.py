@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from geode_jax.data.exports import Export
 from geode_jax.errors import UserError
+from geode_jax.exports import Export
 from geode_jax.inference.cli import main
 from geode_jax.inference.internvit import encode_export
 from geode_jax.inference.trained import open_trained

@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 
 from geode_jax.build import pipeline_config
-from geode_jax.data.exports import Export
 from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.tokens import load_tokenizer
 from geode_jax.errors import UserError
+from geode_jax.exports import Export
 from geode_jax.inference.generate import Sampling
 from geode_jax.inference.predict import Answer, Predictor
 from geode_jax.inference.trained import open_run_export

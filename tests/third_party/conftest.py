@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from geode_jax.data.exports import ExportWriter
+from geode_jax.exports import ExportWriter
 
 HERE = Path(__file__).resolve().parent
 THIRD_PARTY = HERE.parent.parent / "third_party"

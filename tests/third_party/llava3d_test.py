@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from geode_jax.data.exports import Export, validate
 from geode_jax.data.pipeline import Pipeline, PipelineConfig
 from geode_jax.data.tokens import load_tokenizer
 from geode_jax.errors import UserError
+from geode_jax.exports import Export, validate
 
 pytest.importorskip("transformers")
 

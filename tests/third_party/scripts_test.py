@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from geode_jax.data.exports import validate
+from geode_jax.exports import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "third_party").rglob("*.py"))
-STANDALONE = [ROOT / "geode_jax" / "data" / f"{n}.py" for n in ("exports", "frames", "prompts")]
+STANDALONE = sorted((ROOT / "geode_jax" / "exports").glob("*.py"))
 
 
 def calls(tree):

@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from geode_jax.data.exports import Export, validate
 from geode_jax.data.pipeline import Pipeline, PipelineConfig
-from geode_jax.data.prompts import prompt
 from geode_jax.data.tokens import train_tokenizer
+from geode_jax.exports import Export, validate
+from geode_jax.exports.prompts import prompt
 
 VOXEL = 0.02
 
@@ -80,7 +80,7 @@ def test_a_metric_export_keeps_its_world_and_gets_tokens(load, export, write_bas
 
     points, colours, views = unprojected(old)
     module = load("sonata/export_sonata.py")
-    frames = module.job.load_by_path(module.job._DATA / "frames.py", "frames")
+    frames = module.job.load_contract(module.job._CONTRACT).frames
     moved = frames.to_sonata_frame(points, up=(0, 0, 1), metres_per_unit=1.0).points(points)
     chosen = chosen_one_by_one(moved)
     index, grid = np.array(list(chosen.values())), np.array(list(chosen))

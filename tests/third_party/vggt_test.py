@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from geode_jax.data.exports import Export, validate
+from geode_jax.exports import Export, validate
 
 H, W = 28, 56
 GRID = (2, 4)
@@ -230,7 +230,7 @@ def test_another_header_does_not_go_on_an_export(export, capsys):
         (["--weights", "somebody/else"], "--licence: say that of the weights somebody/else"),
         (["--subfolder", "rgb"], "0 scenes with 0 different names"),
         (["--scene", "nowhere"], "nowhere/color: no such folder or video"),
-        (["--contract", "nowhere.py"], "nowhere.py: no such file"),
+        (["--contract", "nowhere"], "nowhere/__init__.py: no such file"),
         (["--splits", "nowhere.txt"], "not `scene split` a line"),
     ],
 )

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from geode_jax.data.prompts import prompt
 from geode_jax.errors import UserError
+from geode_jax.exports.prompts import prompt
 from geode_jax.inference.cli import main
 from geode_jax.inference.trained import Trained, open_trained
 from geode_jax.models.packed import pick

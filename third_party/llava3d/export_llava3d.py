@@ -265,7 +265,7 @@ class Teacher:
         except ImportError as error:
             raise job.InputError(f"not in LLaVA-3D's environment: {error}") from None
         self._args, self._base, self._questions, self._torch = args, base, questions, torch
-        self._prompts = job.load_by_path(args.contract.parent / "prompts.py", "prompts")
+        self._prompts = job.load_contract(args.contract).prompts
         commit = job.commit_of(llava, args.commit)
         self._tokenizer, self._model, self._processor, _ = load_pretrained_model(
             args.model, None, get_model_name_from_path(args.model), device=args.device
@@ -353,7 +353,7 @@ class Teacher:
 
 def _main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    contract = job.load_by_path(args.contract, "exports")
+    contract = job.load_contract(args.contract)
     base = contract.Export(args.export)
     if "teacher_tokenizer" in base.manifest:
         raise job.InputError(f"{args.export}: has a teacher's logits already")

@@ -345,7 +345,7 @@ def begin(args: argparse.Namespace, base: Any):
     except ImportError as error:
         raise job.InputError(f"not in Sonata's environment: {error}") from None
     header = header_of(args, base, job.commit_of(sonata, args.commit))
-    frames = job.load_by_path(args.contract.parent / "frames.py", "frames")
+    frames = job.load_contract(args.contract).frames
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(torch, args.weights, device)
     channels = model.embedding.in_channels
@@ -379,7 +379,7 @@ def begin(args: argparse.Namespace, base: Any):
 
 def _main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    contract = job.load_by_path(args.contract, "exports")
+    contract = job.load_contract(args.contract)
     base = contract.Export(args.export)
     splits = {entry["id"]: entry["split"] for entry in base.manifest["scenes"]}
     scenes = [job.Scene(scene_id, split) for scene_id, split in splits.items()]

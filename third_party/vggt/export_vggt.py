@@ -303,7 +303,7 @@ def begin(args: argparse.Namespace, scenes: list[job.Scene]):
     if not licence:
         raise job.InputError(f"--licence: say that of the weights {args.weights}")
     commit = job.commit_of(vggt, args.commit)
-    frames = job.load_by_path(args.contract.parent / "frames.py", "frames")
+    frames = job.load_contract(args.contract).frames
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(torch, args.weights, device)
     patch = model.aggregator.patch_size
@@ -362,7 +362,7 @@ def begin(args: argparse.Namespace, scenes: list[job.Scene]):
 
 def _main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    contract = job.load_by_path(args.contract, "exports")
+    contract = job.load_contract(args.contract)
     scenes = scenes_of(args)
     questions = (lambda: job.read_records(args.questions)) if args.questions else tuple
     return job.run(args, contract, scenes, lambda: begin(args, scenes), questions)

@@ -1,7 +1,7 @@
 """From a data set's texts to the fields of a question: options, values, units.
 
 Data sets made for VSI-Bench store its whole prompt; the contract stores the question and the
-options, and `data.prompts` puts the prompt together again.
+options, and `exports.prompts` puts the prompt together again.
 """
 
 import math
@@ -9,8 +9,8 @@ import re
 from typing import Any
 
 from geode_jax.data.datasets.questions import MisfitError
-from geode_jax.data.exports import NUMERIC_KINDS
-from geode_jax.data.prompts import (
+from geode_jax.exports import NUMERIC_KINDS
+from geode_jax.exports.prompts import (
     CHOICE_POST_PROMPT,
     NUMERIC_POST_PROMPT,
     PRE_PROMPT,

@@ -16,8 +16,8 @@ from typing import Any
 from tqdm import tqdm
 
 from geode_jax.data.datasets import Report, Request
-from geode_jax.data.exports import Export, ExportError, ExportWriter
 from geode_jax.errors import UserError
+from geode_jax.exports import Export, ExportError, ExportWriter
 
 _FOLDERS = ("scannet", "scannetpp", "scannetppv2", "arkitscenes", "s3dis", "adt", "hypersim")
 _FOLDERS += ("procthor", "robotics", "ytb_roomtour", "matterport3d")

@@ -34,13 +34,13 @@ from geode_jax.data.datasets.scene_export import (
     write_scenes,
 )
 from geode_jax.data.datasets.sens import open_sens
-from geode_jax.data.exports import SPLITS
 from geode_jax.data.rgbd_folder import open_folder
 from geode_jax.data.rgbd_sequence import Dropped, RgbdSequence, rigid
 from geode_jax.data.room_questions import SeenRoom
 from geode_jax.data.rooms import GRID, MIN_RAYS, PIXELS
 from geode_jax.data.sources import Frame, frame_arrays, read_frame
 from geode_jax.errors import UserError
+from geode_jax.exports import SPLITS
 
 VERSION = 1
 """Of what an export holds; changes when this converter changes."""

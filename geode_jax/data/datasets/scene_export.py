@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from geode_jax.data import exports
+from geode_jax import exports
 from geode_jax.data.datasets import Report, Request
 from geode_jax.data.datasets.box_questions import BoxQuestioner
 from geode_jax.data.rgbd_sequence import Dropped

@@ -12,8 +12,8 @@ from scipy.spatial.transform import Rotation
 
 from geode_jax.data import raycast
 from geode_jax.data.datasets import Request, front3d, prepare
-from geode_jax.data.exports import Export, validate
 from geode_jax.errors import UserError
+from geode_jax.exports import Export, validate
 
 FLOOR = (5.0, 4.0)  # along x and z
 CORNER = np.array([10.0, 0.0, -3.0])  # of every room's floor, y up

@@ -3,7 +3,7 @@
 import pytest
 
 from geode_jax.data.datasets import SOURCES, front3d
-from geode_jax.data.exports import Export
+from geode_jax.exports import Export
 from geode_jax.inference.cli import main
 from tests.data.datasets.front3d_test import write_front
 from tests.data.datasets.scannet_test import write_scan, write_scannet

@@ -10,7 +10,6 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from geode_jax.data import prompts
 from geode_jax.data.control import base_unit
 from geode_jax.data.datasets import (
     SOURCES,
@@ -30,8 +29,8 @@ from geode_jax.data.datasets.questions import (
     UnansweredError,
     _path_parts,
 )
-from geode_jax.data.exports import Export, ExportError, validate
 from geode_jax.errors import UserError
+from geode_jax.exports import Export, ExportError, prompts, validate
 from geode_jax.inference.cli import main
 from tests.data.conftest import write_tiny_export
 from tests.data.datasets.layouts import Case, cases, talk

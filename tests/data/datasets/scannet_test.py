@@ -12,8 +12,8 @@ from PIL import Image
 from geode_jax.data import raycast
 from geode_jax.data.datasets import Request, prepare, scannet
 from geode_jax.data.datasets.ply import read_vertices
-from geode_jax.data.exports import Export, validate
 from geode_jax.errors import UserError
+from geode_jax.exports import Export, validate
 from tests.data.datasets.sens_test import LOST, encoded, sens_bytes
 
 ROOM = np.array([5.0, 4.0, 2.6])

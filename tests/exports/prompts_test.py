@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from geode_jax.data.prompts import VSI_CHOICE_KINDS, VSI_NUMERIC_KINDS, prompt
+from geode_jax.exports.prompts import VSI_CHOICE_KINDS, VSI_NUMERIC_KINDS, prompt
 
 
 def snapshot(data_root, name: str) -> str:

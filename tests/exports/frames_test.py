@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geode_jax.data.frames import ROOM_HEIGHT, Y_DOWN, Similarity, to_sonata_frame
+from geode_jax.exports.frames import ROOM_HEIGHT, Y_DOWN, Similarity, to_sonata_frame
 
 
 def cloud(seed=0, n=500):

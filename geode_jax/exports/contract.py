@@ -17,7 +17,7 @@ not paid.
 Everything a file can have wrong is refused by `ExportError` in one line: where, what, which rule.
 Nothing here can load pickle: JSON and safetensors are the only formats.
 
-This file stands alone (numpy and safetensors; tqdm for the progress bar when installed; Python
+This package stands alone (numpy and safetensors; tqdm for the progress bar when installed; Python
 3.9), so that an exporter can load it by path inside another project's environment.
 """
 
@@ -31,7 +31,6 @@ import math
 import os
 import re
 import shutil
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +38,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import safe_open
+
+from . import files
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -79,7 +80,7 @@ _SCENE_ID = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-class ExportError(ValueError):
+class ExportError(files.UserError):
     """One line: `scene X: tensor Y: rule`, `questions.jsonl:LINE: field: rule` or alike.
 
     A file that is bad as a whole (missing, checksum) has `tensor *`.
@@ -641,9 +642,9 @@ def _check_question(
 
 def _parse(where: str, data: bytes) -> Any:
     try:
-        return json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ExportError(where, "", f"not JSON: {_shown(str(error))}") from None
+        return files.parse_json(where, data, nan=True)  # the fields' own rules say it better
+    except files.UserError as error:
+        raise ExportError(where, "", str(error)[len(where) + 2 :]) from None
 
 
 def _required(fields: dict) -> list[str]:
@@ -673,22 +674,16 @@ def _check_entry(entry: Any, seen: set[str], at: str = "") -> None:
 
 def _write_file(path: Path, chunks: Iterable[Any], durable: bool = False) -> str:
     """Writes a file whole or not at all and returns its sha256."""
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # others may write it too
     digest = hashlib.sha256()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
+        with files.writing(path, durable=durable) as file:
             for chunk in chunks:
                 digest.update(chunk)
                 file.write(chunk)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise _cannot_write(path, error) from None
+    except ExportError:
+        raise
+    except files.UserError as error:
+        raise ExportError(str(error)) from None
     return digest.hexdigest()
 
 

@@ -4,7 +4,7 @@ VGGT's cloud has no scale (its unit is a mean distance), stands in its first cam
 (x right, y down, z ahead), and has its origin there. Sonata was trained on metres, z up, the cloud
 centred in x and y, the floor at 0, and is not invariant to any of it.
 
-This file stands alone (numpy; Python 3.9), as `exports.py` does.
+This file stands alone (numpy; Python 3.9), as `exports` does.
 """
 
 from __future__ import annotations

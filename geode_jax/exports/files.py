@@ -1,0 +1,386 @@
+"""Reading and writing of small files, for everything that a user or another program may have made.
+
+All text, lists, JSON and JSON lines that come from outside are read here, and all small files are
+written here. What cannot be read is a `UserError`: one line that names the path and the rule.
+
+* Only regular files are read (a link is followed): never a pipe, which waits, nor a device.
+* Text is UTF-8, with or without a byte order mark.
+* JSON that Python cannot hold (nesting, digits, numbers beyond float) is not JSON here.
+* A file is written whole or not at all, with the mode that the user's umask gives.
+
+This module stands alone (Python 3.9, standard library): exporters load it in other environments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import json
+import os
+import stat
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MAX_TEXT_BYTES = 1 << 30
+"""Largest text or JSON file that is read whole."""
+
+MAX_MESSAGE = 600
+"""Longest message, in characters; a longer one loses its middle."""
+
+
+def one_line(text: str, most: int = MAX_MESSAGE) -> str:
+    """Text as one line of at most `most` printable characters.
+
+    Whitespace runs become one space, control characters and lone surrogates their escapes, and a
+    text that is too long loses its middle, which `...` replaces.
+    """
+    if len(text) > 8 * most:  # before the work on each character
+        text = f"{text[: 4 * most]} {text[-4 * most :]}"
+    text = " ".join(text.split())
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(text) > most:
+        half = (most - 5) // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    return text
+
+
+class UserError(ValueError):
+    """Bad input, said in one line: what, where, which rule. Entry points print it and exit with 2.
+
+    The message becomes one printable line of at most `MAX_MESSAGE` characters, whatever the input
+    that it quotes.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(str(message)))
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or one_line(str(error))
+
+
+def open_regular(path: str | os.PathLike) -> Any:
+    """The file, open for reading bytes.
+
+    Raises:
+        UserError: it is not there, no regular file (a folder, pipe or device), or not readable.
+    """
+    try:
+        # Without O_NONBLOCK opening a pipe waits for somebody who writes.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = _reason(error) if isinstance(error, OSError) else str(error)
+        raise UserError(f"{path}: cannot be read: {reason}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path}: cannot be read: not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: str | os.PathLike, most: int = MAX_TEXT_BYTES) -> bytes:
+    """The content of a regular file of at most `most` bytes.
+
+    Raises:
+        UserError: see `open_regular`, or the file is larger.
+    """
+    with open_regular(path) as file:
+        try:
+            data = file.read(most + 1)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {_reason(error)}") from None
+    if len(data) > most:
+        raise UserError(f"{path}: larger than {most:,} bytes")
+    return data
+
+
+def decode(where: str | os.PathLike, data: bytes) -> str:
+    """The text of UTF-8 bytes; a byte order mark at their beginning is no part of it.
+
+    Raises:
+        UserError: the bytes are not UTF-8; `where` begins the message.
+    """
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{where}: is UTF-16; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{where}: line {line}: not UTF-8: byte {data[error.start]:#04x}") from None
+
+
+def read_text(path: str | os.PathLike, most: int = MAX_TEXT_BYTES) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        UserError: it cannot be read, is larger than `most` bytes, or is not UTF-8.
+    """
+    return decode(path, read_bytes(path, most))
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value - value != 0:
+        raise ValueError(f"the number {one_line(text, 40)} is beyond a float")
+    return value
+
+
+def _constant(text: str) -> float:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"{one_line(twice, 40)!r} stands twice in an object")
+    return found
+
+
+def parse_json(where: str | os.PathLike, data: bytes | str, *, nan: bool = False) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        where: begins the message of an error, as `PATH` or `PATH:LINE`.
+        data: UTF-8 bytes, or text.
+        nan: whether NaN, Infinity and -Infinity are read, which Python's writer makes.
+
+    Raises:
+        UserError: not UTF-8, not JSON, nested too deeply, a number beyond a float, or a name that
+            stands twice in one object.
+    """
+    constant: Callable[[str], float] = float if nan else _constant
+    text = decode(f"{where}: not JSON", data) if isinstance(data, bytes) else data
+    try:
+        return json.loads(
+            text, parse_float=_finite, parse_constant=constant, object_pairs_hook=_unique
+        )
+    except RecursionError:
+        raise UserError(f"{where}: not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON: {one_line(str(error), 120)}") from None
+
+
+def read_json(path: str | os.PathLike, *, nan: bool = False, most: int = MAX_TEXT_BYTES) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        UserError: see `read_bytes` and `parse_json`.
+    """
+    return parse_json(path, read_bytes(path, most), nan=nan)
+
+
+def read_json_object(
+    path: str | os.PathLike, *, nan: bool = False, most: int = MAX_TEXT_BYTES
+) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        UserError: see `read_json`; or its value is no object.
+    """
+    value = read_json(path, nan=nan, most=most)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must be a JSON object, is {_kind(value)}")
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+MAX_LINE_BYTES = 1 << 26
+"""Longest line of a file of JSON lines."""
+
+
+def json_lines(path: str | os.PathLike, *, nan: bool = False) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of a file of JSON lines; blank lines are passed over.
+
+    A line that is not JSON yields its `UserError` in place of a value, so that the caller decides
+    whether to stop, to skip and count it, or to end there.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    with open_regular(path) as file:
+        number = 0
+        while True:
+            try:
+                line = file.readline(MAX_LINE_BYTES + 1)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read: {_reason(error)}") from None
+            if not line:
+                return
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) > MAX_LINE_BYTES:
+                raise UserError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes")
+            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+                line = line[3:]
+            if line.strip():
+                try:
+                    yield number, parse_json(where, line, nan=nan)
+                except UserError as error:
+                    yield number, error
+
+
+class Entry(NamedTuple):
+    """An entry of a list file.
+
+    Attributes:
+        line: of the file, from 1.
+        fields: the words of the line; a single one in a list of names.
+    """
+
+    line: int
+    fields: tuple[str, ...]
+
+
+def read_list(path: str | os.PathLike, fields: int = 1) -> list[Entry]:
+    """The entries of a list file: the one reader of all lists of scenes, splits and question ids.
+
+    Three forms are read: lines of words between spaces or tabs, where `#` begins a comment; CSV,
+    whose lines have commas or semicolons; and a JSON list (a file that begins with `[`) of texts,
+    or of lists of `fields` texts. A line has `fields` words or cells; in a list of single names it
+    may have any number. A byte order mark, Windows line ends and blank lines are no part of any.
+
+    Raises:
+        UserError: the file cannot be read, has no entry, an entry has another number of fields, or
+            an entry stands there twice with different fields.
+    """
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        entries = _json_entries(path, text)
+    elif text.lstrip().startswith("{"):
+        raise UserError(f"{path}: must be a list, is a JSON object")
+    else:
+        entries = list(_line_entries(path, text))
+    if fields == 1:
+        entries = [Entry(entry.line, (field,)) for entry in entries for field in entry.fields]
+    seen: dict[str, Entry] = {}
+    for entry in entries:
+        where = f"{path}: line {entry.line}"
+        if len(entry.fields) != fields or not all(entry.fields):
+            raise UserError(f"{where}: must have {fields} fields, has {list(entry.fields)!r}")
+        if any(not field.isprintable() for field in entry.fields):
+            raise UserError(f"{where}: {entry.fields[0]!r} has unprintable characters")
+        before = seen.setdefault(entry.fields[0], entry)
+        if before.fields != entry.fields:
+            raise UserError(f"{where}: {entry.fields[0]} stands in line {before.line} otherwise")
+    if not seen:
+        raise UserError(f"{path}: has no entry")
+    return list(seen.values())
+
+
+def _json_entries(path: str | os.PathLike, text: str) -> list[Entry]:
+    value = parse_json(path, text)
+    entries = []
+    for number, item in enumerate(value, 1):
+        row = item if isinstance(item, list) else [item]
+        if not all(isinstance(field, str) for field in row):
+            raise UserError(f"{path}: entry {number} must be text")
+        entries.append(Entry(number, tuple(field.strip() for field in row)))
+    return entries
+
+
+def _line_entries(path: str | os.PathLike, text: str) -> Iterator[Entry]:
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.split("#", 1)[0].strip()
+        if not line:
+            continue
+        if "," in line or ";" in line:
+            comma = "," if "," in line else ";"
+            try:
+                cells = next(csv.reader([line], delimiter=comma, skipinitialspace=True))
+            except csv.Error as error:
+                raise UserError(f"{path}: line {number}: not CSV: {error}") from None
+            while cells and not cells[-1].strip():  # a comma at the line's end
+                cells.pop()
+            yield Entry(number, tuple(cell.strip() for cell in cells))
+        else:
+            yield Entry(number, tuple(word.strip("\"'") for word in line.split()))
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+def cannot_write(path: str | os.PathLike, error: OSError) -> UserError:
+    """The error of a file that the operating system does not let us write, with its path."""
+    return UserError(f"{path}: cannot be written: {_reason(error)}")
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike, *, durable: bool = False) -> Iterator[Any]:
+    """A binary file that takes its place at the end of the block, whole, or not at all.
+
+    Its mode is what the umask gives; missing folders above it are made. A link keeps being one:
+    the file that it points to is replaced.
+
+    Args:
+        path: of the file; may exist.
+        durable: whether the bytes are on the disk when the block ends.
+
+    Raises:
+        UserError: the file cannot be written, or something that is no regular file has its name.
+    """
+    path = Path(path)
+    target = Path(os.path.realpath(path))
+    part = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}.part")
+    try:
+        if target.exists() and not target.is_file():
+            raise UserError(f"{path}: cannot be written: not a regular file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "xb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(part, target)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    except ValueError as error:
+        if "null" in str(error):  # a null character in the path
+            raise UserError(f"{path}: cannot be written: {error}") from None
+        raise
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            part.unlink()
+
+
+def write_bytes(
+    path: str | os.PathLike, data: bytes | Iterable[Any], *, durable: bool = False
+) -> None:
+    """Writes bytes, or one chunk after another, whole or not at all; see `writing`."""
+    with writing(path, durable=durable) as file:
+        for chunk in [data] if isinstance(data, bytes) else data:
+            file.write(chunk)
+
+
+def write_text(path: str | os.PathLike, text: str, *, durable: bool = False) -> None:
+    """Writes text as UTF-8, whole or not at all; see `writing`."""
+    write_bytes(path, text.encode("utf-8"), durable=durable)
+
+
+def write_json(
+    path: str | os.PathLike,
+    value: Any,
+    *,
+    indent: int | None = 1,
+    default: Callable[[Any], Any] | None = None,
+    durable: bool = False,
+) -> None:
+    """Writes a value as JSON with a line end, whole or not at all; see `writing`."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=default)
+    write_text(path, text + "\n", durable=durable)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether an error says that there is no room left: on the disk, or in the user's quota."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
