@@ -173,7 +173,7 @@ def test_shards_fill_one_export_and_a_killed_one_goes_on(
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps(record) + "\n" for record in records))
     splits = tmp_path / "splits.txt"
-    splits.write_text("room1 val\n")
+    splits.write_bytes(b"\xef\xbb\xbfroom1\tval\r\n")
     arguments = ("--questions", questions, "--splits", splits)
     module = load("vggt/export_vggt.py")
     once = module.reconstruct_long
@@ -231,7 +231,7 @@ def test_another_header_does_not_go_on_an_export(export, capsys):
         (["--subfolder", "rgb"], "0 scenes with 0 different names"),
         (["--scene", "nowhere"], "nowhere/color: no such folder or video"),
         (["--contract", "nowhere"], "nowhere/__init__.py: no such file"),
-        (["--splits", "nowhere.txt"], "not `scene split` a line"),
+        (["--splits", "nowhere.txt"], "nowhere.txt: cannot be read: No such file"),
     ],
 )
 def test_bad_input_is_one_line(export, capsys, arguments, line):
