@@ -6,7 +6,7 @@ reconstruction. The package stands alone:
 Python 3.9, numpy and safetensors (tqdm for the progress bar when installed), relative imports only.
 """
 
-from . import files, frames, prompts, scene_names
+from . import cameras, files, frames, prompts, scene_names
 from .contract import (
     NUMERIC_KINDS,
     PROBABILITY_TOLERANCE,
@@ -38,6 +38,7 @@ __all__ = [
     "ExportWriter",
     "TensorSpec",
     "UserError",
+    "cameras",
     "files",
     "format_summary",
     "frames",

@@ -340,6 +340,10 @@ def _without(*names):
     return damage
 
 
+def _intrinsic(folder, kind, matrix):
+    np.savetxt(folder / "intrinsic" / f"intrinsic_{kind}.txt", matrix)
+
+
 BAD_FOLDERS = {
     "no such folder": _without(""),
     "color/ and depth/ are needed": _without("color"),
@@ -352,10 +356,12 @@ BAD_FOLDERS = {
         for p in list((f / kind).iterdir())
     ],
     "3x3 or 4x4": lambda f: (f / "intrinsic" / "intrinsic_depth.txt").write_text("1 2 3"),
-    "are no camera": lambda f: np.savetxt(
-        f / "intrinsic" / "intrinsic_depth.txt", np.zeros((4, 4))
+    "are no camera": lambda f: _intrinsic(f, "depth", 0 * DEPTH_K + np.diag([0, 0, 1])),
+    "as of a pinhole": lambda f: _intrinsic(f, "depth", DEPTH_K.T),
+    "fy has another sign": lambda f: _intrinsic(f, "color", COLOR_K * [[1], [-1], [1]]),
+    "at 0.78, 0.48 of the sides of": lambda f: _intrinsic(
+        f, "depth", DEPTH_K + [[0, 0, 42], [0, 0, 0], [0, 0, 0]]
     ),
-    "outside the image": lambda f: np.savetxt(f / "intrinsic" / "intrinsic_depth.txt", 3 * DEPTH_K),
 }
 
 
@@ -383,11 +389,17 @@ def test_two_folders_in_one_are_not_guessed_between(hall, tmp_path):
 def test_one_intrinsic_serves_both_sizes(hall, tmp_path):
     folder = copy_of(hall, tmp_path)
     (folder / "intrinsic" / "intrinsic_depth.txt").unlink()
+    with pytest.raises(UserError, match="pictures of different shapes need an intrinsic each"):
+        open_folder(folder)
+    for path in (folder / "color").iterdir():
+        Image.new("RGB", (240, 192)).save(path)
+    color_k = [[180, 0, 114.5], [0, 181, 98], [0, 0, 1]]
+    _intrinsic(folder, "color", color_k)
     source = open_folder(folder)
-    # 180 x 128 to 160 x 128; edges stay edges: (85 + 1/2) * 160 / 180 - 1/2.
-    expected = [[121 * 160 / 180, 0, 75.5], [0, 123, 60], [0, 0, 1]]
+    # 240 x 192 to 160 x 128; edges stay edges: (114.5 + 1/2) * 160 / 240 - 1/2.
+    expected = [[120, 0, 230 / 3 - 0.5], [0, 181 / 1.5, 98.5 / 1.5 - 0.5], [0, 0, 1]]
     np.testing.assert_allclose(source.depth_intrinsic, expected)
-    np.testing.assert_allclose(source.color_intrinsic, COLOR_K)
+    np.testing.assert_allclose(source.color_intrinsic, color_k)
 
 
 def test_pose_rows_are_the_same_poses(hall, tmp_path):
