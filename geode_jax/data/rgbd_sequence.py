@@ -137,8 +137,8 @@ def camera(where: str, fx, fy, cx, cy, size: tuple[int, int]) -> np.ndarray:
     """
     intrinsic = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
     rule = cameras.fault(intrinsic, size)
-    if fx <= 0:
-        rule = f"the focal length {fx} is not positive"
+    if not rule and fx < 0:
+        rule = f"the focal length {fx} along x is negative"
     if rule:
         raise UserError(f"{where}: {rule}")
     return intrinsic

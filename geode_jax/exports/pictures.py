@@ -28,7 +28,7 @@ from .files import UserError, one_line, read_bytes
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 """Of names of pictures, in small letters; large ones are the same."""
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM")
-"""As Pillow names them (MPO is a kind of JPEG); what a file is, its content says and not its name."""
+"""As Pillow names them, MPO among JPEG; what a file is, its content says and not its name."""
 MAX_BYTES = 1 << 28
 """Largest file of a picture."""
 MAX_PIXELS = 1 << 27

@@ -50,15 +50,21 @@ class Report:
     Attributes:
         kept: such as "scenes" and "questions" -> how many.
         dropped: reason, with what it is of, such as "frame: lost tracking" -> how many.
+        corrected: what was read otherwise than it stands there -> how often.
     """
 
     kept: Counter[str] = dataclasses.field(default_factory=Counter)
     dropped: Counter[str] = dataclasses.field(default_factory=Counter)
+    corrected: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def lines(self) -> list[str]:
         """For a terminal: first what is there, then what is not and why."""
         kept = ", ".join(f"{count:,} {what}" for what, count in self.kept.items())
-        return [kept, *(f"dropped {n:,}: {why}" for why, n in self.dropped.most_common())]
+        return [
+            kept,
+            *(f"corrected {n:,}: {what}" for what, n in self.corrected.most_common()),
+            *(f"dropped {n:,}: {why}" for why, n in self.dropped.most_common()),
+        ]
 
 
 SOURCES: dict[str, str] = {

@@ -181,9 +181,12 @@ def make_scene(folder: Path, request: Request, categories: list[str]) -> Scene:
         why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise UserError(f"no usable frame ({why})")
     arrays = frame_arrays(sequence, frames)
+    # Without the scan's own name: what many scans have in common is counted.
+    notes = (note.replace(f"{folder}/", "") for note in sequence.notes)
+    corrected = tuple(note.replace(folder.name, "<id>") for note in notes)
     labels = read_labels(folder, world)
     if labels is None:
-        return Scene(arrays, None, dropped)
+        return Scene(arrays, None, dropped, corrected)
     rays = _rays(labels, frames)
     shown = np.flatnonzero(rays.sum(0) >= MIN_RAYS)
     hidden = set(range(len(labels.names))) - set(shown.tolist())
@@ -206,7 +209,7 @@ def make_scene(folder: Path, request: Request, categories: list[str]) -> Scene:
         larger={},
         typical={},
     )
-    return Scene(arrays, seen if names else None, +dropped)
+    return Scene(arrays, seen if names else None, +dropped, corrected)
 
 
 # --------------------------------------------------------------------------------------- frames

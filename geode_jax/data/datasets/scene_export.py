@@ -6,7 +6,6 @@ goes on where an interrupted one stood, and ends at the same content.
 """
 
 import dataclasses
-import json
 import shutil
 import zlib
 from collections import Counter
@@ -36,11 +35,13 @@ class Scene:
         arrays: tensors of the contract.
         seen: what questions are made from; None where nothing is labelled.
         dropped: reasons of what is not in it -> how many.
+        corrected: what was read otherwise than it stands there.
     """
 
     arrays: dict[str, np.ndarray]
     seen: SeenRoom | None
     dropped: Counter[str]
+    corrected: tuple[str, ...] = ()
 
 
 def split_places(places: Iterable[str], seed: int) -> dict[str, str]:
@@ -136,6 +137,7 @@ def write_scenes(
                 continue
             written[scene_id] = note | {"split": split}
             report.dropped.update(note["dropped"])
+            report.corrected.update(note.get("corrected", ()))
         if not written:
             first = next(iter(report.dropped), "there is none")
             raise UserError(f"{request.root}: no scene is left; {first}")
@@ -151,13 +153,14 @@ def _make_once(
     """The note of a scene, which is made and added where it is not finished already."""
     path = writer.folder / _MADE / f"{scene_id}.json"
     if scene_id in finished:
+        note = exports.files.read_json_object(path)
         writer.register(finished[scene_id] | {"split": split})  # the lists may have changed
-        return exports.files.read_json_object(path)
+        return note
     scene = make(scene_id)
     seen = None if scene.seen is None else _plain(scene.seen)
-    path.parent.mkdir(exist_ok=True)
+    note = {"seen": seen, "dropped": scene.dropped, "corrected": scene.corrected}
     # First the note: where the scene is finished, it is whole.
-    path.write_text(json.dumps({"seen": seen, "dropped": scene.dropped}), encoding="utf-8")
+    exports.files.write_json(path, note, indent=None)
     writer.add_scene(scene_id, scene.arrays, split=split)
     return exports.files.read_json_object(path)
 
