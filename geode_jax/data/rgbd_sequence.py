@@ -215,9 +215,10 @@ def _original_size(
 ) -> tuple[int, int] | None:
     """The (width, height) of the pictures that an intrinsic was made for; None if none is sure.
 
-    Its centre must be in their middle, within `_NEAR` as a share of the side, and the pictures have
-    shrunk or grown alike in both directions. If several sizes are possible, the one decides with
-    which it sees as the other camera, or else whose middle it meets, within `_EXACT`.
+    Its centre must be in their middle, and the pictures have shrunk or grown alike in both
+    directions. Of several sizes the one is taken with which it sees as the other camera does,
+    within `_SAME_FIELD`; without another camera the centre must be within `_NEAR`, as a share of
+    the side, and where sizes differ by more than `_SAME_SIZE`, within `_EXACT`.
 
     Args:
         one: the intrinsic and the pictures that it is not for.
@@ -230,8 +231,10 @@ def _original_size(
     for size in sorted({*scaled, *_SIZES, *sizes} - {one.size}):
         factor = np.array(size) / one.size
         off = cameras.off_centre(one.matrix, size)
-        near = (off <= _NEAR + 0.5 / np.array(size)).all()
-        if near and 1 / SHAPE <= factor[0] / factor[1] <= SHAPE:
+        near = _NEAR if other is None else cameras.CENTRE
+        if (off <= near + 0.5 / np.array(size)).all() and 1 / SHAPE <= factor[0] / factor[
+            1
+        ] <= SHAPE:
             possible.append((size, off.max()))
     if other is not None:
         wide = _field(other.matrix, other.size)

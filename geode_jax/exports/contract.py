@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import safe_open
 
-from . import files
+from . import cameras, files
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -1203,6 +1203,7 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
     Returns:
         {"producer": dict, "scenes": int, "splits": {split: scenes}, "questions": {kind: count},
         "tensors": [{"name", "shape", "dtype", "scenes"}], "bytes": int,
+        "warnings": [str] (what shows that cameras may be wrong, see `cameras.shown_faults`),
         "dropped_questions": int (bad ones and those of dropped scenes, counted nowhere else),
         "dropped": [(scene or questions.jsonl:LINE, tensor or field, rule)]}. A size that differs
         between scenes is written low-high.
@@ -1218,6 +1219,7 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
     splits: Counter = Counter()
     shapes: dict[str, list[tuple]] = {}
     dtypes: dict[str, set] = {}
+    shown: dict[str, list[float]] = {}
     for scene_id in _bar(export.scene_ids(), progress):
         try:
             arrays = export.read_scene(scene_id)
@@ -1230,6 +1232,8 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
         for name, array in arrays.items():
             shapes.setdefault(name, []).append(array.shape)
             dtypes.setdefault(name, set()).add(array.dtype.name)
+        for reason, size in cameras.shown_faults(arrays).items():
+            shown.setdefault(reason, []).append(size)
     dropped_questions = None if on_error == "stop" else errors
     dropped_scenes = {error.where[len("scene ") :] for error in errors}
     kinds = Counter(
@@ -1253,6 +1257,10 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
         "splits": {split: splits[split] for split in SPLITS if splits[split]},
         "questions": dict(sorted(kinds.items())),
         "tensors": tensors,
+        "warnings": [
+            f"in {len(sizes)} of {sum(splits.values())} scenes {reason} up to {max(sizes):.2f}"
+            for reason, sizes in sorted(shown.items())
+        ],
         "bytes": sum(path.stat().st_size for path in export.files() if path.is_file()),
         "dropped_questions": export.manifest["questions"]["count"] - sum(kinds.values()),
         # Once each: a scene that cannot be opened fails again with every question about it.
@@ -1293,6 +1301,9 @@ def format_summary(summary: dict) -> str:
     for row in rows:
         cells = [f"{row[column]:<{widths[column]}}" for column in range(3)]
         lines.append("  ".join((*cells, f"{row[3]:>8}")).rstrip())
+    if summary["warnings"]:
+        lines += ["", *(f"warning: {warning}" for warning in summary["warnings"])]
+        lines += ["  such cameras are often given for pictures of another size"]
     if summary["dropped"]:
         lines += ["", f"dropped, with {summary['dropped_questions']} questions:"]
         lines += ["  " + ": ".join(filter(None, parts)) for parts in summary["dropped"]]

@@ -79,18 +79,28 @@ def read_picture(
     image = _opened(data, where, "picture", formats)
     _decode(image, where, "picture")
     turn = _TURNS.get(_orientation(image))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255,) * 4), image)
-    elif image.mode.startswith("I"):
+    try:
+        image = _as_rgb(image, where)
+    except (OSError, ValueError) as error:
+        if isinstance(error, PictureError):
+            raise
+        raise PictureError(where, "picture", "", one_line(str(error), 120)) from None
+    return image if turn is None else image.transpose(turn)
+
+
+def _as_rgb(image: Image.Image, where: str) -> Image.Image:
+    """Any mode as RGB; PictureError where nothing says what is black and what is white."""
+    if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise PictureError(where, "picture", "with grey values beyond 16 bits")
         image = Image.fromarray((values >> 8).astype(np.uint8))
     elif image.mode == "F":
         raise PictureError(where, "picture", "with grey values that are not whole numbers")
-    image = image.convert("RGB")
-    return image if turn is None else image.transpose(turn)
+    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255,) * 4), image)
+    return image.convert("RGB")
 
 
 def read_depth(source: str | os.PathLike | bytes, where: str | os.PathLike = "") -> np.ndarray:

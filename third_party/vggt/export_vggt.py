@@ -320,7 +320,7 @@ def begin(args: argparse.Namespace, scenes: list[job.Scene]):
     def views_of(scene: job.Scene, most: int) -> tuple[np.ndarray, np.ndarray]:
         ready = [
             reading.prepare(picture, args.preprocess, args.size, patch)
-            for picture in reading.read_pictures(scene.source, most)
+            for picture in reading.read_pictures(scene.source, most, args.contract)
         ]
         if len({pixels.shape for pixels, _ in ready}) > 1:
             raise job.InputError(f"{scene.source}: pictures of several shapes: --preprocess pad")
