@@ -156,6 +156,30 @@ def test_pictures_show_what_the_depth_map_shows(hall_export):
     assert np.percentile(error, 95) < 12
 
 
+def test_frames_are_what_a_person_sees_whatever_they_are_called(small_hall, tmp_path):
+    folder = copy_of(small_hall, tmp_path)
+    for path in sorted((folder / "color").iterdir()):
+        pixels = np.asarray(Image.open(path))
+        path.unlink()
+        if path.stem == "10":  # with alpha, of which nothing is transparent
+            opaque = np.full((*pixels.shape[:2], 1), 255, np.uint8)
+            Image.fromarray(np.concatenate([pixels, opaque], -1)).save(path.with_suffix(".PNG"))
+        else:
+            _flagged(path.with_suffix(".JPG"), 8, pixels.swapaxes(0, 1)[:, ::-1])
+    for path in sorted((folder / "depth").iterdir()):
+        path.rename(path.with_suffix(".Png"))
+    written = {}
+    for name, root in (("plain", small_hall), ("other", folder)):
+        made = make_rgbd_export(root, tmp_path / name, image_side=80, progress=False)
+        assert made["frames"]["used"] == 8
+        export = Export(tmp_path / name)
+        written[name] = [export.read_scene(scene_id) for scene_id in export.scene_ids()]
+        assert validate(tmp_path / name)["warnings"] == []
+    for plain, other in zip(written["plain"], written["other"], strict=True):
+        for tensor, array in plain.items():
+            np.testing.assert_array_equal(array, other[tensor])
+
+
 def test_square_pictures_show_the_same_squeezed(hall):
     frame = sources.read_frame(open_folder(hall), "20", (8, 8), 80, square=True)
     assert frame.image.shape == (80, 80, 3)
@@ -302,6 +326,26 @@ DAMAGE = {
     "no depth in the depth image": _depth_of(np.zeros((128, 160), np.uint16)),
     "depth image not 16 bit": _depth_of(np.ones((128, 160), np.uint8)),
     "depth image of another size": _depth_of(np.ones((127, 160), np.uint16)),
+}
+
+
+def _flagged(path: Path, flag: int, stored: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = flag
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, "PNG", exif=exif)
+
+
+DAMAGE |= {
+    "depth image with an orientation flag": lambda folder: _flagged(
+        folder / "depth" / "50.png", 3, np.asarray(Image.open(folder / "depth" / "50.png"))
+    ),
+    # As it is shown it lies across the depth.
+    "colour image of another size": lambda folder: _flagged(
+        folder / "color" / "50.png", 6, np.asarray(Image.open(folder / "color" / "50.png"))
+    ),
+    "colour image of another size (halved)": lambda folder: Image.new("RGB", (90, 64)).save(
+        folder / "color" / "50.png"
+    ),
 }
 
 

@@ -115,10 +115,15 @@ def write_scan(scans: Path, scan: str, seed: int = 0, sens: bool = True, labels:
 
 
 def write_scannet(root: Path, rooms: int = 8) -> Path:
-    """Eight rooms, the first scanned twice and once as extracted folders."""
+    """Eight rooms, the first scanned twice, once as extracted folders.
+
+    These were halved, and their intrinsic left as it was.
+    """
     for n in range(rooms):
         write_scan(root / "scans", f"scene{n:04d}_00", seed=n)
     write_scan(root / "scans", "scene0000_01", seed=0, sens=False)
+    whole = np.array([[2, 0, 0.5], [0, 2, 0.5], [0, 0, 1]]) @ K
+    np.savetxt(root / "scans" / "scene0000_01" / "intrinsic" / "intrinsic_depth.txt", whole)
     return root
 
 
@@ -223,7 +228,10 @@ def test_the_export_obeys_the_contract_and_is_the_rooms(prepared, root):
 
 
 def test_folders_and_sens_files_are_the_same_scan(prepared):
-    export, _ = prepared
+    export, report = prepared
+    size, whole = (f"{f * SIZE[0]} x {f * SIZE[1]}" for f in (1, 2))
+    said = f"intrinsic/intrinsic_depth.txt: is for pictures of {whole}, these are {size}: scaled"
+    assert report.corrected == {said: 1} and f"corrected 1: {said}" in report.lines()
     one, two = export.read_scene("scene0000_00"), export.read_scene("scene0000_01")
     assert one.keys() == two.keys()
     for name in ("target/depth", "target/boxes", "target/labels", "images"):
