@@ -85,7 +85,8 @@ def shown_faults(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
         off = off_centre(arrays["camera/intrinsic"], depth.shape[:0:-1])
         slack = 0.5 / np.array(depth.shape[:0:-1])
         if (off > CENTRE + slack).any():
-            found["the principal point is off the picture's middle, as a share of its side"] = off
+            reason = "the principal point is off the middle of the picture (is the intrinsic for "
+            found[reason + "another size?), as a share of the side,"] = off
     if "images" in arrays:
         black = (arrays["images"].max(-1) == 0).mean()
         if black > BLACK:

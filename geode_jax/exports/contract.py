@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import safe_open
 
-from . import cameras, files
+from . import cameras, files, scene_names
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -1203,7 +1203,8 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
     Returns:
         {"producer": dict, "scenes": int, "splits": {split: scenes}, "questions": {kind: count},
         "tensors": [{"name", "shape", "dtype", "scenes"}], "bytes": int,
-        "warnings": [str] (what shows that cameras may be wrong, see `cameras.shown_faults`),
+        "warnings": [str] (what shows that cameras may be wrong, see `cameras.shown_faults`, and
+        that a room is in several splits),
         "dropped_questions": int (bad ones and those of dropped scenes, counted nowhere else),
         "dropped": [(scene or questions.jsonl:LINE, tensor or field, rule)]}. A size that differs
         between scenes is written low-high.
@@ -1258,14 +1259,30 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
         "questions": dict(sorted(kinds.items())),
         "tensors": tensors,
         "warnings": [
-            f"in {len(sizes)} of {sum(splits.values())} scenes {reason} up to {max(sizes):.2f}"
-            for reason, sizes in sorted(shown.items())
+            *(
+                f"in {len(sizes)} of {sum(splits.values())} scenes {reason} up to {max(sizes):.2f}"
+                for reason, sizes in sorted(shown.items())
+            ),
+            *_divided_rooms(export),
         ],
         "bytes": sum(path.stat().st_size for path in export.files() if path.is_file()),
         "dropped_questions": export.manifest["questions"]["count"] - sum(kinds.values()),
         # Once each: a scene that cannot be opened fails again with every question about it.
         "dropped": list(dict.fromkeys((e.where, e.field, e.rule) for e in errors)),
     }
+
+
+def _divided_rooms(export: Export) -> list[str]:
+    """A line about rooms whose scans are in several splits, if there are any."""
+    rooms: dict[str, list[str]] = {}
+    for scene_id in export.scene_ids():
+        rooms.setdefault(scene_names.room_of(scene_id), []).append(scene_id)
+    split_of = {scene_id: entry["split"] for scene_id, entry in export._entries.items()}
+    divided = [scans for scans in rooms.values() if len({split_of[s] for s in scans}) > 1]
+    if not divided:
+        return []
+    scans = ", ".join(f"{scan} of {split_of[scan]}" for scan in divided[0][:4])
+    return [f"scans of {len(divided)} rooms are in several splits, the first: {scans}"]
 
 
 def _range(sizes: Sequence[int]) -> str:
@@ -1303,7 +1320,6 @@ def format_summary(summary: dict) -> str:
         lines.append("  ".join((*cells, f"{row[3]:>8}")).rstrip())
     if summary["warnings"]:
         lines += ["", *(f"warning: {warning}" for warning in summary["warnings"])]
-        lines += ["  such cameras are often given for pictures of another size"]
     if summary["dropped"]:
         lines += ["", f"dropped, with {summary['dropped_questions']} questions:"]
         lines += ["  " + ": ".join(filter(None, parts)) for parts in summary["dropped"]]

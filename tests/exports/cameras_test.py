@@ -58,26 +58,32 @@ def test_validating_says_what_shows_wrong_cameras(tmp_path):
     options = {"dtype": "float32", "scale": "metric", "token_width": 4, "patch_grid": (2, 2)}
     options |= {"tokens_contain_depth": False, "categories": [], "notes": "n", "producer": about}
     with ExportWriter(tmp_path / "e", **options) as writer:
-        for scene in ("right", "wrong"):
+        for scene in ("scene0001_00", "scene0001_01"):
             arrays = scene_arrays(random, views=3, side=16)
             arrays["images"] = np.full((3, 16, 16, 3), 9, np.uint8)
             arrays["vggt/points"] = random.normal(size=(3, 16, 16, 3)).astype(np.float32)
-            if scene == "wrong":
+            if scene == "scene0001_01":
                 arrays["camera/intrinsic"][1, :2] *= 2  # as if for pictures twice as large
                 arrays["images"][:, 4:] = 0
                 arrays["vggt/points"][:, 0] *= 30
-            writer.add_scene(scene, arrays, split="train")
+            writer.add_scene(scene, arrays, split="val" if scene.endswith("1") else "train")
             record = {"id": scene, "scene_id": scene, "kind": "k", "question": "?"}
             writer.add_questions([record | {"answer": "a"}])
     summary = validate(tmp_path / "e")
-    assert [line.rpartition(" up to ")[0] for line in summary["warnings"]] == [
+    *of_cameras, rooms = summary["warnings"]
+    assert rooms == (
+        "scans of 1 rooms are in several splits, the first: scene0001_00 of train, "
+        "scene0001_01 of val"
+    )
+    assert [line.rpartition(" up to ")[0] for line in of_cameras] == [
         "in 1 of 2 scenes pictures are black where colour saw nothing, a share of",
         "in 1 of 2 scenes points lie far outside the room, twice as far as 90 % of them, a share "
         "of",
-        "in 1 of 2 scenes the principal point is off the picture's middle, as a share of its side",
+        "in 1 of 2 scenes the principal point is off the middle of the picture (is the intrinsic "
+        "for another size?), as a share of the side,",
     ]
-    black, outside, off = (float(line.split()[-1]) for line in summary["warnings"])
+    black, outside, off = (float(line.split()[-1]) for line in of_cameras)
     assert black == 0.75 and off == pytest.approx(0.53, abs=0.01)
     assert outside == pytest.approx(1 / 16, abs=0.02)
-    text = format_summary(summary)
-    assert all(f"\nwarning: {line}\n" in text for line in summary["warnings"])
+    lines = format_summary(summary).splitlines()
+    assert lines[-4:] == [f"warning: {line}" for line in summary["warnings"]]
