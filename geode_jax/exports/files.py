@@ -79,9 +79,11 @@ def open_regular(path: str | os.PathLike) -> Any:
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = _reason(error) if isinstance(error, OSError) else str(error)
         raise UserError(f"{path}: cannot be read: {reason}") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise UserError(f"{path}: cannot be read: not a regular file")
+        kind = "is a directory" if stat.S_ISDIR(mode) else "not a regular file"
+        raise UserError(f"{path}: cannot be read: {kind}")
     return os.fdopen(descriptor, "rb")
 
 
