@@ -12,6 +12,8 @@ import export_job as job
 import numpy as np
 from PIL import Image
 
+UNREAD = (".avif", ".dng", ".heic", ".heif", ".jp2", ".tif", ".tiff")
+"""Pictures that would be missing without a word."""
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 
 
@@ -85,6 +87,9 @@ def read_pictures(source: Path, most: int, contract: str | Path) -> list[Image.I
     endings = _reader(contract).ENDINGS
     found = (path for path in source.iterdir() if not path.name.startswith("."))
     files = sorted((p for p in found if p.suffix.lower() in endings), key=natural_order)
+    for path in source.iterdir():
+        if path.suffix.lower() in UNREAD and not path.name.startswith("."):
+            raise job.InputError(f"{path}: pictures of this kind are not read; make it a .png")
     if not files:
         raise job.InputError(f"{source}: no picture ({', '.join(endings)})")
     try:

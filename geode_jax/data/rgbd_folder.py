@@ -2,7 +2,8 @@
 
 Layouts that are read (names are frame numbers, any number of digits):
 
-    color/N.jpg|png   depth/N.png|pgm   16 bit, 0 = missing; JPG and PNG are the same
+    color/N.jpg|png   depth/N.png|pgm   16 bit, 0 = missing; JPG and PNG are the same, and other
+                                        pictures of colour are read too
     pose/N.txt                          4x4 camera-to-world, as ScanNet exports have it
     or pose.txt                         a row "tx ty tz qx qy qz qw" per frame, camera-to-world
     intrinsic/intrinsic_depth.txt, intrinsic/intrinsic_color.txt    3x3 or 4x4
@@ -120,7 +121,7 @@ class RgbdFolder:
         return image
 
 
-_COLOR, _DEPTH = (".jpg", ".jpeg", ".png"), (".png", ".pgm")
+_COLOR, _DEPTH = pictures.ENDINGS, (".png", ".pgm")
 
 
 def _dropped(what: str, error: UserError) -> Dropped:

@@ -23,6 +23,7 @@ _FOLDERS += ("procthor", "robotics", "ytb_roomtour", "matterport3d")
 _MEDIA = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".jpg", ".jpeg", ".png", ".webp")
 _SCENE_FILES = (*_MEDIA, ".sens", ".ply", ".json", ".txt", ".zip")
 """Ends of what may stand for a scene in a list, by the name of its file."""
+_MOST_FOLDERS = 64
 _SCAN = re.compile(r"(scene\d{4})_\d{2}(?!\d)", re.IGNORECASE)
 
 
@@ -41,6 +42,8 @@ def path_parts(place: str, endings: tuple[str, ...] = _MEDIA) -> list[str]:
     path = PurePosixPath(place.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", place) or not path.parts:
         raise MisfitError("its path is absolute or leaves its folder")
+    if len(path.parts) > _MOST_FOLDERS:
+        raise MisfitError(f"its path has more than {_MOST_FOLDERS} folders")
     last = path.stem if path.suffix.lower() in endings else path.name
     return [*path.parts[:-1], last]
 
@@ -60,11 +63,11 @@ def _words(name: str) -> list[str]:
     return re.split(r"[-._/\\]", room_of(name).lower())
 
 
-def _runs(name: str) -> set[str]:
-    """All runs of whole words of a name: of "scannet_s1_00" also "s1_00" and "scannet_s1"."""
-    words = _words(name)[-32:]  # of a longer path only the end names a scene
+def _runs(name: str, most: int) -> set[str]:
+    """All runs of at most `most` whole words of a name: of "scannet_s1_00" also "s1_00"."""
+    words = _words(name)
     n = len(words)
-    return {"_".join(words[i:j]) for i in range(n) for j in range(i + 1, n + 1)}
+    return {"_".join(words[i:j]) for i in range(n) for j in range(i + 1, min(i + most, n) + 1)}
 
 
 class Exclusion:
@@ -86,6 +89,7 @@ class Exclusion:
                 raise UserError(f"--exclude-scenes: {where}: {rule}") from None
             self._keys[entry] = {last, *bare_names(last)}
         self._listed = set().union(*self._keys.values())
+        self._longest = max((key.count("_") + 1 for key in self._listed), default=0)
         self._met: set[str] = set()
         self._known: dict[str, bool] = {}
 
@@ -95,7 +99,7 @@ class Exclusion:
 
     def _covers(self, name: str) -> bool:
         if name not in self._known:
-            found = self._listed & _runs(name) if self._listed else set()
+            found = self._listed & _runs(name, self._longest) if self._listed else set()
             self._met |= found
             self._known[name] = bool(found)
         return self._known[name]

@@ -203,7 +203,7 @@ def test_shards_fill_one_export_and_a_killed_one_goes_on(
         assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
-def test_pictures_are_those_that_a_person_sees(export, root, tmp_path):
+def test_pictures_are_those_that_a_person_sees(export, root, tmp_path, capsys):
     """A flag, transparency, 16 bits, a name in capitals; what a Mac leaves beside is no picture."""
     folder, exif = root / "room1" / "color", Image.Exif()
     exif[0x0112] = 6
@@ -221,6 +221,9 @@ def test_pictures_are_those_that_a_person_sees(export, root, tmp_path):
     np.testing.assert_array_equal(images[0], seen[0])
     np.testing.assert_array_equal(images[1], np.repeat(seen[1][..., :1], 3, -1))
     assert (images[2] == 255).all()
+    (folder / "3.HEIC").write_bytes(b"")
+    assert export(out="again") == 1
+    assert "3.HEIC: pictures of this kind are not read" in capsys.readouterr().err
 
 
 def test_a_broken_scene_costs_itself_alone_and_is_counted(export, root, tmp_path, capsys):

@@ -305,6 +305,10 @@ def test_an_entry_means_its_scene_however_it_is_written(entry, names):
     assert all(exclusion.covers(name) for name in names)
     assert not exclusion.covers("scene0010_00", "scannetpp_0a5c01343", "arkitscenes/4106902.mp4")
     exclusion.check("it", False, Counter())
+    deep = "/".join(["a"] * 100_000)
+    assert not exclusion.covers(deep) and exclusion.covers(f"{names[0]}/{deep}")
+    with pytest.raises(MisfitError, match="more than 64 folders"):
+        path_parts(deep)
 
 
 def test_frames_of_an_excluded_video_are_excluded(request_of):
