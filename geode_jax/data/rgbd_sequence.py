@@ -13,6 +13,15 @@ from PIL import Image
 from geode_jax.errors import UserError
 from geode_jax.exports import ROTATION_TOLERANCE, cameras
 
+SHAPE = 1.02
+"""Within which the shapes of two pictures are the same; ScanNet's are within 1.005."""
+_FACTORS = (3 / 2, 2, 3, 4, 6, 8)
+"""By which pictures are resized."""
+_SIZES = ((640, 480), (1296, 968))
+"""Of ScanNet's cameras, whose one picture is often brought to the size of the other."""
+_NEAR, _EXACT, _SAME_FIELD, _SAME_SIZE = 0.03, 0.003, 1.05, 1.005
+"""See `_original_size`."""
+
 
 class Dropped(Exception):
     """Why a frame cannot be used."""
@@ -153,28 +162,25 @@ def of_one_view(
     resized, and it was left as it was. Where that size is sure, it is brought to the pictures'.
 
     Args:
-        depth, color: None where it is not given: then it is the other's, scaled.
+        depth, color: one of them may be None, not given: then it is the other's, scaled.
         sizes: (width, height) of the depth and of the colour pictures.
 
     Returns:
         The depth's [3, 3], the colour's or None, and what was corrected, a line each.
 
     Raises:
-        UserError: neither is given, one is no camera's, they see differently, or only one is given
-            and the pictures have different shapes.
+        UserError: one is no camera's, they see differently, or only one is given and the pictures
+            have different shapes.
     """
     said: list[str] = []
-    given = [one for one in (depth, color) if one is not None]
-    fits = {id(one) for one in given if cameras.fault(one.matrix, one.size) is None}
     found: list[np.ndarray | None] = []
     for one, other in ((depth, color), (color, depth)):
         if one is None:
             found.append(None)
             continue
-        sure = other if id(other) in fits else None
         matrix = one.matrix
-        if id(one) not in fits:
-            original = _original_size(one, sure, sizes)
+        if not _fits(one):
+            original = _original_size(one, other if _fits(other) else None, sizes)
             if original is not None:
                 matrix = resized(matrix, original, one.size)
                 was, now = (f"{w} x {h}" for w, h in (original, one.size))
@@ -194,20 +200,16 @@ def of_one_view(
     (width, height), (across, down) = sizes
     if not 1 / SHAPE <= width * down / (height * across) <= SHAPE:
         raise UserError(
-            f"{given[0].where}: depth is {width} x {height} and colour {across} x {down} pixels: "
-            "pictures of different shapes need an intrinsic each"
+            f"{(depth or color).where}: depth is {width} x {height} and colour {across} x {down} "
+            "pixels: pictures of different shapes need an intrinsic each"
         )
     if depth is None:
         return resized(found[1], sizes[1], sizes[0]), found[1], said
     return found[0], None, said
 
 
-SHAPE = 1.02
-"""Within which the shapes of two pictures are the same; ScanNet's are within 1.005."""
-_FACTORS = (3 / 2, 2, 3, 4, 6, 8)
-_SIZES = ((640, 480), (1296, 968))
-"""Of ScanNet's cameras, whose one picture is often brought to the size of the other."""
-_NEAR, _EXACT, _SAME_FIELD, _SAME_SIZE = 0.03, 0.003, 1.05, 1.005
+def _fits(one: Given | None) -> bool:
+    return one is not None and cameras.fault(one.matrix, one.size) is None
 
 
 def _original_size(
