@@ -66,6 +66,9 @@ def load_contract(folder: str | Path) -> Any:
     spec = importlib.util.spec_from_file_location(
         name, path, submodule_search_locations=[str(path.parent)]
     )
+    loaded = sys.modules.get(name)
+    if loaded is not None and Path(loaded.__file__).samefile(path):
+        return loaded
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # its relative imports look it up there
     spec.loader.exec_module(module)
@@ -164,6 +167,8 @@ def _make_scenes(args: argparse.Namespace, contract: Any, scenes: list[Scene], b
         else:
             if made.report:
                 print(f"scene {scene.id}: {made.report}")
+            for reason, size in contract.cameras.shown_faults(made.arrays).items():
+                print(f"scene {scene.id}: warning: {reason} {size:.2f}", file=sys.stderr)
     print(f"{len(left) - failed} scenes made, {failed} could not be")
     return failed
 
@@ -190,7 +195,7 @@ def _merge(args: argparse.Namespace, contract: Any, scenes: list[Scene], questio
             writer.add_questions([record])
     for scene in kept:
         if _questions_file(args.out, scene.id).exists():
-            writer.add_questions(read_records(_questions_file(args.out, scene.id)))
+            writer.add_questions(read_records(_questions_file(args.out, scene.id), args.contract))
     writer.close()
     with contextlib.suppress(OSError):
         for path in (args.out / _QUESTIONS).iterdir():
@@ -213,36 +218,72 @@ def _write_questions(out: Path, scene_id: str, records: list[dict]) -> None:
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
 
 
-def read_records(path: Path) -> Iterator[dict]:
+def read_records(path: Path, contract: str | Path = _CONTRACT) -> Iterator[dict]:
     """JSON objects, one a line.
 
+    Args:
+        path: of the file.
+        contract: folder of the package `exports`.
+
     Raises:
-        InputError: the file cannot be read, or a line is no JSON object.
+        UserError: the file cannot be read, or a line is not JSON.
+        InputError: a line is no JSON object.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise InputError(f"{path}:{number}: must be a JSON object")
-                yield record
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from None
+    for number, record in load_contract(contract).files.json_lines(path):
+        if isinstance(record, ValueError):
+            raise record
+        if not isinstance(record, dict):
+            raise InputError(f"{path}:{number}: must be a JSON object")
+        yield record
 
 
-def splits_of(ids: Iterable[str], split: str, table: Path | None) -> dict[str, str]:
-    """{scene: split}; `table` has `scene split` a line, and the rest gets `split`.
+def splits_of(
+    ids: Iterable[str],
+    split: str,
+    table: Path | None,
+    *,
+    allow_missing: bool = False,
+    contract: str | Path = _CONTRACT,
+) -> dict[str, str]:
+    """{scene: split}; `table` lists pairs of a scene and its split, and the rest gets `split`.
+
+    Args:
+        ids: of the scenes.
+        split: of scenes that the table does not name.
+        table: a list as `files.read_list` reads it.
+        allow_missing: entries that name no scene are counted on the terminal, not refused.
+        contract: folder of the package `exports`.
 
     Raises:
-        InputError: the table cannot be read or has another line.
+        UserError: the table cannot be read.
+        InputError: an entry of it names no split, or no scene and that is not allowed; or two
+            scans of a room would be of different splits.
     """
     splits = dict.fromkeys(ids, split)
-    if table is not None:
-        try:
-            lines = table.read_text(encoding="utf-8").splitlines()
-            splits.update((scene, name) for scene, name in (x.split() for x in lines if x.strip()))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{table}: not `scene split` a line: {error}") from None
+    if table is None:
+        return splits
+    package = load_contract(contract)
+    missing = []
+    for where, (scene, name) in package.files.read_list(table, 2):
+        if name not in package.SPLITS:
+            raise InputError(f"{where}: {name!r} is none of {', '.join(package.SPLITS)}")
+        if scene in splits:
+            splits[scene] = name
+        else:
+            missing.append(f"{where}: {scene!r} is no scene of this job")
+    if missing and not allow_missing:
+        others = f", nor are {len(missing) - 1} more entries" if len(missing) > 1 else ""
+        raise InputError(f"{missing[0]}{others} (--allow-missing counts such entries)")
+    if missing:
+        print(f"{table}: {len(missing)} entries name no scene of this job", file=sys.stderr)
+    first: dict[str, str] = {}  # room -> the first of its scans
+    for scene, name in splits.items():
+        other = first.setdefault(package.scene_names.room_of(scene), scene)
+        if splits[other] != name:
+            raise InputError(
+                f"{table}: {other} would be of {splits[other]} and {scene}, a scan of the same "
+                f"room, of {name}: list both"
+            )
     return splits
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import export_job as job
 import numpy as np
 from PIL import Image
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+UNREAD = (".avif", ".dng", ".heic", ".heif", ".jp2", ".tif", ".tiff")
+"""Pictures that would be missing without a word."""
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 
 
@@ -68,31 +71,36 @@ def video_frames(path: Path, most: int) -> list[np.ndarray]:
     raise job.InputError(f"{path}: cannot be decoded ({'; '.join(tried)})")
 
 
-def read_pictures(source: Path, most: int) -> list[Image.Image]:
-    """The pictures of a scene, RGB; what is transparent becomes white.
+def read_pictures(source: Path, most: int, contract: str | Path) -> list[Image.Image]:
+    """The pictures of a scene, RGB, as a person sees them (`exports.pictures`).
+
+    Args:
+        source: a folder of pictures, or a video.
+        most: how many at most, spread evenly.
+        contract: folder of the package `exports`.
 
     Raises:
         InputError: there is none, or one cannot be read.
     """
     if source.suffix.lower() in VIDEOS:
         return [Image.fromarray(np.ascontiguousarray(f)) for f in video_frames(source, most)]
-    files = sorted(
-        (path for path in source.iterdir() if path.suffix.lower() in PICTURES), key=natural_order
-    )
+    endings = _reader(contract).ENDINGS
+    found = (path for path in source.iterdir() if not path.name.startswith("."))
+    files = sorted((p for p in found if p.suffix.lower() in endings), key=natural_order)
+    for path in source.iterdir():
+        if path.suffix.lower() in UNREAD and not path.name.startswith("."):
+            raise job.InputError(f"{path}: pictures of this kind are not read; make it a .png")
     if not files:
-        raise job.InputError(f"{source}: no picture ({', '.join(PICTURES)})")
-    pictures = []
-    for index in chosen(len(files), most):
-        try:
-            picture = Image.open(files[index])
-            if picture.mode in ("RGBA", "LA", "PA"):
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-                picture = Image.alpha_composite(white, picture)
-            pictures.append(picture.convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise job.InputError(f"{files[index]}: no picture: {error}") from None
-    return pictures
+        raise job.InputError(f"{source}: no picture ({', '.join(endings)})")
+    try:
+        return [_reader(contract).read_picture(files[index]) for index in chosen(len(files), most)]
+    except ValueError as error:  # UserError of the package just loaded
+        raise job.InputError(str(error)) from None
+
+
+def _reader(contract: str | Path) -> Any:
+    """The module `pictures` of the package `exports`, which that does not load by itself."""
+    return importlib.import_module(f"{job.load_contract(contract).__name__}.pictures")
 
 
 def prepare(

@@ -2,12 +2,18 @@
 
 Layouts that are read (names are frame numbers, any number of digits):
 
-    color/N.jpg|png   depth/N.png|pgm   16 bit, 0 = missing
+    color/N.jpg|png   depth/N.png|pgm   16 bit, 0 = missing; JPG and PNG are the same, and other
+                                        pictures of colour are read too
     pose/N.txt                          4x4 camera-to-world, as ScanNet exports have it
     or pose.txt                         a row "tx ty tz qx qy qz qw" per frame, camera-to-world
     intrinsic/intrinsic_depth.txt, intrinsic/intrinsic_color.txt    3x3 or 4x4
+
+Colour is turned as its orientation flag says (`exports.pictures`); depth and intrinsics belong to
+the picture as it is shown then. An intrinsic that belongs to pictures of another size is brought to
+these where that is sure, and refused otherwise (`rgbd_sequence.of_one_view`).
 """
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
@@ -18,13 +24,14 @@ from PIL import Image
 
 from geode_jax.data.rgbd_sequence import (
     Dropped,
-    camera,
+    Given,
+    of_one_view,
     pose_of_row,
-    resized,
     rigid,
     to_metres,
 )
 from geode_jax.errors import UserError
+from geode_jax.exports import files, pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +43,27 @@ class RgbdFolder:
         names: of all frames, in the order of the sequence.
         depth_size: (width, height) of the depth images.
         depth_intrinsic: [3, 3] at that size, pixel centres at integers.
-        color_intrinsic: [3, 3] at the colour images' size; None = the depth camera's, scaled.
+        color_size: (width, height) of the colour images as they are shown.
+        color_intrinsic: [3, 3] at that size; None = the depth camera's, scaled.
         mirrored: the folder's fy is negative, see `read_pose`.
         depth_scale: stored value of one metre.
         pose_rows: name -> row of pose.txt; None where poses have files of their own.
+        color, depth: name -> image.
+        notes: what was corrected on reading, a line each.
     """
 
     folder: Path
     names: tuple[str, ...]
     depth_size: tuple[int, int]
     depth_intrinsic: np.ndarray
+    color_size: tuple[int, int]
     color_intrinsic: np.ndarray | None
     mirrored: bool
     depth_scale: float
     pose_rows: dict[str, list[float]] | None
+    color: dict[str, Path]
+    depth: dict[str, Path]
+    notes: tuple[str, ...] = ()
 
     def read_pose(self, name: str) -> np.ndarray:
         """World-from-camera [4, 4], OpenCV axes, rotation exactly orthonormal.
@@ -80,23 +94,40 @@ class RgbdFolder:
         Raises:
             Dropped: missing, unreadable, not 16 bit, of another size, without any depth.
         """
-        image = _image(self.folder / "depth", name, _DEPTH, "depth")
-        if not image.mode.startswith("I"):
-            raise Dropped("depth image not 16 bit")
-        if image.size != self.depth_size:
+        if name not in self.depth:
+            raise Dropped("no depth image")
+        try:
+            stored = pictures.read_depth(self.depth[name])
+        except UserError as error:
+            raise _dropped("depth", error) from None
+        if stored.shape != self.depth_size[::-1]:
             raise Dropped("depth image of another size")
-        return to_metres(np.asarray(image), self.depth_scale)
+        return to_metres(stored, self.depth_scale)
 
     def read_color(self, name: str) -> Image.Image:
-        """The colour image, RGB.
+        """The colour image, RGB, as it is shown.
 
         Raises:
-            Dropped: missing or unreadable.
+            Dropped: missing, unreadable, or of another size.
         """
-        return _image(self.folder / "color", name, _COLOR, "colour").convert("RGB")
+        if name not in self.color:
+            raise Dropped("no colour image")
+        try:
+            image = pictures.read_picture(self.color[name])
+        except UserError as error:
+            raise _dropped("colour", error) from None
+        if image.size != self.color_size:
+            raise Dropped("colour image of another size")
+        return image
 
 
-_COLOR, _DEPTH = (".jpg", ".jpeg", ".png"), (".png", ".pgm")
+_COLOR, _DEPTH = pictures.ENDINGS, (".png", ".pgm")
+
+
+def _dropped(what: str, error: UserError) -> Dropped:
+    """Why an image is dropped, in words that are the same for all that have the same fault."""
+    rule = getattr(error, "rule", "")
+    return Dropped(f"{what} image {rule}" if rule else f"unreadable {what} image")
 
 
 def open_folder(
@@ -115,12 +146,8 @@ def open_folder(
         UserError: the folder is missing or has no such layout, or its camera is unknown.
     """
     root = _find_root(Path(folder))
-    stems = {
-        path.stem
-        for kind, types in (("color", _COLOR), ("depth", _DEPTH), ("pose", (".txt",)))
-        for path in (root / kind).glob("*")
-        if path.suffix in types and path.stem.isdecimal()
-    }
+    color, depth = _files(root / "color", _COLOR), _files(root / "depth", _DEPTH)
+    stems = {*color, *depth, *_files(root / "pose", (".txt",))}
     names = tuple(sorted(stems, key=lambda name: (int(name), name)))
     if not names:
         raise UserError(f"{root}: no frame: names in color/ and depth/ must be numbers")
@@ -130,10 +157,24 @@ def open_folder(
         rows = None
     else:
         rows = _read_pose_rows(root / "pose.txt", names)
-    size, depth_k, color_k = _read_cameras(root, names, intrinsic)
+    size, color_size = _size(root / "depth", names, depth), _size(root / "color", names, color)
+    depth_k, color_k, notes = _read_cameras(root, size, color_size, intrinsic)
     mirrored = bool(depth_k[1, 1] < 0)
     color_k = None if color_k is None else np.abs(color_k)
-    return RgbdFolder(root, names, size, np.abs(depth_k), color_k, mirrored, depth_scale, rows)
+    return RgbdFolder(
+        root,
+        names,
+        size,
+        np.abs(depth_k),
+        color_size,
+        color_k,
+        mirrored,
+        depth_scale,
+        rows,
+        color,
+        depth,
+        tuple(notes),
+    )
 
 
 def _find_root(folder: Path) -> Path:
@@ -151,72 +192,68 @@ def _find_root(folder: Path) -> Path:
 def _numbers(path: Path) -> list[float] | None:
     """All numbers of a text file; None where it cannot be read as numbers."""
     try:
-        return [float(word) for word in path.read_text().split()]
-    except (OSError, ValueError):
+        return [float(word) for word in files.read_text(path).split()]
+    except ValueError:  # UserError too
         return None
 
 
-def _file(folder: Path, name: str, types: Sequence[str]) -> Path | None:
-    return next((p for t in types if (p := folder / (name + t)).is_file()), None)
+def _files(folder: Path, types: Sequence[str]) -> dict[str, Path]:
+    """Frame -> its file; of two with one name, that of the type which stands first."""
+    found = [p for p in sorted(folder.glob("*")) if p.stem.isdecimal() and p.is_file()]
+    of_type = ([p for p in found if p.suffix.lower() == t] for t in reversed(types))
+    return {path.stem: path for paths in of_type for path in paths}
 
 
-def _image(folder: Path, name: str, types: Sequence[str], what: str) -> Image.Image:
-    path = _file(folder, name, types)
-    if path is None:
-        raise Dropped(f"no {what} image")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except Exception:  # PIL's decoders raise whatever a damaged file makes them
-        raise Dropped(f"unreadable {what} image") from None
-
-
-def _size(folder: Path, names: Sequence[str], types: Sequence[str]) -> tuple[int, int] | None:
-    """(width, height) that most of the images have, from their headers."""
+def _size(folder: Path, names: Sequence[str], images: dict[str, Path]) -> tuple[int, int]:
+    """(width, height) that most of the images have, as they are shown."""
     sizes: Counter = Counter()
-    for name in names:
-        path = _file(folder, name, types)
-        if path is not None:
-            try:
-                with Image.open(path) as image:
-                    sizes[image.size] += 1
-            except Exception:  # as in `_image`; the frame's fate will tell
-                continue
-    return sizes.most_common(1)[0][0] if sizes else None
+    for name in names[:: max(1, len(names) // 32)]:
+        with contextlib.suppress(KeyError, UserError):  # the frame's own fate will tell
+            sizes[pictures.shown_size(images[name])] += 1
+    if not sizes:
+        raise UserError(f"{folder}: no readable image")
+    return sizes.most_common(1)[0][0]
 
 
-def _read_cameras(root: Path, names: Sequence[str], given) -> tuple:
-    """(depth size, depth intrinsic, colour intrinsic or None); fy keeps its sign."""
-    some = names[:: max(1, len(names) // 32)]
-    size, color_size = _size(root / "depth", some, _DEPTH), _size(root / "color", some, _COLOR)
-    for kind, found in (("depth", size), ("color", color_size)):
-        if found is None:
-            raise UserError(f"{root / kind}: no readable image")
+def _read_cameras(root: Path, size: tuple[int, int], color_size: tuple[int, int], given) -> tuple:
+    """Intrinsics of depth and of colour (or None), and what was corrected; fy keeps its sign."""
     if given is not None:
         fx, fy, cx, cy = given
-        return size, camera("intrinsic given", fx, fy, cx, cy, size), None
-    depth, color = (
-        _read_intrinsic(root / "intrinsic" / f"intrinsic_{kind}.txt", image_size)
-        for kind, image_size in (("depth", size), ("color", color_size))
-    )
-    if depth is None and color is None:
+        matrix = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
+        found = (Given("intrinsic given", matrix, size), None)
+    else:
+        found = tuple(
+            _read_intrinsic(root / "intrinsic" / f"intrinsic_{kind}.txt", image_size)
+            for kind, image_size in (("depth", size), ("color", color_size))
+        )
+    if found == (None, None):
         raise UserError(
             f"{root}: camera unknown: neither intrinsic/intrinsic_depth.txt is there nor was an "
             "intrinsic (fx, fy, cx, cy) given"
         )
-    return size, resized(color, color_size, size) if depth is None else depth, color
+    if None not in found and found[0].matrix[1, 1] * found[1].matrix[1, 1] < 0:
+        raise UserError(f"{found[1].where}: fy has another sign than that of depth")
+    return of_one_view(*found, (size, color_size))
 
 
-def _read_intrinsic(path: Path, size: tuple[int, int]) -> np.ndarray | None:
-    if not path.is_file():
+def _read_intrinsic(path: Path, size: tuple[int, int]) -> Given | None:
+    if not path.exists():
         return None
     numbers = _numbers(path)
     if numbers is None or len(numbers) not in (9, 16):
         raise UserError(f"{path}: must be a 3x3 or 4x4 matrix")
     side = 3 if len(numbers) == 9 else 4
     matrix = np.array(numbers).reshape(side, side)
-    return camera(str(path), matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2], size)
+    (fx, _, cx), (_, fy, cy) = matrix[0, :3], matrix[1, :3]
+    pinhole = np.eye(side)
+    pinhole[:2, :3] = [[fx, 0, cx], [0, fy, cy]]
+    if not np.abs(matrix - pinhole).max() <= SKEW * max(abs(fx), 1):
+        raise UserError(f"{path}: must be fx 0 cx, 0 fy cy, 0 0 1 row by row, as of a pinhole")
+    return Given(str(path), pinhole[:3, :3], size)
+
+
+SKEW = 1e-3
+"""Of an intrinsic, as a share of the focal length; what is larger is another kind of matrix."""
 
 
 def _read_pose_rows(path: Path, names: Sequence[str]) -> dict[str, list[float]]:
@@ -224,8 +261,9 @@ def _read_pose_rows(path: Path, names: Sequence[str]) -> dict[str, list[float]]:
     if not path.is_file():
         raise UserError(f"{path.parent}: no poses: neither pose/ nor pose.txt")
     try:
-        rows = [[float(word) for word in line.split()] for line in path.read_text().splitlines()]
-    except (OSError, ValueError):
+        lines = files.read_text(path).splitlines()
+        rows = [[float(word) for word in line.split()] for line in lines]
+    except ValueError:  # UserError too
         raise UserError(f"{path}: not rows of numbers") from None
     rows = [row for row in rows if row]
     if any(len(row) != 7 for row in rows):

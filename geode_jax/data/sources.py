@@ -350,7 +350,8 @@ def make_rgbd_export(
 
     Returns:
         {"frames": {"found", "thinned_out", "used", "dropped": {reason: count}}, "scenes": {split:
-        count}, "questions": {split: {kind: count}}, "up": [x, y, z]}.
+        count}, "questions": {split: {kind: count}}, "up": [x, y, z], "notes": [what was corrected
+        on reading, a line each]}.
 
     Raises:
         UserError: the folder is no RGB-D folder or has less than two usable frames.
@@ -365,6 +366,7 @@ def make_rgbd_export(
     up = estimate_up(poses, np.concatenate([frame.normals.reshape(-1, 3) for frame in frames]))
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(folder_in).resolve().name)[:64]
     summary = {"frames": account, "scenes": {}, "questions": {}, "up": up.round(4).tolist()}
+    summary["notes"] = list(source.notes)
     with ExportWriter(
         folder_out,
         producer={
@@ -454,13 +456,14 @@ def frame_arrays(source: RgbdSequence, frames: Sequence[Frame]) -> dict[str, np.
 
 
 def _account(summary: dict) -> str:
-    """What became of the frames, in one line."""
+    """What became of the frames, and what was corrected, in one line."""
     frames = summary["frames"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in frames["dropped"].items())
-    return (
+    found = (
         f"{frames['found']} frames: {frames['used']} used, {frames['thinned_out']} thinned out, "
         f"{sum(frames['dropped'].values())} dropped" + (f" ({dropped})" if dropped else "")
     )
+    return "; ".join([found, *summary["notes"]])
 
 
 def _notes(name: str, summary: dict) -> str:

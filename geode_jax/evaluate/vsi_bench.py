@@ -18,7 +18,6 @@ A row is a question of the dataset, with the answer of a model:
 
 import dataclasses
 import hashlib
-import json
 import math
 import reprlib
 from collections import defaultdict
@@ -39,7 +38,7 @@ from geode_jax.evaluate.spatial_metrics import (
     letter_accuracy,
     number_accuracy,
 )
-from geode_jax.exports import prompts
+from geode_jax.exports import files, prompts
 
 QUESTION_TYPES = (*NUMERIC_KINDS, *CHOICE_KINDS)
 CHOICE_TASKS = tuple(task for task in VSI_TASKS if task not in NUMERIC_KINDS)
@@ -166,7 +165,7 @@ def read_rows(path: Path, *checks: Callable[[dict, str], None]) -> RowFile:
     Raises:
       UserError: `FILE:LINE: field: rule` (parquet: `FILE: row N`, from 0), or there is no row.
     """
-    data = path.read_bytes()
+    data = files.read_bytes(path)
     rows = {}
     for where, row in _parsed(path, data):
         if not isinstance(row, dict):
@@ -194,13 +193,10 @@ def _parsed(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{path}: not parquet: {error}") from None
         yield from ((f"{path}: row {i}", row) for i, row in enumerate(table.to_pylist()))
         return
-    for number, line in enumerate(data.splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: not JSON: {error}") from None
-            yield f"{path}:{number}", row
+    for number, row in files.json_lines(path):
+        if isinstance(row, UserError):
+            raise row
+        yield f"{path}:{number}", row
 
 
 def _require(good: bool, row: dict, field: str, rule: str, where: str) -> None:
@@ -250,23 +246,24 @@ def _check_carries_truth(row: dict, where: str) -> None:
         raise UserError(f"{where}: ground_truth: is missing; --dataset names the file that has it")
 
 
-def _kept(questions: RowFile, ids: Path) -> RowFile:
-    """The questions whose ids are lines of a text file."""
+def _kept(questions: RowFile, ids: Path, allow_missing: bool) -> tuple[RowFile, int]:
+    """The questions whose ids a list has, and how many of its entries are no id of them.
+
+    Raises:
+      UserError: there is such an entry, and they are not allowed; or every entry is such.
+    """
     if ids.name == "pruned_ids.txt":
         raise UserError(
             f"{ids}: the dataset's list of what VSI-Bench-Debiased removes; give the ids that stay"
         )
-    data = ids.read_bytes()
-    rows = {}
-    for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
-        key = line.strip()
-        if key and key not in questions.rows:
-            raise UserError(f"{ids}:{number}: {reprlib.repr(key)} is no id of {questions.path}")
-        if key:
-            rows[key] = questions.rows[key]
-    if not rows:
-        raise UserError(f"{ids}: has no ids")
-    return RowFile(ids, hashlib.sha256(data).hexdigest(), rows)
+    entries = files.read_list(ids)
+    rows = {key: questions.rows[key] for _, (key,) in entries if key in questions.rows}
+    missing = len(entries) - len(rows)
+    if missing and not (allow_missing and rows):
+        where, (key,) = next(entry for entry in entries if entry.fields[0] not in rows)
+        others = f", nor are {missing - 1} more entries" if missing > 1 else ""
+        raise UserError(f"{where}: {reprlib.repr(key)} is no id of {questions.path}{others}")
+    return RowFile(ids, hashlib.sha256(files.read_bytes(ids)).hexdigest(), rows), missing
 
 
 def _answered(questions: RowFile, answers: RowFile) -> list[dict]:
@@ -291,6 +288,7 @@ def evaluate(
     *,
     dataset: Path | None = None,
     debiased_ids: Path | None = None,
+    allow_missing: bool = False,
     blind: Path | None = None,
     revision: str | None = None,
     frames: int | None = None,
@@ -301,7 +299,8 @@ def evaluate(
     Args:
       predictions: rows with `id` and `prediction`; the whole rows where `dataset` is None.
       dataset: the dataset's own rows; each needs a prediction, other predictions are left out.
-      debiased_ids: text file, an id a line: only these questions count.
+      debiased_ids: a list of ids: only these questions count.
+      allow_missing: entries of that list that are no question's id are a note, not refused.
       blind: rows with `id` and `prediction` of a model that saw no frames.
       revision: of the dataset, recorded as it stands, like the next two.
       frames: that the model saw of each video.
@@ -320,17 +319,21 @@ def evaluate(
     else:
         asked = read_rows(dataset, check_question)
         answers = read_rows(predictions, check_prediction)
-    files = {"model": answers} | ({"blind": read_rows(blind, check_prediction)} if blind else {})
-    questions = _kept(asked, debiased_ids) if debiased_ids else asked
+    said = {"model": answers} | ({"blind": read_rows(blind, check_prediction)} if blind else {})
+    questions, notes = asked, of_no_question(asked, said)
+    if debiased_ids:
+        questions, missing = _kept(asked, debiased_ids, allow_missing)
+        if missing:
+            notes.append(f"{debiased_ids}: {missing} entries are no id of {asked.path}")
 
     return result(
-        {name: _answered(questions, file) for name, file in files.items()},
+        {name: _answered(questions, file) for name, file in said.items()},
         dataset=asked.named() | {"revision": revision},
         debiased_ids=questions.named() if debiased_ids else None,
-        predictions={name: file.named() for name, file in files.items()},
+        predictions={name: file.named() for name, file in said.items()},
         frames=frames,
         decoding=decoding,
-        notes=of_no_question(asked, files),
+        notes=notes,
     )
 
 
@@ -384,9 +387,9 @@ def _missing(model: dict[str, Any]) -> list[str]:
     ]
 
 
-def of_no_question(asked: RowFile, files: dict[str, RowFile]) -> list[str]:
+def of_no_question(asked: RowFile, said: dict[str, RowFile]) -> list[str]:
     """A line for every file that has answers to no question of `asked`."""
-    others = {file.path: len(file.rows.keys() - asked.rows.keys()) for file in files.values()}
+    others = {file.path: len(file.rows.keys() - asked.rows.keys()) for file in said.values()}
     return [
         f"{path}: {count} predictions are of no question of {asked.path}"
         for path, count in others.items()

@@ -1,11 +1,12 @@
 """The array contract, and what it stands on; loaded by path in other projects' environments, too.
 
-`contract` is the contract itself, `files` reads and writes small files, `prompts` has the words in
-which questions are put, `frames` the frame of a VGGT reconstruction. The package stands alone:
+`contract` is the contract itself, `files` reads and writes small files, `scene_names` knows which
+scene a name means, `prompts` has the words in which questions are put, `frames` the frame of a VGGT
+reconstruction. The package stands alone:
 Python 3.9, numpy and safetensors (tqdm for the progress bar when installed), relative imports only.
 """
 
-from . import files, frames, prompts
+from . import cameras, files, frames, prompts, scene_names
 from .contract import (
     NUMERIC_KINDS,
     PROBABILITY_TOLERANCE,
@@ -37,10 +38,12 @@ __all__ = [
     "ExportWriter",
     "TensorSpec",
     "UserError",
+    "cameras",
     "files",
     "format_summary",
     "frames",
     "prompts",
+    "scene_names",
     "validate",
     "write_scene",
 ]

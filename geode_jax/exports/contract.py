@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import safe_open
 
-from . import files
+from . import cameras, files, scene_names
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -1203,6 +1203,8 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
     Returns:
         {"producer": dict, "scenes": int, "splits": {split: scenes}, "questions": {kind: count},
         "tensors": [{"name", "shape", "dtype", "scenes"}], "bytes": int,
+        "warnings": [str] (what shows that cameras may be wrong, see `cameras.shown_faults`, and
+        that a room is in several splits),
         "dropped_questions": int (bad ones and those of dropped scenes, counted nowhere else),
         "dropped": [(scene or questions.jsonl:LINE, tensor or field, rule)]}. A size that differs
         between scenes is written low-high.
@@ -1218,6 +1220,7 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
     splits: Counter = Counter()
     shapes: dict[str, list[tuple]] = {}
     dtypes: dict[str, set] = {}
+    shown: dict[str, list[float]] = {}
     for scene_id in _bar(export.scene_ids(), progress):
         try:
             arrays = export.read_scene(scene_id)
@@ -1230,6 +1233,8 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
         for name, array in arrays.items():
             shapes.setdefault(name, []).append(array.shape)
             dtypes.setdefault(name, set()).add(array.dtype.name)
+        for reason, size in cameras.shown_faults(arrays).items():
+            shown.setdefault(reason, []).append(size)
     dropped_questions = None if on_error == "stop" else errors
     dropped_scenes = {error.where[len("scene ") :] for error in errors}
     kinds = Counter(
@@ -1253,11 +1258,31 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
         "splits": {split: splits[split] for split in SPLITS if splits[split]},
         "questions": dict(sorted(kinds.items())),
         "tensors": tensors,
+        "warnings": [
+            *(
+                f"in {len(sizes)} of {sum(splits.values())} scenes {reason} up to {max(sizes):.2f}"
+                for reason, sizes in sorted(shown.items())
+            ),
+            *_divided_rooms(export),
+        ],
         "bytes": sum(path.stat().st_size for path in export.files() if path.is_file()),
         "dropped_questions": export.manifest["questions"]["count"] - sum(kinds.values()),
         # Once each: a scene that cannot be opened fails again with every question about it.
         "dropped": list(dict.fromkeys((e.where, e.field, e.rule) for e in errors)),
     }
+
+
+def _divided_rooms(export: Export) -> list[str]:
+    """A line about rooms whose scans are in several splits, if there are any."""
+    rooms: dict[str, list[str]] = {}
+    for scene_id in export.scene_ids():
+        rooms.setdefault(scene_names.room_of(scene_id), []).append(scene_id)
+    split_of = {scene_id: entry["split"] for scene_id, entry in export._entries.items()}
+    divided = [scans for scans in rooms.values() if len({split_of[s] for s in scans}) > 1]
+    if not divided:
+        return []
+    scans = ", ".join(f"{scan} of {split_of[scan]}" for scan in divided[0][:4])
+    return [f"scans of {len(divided)} rooms are in several splits, the first: {scans}"]
 
 
 def _range(sizes: Sequence[int]) -> str:
@@ -1293,6 +1318,8 @@ def format_summary(summary: dict) -> str:
     for row in rows:
         cells = [f"{row[column]:<{widths[column]}}" for column in range(3)]
         lines.append("  ".join((*cells, f"{row[3]:>8}")).rstrip())
+    if summary["warnings"]:
+        lines += ["", *(f"warning: {warning}" for warning in summary["warnings"])]
     if summary["dropped"]:
         lines += ["", f"dropped, with {summary['dropped_questions']} questions:"]
         lines += ["  " + ": ".join(filter(None, parts)) for parts in summary["dropped"]]

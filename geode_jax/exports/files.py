@@ -18,6 +18,7 @@ import csv
 import errno
 import json
 import os
+import re
 import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -78,9 +79,11 @@ def open_regular(path: str | os.PathLike) -> Any:
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = _reason(error) if isinstance(error, OSError) else str(error)
         raise UserError(f"{path}: cannot be read: {reason}") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise UserError(f"{path}: cannot be read: not a regular file")
+        kind = "is a directory" if stat.S_ISDIR(mode) else "not a regular file"
+        raise UserError(f"{path}: cannot be read: {kind}")
     return os.fdopen(descriptor, "rb")
 
 
@@ -235,27 +238,36 @@ class Entry(NamedTuple):
     """An entry of a list file.
 
     Attributes:
-        line: of the file, from 1.
+        where: `PATH: line N`, of a JSON list `PATH: entry N`; begins a complaint about it.
         fields: the words of the line; a single one in a list of names.
     """
 
-    line: int
+    where: str
     fields: tuple[str, ...]
+
+
+MAX_LIST_BYTES = 1 << 26
+"""Largest file of a list."""
 
 
 def read_list(path: str | os.PathLike, fields: int = 1) -> list[Entry]:
     """The entries of a list file: the one reader of all lists of scenes, splits and question ids.
 
-    Three forms are read: lines of words between spaces or tabs, where `#` begins a comment; CSV,
-    whose lines have commas or semicolons; and a JSON list (a file that begins with `[`) of texts,
-    or of lists of `fields` texts. A line has `fields` words or cells; in a list of single names it
-    may have any number. A byte order mark, Windows line ends and blank lines are no part of any.
+    Three forms are read: lines of words between spaces or tabs; CSV, whose lines have commas or
+    semicolons; and a JSON list (a file that begins with `[`) of texts or whole numbers, or of
+    lists of `fields` of these. In lines, `#` at the beginning or after a space begins a comment. A
+    line has `fields` words or cells; in a list of single names it may have any number. A byte
+    order mark, Windows line ends and blank lines are no part of any. An entry that stands there
+    again is left out.
+
+    What an entry means is the caller's, who refuses one that names nothing: so the heading of a
+    table, or another form of list, never passes as a list of nothing.
 
     Raises:
         UserError: the file cannot be read, has no entry, an entry has another number of fields, or
             an entry stands there twice with different fields.
     """
-    text = read_text(path)
+    text = read_text(path, MAX_LIST_BYTES)
     if text.lstrip().startswith("["):
         entries = _json_entries(path, text)
     elif text.lstrip().startswith("{"):
@@ -263,49 +275,58 @@ def read_list(path: str | os.PathLike, fields: int = 1) -> list[Entry]:
     else:
         entries = list(_line_entries(path, text))
     if fields == 1:
-        entries = [Entry(entry.line, (field,)) for entry in entries for field in entry.fields]
+        entries = [Entry(entry.where, (field,)) for entry in entries for field in entry.fields]
     seen: dict[str, Entry] = {}
     for entry in entries:
-        where = f"{path}: line {entry.line}"
-        if len(entry.fields) != fields or not all(entry.fields):
-            raise UserError(f"{where}: must have {fields} fields, has {list(entry.fields)!r}")
+        if len(entry.fields) != fields:
+            shown = " ".join(entry.fields)
+            rule = f"must have {fields} words, has {len(entry.fields)}: {one_line(shown, 80)!r}"
+            raise UserError(f"{entry.where}: {rule}")
+        if not all(entry.fields):
+            raise UserError(f"{entry.where}: has an empty cell")
         if any(not field.isprintable() for field in entry.fields):
-            raise UserError(f"{where}: {entry.fields[0]!r} has unprintable characters")
+            raise UserError(f"{entry.where}: {entry.fields[0]!r} has unprintable characters")
         before = seen.setdefault(entry.fields[0], entry)
         if before.fields != entry.fields:
-            raise UserError(f"{where}: {entry.fields[0]} stands in line {before.line} otherwise")
+            place = before.where.rpartition(": ")[2]
+            raise UserError(f"{entry.where}: {entry.fields[0]} stands in {place} otherwise")
     if not seen:
         raise UserError(f"{path}: has no entry")
     return list(seen.values())
 
 
 def _json_entries(path: str | os.PathLike, text: str) -> list[Entry]:
-    value = parse_json(path, text)
     entries = []
-    for number, item in enumerate(value, 1):
+    for number, item in enumerate(parse_json(path, text), 1):
         row = item if isinstance(item, list) else [item]
-        if not all(isinstance(field, str) for field in row):
-            raise UserError(f"{path}: entry {number} must be text")
-        entries.append(Entry(number, tuple(field.strip() for field in row)))
+        where = f"{path}: entry {number}"
+        if not all(type(field) in (str, int) for field in row):
+            raise UserError(f"{where}: must be text or a whole number")
+        entries.append(Entry(where, tuple(str(field).strip() for field in row)))
     return entries
 
 
+_COMMENT = re.compile(r"(^|\s)#.*")
+
+
 def _line_entries(path: str | os.PathLike, text: str) -> Iterator[Entry]:
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.split("#", 1)[0].strip()
-        if not line:
-            continue
+    # Not splitlines, by which more than line ends would end a line and move its number.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    for number, line in enumerate(lines, 1):
+        where = f"{path}: line {number}"
+        line = _COMMENT.sub("", line).strip()
         if "," in line or ";" in line:
             comma = "," if "," in line else ";"
             try:
-                cells = next(csv.reader([line], delimiter=comma, skipinitialspace=True))
+                cells = next(csv.reader([line], delimiter=comma, skipinitialspace=True), [])
             except csv.Error as error:
-                raise UserError(f"{path}: line {number}: not CSV: {error}") from None
+                raise UserError(f"{where}: not CSV: {error}") from None
             while cells and not cells[-1].strip():  # a comma at the line's end
                 cells.pop()
-            yield Entry(number, tuple(cell.strip() for cell in cells))
         else:
-            yield Entry(number, tuple(word.strip("\"'") for word in line.split()))
+            cells = [word.strip("\"'") for word in line.split()]
+        if cells:
+            yield Entry(where, tuple(cell.strip() for cell in cells))
 
 
 # --- Writing --------------------------------------------------------------------------------------
@@ -331,10 +352,12 @@ def writing(path: str | os.PathLike, *, durable: bool = False) -> Iterator[Any]:
         UserError: the file cannot be written, or something that is no regular file has its name.
     """
     path = Path(path)
+    if "\0" in str(path):
+        raise UserError(f"{path}: cannot be written: a null character in its name")
     target = Path(os.path.realpath(path))
     part = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}.part")
     try:
-        if target.exists() and not target.is_file():
+        if target.is_symlink() or (target.exists() and not target.is_file()):  # links in a circle
             raise UserError(f"{path}: cannot be written: not a regular file")
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "xb") as file:
@@ -345,12 +368,8 @@ def writing(path: str | os.PathLike, *, durable: bool = False) -> Iterator[Any]:
         os.replace(part, target)
     except OSError as error:
         raise cannot_write(path, error) from None
-    except ValueError as error:
-        if "null" in str(error):  # a null character in the path
-            raise UserError(f"{path}: cannot be written: {error}") from None
-        raise
     finally:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError):
             part.unlink()
 
 

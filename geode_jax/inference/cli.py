@@ -89,7 +89,7 @@ def _rgbd(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from geode_jax.data.datasets import Request, prepare, read_scene_list
+    from geode_jax.data.datasets import Request, prepare
 
     started = time.monotonic()
     exclude = arguments.exclude_scenes
@@ -98,10 +98,11 @@ def _prepare(arguments: argparse.Namespace) -> None:
         arguments.out,
         arguments.scenes,
         tuple(arguments.part or ()),
-        read_scene_list(exclude) if exclude else frozenset(),
+        tuple(exports.files.read_list(exclude)) if exclude else (),
         arguments.views,
         tuple(arguments.grid),
         arguments.seed,
+        arguments.allow_missing,
     )
     print("\n".join(prepare(arguments.source, request).lines()))
     print(_made(arguments.out, started))
@@ -210,7 +211,8 @@ def _shown(thinking_tokens: tuple[str, ...]) -> str:
     return " | ".join(token.strip(" ").replace("\n", "\\n") or "␣" for token in thinking_tokens)
 
 
-_OF_PREDICTIONS = ("dataset", "debiased_ids", "blind", "revision", "frames", "decoding")
+_OF_PREDICTIONS = ("dataset", "debiased_ids", "allow_missing", "blind")
+_OF_PREDICTIONS += ("revision", "frames", "decoding")
 _OF_RUN = ("export", "spatio")
 _OF_TEXT = ("dataset", "revision", "frames", "decoding")
 
@@ -236,7 +238,7 @@ def _evaluate_text(arguments: argparse.Namespace) -> None:
     from geode_jax.evaluate import text_answers
     from geode_jax.metrics import write_json
 
-    for name in ("workdir", *_OF_RUN, "debiased_ids", "blind"):
+    for name in ("workdir", *_OF_RUN, "debiased_ids", "allow_missing", "blind"):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: does not go with evaluate text")
     predictions, told = arguments.predictions, {name: getattr(arguments, name) for name in _OF_TEXT}
@@ -266,6 +268,7 @@ def _vsi_of_predictions(arguments: argparse.Namespace) -> tuple[dict, Path]:
     from geode_jax.metrics import write_json
 
     told = {name: getattr(arguments, name) for name in _OF_PREDICTIONS}
+    told["allow_missing"] = bool(told["allow_missing"])
     out = arguments.out or arguments.predictions.parent / f"{arguments.predictions.stem}.vsi.json"
     paths = [path for path in told.values() if isinstance(path, Path)]
     _refuse_input(out, [arguments.predictions, *paths])
@@ -415,7 +418,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="DIR")
     add("--scenes", type=Path, metavar="DIR", help="export whose scenes the questions are about")
     add("--part", action="append", metavar="PART", help="of the data set; may be repeated")
-    add("--exclude-scenes", type=Path, metavar="FILE", help="never to be trained on, an id a line")
+    add("--exclude-scenes", type=Path, metavar="FILE", help="list: never to be trained on")
+    add("--allow-missing", action="store_true", help="count entries of the list that are not here")
     add("--views", type=_positive, default=8, help="of a scene; default 8")
     add("--grid", type=_positive, nargs=2, default=(8, 8), metavar=("GH", "GW"), help="patches")
     add("--seed", type=int, default=0)
@@ -453,9 +457,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--export", type=Path, metavar="DIR", help="its test split is asked; default the run's own")
     add("--spatio", type=int, choices=(4, 8, 16), help="see so many of the run's rationale tokens")
     add("--dataset", type=Path, metavar="FILE", help="its rows or questions; else in these")
-    add(
-        "--debiased-ids", type=Path, metavar="FILE", help="score these questions only, an id a line"
-    )
+    add("--debiased-ids", type=Path, metavar="FILE", help="list: score these questions only")
+    text = "count entries of the list that are no id"
+    add("--allow-missing", action="store_const", const=True, help=text)
     add("--blind", type=Path, metavar="FILE", help="predictions without frames, shown beside")
     add(
         "--out",

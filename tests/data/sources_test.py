@@ -156,6 +156,30 @@ def test_pictures_show_what_the_depth_map_shows(hall_export):
     assert np.percentile(error, 95) < 12
 
 
+def test_frames_are_what_a_person_sees_whatever_they_are_called(small_hall, tmp_path):
+    folder = copy_of(small_hall, tmp_path)
+    for path in sorted((folder / "color").iterdir()):
+        pixels = np.asarray(Image.open(path))
+        path.unlink()
+        if path.stem == "10":  # with alpha, of which nothing is transparent
+            opaque = np.full((*pixels.shape[:2], 1), 255, np.uint8)
+            Image.fromarray(np.concatenate([pixels, opaque], -1)).save(path.with_suffix(".PNG"))
+        else:
+            _flagged(path.with_suffix(".JPG"), 8, pixels.swapaxes(0, 1)[:, ::-1])
+    for path in sorted((folder / "depth").iterdir()):
+        path.rename(path.with_suffix(".Png"))
+    written = {}
+    for name, root in (("plain", small_hall), ("other", folder)):
+        made = make_rgbd_export(root, tmp_path / name, image_side=80, progress=False)
+        assert made["frames"]["used"] == 8
+        export = Export(tmp_path / name)
+        written[name] = [export.read_scene(scene_id) for scene_id in export.scene_ids()]
+        assert validate(tmp_path / name)["warnings"] == []
+    for plain, other in zip(written["plain"], written["other"], strict=True):
+        for tensor, array in plain.items():
+            np.testing.assert_array_equal(array, other[tensor])
+
+
 def test_square_pictures_show_the_same_squeezed(hall):
     frame = sources.read_frame(open_folder(hall), "20", (8, 8), 80, square=True)
     assert frame.image.shape == (80, 80, 3)
@@ -305,6 +329,26 @@ DAMAGE = {
 }
 
 
+def _flagged(path: Path, flag: int, stored: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = flag
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, "PNG", exif=exif)
+
+
+DAMAGE |= {
+    "depth image with an orientation flag": lambda folder: _flagged(
+        folder / "depth" / "50.png", 3, np.asarray(Image.open(folder / "depth" / "50.png"))
+    ),
+    # As it is shown it lies across the depth.
+    "colour image of another size": lambda folder: _flagged(
+        folder / "color" / "50.png", 6, np.asarray(Image.open(folder / "color" / "50.png"))
+    ),
+    "colour image of another size (halved)": lambda folder: Image.new("RGB", (90, 64)).save(
+        folder / "color" / "50.png"
+    ),
+}
+
+
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_bad_frame_is_dropped_and_counted(small_hall, tmp_path, name):
     folder = copy_of(small_hall, tmp_path)
@@ -340,6 +384,10 @@ def _without(*names):
     return damage
 
 
+def _intrinsic(folder, kind, matrix):
+    np.savetxt(folder / "intrinsic" / f"intrinsic_{kind}.txt", matrix)
+
+
 BAD_FOLDERS = {
     "no such folder": _without(""),
     "color/ and depth/ are needed": _without("color"),
@@ -352,10 +400,12 @@ BAD_FOLDERS = {
         for p in list((f / kind).iterdir())
     ],
     "3x3 or 4x4": lambda f: (f / "intrinsic" / "intrinsic_depth.txt").write_text("1 2 3"),
-    "are no camera": lambda f: np.savetxt(
-        f / "intrinsic" / "intrinsic_depth.txt", np.zeros((4, 4))
+    "are no camera": lambda f: _intrinsic(f, "depth", 0 * DEPTH_K + np.diag([0, 0, 1])),
+    "as of a pinhole": lambda f: _intrinsic(f, "depth", DEPTH_K.T),
+    "fy has another sign": lambda f: _intrinsic(f, "color", COLOR_K * [[1], [-1], [1]]),
+    "at 0.78, 0.48 of the sides of": lambda f: _intrinsic(
+        f, "depth", DEPTH_K + [[0, 0, 42], [0, 0, 0], [0, 0, 0]]
     ),
-    "outside the image": lambda f: np.savetxt(f / "intrinsic" / "intrinsic_depth.txt", 3 * DEPTH_K),
 }
 
 
@@ -383,11 +433,17 @@ def test_two_folders_in_one_are_not_guessed_between(hall, tmp_path):
 def test_one_intrinsic_serves_both_sizes(hall, tmp_path):
     folder = copy_of(hall, tmp_path)
     (folder / "intrinsic" / "intrinsic_depth.txt").unlink()
+    with pytest.raises(UserError, match="pictures of different shapes need an intrinsic each"):
+        open_folder(folder)
+    for path in (folder / "color").iterdir():
+        Image.new("RGB", (240, 192)).save(path)
+    color_k = [[180, 0, 114.5], [0, 181, 98], [0, 0, 1]]
+    _intrinsic(folder, "color", color_k)
     source = open_folder(folder)
-    # 180 x 128 to 160 x 128; edges stay edges: (85 + 1/2) * 160 / 180 - 1/2.
-    expected = [[121 * 160 / 180, 0, 75.5], [0, 123, 60], [0, 0, 1]]
+    # 240 x 192 to 160 x 128; edges stay edges: (114.5 + 1/2) * 160 / 240 - 1/2.
+    expected = [[120, 0, 230 / 3 - 0.5], [0, 181 / 1.5, 98.5 / 1.5 - 0.5], [0, 0, 1]]
     np.testing.assert_allclose(source.depth_intrinsic, expected)
-    np.testing.assert_allclose(source.color_intrinsic, COLOR_K)
+    np.testing.assert_allclose(source.color_intrinsic, color_k)
 
 
 def test_pose_rows_are_the_same_poses(hall, tmp_path):

@@ -296,7 +296,7 @@ def test_a_parquet_dataset_scores_as_its_lines(files):
 def test_debiased_ids_choose_the_questions_of_every_column(files, tmp_path):
     dataset, predictions = files
     ids = tmp_path / "ids.txt"
-    ids.write_text("1\n\n 2 \n")
+    ids.write_bytes(b"\xef\xbb\xbf1\r\n\n 2 \n")
     found = vsi_bench.evaluate(predictions, dataset=dataset, debiased_ids=ids)
     assert found["questions"] == 2
     assert found["scores"]["model"]["object_counting"] == 0
@@ -306,6 +306,14 @@ def test_debiased_ids_choose_the_questions_of_every_column(files, tmp_path):
     write_lines(predictions, ANSWERS[::2])
     again = vsi_bench.evaluate(predictions, dataset=dataset, debiased_ids=ids)
     assert again["scores"] == found["scores"]
+    # Whole numbers of JSON are ids too; what is no id is a note where that is allowed.
+    ids.write_text("[1, 2, 77]")
+    found = vsi_bench.evaluate(predictions, dataset=dataset, debiased_ids=ids, allow_missing=True)
+    assert found["scores"] == again["scores"]
+    assert f"{ids}: 1 entries are no id of {dataset}" in found["notes"]
+    ids.write_text("77, 78")
+    with pytest.raises(UserError, match=r"line 1: '77' is no id of .*, nor are 1 more"):
+        vsi_bench.evaluate(predictions, dataset=dataset, debiased_ids=ids, allow_missing=True)
 
 
 def test_blind_stands_beside_and_answers_to_other_questions_are_counted(files, tmp_path):
@@ -409,8 +417,8 @@ def test_a_bad_parquet_file_is_refused(files):
 @pytest.mark.parametrize(
     ("name", "text", "complaint"),
     [
-        ("ids.txt", "0\n7\n", ":2: '7' is no id of .*test.jsonl"),
-        ("ids.txt", "\n", ": has no ids"),
+        ("ids.txt", "0\n7\n", ": line 2: '7' is no id of .*test.jsonl"),
+        ("ids.txt", "\n", ": has no entry"),
         ("pruned_ids.txt", "0\n", ": the dataset's list of what VSI-Bench-Debiased removes"),
     ],
 )

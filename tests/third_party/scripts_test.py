@@ -80,6 +80,32 @@ def test_a_process_of_its_own_imports_nothing_of_ours(upstream, tmp_path):
     assert validate(tmp_path / "out")["scenes"] == 1
 
 
+def test_splits_are_given_by_a_list_whose_every_entry_counts(load, tmp_path, capsys):
+    job, table = load("vggt/export_vggt.py").job, tmp_path / "splits"
+    scans = ("room0", "scene0001_00", "scene0001_01")
+    for data in (
+        b"\xef\xbb\xbfscene0001_00 val\r\nscene0001_01\tval\r\n",
+        b"scene0001_00,val\n\n# and\nscene0001_01,val,\n",
+        b'[["scene0001_00", "val"], ["scene0001_01", "val"]]',
+    ):
+        table.write_bytes(data)
+        splits = job.splits_of(scans, "train", table)
+        assert splits == {"room0": "train", "scene0001_00": "val", "scene0001_01": "val"}
+    for text, rule in (
+        ("room0 val\nRoom0 val\nroom test", "line 2: 'Room0' is no scene of this job, nor are 1"),
+        ("room0 eval", "line 1: 'eval' is none of train, val, test"),
+        ("scene0001_00 test", "scene0001_01, a scan of the same room, of train: list both"),
+        ("room0", "line 1: must have 2 words"),
+    ):
+        table.write_text(text)
+        with pytest.raises(ValueError, match=rule) as caught:
+            job.splits_of(scans, "train", table)
+        assert str(caught.value).startswith(str(table))
+    table.write_text("room0 val\nRoom0 val\n")
+    assert job.splits_of(scans, "train", table, allow_missing=True)["room0"] == "val"
+    assert capsys.readouterr().err == f"{table}: 1 entries name no scene of this job\n"
+
+
 def test_the_launcher_makes_every_shard_and_then_the_manifest(tmp_path):
     text = (ROOT / "launch" / "export_array.sbatch").read_text(encoding="utf-8")
     lines = text.splitlines()

@@ -173,7 +173,7 @@ def test_shards_fill_one_export_and_a_killed_one_goes_on(
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps(record) + "\n" for record in records))
     splits = tmp_path / "splits.txt"
-    splits.write_text("room1 val\n")
+    splits.write_bytes(b"\xef\xbb\xbfroom1\tval\r\n")
     arguments = ("--questions", questions, "--splits", splits)
     module = load("vggt/export_vggt.py")
     once = module.reconstruct_long
@@ -201,6 +201,29 @@ def test_shards_fill_one_export_and_a_killed_one_goes_on(
     assert export(*arguments, out="alone") == 0
     for name in ("scenes/room1.safetensors", "questions.jsonl"):
         assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_pictures_are_those_that_a_person_sees(export, root, tmp_path, capsys):
+    """A flag, transparency, 16 bits, a name in capitals; what a Mac leaves beside is no picture."""
+    folder, exif = root / "room1" / "color", Image.Exif()
+    exif[0x0112] = 6
+    seen = [np.asarray(Image.open(folder / f"{n}.png")) for n in range(3)]
+    turned = np.ascontiguousarray(seen[0].swapaxes(0, 1)[::-1])
+    Image.fromarray(turned).save(folder / "0.PNG", exif=exif)
+    grey = seen[1][..., 0].astype(np.uint16) * 256 + 255
+    Image.fromarray(grey).save(folder / "1.png")
+    clear = np.concatenate([seen[2], np.zeros((H, W, 1), np.uint8)], -1)
+    Image.fromarray(clear).save(folder / "2.png")
+    (folder / "0.png").unlink()
+    (folder / "._2.png").write_bytes(b"Mac OS X")
+    assert export() == 0
+    images = Export(tmp_path / "out").read_scene("room1")["images"]
+    np.testing.assert_array_equal(images[0], seen[0])
+    np.testing.assert_array_equal(images[1], np.repeat(seen[1][..., :1], 3, -1))
+    assert (images[2] == 255).all()
+    (folder / "3.HEIC").write_bytes(b"")
+    assert export(out="again") == 1
+    assert "3.HEIC: pictures of this kind are not read" in capsys.readouterr().err
 
 
 def test_a_broken_scene_costs_itself_alone_and_is_counted(export, root, tmp_path, capsys):
@@ -231,7 +254,7 @@ def test_another_header_does_not_go_on_an_export(export, capsys):
         (["--subfolder", "rgb"], "0 scenes with 0 different names"),
         (["--scene", "nowhere"], "nowhere/color: no such folder or video"),
         (["--contract", "nowhere"], "nowhere/__init__.py: no such file"),
-        (["--splits", "nowhere.txt"], "not `scene split` a line"),
+        (["--splits", "nowhere.txt"], "nowhere.txt: cannot be read: No such file"),
     ],
 )
 def test_bad_input_is_one_line(export, capsys, arguments, line):

@@ -44,7 +44,7 @@ def same_tokenizer(tokenizer: Any, folder: Path) -> tuple[str, int]:
         described = json.loads(data.decode("utf-8"))
         theirs = dict(described["model"]["vocab"])
         theirs.update((token["content"], token["id"]) for token in described["added_tokens"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise job.InputError(f"{path}: no tokenizer with a vocabulary: {error!r}") from None
     for token, index in tokenizer.get_vocab().items():
         if theirs.get(token) != index:

@@ -242,7 +242,13 @@ def scenes_of(args: argparse.Namespace) -> list[job.Scene]:
     for source in sources.values():
         if not source.exists():
             raise job.InputError(f"{source}: no such folder or video")
-    splits = job.splits_of(sources, args.split, args.splits)
+    splits = job.splits_of(
+        sources,
+        args.split,
+        args.splits,
+        allow_missing=args.allow_missing,
+        contract=args.contract,
+    )
     return [job.Scene(name, splits[name], source) for name, source in sources.items()]
 
 
@@ -256,7 +262,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scene", nargs="+", help="scenes: folders of pictures, or videos")
     parser.add_argument("--subfolder", default=".", help="where a scene's pictures are, as color")
     parser.add_argument("--split", default="train", choices=("train", "val", "test"))
-    parser.add_argument("--splits", type=Path, help="file of `scene split` lines, before --split")
+    parser.add_argument("--splits", type=Path, help="list of `scene split`, before --split")
+    parser.add_argument(
+        "--allow-missing", action="store_true", help="count entries of --splits that are not here"
+    )
     parser.add_argument("--questions", type=Path, help="questions.jsonl about the scenes")
     parser.add_argument("--weights", default="facebook/VGGT-1B", help="name, folder or file")
     parser.add_argument("--licence", default="", help="of the weights, where they are others")
@@ -311,7 +320,7 @@ def begin(args: argparse.Namespace, scenes: list[job.Scene]):
     def views_of(scene: job.Scene, most: int) -> tuple[np.ndarray, np.ndarray]:
         ready = [
             reading.prepare(picture, args.preprocess, args.size, patch)
-            for picture in reading.read_pictures(scene.source, most)
+            for picture in reading.read_pictures(scene.source, most, args.contract)
         ]
         if len({pixels.shape for pixels, _ in ready}) > 1:
             raise job.InputError(f"{scene.source}: pictures of several shapes: --preprocess pad")
@@ -364,7 +373,9 @@ def _main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     contract = job.load_contract(args.contract)
     scenes = scenes_of(args)
-    questions = (lambda: job.read_records(args.questions)) if args.questions else tuple
+    questions = (
+        (lambda: job.read_records(args.questions, args.contract)) if args.questions else tuple
+    )
     return job.run(args, contract, scenes, lambda: begin(args, scenes), questions)
 
 

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from geode_jax.errors import UserError
+from geode_jax.exports.files import Entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,9 @@ class Request:
         out: the new export.
         scenes: of a source of questions: the export that it asks about.
         parts: of the data set, such as "base" and "complex" of ViCA; empty: all.
-        exclude: ids of scenes that must not be trained on, those of an evaluation.
+        exclude: names of scenes that must not be trained on, those of an evaluation, as
+            `files.read_list` reads them; what they mean: `exports.scene_names`.
+        allow_missing: entries of lists that name no scene here are counted, not refused.
         views: of a scene, at most.
         patch_grid: (gh, gw) of a view.
         seed: of what is drawn.
@@ -33,10 +36,11 @@ class Request:
     out: Path
     scenes: Path | None = None
     parts: tuple[str, ...] = ()
-    exclude: frozenset[str] = frozenset()
+    exclude: tuple[Entry, ...] = ()
     views: int = 8
     patch_grid: tuple[int, int] = (8, 8)
     seed: int = 0
+    allow_missing: bool = False
 
 
 @dataclasses.dataclass
@@ -46,15 +50,21 @@ class Report:
     Attributes:
         kept: such as "scenes" and "questions" -> how many.
         dropped: reason, with what it is of, such as "frame: lost tracking" -> how many.
+        corrected: what was read otherwise than it stands there -> how often.
     """
 
     kept: Counter[str] = dataclasses.field(default_factory=Counter)
     dropped: Counter[str] = dataclasses.field(default_factory=Counter)
+    corrected: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def lines(self) -> list[str]:
         """For a terminal: first what is there, then what is not and why."""
         kept = ", ".join(f"{count:,} {what}" for what, count in self.kept.items())
-        return [kept, *(f"dropped {n:,}: {why}" for why, n in self.dropped.most_common())]
+        return [
+            kept,
+            *(f"corrected {n:,}: {what}" for what, n in self.corrected.most_common()),
+            *(f"dropped {n:,}: {why}" for why, n in self.dropped.most_common()),
+        ]
 
 
 SOURCES: dict[str, str] = {
@@ -84,15 +94,3 @@ def prepare(source: str, request: Request) -> Report:
         raise UserError(f"--source: {source!r} is none of {', '.join(SOURCES)}")
     module, function = SOURCES[source].split(":")
     return getattr(importlib.import_module(f"{__name__}.{module}"), function)(request)
-
-
-def read_scene_list(path: Path) -> frozenset[str]:
-    """Ids of scenes, one a line.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    try:
-        return frozenset(path.read_text(encoding="utf-8").split())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--exclude-scenes: {path}: {error}") from None

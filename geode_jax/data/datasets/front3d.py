@@ -15,7 +15,6 @@ boxes, a colour a category, along a camera path inside the room, as those of the
 
 import colorsys
 import dataclasses
-import json
 import re
 import zlib
 from collections import Counter
@@ -35,6 +34,7 @@ from geode_jax.data.datasets.scene_export import (
 from geode_jax.data.rgbd_sequence import Dropped, pose_of_row
 from geode_jax.data.room_layout import RoomObject
 from geode_jax.errors import UserError
+from geode_jax.exports import files
 
 VERSION = 1
 """Of what an export holds; changes when this converter changes."""
@@ -94,7 +94,9 @@ def prepare(request: Request) -> Report:
             report.dropped[f"house: {error}"] += 1
     places = split_places((room.house for room in found.values()), request.seed)
     splits = {scene_id: places[room.house] for scene_id, room in found.items()}
-    splits = exclude_from_training(splits, request, report)
+    houses_of = {path.stem: path.stem for path in houses}  # a list may name these, too
+    houses_of |= {scene_id: room.house for scene_id, room in found.items()}
+    splits = exclude_from_training(splits, houses_of, request, report)
     categories = sorted({name for scene_id in splits for name in found[scene_id].names})
     return write_scenes(
         request,
@@ -126,7 +128,7 @@ def read_models(path: Path) -> dict[str, str]:
     """
     if not path.is_file():
         return {}
-    models = _json(path)
+    models = files.read_json(path)
     if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
         raise UserError(f"{path}: must be a list of models")
     return {
@@ -147,7 +149,7 @@ def read_house(path: Path, models: dict[str, str], dropped: Counter) -> dict[str
     Raises:
         UserError: the file cannot be read, or is no house.
     """
-    house = _json(path)
+    house = files.read_json(path)
     try:
         furniture = {str(piece["uid"]): piece for piece in house["furniture"]}
         meshes = {str(mesh["uid"]): mesh for mesh in house["mesh"]}
@@ -275,13 +277,6 @@ def _noun(name) -> str:
     if not isinstance(name, str):
         return ""
     return " ".join(name.split("/")[0].lower().split())
-
-
-def _json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------- views

@@ -6,29 +6,21 @@ that a record names is ever opened as a path: it only tells which scene is meant
 """
 
 import dataclasses
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from geode_jax.data.datasets import Report, Request
 from geode_jax.errors import UserError
-from geode_jax.exports import Export, ExportError, ExportWriter
+from geode_jax.exports import Export, ExportError, ExportWriter, files
+from geode_jax.exports.scene_names import Exclusion, MisfitError, bare_names, path_parts
 
-_FOLDERS = ("scannet", "scannetpp", "scannetppv2", "arkitscenes", "s3dis", "adt", "hypersim")
-_FOLDERS += ("procthor", "robotics", "ytb_roomtour", "matterport3d")
-"""Folders of data sets, that the ids of scenes may begin with."""
-_MEDIA = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".jpg", ".jpeg", ".png", ".webp")
 NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}")
 """What a name in a record may be; a path is none."""
-
-
-class MisfitError(Exception):
-    """A record that does not fit its layout, and the reason, without the record's own values."""
 
 
 class UnansweredError(Exception):
@@ -50,41 +42,24 @@ class Asked:
     id: str = ""
 
 
+MAX_BYTES = 1 << 33
+"""Largest JSON file of a data set, which is read whole; lines have no such limit."""
+
+
 def _records_of(path: Path) -> Iterator[Any]:
     """The records of a JSON list, or of JSON lines; a broken line is a `MisfitError`, yielded.
 
     Raises:
         UserError: the file cannot be read, or is no list of records.
     """
-    try:
-        if path.suffix != ".jsonl":
-            records = read_json(path)
-            if not isinstance(records, list):
-                raise UserError(f"{path}: must be a list of records")
-            yield from records
-            return
-        with open(path, "rb") as lines:
-            for line in filter(bytes.strip, lines):
-                try:
-                    yield json.loads(line)
-                except (ValueError, RecursionError):
-                    yield MisfitError("is not JSON")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: it cannot be read or is not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+    if path.suffix == ".jsonl":
+        for _, value in files.json_lines(path):
+            yield MisfitError("is not JSON") if isinstance(value, UserError) else value
+        return
+    records = files.read_json(path, most=MAX_BYTES)
+    if not isinstance(records, list):
+        raise UserError(f"{path}: must be a list of records")
+    yield from records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,34 +108,6 @@ class Layout:
 # --- Scenes ---------------------------------------------------------------------------------------
 
 
-def _path_parts(place: str) -> list[str]:
-    """Folders and the stem of a relative path, or a scene's id alone.
-
-    Raises:
-        MisfitError: it is no text, absolute, or leaves its folder.
-    """
-    if not isinstance(place, str) or not place.strip() or "\0" in place:
-        raise MisfitError("its scene or path is no text")
-    path = PurePosixPath(place.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", place) or not path.parts:
-        raise MisfitError("its path is absolute or leaves its folder")
-    last = path.stem if path.suffix.lower() in _MEDIA else path.name
-    return [*path.parts[:-1], last]
-
-
-def _runs(name: str) -> set[str]:
-    """All runs of whole words of a name: of "scannet_s1_00" also "s1_00" and "scannet_s1"."""
-    words = re.split(r"[-._/]", name)
-    n = len(words)
-    return {"_".join(words[i:j]) for i in range(n) for j in range(i + 1, n + 1)}
-
-
-def _bare_names(name: str) -> list[str]:
-    """The name without a data set's folder before it, [] where there is none."""
-    begins = (f"{folder}_" for folder in _FOLDERS)
-    return [name[len(begin) :] for begin in begins if name.startswith(begin) and name != begin]
-
-
 class Scenes:
     """The scenes of an export by the names that data sets have for them.
 
@@ -168,24 +115,15 @@ class Scenes:
     first that there is; "x" alone is `x`, or `scannet_x` if no other data set's `x` is there.
     """
 
-    def __init__(self, export: Export, exclude: frozenset[str] = frozenset()):
-        """Args: exclude: names of scenes, in any of these forms.
-
-        Raises:
-            UserError: a line of `exclude` is no such name.
-        """
+    def __init__(self, export: Export, exclusion: Exclusion):
         self.split: dict[str, str] = {e["id"]: e["split"] for e in export.manifest["scenes"]}
         bare: dict[str, list[str]] = {}
         for scene_id in self.split:
-            for rest in _bare_names(scene_id):
+            for rest in bare_names(scene_id):
                 bare.setdefault(rest, []).append(scene_id)
         self._bare = {name: ids[0] for name, ids in bare.items() if len(ids) == 1}
         self._folder: dict[str, str] = {}
-        try:
-            named = {re.sub(r"[-./]", "_", _path_parts(name)[-1]) for name in exclude}
-        except MisfitError as misfit:
-            raise UserError(f"--exclude-scenes: a line: {misfit}") from None
-        self._excluded = named.union(*map(_bare_names, named))
+        self._exclusion = exclusion
 
     def find(self, place: str) -> str | None:
         """The scene that is meant, None where the export does not have it.
@@ -194,7 +132,8 @@ class Scenes:
             MisfitError: `place` is no name or relative path.
             UserError: files of one name in different folders would be the same scene.
         """
-        parts = _path_parts(place)
+        parts = path_parts(place)
+        self._exclusion.covers(place)  # an entry is met, too, where the export lacks its scene
         if len(parts) == 1:
             return parts[0] if parts[0] in self.split else self._bare.get(parts[0])
         names = ["_".join(parts[i:]) for i in range(len(parts))]
@@ -209,9 +148,10 @@ class Scenes:
                 )
         return scene_id
 
-    def is_excluded(self, *names: str) -> bool:
-        """Whether a scene's id, or the path of a file, belongs to a scene of the list."""
-        return bool(self._excluded) and any(self._excluded & _runs(name) for name in names)
+    def may_train(self, scene_id: str, place: str) -> bool:
+        """Whether a question about a scene, found under `place`, may be in the export."""
+        excluded = self._exclusion.covers(scene_id, place)
+        return self.split[scene_id] != "train" or not excluded
 
 
 # --- The whole ------------------------------------------------------------------------------------
@@ -236,35 +176,35 @@ def make_questions(layout: Layout, request: Request) -> Report:
     """
     if request.scenes is None:
         raise UserError(f"--scenes: {layout.source} asks about scenes: name an export of them")
-    files = layout.files(request)
+    paths = layout.files(request)
     export = Export(request.scenes)
-    scenes = Scenes(export, request.exclude)
+    exclusion = Exclusion(request.exclude)
+    scenes = Scenes(export, exclusion)
     report = Report()
     with ExportWriter(request.out, **export.header()) as writer:
         for scene_id in tqdm(export.scene_ids(), desc="scenes", unit="scene"):
             writer.adopt_scene(export, scene_id)
-            if scenes.split[scene_id] == "train" and scenes.is_excluded(scene_id):
+            if not scenes.may_train(scene_id, scene_id):
                 report.dropped["scene: excluded from training"] += 1
         report.kept["scenes"] = len(scenes.split)
         for record in export.questions():
             place = record["scene_id"]
-            if _may_train(scenes, place, place):
+            if scenes.may_train(place, place):
                 writer.add_questions([record])
                 report.kept["old questions"] += 1
             else:
                 report.dropped["old question: its scene is excluded from training"] += 1
-        for part, path in files:
+        for part, path in paths:
             _add_file(layout, part, path, request.root, scenes, writer, report)
+        # Only now: an entry may name what a record calls the scene.
+        where = f"{request.scenes} or {layout.source}"
+        exclusion.check(where, request.allow_missing, report.dropped)
         if not report.kept["questions"]:
             raise UserError(
                 f"{request.root}: no question of {layout.source} is about a scene of "
                 f"{request.scenes}; {'; '.join(report.lines()[1:])}"
             )
     return report
-
-
-def _may_train(scenes: Scenes, scene_id: str, place: str) -> bool:
-    return scenes.split[scene_id] != "train" or not scenes.is_excluded(scene_id, place)
 
 
 def _add_file(
@@ -325,7 +265,7 @@ def _why_not(
     split = scenes.split[scene_id]
     if layout.parts_are_splits and (part == "train") != (split == "train"):
         return f"of {part}, but its scene is of {split} in the export"
-    if not _may_train(scenes, scene_id, place):
+    if not scenes.may_train(scene_id, place):
         return "its scene is excluded from training"
     return None
 

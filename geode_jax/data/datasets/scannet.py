@@ -18,7 +18,6 @@ colour, as for RGB-D folders (`sources`): the tokens contain depth. Pictures are
 """
 
 import dataclasses
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -40,7 +39,7 @@ from geode_jax.data.room_questions import SeenRoom
 from geode_jax.data.rooms import GRID, MIN_RAYS, PIXELS
 from geode_jax.data.sources import Frame, frame_arrays, read_frame
 from geode_jax.errors import UserError
-from geode_jax.exports import SPLITS
+from geode_jax.exports import SPLITS, files
 
 VERSION = 1
 """Of what an export holds; changes when this converter changes."""
@@ -87,10 +86,8 @@ def prepare(request: Request) -> Report:
     if not found:
         raise UserError(f"{scans}: no scan: <id>/<id>.sens and its neighbours are looked for")
     report = Report()
-    listed = {_room(scan) for scan in request.exclude}  # whose other scans show the same
-    exclude = frozenset(scan for scan in found if _room(scan) in listed)
-    request = dataclasses.replace(request, exclude=exclude)
-    splits = exclude_from_training(_splits(request, found, report), request, report)
+    rooms = {scan: _room(scan) for scan in found}
+    splits = exclude_from_training(_splits(request, rooms, report), rooms, request, report)
     labels: set[str] = set()
     for scan in splits:
         try:
@@ -117,22 +114,46 @@ def prepare(request: Request) -> Report:
     )
 
 
-def _splits(request: Request, found: list[str], report: Report) -> dict[str, str]:
-    """Scan -> split, by ScanNet's lists where there is one; else scans of a room stay together."""
+def _splits(request: Request, rooms: dict[str, str], report: Report) -> dict[str, str]:
+    """Scan -> split, by ScanNet's lists where there is one; else scans of a room stay together.
+
+    The lists name more scans than a disk may have; these are counted.
+
+    Args:
+        request: of which root the lists are.
+        rooms: the rooms of the scans that there are.
+        report: gets what is dropped.
+
+    Raises:
+        UserError: a scan, or two scans of a room, are in different lists; or no list names a scan
+            that is there.
+    """
     lists = {s: request.root / f"scannetv2_{s}.txt" for s in SPLITS}
     lists = {split: path for split, path in lists.items() if path.is_file()}
     if not lists:
-        places = split_places(map(_room, found), request.seed)
-        return {scan: places[_room(scan)] for scan in found}
+        places = split_places(rooms.values(), request.seed)
+        return {scan: places[room] for scan, room in rooms.items()}
+    listed: dict[str, tuple[str, str]] = {}  # room -> the split and the scan that is listed for it
     splits: dict[str, str] = {}
     for split, path in lists.items():
-        for scan in path.read_text(encoding="utf-8", errors="replace").split():
-            if splits.setdefault(scan, split) != split:
-                raise UserError(f"{path}: {scan} is in the list of {splits[scan]} too")
-    unlisted = sum(scan not in splits for scan in found)
-    if unlisted:
-        report.dropped["scene: in no scannetv2_*.txt"] += unlisted
-    return {scan: splits[scan] for scan in found if scan in splits}
+        entries = files.read_list(path)
+        for where, (scan,) in entries:
+            other, before = listed.setdefault(_room(scan), (split, scan))
+            if other != split:
+                same = "" if scan == before else f", as {before}, of the same room"
+                raise UserError(f"{where}: {scan} is in the list of {other} too{same}")
+            splits[scan] = split
+        absent = sum(scan not in rooms for _, (scan,) in entries)
+        if absent:
+            which = "every entry" if absent == len(entries) else "entry"
+            report.dropped[f"{which} of {path.name}: no such scan in scans/"] += absent
+    kept = {scan: splits[scan] for scan in rooms if scan in splits}
+    if not kept:
+        names = ", ".join(path.name for path in lists.values())
+        raise UserError(f"{request.root}: {names}: none of the scans in scans/ is listed")
+    if len(kept) < len(rooms):
+        report.dropped["scene: in no scannetv2_*.txt"] += len(rooms) - len(kept)
+    return kept
 
 
 def _room(scan: str) -> str:
@@ -160,9 +181,12 @@ def make_scene(folder: Path, request: Request, categories: list[str]) -> Scene:
         why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise UserError(f"no usable frame ({why})")
     arrays = frame_arrays(sequence, frames)
+    # Without the scan's own name: what many scans have in common is counted.
+    notes = (note.replace(f"{folder}/", "") for note in sequence.notes)
+    corrected = tuple(note.replace(folder.name, "<id>") for note in notes)
     labels = read_labels(folder, world)
     if labels is None:
-        return Scene(arrays, None, dropped)
+        return Scene(arrays, None, dropped, corrected)
     rays = _rays(labels, frames)
     shown = np.flatnonzero(rays.sum(0) >= MIN_RAYS)
     hidden = set(range(len(labels.names))) - set(shown.tolist())
@@ -185,7 +209,7 @@ def make_scene(folder: Path, request: Request, categories: list[str]) -> Scene:
         larger={},
         typical={},
     )
-    return Scene(arrays, seen if names else None, +dropped)
+    return Scene(arrays, seen if names else None, +dropped, corrected)
 
 
 # --------------------------------------------------------------------------------------- frames
@@ -208,12 +232,9 @@ def read_alignment(folder: Path) -> np.ndarray | None:
         UserError: `<id>.txt` has an axisAlignment that is none.
     """
     path = folder / f"{folder.name}.txt"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError):
-        raise UserError(f"{path}: cannot be read as text") from None
+    text = files.read_text(path)
     found = re.search(r"^\s*axisAlignment\s*=(.*)$", text, re.MULTILINE)
     if not found:
         return None
@@ -256,7 +277,7 @@ def _groups(folder: Path) -> list[tuple[str, list]]:
     path = folder / f"{folder.name}.aggregation.json"
     if not path.is_file():
         return []
-    groups = _json(path).get("segGroups")
+    groups = files.read_json_object(path).get("segGroups")
     if not isinstance(groups, list):
         raise UserError(f"{path}: no segGroups")
     found = []
@@ -288,7 +309,7 @@ def read_labels(folder: Path, world: np.ndarray) -> Labels | None:
     vertices = read_vertices(folder / f"{folder.name}_vh_clean_2.ply")
     vertices = vertices @ world[:3, :3].T + world[:3, 3]
     path = folder / f"{folder.name}_vh_clean_2.0.010000.segs.json"
-    segments = _whole_numbers(path, "segIndices", _json(path).get("segIndices"))
+    segments = _whole_numbers(path, "segIndices", files.read_json_object(path).get("segIndices"))
     if len(segments) != len(vertices):
         rule = f"{len(segments)} segIndices for {len(vertices)} vertices of the mesh"
         raise UserError(f"{path}: {rule}")
@@ -308,18 +329,6 @@ def read_labels(folder: Path, world: np.ndarray) -> Labels | None:
         names.append(label)
         boxes.append([*(points.min(0) + size / 2), *size, 0.0])
     return Labels(vertices, instance, tuple(names), np.array(boxes).reshape(-1, 7), tuple(lost))
-
-
-def _json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must be a JSON object")
-    return value
 
 
 def _whole_numbers(path: Path, what: str, values) -> np.ndarray:

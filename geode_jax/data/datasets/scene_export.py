@@ -6,11 +6,10 @@ goes on where an interrupted one stood, and ends at the same content.
 """
 
 import dataclasses
-import json
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -23,6 +22,7 @@ from geode_jax.data.room_questions import SeenRoom
 from geode_jax.data.rooms import TOKEN_WIDTH
 from geode_jax.data.sources import HELD_OUT
 from geode_jax.errors import UserError
+from geode_jax.exports.scene_names import Exclusion
 
 _MADE = ".made"
 
@@ -35,11 +35,13 @@ class Scene:
         arrays: tensors of the contract.
         seen: what questions are made from; None where nothing is labelled.
         dropped: reasons of what is not in it -> how many.
+        corrected: what was read otherwise than it stands there.
     """
 
     arrays: dict[str, np.ndarray]
     seen: SeenRoom | None
     dropped: Counter[str]
+    corrected: tuple[str, ...] = ()
 
 
 def split_places(places: Iterable[str], seed: int) -> dict[str, str]:
@@ -58,10 +60,23 @@ def split_places(places: Iterable[str], seed: int) -> dict[str, str]:
 
 
 def exclude_from_training(
-    splits: dict[str, str], request: Request, report: Report
+    splits: dict[str, str], places: Mapping[str, str], request: Request, report: Report
 ) -> dict[str, str]:
-    """Scene -> split without the scenes that must not be trained on, which are counted."""
-    kept = {s: p for s, p in splits.items() if p != "train" or s not in request.exclude}
+    """Scene -> split without the scenes that must not be trained on, which are counted.
+
+    Args:
+        splits: of the scenes that would be in the export.
+        places: of all scenes that there are: what must not be divided, such as the room of a scan.
+        request: of which `exclude` names scenes; what else is in their places is left out as well.
+        report: gets what is dropped.
+
+    Raises:
+        UserError: an entry of the list names none of the scenes, and `request` does not allow it.
+    """
+    exclusion = Exclusion(request.exclude)
+    excluded = {place for scene, place in places.items() if exclusion.covers(scene, place)}
+    exclusion.check(str(request.root), request.allow_missing, report.dropped)
+    kept = {s: p for s, p in splits.items() if p != "train" or places[s] not in excluded}
     lost = len(splits) - len(kept)
     if lost:
         report.dropped["scene: would be trained on, is on the list of scenes to exclude"] += lost
@@ -95,7 +110,8 @@ def write_scenes(
         UserError: no scene is left.
         ExportError: the folder cannot be written, or holds something else.
     """
-    excluded = zlib.crc32("\n".join(sorted(request.exclude)).encode())
+    names = sorted(name for entry in request.exclude for name in entry.fields)
+    excluded = zlib.crc32("\n".join(names).encode())
     asked = f"{request.views} views, seed {request.seed}, {len(splits)} scenes"
     writer = exports.ExportWriter(
         request.out,
@@ -121,6 +137,7 @@ def write_scenes(
                 continue
             written[scene_id] = note | {"split": split}
             report.dropped.update(note["dropped"])
+            report.corrected.update(note.get("corrected", ()))
         if not written:
             first = next(iter(report.dropped), "there is none")
             raise UserError(f"{request.root}: no scene is left; {first}")
@@ -136,15 +153,16 @@ def _make_once(
     """The note of a scene, which is made and added where it is not finished already."""
     path = writer.folder / _MADE / f"{scene_id}.json"
     if scene_id in finished:
+        note = exports.files.read_json_object(path)
         writer.register(finished[scene_id] | {"split": split})  # the lists may have changed
-        return json.loads(path.read_text(encoding="utf-8"))
+        return note
     scene = make(scene_id)
     seen = None if scene.seen is None else _plain(scene.seen)
-    path.parent.mkdir(exist_ok=True)
+    note = {"seen": seen, "dropped": scene.dropped, "corrected": scene.corrected}
     # First the note: where the scene is finished, it is whole.
-    path.write_text(json.dumps({"seen": seen, "dropped": scene.dropped}), encoding="utf-8")
+    exports.files.write_json(path, note, indent=None)
     writer.add_scene(scene_id, scene.arrays, split=split)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return exports.files.read_json_object(path)
 
 
 def _add_questions(

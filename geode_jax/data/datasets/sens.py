@@ -12,7 +12,6 @@ Only headers are read on opening, of a frame 96 bytes; pictures are decoded on d
 """
 
 import dataclasses
-import io
 import struct
 import zlib
 from collections.abc import Callable
@@ -21,8 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from geode_jax.data.rgbd_sequence import Dropped, camera, rigid, to_metres
+from geode_jax.data.rgbd_sequence import Dropped, Given, of_one_view, rigid, to_metres
 from geode_jax.errors import UserError
+from geode_jax.exports.pictures import read_picture
 
 VERSION = 4
 COLOR = {-1: "unknown", 0: "raw", 1: "png", 2: "jpeg"}
@@ -50,6 +50,7 @@ class SensFile:
         depth_scale: stored value of one metre (the file's depth_shift).
         poses: [n, 4, 4] float32 camera-to-world as stored; -inf where tracking was lost.
         places: [n, 3] int64: where a frame's colour begins, bytes of its colour, of its depth.
+        notes: what was corrected on reading, a line each.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class SensFile:
     depth_scale: float
     poses: np.ndarray
     places: np.ndarray
+    notes: tuple[str, ...] = ()
 
     def read_pose(self, name: str) -> np.ndarray:
         """World-from-camera [4, 4], OpenCV axes, rotation exactly orthonormal.
@@ -107,14 +109,13 @@ class SensFile:
             Dropped: damaged, or of another size.
         """
         start, size, _ = self.places[int(name)].tolist()
-        data = io.BytesIO(self._read(start, size))
         try:
-            with Image.open(data, formats=[self.color_format]) as image:
-                if image.size == self.color_size:
-                    return image.convert("RGB")
-        except Exception:  # PIL's decoders raise whatever a damaged file makes them
+            image = read_picture(self._read(start, size), formats=(self.color_format.upper(),))
+        except UserError:
             raise Dropped("unreadable colour image") from None
-        raise Dropped("colour image of another size")
+        if image.size != self.color_size:
+            raise Dropped("colour image of another size")
+        return image
 
     def _read(self, start: int, size: int) -> bytes:
         with open(self.path, "rb") as file:
@@ -165,13 +166,19 @@ def _read_headers(path: Path, file, end: int) -> SensFile:
     if not 0 < min(sizes) <= max(sizes) < 1 << 16:
         raise UserError(f"{path}: images of {sizes} pixels")
     color_size, depth_size = tuple(sizes[:2]), tuple(sizes[2:])
-    intrinsics = [
-        camera(f"{path}: {what}", k[0, 0], max(k[1, 1], 0), k[0, 2], k[1, 2], size)
+    color_given, depth_given = (
+        Given(f"{path}: {what}", k[:3, :3], size)
         for what, k, size in (
             ("colour", cameras[0], color_size),
             ("depth", cameras[2], depth_size),
         )
-    ]
+    )
+    for one in (color_given, depth_given):
+        if not one.matrix[1, 1] > 0:
+            raise UserError(
+                f"{one.where}: focal lengths {one.matrix[[0, 1], [0, 1]]} are no camera"
+            )
+    depth_k, color_k, notes = of_one_view(depth_given, color_given, (depth_size, color_size))
     poses, places, place = [], [], file.tell()
     while len(poses) < count:
         data = take(_FRAME.size, lambda: f"frame {len(poses)} of {count}")
@@ -188,11 +195,13 @@ def _read_headers(path: Path, file, end: int) -> SensFile:
         tuple(map(str, range(count))),
         color_size,
         depth_size,
-        *intrinsics,
+        color_k,
+        depth_k,
         *formats,
         scale,
         np.array(poses, np.float32).reshape(-1, 4, 4),
         np.array(places, np.int64).reshape(-1, 3),
+        tuple(notes),
     )
 
 

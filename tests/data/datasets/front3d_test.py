@@ -14,6 +14,7 @@ from geode_jax.data import raycast
 from geode_jax.data.datasets import Request, front3d, prepare
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, validate
+from geode_jax.exports.files import Entry
 
 FLOOR = (5.0, 4.0)  # along x and z
 CORNER = np.array([10.0, 0.0, -3.0])  # of every room's floor, y up
@@ -212,11 +213,11 @@ def test_without_the_catalogue_the_house_names_its_furniture(tmp_path):
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("{", "cannot be read as JSON"),
+        ("{", "not JSON"),
         ("[]", "not a house"),
         ('{"furniture": [1], "mesh": [], "scene": {"room": []}}', "not a house"),
         ('{"furniture": [], "mesh": [], "scene": {}}', "not a house"),
-        ("[" * 100_000, "cannot be read as JSON"),
+        ("[" * 100_000, "not JSON"),
     ],
 )
 def test_a_damaged_house_is_left_out_with_its_line(tmp_path, text, rule):
@@ -269,7 +270,8 @@ def test_what_cannot_be_made_is_said_in_one_line(tmp_path):
 
 def test_excluded_rooms_are_not_trained_on(tmp_path):
     root = write_front(tmp_path / "in", houses=3)
-    every = frozenset(f"house{n}_Bedroom-1" for n in range(3))
+    names = ("house0", "house1_bedroom-1", "house2.json")  # the house, a room of it, its file
+    every = tuple(Entry(f"line {n}", (name,)) for n, name in enumerate(names))
     report = prepare("3d-front", Request(root, tmp_path / "out", exclude=every, views=2))
     assert "train" not in {e["split"] for e in Export(tmp_path / "out").manifest["scenes"]}
     assert [n for why, n in report.dropped.items() if "scenes to exclude" in why] == [2]

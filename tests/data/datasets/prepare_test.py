@@ -20,6 +20,17 @@ def test_the_command_says_what_it_made_and_what_it_left_out(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "1 scenes, " in said and f"{tmp_path / 'out'}: 1 scenes (1 val)" in said
     assert "dropped 2: scene: would be trained on" in said
+    exclude.write_bytes(b"\xef\xbb\xbfscene0001_00;scene0002_00\r\n\r\nscene_0000_00\r\n")
+    arguments[3] = str(tmp_path / "other")
+    with pytest.raises(SystemExit):
+        main(["prepare", "--source", "scannet", *arguments])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{exclude}: line 3: 'scene_0000_00' is no scene of {tmp_path / 'in'}" in line
+    main(["prepare", "--source", "scannet", *arguments, "--views", "2", "--allow-missing"])
+    said = capsys.readouterr().out
+    assert "dropped 1: entry of --exclude-scenes: names no scene of" in said
+    splits = {e["id"]: e["split"] for e in Export(tmp_path / "other").manifest["scenes"]}
+    assert not {"scene0001_00", "scene0002_00"} & {s for s, p in splits.items() if p == "train"}
 
 
 def test_an_unknown_source_is_refused_with_the_known_ones(tmp_path, capsys):

@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -18,7 +19,6 @@ from geode_jax.data.datasets import (
     conversations,
     prepare,
     rationales,
-    read_scene_list,
     scannet_questions,
 )
 from geode_jax.data.datasets.answers import question_fields, read_prompt
@@ -27,10 +27,11 @@ from geode_jax.data.datasets.questions import (
     MisfitError,
     Scenes,
     UnansweredError,
-    _path_parts,
 )
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, ExportError, prompts, validate
+from geode_jax.exports.files import Entry, read_list
+from geode_jax.exports.scene_names import Exclusion, path_parts
 from geode_jax.inference.cli import main
 from tests.data.conftest import write_tiny_export
 from tests.data.datasets.layouts import Case, cases, talk
@@ -153,7 +154,7 @@ def test_all_sources_are_covered():
 
 
 def test_scenes_are_found_by_the_names_that_data_sets_have(tiny_export):
-    scenes = Scenes(tiny_export)
+    scenes = Scenes(tiny_export, Exclusion())
     scenes.split = dict.fromkeys(("s1", "scannet_s2", "arkitscenes_s3", "scannet_s3"), "train")
     scenes._bare = {"s2": "scannet_s2"}
     assert scenes.find("s1") == "s1"
@@ -169,7 +170,7 @@ def test_a_bare_name_must_be_of_one_data_set(tiny_export):
     export = Export(tiny_export.folder)
     for i, name in enumerate(("scannet_a", "arkitscenes_a", "scannet_b", "room_c")):
         export.manifest["scenes"][i]["id"] = name
-    scenes = Scenes(export)
+    scenes = Scenes(export, Exclusion())
     assert [scenes.find(name) for name in "abc"] == [None, "scannet_b", None]
 
 
@@ -259,14 +260,28 @@ def test_an_evaluation_question_about_a_training_scene_is_dropped(request_of):
     assert [record["id"] for record in new_questions(request.out)] == ["scanqa-val-1"]
 
 
+def entries(*names: str) -> tuple[Entry, ...]:
+    """A list of names, as `read_list` reads it."""
+    return tuple(Entry(f"list: line {n}", (name,)) for n, name in enumerate(names, 1))
+
+
 @pytest.mark.parametrize(
-    "named", [TRAIN, f"scannet/{TRAIN}.mp4", f"scannet_{TRAIN}", f"{TRAIN}\n{HELD_OUT}\nelse"]
+    "named",
+    [
+        f"scannet/{TRAIN}.mp4\n",
+        f"\ufeff{TRAIN},scannet_{HELD_OUT}\r\n",
+        json.dumps([f"ScanNet/scans/{TRAIN.upper()}/"]),
+        f"{TRAIN}\nelse",
+    ],
 )
 def test_excluded_scenes_are_not_trained_on(named, request_of, tmp_path, tiny_export):
-    (tmp_path / "list.txt").write_text(named)
-    exclude = read_scene_list(tmp_path / "list.txt")
-    request = request_of(CASES["llava3d"], exclude=exclude)
+    (tmp_path / "list.txt").write_bytes(named.encode())
+    exclude = tuple(read_list(tmp_path / "list.txt"))
+    strange = named.endswith("else")
+    request = request_of(CASES["llava3d"], exclude=exclude, allow_missing=strange)
     report = prepare("llava3d", request)
+    (missing,) = [n for why, n in report.dropped.items() if "entry of --excl" in why] or [0]
+    assert missing == strange
     old = [record for record in tiny_export.questions() if record["scene_id"] == TRAIN]
     assert report.dropped["scene: excluded from training"] == 1
     assert report.dropped["old question: its scene is excluded from training"] == len(old) > 0
@@ -276,9 +291,29 @@ def test_excluded_scenes_are_not_trained_on(named, request_of, tmp_path, tiny_ex
     assert asked == set(tiny_export.scene_ids()) - {TRAIN}
 
 
+@pytest.mark.parametrize(
+    ("entry", "names"),
+    [
+        ("scene0001_00", ["scene0001_00", "scannet_scene0001_01", "scannet/x/Scene0001_02/3.jpg"]),
+        ("scannet/scans/SCENE0001_00/scene0001_00.sens", ["scene0001_01"]),
+        ("scannetpp\\0a5c013435", ["0a5c013435", "scannetpp_0a5c013435"]),
+        ("41069021", ["arkitscenes/41069021.mp4"]),
+    ],
+)
+def test_an_entry_means_its_scene_however_it_is_written(entry, names):
+    exclusion = Exclusion(entries(entry))
+    assert all(exclusion.covers(name) for name in names)
+    assert not exclusion.covers("scene0010_00", "scannetpp_0a5c01343", "arkitscenes/4106902.mp4")
+    exclusion.check("it", False, Counter())
+    deep = "/".join(["a"] * 100_000)
+    assert not exclusion.covers(deep) and exclusion.covers(f"{names[0]}/{deep}")
+    with pytest.raises(MisfitError, match="more than 64 folders"):
+        path_parts(deep)
+
+
 def test_frames_of_an_excluded_video_are_excluded(request_of):
     records = [conversation(f"scannet/other/{TRAIN}.jpg"), conversation(HELD_OUT)]
-    report = prepare("llava3d", request_of(llava(*records), exclude=frozenset({"scannet/other"})))
+    report = prepare("llava3d", request_of(llava(*records), exclude=entries("scannet/other")))
     assert report.dropped == {"question: its scene is excluded from training": 1}
 
 
@@ -288,8 +323,10 @@ def test_requests_that_cannot_be_met_are_one_line(request_of):
         prepare("scanqa", Request(request.root, request.out))
     with pytest.raises(ExportError, match="not an export"):
         prepare("scanqa", Request(request.root, request.out, request.root))
-    with pytest.raises(UserError, match="--exclude-scenes: a line"):
-        prepare("scanqa", request_of(CASES["scanqa"], exclude=frozenset({"../x"})))
+    with pytest.raises(UserError, match=r"--exclude-scenes: list: line 1: '\.\./x' names no scene"):
+        prepare("scanqa", request_of(CASES["scanqa"], exclude=entries("../x")))
+    with pytest.raises(UserError, match=r"list: line 2: 'scene01' is no scene of .*1 more entr"):
+        prepare("scanqa", request_of(CASES["scanqa"], exclude=entries(TRAIN, "scene01", "id")))
     with pytest.raises(UserError, match=r"no question of llava3d .*1: question: its scene is not"):
         prepare("llava3d", request_of(llava(conversation("scannet/attic.mp4"))))
 
@@ -368,7 +405,7 @@ def test_a_prompt_is_read_back(kind, question, options):
 @given(st.text())
 def test_a_path_has_parts_inside_or_is_refused(place):
     try:
-        parts = _path_parts(place)
+        parts = path_parts(place)
     except MisfitError:
         return
     assert parts and ".." not in parts and not any("/" in part for part in parts)

@@ -1,5 +1,6 @@
 """ScanNet: scans written here in its layout, from cuboids whose boxes are known."""
 
+import dataclasses
 import json
 import struct
 import zlib
@@ -14,6 +15,7 @@ from geode_jax.data.datasets import Request, prepare, scannet
 from geode_jax.data.datasets.ply import read_vertices
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, validate
+from geode_jax.exports.files import Entry
 from tests.data.datasets.sens_test import LOST, encoded, sens_bytes
 
 ROOM = np.array([5.0, 4.0, 2.6])
@@ -113,10 +115,15 @@ def write_scan(scans: Path, scan: str, seed: int = 0, sens: bool = True, labels:
 
 
 def write_scannet(root: Path, rooms: int = 8) -> Path:
-    """Eight rooms, the first scanned twice and once as extracted folders."""
+    """Eight rooms, the first scanned twice, once as extracted folders.
+
+    These were halved, and their intrinsic left as it was.
+    """
     for n in range(rooms):
         write_scan(root / "scans", f"scene{n:04d}_00", seed=n)
     write_scan(root / "scans", "scene0000_01", seed=0, sens=False)
+    whole = np.array([[2, 0, 0.5], [0, 2, 0.5], [0, 0, 1]]) @ K
+    np.savetxt(root / "scans" / "scene0000_01" / "intrinsic" / "intrinsic_depth.txt", whole)
     return root
 
 
@@ -221,7 +228,10 @@ def test_the_export_obeys_the_contract_and_is_the_rooms(prepared, root):
 
 
 def test_folders_and_sens_files_are_the_same_scan(prepared):
-    export, _ = prepared
+    export, report = prepared
+    size, whole = (f"{f * SIZE[0]} x {f * SIZE[1]}" for f in (1, 2))
+    said = f"intrinsic/intrinsic_depth.txt: is for pictures of {whole}, these are {size}: scaled"
+    assert report.corrected == {said: 1} and f"corrected 1: {said}" in report.lines()
     one, two = export.read_scene("scene0000_00"), export.read_scene("scene0000_01")
     assert one.keys() == two.keys()
     for name in ("target/depth", "target/boxes", "target/labels", "images"):
@@ -280,7 +290,7 @@ def test_lists_decide_and_excluded_scenes_are_not_trained_on(tmp_path):
     root = small_root(tmp_path)
     (root / "scannetv2_train.txt").write_text("scene0000_00\nscene0001_00\nscene9999_00\n")
     (root / "scannetv2_val.txt").write_text("scene0002_00\n")
-    exclude = frozenset({"scene0001_00", "scene0002_00"})
+    exclude = tuple(Entry(f"line {n}", (f"Scene000{n}_00",)) for n in (1, 2))
     report = prepare("scannet", Request(root, tmp_path / "out", exclude=exclude, views=2))
     entries = Export(tmp_path / "out").manifest["scenes"]
     assert {e["id"]: e["split"] for e in entries} == {
@@ -289,15 +299,32 @@ def test_lists_decide_and_excluded_scenes_are_not_trained_on(tmp_path):
     }
     excluded = [n for why, n in report.dropped.items() if "scenes to exclude" in why]
     assert excluded == [1]
-    (root / "scannetv2_val.txt").write_text("scene0000_00\n")
-    with pytest.raises(UserError, match="scene0000_00 is in the list of train too"):
-        prepare("scannet", Request(root, tmp_path / "other"))
+    assert report.dropped["entry of scannetv2_train.txt: no such scan in scans/"] == 1
+    again = Request(root, tmp_path / "other")
+    for text, rule in (
+        ("scene0000_00\n", "line 1: scene0000_00 is in the list of train too"),
+        ("\nscene0000_01\n", "line 2: scene0000_01 is in .* train too, as scene0000_00, of the"),
+    ):
+        (root / "scannetv2_val.txt").write_text(text)
+        with pytest.raises(UserError, match=rule):
+            prepare("scannet", again)
+    (root / "scannetv2_val.txt").unlink()
+    (root / "scannetv2_train.txt").write_text("scene,split\n")
+    with pytest.raises(UserError, match=r"train\.txt: none of the scans in scans/ is listed"):
+        prepare("scannet", again)
+    again = dataclasses.replace(again, exclude=(Entry("list: line 3", ("scene0003_00",)),))
+    (root / "scannetv2_train.txt").write_text("scene0000_00\n")
+    with pytest.raises(UserError, match=r"list: line 3: 'scene0003_00' is no scene of .*/in"):
+        prepare("scannet", again)
+    report = prepare("scannet", dataclasses.replace(again, allow_missing=True, views=2))
+    (why,) = [why for why in report.dropped if "--exclude-scenes" in why]
+    assert why.startswith("every entry of --exclude-scenes: names no scene of ")
 
 
 def test_no_other_scan_of_an_excluded_room_is_trained_on(tmp_path):
     root = small_root(tmp_path, ("scene0000_00", "scene0000_01", "scene0001_00"))
     (root / "scannetv2_train.txt").write_text("scene0000_00\nscene0000_01\nscene0001_00\n")
-    request = Request(root, tmp_path / "out", exclude=frozenset({"scene0000_00"}), views=2)
+    request = Request(root, tmp_path / "out", exclude=(Entry("", ("scene0000_00",)),), views=2)
     report = prepare("scannet", request)
     assert Export(tmp_path / "out").scene_ids() == ["scene0001_00"]
     assert [n for why, n in report.dropped.items() if "scenes to exclude" in why] == [2]
@@ -318,13 +345,13 @@ def test_a_damaged_scan_is_left_out_with_its_line(tmp_path):
 @pytest.mark.parametrize(
     ("suffix", "change", "rule"),
     [
-        (".aggregation.json", lambda t: t[:50], "cannot be read as JSON"),
+        (".aggregation.json", lambda t: t[:50], "not JSON"),
         (".aggregation.json", lambda t: "[1]", "must be a JSON object"),
         (".aggregation.json", lambda t: "{}", "no segGroups"),
         (".aggregation.json", lambda t: t.replace('"label"', '"lable"'), "a label and segments"),
         (".aggregation.json", lambda t: t.replace("[0, 1]", '["x"]'), "list of whole numbers"),
         ("_vh_clean_2.0.010000.segs.json", lambda t: '{"segIndices": [1, 2]}', "2 segIndices for"),
-        ("_vh_clean_2.0.010000.segs.json", lambda t: None, "missing"),
+        ("_vh_clean_2.0.010000.segs.json", lambda t: None, "cannot be read: No such"),
         ("_vh_clean_2.ply", lambda t: None, "cannot be read"),
         (".sens", lambda t: None, "no RGB-D folder"),
     ],

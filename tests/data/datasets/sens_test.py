@@ -151,6 +151,20 @@ def test_intrinsics_belong_to_their_images_and_go_to_the_depths_size(tmp_path):
     np.testing.assert_allclose(scaled, wanted)
 
 
+def test_intrinsics_that_are_for_larger_pictures_are_scaled(tmp_path):
+    frames, _, _ = three_frames()
+    sens = open_sens(write(tmp_path / "a.sens", sens_bytes(frames, sizes=DEPTH_SIZE * 2)))
+    wanted = resized(COLOR_K[:3, :3], COLOR_SIZE, DEPTH_SIZE)
+    np.testing.assert_allclose(sens.color_intrinsic, wanted)
+    np.testing.assert_allclose(sens.depth_intrinsic, DEPTH_K[:3, :3])
+    (note,) = sens.notes
+    assert note.endswith("a.sens: colour: is for pictures of 24 x 16, these are 12 x 8: scaled")
+    aside = COLOR_K.copy()
+    aside[0, 2] += 6
+    rule = "colour: the centre 18.5, 7.5 is at 0.79, 0.50 of the sides of pictures of 24 x 16"
+    assert rule in refusal(write(tmp_path / "b.sens", sens_bytes(frames, color_k=aside)))
+
+
 def test_a_truncated_file_is_refused_with_the_frame(tmp_path):
     frames, _, _ = three_frames()
     whole = sens_bytes(frames)
