@@ -2,7 +2,8 @@
 
 What each term of eq. 2 is made of (* = not in the paper, ours):
 
-text        cross-entropy on the answer; KL to the teacher's top-k logits where a teacher answered
+text        cross-entropy on the answer; where a teacher answered, KL to its top-k logits at a
+            temperature and of the probability it left to all other tokens (`losses.distillation`)
 depth_ce, depth_reg, depth_kl
             bin cross-entropy, L1 of the expected depth, KL to the teacher's bins
 detection   focal + box loss of matched queries;
@@ -61,7 +62,7 @@ class HiddenCoTConfig:
     student: the model.
     terms: the terms of eq. 2 that are paid.
     weights: "uncertainty" (eq. 2) or "static" (all 1).
-    temperature: of the teacher's logits.
+    temperature: T of the teacher's logits, see `losses.distillation`.
     literal_cross_view: the sign of eq. 1 as printed; see `losses.cross_view`.
     vision: False trains the blind baseline: no vision tokens, no V, answers only.
     log_variance_bounds: of log sigma^2.
