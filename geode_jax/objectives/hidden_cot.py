@@ -12,7 +12,8 @@ detection   focal + box loss of matched queries;
 spatial     eq. 1 (features to the teacher's, cross-view); KL of left/right, above/below and the
             four relations;
             * the boxes of the objects it names, regressed from the states at their names; their
-            places, gaps and bearing and the number asked for, from the question's encoding
+            places, gaps from the first of them (from what distances are asked from), the turn and
+            the number asked for, from the question's encoding
 multiview   L2 between depths predicted by two views, reprojected onto each other
 feature     detector probabilities, spatial distributions, depth hints of student and teacher
 """
