@@ -532,7 +532,8 @@ def bounded(value: Array, low: float, high: float) -> jax.Array:
 
     The gradient passes inside the bounds, and outside of them wherever descent (a step against the
     gradient) leads back in; only a push further out is stopped. With the plain clip a parameter
-    that one step carried past a bound would stay there for good.
+    that one step carried past a bound would stay there for good. Only the whole gradient knows its
+    sign: parts of it must not be taken one by one and added up.
     """
     return jnp.clip(value, low, high)
 
@@ -553,7 +554,6 @@ def uncertainty_total(
     terms: Mapping[str, Pair],
     log_variance: Mapping[str, Array],
     bounds: tuple[float, float] = LOG_VARIANCE_BOUNDS,
-    share: float = 1.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Eq. 2: sum of L_i / (2 sigma_i^2) + log sigma_i over the terms that have a target [29].
 
@@ -564,8 +564,6 @@ def uncertainty_total(
         terms: (sum, count) by name, counts already added up over microbatches and devices.
         log_variance: the scalar parameter s of each term; never under weight decay.
         bounds: (low, high) of s.
-        share: part of log sigma paid here. With n microbatches each passes its own sum, the whole
-            batch's count and share 1/n, and the totals add up to eq. 2.
 
     Returns:
         The total and, for the log, each term's weight 1 / (2 sigma^2), a constant to autodiff.
@@ -578,7 +576,7 @@ def uncertainty_total(
     for name, pair in terms.items():
         s = bounded(log_variance[name], *bounds)
         weight = 0.5 * jnp.exp(-s)
-        total += jnp.where(pair[1] > 0, weight * mean(pair) + share * 0.5 * s, 0.0)
+        total += jnp.where(pair[1] > 0, weight * mean(pair) + 0.5 * s, 0.0)
         weights[name] = jax.lax.stop_gradient(weight)
     return total, weights
 

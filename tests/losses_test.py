@@ -697,26 +697,6 @@ def test_uncertainty_gradients_are_the_analytic_ones_and_absent_terms_pay_nothin
     assert grad_s["detection"] == 0.0
 
 
-def test_shares_of_microbatches_add_up_to_eq_2():
-    terms, s = terms_and_parameters()
-
-    def total(s):
-        return losses.uncertainty_total(terms, s)[0]
-
-    def of_microbatches(s):
-        parts = []
-        for part in (0.2, 0.3, 0.5):
-            sums = {name: (part * pair[0], pair[1]) for name, pair in terms.items()}
-            parts.append(losses.uncertainty_total(sums, s, share=1 / 3)[0])
-        return sum(parts)
-
-    expected, expected_grad = jax.value_and_grad(total)(s)
-    found, grad = jax.value_and_grad(of_microbatches)(s)
-    assert float(found) == pytest.approx(float(expected), rel=1e-5)
-    for name in s:
-        assert float(grad[name]) == pytest.approx(float(expected_grad[name]), rel=1e-4, abs=1e-6)
-
-
 def test_absent_terms_with_garbage_in_them_do_no_harm():
     terms = {"text": (jnp.float32(1.0), jnp.float32(1.0)), "spatial": (jnp.nan, jnp.float32(0.0))}
     s = {"text": jnp.float32(0.0), "spatial": jnp.float32(0.0)}

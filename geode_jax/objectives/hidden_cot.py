@@ -181,7 +181,7 @@ class HiddenCoT:
             jnp.max(probability, axis=-1),
         )
 
-    def total(self, model: HiddenCoTModel, terms: Terms, share: float) -> tuple[Array, dict]:
+    def total(self, model: HiddenCoTModel, terms: Terms) -> tuple[Array, dict]:
         """Eq. 2, or the static ablation; weights by `term/part` for the log."""
         grouped = {}
         for term in self.config.terms:
@@ -194,7 +194,7 @@ class HiddenCoT:
         else:
             log_variance = {name: model.log_variance[name][...] for name in grouped}
             total, weights = losses.uncertainty_total(
-                grouped, log_variance, self.config.log_variance_bounds, share
+                grouped, log_variance, self.config.log_variance_bounds
             )
         return total, weights
 
