@@ -21,7 +21,7 @@ import numpy as np
 from jax.scipy.special import logsumexp, xlogy
 from optax.assignment import hungarian_algorithm
 
-from geode_jax.boxes import encode_boxes, generalized_iou
+from geode_jax.boxes import encode_boxes, generalized_iou, nearer_code, other_code
 from geode_jax.correspondence import gather_views, reprojection
 from geode_jax.ops.cross_entropy import Scores
 from geode_jax.shapes import Array
@@ -283,8 +283,14 @@ def focal_loss(
 
 
 def _box_distance(boxes_8: jax.Array, target_8: jax.Array) -> jax.Array:
-    l1 = jnp.sum(jnp.abs(boxes_8 - target_8), axis=-1)
-    return BOX_L1_WEIGHT * l1 + BOX_GIOU_WEIGHT * (1.0 - generalized_iou(boxes_8, target_8))
+    def to_code(code_8):
+        l1 = jnp.sum(jnp.abs(boxes_8 - code_8), axis=-1)
+        straight = 0.5 + 0.5 * code_8[..., 7]  # cos^2 of the yaw that the overlap takes as 0
+        overlap = straight * generalized_iou(boxes_8, code_8)
+        overlap += (1.0 - straight) * generalized_iou(other_code(boxes_8), other_code(code_8))
+        return BOX_L1_WEIGHT * l1 + BOX_GIOU_WEIGHT * (1.0 - overlap)
+
+    return nearer_code(to_code, target_8)
 
 
 def _encode_known(target_boxes_N7: Array, mask_N: jax.Array) -> jax.Array:
@@ -296,7 +302,10 @@ def box_loss(boxes_N8: Array, target_boxes_N7: Array, mask_N: Array) -> Pair:
     """Localization loss of matched boxes, Sec. III-D.2; count = boxes.
 
     L1 over the code of `encode_boxes` (metres, log size, doubled angle) plus 1 - generalized IoU of
-    the boxes without their yaw (`generalized_iou`), with the weights of the matching cost.
+    the boxes without their yaw (`generalized_iou`), with the weights of the matching cost. Of a
+    box's two codes the nearer counts (`boxes.nearer_code`). Along which of the world's axes its
+    length lies, for the overlap, is a mean of the two by the squared cosine of the yaw that is left
+    out, so nothing jumps where a box turns, and both codes of a prediction cost the same.
 
     Args:
         boxes_N8: predictions [..., N, 8], encoded.

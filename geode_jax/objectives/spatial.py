@@ -1,9 +1,10 @@
 """What a question is about, in space: the targets of `task_heads.SpatialHead`."""
 
+import jax
 import jax.numpy as jnp
 
 from geode_jax import losses
-from geode_jax.boxes import encode_boxes
+from geode_jax.boxes import encode_boxes, nearer_code
 from geode_jax.models.task_heads import GAP_FLOOR, SpatialOutput
 from geode_jax.shapes import Array, Batch
 from geode_jax.train_step import Terms
@@ -19,7 +20,7 @@ def asked_terms(spatial: SpatialOutput, batch: Batch) -> Terms:
         "relations": losses.binary_kl(
             spatial.relations_SQR, batch.relations_SQR, batch.relations_mask_SQR
         ),
-        "objects": huber(spatial.objects_SQOb, encode_boxes(boxes_SQO7), found_SQO),
+        "objects": huber_box(spatial.objects_SQOb, boxes_SQO7, found_SQO),
         "places": huber(spatial.places_SQO3, boxes_SQO7[..., :3], known_SQO),
         "gaps": huber(
             spatial.log_gaps_SQO[..., 1:, None],
@@ -38,7 +39,18 @@ def asked_terms(spatial: SpatialOutput, batch: Batch) -> Terms:
 def huber(prediction: Array, target: Array, mask: Array) -> losses.Pair:
     """Huber loss (delta 1) summed over the last axis; count = masked entries [...]."""
     mask = jnp.asarray(mask)
-    error = jnp.where(mask[..., None], prediction - target, 0.0)
-    size = jnp.abs(error)
-    loss = jnp.where(size < 1, 0.5 * error**2, size - 0.5)
+    loss = _huber(jnp.where(mask[..., None], prediction - target, 0.0))
     return jnp.sum(loss), jnp.sum(mask, dtype=jnp.float32)
+
+
+def huber_box(codes_8: Array, boxes_7: Array, mask: Array) -> losses.Pair:
+    """`huber` of box codes to the nearer code of boxes of positive size, `boxes.nearer_code`."""
+    mask = jnp.asarray(mask)
+    codes_8 = jnp.where(mask[..., None], codes_8, 0.0)
+    loss = nearer_code(lambda code: _huber(codes_8 - code), encode_boxes(boxes_7))
+    return jnp.sum(jnp.where(mask, loss, 0.0)), jnp.sum(mask, dtype=jnp.float32)
+
+
+def _huber(error: Array) -> jax.Array:
+    size = jnp.abs(error)
+    return jnp.sum(jnp.where(size < 1, 0.5 * error**2, size - 0.5), axis=-1)
