@@ -137,7 +137,7 @@ def base() -> ml_collections.ConfigDict:
                 "terms": TERMS,
                 "weights": "uncertainty",
                 "logits": True,  # learn from the teacher's, where the export has them
-                "temperature": 2.0,
+                "temperature": 2.0,  # of their ratios; what they leave to other tokens is held at 1
                 "literal_cross_view": False,
                 "vision": True,
                 "log_variance_bounds": (-7.0, 7.0),

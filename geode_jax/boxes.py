@@ -2,7 +2,15 @@
 
 A box [7] is centre xyz, size xyz (metres, world frame) and yaw about z (radians); its code [8] is
 centre, log size, sin 2 yaw, cos 2 yaw. Any leading axes.
+
+A box turned by 180 degrees is the same box, and so is one turned by 90 degrees whose length and
+width are swapped: it has four names and, since the code is of the doubled angle, two codes. Either
+decodes to the box, so a prediction is as far from a box as from the nearer of its codes
+(`nearer_code`): to insist on one of them would make a loss jump where a box turned a little more
+has the other.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +21,8 @@ from geode_jax.shapes import Array
 def encode_boxes(boxes_7: Array) -> jax.Array:
     """Boxes [..., 7] (centre, size > 0, yaw) as [..., 8]: centre, log size, sin 2 yaw, cos 2 yaw.
 
-    A box turned by 180 degrees is the same box, and so is one turned by 90 degrees whose length and
-    width are swapped: of the four names of a box the code is that of the one whose yaw is
-    within 45 degrees, so its sizes are those along (nearly) the world's x and y.
+    Of the two codes of a box it is that of the name whose yaw is within 45 degrees, so its sizes
+    are those along (nearly) the world's x and y.
     """
     quarter = jnp.round(boxes_7[..., 6:7] / (0.5 * jnp.pi))
     odd = quarter % 2 == 1
@@ -24,6 +31,21 @@ def encode_boxes(boxes_7: Array) -> jax.Array:
     size = (jnp.where(odd, width, length), jnp.where(odd, length, width), boxes_7[..., 5:6])
     parts = (boxes_7[..., :3], *(jnp.log(edge) for edge in size), jnp.sin(double), jnp.cos(double))
     return jnp.concatenate(parts, axis=-1)
+
+
+def other_code(boxes_8: Array) -> jax.Array:
+    """The other code of the same boxes: turned by 90 degrees, length and width swapped."""
+    x, y = boxes_8[..., 3:4], boxes_8[..., 4:5]
+    return jnp.concatenate([boxes_8[..., :3], y, x, boxes_8[..., 5:6], -boxes_8[..., 6:]], axis=-1)
+
+
+def nearer_code(distance: Callable[[Array], Array], boxes_8: Array) -> jax.Array:
+    """`distance(code)` [...] for the one of the two codes of boxes [..., 8] that is nearer.
+
+    Continuous in the boxes, if the distance is in the code, and the same for each of their names.
+    """
+    one, other = distance(boxes_8), distance(other_code(boxes_8))
+    return jnp.where(one <= other, one, other)
 
 
 def decode_boxes(boxes_8: Array) -> jax.Array:

@@ -21,7 +21,7 @@ import numpy as np
 from jax.scipy.special import logsumexp, xlogy
 from optax.assignment import hungarian_algorithm
 
-from geode_jax.boxes import encode_boxes, generalized_iou
+from geode_jax.boxes import encode_boxes, generalized_iou, nearer_code, other_code
 from geode_jax.correspondence import gather_views, reprojection
 from geode_jax.ops.cross_entropy import Scores
 from geode_jax.shapes import Array
@@ -93,55 +93,57 @@ def token_cross_entropy(scores: Scores, paid: Array) -> Array:
 
 def distillation(
     score_k: Array,
-    lse: Array,
-    rest: Array | None,
+    rest: Array,
     topk_id_k: Array,
     topk_logprob_k: Array,
     mask: Array,
     temperature: float = 1.0,
 ) -> Pair:
-    """KL(teacher || student) from the teacher's top-k logits, Sec. III-D.1 and Hinton et al. [12].
+    """The teacher's top-k logits, Sec. III-D.1 and Hinton et al. [12]; count = positions.
 
-    At temperature 1 the vocabulary is split into the k listed tokens and one bucket for the rest,
-    with the probability the teacher left over: the student is held to the listed probabilities
-    themselves, and how it spreads the rest is free. That is a lower bound of the full KL, exact for
-    k = X. At another temperature the teacher's tail cannot be known, so both distributions are
-    renormalised over the k listed tokens; times T^2, which keeps the size of the gradient. The
-    paper writes cross-entropy: the same gradient.
+    With P and Q the probabilities that teacher and student give to the listed tokens together at
+    temperature 1, and p and q their distributions over these tokens alone at temperature T,
+
+        P T^2 KL(p || q) + P log(P / Q) + (1 - P) log((1 - P) / (1 - Q))
+
+    The first part has the soft targets; T^2 keeps the size of its gradient. It cannot see what the
+    student gives to tokens that are not listed, which the other two hold to what the teacher left
+    over. They are at temperature 1, where that is known: at another it would depend on how the
+    teacher spread it, which nobody stored. So at every T the loss is 0 exactly where the student's
+    probability of every listed token is the teacher's, and how it spreads the rest is free. At T =
+    1 the three add up to the KL over the listed tokens and one bucket for the rest, a lower bound
+    of the full KL; for k = X the first is the full KL at T, the others 0. The paper writes
+    cross-entropy: the same gradient.
 
     Args:
         score_k: [..., k], the student's logits of the listed tokens, of `ops.cross_entropy`.
-        lse: [...], log-sum-exp of all its logits.
-        rest: [...], of all but the listed, -inf where there are none; read at temperature 1 only.
+        rest: [...], log-sum-exp of all but the listed, -inf where there are none.
         topk_id_k: int [..., k], distinct; an entry with a negative id or log-probability -inf is
             padding.
         topk_logprob_k: [..., k], normalised over the whole vocabulary at temperature 1.
         mask: [...]; positions without any entry are not counted.
         temperature: T > 0, a Python number.
     """
-    mask = _mask(mask, lse.shape)
+    mask = _mask(mask, rest.shape)
     entry = mask[..., None] & (topk_id_k >= 0) & jnp.isfinite(topk_logprob_k)
     mask = jnp.any(entry, axis=-1)
     score_k, logprob_k = _keep(score_k, entry), _keep(topk_logprob_k, entry)
-    if temperature != 1.0:
-        # Finite, so that a row without entries stays finite too.
-        teacher_k = jax.nn.log_softmax(jnp.where(entry, logprob_k / temperature, -1e30))
-        student_k = jax.nn.log_softmax(jnp.where(entry, score_k / temperature, -1e30))
-        kl_k = jnp.exp(teacher_k) * (teacher_k - student_k)
-        return _masked_sum(temperature**2 * jnp.sum(jnp.where(entry, kl_k, 0.0), -1), mask)
-    prob_k = jnp.where(entry, jnp.exp(logprob_k), 0.0)
-    # Rounded (float16) log-probabilities may add up to a little more than 1.
-    excess = jnp.maximum(jnp.sum(prob_k, -1, keepdims=True), 1.0)
-    prob_k, logprob_k = prob_k / excess, logprob_k - jnp.log(excess)
-    lse = _keep(lse, mask)
-    kl = jnp.sum(prob_k * jnp.where(entry, logprob_k - (score_k - lse[..., None]), 0.0), -1)
-    # The student's tail is of the other logits themselves: 1 - sum(listed) would cancel.
-    tail = jnp.maximum(1.0 - jnp.sum(prob_k, axis=-1), 0.0)
-    has_tail = mask & (tail > 0) & (rest > -jnp.inf)
-    log_tail = _keep(rest, has_tail) - lse
-    teacher_log_tail = jnp.log(jnp.where(has_tail, tail, 1.0))
-    kl += jnp.where(has_tail, tail * (teacher_log_tail - log_tail), 0.0)
-    return _masked_sum(kl, mask)
+    # Finite, so that a row without entries stays finite too.
+    teacher_k = jax.nn.log_softmax(jnp.where(entry, logprob_k / temperature, -1e30))
+    student_k = jax.nn.log_softmax(jnp.where(entry, score_k / temperature, -1e30))
+    kl = jnp.sum(jnp.where(entry, jnp.exp(teacher_k) * (teacher_k - student_k), 0.0), axis=-1)
+    # Rounded (float16) log-probabilities may add up to a little more than 1, or to less where there
+    # is nothing else.
+    has_rest = mask & (rest > -jnp.inf)
+    listed = jnp.sum(jnp.where(entry, jnp.exp(logprob_k), 0.0), axis=-1)
+    listed = jnp.where(has_rest, jnp.minimum(listed, 1.0), 1.0)
+    # log Q and log (1 - Q) by the odds: neither cancels where it is close to 0.
+    log_odds = logsumexp(jnp.where(entry, score_k, -1e30), axis=-1) - _keep(rest, has_rest)
+    log_odds = jnp.where(has_rest, log_odds, 0.0)
+    mass = xlogy(listed, listed) + listed * jax.nn.softplus(-log_odds)
+    mass += xlogy(1.0 - listed, 1.0 - listed) + (1.0 - listed) * jax.nn.softplus(log_odds)
+    mass = jnp.where(has_rest, mass, 0.0)
+    return _masked_sum(listed * temperature**2 * kl + mass, mask)
 
 
 # Depth (Sec. III-D.2)
@@ -281,8 +283,14 @@ def focal_loss(
 
 
 def _box_distance(boxes_8: jax.Array, target_8: jax.Array) -> jax.Array:
-    l1 = jnp.sum(jnp.abs(boxes_8 - target_8), axis=-1)
-    return BOX_L1_WEIGHT * l1 + BOX_GIOU_WEIGHT * (1.0 - generalized_iou(boxes_8, target_8))
+    def to_code(code_8):
+        l1 = jnp.sum(jnp.abs(boxes_8 - code_8), axis=-1)
+        straight = 0.5 + 0.5 * code_8[..., 7]  # cos^2 of the yaw that the overlap takes as 0
+        overlap = straight * generalized_iou(boxes_8, code_8)
+        overlap += (1.0 - straight) * generalized_iou(other_code(boxes_8), other_code(code_8))
+        return BOX_L1_WEIGHT * l1 + BOX_GIOU_WEIGHT * (1.0 - overlap)
+
+    return nearer_code(to_code, target_8)
 
 
 def _encode_known(target_boxes_N7: Array, mask_N: jax.Array) -> jax.Array:
@@ -294,7 +302,10 @@ def box_loss(boxes_N8: Array, target_boxes_N7: Array, mask_N: Array) -> Pair:
     """Localization loss of matched boxes, Sec. III-D.2; count = boxes.
 
     L1 over the code of `encode_boxes` (metres, log size, doubled angle) plus 1 - generalized IoU of
-    the boxes without their yaw (`generalized_iou`), with the weights of the matching cost.
+    the boxes without their yaw (`generalized_iou`), with the weights of the matching cost. Of a
+    box's two codes the nearer counts (`boxes.nearer_code`). Along which of the world's axes its
+    length lies, for the overlap, is a mean of the two by the squared cosine of the yaw that is left
+    out, so nothing jumps where a box turns, and both codes of a prediction cost the same.
 
     Args:
         boxes_N8: predictions [..., N, 8], encoded.
@@ -530,7 +541,8 @@ def bounded(value: Array, low: float, high: float) -> jax.Array:
 
     The gradient passes inside the bounds, and outside of them wherever descent (a step against the
     gradient) leads back in; only a push further out is stopped. With the plain clip a parameter
-    that one step carried past a bound would stay there for good.
+    that one step carried past a bound would stay there for good. Only the whole gradient knows its
+    sign: parts of it must not be taken one by one and added up.
     """
     return jnp.clip(value, low, high)
 
@@ -551,7 +563,6 @@ def uncertainty_total(
     terms: Mapping[str, Pair],
     log_variance: Mapping[str, Array],
     bounds: tuple[float, float] = LOG_VARIANCE_BOUNDS,
-    share: float = 1.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Eq. 2: sum of L_i / (2 sigma_i^2) + log sigma_i over the terms that have a target [29].
 
@@ -562,8 +573,6 @@ def uncertainty_total(
         terms: (sum, count) by name, counts already added up over microbatches and devices.
         log_variance: the scalar parameter s of each term; never under weight decay.
         bounds: (low, high) of s.
-        share: part of log sigma paid here. With n microbatches each passes its own sum, the whole
-            batch's count and share 1/n, and the totals add up to eq. 2.
 
     Returns:
         The total and, for the log, each term's weight 1 / (2 sigma^2), a constant to autodiff.
@@ -576,7 +585,7 @@ def uncertainty_total(
     for name, pair in terms.items():
         s = bounded(log_variance[name], *bounds)
         weight = 0.5 * jnp.exp(-s)
-        total += jnp.where(pair[1] > 0, weight * mean(pair) + share * 0.5 * s, 0.0)
+        total += jnp.where(pair[1] > 0, weight * mean(pair) + 0.5 * s, 0.0)
         weights[name] = jax.lax.stop_gradient(weight)
     return total, weights
 

@@ -88,9 +88,11 @@ class Batch:
     question_length_SQ: Array  # int32
     answer_SQA: Array  # int32, answer + eos, right-padded
     answer_length_SQ: Array  # int32, 0 = padding question
-    objects_SQO7: Array  # float32 boxes of the named objects
+    objects_SQO7: Array  # float32 boxes of the named objects, the one distances are from first
     objects_mask_SQO: Array  # bool
     gaps_SQO: Array  # float32 metres between the closest points of the first of them and each
+    angle_SQ2: Array  # float32 (sin, cos) of the turn that is asked, left positive
+    angle_mask_SQ: Array  # bool
     relations_SQR: Array  # float32 probability of the first alternative
     relations_mask_SQR: Array  # bool
     teacher_relations_SQR: Array  # float32, same convention, from `teacher/relations`

@@ -40,8 +40,8 @@ class Objective(Protocol):
         """Every loss as (sum, count)."""
         ...
 
-    def total(self, model: nnx.Module, terms: Terms, share: float) -> tuple[Array, dict]:
-        """The loss of `terms`, and weights for the log; `share` = this microbatch's part."""
+    def total(self, model: nnx.Module, terms: Terms) -> tuple[Array, dict]:
+        """The loss of a whole batch's `terms`, linear in their sums, and weights for the log."""
         ...
 
     @property
@@ -150,8 +150,10 @@ def make_train_step(
 
     The batch's scenes are split into `microbatches`, each with a part of every device's. The counts
     of all microbatches are summed first (they depend on the masks only, so the compiler drops the
-    model from that pass), and every microbatch then pays sum / total count: the gradient equals the
-    whole batch's exactly, however unevenly the answer tokens fall.
+    model from that pass), and every microbatch then pays sum / total count. What the total itself
+    has parameters for, eq. 2's uncertainties, is differentiated once, at the summed terms: at a
+    bound of theirs the sign of the whole gradient counts. So the gradient equals the whole batch's
+    exactly, however unevenly the answer tokens fall.
 
     Args:
         objective: what is paid.
@@ -175,23 +177,26 @@ def make_train_step(
 
         total_counts = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(counts, micro))
 
-        def loss(params, one):
+        def total(params, sums):
             model = nnx.merge(graph, params, frozen)
-            sums = {name: part for name, (part, _) in objective.terms(model, one).items()}
             terms = {name: (part, total_counts[name]) for name, part in sums.items()}
-            total, weights = objective.total(model, terms, 1.0 / microbatches)
-            return total, (sums, weights)
+            return objective.total(model, terms)
+
+        def loss(params, one):
+            terms = objective.terms(nnx.merge(graph, params, frozen), one)
+            sums = {name: part for name, (part, _) in terms.items()}
+            return total(jax.lax.stop_gradient(params), sums)[0], sums
 
         def body(carry, one):
-            (total, (sums, weights)), grads = jax.value_and_grad(loss, has_aux=True)(params, one)
-            return jax.tree.map(jnp.add, carry, (total, sums, grads)), weights
+            grads, sums = jax.grad(loss, has_aux=True)(params, one)
+            return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
-        shapes = jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], micro))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][0]))
-        start = (*zeros, jax.tree.map(jnp.zeros_like, params))
-        (total, sums, grads), weights = jax.lax.scan(body, start, micro)
-        weights = jax.tree.map(lambda x: x[0], weights)
-        return total, sums, total_counts, weights, grads
+        sums = jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], micro))[1]
+        sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+        start = sums, jax.tree.map(jnp.zeros_like, params)
+        (sums, grads), _ = jax.lax.scan(body, start, micro)
+        (value, weights), own = jax.value_and_grad(total, has_aux=True)(params, sums)
+        return value, sums, total_counts, weights, jax.tree.map(jnp.add, grads, own)
 
     def step(state: TrainState, batch: Batch):
         total, sums, counts, weights, grads = accumulate(state.params, state.frozen, batch)

@@ -112,6 +112,8 @@ def tiny_batch(scenes: int = 2, questions: int = 3, seed: int = 0) -> Batch:
         objects_SQO7=random.uniform(0.3, 2, (S, Q, 5, 7)).astype(np.float32),
         objects_mask_SQO=np.broadcast_to(asked[:, None], (S, Q, 5)),
         gaps_SQO=random.uniform(0, 3, (S, Q, 5)).astype(np.float32),
+        angle_SQ2=np.tile(np.float32([0.6, -0.8]), (S, Q, 1)),
+        angle_mask_SQ=np.broadcast_to(asked, (S, Q)),
         relations_SQR=random.random((S, Q, 6)).astype(np.float32),
         relations_mask_SQR=mask(6),
         teacher_relations_SQR=random.random((S, Q, 6)).astype(np.float32),

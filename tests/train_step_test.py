@@ -67,7 +67,7 @@ class FewTerms(HiddenCoT):
         value = spatial.log_value_SQ[..., None], batch.value_SQ[..., None], batch.value_mask_SQ
         depth = batch.teacher_depth_bins_SVPB, batch.teacher_depth_bins_mask_S[:, None, None]
         return {
-            "text": text_term(student.decoder, hidden, batch),
+            "text": text_term(student.decoder, hidden, batch, self.config.temperature),
             "spatial/relations": losses.binary_kl(*relations),
             "spatial/value": huber(*value),
             "depth_kl": losses.depth_bin_kl(scene.z_SVPD[..., : depth[0].shape[-1]], *depth),
@@ -78,8 +78,13 @@ class FewTerms(HiddenCoT):
     "make", [FewTerms, pytest.param(HiddenCoT, marks=pytest.mark.slow)], ids=["few", "all"]
 )
 def test_microbatches_give_the_gradient_of_the_whole_batch(make):
-    objective = make(HiddenCoTConfig(ONE_LAYER))
+    bounds = -2.0, 1.0
+    config = HiddenCoTConfig(ONE_LAYER, temperature=2.0, log_variance_bounds=bounds)
+    objective = make(config)
     model = materialize(objective.build)
+    # At and beyond their bounds, where microbatches push either way; one between them.
+    for name, s in {"text": 1.0, "depth_kl": -2.0, "depth_reg": 1.1, "detection": -2.2}.items():
+        model.log_variance[name][...] = jnp.float32(s)
     graph, params, frozen = nnx.split(model, objective.trainable, ...)
     # Plain descent at rate 1: the update is the gradient.
     optimizer = optax.apply_if_finite(optax.sgd(1.0), NEVER)
@@ -100,6 +105,61 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(make):
     np.testing.assert_allclose(squares**0.5, size, rtol=1e-4)
     for (path, a), (_, b) in zip(*map(nnx.to_flat_state, (one, many)), strict=True):
         np.testing.assert_allclose(a[...], b[...], atol=1e-6 * size, rtol=1e-6, err_msg=str(path))
+
+
+class Weighed(nnx.Module):
+    def __init__(self):
+        self.log_variance = param(jnp.zeros(()))
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenLoss:
+    """Eq. 2 of one loss that is given."""
+
+    trainable = nnx.Param
+
+    def build(self, rngs):
+        return Weighed()
+
+    def terms(self, model, batch):
+        return {"text": (jnp.sum(batch["sum"]), jnp.sum(batch["count"]))}
+
+    def total(self, model, terms):
+        return losses.uncertainty_total(terms, {"text": model.log_variance[...]}, (-7.0, 4.0))
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+def test_an_uncertainty_at_its_bound_moves_as_the_whole_batch_says(microbatches):
+    """Of sums 10 and 1000 the one alone would push it in, the other out of its bound."""
+    graph, params, frozen = nnx.split(Weighed(), nnx.Param, ...)
+    optimizer = optax.apply_if_finite(optax.sgd(1.0), NEVER)
+    state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
+    step = make_train_step(GivenLoss(), graph, optimizer, state, microbatches)
+    tried = set()
+    for sums, counts in (
+        ([10, 1000, 10, 1000], [1, 1, 1, 1]),
+        ([10, 1000, 0, 0], [1, 9, 0, 0]),
+        ([0, 1e-4, 0, 1e-3], [0, 1, 0, 1]),
+        ([0, 60, 0, 0], [0, 1, 0, 0]),
+        ([0, 0, 0, 0], [0, 0, 0, 0]),
+    ):
+        for s in (-9.0, -7.0, -1.0, 4.0, 5.0):
+            own = jax.tree.map(lambda x, s=s: jnp.full_like(x, s), params)
+            state = TrainState(jnp.zeros((), jnp.int32), own, frozen, optimizer.init(own))
+            batch = {"sum": np.float32(sums), "count": np.float32(counts)}
+            after, metrics = step(state, batch)
+            mean, bound = sum(sums) / max(sum(counts), 1), min(max(s, -7.0), 4.0)
+            gradient = 0.5 - 0.5 * np.exp(-bound) * mean if sum(counts) else 0.0
+            outward = (s >= 4 and gradient < 0) or (s <= -7 and gradient > 0)
+            tried.add((s, outward))
+            gradient = 0.0 if outward else gradient
+            moved = s - float(after.params["log_variance"][...])
+            assert moved == pytest.approx(gradient, rel=1e-5, abs=1e-6)
+            assert metrics["grad_norm"] == pytest.approx(abs(gradient), rel=1e-5, abs=1e-6)
+            total = 0.5 * np.exp(-bound) * mean + 0.5 * bound if sum(counts) else 0.0
+            assert metrics["loss"] == pytest.approx(total, rel=1e-5)
+            assert metrics["weight/text"] == pytest.approx(0.5 * np.exp(-bound), rel=1e-5)
+    assert {(s, outward) for s in (-7.0, 4.0) for outward in (True, False)} <= tried
 
 
 # --- A line through points, the smallest objective ------------------------------------------------
@@ -125,9 +185,9 @@ class FitLine:
         mask = batch["mask"]
         return {"error": (jnp.sum(jnp.where(mask, error**2, 0)), jnp.sum(mask, dtype=jnp.float32))}
 
-    def total(self, model, terms, share):
+    def total(self, model, terms):
         part, count = terms["error"]
-        return part / count + share * jnp.sum(model.learned[...]), {"error": jnp.ones(())}
+        return part / count + jnp.sum(model.learned[...]), {"error": jnp.ones(())}
 
 
 def points(seed: int = 0) -> dict[str, np.ndarray]:

@@ -24,6 +24,14 @@ TEACHER_LOGITS = (
 """What is read of a scene for `add_teacher_logits`."""
 _TEACHER_COLUMN = {"left_right": 0, "above_below": 2}  # P(left) and P(above), contract section 3
 
+_TURN = (0, 1, 0, 2)
+"""Of which objects the turn is that a question asks for: who goes, or looks, from the first of them
+to the second has to turn at the third to face the fourth. So it stands where a question has one
+stand by an object and face another."""
+_ROUTE_TURN = {3: (0, 1, 1, 2), 4: (0, 1, 0, 3)}
+"""Of a route's, by how many objects it names: start, object faced, destination and, where the first
+turn is on the spot, the stop before it. Of two turns it is the first."""
+
 
 def stack_questions(
     records: Sequence[Mapping[str, Any]],
@@ -35,9 +43,11 @@ def stack_questions(
 ) -> dict[str, np.ndarray]:
     """Question records as arrays [n, ...], named as the question fields of `Batch`.
 
-    Beside them, of every named object: `object_index` [n, O], its row of `target/boxes`;
-    `object_place` [n, O], the place in the question of the last token of its name, where the text
-    has it first. -1 where unknown, and of names that stand for several objects.
+    The objects are in the record's order, but the one that distances are measured from is the
+    first. Beside them, of every object: `object_place` [n, O], the place in the question of the
+    last token of its name, where the text has it first; and of the record's first two: `pair`
+    [n, 2], their rows of `target/boxes`. -1 where unknown, and of names that stand for several
+    objects.
 
     Args:
         records: n question records whose prompts and answers fit.
@@ -58,7 +68,9 @@ def stack_questions(
         "objects": np.zeros((n, MAX_OBJECTS, 7), np.float32),
         "objects_mask": np.zeros((n, MAX_OBJECTS), bool),
         "gaps": np.zeros((n, MAX_OBJECTS), np.float32),
-        "object_index": np.full((n, MAX_OBJECTS), -1, np.int32),
+        "angle": np.zeros((n, 2), np.float32),
+        "angle_mask": np.zeros(n, bool),
+        "pair": np.full((n, 2), -1, np.int32),
         "object_place": np.full((n, MAX_OBJECTS), -1, np.int32),
         "relations": np.zeros((n, len(RELATIONS)), np.float32),
         "relations_mask": np.zeros((n, len(RELATIONS)), bool),
@@ -93,17 +105,22 @@ def stack_questions(
         ids = [*answers[i], tokenizer.eos_id]
         arrays["answer"][i, : len(ids)] = ids
         arrays["answer_length"][i] = len(ids)
-        objects = record.get("objects", ())[:MAX_OBJECTS]
-        names = [item["name"] for item in objects]
+        objects = _anchor_first(record)[:MAX_OBJECTS]
+        names = [item["name"] for item in record.get("objects", ())]
+        for j, item in enumerate(record.get("objects", ())[:2]):
+            if names.count(item["name"]) == 1:
+                arrays["pair"][i, j] = item.get("index", -1)
         for j, item in enumerate(objects):
             arrays["objects"][i, j] = item["box"]
             arrays["objects_mask"][i, j] = True
-            if names.count(item["name"]) > 1:
-                continue
-            arrays["object_index"][i, j] = item.get("index", -1)
             found = re.search(rf"\b{re.escape(item['name'])}\b", texts[i])
-            if found:
+            if found and names.count(item["name"]) == 1:
                 arrays["object_place"][i, j] = bisect.bisect_left(ends, found.end())
+        turn = _ROUTE_TURN.get(len(objects)) if record["kind"] == "route_planning" else _TURN
+        if turn and max(turn) < len(objects) and (arrays["object_place"][i, [*turn]] >= 0).all():
+            angle = _turn([objects[j]["box"] for j in turn])
+            if angle is not None:
+                arrays["angle"][i], arrays["angle_mask"][i] = angle, True
         own = [rows[tuple(item["box"])] for item in objects]
         arrays["gaps"][i, : len(own)] = gaps[own[:1], own]
         for name, probability in record.get("relation", {}).items():
@@ -119,6 +136,30 @@ def stack_questions(
             arrays["box"][i] = record["box"]
             arrays["box_mask"][i] = True
     return arrays
+
+
+def _anchor_first(record: Mapping[str, Any]) -> list[dict]:
+    """The objects a question names, the one that distances are measured from first.
+
+    Of "which of these is the closest to ..." that is the one which is no option, wherever the
+    record has it.
+    """
+    objects = list(record.get("objects", ()))
+    if record["kind"] == "object_rel_distance":
+        options = {option.split(". ", 1)[-1] for option in record.get("options", ())}
+        objects.sort(key=lambda item: item["name"] in options)
+    return objects
+
+
+def _turn(boxes: Sequence[Sequence[float]]) -> tuple[float, float] | None:
+    """(sin, cos) of the turn at the third of four boxes to face the fourth.
+
+    The heading before is that from the first box to the second. Seen from above (z up), counter-
+    clockwise positive: sin > 0 is to the left. None where one of the two ways has no length.
+    """
+    start, end, here, there = (complex(*box[:2]) for box in boxes)
+    turn = (there - here) * (end - start).conjugate()
+    return (turn.imag / abs(turn), turn.real / abs(turn)) if turn else None
 
 
 def add_teacher_logits(
@@ -184,7 +225,7 @@ def lay_out_questions(
         field = np.full((slots, *array.shape[1:]), fill, array.dtype)
         field[: len(chosen)] = array[chosen]
         fields[name] = field
-    pairs = fields.pop("object_index")[:, :2]
+    pairs = fields.pop("pair")
     pairs[len(chosen) :] = -1
     teacher, mask = _teacher_relations(tensors, pairs)
     packed = lay_out(
@@ -204,7 +245,7 @@ def lay_out_questions(
 def _teacher_relations(
     tensors: Mapping[str, np.ndarray], pairs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The teacher's relations of the first two objects of every question.
+    """The teacher's relations of the first two objects of every record.
 
     Args:
         tensors: a scene's; `teacher/relations` has row i * N + j for box i relative to box j.

@@ -154,7 +154,11 @@ class _Asker:
         return not (np.abs(local) < others[:, 3:5] / 2).all(-1).any()
 
     def draft(self, question: str, answer: str, rows, rationale: str, **extra) -> dict:
-        """A record without its id; `rows` = the objects in the order the question names them."""
+        """A record without its id.
+
+        `rows` = the objects in the order the question names them, except that the one which
+        distances are measured from comes first.
+        """
         record = {"question": question, "answer": answer, "rationale": rationale, **extra}
         if len(rows):
             record["objects"] = [
@@ -396,7 +400,7 @@ def _rel_distance(ask: _Asker) -> Iterator[dict]:
             f"({', '.join(names)}) is the closest to the {ask.names[anchor]}?\n"
             "If there are multiple instances of an object category, measure to the closest."
         )
-        rows = [*(nearest[name] for name in names), anchor]
+        rows = [anchor, *(nearest[name] for name in names)]
         rationale = f"{' '.join(measured)} The {ranked[0]} is the closest."
         yield ask.choice(question, names, ranked[0], rows, rationale)
 
@@ -510,7 +514,8 @@ def _route(ask: _Asker, rows: tuple[int, ...], turns: tuple[str, ...]) -> dict:
     every = ask.shuffled(itertools.product(_TURNS, repeat=len(turns)))
     others = [option for option in every if option != turns][:3]
     options = [", ".join(option) for option in ask.shuffled([turns, *others])]
-    # Rows in the order of the text: start, faced, destination, then a way point in between.
+    # In the order of the text: start, faced, destination, then a way point in between; which of
+    # them the turns are between, `question_arrays` knows.
     named = [rows[0], rows[1], rows[-1], *rows[2:-1]]
     rationale = " ".join(f"{k}. {step}." for k, step in enumerate(solved, 1))
     return ask.choice(question, options, ", ".join(turns), named, rationale)
@@ -536,8 +541,9 @@ def _appearance_order(ask: _Asker) -> Iterator[dict]:
     others = [p for p in itertools.permutations(order) if list(p) != order]
     options = [", ".join(p) for p in ask.shuffled([tuple(order), *ask.shuffled(others)[:3]])]
     listed = ask.shuffled(order)
-    rows = [max(ask.groups[name], key=lambda n: ask.seen.rays[:, n].sum()) for name in listed]
     where = {name: view for view, names in first.items() for name in names}
+    # Of several the one that decides: which is seen best where the category first appears.
+    rows = [max(ask.groups[name], key=lambda n: ask.seen.rays[where[name], n]) for name in listed]
     seen = " ".join(f"The {name} first appears in view {where[name] + 1}." for name in order)
     question = (
         "What will be the first-time appearance order of the following categories in the video: "

@@ -63,7 +63,7 @@ VOXEL = 0.75
 """Edge of a point token's voxel, metres: furniture of half a metre and more has one or more."""
 PRODUCER = {
     "project": "geode_jax rooms",
-    "commit": "rooms version 5",
+    "commit": "rooms version 6",
     "weights": "none: tokens are a fixed function of the true geometry and colour",
     "licence": "CC0-1.0",
 }

@@ -49,7 +49,7 @@ class Evaluator:
             return objective.terms(model_of(state), batch)
 
         def total(state, sums):
-            return objective.total(model_of(state), sums, 1.0)[0]
+            return objective.total(model_of(state), sums)[0]
 
         def answers(state, batch):
             model = model_of(state)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from geode_jax.boxes import encode_boxes
+from geode_jax.boxes import encode_boxes, nearer_code
 from geode_jax.losses import Pair
 from geode_jax.models.layers import LayerNorm, Mlp
 from geode_jax.models.task_heads import BOX_CODE
@@ -58,7 +58,11 @@ def value_loss(codes: Array, values: Array, base_unit: Array, mask: Array) -> Pa
 
 
 def box_loss(codes_8: Array, boxes_7: Array, mask: Array) -> Pair:
-    """Eq. 6 on boxes: squared error of the codes (a box of any of its names) as (sum, count)."""
+    """Eq. 6 on boxes: squared error to the nearer code of each, `boxes.nearer_code`.
+
+    As (sum, count) where `mask`.
+    """
+    codes_8 = jnp.where(mask[..., None], codes_8, 0.0)
     target = encode_boxes(jnp.where(mask[..., None], boxes_7, 1.0))
-    error = jnp.where(mask[..., None], codes_8 - target, 0.0)
-    return jnp.sum(jnp.square(error)), jnp.sum(mask, dtype=jnp.float32)
+    error = nearer_code(lambda code: jnp.sum(jnp.square(codes_8 - code), axis=-1), target)
+    return jnp.sum(jnp.where(mask, error, 0.0)), jnp.sum(mask, dtype=jnp.float32)

@@ -61,7 +61,7 @@ class SpatialOutput:
     objects_SQOb: Array  # box codes of the objects the question names, read at their names
     places_SQO3: Array  # their centres, world frame, metres, read where the question ends
     log_gaps_SQO: Array  # log(gap + GAP_FLOOR) from the first of them to each
-    angle_SQ2: Array  # (sin, cos) of the bearing, `objectives.spatial.relative_angle`
+    angle_SQ2: Array  # (sin, cos) of the turn that is asked, left positive
     log_value_SQ: Array  # log of the numeric answer, in the question's unit
 
 

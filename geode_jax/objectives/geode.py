@@ -233,7 +233,7 @@ class GeodeStage:
                 text += " " + " ".join(f"{x:.2f}" for x in said["predicted_box"])
         return {"prediction": (text + tokenizer.decode(words)).strip()} | said
 
-    def total(self, model: Geode, terms: Terms, share: float) -> tuple[Array, dict]:
+    def total(self, model: Geode, terms: Terms) -> tuple[Array, dict]:
         """Eq. 4 or eq. 7; the weights for the log."""
         c = self.config
         weights = {

@@ -2,7 +2,8 @@
 
 What each term of eq. 2 is made of (* = not in the paper, ours):
 
-text        cross-entropy on the answer; KL to the teacher's top-k logits where a teacher answered
+text        cross-entropy on the answer; where a teacher answered, KL to its top-k logits at a
+            temperature and of the probability it left to all other tokens (`losses.distillation`)
 depth_ce, depth_reg, depth_kl
             bin cross-entropy, L1 of the expected depth, KL to the teacher's bins
 detection   focal + box loss of matched queries;
@@ -11,7 +12,8 @@ detection   focal + box loss of matched queries;
 spatial     eq. 1 (features to the teacher's, cross-view); KL of left/right, above/below and the
             four relations;
             * the boxes of the objects it names, regressed from the states at their names; their
-            places, gaps and bearing and the number asked for, from the question's encoding
+            places, gaps from the first of them (from what distances are asked from), the turn and
+            the number asked for, from the question's encoding
 multiview   L2 between depths predicted by two views, reprojected onto each other
 feature     detector probabilities, spatial distributions, depth hints of student and teacher
 """
@@ -61,7 +63,7 @@ class HiddenCoTConfig:
     student: the model.
     terms: the terms of eq. 2 that are paid.
     weights: "uncertainty" (eq. 2) or "static" (all 1).
-    temperature: of the teacher's logits.
+    temperature: T of the teacher's logits, see `losses.distillation`.
     literal_cross_view: the sign of eq. 1 as printed; see `losses.cross_view`.
     vision: False trains the blind baseline: no vision tokens, no V, answers only.
     log_variance_bounds: of log sigma^2.
@@ -179,7 +181,7 @@ class HiddenCoT:
             jnp.max(probability, axis=-1),
         )
 
-    def total(self, model: HiddenCoTModel, terms: Terms, share: float) -> tuple[Array, dict]:
+    def total(self, model: HiddenCoTModel, terms: Terms) -> tuple[Array, dict]:
         """Eq. 2, or the static ablation; weights by `term/part` for the log."""
         grouped = {}
         for term in self.config.terms:
@@ -192,7 +194,7 @@ class HiddenCoT:
         else:
             log_variance = {name: model.log_variance[name][...] for name in grouped}
             total, weights = losses.uncertainty_total(
-                grouped, log_variance, self.config.log_variance_bounds, share
+                grouped, log_variance, self.config.log_variance_bounds
             )
         return total, weights
 

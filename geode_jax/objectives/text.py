@@ -10,13 +10,13 @@ from geode_jax.shapes import Array, Batch
 def text_term(
     decoder: Decoder, hidden_SQAD: Array, batch: Batch, temperature: float = 1.0
 ) -> losses.Pair:
-    """Cross-entropy on the answers; KL to the teacher's top-k logits where a teacher answered.
+    """Cross-entropy on the answers; `losses.distillation` where a teacher answered.
 
     Args:
         decoder: whose head speaks.
         hidden_SQAD: the states that predict the answers' tokens.
         batch: the answers.
-        temperature: of the teacher's logits.
+        temperature: T of `losses.distillation`.
     """
     S, Q, A, _ = hidden_SQAD.shape
     topk_id, topk_logprob = map(jnp.asarray, (batch.topk_id_SQAk, batch.topk_logprob_SQAk))
@@ -35,11 +35,11 @@ def text_term(
         ce = losses.token_cross_entropy(scores, paid & ~taught)
         if not k:
             return ce
-        listed, lse, rest = scores
         teacher = topk_id, topk_logprob, paid & taught
-        return ce + losses.distillation(listed[:, 1:], lse, rest, *teacher, temperature)[0]
+        listed_nk = scores.listed_nk[:, 1:]
+        return ce + losses.distillation(listed_nk, scores.rest_n, *teacher, temperature)[0]
 
-    rest = 1 if k and temperature == 1.0 else None
+    rest = 1 if k else None
     total = decoder.token_loss(loss, hidden, ids, paid, taught, topk_id, topk_logprob, rest=rest)
     # One mean over all answer tokens, whichever of the two a token pays.
     return total, jnp.sum(paid, dtype=jnp.float32)

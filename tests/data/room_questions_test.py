@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 
 from geode_jax.data import room_layout, room_questions, rooms
+from geode_jax.data.question_arrays import stack_questions
+from geode_jax.data.tokens import train_tokenizer
+from geode_jax.exports import RELATIONS as ALL_RELATIONS
 
 SCENES = 200
 RELATIONS = ("proximity", "contact", "size_comparison", "orientation")
@@ -305,7 +308,9 @@ def test_objects_are_the_nouns_in_order_with_their_boxes():
                 assert item["name"] == room.names[item["index"]]
                 assert item["name"] not in room.vague
                 np.testing.assert_array_equal(item["box"], room.boxes[item["index"]])
-                position = record["question"].index(f"{item['name']}", position)
+                # The one that distances are measured from comes first, wherever the text has it.
+                if record["kind"] != "object_rel_distance" or item != record["objects"][0]:
+                    position = record["question"].index(f"{item['name']}", position)
             named = {name for name in room.names if re.search(rf"\b{name}\b", record["question"])}
             if record["kind"] not in ("object_counting", "scene_description"):
                 assert named == {item["name"] for item in record.get("objects", ())}
@@ -349,6 +354,137 @@ def test_view_relations_agree_with_the_first_camera():
                     assert record["relation"][name] == (a[axis] / a[2] < b[axis] / b[2])
                     tried[name, record["relation"][name]] += 1
     assert len(tried) == 4 and min(tried.values()) > 50
+
+
+# ------------------------------------------- what the spatial head is taught beside the answer
+
+
+@functools.cache
+def tokenizer():
+    questions = (record["question"] for _, records in asked() for record in records)
+    return train_tokenizer(questions, room_layout.NAMES, min_count=2)
+
+
+def taught(records):
+    return stack_questions(records, tokenizer(), 256, 64, "answer")
+
+
+def turn_class(angle):
+    return "Turn Back" if abs(angle) > 135 else "Turn Left" if angle > 0 else "Turn Right"
+
+
+def answer_from_targets(kind, names, boxes, gaps, angle, relation):
+    """What the targets of a question alone say of its answer, None where they do not tell.
+
+    Args:
+        kind: of the question.
+        names, boxes: of its n objects, in the order of the targets.
+        gaps: [n] from the first.
+        angle: degrees of the turn, left positive.
+        relation: probabilities by name.
+    """
+    side = "left" if angle > 0 else "right"
+    if kind in ("proximity", "object_rel_distance"):
+        nearest = names[1 + int(np.argmin(gaps[1:]))]
+        assert kind != "proximity" or relation[kind] == (nearest == names[1])
+        return nearest
+    if kind == "contact":
+        assert relation[kind] == (gaps[1] < 0.021)
+        return "yes" if gaps[1] < 0.021 else "no"
+    if kind == "size_comparison":
+        volume = np.prod(boxes[:, 3:6], axis=-1)
+        assert relation[kind] == (volume[0] > volume[1])
+        return names[int(np.argmax(volume))]
+    if kind in ("orientation", "object_rel_direction_easy"):
+        assert kind != "orientation" or relation[kind] == (angle > 0)
+        return side
+    if kind == "object_rel_direction_medium":
+        return "back" if abs(angle) > 135 else side
+    if kind == "object_rel_direction_hard":
+        return f"{'front' if abs(angle) < 90 else 'back'}-{side}"
+    if kind == "route_planning":
+        return turn_class(angle)
+    if kind == "object_abs_distance":
+        return f"{gaps[1]:.1f}"
+    if kind == "object_size_estimation":
+        return f"{100 * boxes[0, 3:6].max():.0f}"
+    return None
+
+
+TELLING = tuple(
+    kind for kind in COUNT
+    if kind in RELATIONS or "rel_d" in kind or kind in (
+        "route_planning", "object_abs_distance", "object_size_estimation"
+    )
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TELLING)
+def test_what_is_taught_beside_the_answer_tells_the_answer(kind):
+    """Of every question: closest of the gaps, turn that is asked, volumes of the boxes ..."""
+    records = [record for _, record in of_kind(kind)]
+    rows = taught(records)
+    for i, record in enumerate(records):
+        n = int(rows["objects_mask"][i].sum())
+        name_of = {tuple(np.float32(item["box"])): item["name"] for item in record["objects"]}
+        boxes = rows["objects"][i, :n]
+        names = [name_of[tuple(box)] for box in boxes]
+        relation = {
+            name: rows["relations"][i, r]
+            for r, name in enumerate(ALL_RELATIONS)
+            if rows["relations_mask"][i, r]
+        }
+        angle = np.degrees(np.arctan2(*rows["angle"][i])) if rows["angle_mask"][i] else np.nan
+        found = answer_from_targets(kind, names, boxes, rows["gaps"][i, :n], angle, relation)
+        answer = chosen(record) if "options" in record else record["answer"]
+        if "value" in record:  # boxes are given to 0.1 mm
+            step = {"m": 0.101, "cm": 1}[record["unit"]]
+            assert float(found) == pytest.approx(float(answer), abs=step)
+            assert rows["value"][i] == np.float32(answer)
+        else:
+            # Of a route with two turns it is the first.
+            assert found == answer.split(", ")[0], record
+
+
+def test_distances_to_the_closest_are_from_the_anchor_in_whatever_order_a_record_has_it():
+    """Exports of other makers, and those made before the anchor came first."""
+    records = [record for _, record in of_kind("object_rel_distance")]
+    for record in records:
+        anchor = re.search(r"is the closest to the (.+)\?\n", record["question"])[1]
+        assert record["objects"][0]["name"] == anchor
+    last = [{**r, "objects": [*r["objects"][1:], r["objects"][0]]} for r in records]
+    rows, again = taught(records), taught(last)
+    for name in ("objects", "objects_mask", "gaps", "object_place"):
+        np.testing.assert_array_equal(rows[name], again[name])
+    # The teacher's relations are of the record's first two, as `relation` is.
+    for found, own in ((rows, records), (again, last)):
+        pairs = [[item["index"] for item in record["objects"][:2]] for record in own]
+        np.testing.assert_array_equal(found["pair"], pairs)
+
+
+def test_of_several_of_a_category_the_one_that_appears_first_is_taught():
+    several = 0
+    for room, record in of_kind("obj_appearance_order"):
+        facts = Facts(room)
+        for item in record["objects"]:
+            rows = facts.rows[item["name"]]
+            shown = room.rays[:, rows] >= room_questions.FIRST_SEEN
+            first = int(shown.any(1).argmax())
+            assert room.rays[first, item["index"]] == room.rays[first, rows].max()
+            several += len(rows) > 1
+    assert several > 20
+
+
+def test_no_turn_is_taught_where_a_route_is_not_understood_or_two_objects_are_in_one_place():
+    _, record = of_kind("route_planning")[0]
+    objects = record["objects"]
+    five = {**record, "objects": [*objects, *objects][:5]}
+    still = {
+        **record,
+        "objects": [objects[0], {**objects[1], "box": objects[0]["box"]}, objects[2]],
+    }
+    rows = taught([record, {**record, "objects": objects[:2]}, five, still])
+    assert rows["angle_mask"].tolist() == [True, False, False, False]
 
 
 # ------------------------------------------------------------------------------ not guessable

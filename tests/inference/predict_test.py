@@ -73,6 +73,7 @@ def test_a_single_question_is_batched_as_the_evaluation_batches_it(tiny_run):
         "objects_",
         "object_",
         "gaps_",
+        "angle_",
         "value_",
         "base_unit_",
         "topk_",
