@@ -25,6 +25,7 @@ from geode_jax.models.student import Student
 from geode_jax.models.vit import InternViT
 from geode_jax.sharding import abstract_model, make_mesh
 from geode_jax.weights import geode, internvit, qwen2, student
+from geode_jax.weights.fields import check_depth, check_layers, check_parameters
 from geode_jax.weights.files import (
     CONFIG,
     SHARD_BYTES,
@@ -150,18 +151,26 @@ def plan(
     """
     json = read_json(folder / CONFIG)
     kind = json.get("model_type")
-    if kind not in FORMATS:
+    if not isinstance(kind, str) or kind not in FORMATS:
         raise UserError(f"{folder / CONFIG}: model_type {kind!r} is none of {', '.join(FORMATS)}")
     form = FORMATS[kind]
     try:
+        check_depth(json)
+        if tensors:
+            check_layers(json, len(tensors))
         config = form.read(json, tensors)
         model = abstract_model(lambda rngs: form.build(config, rngs=rngs), mesh or make_mesh())
         graph, state = nnx.split(model)
     except KeyError as error:
         raise UserError(f"{folder / CONFIG}: {error} is missing") from None
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
-    return Plan(json, config, graph, _leaves(state), form.rules(config))
+    made = Plan(json, config, graph, _leaves(state), form.rules(config))
+    try:
+        check_parameters(made.shapes)
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from None
+    return made
 
 
 def load_pretrained(folder: str | Path, *, mesh: jax.sharding.Mesh | None = None) -> nnx.Module:

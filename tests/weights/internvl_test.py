@@ -195,7 +195,8 @@ def test_internvit_300m_and_its_projector_have_their_parameters(tmp_path):
     assert sum(map(math.prod, made.shapes.values())) == 304_012_288
 
     text = TEXT | dict(hidden_size=1536, rms_norm_eps=1e-6)
-    whole = dict(model_type="internvl_chat", vision_config=INTERNVIT_CONFIG, llm_config=text)
+    parts = dict(vision_config=INTERNVIT_CONFIG, llm_config=text)
+    whole = dict(model_type="internvl_chat", ps_version="v2", **parts)
     (tmp_path / "config.json").write_text(json.dumps(whole))
     shapes = plan(tmp_path).shapes
     mlp1 = [math.prod(shape) for leaf, shape in shapes.items() if re.match(r"projector\.", leaf)]
