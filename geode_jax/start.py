@@ -6,6 +6,7 @@ their projector. Parts that no folder has start fresh.
 """
 
 import dataclasses
+import os
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from flax import nnx
 
 from geode_jax.checkpoint import find_model, load_leaves
 from geode_jax.errors import UserError
+from geode_jax.exports.files import read_json_object
 from geode_jax.models.decoder import Decoder
 from geode_jax.models.internvl import InternVL, InternVLConfig
 from geode_jax.models.vit import InternViT
 from geode_jax.train_step import TrainState
 from geode_jax.weights.convert import load_pretrained
-from geode_jax.weights.files import CONFIG, read_json
+from geode_jax.weights.files import CONFIG
 
 PLACE: dict[type, tuple[str, ...]] = {
     InternVL: ("vlm",),
@@ -49,7 +51,7 @@ def pretrained_folders(init_from: str) -> list[Path]:
 
 def is_pretrained(folder: Path) -> bool:
     """Whether a folder is a pretrained model's, and not a run's."""
-    return (folder / CONFIG).exists() and "model_type" in read_json(folder / CONFIG)
+    return os.path.lexists(folder / CONFIG) and "model_type" in read_json_object(folder / CONFIG)
 
 
 def start_from_run(state: TrainState, run: Path, parts: Set[str]) -> TrainState:

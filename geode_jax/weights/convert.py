@@ -18,6 +18,7 @@ from flax import nnx
 
 from geode_jax.checkpoint import load_model, save_model, stored_dtypes
 from geode_jax.errors import UserError
+from geode_jax.exports.files import one_line, read_json_object
 from geode_jax.models.decoder import Decoder
 from geode_jax.models.geode import Geode
 from geode_jax.models.internvl import InternVL
@@ -32,7 +33,6 @@ from geode_jax.weights.files import (
     Tensors,
     claim,
     copy_companions,
-    read_json,
     write_config,
     write_folder,
 )
@@ -149,7 +149,7 @@ def plan(
     Raises:
         UserError: it is missing, damaged or says what is not supported.
     """
-    json = read_json(folder / CONFIG)
+    json = read_json_object(folder / CONFIG)
     kind = json.get("model_type")
     if not isinstance(kind, str) or kind not in FORMATS:
         raise UserError(f"{folder / CONFIG}: model_type {kind!r} is none of {', '.join(FORMATS)}")
@@ -321,7 +321,7 @@ def import_folder(source: Path, out: Path) -> nnx.Module:
         UserError: the source is damaged, or `out` not empty.
     """
     model = load_pretrained(source)
-    json = read_json(source / CONFIG)
+    json = read_json_object(source / CONFIG)
     described, _ = _describe(model, json["model_type"])
     claim(out)
     save_model(out / PARAMETERS, {k: v[...] for k, v in _leaves(nnx.state(model)).items()})
@@ -342,7 +342,7 @@ def export_folder(source: Path, out: Path, model_type: str | None = None) -> nnx
         UserError: the source is damaged, the model has not this form, or `out` is not empty.
     """
     model = load_pretrained(source)
-    json = read_json(source / CONFIG)
+    json = read_json_object(source / CONFIG)
     same = model_type in (None, json["model_type"])
     write_model(
         model,
@@ -373,4 +373,5 @@ def inspect_folder(folder: Path) -> tuple[str, list[str]]:
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     count = sum(math.prod(shape) for shape in made.shapes.values())
     lines.append(f"{made.json['model_type']}: {count:,} parameters, {len(tensors.shapes)} tensors")
-    return "\n".join(lines), _problems(made, tensors)
+    # A problem may quote names of the folder's tensors.
+    return "\n".join(lines), [one_line(problem) for problem in _problems(made, tensors)]

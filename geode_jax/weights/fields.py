@@ -31,8 +31,8 @@ def names(text: str) -> frozenset[str]:
 _EVERYWHERE = names(
     # what it is, where it comes from, who reads it
     "_name_or_path name_or_path _commit_hash architectures auto_map transformers_version "
-    "model_type torchscript torch_dtype dtype use_bfloat16 problem_type id2label label2id num_labels "
-    "task_specific_params finetuning_task tokenizer_class processor_class prefix "
+    "model_type torchscript torch_dtype dtype use_bfloat16 problem_type id2label label2id "
+    "num_labels task_specific_params finetuning_task tokenizer_class processor_class prefix "
     # what else comes back, and how the same numbers are computed
     "use_cache output_attentions output_hidden_states return_dict return_dict_in_generate "
     "output_scores attn_implementation _attn_implementation _attn_implementation_autoset "
