@@ -18,6 +18,7 @@ from geode_jax.exports.files import (
     open_regular,
     read_bytes,
     read_json_object,
+    refuse_foreign_link,
     write_bytes,
     write_json,
 )
@@ -192,21 +193,3 @@ def copy_companions(source: Path, target: Path) -> None:
         if path.suffix in _COMPANIONS and path.name != CONFIG and not index:
             refuse_foreign_link(path)
             write_bytes(target / path.name, read_bytes(path))
-
-
-def refuse_foreign_link(path: Path) -> None:
-    """Refuses a link out of its folder, whose target would pass for a part of a model.
-
-    In the cache of huggingface_hub a file is a link from `MODEL/snapshots/REVISION` to
-    `MODEL/blobs`, which is followed.
-
-    Raises:
-        UserError: it is such a link.
-    """
-    folder, target = path.parent.resolve(), path.resolve()
-    allowed = [folder]
-    if "snapshots" in folder.parts:
-        at = len(folder.parts) - 1 - folder.parts[::-1].index("snapshots")
-        allowed.append(Path(*folder.parts[:at]) / "blobs")
-    if not any(target.is_relative_to(place) for place in allowed):
-        raise UserError(f"{path}: a link to {target}, out of its folder; copy the file instead")
