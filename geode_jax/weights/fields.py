@@ -16,6 +16,8 @@ MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 20
 """Largest width, number of heads, patches along a side and the like."""
 MAX_VOCABULARY = 1 << 24
+MAX_EPSILON = 1.0
+"""Of a norm; a larger one would leave nothing of its input."""
 MAX_PARAMETERS = 4 * 10**12
 """Largest model that is described at all: more than any that has been published."""
 
@@ -147,16 +149,16 @@ def _whole(name: str, value: Any, least: int, most: int) -> int:
     return value
 
 
-def positive(json: Mapping, name: str, default: float | None = None) -> float:
-    """A finite number above zero; `default` where the config has none.
+def positive(json: Mapping, name: str, most: float = 1e12) -> float:
+    """A number above zero, at most `most`.
 
     Raises:
-        KeyError: it is missing and has no default.
+        KeyError: it is missing.
         ValueError: it is another thing.
     """
-    value = json[name] if default is None else json.get(name, default)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a number above zero: {_said(value)}")
+    value = json[name]
+    if type(value) not in (int, float) or not 0 < value <= most:
+        raise ValueError(f"{name} must be a number above zero, at most {most:g}: {_said(value)}")
     return float(value)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from geode_jax.models.internvl import IMAGE_ID, InternVLConfig
 from geode_jax.models.vit import VitConfig
 from geode_jax.weights.fields import (
+    MAX_EPSILON,
     MAX_LAYERS,
     MAX_VOCABULARY,
     check_fields,
@@ -189,7 +190,7 @@ def read_vision(json: Mapping, model_type: str) -> VitConfig:
         heads=size(json, "num_attention_heads"),
         mlp_width=size(json, "intermediate_size"),
         qkv_bias=flag(json, bias, False),
-        norm_eps=positive(json, "layer_norm_eps"),
+        norm_eps=positive(json, "layer_norm_eps", MAX_EPSILON),
         dtype=dtype_of(json),
     )
 

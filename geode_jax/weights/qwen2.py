@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 
 from geode_jax.models.decoder import DecoderConfig
 from geode_jax.weights.fields import (
+    MAX_EPSILON,
     MAX_LAYERS,
     MAX_VOCABULARY,
     check_fields,
@@ -86,6 +87,7 @@ def read_decoder(
     head_width = size(given, "head_dim")
     if head_width % 2 or (dynamic and head_width == 2):
         raise ValueError(f"not supported: rotary positions of heads of width {head_width}")
+    tied = flag(json, "tie_word_embeddings", tied)
     return DecoderConfig(
         vocab_size=size(json, "vocab_size", MAX_VOCABULARY),
         width=width,
@@ -98,10 +100,10 @@ def read_decoder(
         norm="rms",
         qkv_bias=kind == "qwen2",
         linear_bias=False,
-        tied_head=head not in tensors and flag(json, "tie_word_embeddings", tied),
+        tied_head=tied and head not in tensors,
         rope_theta=theta,
         dynamic_rope=dynamic,
-        norm_eps=positive(json, "rms_norm_eps"),
+        norm_eps=positive(json, "rms_norm_eps", MAX_EPSILON),
         dtype=dtype_of(json),
     )
 
