@@ -33,6 +33,7 @@ from geode_jax.weights.files import (
     Tensors,
     claim,
     copy_companions,
+    find_companions,
     write_config,
     write_folder,
 )
@@ -320,12 +321,14 @@ def import_folder(source: Path, out: Path) -> nnx.Module:
     Raises:
         UserError: the source is damaged, or `out` not empty.
     """
+    _check_folder(source)
+    companions = find_companions(source)
     model = load_pretrained(source)
     json = read_json_object(source / CONFIG)
     described, _ = _describe(model, json["model_type"])
     claim(out)
     save_model(out / PARAMETERS, {k: v[...] for k, v in _leaves(nnx.state(model)).items()})
-    copy_companions(source, out)
+    copy_companions(companions, out)
     write_config(out, _merged(json, described))
     return model
 
@@ -341,6 +344,8 @@ def export_folder(source: Path, out: Path, model_type: str | None = None) -> nnx
     Raises:
         UserError: the source is damaged, the model has not this form, or `out` is not empty.
     """
+    _check_folder(source)
+    companions = find_companions(source)
     model = load_pretrained(source)
     json = read_json_object(source / CONFIG)
     same = model_type in (None, json["model_type"])
@@ -349,7 +354,7 @@ def export_folder(source: Path, out: Path, model_type: str | None = None) -> nnx
         out,
         json["model_type"] if same else model_type,
         like=json if same else {},
-        add=lambda folder: copy_companions(source, folder),
+        add=lambda folder: copy_companions(companions, folder),
     )
     return model
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 MAX_LAYERS = 1024
+MAX_BLOCKS = 128
+"""Of a module whose layers are described one after another, not as one stack."""
 MAX_WIDTH = 1 << 20
 """Largest width, number of heads, patches along a side and the like."""
 MAX_VOCABULARY = 1 << 24
@@ -225,7 +227,7 @@ def sizes_of(kind: type, json: Mapping, where: str) -> Any:
         elif types[name] is bool:
             values[name] = flag(json, name, False)
         else:
-            most = MAX_LAYERS if "layers" in name else MAX_WIDTH
+            most = MAX_BLOCKS if "layers" in name else MAX_WIDTH
             values[name] = _whole(f"{where}.{name}", json[name], 0, most)
     return kind(**values)
 

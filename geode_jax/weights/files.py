@@ -5,7 +5,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -182,14 +182,23 @@ def write_config(folder: Path, config: dict) -> None:
     write_json(folder / CONFIG, config, indent=2)
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copies what belongs to a model beside its weights and sizes: tokenizer, generation.
+def find_companions(folder: Path) -> list[Path]:
+    """Files that belong to a model beside its weights and sizes: tokenizer, generation.
 
     Raises:
         UserError: one of them is no regular file, or a link that leads out of the folder.
     """
-    for path in sorted(source.iterdir()):
+    found = []
+    for path in sorted(folder.iterdir()):
         index = path.name.endswith(".index.json")
         if path.suffix in _COMPANIONS and path.name != CONFIG and not index:
             refuse_foreign_link(path)
-            write_bytes(target / path.name, read_bytes(path))
+            open_regular(path).close()
+            found.append(path)
+    return found
+
+
+def copy_companions(companions: Sequence[Path], target: Path) -> None:
+    """Copies what `find_companions` found into a folder."""
+    for path in companions:
+        write_bytes(target / path.name, read_bytes(path))

@@ -77,7 +77,7 @@ def write_student(config: StudentConfig) -> dict:
 _READ = frozenset(
     (*_DECODER, *_OWN, "cross_attention_layers", "patch_grid", "heads", "category_ids")
     # what the files beside it read
-    + ("answer_length", "vision")
+    + ("answer_length", "vision", "reg_token_id", "box_token_id")
 )
 _SWITCHES, _NUMBERS = ("qkv_bias", "linear_bias"), ("layer_norm_eps", "rope_theta")
 
@@ -99,19 +99,23 @@ def read_student(json: Mapping, tensors: Collection[str]) -> StudentConfig:
         else:
             most = {"vocab_size": MAX_VOCABULARY, "num_hidden_layers": MAX_LAYERS}
             sizes[field] = size(json, name, most.get(name, MAX_WIDTH))
+    heads = sizes_of(HeadsConfig, part(json, "heads"), "heads")
     categories = json["category_ids"]
-    if not isinstance(categories, list) or len(categories) > MAX_VOCABULARY:
-        raise ValueError("category_ids must be a list")
+    if not isinstance(categories, list) or len(categories) not in (0, heads.categories):
+        raise ValueError(f"category_ids must be a list of heads.categories {heads.categories}")
+    nouns = tuple(whole_numbers({"category_ids": ids}, "category_ids") for ids in categories)
+    if any(not ids or max(ids) >= sizes["vocab_size"] for ids in nouns):
+        raise ValueError("category_ids must be lists of ids of the vocabulary")
     return StudentConfig(
         decoder=DecoderConfig(
             **sizes,
             cross_layers=whole_numbers(json, "cross_attention_layers"),
             dtype=dtype_of(json),
         ),
-        heads=sizes_of(HeadsConfig, part(json, "heads"), "heads"),
+        heads=heads,
         **{name: size(json, name, least=0) for name in _OWN},
         patch_grid=whole_numbers(json, "patch_grid", 2),
-        category_ids=tuple(whole_numbers({"category_ids": i}, "category_ids") for i in categories),
+        category_ids=nouns,
     )
 
 

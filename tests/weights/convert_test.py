@@ -348,7 +348,7 @@ def test_links_are_followed_within_a_folder_and_a_hub_cache_alone(folder, tmp_pa
         with pytest.raises(SystemExit):
             run("import", "--source", snapshot, "--out", tmp_path / f"no{number}")
         assert "vocab.txt: a link to " in capsys.readouterr().err
-        assert not list((tmp_path / f"no{number}").glob("vocab.txt"))
+        assert not (tmp_path / f"no{number}").exists()
         (snapshot / "vocab.txt").unlink()
 
 
