@@ -197,7 +197,8 @@ def dtype_of(json: Mapping) -> str:
     Raises:
         ValueError: it is no dtype of a parameter here.
     """
-    value = json.get("dtype") or json.get("torch_dtype") or "float32"
+    said = (json.get(name) for name in ("dtype", "torch_dtype"))
+    value = next((name for name in said if name is not None), "float32")
     if value not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"not supported: dtype {_said(value)}")
     return value
