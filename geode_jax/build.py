@@ -102,7 +102,9 @@ def build(config: ml_collections.ConfigDict, workdir: Path) -> Run:
         objective, functools.partial(make_optimizer, optimizer_config), config.seed, mesh
     )
     if pretrained:
-        state = start_from_pretrained(state, pretrained, objective.config.model.vlm, mesh)
+        sizes = objective.config.model
+        longest = systems.longest_row(sizes, train)
+        state = start_from_pretrained(state, pretrained, sizes.vlm, mesh, longest)
     elif init_from:
         state = start_from_run(state, Path(init_from), learned)
     if config.data.vision == "internvit/tokens":

@@ -6,6 +6,7 @@ their projector. Parts that no folder has start fresh.
 """
 
 import dataclasses
+import os
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from flax import nnx
 
 from geode_jax.checkpoint import find_model, load_leaves
 from geode_jax.errors import UserError
+from geode_jax.exports.files import read_json_object
 from geode_jax.models.decoder import Decoder
 from geode_jax.models.internvl import InternVL, InternVLConfig
 from geode_jax.models.vit import InternViT
 from geode_jax.train_step import TrainState
 from geode_jax.weights.convert import load_pretrained
-from geode_jax.weights.files import CONFIG, read_json
+from geode_jax.weights.files import CONFIG
 
 PLACE: dict[type, tuple[str, ...]] = {
     InternVL: ("vlm",),
@@ -49,7 +51,7 @@ def pretrained_folders(init_from: str) -> list[Path]:
 
 def is_pretrained(folder: Path) -> bool:
     """Whether a folder is a pretrained model's, and not a run's."""
-    return (folder / CONFIG).exists() and "model_type" in read_json(folder / CONFIG)
+    return os.path.lexists(folder / CONFIG) and "model_type" in read_json_object(folder / CONFIG)
 
 
 def start_from_run(state: TrainState, run: Path, parts: Set[str]) -> TrainState:
@@ -76,7 +78,11 @@ def start_from_run(state: TrainState, run: Path, parts: Set[str]) -> TrainState:
 
 
 def start_from_pretrained(
-    state: TrainState, folders: list[Path], config: InternVLConfig, mesh: jax.sharding.Mesh
+    state: TrainState,
+    folders: list[Path],
+    config: InternVLConfig,
+    mesh: jax.sharding.Mesh,
+    positions: int,
 ) -> TrainState:
     """The state with the parameters of pretrained models; sharded and of the dtypes it had.
 
@@ -85,9 +91,11 @@ def start_from_pretrained(
         folders: of `pretrained_folders`.
         config: of the vision encoder and decoder in `state`.
         mesh: of its shardings.
+        positions: most positions that a row of the run has.
 
     Raises:
-        UserError: a folder is damaged, its sizes are others, or two hold the same part.
+        UserError: a folder is damaged, its sizes are others, its rotary positions would be others
+            in so long a row, or two hold the same part.
     """
     params, frozen = (dict(nnx.to_flat_state(part)) for part in (state.params, state.frozen))
     filled: dict[tuple, Path] = {}
@@ -98,7 +106,7 @@ def start_from_pretrained(
                 f"config: init_from: {folder} holds a whole {type(model).__name__}; start from the "
                 "run that it is of, or from a decoder, a vision encoder or an InternVL"
             )
-        _refuse_other_sizes(folder, model, config)
+        _refuse_other_sizes(folder, model, config, positions)
         for path, variable in nnx.to_flat_state(nnx.state(model)):
             place = (*PLACE[type(model)], *path)
             if place in filled:
@@ -114,13 +122,17 @@ def start_from_pretrained(
     return dataclasses.replace(state, params=params, frozen=frozen)
 
 
-def _refuse_other_sizes(folder: Path, model: nnx.Module, config: InternVLConfig) -> None:
+def _refuse_other_sizes(
+    folder: Path, model: nnx.Module, config: InternVLConfig, positions: int
+) -> None:
     for place, theirs in _described(model):
         ours: Any = config
         for name in place:
             ours = getattr(ours, name)
         for field in dataclasses.fields(ours):
             here, there = getattr(ours, field.name), getattr(theirs, field.name)
+            if field.name == "dynamic_rope" and there and positions <= there[0]:
+                continue  # rows of up to the trained length have plain rotary positions
             if here != there and field.name not in _OURS:
                 name = f"model.{'.'.join(place)}.{field.name}"
                 raise UserError(f"config: {name}: {here}, and {there} in {folder}")

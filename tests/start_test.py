@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from geode_jax.start import pretrained_folders, start_from_pretrained
 from geode_jax.train_step import TrainState
 from geode_jax.weights import load_pretrained, save_pretrained
 from tests.tiny_models import materialize
+from tests.weights.conftest import change_config
 
 VLM = InternVLConfig(
     vision=VitConfig(8, 4, width=8, layers=1, heads=2, mlp_width=12),
@@ -26,6 +28,7 @@ VLM = InternVLConfig(
         mlp="swiglu", norm="rms", linear_bias=False, tied_head=True, norm_eps=1e-6,
     ),
 )  # fmt: skip
+POSITIONS = 32
 CONFIG = GeodeConfig(vlm=VLM, drm=None, drh_width=4, patch_grid=(2, 2))
 
 
@@ -58,7 +61,7 @@ def state():
 
 
 def start(state, *sources, config=VLM):
-    return start_from_pretrained(state, list(sources), config, make_mesh())
+    return start_from_pretrained(state, list(sources), config, make_mesh(), POSITIONS)
 
 
 def flat(state: TrainState) -> dict:
@@ -104,6 +107,17 @@ def test_what_does_not_fit_is_one_line(state, folders, names, change, said):
     with pytest.raises(UserError, match=said) as caught:
         start(state, *(folders / name for name in names), config=config)
     assert "\n" not in str(caught.value)
+
+
+def test_scaled_rotary_positions_fit_rows_of_the_trained_length_alone(state, folders, tmp_path):
+    shutil.copytree(folders / "decoder", tmp_path / "a")
+    entries = {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    change_config(tmp_path / "a", **entries, max_position_embeddings=POSITIONS)
+    plain, scaled = (flat(start(state, f)) for f in (folders / "decoder", tmp_path / "a"))
+    assert all((plain[path] == scaled[path]).all() for path in plain)
+    change_config(tmp_path / "a", max_position_embeddings=POSITIONS - 1)
+    with pytest.raises(UserError, match=r"dynamic_rope: None, and \(31, 2.0\) in"):
+        start(state, tmp_path / "a")
 
 
 def test_a_run_is_no_pretrained_folder(folders, tmp_path):

@@ -6,17 +6,27 @@ instead of 60, while everything the answer depends on (nouns, digits, option let
 of its own. Both kinds are ordinary Hugging Face tokenizer folders on disk.
 """
 
+import contextlib
 import hashlib
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from geode_jax.errors import UserError
+from geode_jax.exports.files import (
+    UserError,
+    one_line,
+    open_regular,
+    read_json_object,
+    read_text,
+    refuse_foreign_link,
+    write_json,
+    write_text,
+)
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 _MANY = 1000
@@ -52,6 +62,7 @@ class Tokenizer:
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        _check_vocabulary(vocabulary, self._special)
         self.vocab_size = max(vocabulary.values()) + 1
         self.sha256 = hashlib.sha256(tokenizer_json.encode()).hexdigest()
         eos = self._special["eos_token"]
@@ -128,15 +139,14 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `AutoTokenizer` loads."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "model_max_length": int(1e9),
             **self._special,
         }
-        (folder / "tokenizer.json").write_text(self._json, encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        write_text(folder / "tokenizer.json", self._json)
+        write_json(folder / "tokenizer_config.json", config)
 
     @staticmethod
     def load(folder: str | Path) -> "Tokenizer":
@@ -148,45 +158,139 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Reads a tokenizer folder: one written by `Tokenizer.save`, or any Hugging Face one.
 
     Args:
-        folder: local folder; nothing is downloaded.
+        folder: local folder; nothing is downloaded, and no code in it is ever run.
 
     Raises:
-        UserError: the folder is missing, is no tokenizer folder, or names no eos token.
+        UserError: the folder is missing, is no tokenizer folder, is damaged, needs code of its
+            own, or names no eos token.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"tokenizer {folder}: no such folder")
     try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        ours = [config.get(f"{name}_token") for name in ("pad", "bos", "eos", "unk")]
-        if ours == [PAD, BOS, EOS, UNK]:
-            return Tokenizer(text, _specials(config.get))
-    except (OSError, ValueError):
-        pass  # not ours: transformers decides whether it is one at all
-    return _load_through_transformers(folder)
+        return _read_folder(folder)
+    except UserError as error:
+        raise UserError(f"tokenizer {folder}: {str(error).removeprefix(f'{folder}/')}") from None
 
 
-def _load_through_transformers(folder: Path) -> Tokenizer:
+_FILES = (".json", ".txt", ".jinja", ".model", ".spm", ".vocab", ".codes", ".tiktoken")
+"""Endings of the files that a tokenizer may consist of."""
+_OBJECTS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "config.json"),
+)
+"""Those that transformers takes for JSON objects."""
+
+
+def _read_folder(folder: Path) -> Tokenizer:
+    objects = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _FILES and not path.is_dir():
+            refuse_foreign_link(path)
+            open_regular(path).close()  # transformers would wait for a pipe
+            if path.name in _OBJECTS:
+                objects[path.name] = read_json_object(path)
+    config = objects.get("tokenizer_config.json", {})
+    text = None
+    if "tokenizer.json" in objects:
+        text = read_text(folder / "tokenizer.json")
+    ours = [config.get(f"{name}_token") for name in ("pad", "bos", "eos", "unk")]
+    if text is not None and ours == [PAD, BOS, EOS, UNK]:
+        tokenizer, _ = _tried(text, _specials(config.get))
+        return tokenizer
+    text, specials, expected = _through_transformers(folder, text)
+    tokenizer, ids = _tried(text, specials)
+    if ids != expected:
+        raise UserError(
+            "transformers reads a text otherwise than tokenizer.json says, by tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def _through_transformers(folder: Path, text: str | None) -> tuple[str, dict[str, str], list[int]]:
+    """Any Hugging Face tokenizer: its `tokenizer.json`, special tokens, and ids of `_TRIAL`."""
     from transformers import AutoTokenizer  # slow to import, and rarely needed
+    from transformers.utils import logging
 
-    try:
-        fast = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        backend = fast.backend_tokenizer
-    except Exception as error:  # transformers raises whatever its many readers raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"tokenizer {folder}: no Hugging Face tokenizer ({reason[0]})") from error
-    specials = _specials(lambda name: getattr(fast, name, None))
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    with _refused("no Hugging Face tokenizer"):
+        try:
+            fast = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+            text = text or fast.backend_tokenizer.to_str()
+            expected = list(fast.encode(_TRIAL, add_special_tokens=False))
+        except ValueError as error:
+            if "trust_remote_code" in str(error):
+                raise UserError("needs Python code of its own, which is never run here") from None
+            raise
+        finally:
+            logging.set_verbosity(verbosity)
+        specials = _specials(lambda name: getattr(fast, name, None))
     if "eos_token" not in specials:
-        raise UserError(f"tokenizer {folder}: tokenizer_config.json: eos_token is needed")
-    file = folder / "tokenizer.json"
-    text = file.read_text(encoding="utf-8") if file.is_file() else backend.to_str()
-    return Tokenizer(text, specials)
+        raise UserError("tokenizer_config.json: eos_token is needed")
+    return text, specials, expected
 
 
-def _specials(get) -> dict[str, str]:
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Whatever a library raises of a damaged tokenizer as one line that begins with `what`."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of the library's Rust code is no Exception
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{what} ({one_line(reason[0], 200)})") from None
+
+
+_TRIAL = "How many chairs?\nA. 2.4 m \u00fc\u5b57\ue000\U0010fffd"
+"""Words, digits and signs, and letters that few vocabularies have."""
+
+
+def _tried(text: str, specials: dict[str, str]) -> tuple[Tokenizer, list[int]]:
+    """A tokenizer that has proved to read and write, and its ids of `_TRIAL`."""
+    with _refused("tokenizer.json: damaged"):
+        tokenizer = Tokenizer(text, specials)
+        ids = tokenizer.encode(_TRIAL)
+        tokenizer.decode(ids, skip_special=False)
+    if any(i >= tokenizer.vocab_size for i in ids):
+        raise UserError("tokenizer.json: damaged (it gives ids that are in no vocabulary)")
+    return tokenizer, ids
+
+
+MAX_VOCABULARY = 1 << 24
+"""An embedding needs as many rows as the largest id; published vocabularies end at a million."""
+
+
+def _check_vocabulary(vocabulary: dict[str, int], specials: dict[str, str]) -> None:
+    """Refuses ids that are too large or of two tokens, and special tokens that have none."""
+    if not vocabulary:
+        raise UserError("tokenizer.json: no token")
+    last = max(vocabulary, key=vocabulary.__getitem__)
+    if vocabulary[last] >= MAX_VOCABULARY:
+        raise UserError(
+            f"tokenizer.json: {last!r} has the id {vocabulary[last]:,}; ids end at "
+            f"{MAX_VOCABULARY - 1:,}"
+        )
+    if len(set(vocabulary.values())) < len(vocabulary):
+        tokens = {i: token for token, i in vocabulary.items()}
+        token = next(token for token, i in vocabulary.items() if tokens[i] != token)
+        both = f"{token!r} and {tokens[vocabulary[token]]!r}"
+        raise UserError(f"tokenizer.json: {both} have the id {vocabulary[token]}")
+    for name, token in specials.items():
+        if token not in vocabulary:
+            raise UserError(f"{name} {token!r} is in no vocabulary")
+
+
+def _specials(get: Callable[[str], Any]) -> dict[str, str]:
     names = ("pad_token", "bos_token", "eos_token", "unk_token")
-    return {name: get(name) for name in names if get(name)}
+    found = {name: get(name) for name in names if get(name)}
+    for name, token in found.items():
+        if not isinstance(token, str):
+            raise UserError(f"tokenizer_config.json: {name} must be text")
+    return found
 
 
 def train_tokenizer(texts: Iterable[str], nouns: Sequence[str], min_count: int) -> Tokenizer:

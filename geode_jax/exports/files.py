@@ -87,6 +87,24 @@ def open_regular(path: str | os.PathLike) -> Any:
     return os.fdopen(descriptor, "rb")
 
 
+def refuse_foreign_link(path: Path) -> None:
+    """Refuses a link out of its folder, whose target would pass for a part of a model.
+
+    In the cache of huggingface_hub a file is a link from `MODEL/snapshots/REVISION` to
+    `MODEL/blobs`, which is followed.
+
+    Raises:
+        UserError: it is such a link.
+    """
+    folder, target = (Path(os.path.realpath(p)) for p in (path.parent, path))
+    allowed = [folder]
+    if "snapshots" in folder.parts:
+        at = len(folder.parts) - 1 - folder.parts[::-1].index("snapshots")
+        allowed.append(Path(*folder.parts[:at]) / "blobs")
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise UserError(f"{path}: a link to {target}, out of its folder; copy the file instead")
+
+
 def read_bytes(path: str | os.PathLike, most: int = MAX_TEXT_BYTES) -> bytes:
     """The content of a regular file of at most `most` bytes.
 

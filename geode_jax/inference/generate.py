@@ -1,11 +1,13 @@
 """Decoding with a KV cache: one prefill, one compiled loop that stops early."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from geode_jax.errors import UserError
 from geode_jax.models.decoder import Decoder, KeyValues, fan_out
 from geode_jax.models.decoding import by_layer, for_decoding
 from geode_jax.ops.attention import Intervals, cache_columns, causal
@@ -32,11 +34,18 @@ class Generated:
 class Sampling:
     """Tokens drawn from the model's distribution instead of its most likely one.
 
+    The settings compose as in transformers: temperature, then `top_k`, then `top_p` of what that
+    leaves. Of equally likely tokens those with lower ids come first.
+
     Attributes:
         key: of the random numbers (`jax.random.key`).
-        temperature: divides the logits; > 0.
-        top_k: of so many most likely tokens; 0: of all.
-        top_p: of the fewest most likely tokens that have this probability together [1904.09751].
+        temperature: divides the logits; > 0. Greedy answers are those without a `Sampling`.
+        top_k: of exactly so many most likely tokens; 0: of all.
+        top_p: of the fewest most likely tokens that have this probability together [1904.09751];
+            0 < p <= 1.
+
+    Raises:
+        UserError: a setting is out of its range.
     """
 
     key: Array
@@ -44,19 +53,36 @@ class Sampling:
     top_k: int = dataclasses.field(default=0, metadata={"static": True})
     top_p: float = dataclasses.field(default=1.0, metadata={"static": True})
 
+    def __post_init__(self):
+        tiny = float(np.finfo(np.float32).tiny)
+        if not tiny <= self.temperature < math.inf:
+            raise UserError(
+                f"temperature {self.temperature} is no number above 0; without a Sampling answers "
+                "are greedy"
+            )
+        if type(self.top_k) is not int or self.top_k < 0:
+            raise UserError(f"top_k {self.top_k} is no whole number from 0 on")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p} is not above 0 and at most 1")
+
     def draw(self, logits_BX: Array, step: Array) -> jax.Array:
         """Ids [B] of the answers' token number `step`."""
-        logits = logits_BX / self.temperature
-        if self.top_k:
-            least = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))[0][..., -1:]
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        if self.top_p < 1:
-            best_first = jnp.sort(logits, axis=-1, descending=True)
-            before = jnp.cumsum(jax.nn.softmax(best_first), axis=-1) - jax.nn.softmax(best_first)
-            kept = jnp.sum(before < self.top_p, axis=-1, keepdims=True)
-            least = jnp.take_along_axis(best_first, jnp.maximum(kept - 1, 0), axis=-1)
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        return jax.random.categorical(jax.random.fold_in(self.key, step), logits)
+        return jax.random.categorical(jax.random.fold_in(self.key, step), self.allowed(logits_BX))
+
+    def allowed(self, logits_BX: Array) -> jax.Array:
+        """Logits [B, X] at the temperature, less the row's largest; -inf where none is drawn."""
+        logits = jnp.asarray(logits_BX, jnp.float32)
+        logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
+        X = logits.shape[-1]
+        k = min(self.top_k, X) or X
+        if k == X and self.top_p == 1:
+            return logits
+        best, ids = jax.lax.top_k(logits, k)  # of equal ones the lower id first
+        share = jax.nn.softmax(best)
+        # The first is always kept: the probability before it is 0.
+        kept = jnp.cumsum(share, axis=-1) - share < self.top_p
+        rows = jnp.arange(len(logits))[:, None]
+        return jnp.full_like(logits, -jnp.inf).at[rows, ids].set(jnp.where(kept, best, -jnp.inf))
 
 
 def generate(

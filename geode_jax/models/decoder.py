@@ -53,6 +53,8 @@ class DecoderConfig:
         linear_bias: bias on the attention output and the feed-forward matrices.
         tied_head: logits from the embedding matrix.
         rope_theta: base of the rotary frequencies.
+        dynamic_rope: (trained length, factor) where rows longer than the trained length get a
+            larger base ("dynamic NTK"); None: the base is the same for all.
         norm_eps: epsilon of the norms.
         cross_layers: blocks that are preceded by cross-attention to the vision features.
         remat: key of `REMAT`.
@@ -72,6 +74,7 @@ class DecoderConfig:
     linear_bias: bool = True
     tied_head: bool = False
     rope_theta: float = 10_000.0
+    dynamic_rope: tuple[int, float] | None = None
     norm_eps: float = 1e-5
     cross_layers: tuple[int, ...] = ()
     remat: str = "none"
@@ -353,7 +356,8 @@ class Decoder(nnx.Module):
         Returns:
             [B, L, D], and per stage the keys and values: of the queries, or the updated cache.
         """
-        angles = rotary_angles(positions_BL, self.config.head_width, self.config.rope_theta)
+        c = self.config
+        angles = rotary_angles(positions_BL, c.head_width, c.rope_theta, c.dynamic_rope)
         x_BLD = constrain(x_BLD, "batch", "length", "width")
         out = []
         for i, stage in enumerate(self.stages):

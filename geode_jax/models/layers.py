@@ -113,9 +113,22 @@ class Mlp(nnx.Module):
 
 
 def rotary_angles(
-    positions_BL: Array, head_width: int, theta: float
+    positions_BL: Array, head_width: int, theta: float, dynamic: tuple[int, float] | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, L, 1, E/2] of rotary positions, in fp32 (bf16 rounds 257 to 256)."""
+    """cos and sin [B, L, 1, E/2] of rotary positions, in fp32 (bf16 rounds 257 to 256).
+
+    Args:
+        positions_BL: whole numbers from 0.
+        head_width: E.
+        theta: base of the frequencies.
+        dynamic: trained length and factor of "dynamic NTK" scaling, as transformers computes it:
+            the longest row of the batch, where it is longer than that, makes the base larger. A
+            cache keeps the keys that earlier calls have rotated, there as here.
+    """
+    if dynamic:
+        trained, factor = dynamic
+        longest = jnp.maximum(jnp.max(positions_BL) + 1, trained).astype(jnp.float32)
+        theta *= (factor * longest / trained - (factor - 1)) ** (head_width / (head_width - 2))
     frequency = theta ** -(jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
     angle = positions_BL.astype(jnp.float32)[..., None, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)

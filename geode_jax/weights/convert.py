@@ -18,6 +18,7 @@ from flax import nnx
 
 from geode_jax.checkpoint import load_model, save_model, stored_dtypes
 from geode_jax.errors import UserError
+from geode_jax.exports.files import one_line, read_json_object
 from geode_jax.models.decoder import Decoder
 from geode_jax.models.geode import Geode
 from geode_jax.models.internvl import InternVL
@@ -25,13 +26,14 @@ from geode_jax.models.student import Student
 from geode_jax.models.vit import InternViT
 from geode_jax.sharding import abstract_model, make_mesh
 from geode_jax.weights import geode, internvit, qwen2, student
+from geode_jax.weights.fields import check_depth, check_layers, check_parameters
 from geode_jax.weights.files import (
     CONFIG,
     SHARD_BYTES,
     Tensors,
     claim,
     copy_companions,
-    read_json,
+    find_companions,
     write_config,
     write_folder,
 )
@@ -148,20 +150,28 @@ def plan(
     Raises:
         UserError: it is missing, damaged or says what is not supported.
     """
-    json = read_json(folder / CONFIG)
+    json = read_json_object(folder / CONFIG)
     kind = json.get("model_type")
-    if kind not in FORMATS:
+    if not isinstance(kind, str) or kind not in FORMATS:
         raise UserError(f"{folder / CONFIG}: model_type {kind!r} is none of {', '.join(FORMATS)}")
     form = FORMATS[kind]
     try:
+        check_depth(json)
+        if tensors:
+            check_layers(json, len(tensors))
         config = form.read(json, tensors)
         model = abstract_model(lambda rngs: form.build(config, rngs=rngs), mesh or make_mesh())
         graph, state = nnx.split(model)
     except KeyError as error:
         raise UserError(f"{folder / CONFIG}: {error} is missing") from None
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
-    return Plan(json, config, graph, _leaves(state), form.rules(config))
+    made = Plan(json, config, graph, _leaves(state), form.rules(config))
+    try:
+        check_parameters(made.shapes)
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from None
+    return made
 
 
 def load_pretrained(folder: str | Path, *, mesh: jax.sharding.Mesh | None = None) -> nnx.Module:
@@ -311,12 +321,14 @@ def import_folder(source: Path, out: Path) -> nnx.Module:
     Raises:
         UserError: the source is damaged, or `out` not empty.
     """
+    _check_folder(source)
+    companions = find_companions(source)
     model = load_pretrained(source)
-    json = read_json(source / CONFIG)
+    json = read_json_object(source / CONFIG)
     described, _ = _describe(model, json["model_type"])
     claim(out)
     save_model(out / PARAMETERS, {k: v[...] for k, v in _leaves(nnx.state(model)).items()})
-    copy_companions(source, out)
+    copy_companions(companions, out)
     write_config(out, _merged(json, described))
     return model
 
@@ -332,15 +344,17 @@ def export_folder(source: Path, out: Path, model_type: str | None = None) -> nnx
     Raises:
         UserError: the source is damaged, the model has not this form, or `out` is not empty.
     """
+    _check_folder(source)
+    companions = find_companions(source)
     model = load_pretrained(source)
-    json = read_json(source / CONFIG)
+    json = read_json_object(source / CONFIG)
     same = model_type in (None, json["model_type"])
     write_model(
         model,
         out,
         json["model_type"] if same else model_type,
         like=json if same else {},
-        add=lambda folder: copy_companions(source, folder),
+        add=lambda folder: copy_companions(companions, folder),
     )
     return model
 
@@ -364,4 +378,5 @@ def inspect_folder(folder: Path) -> tuple[str, list[str]]:
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     count = sum(math.prod(shape) for shape in made.shapes.values())
     lines.append(f"{made.json['model_type']}: {count:,} parameters, {len(tensors.shapes)} tensors")
-    return "\n".join(lines), _problems(made, tensors)
+    # A problem may quote names of the folder's tensors.
+    return "\n".join(lines), [one_line(problem) for problem in _problems(made, tensors)]

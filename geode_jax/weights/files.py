@@ -3,17 +3,25 @@
 `config.json` is written last: a folder without it is no model, whatever interrupted the writer.
 """
 
-import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from geode_jax.errors import UserError
+from geode_jax.exports.files import (
+    UserError,
+    cannot_write,
+    open_regular,
+    read_bytes,
+    read_json_object,
+    refuse_foreign_link,
+    write_bytes,
+    write_json,
+)
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -25,21 +33,10 @@ _COMPANIONS = (".json", ".txt", ".jinja", ".model")
 _REMOTE = Path(__file__).parent / "remote"
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object.
-
-    Raises:
-        UserError: there is none.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: no JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: no JSON object")
-    return value
+MAX_HEADER = 1 << 25
+"""Longest header of a safetensors file, in bytes; published models need a tenth of it."""
+MAX_NAME = 500
+"""Longest name of a tensor."""
 
 
 class Tensors:
@@ -56,21 +53,20 @@ class Tensors:
         Raises:
             UserError: a file is missing or damaged, or holds what is no float.
         """
-        if (folder / WEIGHTS).exists():
+        if os.path.lexists(folder / WEIGHTS):
             names, mapped = [WEIGHTS], None
-        elif (folder / INDEX).exists():
-            mapped = read_json(folder / INDEX).get("weight_map")
-            if not isinstance(mapped, dict):
-                raise UserError(f"{folder / INDEX}: no weight_map")
-            names = sorted(set(map(str, mapped.values())))
-            for name in names:
-                if Path(name).name != name:
-                    raise UserError(f"{folder / INDEX}: {name!r} is not a file's name")
+        elif os.path.lexists(folder / INDEX):
+            names, mapped = _read_index(folder / INDEX)
         else:
             raise UserError(f"{folder}: neither {WEIGHTS} nor {INDEX} (no other format is read)")
-        self._file = {key: file for name in names for key, file in _open(folder / name)}
-        if mapped is not None and set(mapped) != set(self._file):
-            odd = sorted(set(mapped) ^ set(self._file))
+        self._file: dict[str, safe_open] = {}
+        for name in names:
+            for key, file in _open(folder / name):
+                if key in self._file:
+                    raise UserError(f"{folder}: {key} stands in two files")
+                self._file[key] = file
+        if mapped is not None and mapped != set(self._file):
+            odd = sorted(mapped ^ set(self._file))
             raise UserError(f"{folder / INDEX}: {len(odd)} names differ from the files': {odd[0]}")
         slices = {key: file.get_slice(key) for key, file in self._file.items()}
         self.shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
@@ -85,14 +81,32 @@ class Tensors:
         return self._file[key].get_slice(key)[slices]
 
 
+def _read_index(path: Path) -> tuple[list[str], set[str]]:
+    """The files of an index, and the names of the tensors in them."""
+    mapped = read_json_object(path, most=MAX_HEADER).get("weight_map")
+    if not isinstance(mapped, dict) or not mapped:
+        raise UserError(f"{path}: no weight_map")
+    for name in mapped.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{path}: {name!r} is not a file's name")
+    return sorted(set(mapped.values())), set(mapped)
+
+
 def _open(path: Path) -> list[tuple[str, safe_open]]:
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: missing, and {INDEX} names it")
+    with open_regular(path) as file:  # the library would wait for a pipe
+        length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER:
+        raise UserError(f"{path}: damaged: a header of {length:,} bytes, at most {MAX_HEADER:,}")
     try:
         file = safe_open(path, framework="np")
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing, and {INDEX} names it") from None
-    except (SafetensorError, OSError) as error:
+        keys = file.keys()
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: damaged or cut off ({error})") from None
-    return [(key, file) for key in file.keys()]
+    if long := next((key for key in keys if len(key) > MAX_NAME), None):
+        raise UserError(f"{path}: a name of {len(long):,} characters, at most {MAX_NAME}")
+    return [(key, file) for key in keys]
 
 
 def claim(folder: Path) -> None:
@@ -101,8 +115,12 @@ def claim(folder: Path) -> None:
     Raises:
         UserError: it holds something already; a model of two writings would be neither.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        empty = not any(folder.iterdir())
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    if not empty:
         raise UserError(f"{folder}: not empty; name a new folder")
 
 
@@ -133,7 +151,8 @@ def write_folder(
     if len(shards) > 1:
         mapped = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         total = sum(tensor.nbytes for tensor in tensors.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": mapped})
+        index = {"metadata": {"total_size": total}, "weight_map": mapped}
+        write_json(folder / INDEX, index, indent=2)
     _copy_code(folder, config)
     write_config(folder, config)
 
@@ -160,16 +179,26 @@ def _copy_code(folder: Path, config: dict) -> None:
 
 def write_config(folder: Path, config: dict) -> None:
     """Writes `config.json`."""
-    _write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, config, indent=2)
 
 
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def find_companions(folder: Path) -> list[Path]:
+    """Files that belong to a model beside its weights and sizes: tokenizer, generation.
 
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copies what belongs to a model beside its weights and sizes: tokenizer, generation."""
-    for path in source.iterdir():
+    Raises:
+        UserError: one of them is no regular file, or a link that leads out of the folder.
+    """
+    found = []
+    for path in sorted(folder.iterdir()):
         index = path.name.endswith(".index.json")
         if path.suffix in _COMPANIONS and path.name != CONFIG and not index:
-            shutil.copyfile(path, target / path.name)
+            refuse_foreign_link(path)
+            open_regular(path).close()
+            found.append(path)
+    return found
+
+
+def copy_companions(companions: Sequence[Path], target: Path) -> None:
+    """Copies what `find_companions` found into a folder."""
+    for path in companions:
+        write_bytes(target / path.name, read_bytes(path))

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from geode_jax.models.drm import DrmConfig
 from geode_jax.models.geode import GeodeConfig
 from geode_jax.weights import parts
+from geode_jax.weights.fields import part, size, sizes_of, whole_numbers
 from geode_jax.weights.internvit import internvl_rules, read_internvl, write_internvl
 from geode_jax.weights.rules import Rule, within
 
@@ -40,13 +41,19 @@ def write_geode(config: GeodeConfig) -> dict:
     }
 
 
+_READ = frozenset(
+    # what the model is made of, and what the files beside it read
+    (*_OWN, "drm", "patch_grid", "answer_length", "prefix", "reg_token_id", "box_token_id")
+)
+
+
 def read_geode(json: Mapping, tensors: Collection[str]) -> GeodeConfig:
     """The inverse of `write_geode`; arguments and errors as of `qwen2.read_decoder`."""
     return GeodeConfig(
-        vlm=read_internvl(json, tensors, _LAYOUT),
-        drm=None if json["drm"] is None else DrmConfig(**json["drm"]),
-        patch_grid=tuple(json["patch_grid"]),
-        **{name: json[name] for name in _OWN},
+        vlm=read_internvl(json, tensors, _LAYOUT, _READ),
+        drm=None if json["drm"] is None else sizes_of(DrmConfig, part(json, "drm"), "drm"),
+        patch_grid=whole_numbers(json, "patch_grid", 2),
+        **{name: size(json, name, least=0) for name in _OWN},
     )
 
 

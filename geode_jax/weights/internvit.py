@@ -9,14 +9,20 @@ from collections.abc import Collection, Mapping
 
 from geode_jax.models.internvl import IMAGE_ID, InternVLConfig
 from geode_jax.models.vit import VitConfig
-from geode_jax.weights.qwen2 import (
-    HEAD,
-    check_settings,
-    decoder_rules,
-    read_decoder,
-    read_dtype,
-    write_decoder,
+from geode_jax.weights.fields import (
+    MAX_EPSILON,
+    MAX_LAYERS,
+    MAX_VOCABULARY,
+    check_fields,
+    dtype_of,
+    flag,
+    names,
+    nested,
+    part,
+    positive,
+    size,
 )
+from geode_jax.weights.qwen2 import HEAD, decoder_rules, read_decoder, write_decoder
 from geode_jax.weights.rules import Rule, within
 
 OWN = ("intern_vit_6b", "internvl_chat")
@@ -113,7 +119,12 @@ def internvl_rules(config: InternVLConfig, model_type: str) -> tuple[Rule, ...]:
 
 # --- config.json ----------------------------------------------------------------------------------
 
-_SETTINGS = {
+_VISION_SIZES = (
+    "hidden_size num_hidden_layers num_attention_heads intermediate_size image_size patch_size "
+    "layer_norm_eps"
+)
+_VISION_HONOURED = names(f"{_VISION_SIZES} qkv_bias attention_bias")
+_VISION_ALLOWED = {
     "norm_type": ("layer_norm",),
     "hidden_act": ("gelu",),
     "num_channels": (3,),
@@ -122,16 +133,16 @@ _SETTINGS = {
     "use_mean_pooling": (True,),  # that is, no norm at the end
     "use_absolute_position_embeddings": (True,),
     "use_mask_token": (False,),
-    "downsample_ratio": (0.5,),
-    "ps_version": ("v2",),
-    "select_layer": (-1,),
-    "vision_feature_layer": (-1,),
-    "vision_feature_select_strategy": ("default",),
-    "projector_hidden_act": ("gelu",),
+    "use_moe": (False, None),
 }
-"""What `models.vit` computes, for `check_settings`."""
+_VISION_IRRELEVANT = names(
+    # of the mixture of experts that `use_moe` turns on
+    "capacity_factor eval_capacity_factor laux_allreduce moe_coeff_ratio moe_intermediate_size "
+    "moe_output_scale noisy_gate_policy num_experts num_routed_experts num_shared_experts "
+    "shared_expert_intermediate_size use_residual use_rts use_weighted_residual"
+)
 
-_VISION_DEFAULTS = {
+_THEIR_DEFAULTS = {
     "hidden_size": 1024,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
@@ -142,6 +153,19 @@ _VISION_DEFAULTS = {
     "attention_bias": False,
 }
 """transformers may leave out of `vision_config` what equals these, the defaults of its class."""
+_OWN_DEFAULTS = {
+    "hidden_size": 3200,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 25,
+    "intermediate_size": 12800,
+    "image_size": 224,
+    "patch_size": 14,
+    "layer_norm_eps": 1e-6,
+    "qkv_bias": False,
+    "qk_normalization": True,
+    "norm_type": "rms_norm",
+}
+"""Those of InternVL's `InternVisionConfig`, which are the 6B model's."""
 
 
 def read_vision(json: Mapping, model_type: str) -> VitConfig:
@@ -151,27 +175,38 @@ def read_vision(json: Mapping, model_type: str) -> VitConfig:
         ValueError, KeyError: something is not supported or missing.
     """
     own = model_type in OWN
-    if not own:
-        json = _VISION_DEFAULTS | json
-    check_settings(json, _SETTINGS)
+    json = (_OWN_DEFAULTS if own else _THEIR_DEFAULTS) | {**json}
+    kind = "intern_vit_6b" if own else "internvl_vision"
+    allowed = {**_VISION_ALLOWED, "model_type": (kind,)}
+    check_fields(json, _VISION_HONOURED, allowed, _VISION_IRRELEVANT)
+    bias, other = ("qkv_bias", "attention_bias") if own else ("attention_bias", "qkv_bias")
+    if other in json:
+        raise ValueError(f"not supported: {other}, which in a {kind} is {bias}")
     return VitConfig(
-        image_size=_side(json["image_size"]),
-        patch_size=_side(json["patch_size"]),
-        width=json["hidden_size"],
-        layers=json["num_hidden_layers"],
-        heads=json["num_attention_heads"],
-        mlp_width=json["intermediate_size"],
-        qkv_bias=json["qkv_bias" if own else "attention_bias"],
-        norm_eps=json["layer_norm_eps"],
-        dtype=read_dtype(json),
+        image_size=_side(json, "image_size"),
+        patch_size=_side(json, "patch_size"),
+        width=size(json, "hidden_size"),
+        layers=size(json, "num_hidden_layers", MAX_LAYERS),
+        heads=size(json, "num_attention_heads"),
+        mlp_width=size(json, "intermediate_size"),
+        qkv_bias=flag(json, bias, False),
+        norm_eps=positive(json, "layer_norm_eps", MAX_EPSILON),
+        dtype=dtype_of(json),
     )
 
 
-def _side(size: int | list[int]) -> int:
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) != 1:
-        raise ValueError(f"not supported: a picture or patch of {size}, which is not square")
-    return sides.pop()
+_MAX_SIDE = 1 << 13
+"""Of a picture, in pixels."""
+
+
+def _side(json: Mapping, name: str) -> int:
+    """The side of a square that a config gives as a number or as a list of two."""
+    value = json[name]
+    if isinstance(value, list):
+        if len(value) != 2 or value[0] != value[1]:
+            raise ValueError(f"not supported: {name} {value[:4]}, which is not square")
+        json = {name: value[0]}
+    return size(json, name, _MAX_SIDE)
 
 
 def write_vision(config: VitConfig, model_type: str) -> dict:
@@ -195,19 +230,67 @@ def write_vision(config: VitConfig, model_type: str) -> dict:
     return sizes | {"architectures": ["InternVLVisionModel"], "attention_bias": c.qkv_bias}
 
 
-def read_internvl(json: Mapping, tensors: Collection[str], model_type: str) -> InternVLConfig:
-    """An InternVL's config from `config.json`; arguments and errors as of `read_decoder`."""
-    check_settings(json, _SETTINGS)
-    text = json["llm_config" if model_type in OWN else "text_config"]
-    # Versions differ in which of the two says whether the head is tied.
-    tied = [part["tie_word_embeddings"] for part in (json, text) if "tie_word_embeddings" in part]
-    dtype = read_dtype(json)
-    text = {**text, "dtype": dtype, "tie_word_embeddings": any(tied or [True])}
-    return InternVLConfig(
-        vision=read_vision({**json["vision_config"], "dtype": dtype}, model_type),
-        decoder=read_decoder(text, tensors, f"language_model.{HEAD}"),
-        image_id=json.get("image_token_id", IMAGE_ID),
-    )
+_HONOURED = names("image_token_id tie_word_embeddings vision_config")
+_ALLOWED = {
+    "downsample_ratio": (0.5,),
+    "ps_version": ("v2",),
+    "select_layer": (-1,),
+    "vision_feature_layer": (-1,),
+    "vision_feature_select_strategy": ("default",),
+    "projector_hidden_act": ("gelu",),
+    "use_backbone_lora": (0, None),
+    "use_llm_lora": (0, None),
+    "image_fold": (None,),
+}
+_OWN_DEFAULT_VERSION = {"ps_version": "v1"}
+"""`InternVLChatConfig`'s: an image's tokens in transposed order."""
+_IRRELEVANT = names(
+    # Of the pictures that are made before the model sees them, of the prompt, and copies.
+    "dynamic_image_size max_dynamic_patch min_dynamic_patch pad2square use_thumbnail template "
+    "system_message hidden_size image_seq_length mlp_checkpoint"
+)
+
+
+def read_internvl(
+    json: Mapping,
+    tensors: Collection[str],
+    model_type: str,
+    further: frozenset[str] = frozenset(),
+) -> InternVLConfig:
+    """An InternVL's config from `config.json`; arguments and errors as of `read_decoder`.
+
+    Args:
+        json, tensors: see there.
+        model_type: whose layout.
+        further: fields that the caller reads.
+    """
+    own = model_type in OWN
+    name, honoured = "llm_config" if own else "text_config", set(_HONOURED | further)
+    if own:
+        json, honoured = _OWN_DEFAULT_VERSION | {**json}, honoured | {"force_image_size"}
+    check_fields(json, frozenset(honoured | {name}), _ALLOWED, _IRRELEVANT)
+    with nested(name):
+        text, dtype = {"model_type": "qwen2", **part(json, name)}, dtype_of(json)
+        # transformers reads the outer one, InternVL's own code the inner one.
+        ties = [flag(j, "tie_word_embeddings", False) for j in (json, text) if _says_tied(j)]
+        if not ties and not own:
+            ties = [True]  # the default of transformers' InternVLConfig
+        text |= {"dtype": dtype, "tie_word_embeddings": any(ties)}
+        decoder = read_decoder(text, tensors, f"language_model.{HEAD}")
+    with nested("vision_config"):
+        vision = read_vision({**part(json, "vision_config"), "dtype": dtype}, model_type)
+    if (forced := json.get("force_image_size")) not in (None, 0, vision.image_size):
+        raise ValueError(
+            f"not supported: force_image_size {forced!r} beside image_size {vision.image_size}"
+        )
+    image_id = IMAGE_ID
+    if json.get("image_token_id") is not None:
+        image_id = size(json, "image_token_id", MAX_VOCABULARY, least=0)
+    return InternVLConfig(vision=vision, decoder=decoder, image_id=image_id)
+
+
+def _says_tied(json: Mapping) -> bool:
+    return json.get("tie_word_embeddings") is not None
 
 
 def write_internvl(config: InternVLConfig, model_type: str) -> dict:

@@ -7,6 +7,18 @@ have permuted Llama's interleaved pairs.
 from collections.abc import Collection, Mapping
 
 from geode_jax.models.decoder import DecoderConfig
+from geode_jax.weights.fields import (
+    MAX_EPSILON,
+    MAX_LAYERS,
+    MAX_VOCABULARY,
+    check_fields,
+    dtype_of,
+    flag,
+    names,
+    part,
+    positive,
+    size,
+)
 from geode_jax.weights.rules import Rule
 
 HEAD = "lm_head.weight"
@@ -16,26 +28,36 @@ IGNORED = (r"(language_model\.)?model\.layers\.\d+\.self_attn\.rotary_emb\.inv_f
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
 
-def check_settings(json: Mapping, allowed: Mapping[str, tuple]) -> None:
-    """Refuses settings of a config that the model here does not have.
+_HONOURED = names(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim rms_norm_eps tie_word_embeddings rope_theta rope_scaling "
+    "rope_parameters max_position_embeddings layer_types"
+)
+_ALLOWED = {
+    "model_type": tuple(ARCHITECTURES),
+    "hidden_act": ("silu", "swish"),
+    "use_sliding_window": (False, None),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1.0, None),
+    "original_max_position_embeddings": (None,),
+    "qk_norm": (False, None),
+    "use_qk_norm": (False, None),
+    "moe_config": (None,),
+}
+_IRRELEVANT = {
+    # Layers slide where `use_sliding_window` or `layer_types` says so, which is refused.
+    "qwen2": frozenset({"sliding_window", "max_window_layers"}),
+    "llama": frozenset(),
+}
 
-    Args:
-        json: the config, or a part of it.
-        allowed: setting -> values; the first is meant where the config does not say.
-
-    Raises:
-        ValueError: all that is not allowed.
-    """
-    wrong = [
-        f"{name} {json[name]!r}"
-        for name, values in allowed.items()
-        if json.get(name, values[0]) not in values
-    ]
-    if wrong:
-        raise ValueError(f"not supported: {', '.join(wrong)}")
+_KV_HEADS = {"qwen2": 32, "llama": None}
+"""What transformers takes where a config does not name `num_key_value_heads`; None: the heads."""
 
 
-def read_decoder(json: Mapping, tensors: Collection[str], head: str = HEAD) -> DecoderConfig:
+def read_decoder(
+    json: Mapping, tensors: Collection[str], head: str = HEAD, tied: bool = False
+) -> DecoderConfig:
     """A decoder's config from `config.json`.
 
     Args:
@@ -43,48 +65,105 @@ def read_decoder(json: Mapping, tensors: Collection[str], head: str = HEAD) -> D
         tensors: names in the checkpoint. One that holds a head has a head of its own, whatever the
             config says of tied embeddings.
         head: name of the head.
+        tied: whether the head is the embedding where the config does not say; transformers' own
+            default for these architectures is False.
 
     Raises:
         ValueError, KeyError: something is not supported or missing.
     """
-    check_settings(
-        json,
-        {
-            "model_type": tuple(ARCHITECTURES),
-            "hidden_act": ("silu",),
-            "use_sliding_window": (False,),
-            "attention_bias": (False,),
-            "mlp_bias": (False,),
-        },
-    )
-    # Old configs have `rope_theta` outside.
-    rope = json.get("rope_parameters") or json.get("rope_scaling") or {}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling not in ("default", "dynamic"):  # dynamic: none within the length of pretraining
-        raise ValueError(f"not supported: rope_type {scaling!r}")
-    heads = json["num_attention_heads"]
+    kind = json["model_type"]
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"not supported: model_type {kind!r}")
+    check_fields(json, _HONOURED, _ALLOWED, _IRRELEVANT[kind])
+    heads, width = size(json, "num_attention_heads"), size(json, "hidden_size")
+    layers = size(json, "num_hidden_layers", MAX_LAYERS)
+    theta, dynamic = _read_rope(json)
+    if json.get("layer_types") not in (None, ["full_attention"] * layers):
+        raise ValueError("not supported: layer_types other than full_attention in every layer")
+    given = {"num_key_value_heads": _KV_HEADS[kind], "head_dim": None} | json
+    for name, default in (("num_key_value_heads", heads), ("head_dim", width // heads)):
+        if given[name] is None:
+            given[name] = default
+    head_width = size(given, "head_dim")
+    if head_width % 2 or (dynamic and head_width == 2):
+        raise ValueError(f"not supported: rotary positions of heads of width {head_width}")
+    tied = flag(json, "tie_word_embeddings", tied)
     return DecoderConfig(
-        vocab_size=json["vocab_size"],
-        width=json["hidden_size"],
-        layers=json["num_hidden_layers"],
+        vocab_size=size(json, "vocab_size", MAX_VOCABULARY),
+        width=width,
+        layers=layers,
         heads=heads,
-        kv_heads=json.get("num_key_value_heads") or heads,
-        head_width=json.get("head_dim") or json["hidden_size"] // heads,
-        mlp_width=json["intermediate_size"],
+        kv_heads=size(given, "num_key_value_heads"),
+        head_width=head_width,
+        mlp_width=size(json, "intermediate_size"),
         mlp="swiglu",
         norm="rms",
-        qkv_bias=json["model_type"] == "qwen2",
+        qkv_bias=kind == "qwen2",
         linear_bias=False,
-        tied_head=head not in tensors and json.get("tie_word_embeddings", True),
-        rope_theta=float(rope.get("rope_theta", json.get("rope_theta", 10_000.0))),
-        norm_eps=json["rms_norm_eps"],
-        dtype=read_dtype(json),
+        tied_head=tied and head not in tensors,
+        rope_theta=theta,
+        dynamic_rope=dynamic,
+        norm_eps=positive(json, "rms_norm_eps", MAX_EPSILON),
+        dtype=dtype_of(json),
     )
 
 
-def read_dtype(json: Mapping) -> str:
-    """The dtype that a config asks for."""
-    return json.get("dtype") or json.get("torch_dtype") or "float32"
+_THETA = 10_000.0
+"""Base of the rotary frequencies where a config names none."""
+
+
+def _read_rope(json: Mapping) -> tuple[float, tuple[int, float] | None]:
+    """(theta, of dynamic scaling the trained length and the factor).
+
+    transformers 5 writes `rope_parameters`, older ones `rope_theta` and `rope_scaling`; 5 reads
+    both, and `rope_scaling` takes the other's place. Where two of them differ it depends on the
+    version which one counts, so that is refused.
+    """
+    outside = positive(json, "rope_theta") if json.get("rope_theta") is not None else None
+    spellings = {
+        name: _rope_spelling(part(json, name), outside)
+        for name in ("rope_parameters", "rope_scaling")
+        if json.get(name)
+    }
+    found = list(spellings.values()) or [{"rope_type": "default", "rope_theta": outside or _THETA}]
+    scaled = [rope for rope in found if rope["rope_type"] not in ("default", "dynamic")]
+    if scaled:
+        raise ValueError(f"not supported: rope_type {scaled[0]['rope_type']!r}")
+    if found[0] != found[-1]:
+        raise ValueError("rope_parameters and rope_scaling differ: keep the one that is meant")
+    rope = found[0]
+    if outside not in (None, rope["rope_theta"]):
+        raise ValueError(
+            "rope_theta and that of rope_parameters differ: keep the one that is meant"
+        )
+    if rope["rope_type"] == "default":
+        return rope["rope_theta"], None
+    return rope["rope_theta"], (
+        size(json, "max_position_embeddings", MAX_VOCABULARY),
+        positive(rope, "factor"),
+    )
+
+
+def _rope_spelling(rope: Mapping, outside: float | None) -> dict:
+    """The entries of `rope_parameters` or `rope_scaling` by their newer names."""
+    kinds = [rope[name] for name in ("rope_type", "type") if rope.get(name) is not None]
+    if kinds[1:] not in ([], kinds[:1]):
+        raise ValueError("rope_type and type differ: keep the one that is meant")
+    kind = kinds[0] if kinds else "default"
+    if not isinstance(kind, str):
+        raise ValueError("rope_type must be text")
+    entries = {name: value for name, value in rope.items() if value is not None}
+    entries |= {"rope_type": kind, "rope_theta": outside or _THETA} | entries
+    entries["rope_theta"] = positive(entries, "rope_theta")
+    if kind in ("default", "dynamic"):
+        known = {"rope_type", "type", "rope_theta", *(["factor"] if kind == "dynamic" else [])}
+        unknown = [n for n, v in entries.items() if (n, v) != ("partial_rotary_factor", 1.0)]
+        unknown = sorted(set(unknown) - known)
+        if unknown:
+            raise ValueError(f"not supported: {unknown[0]!r} of rope_type {kind!r}")
+    entries.pop("type", None)
+    entries.pop("partial_rotary_factor", None)
+    return entries
 
 
 def write_decoder(config: DecoderConfig) -> dict:
@@ -98,6 +177,11 @@ def write_decoder(config: DecoderConfig) -> dict:
     if form != ("swiglu", "rms", False, ()):
         raise ValueError(f"neither Qwen2 nor Llama: (mlp, norm, linear_bias, cross_layers) {form}")
     kind = "qwen2" if c.qkv_bias else "llama"
+    scaling = {}
+    if c.dynamic_rope:
+        length, factor = c.dynamic_rope
+        scaling["max_position_embeddings"] = length
+        scaling["rope_scaling"] = {"rope_type": "dynamic", "factor": factor}
     return {
         "model_type": kind,
         "architectures": [ARCHITECTURES[kind]],
@@ -112,6 +196,7 @@ def write_decoder(config: DecoderConfig) -> dict:
         "rms_norm_eps": c.norm_eps,
         "rope_theta": c.rope_theta,
         "tie_word_embeddings": c.tied_head,
+        **scaling,
     }
 
 

@@ -1,6 +1,5 @@
 """From a trained run to a Hugging Face folder that runs without JAX."""
 
-import json
 from pathlib import Path
 
 import ml_collections
@@ -8,11 +7,12 @@ from flax import nnx
 
 from geode_jax.build import load_config
 from geode_jax.errors import UserError
+from geode_jax.exports.files import read_json_object, write_json
 from geode_jax.inference.trained import Trained, open_trained
 from geode_jax.start import pretrained_folders
 from geode_jax.weights.card import read_summary, write_card
 from geode_jax.weights.convert import write_model
-from geode_jax.weights.files import CONFIG, SHARD_BYTES, read_json
+from geode_jax.weights.files import CONFIG, SHARD_BYTES
 
 PARTS = ("decoder",)
 """What of a GEODE can be exported alone."""
@@ -84,7 +84,7 @@ def _add(trained: Trained, workdir: Path, folder: Path, part: str | None) -> Non
         "do_sample": False,
         "max_new_tokens": trained.pipeline.config.answer_length,
     }
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    write_json(folder / "generation_config.json", generation, indent=2)
     write_card(
         folder / "README.md",
         name=workdir.resolve().name,
@@ -108,4 +108,6 @@ def _origins(config: ml_collections.ConfigDict) -> list[str]:
             return _origins(load_config(Path(start)))
     except UserError:  # whose model it is cannot be said then
         return [f"{start} (not here)"]
-    return [read_json(folder / CONFIG).get("_name_or_path") or folder.name for folder in folders]
+    return [
+        read_json_object(folder / CONFIG).get("_name_or_path") or folder.name for folder in folders
+    ]

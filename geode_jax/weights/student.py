@@ -3,12 +3,25 @@
 import dataclasses
 import itertools
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from geode_jax.models.decoder import DecoderConfig
 from geode_jax.models.student import StudentConfig
 from geode_jax.models.task_heads import HeadsConfig
 from geode_jax.weights import parts
-from geode_jax.weights.qwen2 import read_dtype
+from geode_jax.weights.fields import (
+    MAX_LAYERS,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+    check_fields,
+    dtype_of,
+    flag,
+    part,
+    positive,
+    size,
+    sizes_of,
+    whole_numbers,
+)
 from geode_jax.weights.rules import Rule, within
 
 MODEL_TYPE = "hidden_cot"
@@ -61,24 +74,48 @@ def write_student(config: StudentConfig) -> dict:
     }
 
 
+_READ = frozenset(
+    (*_DECODER, *_OWN, "cross_attention_layers", "patch_grid", "heads", "category_ids")
+    # what the files beside it read
+    + ("answer_length", "vision", "reg_token_id", "box_token_id")
+)
+_SWITCHES, _NUMBERS = ("qkv_bias", "linear_bias"), ("layer_norm_eps", "rope_theta")
+
+
 def read_student(json: Mapping, tensors: Collection[str]) -> StudentConfig:
     """The inverse of `write_student`.
 
     Raises:
-        ValueError, KeyError, TypeError: something is not supported or missing.
+        ValueError, KeyError: something is not supported or missing.
     """
     del tensors
-    decoder = DecoderConfig(
-        **{field: json[name] for name, field in _DECODER.items()},
-        cross_layers=tuple(json["cross_attention_layers"]),
-        dtype=read_dtype(json),
-    )
+    check_fields(json, _READ, {"tie_word_embeddings": (False,)})
+    sizes: dict[str, Any] = {}
+    for name, field in _DECODER.items():
+        if name in _SWITCHES:
+            sizes[field] = flag(json, name, json[name])
+        elif name in _NUMBERS:
+            sizes[field] = positive(json, name)
+        else:
+            most = {"vocab_size": MAX_VOCABULARY, "num_hidden_layers": MAX_LAYERS}
+            sizes[field] = size(json, name, most.get(name, MAX_WIDTH))
+    heads = sizes_of(HeadsConfig, part(json, "heads"), "heads")
+    categories = json["category_ids"]
+    if not isinstance(categories, list) or len(categories) not in (0, heads.categories):
+        raise ValueError(f"category_ids must be a list of heads.categories {heads.categories}")
+    nouns = tuple(whole_numbers({"category_ids": ids}, "category_ids") for ids in categories)
+    if any(not ids or max(ids) >= sizes["vocab_size"] for ids in nouns):
+        raise ValueError("category_ids must be lists of ids of the vocabulary")
     return StudentConfig(
-        decoder=decoder,
-        heads=HeadsConfig(**json["heads"]),
-        **{name: json[name] for name in _OWN},
-        patch_grid=tuple(json["patch_grid"]),
-        category_ids=tuple(tuple(ids) for ids in json["category_ids"]),
+        decoder=DecoderConfig(
+            **sizes,
+            cross_layers=whole_numbers(json, "cross_attention_layers"),
+            dtype=dtype_of(json),
+        ),
+        heads=heads,
+        **{name: size(json, name, least=0) for name in _OWN},
+        patch_grid=whole_numbers(json, "patch_grid", 2),
+        category_ids=nouns,
     )
 
 

@@ -1,7 +1,9 @@
 import hashlib
 import json
+import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -293,17 +295,111 @@ def test_qwen_with_internvls_tokens_and_ours(tmp_path, data_root, qwen):
         assert grown.decode(case["ids"], skip_special=False) == case["decoded"]
 
 
-@pytest.mark.parametrize("broken", ["absent", "empty", "garbage"])
-def test_a_bad_folder_is_refused_in_one_line(tmp_path, broken):
+def damaged(folder, name="tokenizer.json", **entries) -> None:
+    """Sets entries of a file of a folder; a dotted name is nested, None removes it."""
+    value = json.loads((folder / name).read_text())
+    for path, entry in entries.items():
+        *above, last = path.split("__")
+        place = value
+        for key in above:
+            place = place[key]
+        place[last] = entry
+        if entry is None:
+            del place[last]
+    (folder / name).write_text(json.dumps(value))
+
+
+def replaced(folder, data: bytes, name="tokenizer.json") -> None:
+    (folder / name).unlink()
+    (folder / name).write_bytes(data)
+
+
+def linked(folder, target, name="tokenizer.json") -> None:
+    (folder / name).unlink()
+    (folder / name).symlink_to(target)
+
+
+def piped(folder, name) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+
+
+def empty(folder) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+CONFIG = "tokenizer_config.json"
+TEXT = TOKENIZER._json
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda f: replaced(f, TEXT[:200].encode()), "tokenizer.json: not JSON"),
+        (lambda f: replaced(f, TEXT.encode("utf-16")), "is UTF-16"),
+        (lambda f: replaced(f, b"[" * 9999), "nested too deeply"),
+        (lambda f: replaced(f, b"[]", CONFIG), f"{CONFIG}: must be a JSON object"),
+        (empty, "no Hugging Face tokenizer"),
+        (lambda f: damaged(f, model__vocab=[]), "tokenizer.json: damaged ("),
+        (lambda f: damaged(f, model__vocab={}, added_tokens=[]), "tokenizer.json: "),
+        (lambda f: damaged(f, model__vocab__table=2**32 - 1), "'table' has the id 4,294,967,295"),
+        (lambda f: damaged(f, model__vocab__table=2**32), "tokenizer.json: damaged ("),
+        (lambda f: damaged(f, model__vocab__table=9), " have the id 9"),
+        (lambda f: damaged(f, model__unk_token="<no>"), "tokenizer.json: damaged ("),
+        (lambda f: damaged(f, added_tokens=["<pad>"]), "tokenizer.json: damaged ("),
+        (lambda f: damaged(f, CONFIG, eos_token="<end>"), "eos_token '<end>' is in no vocabulary"),
+        (lambda f: damaged(f, CONFIG, eos_token=None), "eos_token is needed"),
+        (lambda f: damaged(f, CONFIG, eos_token=[1]), "no Hugging Face tokenizer"),
+        (lambda f: piped(f, "tokenizer.json"), "tokenizer.json: cannot be read: not a regular"),
+        (lambda f: piped(f, CONFIG), f"{CONFIG}: cannot be read: not a regular file"),
+        (lambda f: linked(f, "/etc/hostname"), "tokenizer.json: a link to /etc/hostname, out of"),
+        (lambda f: linked(f, "/dev/zero", CONFIG), f"{CONFIG}: a link to /dev/zero, out of"),
+        (lambda f: linked(f, "gone"), "tokenizer.json: cannot be read: No such file"),
+        (lambda f: (f / "tokenizer.json").unlink(), "no Hugging Face tokenizer"),
+        (shutil.rmtree, "no such folder"),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_line(damage, said, tmp_path):
     folder = tmp_path / "tokenizer"
-    if broken != "absent":
-        folder.mkdir()
-    if broken == "garbage":
-        (folder / "tokenizer.json").write_text("{")
-        (folder / "tokenizer_config.json").write_text("[")
+    TOKENIZER.save(folder)
+    damage(folder)
     with pytest.raises(UserError) as error:
         load_tokenizer(folder)
-    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+    text = str(error.value)
+    assert text.startswith(f"tokenizer {folder}: ") and said in text, text
+    assert text.isprintable()
+
+
+def test_no_code_of_a_folder_is_run_and_nothing_is_fetched(tmp_path, monkeypatch):
+    TOKENIZER.save(tmp_path)
+    mark = tmp_path / "executed"
+    (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
+    evil = {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil"}
+    entries = {"auto_map": evil, "tokenizer_class": "Evil", "pad_token": "<eos>"}
+    damaged(tmp_path, CONFIG, **entries)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": evil}))
+
+    def never(*_):
+        raise AssertionError("asked, or fetched")
+
+    monkeypatch.setattr("builtins.input", never)
+    monkeypatch.setattr("socket.socket.connect", never)
+    with pytest.raises(UserError, match="needs Python code of its own, which is never run here"):
+        load_tokenizer(tmp_path)
+    damaged(tmp_path, CONFIG, tokenizer_class="PreTrainedTokenizerFast", auto_map=None)
+    assert load_tokenizer(tmp_path).encode(TEXTS[0]) == TOKENIZER.encode(TEXTS[0])
+    assert not mark.exists()
+
+
+def test_a_folder_whose_files_disagree_is_refused(tmp_path, data_root):
+    """Qwen's class brings its own way of splitting, whatever tokenizer.json says."""
+    for path in (data_root / "qwen25_tokenizer").glob("tokenizer*.json"):
+        shutil.copy(path, tmp_path)
+    damaged(tmp_path, pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True,
+            "trim_offsets": False, "use_regex": True})  # fmt: skip
+    with pytest.raises(UserError, match="reads a text otherwise than tokenizer"):
+        load_tokenizer(tmp_path)
 
 
 def test_transformers_is_not_imported_for_our_own_tokenizer(tmp_path):

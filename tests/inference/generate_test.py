@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from geode_jax.errors import UserError
 from geode_jax.inference import generate as module
 from geode_jax.inference.generate import Sampling, generate
 from geode_jax.models.student import Student
@@ -184,6 +186,51 @@ def test_tokens_are_drawn_as_often_as_the_model_says():
     np.testing.assert_allclose(drawn(temperature=0.5), squares / squares.sum(), atol=0.032)
     assert drawn(top_p=0.01)[0] == drawn(top_k=1)[0] == 1
     assert drawn(top_k=9)[3] > 0  # more than there are
+
+
+def kept(logits, **options) -> list[list[int]]:
+    """Ids that may be drawn, for each row."""
+    allowed = np.asarray(Sampling(jax.random.key(0), **options).allowed(np.float32(logits)))
+    return [list(np.flatnonzero(row > -np.inf)) for row in allowed]
+
+
+def test_ties_leave_exactly_k_tokens_and_the_smallest_set_that_reaches_p():
+    # Probabilities 0.512, 0.188, 0.188, 0.069, 0.025: 2 and one of the ones reach 0.6.
+    ties = [[1, 2, 1, 0, -1], [3, 3, 3, 3, 3]]
+    assert kept(ties, top_p=0.6) == [[0, 1], [0, 1, 2]]
+    assert kept(ties, top_k=2) == [[0, 1], [0, 1]]
+    assert kept(ties, top_k=3, top_p=0.6) == [[0, 1], [0, 1]]
+    assert kept(ties, top_p=1e-9) == [[1], [0]]
+    assert kept(ties) == kept(ties, top_k=99) == [[*range(5)]] * 2
+    assert kept(ties, temperature=1e-37, top_p=0.6) == [[1], [0, 1, 2]]
+
+
+def test_the_tokens_kept_are_those_of_transformers():
+    torch = pytest.importorskip("torch")
+    from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = np.random.default_rng(0).normal(0, 3, (64, 50)).astype(np.float32)
+    for temperature, top_k, top_p in ((0.7, 50, 0.9), (1.5, 7, 1.0), (1.0, 12, 0.5), (2.0, 3, 0.1)):
+        scores = torch.from_numpy(logits)
+        for warp in (TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k)):
+            scores = warp(None, scores)
+        theirs = TopPLogitsWarper(top_p)(None, scores).numpy() > -np.inf
+        ours = kept(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        assert ours == [list(np.flatnonzero(row)) for row in theirs]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"temperature": t} for t in (0, -1.0, math.nan, math.inf, 1e-40)),
+        *({"top_k": k} for k in (-1, 1.5, True)),
+        *({"top_p": p} for p in (0, -0.1, 1.01, math.nan)),
+    ],
+)
+def test_settings_out_of_their_range_are_refused(options):
+    (name,) = options
+    with pytest.raises(UserError, match=name):
+        Sampling(jax.random.key(0), **options)
 
 
 def test_sampling_with_one_choice_is_greedy_and_a_key_gives_the_same_again():

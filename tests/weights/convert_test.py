@@ -184,6 +184,25 @@ def lose_a_shard(folder: Path) -> None:
     (folder / "model-00002-of-00002.safetensors").unlink()
 
 
+def pipe(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
+def link(folder: Path, target: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(target)
+
+
+def long_name(folder: Path) -> None:
+    save_file({"a." * 100_000: np.ones(2, np.float32)}, folder / "model.safetensors")
+
+
+def long_header(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + data[8:])
+
+
 def lie_in_the_index(folder: Path) -> None:
     in_shards(folder)
     path = folder / "model.safetensors.index.json"
@@ -212,9 +231,16 @@ def mix_dtypes(folder: Path) -> None:
         (store_integers, "model.norm.weight is I32; only F32, F16, BF16 are read"),
         (mix_dtypes, "mlp.up_proj.weight: of several dtypes, bfloat16, float32"),
         (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
-        (lambda f: (f / "config.json").unlink(), "config.json: No such file"),
-        (lambda f: (f / "config.json").write_text("{"), "config.json: no JSON"),
-        (lambda f: (f / "config.json").write_text("[]"), "config.json: no JSON object"),
+        (pipe, "model.safetensors: cannot be read: not a regular file"),
+        (lambda f: link(f, "/dev/zero"), "cannot be read: not a regular file"),
+        (long_name, "model.safetensors: a name of 200,000 characters, at most 500"),
+        (long_header, "damaged: a header of 1,099,511,627,776 bytes, at most 33,554,432"),
+        (lambda f: (f / "config.json").unlink(), "config.json: cannot be read: No such file"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON: "),
+        (
+            lambda f: (f / "config.json").write_text("[]"),
+            "config.json: must be a JSON object, is a list",
+        ),
         (lambda f: change_config(f, model_type="mamba"), "model_type 'mamba' is none of qwen2,"),
         (lambda f: change_config(f, hidden_size=None), "'hidden_size' is missing"),
         (lambda f: change_config(f, num_key_value_heads=3), "kv_heads 3 does not divide heads 4"),
@@ -300,6 +326,32 @@ def test_imported_and_exported_it_is_what_it_was(internvl, tmp_path, capsys):
     assert "template" not in json.loads((tmp_path / "theirs" / "config.json").read_text())
 
 
+def test_links_are_followed_within_a_folder_and_a_hub_cache_alone(folder, tmp_path, capsys):
+    cache = tmp_path / "models--a--b"
+    snapshot = cache / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for i, path in enumerate([folder / "config.json", folder / "model.safetensors"]):
+        path.rename(cache / "blobs" / str(i))
+        (snapshot / path.name).symlink_to(f"../../blobs/{i}")
+    (cache / "blobs" / "2").write_text("{}")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/2")
+    (snapshot / "same.txt").symlink_to("tokenizer.json")
+    run("import", "--source", snapshot, "--out", tmp_path / "out")
+    copies = [tmp_path / "out" / name for name in ("tokenizer.json", "same.txt")]
+    assert all(copy.read_text() == "{}" and not copy.is_symlink() for copy in copies)
+
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    for number, target in enumerate([secret, "/dev/zero", "../../../secret", "/proc/self/mem"]):
+        (snapshot / "vocab.txt").symlink_to(target)
+        with pytest.raises(SystemExit):
+            run("import", "--source", snapshot, "--out", tmp_path / f"no{number}")
+        assert "vocab.txt: a link to " in capsys.readouterr().err
+        assert not (tmp_path / f"no{number}").exists()
+        (snapshot / "vocab.txt").unlink()
+
+
 def test_a_damaged_checkpoint_is_refused_in_one_line(folder, tmp_path, capsys):
     run("import", "--source", folder, "--out", tmp_path / "middle")
     (tmp_path / "middle" / "parameters" / "state" / "_METADATA").unlink()
@@ -309,6 +361,14 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(folder, tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and len(said) == 1
     assert "parameters: damaged, or a checkpoint of another model" in said[0]
+
+
+def test_inspect_prints_no_control_characters(folder, capsys):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"a\x1b[2J\nb": np.ones(2, np.float32)}, folder / "model.safetensors")
+    with pytest.raises(SystemExit):
+        run("inspect", folder)
+    assert capsys.readouterr().out.splitlines()[-1] == "a\\x1b[2J b: unknown"
 
 
 def test_inspect_lists_parameters_and_all_that_is_wrong(folder, capsys):

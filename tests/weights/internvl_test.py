@@ -3,12 +3,15 @@
 import json
 import math
 import re
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from geode_jax.errors import UserError
 from geode_jax.models.vit import INTERNVIT_300M
 from geode_jax.weights import load_pretrained, save_pretrained
 from geode_jax.weights.convert import plan
@@ -115,6 +118,92 @@ def test_a_vision_tower_alone(torch, case, tmp_path):
         assert torch.equal(ours, theirs), name
 
 
+# --- config.json ----------------------------------------------------------------------------------
+
+
+def edited(folder: Path, target: Path, changes: dict) -> Path:
+    """A copy of a folder whose `config.json` has other entries; dotted names are nested."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    for name, value in changes.items():
+        *above, last = name.split(".")
+        place = config
+        for key in above:
+            place = place[key]
+        place[last] = value
+        if value is None:
+            del place[last]
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_fields_are_read_as_transformers_reads_them(torch, case, tmp_path, pixels, tokens):
+    reference, folder, model = case
+    forward = jax.jit(lambda model, tokens, pixels: model(tokens, pixels))
+    picture = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+    plain = np.asarray(forward(model, tokens, pixels))
+    older = {
+        "dtype": None,
+        "torch_dtype": "float32",
+        "text_config.rope_parameters": None,
+        "text_config.rope_theta": 10_000.0,
+        "text_config.rope_scaling": {"type": "default"},
+        "vision_config.image_size": IMAGE,
+        "vision_config.drop_path_rate": 0.3,
+    }
+    newer = {
+        "vision_config.layer_norm_eps": 0.1,
+        "text_config.rms_norm_eps": 0.2,
+        "text_config.rope_parameters.rope_theta": 50.0,
+    }
+    for number, changes in enumerate((older, newer)):
+        changed = edited(folder, tmp_path / str(number), changes)
+        with torch.no_grad():
+            expected = reload(type(reference), changed)(
+                torch.from_numpy(tokens), pixel_values=picture
+            ).logits.numpy()
+        ours = np.asarray(forward(load_pretrained(changed), tokens, pixels))
+        close(ours, expected)
+        assert np.allclose(ours, plain, rtol=0, atol=1e-6) == (changes is older)
+
+
+@pytest.mark.parametrize(
+    ("own", "changes", "said"),
+    [
+        (False, {"vision_config.use_qk_norm": True}, "vision_config: not supported: use_qk_norm"),
+        (False, {"vision_config.qkv_bias": True}, "qkv_bias, which in a internvl_vision is"),
+        (False, {"vision_config.norm_type": "rms_norm"}, "norm_type 'rms_norm'"),
+        (False, {"vision_config.gate": 1}, "vision_config: unknown: 'gate'"),
+        (False, {"vision_config.image_size": [28, 14]}, "image_size [28, 14], which is not square"),
+        (False, {"vision_config.image_size": [[1], [1]]}, "image_size must be a whole number"),
+        (False, {"vision_config.layer_norm_eps": "x"}, "layer_norm_eps must be a number"),
+        (False, {"vision_config.hidden_size": 31}, "or heads 4 not width 31"),
+        (False, {"vision_config": [1]}, "vision_config must be an object"),
+        (False, {"text_config.rope_scaling": {"type": "yarn"}}, "text_config: not supported: rope"),
+        (False, {"text_config.hidden_size": None}, "'text_config.hidden_size' is missing"),
+        (False, {"vision_feature_layer": [-1, -2]}, "vision_feature_layer [-1, -2]"),
+        (False, {"downsample_ratio": 0.25}, "downsample_ratio 0.25"),
+        (False, {"moe": True}, "unknown: 'moe'"),
+        (True, {"vision_config.norm_type": None}, "not supported: norm_type 'rms_norm'"),
+        (True, {"vision_config.qk_normalization": None}, "qk_normalization True"),
+        (True, {"vision_config.use_moe": True}, "use_moe True"),
+        (True, {"force_image_size": 56}, "force_image_size 56 beside image_size 28"),
+        (True, {"ps_version": None}, "not supported: ps_version 'v1'"),
+        (True, {"use_llm_lora": 16}, "use_llm_lora 16"),
+        (True, {"llm_config.model_type": "internlm2"}, "llm_config: not supported: model_type"),
+    ],
+)
+def test_a_field_that_would_make_another_model_is_refused(own, changes, said, case, tmp_path):
+    _, folder, model = case
+    if own:
+        folder = tmp_path / "own"
+        save_pretrained(model, folder, model_type="internvl_chat")
+    with pytest.raises(UserError, match=re.escape(said)):
+        plan(edited(folder, tmp_path / "edited", changes))
+
+
+# --- InternVL's own layout ------------------------------------------------------------------------
+
 # Names of InternVL and of transformers, as the latter's converter has them.
 OWN_BLOCK = {
     "attn.proj": "attention.projection_layer",
@@ -195,7 +284,8 @@ def test_internvit_300m_and_its_projector_have_their_parameters(tmp_path):
     assert sum(map(math.prod, made.shapes.values())) == 304_012_288
 
     text = TEXT | dict(hidden_size=1536, rms_norm_eps=1e-6)
-    whole = dict(model_type="internvl_chat", vision_config=INTERNVIT_CONFIG, llm_config=text)
+    parts = dict(vision_config=INTERNVIT_CONFIG, llm_config=text)
+    whole = dict(model_type="internvl_chat", ps_version="v2", **parts)
     (tmp_path / "config.json").write_text(json.dumps(whole))
     shapes = plan(tmp_path).shapes
     mlp1 = [math.prod(shape) for leaf, shape in shapes.items() if re.match(r"projector\.", leaf)]

@@ -7,6 +7,7 @@ JAX and in PyTorch, from the papers' equations.
 import ast
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -352,3 +353,33 @@ VGGT = {"project": "vggt", "weights": "facebook/VGGT-1B", "licence": "CC-BY-NC-4
 def test_a_model_inherits_the_strictest_terms(producer, origins, identifier, assets):
     found = inherited(producer, origins)
     assert (found[0], [term.asset for term in found[1]]) == (identifier, assets)
+
+
+@pytest.mark.parametrize(
+    ("kind", "entries", "said"),
+    [
+        ("geode", {"drm": {"layers": 10**6}}, "1,000,000 layers, and the folder's weights are"),
+        ("geode", {"drm": {"slots": [3]}}, "drm.slots must be a whole number from 0 to"),
+        ("geode", {"drm": {"speed": 3}}, "unknown: drm.'speed'"),
+        ("geode", {"drm": {"condition_on_question": 1}}, "must be true or false: 1"),
+        ("geode", {"patch_grid": [2]}, "patch_grid must be a list of 2: [2]"),
+        ("geode", {"memory": True}, "unknown: 'memory'"),
+        ("student", {"heads": {"detection_layers": 10**9}}, "1,000,000,000 layers"),
+        ("student", {"cross_attention_layers": [9]}, "cross_layers (9,) outside 0..2"),
+        ("student", {"category_ids": [[1]]}, "category_ids must be a list of heads.categories"),
+        ("student", {"norm": "rms"}, "unknown: 'norm'"),
+        ("student", {"thinking_tokens": -1}, "thinking_tokens must be a whole number from 0"),
+    ],
+)
+def test_a_config_of_ours_is_checked_before_anything_is_described(
+    kind, entries, said, student, tmp_path
+):
+    model = student if kind == "student" else materialize(lambda r: Geode(GEODE, rngs=r))
+    write_model(model, tmp_path / "a", like=ENTRIES)
+    path = tmp_path / "a" / "config.json"
+    config = json.loads(path.read_text())
+    for name, value in entries.items():
+        config[name] = {**config[name], **value} if isinstance(value, dict) else value
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_pretrained(tmp_path / "a")
