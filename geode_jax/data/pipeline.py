@@ -206,7 +206,10 @@ class Pipeline:
         dropped: counts of what is not trained on: `kind <name>` not asked for (or, without control
             tokens, answered by a box), `source <name>`, `no <field>`, `question too long`, `answer
             too long`, `longer than a packed row`, `outside data.fraction`, `boxes beyond
-            max_boxes`, `bad question`, `bad scene`.
+            max_boxes`, `bad question`, `bad scene`. A number that cannot be regressed
+            (`control.number_of`) takes its question with it where a control token answers, `no
+            number: <why>`; where words answer, the question stays and pays nothing for its number,
+            `number that words alone learn: <why>`.
         bad_scenes: scene id -> what is wrong with it, as met so far.
         max_question_length, max_answer_length: the longest of the split (of the kinds asked for),
             bos and eos included, what does not fit among them.
@@ -324,6 +327,10 @@ class Pipeline:
             if weight == 0:
                 drop(f"source {name}", source == name)
         drop(f"no {config.answer_field}", answer == 0)
+        by_token = bool(config.controls) and config.answer_field == "answer"
+        whys = sorted(set(lengths["no_number"].tolist()) - {""})
+        for why in whys if by_token else ():
+            drop(f"no number: {why}", lengths["no_number"] == why)
         self.max_question_length = int(lengths["question"].max(where=keep, initial=0))
         self.max_answer_length = int(answer.max(where=keep, initial=0))
         drop("question too long", lengths["question"] > config.question_length)
@@ -332,6 +339,9 @@ class Pipeline:
         if config.fraction < 1:
             part = stratified_part((source, kind), keep, config.fraction, config.seed)
             drop("outside data.fraction", ~part)
+        for why in () if by_token else whys:
+            left = int((keep & (lengths["no_number"] == why)).sum())
+            self.dropped += Counter({f"number that words alone learn: {why}": left})
         if not keep.any():
             why = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items())
             raise UserError(
@@ -512,7 +522,7 @@ class Pipeline:
             record: `kind`, `question`, and `options` and `unit` where there are some.
             scene: of `one_scene`.
         """
-        record = {**record, **dict.fromkeys(ANSWER_FIELDS, ""), "value": 0.0}
+        record = {**record, **dict.fromkeys(ANSWER_FIELDS, "")}
         tokenizer, config = self._tokenizer, self.config
         length, answer = config.question_length, config.answer_length
         while length < 1 + len(tokenizer.encode(prompt(record))):

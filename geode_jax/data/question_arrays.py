@@ -1,13 +1,14 @@
 """Question records as the question rows of a `Batch`: tokens, targets, packed text."""
 
 import bisect
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from geode_jax.data.control import BASE_UNIT, BOX, REG, base_unit, control_of
+from geode_jax.data.control import BOX, REG, NoNumberError, control_of, number_of
 from geode_jax.data.packing import lay_out
 from geode_jax.data.raycast import box_gaps
 from geode_jax.data.tokens import Tokenizer
@@ -45,9 +46,6 @@ def stack_questions(
         question_length, answer_length: Lq and La.
         answer_field: "answer", "teacher_answer" or "rationale".
         controls: ids of REG and BOX: an "answer" that is a number or a box is then one of these.
-
-    Raises:
-        UserError: with `controls`, a question's unit is unknown.
     """
     n, lq, la = len(records), question_length, answer_length
     arrays = {
@@ -110,11 +108,9 @@ def stack_questions(
             arrays["relations"][i, RELATIONS.index(name)] = probability
             arrays["relations_mask"][i, RELATIONS.index(name)] = True
         if control_of(record) == REG:
-            arrays["value"][i] = record.get("value", record["answer"])
-            arrays["value_mask"][i] = True
-        # Without control tokens nobody regresses: an unknown unit does no harm then.
-        if controls or record.get("unit") in BASE_UNIT:
-            arrays["base_unit"][i] = base_unit(record)
+            with contextlib.suppress(NoNumberError):  # counted where the questions were chosen
+                arrays["value"][i], arrays["base_unit"][i] = number_of(record)
+                arrays["value_mask"][i] = True
         if controls and "box" in record:
             arrays["box"][i] = record["box"]
             arrays["box_mask"][i] = True

@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from geode_jax.data.control import control_of
+from geode_jax.data.control import REG, NoNumberError, control_of, number_of
 from geode_jax.data.mixture import OWN
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
@@ -33,7 +33,7 @@ from geode_jax.exports.prompts import prompt
 
 _FORMAT = "1.0.0"  # of the records; part of the cache key, so a change makes new records
 _INDEX = "index.json"
-_LENGTHS = "lengths3"  # the number changes with what `question_lengths` keeps
+_LENGTHS = "lengths4"  # the number changes with what `question_lengths` keeps
 
 ANSWER_FIELDS = ("answer", "teacher_answer", "rationale")
 """Fields of a question record that can be learned."""
@@ -270,13 +270,14 @@ def question_lengths(
         Arrays over the n questions of the split, scenes in `records.scene_ids(split)` order:
         `scene` [n] int32 index of the scene, `kind` and `source` [n] strings (`mixture.OWN` where
         a question names no source), `question` [n] int32 prompt + bos, each of `ANSWER_FIELDS`
-        [n] int32 text + eos, 0 where there is none, `control` [n] strings of `control.control_of`.
+        [n] int32 text + eos, 0 where there is none, `control` [n] strings of `control.control_of`,
+        `no_number` [n] strings: why there is nothing to regress where `control` is REG, else "".
     """
     file = records.folder / f"{_LENGTHS}-{split}-{tokenizer.sha256[:16]}.npz"
     if file.is_file():
         with np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
-    scenes, kinds, sources, controls = [], [], [], []
+    scenes, kinds, sources, controls, no_number = [], [], [], [], []
     texts: dict[str, list] = {"question": [], **{field: [] for field in ANSWER_FIELDS}}
     ids = records.scene_ids(split)
     for i, scene_id in enumerate(tqdm(ids, desc=f"tokens of {split}", unit="scene", leave=False)):
@@ -285,6 +286,7 @@ def question_lengths(
         kinds += [record["kind"] for record in found]
         sources += [record.get("source", OWN) for record in found]
         controls += [control_of(record) for record in found]
+        no_number += map(_no_number, found)
         texts["question"] += [prompt(record) for record in found]
         for field in ANSWER_FIELDS:
             texts[field] += [record.get(field) for record in found]
@@ -293,11 +295,21 @@ def question_lengths(
         "kind": np.array(kinds, np.str_),
         "source": np.array(sources, np.str_),
         "control": np.array(controls, np.str_),
+        "no_number": np.array(no_number, np.str_),
         "question": _token_counts(texts["question"], tokenizer.encode_batch),
         **{f: _token_counts(texts[f], tokenizer.encode_answers) for f in ANSWER_FIELDS},
     }
     _keep(file, arrays)
     return arrays
+
+
+def _no_number(record: dict) -> str:
+    if control_of(record) == REG:
+        try:
+            number_of(record)
+        except NoNumberError as error:
+            return str(error)
+    return ""
 
 
 def answer_lengths(lengths: dict[str, np.ndarray], field: str, controls: bool) -> np.ndarray:

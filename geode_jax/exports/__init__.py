@@ -1,11 +1,12 @@
 """The array contract, and what it stands on; loaded by path in other projects' environments, too.
 
 `contract` is the contract itself, `files` reads and writes small files, `prompts` has the words in
-which questions are put, `frames` the frame of a VGGT reconstruction. The package stands alone:
-Python 3.9, numpy and safetensors (tqdm for the progress bar when installed), relative imports only.
+which questions are put, `units` reads numbers with units, and `frames` has the frame of a VGGT
+reconstruction. The package stands alone: Python 3.9, numpy and safetensors (tqdm for the progress
+bar when installed), relative imports only.
 """
 
-from . import files, frames, prompts
+from . import files, frames, prompts, units
 from .contract import (
     NUMERIC_KINDS,
     PROBABILITY_TOLERANCE,
@@ -41,6 +42,7 @@ __all__ = [
     "format_summary",
     "frames",
     "prompts",
+    "units",
     "validate",
     "write_scene",
 ]

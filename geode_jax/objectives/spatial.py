@@ -45,7 +45,7 @@ def asked_terms(spatial: SpatialOutput, batch: Batch) -> Terms:
         "angle": huber(spatial.angle_SQ2, relative_angle(boxes_SQO7), three_SQ),
         "value": huber(
             spatial.log_value_SQ[..., None],
-            jnp.log(jnp.maximum(value_SQ, 1e-2))[..., None],
+            jnp.log(value_SQ)[..., None],
             batch.value_mask_SQ,
         ),
     }
