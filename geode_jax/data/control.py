@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from geode_jax.data.targets import LOG_VALUES, held_boxes
 from geode_jax.exports import NUMERIC_KINDS, units
 
 REG, BOX = "<REG>", "<3DBBOX>"
@@ -17,10 +18,6 @@ BASE_UNIT = {
 """What one of a unit is in the unit that is regressed: metres, square metres, items. VSI-Bench asks
 for sizes in centimetres and for distances in metres: without this, one hundredth of a size would
 weigh as much as a distance. Angles are not regressed: they may be 0, which has no logarithm."""
-
-LOG_VALUES = (math.log(0.01), 11.0)
-"""The logarithms of values in base units that are regressed: from 0.01 to 59,874. A question whose
-value lies outside has no value to learn, and is counted."""
 
 
 class NoNumberError(ValueError):
@@ -46,7 +43,7 @@ def number_of(record: Mapping[str, Any]) -> Number:
 
     Raises:
         NoNumberError: the answer is no number, its unit is unknown, unclear, or not the one that
-            the question asks for, or the value is outside of `LOG_VALUES`.
+            the question asks for, or the value is outside of `targets.LOG_VALUES`.
     """
     said = units.read_quantity(record["answer"])
     value = record.get("value", said.number if said else None)
@@ -59,6 +56,19 @@ def number_of(record: Mapping[str, Any]) -> Number:
     if not low <= math.log(value) + math.log(base) <= high:
         raise NoNumberError("the value is not from 0.01 to 59,874 base units")
     return Number(float(value), base)
+
+
+def why_not_regressed(record: Mapping[str, Any]) -> str:
+    """Why a question that a control token answers has nothing to regress, "" where it has."""
+    token = control_of(record)
+    if token == BOX and not held_boxes(record["box"]):
+        return "the box is one that no code holds"
+    if token == REG:
+        try:
+            number_of(record)
+        except NoNumberError as error:
+            return str(error)
+    return ""
 
 
 def unit_of(record: Mapping[str, Any]) -> str | None:
@@ -75,7 +85,7 @@ def unit_of(record: Mapping[str, Any]) -> str | None:
     if named is None:
         try:
             dimension = units.UNITS[usual].dimension if usual else None
-            named = units.asked_unit(record["question"], dimension)
+            named = units.asked_unit(record.get("question", ""), dimension)
         except units.UnclearUnitError as unclear:
             if "unit" not in record:
                 raise NoNumberError(str(unclear)) from None

@@ -11,6 +11,7 @@ import numpy as np
 from geode_jax.data.control import BOX, REG, NoNumberError, control_of, number_of
 from geode_jax.data.packing import lay_out
 from geode_jax.data.raycast import box_gaps
+from geode_jax.data.targets import held_boxes
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.exports import RELATIONS
 from geode_jax.exports.prompts import prompt
@@ -80,7 +81,7 @@ def stack_questions(
     # The questions of a scene name the same few boxes.
     rows: dict[tuple, int] = {}
     for record in records:
-        for item in record.get("objects", ()):
+        for item in filter(_is_held, record.get("objects", ())):
             rows.setdefault(tuple(item["box"]), len(rows))
     gaps = box_gaps(*2 * [np.array([*rows], np.float64)]) if rows else np.zeros((0, 0))
     for i, record in enumerate(records):
@@ -94,16 +95,18 @@ def stack_questions(
         objects = record.get("objects", ())[:MAX_OBJECTS]
         names = [item["name"] for item in objects]
         for j, item in enumerate(objects):
-            arrays["objects"][i, j] = item["box"]
-            arrays["objects_mask"][i, j] = True
+            if _is_held(item):
+                arrays["objects"][i, j] = item["box"]
+                arrays["objects_mask"][i, j] = True
             if names.count(item["name"]) > 1:
                 continue
             arrays["object_index"][i, j] = item.get("index", -1)
             found = re.search(rf"\b{re.escape(item['name'])}\b", texts[i])
             if found:
                 arrays["object_place"][i, j] = bisect.bisect_left(ends, found.end())
-        own = [rows[tuple(item["box"])] for item in objects]
-        arrays["gaps"][i, : len(own)] = gaps[own[:1], own]
+        if objects and _is_held(objects[0]):
+            own = {j: rows[tuple(o["box"])] for j, o in enumerate(objects) if _is_held(o)}
+            arrays["gaps"][i, [*own]] = gaps[own[0], [*own.values()]]
         for name, probability in record.get("relation", {}).items():
             arrays["relations"][i, RELATIONS.index(name)] = probability
             arrays["relations_mask"][i, RELATIONS.index(name)] = True
@@ -111,10 +114,15 @@ def stack_questions(
             with contextlib.suppress(NoNumberError):  # counted where the questions were chosen
                 arrays["value"][i], arrays["base_unit"][i] = number_of(record)
                 arrays["value_mask"][i] = True
-        if controls and "box" in record:
+        if controls and "box" in record and held_boxes(record["box"]):
             arrays["box"][i] = record["box"]
             arrays["box_mask"][i] = True
     return arrays
+
+
+def _is_held(item: Mapping[str, Any]) -> bool:
+    """Whether the box of a named object can be learned."""
+    return bool(held_boxes(item["box"]))
 
 
 def add_teacher_logits(

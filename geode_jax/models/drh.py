@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from geode_jax.boxes import encode_boxes
-from geode_jax.data.control import LOG_VALUES
+from geode_jax.data.targets import LOG_VALUES
 from geode_jax.losses import Pair
 from geode_jax.models.layers import LayerNorm, Mlp
 from geode_jax.models.task_heads import BOX_CODE

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from geode_jax.boxes import encode_boxes
-from geode_jax.data.control import BASE_UNIT, LOG_VALUES
+from geode_jax.data.control import BASE_UNIT
+from geode_jax.data.targets import LOG_VALUES
 from geode_jax.models.drh import Drh, box_loss, decode_values, encode_values, value_loss
 from tests.tiny_models import materialize
 

@@ -7,7 +7,7 @@ JAX and in PyTorch, from the papers' equations.
 import ast
 import dataclasses
 import json
-import math  # noqa: F401, in the literals that are evaluated
+import math
 import sys
 from pathlib import Path
 
@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from geode_jax.data.control import BASE_UNIT, LOG_VALUES
+from geode_jax.data.control import BASE_UNIT
+from geode_jax.data.targets import LOG_EDGES, LOG_VALUES
 from geode_jax.errors import UserError
 from geode_jax.exports.units import UNITS, write_number
 from geode_jax.models.drm import DrmConfig
@@ -323,6 +324,8 @@ def test_both_sides_know_the_same_units():
     decimals = {name: UNITS[name].decimals for name in BASE_UNIT if UNITS[name].decimals != 1}
     assert eval(assigned["DECIMALS"]) == decimals
     assert eval(assigned["LOG_VALUES"]) == LOG_VALUES
+    assert "LOG_EDGES = (math.log(1e-4), 4.0)" in (REMOTE / "modeling_parts.py").read_text()
+    assert (math.log(1e-4), 4.0) == LOG_EDGES
 
 
 def test_modelling_files_import_torch_and_transformers_alone():
