@@ -103,14 +103,16 @@ def question_fields(
 def referenced(
     kind: str, question: str, answers: Any, options: list[str] | None = None
 ) -> dict[str, Any]:
-    """`question_fields` of the first answer, and `answers`, all different ones if several.
+    """`question_fields` of the first answer, and `answers`, all of them if several.
+
+    An answer that is there twice stays twice: CIDEr is a mean over the references.
 
     Raises:
         MisfitError: there are no answers, or the first is none of the options.
     """
     if not isinstance(answers, list) or not answers:
         raise MisfitError("has no answers")
-    texts = list(dict.fromkeys(text_of(answer, "answer") for answer in answers))
+    texts = [text_of(answer, "answer") for answer in answers]
     fields = question_fields(kind, question, texts[0], options)
     return fields | ({"answers": texts} if len(texts) > 1 and not options else {})
 
