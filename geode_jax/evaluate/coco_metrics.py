@@ -74,10 +74,11 @@ _WORD = re.compile(r"\b(?:" + "|".join(_WORDS) + r")\b")
 def clean(text: str) -> str:
     """An answer as LEO compares it: lower case, small numbers in words, no articles, no typos.
 
-    As there, "tv" becomes "TV", which is in no "tvs", and of two articles in a row one stays.
+    As there, "tv" becomes "TV", which is in no "tvs", of two articles in a row one stays, and so
+    does one before a sign that is taken out ("a ! chair").
     """
-    text = " ".join(re.sub(r"[^a-z0-9,'\s:-]+", "", text.lower()).split())
-    text = _WORD.sub(lambda found: _WORDS[found[0]], re.sub(r"\bo' clock\b", "o'clock", text))
+    text = re.sub(r"[^a-z0-9,'\s:-]+", "", re.sub(" {2,}", " ", text.lower().strip(" ")))
+    text = _WORD.sub(lambda found: _WORDS[found[0]], re.sub(r"\bo' +clock\b", "o'clock", text))
     text = re.sub(r"\b([a-zA-Z]+)[0-9]\b", r"\1", text)
     for article in ("a", "an", "the"):
         text = re.sub(rf"\b{article} ([a-zA-Z]+)", r"\1", text)

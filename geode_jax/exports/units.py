@@ -9,6 +9,7 @@ here give no value, never a wrong one. Python 3.9 and the standard library alone
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from typing import NamedTuple
@@ -29,9 +30,9 @@ class Unit(NamedTuple):
 
 
 _LENGTHS = {
-    "mm": ("millimet(?:er|re)s?|mms?", Unit("length", 0.001, 0)),
-    "cm": ("centimet(?:er|re)s?|cms?", Unit("length", 0.01, 0)),
-    "km": ("kilomet(?:er|re)s?|kms?", Unit("length", 1000.0, 4)),
+    "mm": ("milli[ -]?met(?:er|re)s?|mms?", Unit("length", 0.001, 0)),
+    "cm": ("centi[ -]?met(?:er|re)s?|cms?", Unit("length", 0.01, 0)),
+    "km": ("kilo[ -]?met(?:er|re)s?|kms?", Unit("length", 1000.0, 4)),
     "m": ("met(?:er|re)s?|m", Unit("length", 1.0)),
     "ft": ("feet|foot|fts?", Unit("length", 0.3048)),
     "in": ("inch(?:es)?", Unit("length", 0.0254)),
@@ -220,13 +221,16 @@ _FILLER = r"(?: (?:the|whole|full|total|metric|units? of|unit:?))*"
 _ASKING = re.compile(
     rf"(?:\b(?:in|using|use|nearest|number of){_FILLER}|\bhow many(?: total| whole| full| square)?"
     r"|\bunits?(?: of (?:measure|measurement|length|area|distance))?"
-    r"(?: (?:is|are|of|in|should be|must be|to be|to use is))*[:=]?) ?$"
+    r"(?: (?:is|are|of|in|should be|must be|to be|to use is))* ?[:=]?) ?$"
 )
 """What stands before the unit that is asked for, without a bracket."""
-_OPENED = re.compile(rf"[(\[](?:(?:measured |given |answer )?in{_FILLER}|units?[:=]?(?: is)?)? ?$")
+_OPENED = re.compile(
+    rf"[(\[](?:(?:measured |given |answer )?in{_FILLER}|units?(?: is)? ?[:=]?)? ?$"
+)
 _CLOSED = re.compile(r"\.? ?(?:[)\],;/|]|or\b|and\b|$)")
 _JOINED = re.compile(r"\.? ?(?:,|/|\||or|and|,? ?\(|\[|=)(?: ?(?:or|and))?(?: in)? ?")
 _LAST = re.compile(r"(?:[.?!,;:-]|[.?!] ?-) ?$")
+_QUOTES = re.compile(r"(?<!\w)['\"*_]+(?=\w)|(?<=\w)['\"*_]+(?!\w)")
 _FINISH = re.compile(r"[.?!)\] ]*$")
 _COMPOUND = re.compile(r" ?(?:/|\*|·|per\b)| square\b")
 _NUMBERED = re.compile(
@@ -258,6 +262,7 @@ _UNKNOWN = re.compile(
     rf"|(?<!\S)[(\[](?:in )?{_NO_UNIT}[^\W\d_]+[.^0-9]*(?: [^\W\d_]+)?[)\]]"
     r"|\b(?:measured|expressed|given|answer(?:ed)?|reported) in (?!(?:the|this|that|an?)\b)"
     r"|\bunits?\b"
+    r"|[^\W\d_]-(?:met(?:er|re)s?|foot|feet|inch(?:es)?|yards?)\b"
 )
 """Where a unit is asked for, whatever its name."""
 
@@ -281,7 +286,16 @@ def asked_unit(question: str, dimension: str | None = None) -> str | None:
     Raises:
         UnclearUnitError: several units, one of another dimension, or one that is not known.
     """
-    plain = _plain(question)
+    name, unclear = _asked(question, dimension)
+    if unclear:
+        raise UnclearUnitError(unclear)
+    return name
+
+
+@functools.lru_cache(maxsize=16384)
+def _asked(question: str, dimension: str | None) -> tuple[str | None, str]:
+    """The unit that is asked for and "", or None and why it is unclear; rooms ask in few words."""
+    plain = _QUOTES.sub("", _plain(question))
     measures = dimension is not None or bool(_MEASURED.search(plain))
     asked, loose, last = set(), set(), None
     for found in _MENTION.finditer(plain):
@@ -301,20 +315,20 @@ def asked_unit(question: str, dimension: str | None = None) -> str | None:
     if _INCH_PLACES.search(plain):
         asked.add("in")
     if None in asked:
-        raise UnclearUnitError("its question asks in an unknown unit")
+        return None, "its question asks in an unknown unit"
     if len(asked | {name for place, name in loose if place == "loose"}) > 1 and asked:
-        raise UnclearUnitError("its question names several units")
+        return None, "its question names several units"
     if asked:
         name = asked.pop()
         if dimension and UNITS[name].dimension != dimension:
-            raise UnclearUnitError("its question asks in a unit of another quantity")
-        return name
+            return None, "its question asks in a unit of another quantity"
+        return name, ""
     if dimension in ("length", "area"):
         if any(place == "loose" or UNITS[n or "m"].dimension == dimension for place, n in loose):
-            raise UnclearUnitError("its question names a unit, but not as the one to answer in")
+            return None, "its question names a unit, but not as the one to answer in"
         if _UNKNOWN.search(plain):
-            raise UnclearUnitError("its question asks in an unknown unit")
-    return None
+            return None, "its question asks in an unknown unit"
+    return None, ""
 
 
 def _place(before: str, found: re.Match, after: str, measures: bool) -> str:

@@ -249,6 +249,15 @@ def test_exact_match(prediction, target, exact, refined):
 
 
 def test_clean_answers():
+    # As LEO's own function, run on these.
+    for text, cleaned in (
+        ("TV", "TV"),
+        ("two TVs", "two tvs"),
+        ("the a the chair", "the chair"),
+        ("a ! chair", "a  chair"),
+        ("backwards1 Größe", "backward gre"),
+    ):
+        assert clean(text) == cleaned
     assert clean("  The  Chair is to the RIGTH of mat2, at 3 oclock. ") == (
         "chair is to right of mat, at three o'clock"
     )

@@ -18,7 +18,7 @@ from geode_jax.exports.units import (
 )
 
 WORDS = {
-    "mm": ("mm", "millimeters", "millimetres", "Millimeter", "MM"),
+    "mm": ("mm", "millimeters", "milli-meters", "millimetres", "Millimeter", "MM"),
     "cm": ("cm", "centimeters", "centimetre", "cms"),
     "m": ("m", "meters", "metres", "Meter"),
     "km": ("km", "kilometers", "kilometre"),
@@ -38,6 +38,7 @@ PLACES = (
     *("How large is the bed ({})?", "How large is the bed [{}]?", "How large is it (in {})?"),
     *("How large is it? Give one number, the unit is {}.", "How large is it? Unit: {}"),
     *("How large is it, measured in {}?", "How large is it? Answer in {}.", "How large, {}?"),
+    *('How large is it in "{}"?', "How large is it in **{}**?", "How large is it (unit = {})?"),
     *("What is the size in {} of the bed that is 3 km from it?", "Its size, in {} ({})?"),
     "What is the number of {} from the foot of the bed to the two items?",
 )
@@ -158,6 +159,8 @@ def test_questions_without_a_unit_or_with_one(question, kind, unit):
         ("How fast is the bed in m/s?", "unknown"),
         ("How large is the bed in meters square?", "unknown"),
         ("How tall is the bed in m^4?", "unknown"),
+        ("How tall is the bed, in deca-metres?", "unknown"),
+        ("How tall is the bed in hundreds of meters?", "not as the one"),
         ("How tall is the bed in feet and inches?", "several"),
         ("How tall is the bed in meters, not feet?", "several"),
         ("The table is 3 feet tall. How tall is the bed?", "not as the one"),
