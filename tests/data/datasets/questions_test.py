@@ -433,6 +433,50 @@ def test_an_unclear_number_has_no_value_and_says_why(kind, question, answer, why
     assert fields == {"kind": f"{kind}_open", "question": question, "answer": answer}
 
 
+CASE_03 = [
+    ("absolute_size_object", "How many meters tall is the wardrobe?", "1.9", 1.9),
+    ("absolute_size_object", "What is the height of the wardrobe in m?", "1.9", 1.9),
+    ("absolute_size_object", "Height? Give one number, the unit is meters.", "1.9", 1.9),
+    ("absolute_size_object", "How tall is the wardrobe (millimeters)?", "1900", 1.9),
+    ("absolute_distance_object", "What is the distance of chair and sofa in mm?", "1400", 1.4),
+    ("absolute_distance_object", "How many centimeters apart are chair and sofa?", "140", 1.4),
+    ("absolute_size_room", "How large is this room in sq ft?", "215", 215 * 0.3048**2),
+    ("absolute_size_room", "How many square feet does this room have?", "215", 215 * 0.3048**2),
+    ("absolute_size_object", "How tall is the wardrobe in cubits?", "4", None),
+    ("absolute_size_room", "How large is this room in meters?", "5", None),
+]
+
+
+def test_units_in_other_words_reach_training_or_are_counted(tiny_export, tmp_path, capsys):
+    train = tiny_export.scene_ids("train")[0]
+    rows = [
+        {
+            "video": f"{train}.mp4",
+            "question_type": kind,
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{question}"},
+                {"from": "gpt", "value": answer},
+            ],
+        }
+        for kind, question, answer, _ in CASE_03
+    ]
+    (tmp_path / "vsi").mkdir()
+    (tmp_path / "vsi" / "vsi_590k.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ("prepare", "--source", "vsi590k", "--root", tmp_path / "vsi")
+    main([str(a) for a in (*arguments, "--scenes", tiny_export.folder, "--out", tmp_path / "out")])
+    made = [r for r in Export(tmp_path / "out").questions() if r.get("source") == "vsi590k"]
+    assert len(made) == len(CASE_03)
+    for record, (_, _, _, metres) in zip(made, CASE_03, strict=True):
+        if metres is None:
+            assert "value" not in record and control_of(record) == ""
+        else:
+            value, base = number_of(record)
+            assert value * base == pytest.approx(metres)
+    printed = capsys.readouterr().out
+    for why in ("asks in an unknown unit", "asks in a unit of another quantity"):
+        assert f"dropped 1: value, its question is kept as words: its question {why}\n" in printed
+
+
 def test_an_option_is_found_by_its_size():
     options = ["A. 190 cm", "B. 1.4 m", "C. 19 feet"]
     for answer in ("1.9 meters", "1,900 mm", "190 cm", "A"):
