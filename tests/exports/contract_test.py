@@ -417,6 +417,11 @@ BAD_TENSORS = {
         "teacher/topk_logprob",
         "log-probability at [1, 0] is positive",
     ),
+    "more than all probability": (
+        _set("teacher/topk_logprob", 1, -0.1),
+        "teacher/topk_logprob",
+        "probabilities at [1] sum to more than 1",
+    ),
     "ids without probabilities": (
         _drop("teacher/topk_logprob"),
         "teacher/topk_id",
