@@ -207,11 +207,11 @@ class Pipeline:
         dropped: counts of what is not trained on: `kind <name>` not asked for (or, without control
             tokens, answered by a box), `source <name>`, `no <field>`, `question too long`, `answer
             too long`, `longer than a packed row`, `outside data.fraction`, `boxes beyond
-            max_boxes`, `bad question`, `bad scene`. What cannot be regressed (`data.targets`) takes
-            its question with it where a control token answers, `nothing to regress: <why>`; where
-            words answer, the question stays without it, `number that words alone learn: <why>`.
-            `box of a named object that no code holds`, and, of scenes as they are met, what
-            `targets.left_out` names.
+            max_boxes`, `bad question`, `bad scene`. In training, what cannot be regressed
+            (`data.targets`) takes its question with it where a control token answers, `nothing to
+            regress: <why>`; where words answer, the question stays without it, `number that words
+            alone learn: <why>`. `box of a named object that no code holds`, and, of scenes as they
+            are met, what `targets.left_out` names.
         bad_scenes: scene id -> what is wrong with it, as met so far.
         max_question_length, max_answer_length: the longest of the split (of the kinds asked for),
             bos and eos included, what does not fit among them.
@@ -332,7 +332,7 @@ class Pipeline:
         drop(f"no {config.answer_field}", answer == 0)
         by_token = bool(config.controls) and config.answer_field == "answer"
         whys = sorted(set(lengths["not_regressed"].tolist()) - {""})
-        for why in whys if by_token else ():
+        for why in whys if by_token and self.split == "train" else ():
             drop(f"nothing to regress: {why}", lengths["not_regressed"] == why)
         self.max_question_length = int(lengths["question"].max(where=keep, initial=0))
         self.max_answer_length = int(answer.max(where=keep, initial=0))
@@ -342,11 +342,12 @@ class Pipeline:
         if config.fraction < 1:
             part = stratified_part((source, kind), keep, config.fraction, config.seed)
             drop("outside data.fraction", ~part)
-        for why in () if by_token else whys:
-            left = int((keep & (lengths["not_regressed"] == why)).sum())
-            self.dropped += Counter({f"number that words alone learn: {why}": left})
-        bad_objects = int(lengths["bad_objects"][keep].sum())
-        self.dropped += Counter({"box of a named object that no code holds": bad_objects})
+        if self.split == "train":  # others teach nothing, and ask every question
+            for why in whys:
+                left = int((keep & (lengths["not_regressed"] == why)).sum())
+                self.dropped += Counter({f"number that words alone learn: {why}": left})
+            bad_objects = int(lengths["bad_objects"][keep].sum())
+            self.dropped += Counter({"box of a named object that no code holds": bad_objects})
         if not keep.any():
             why = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items())
             raise UserError(

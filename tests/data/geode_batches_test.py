@@ -187,12 +187,16 @@ def test_what_cannot_be_regressed_is_left_out_and_counted(tmp_path, tokenizer, c
         writer.add_scene("scene", arrays, split="train")
         writer.add_questions([{"id": "good", "scene_id": "scene"} | good])
         writer.add_questions([{"id": "bad", "scene_id": "scene"} | good | fields])
+        writer.add_scene("test", arrays, split="test")
+        writer.add_questions([{"id": "asked", "scene_id": "test"} | good | fields])
     export = Export(tmp_path / "export")
     pipeline = Pipeline(export, tokenizer, config, "train")
     batch = pipeline.batch(0)
     (count,) = (n for key, n in pipeline.dropped.items() if f"nothing to regress: {why}" in key)
     assert count == 1 and batch.value_mask_SQ[0].sum() == 1
     np.testing.assert_allclose(batch.base_unit_SQ[0, 0], 0.3048)
+    asked = Pipeline(export, tokenizer, config, "test")
+    assert asked.dropped.total() == 0 and not asked.batch(0).value_mask_SQ.any()
     if "box" not in fields:  # which words cannot answer
         plain = Pipeline(export, tokenizer, changed(config, controls=None), "train")
         words = plain.batch(0)
