@@ -54,7 +54,7 @@ def held_places(places_3: np.ndarray) -> np.ndarray:
 
 def held_features(features: np.ndarray) -> bool:
     """Whether all features of a scene can be learned."""
-    return not features.size or bool(max(features.max(), -features.min()) <= MOST_FEATURE)
+    return not features.size or max(float(features.max()), -float(features.min())) <= MOST_FEATURE
 
 
 def left_out(tensors: Mapping[str, np.ndarray]) -> Counter:

@@ -112,3 +112,12 @@ def test_a_box_that_no_code_holds_is_masked_and_counted(place, number):
         "box of target/boxes that no code holds": 1,
         "teacher/features of a scene beyond 1e+06": 1,
     }
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_half_precision_is_read_as_it_is(dtype):
+    numbers = jnp.asarray([0, 1e-4, 0.5, 900, 2000, 60000], dtype)  # none is 1e-3 or 1,000
+    stored = np.asarray(numbers)
+    assert targets.held_depth(stored).tolist() == [False, False, True, True, False, False]
+    assert targets.held_features(stored)
+    assert targets.held_places(stored.reshape(2, 3)).tolist() == [True, False]
