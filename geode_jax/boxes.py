@@ -15,11 +15,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from geode_jax.data.targets import LOG_EDGES
 from geode_jax.shapes import Array
 
 
 def encode_boxes(boxes_7: Array) -> jax.Array:
-    """Boxes [..., 7] (centre, size > 0, yaw) as [..., 8]: centre, log size, sin 2 yaw, cos 2 yaw.
+    """Boxes [..., 7] of `targets.held_boxes` as [..., 8]: centre, log size, sin 2 yaw, cos 2 yaw.
 
     Of the two codes of a box it is that of the name whose yaw is within 45 degrees, so its sizes
     are those along (nearly) the world's x and y.
@@ -49,14 +50,14 @@ def nearer_code(distance: Callable[[Array], Array], boxes_8: Array) -> jax.Array
 
 
 def decode_boxes(boxes_8: Array) -> jax.Array:
-    """The inverse of `encode_boxes`; yaw in (-pi/2, pi/2], sizes from 2.5 mm to 55 m."""
+    """The inverse of `encode_boxes`; yaw in (-pi/2, pi/2], sizes within `LOG_EDGES`."""
     yaw = 0.5 * jnp.arctan2(boxes_8[..., 6:7], boxes_8[..., 7:8])
     return jnp.concatenate([boxes_8[..., :3], _size(boxes_8), yaw], axis=-1)
 
 
 def _size(boxes_8: Array) -> jax.Array:
     # Bounded: an early prediction must not overflow a volume.
-    return jnp.exp(jnp.clip(boxes_8[..., 3:6], -6.0, 4.0))
+    return jnp.exp(jnp.clip(boxes_8[..., 3:6], *LOG_EDGES))
 
 
 def _volume(size_3: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,11 @@ def train_and_evaluate(
     summary.unlink(missing_ok=True)  # of another configuration
     save_config(config, workdir)
     _describe(run)
+    told = dict(run.pipelines["train"].dropped)
     with jax.set_mesh(run.mesh), Checkpoints(workdir) as checkpoints, _Stop() as stop:
         state, position, speed = _train(run, workdir, checkpoints, stop, profile)
         state, best = checkpoints.restore_best(state) or (state, position)
+        _print_dropped(run.pipelines["train"].dropped, told)  # what scenes showed when read
         print(f"best checkpoint: step {best['step']}", flush=True)
         train_facts = {
             "seconds": round(position["seconds"], 1),
@@ -303,6 +306,13 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def _print_dropped(dropped: Mapping[str, int], told: Mapping[str, int]) -> None:
+    """Says what is not trained on, but for what was told."""
+    for reason, count in sorted(dropped.items()):
+        if count and count != told.get(reason):
+            print(f"not trained on: {count} x {reason}")
+
+
 def _describe(run: Run) -> None:
     """What is about to happen, once."""
     print(parameter_table(run.state.params, run.state.frozen))
@@ -313,9 +323,7 @@ def _describe(run: Run) -> None:
         f"question length {batch.question_length}, answer length {batch.answer_length}; "
         f"{run.steps} steps, {pipeline.steps_per_epoch} an epoch"
     )
-    for reason, count in sorted(pipeline.dropped.items()):
-        if count:
-            print(f"not trained on: {count} x {reason}")
+    _print_dropped(pipeline.dropped, {})
     if run.mesh.size > 1:
         sizes = ", ".join(f"{size} {name}" for name, size in run.mesh.shape.items())
         print(f"devices: {run.mesh.size} ({sizes}) of {jax.process_count()} process(es)")

@@ -1,20 +1,34 @@
-"""Control tokens: where GEODE answers by a value instead of words (Sec. 2.2)."""
+"""Control tokens: where GEODE answers by a value instead of words (Sec. 2.2), and which values."""
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from geode_jax.errors import UserError
-from geode_jax.exports import NUMERIC_KINDS
+from geode_jax.data.targets import LOG_VALUES, held_boxes
+from geode_jax.exports import NUMERIC_KINDS, units
 
 REG, BOX = "<REG>", "<3DBBOX>"
 """The tokens: a number, a box. The state at one of them is regressed, see `models.drh`."""
 
 BASE_UNIT = {
-    **{"m": 1.0, "cm": 0.01, "m2": 1.0, "items": 1.0},
-    **{"ft": 0.3048, "in": 0.0254, "ft2": 0.09290304},
+    name: unit.base
+    for name, unit in units.UNITS.items()
+    if unit.dimension in ("length", "area", "count")
 }
-"""What one of a unit is in the unit that is regressed. VSI-Bench asks for sizes in centimetres and
-for distances in metres: without this, one hundredth of a size would weigh as much as a distance."""
+"""What one of a unit is in the unit that is regressed: metres, square metres, items. VSI-Bench asks
+for sizes in centimetres and for distances in metres: without this, one hundredth of a size would
+weigh as much as a distance. Angles are not regressed: they may be 0, which has no logarithm."""
+
+
+class NoNumberError(ValueError):
+    """A question has no number that can be regressed; the message says why, without the number."""
+
+
+class Number(NamedTuple):
+    """A value in its question's unit, and what one of that unit is in the base unit."""
+
+    value: float
+    base_unit: float
 
 
 def control_of(record: Mapping[str, Any]) -> str:
@@ -24,14 +38,74 @@ def control_of(record: Mapping[str, Any]) -> str:
     return REG if "value" in record or record["kind"] in NUMERIC_KINDS else ""
 
 
-def base_unit(record: Mapping[str, Any]) -> float:
-    """What one of a question's unit is in the unit that is regressed; 1 where it names none.
+def number_of(record: Mapping[str, Any]) -> Number:
+    """What is regressed of a question that a number answers.
 
     Raises:
-        UserError: an unknown unit.
+        NoNumberError: the answer is no number, its unit is unknown, unclear, or not the one that
+            the question asks for, or the value is outside of `targets.LOG_VALUES`.
     """
-    unit = record.get("unit")
-    if unit is not None and unit not in BASE_UNIT:
-        known = ", ".join(BASE_UNIT)
-        raise UserError(f"question {record.get('id')}: unit {unit!r} is not one of {known}")
-    return BASE_UNIT.get(unit, 1.0)
+    said = units.read_quantity(record["answer"])
+    value = record.get("value", said.number if said else None)
+    if value is None:
+        raise NoNumberError("the answer is no number")
+    base = BASE_UNIT.get(unit_of(record), 1.0)
+    if not value > 0:
+        raise NoNumberError("the value is zero or negative, and its logarithm is learned")
+    low, high = LOG_VALUES
+    if not low <= math.log(value) + math.log(base) <= high:
+        raise NoNumberError("the value is not from 0.01 to 59,874 base units")
+    return Number(float(value), base)
+
+
+def why_not_regressed(record: Mapping[str, Any]) -> str:
+    """Why a question that a control token answers has nothing to regress, "" where it has."""
+    token = control_of(record)
+    if token == BOX and not held_boxes(record["box"]):
+        return "the box is one that no code holds"
+    if token == REG:
+        try:
+            number_of(record)
+        except NoNumberError as error:
+            return str(error)
+    return ""
+
+
+def unit_of(record: Mapping[str, Any]) -> str | None:
+    """The unit of a question's value, one of `BASE_UNIT`; None where nothing names one.
+
+    It is the record's; without one, that of the answer, of the question, or of the kind.
+
+    Raises:
+        NoNumberError: it is unknown or unclear, or the record's is another than the words name.
+    """
+    said = units.read_quantity(record.get("answer", ""))
+    usual = units.KIND_UNITS.get(record["kind"])
+    named = said.unit if said else None
+    if named is None:
+        try:
+            dimension = units.UNITS[usual].dimension if usual else None
+            named = units.asked_unit(record.get("question", ""), dimension)
+        except units.UnclearUnitError as unclear:
+            if "unit" not in record:
+                raise NoNumberError(str(unclear)) from None
+    if "unit" not in record:
+        unit = named or usual
+        if unit is None:
+            return None
+    else:
+        unit = units.read_unit(record["unit"])
+        # A value that is not the answer's number may have been converted, and is trusted.
+        if said and said.number == record.get("value") and named and named != unit:
+            raise NoNumberError("its unit is not the one that its question or answer names")
+    if unit not in BASE_UNIT:
+        raise NoNumberError("its unit is unknown or not regressed")
+    return unit
+
+
+def answer_unit(record: Mapping[str, Any]) -> str | None:
+    """The unit that a predicted value is said in; None, base units, where `unit_of` is unclear."""
+    try:
+        return unit_of(record)
+    except NoNumberError:
+        return None

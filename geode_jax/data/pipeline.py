@@ -40,6 +40,7 @@ from geode_jax.data.scene_arrays import (
     scene_tensors,
     stack_rows,
 )
+from geode_jax.data.targets import left_out
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, ExportError
@@ -206,7 +207,11 @@ class Pipeline:
         dropped: counts of what is not trained on: `kind <name>` not asked for (or, without control
             tokens, answered by a box), `source <name>`, `no <field>`, `question too long`, `answer
             too long`, `longer than a packed row`, `outside data.fraction`, `boxes beyond
-            max_boxes`, `bad question`, `bad scene`.
+            max_boxes`, `bad question`, `bad scene`. In training, what cannot be regressed
+            (`data.targets`) takes its question with it where a control token answers, `nothing to
+            regress: <why>`; where words answer, the question stays without it, `number that words
+            alone learn: <why>`. `box of a named object that no code holds`, and, of scenes as they
+            are met, what `targets.left_out` names.
         bad_scenes: scene id -> what is wrong with it, as met so far.
         max_question_length, max_answer_length: the longest of the split (of the kinds asked for),
             bos and eos included, what does not fit among them.
@@ -264,6 +269,7 @@ class Pipeline:
         self._questions: dict[int, dict[str, np.ndarray]] = {}
         self._cached_bytes = 0
         self._orders: dict[int, np.ndarray] = {}
+        self._looked_through: set[str] = set()  # scenes whose targets were counted
         self._lock = threading.Lock()
 
     def _check_logits(self) -> None:
@@ -324,6 +330,10 @@ class Pipeline:
             if weight == 0:
                 drop(f"source {name}", source == name)
         drop(f"no {config.answer_field}", answer == 0)
+        by_token = bool(config.controls) and config.answer_field == "answer"
+        whys = sorted(set(lengths["not_regressed"].tolist()) - {""})
+        for why in whys if by_token and self.split == "train" else ():
+            drop(f"nothing to regress: {why}", lengths["not_regressed"] == why)
         self.max_question_length = int(lengths["question"].max(where=keep, initial=0))
         self.max_answer_length = int(answer.max(where=keep, initial=0))
         drop("question too long", lengths["question"] > config.question_length)
@@ -332,6 +342,12 @@ class Pipeline:
         if config.fraction < 1:
             part = stratified_part((source, kind), keep, config.fraction, config.seed)
             drop("outside data.fraction", ~part)
+        if self.split == "train":  # others teach nothing, and ask every question
+            for why in whys:
+                left = int((keep & (lengths["not_regressed"] == why)).sum())
+                self.dropped += Counter({f"number that words alone learn: {why}": left})
+            bad_objects = int(lengths["bad_objects"][keep].sum())
+            self.dropped += Counter({"box of a named object that no code holds": bad_objects})
         if not keep.any():
             why = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items())
             raise UserError(
@@ -438,6 +454,12 @@ class Pipeline:
         tensors = self._export.read_scene(scene_id, scene_tensors(self.config.vision))
         if self.config.vision not in tensors:
             raise ExportError(f"scene {scene_id}", f"tensor {self.config.vision}", "missing")
+        if scene_id not in self._looked_through:
+            found = left_out(tensors)
+            with self._lock:
+                if scene_id not in self._looked_through:
+                    self._looked_through.add(scene_id)
+                    self.dropped += found
         return tensors
 
     def _question_arrays(self, scene: int) -> dict[str, np.ndarray]:
@@ -512,7 +534,7 @@ class Pipeline:
             record: `kind`, `question`, and `options` and `unit` where there are some.
             scene: of `one_scene`.
         """
-        record = {**record, **dict.fromkeys(ANSWER_FIELDS, ""), "value": 0.0}
+        record = {**record, **dict.fromkeys(ANSWER_FIELDS, "")}
         tokenizer, config = self._tokenizer, self.config
         length, answer = config.question_length, config.answer_length
         while length < 1 + len(tokenizer.encode(prompt(record))):

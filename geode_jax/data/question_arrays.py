@@ -1,15 +1,17 @@
 """Question records as the question rows of a `Batch`: tokens, targets, packed text."""
 
 import bisect
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from geode_jax.data.control import BASE_UNIT, BOX, REG, base_unit, control_of
+from geode_jax.data.control import BOX, REG, NoNumberError, control_of, number_of
 from geode_jax.data.packing import lay_out
 from geode_jax.data.raycast import box_gaps
+from geode_jax.data.targets import held_boxes
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.exports import RELATIONS
 from geode_jax.exports.prompts import prompt
@@ -55,9 +57,6 @@ def stack_questions(
         question_length, answer_length: Lq and La.
         answer_field: "answer", "teacher_answer" or "rationale".
         controls: ids of REG and BOX: an "answer" that is a number or a box is then one of these.
-
-    Raises:
-        UserError: with `controls`, a question's unit is unknown.
     """
     n, lq, la = len(records), question_length, answer_length
     arrays = {
@@ -94,7 +93,7 @@ def stack_questions(
     # The questions of a scene name the same few boxes.
     rows: dict[tuple, int] = {}
     for record in records:
-        for item in record.get("objects", ()):
+        for item in filter(_is_held, record.get("objects", ())):
             rows.setdefault(tuple(item["box"]), len(rows))
     gaps = box_gaps(*2 * [np.array([*rows], np.float64)]) if rows else np.zeros((0, 0))
     for i, record in enumerate(records):
@@ -111,28 +110,28 @@ def stack_questions(
             if names.count(item["name"]) == 1:
                 arrays["pair"][i, j] = item.get("index", -1)
         for j, item in enumerate(objects):
-            arrays["objects"][i, j] = item["box"]
-            arrays["objects_mask"][i, j] = True
+            if _is_held(item):
+                arrays["objects"][i, j] = item["box"]
+                arrays["objects_mask"][i, j] = True
             found = re.search(rf"\b{re.escape(item['name'])}\b", texts[i])
             if found and names.count(item["name"]) == 1:
                 arrays["object_place"][i, j] = bisect.bisect_left(ends, found.end())
         turn = _ROUTE_TURN.get(len(objects)) if record["kind"] == "route_planning" else _TURN
         if turn and max(turn) < len(objects) and (arrays["object_place"][i, [*turn]] >= 0).all():
-            angle = _turn([objects[j]["box"] for j in turn])
+            angle = _turn([objects[j] for j in turn])
             if angle is not None:
                 arrays["angle"][i], arrays["angle_mask"][i] = angle, True
-        own = [rows[tuple(item["box"])] for item in objects]
-        arrays["gaps"][i, : len(own)] = gaps[own[:1], own]
+        if objects and _is_held(objects[0]):
+            own = {j: rows[tuple(o["box"])] for j, o in enumerate(objects) if _is_held(o)}
+            arrays["gaps"][i, [*own]] = gaps[own[0], [*own.values()]]
         for name, probability in record.get("relation", {}).items():
             arrays["relations"][i, RELATIONS.index(name)] = probability
             arrays["relations_mask"][i, RELATIONS.index(name)] = True
         if control_of(record) == REG:
-            arrays["value"][i] = record.get("value", record["answer"])
-            arrays["value_mask"][i] = True
-        # Without control tokens nobody regresses: an unknown unit does no harm then.
-        if controls or record.get("unit") in BASE_UNIT:
-            arrays["base_unit"][i] = base_unit(record)
-        if controls and "box" in record:
+            with contextlib.suppress(NoNumberError):  # counted where the questions were chosen
+                arrays["value"][i], arrays["base_unit"][i] = number_of(record)
+                arrays["value_mask"][i] = True
+        if controls and "box" in record and held_boxes(record["box"]):
             arrays["box"][i] = record["box"]
             arrays["box_mask"][i] = True
     return arrays
@@ -151,15 +150,23 @@ def _anchor_first(record: Mapping[str, Any]) -> list[dict]:
     return objects
 
 
-def _turn(boxes: Sequence[Sequence[float]]) -> tuple[float, float] | None:
-    """(sin, cos) of the turn at the third of four boxes to face the fourth.
+def _turn(objects: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """(sin, cos) of the turn at the third of four objects to face the fourth.
 
-    The heading before is that from the first box to the second. Seen from above (z up), counter-
-    clockwise positive: sin > 0 is to the left. None where one of the two ways has no length.
+    The heading before is that from the first object to the second. Seen from above (z up), counter-
+    clockwise positive: sin > 0 is to the left. None where one of the two ways has no length, or
+    where the box of an object cannot be learned.
     """
-    start, end, here, there = (complex(*box[:2]) for box in boxes)
+    if not all(map(_is_held, objects)):
+        return None
+    start, end, here, there = (complex(*item["box"][:2]) for item in objects)
     turn = (there - here) * (end - start).conjugate()
     return (turn.imag / abs(turn), turn.real / abs(turn)) if turn else None
+
+
+def _is_held(item: Mapping[str, Any]) -> bool:
+    """Whether the box of a named object can be learned."""
+    return bool(held_boxes(item["box"]))
 
 
 def add_teacher_logits(

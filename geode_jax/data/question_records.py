@@ -24,8 +24,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from geode_jax.data.control import control_of
+from geode_jax.data.control import control_of, why_not_regressed
 from geode_jax.data.mixture import OWN
+from geode_jax.data.targets import held_boxes
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
 from geode_jax.exports import Export
@@ -33,7 +34,7 @@ from geode_jax.exports.prompts import prompt
 
 _FORMAT = "1.0.0"  # of the records; part of the cache key, so a change makes new records
 _INDEX = "index.json"
-_LENGTHS = "lengths3"  # the number changes with what `question_lengths` keeps
+_LENGTHS = "lengths4"  # the number changes with what `question_lengths` keeps
 
 ANSWER_FIELDS = ("answer", "teacher_answer", "rationale")
 """Fields of a question record that can be learned."""
@@ -270,13 +271,16 @@ def question_lengths(
         Arrays over the n questions of the split, scenes in `records.scene_ids(split)` order:
         `scene` [n] int32 index of the scene, `kind` and `source` [n] strings (`mixture.OWN` where
         a question names no source), `question` [n] int32 prompt + bos, each of `ANSWER_FIELDS`
-        [n] int32 text + eos, 0 where there is none, `control` [n] strings of `control.control_of`.
+        [n] int32 text + eos, 0 where there is none, `control` [n] strings of `control.control_of`,
+        `not_regressed` [n] strings of `control.why_not_regressed`, `bad_objects` [n] int32: named
+        objects whose boxes no code holds.
     """
     file = records.folder / f"{_LENGTHS}-{split}-{tokenizer.sha256[:16]}.npz"
     if file.is_file():
         with np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     scenes, kinds, sources, controls = [], [], [], []
+    not_regressed, bad_objects = [], []
     texts: dict[str, list] = {"question": [], **{field: [] for field in ANSWER_FIELDS}}
     ids = records.scene_ids(split)
     for i, scene_id in enumerate(tqdm(ids, desc=f"tokens of {split}", unit="scene", leave=False)):
@@ -285,6 +289,11 @@ def question_lengths(
         kinds += [record["kind"] for record in found]
         sources += [record.get("source", OWN) for record in found]
         controls += [control_of(record) for record in found]
+        not_regressed += map(why_not_regressed, found)
+        bad_objects += [
+            sum(not held_boxes(item["box"]) for item in record.get("objects", ()))
+            for record in found
+        ]
         texts["question"] += [prompt(record) for record in found]
         for field in ANSWER_FIELDS:
             texts[field] += [record.get(field) for record in found]
@@ -293,6 +302,8 @@ def question_lengths(
         "kind": np.array(kinds, np.str_),
         "source": np.array(sources, np.str_),
         "control": np.array(controls, np.str_),
+        "not_regressed": np.array(not_regressed, np.str_),
+        "bad_objects": np.array(bad_objects, np.int32),
         "question": _token_counts(texts["question"], tokenizer.encode_batch),
         **{f: _token_counts(texts[f], tokenizer.encode_answers) for f in ANSWER_FIELDS},
     }

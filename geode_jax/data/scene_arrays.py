@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from geode_jax.data.targets import held_boxes, held_depth, held_features, held_places
 from geode_jax.errors import UserError
 from geode_jax.exports import Export
 
@@ -228,9 +229,11 @@ def batch_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str,
 
     boxes = tensors.get("target/boxes", np.zeros((0, 7)))
     labels = tensors.get("target/labels", np.full(len(boxes), -1))
+    held = held_boxes(boxes)
+    boxes, labels = np.where(held[:, None], boxes, 0), np.where(held, labels, -1)
     rows["target_boxes"] = _padded(boxes[:n], (n, 7))
     rows["target_labels"] = _padded(labels[:n], (n,), np.int32, fill=-1)
-    rows["boxes_known"] = np.array("target/boxes" in tensors and len(boxes) <= n)
+    rows["boxes_known"] = np.array("target/boxes" in tensors and len(boxes) <= n and held.all())
     segments = tensors.get("target/segmentation", np.full((0, gh, gw), -1))
     segments = _patch_majority(segments, shapes.grid).reshape(-1, P)
     rows["target_segmentation"] = _padded(segments, (V, P), np.int32, fill=-2)
@@ -260,6 +263,7 @@ def _teacher_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[s
     V, P, n = shapes.views, shapes.patches, shapes.boxes
     none = np.zeros((0, 1, 1, 0))
     features = tensors.get("teacher/features", none)
+    learned = held_features(features)
     features = features.reshape(-1, P, shapes.features) if features.size else features[:, 0]
     bins = tensors.get("teacher/depth_bins", none)
     if bins.size:
@@ -270,7 +274,7 @@ def _teacher_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[s
     detection = tensors.get("teacher/detection_probs", np.zeros((0, shapes.categories)))
     return {
         "teacher_features": _padded(features, (V, P, shapes.features)),
-        "teacher_features_mask": np.array("teacher/features" in tensors),
+        "teacher_features_mask": np.array("teacher/features" in tensors and learned),
         "teacher_depth_bins": _padded(bins, (V, P, shapes.depth_bins)),
         "teacher_depth_bins_mask": np.array("teacher/depth_bins" in tensors),
         "teacher_detection": _padded(detection[:n], (n, shapes.categories)),
@@ -303,13 +307,14 @@ def _camera_rows(tensors, shapes: SceneShapes, v_own: int) -> dict[str, np.ndarr
         known = np.ones((v_own, gh, gw), bool)
         if depth is not None:
             z = np.asarray(depth[:, v[:, None], u], np.float32)
-            known = z > 0
+            known = held_depth(z)
         if stored is not None:
             seen = np.asarray(stored[:, v[:, None], u], np.float32)
         elif has_camera:
             seen = _unproject(u, v, z, K, extrinsic[:v_own])
         else:
             seen, known = np.zeros((v_own, gh, gw, 3), np.float32), np.zeros_like(known)
+        known &= held_places(seen)
         points[:v_own] = np.where(known[..., None], seen, 0).reshape(v_own, P, 3)
         mask[:v_own] = known.reshape(v_own, P)
     return {"extrinsic": extrinsic, "intrinsic": intrinsic, "points": points, "points_mask": mask}
@@ -352,10 +357,10 @@ def _patch_mean(values, cells: tuple[int, int], known=None) -> np.ndarray:
     Args:
         values: depth, or anything else per pixel.
         cells: rows and columns of the result.
-        known: same shape; values > 0 where None.
+        known: same shape; depths of `targets.held_depth` where None.
     """
     values = np.asarray(values, np.float32)
-    known = values > 0 if known is None else known
+    known = held_depth(values) if known is None else known
     rows, columns = _starts(values.shape[1], cells[0]), _starts(values.shape[2], cells[1])
 
     def total(array):

@@ -6,7 +6,7 @@ Every number is in [0, 100]; CIDEr may be larger.
 |---|---|
 | `em1` | lower-case answer equal to a reference (ScanQA's EM@1) |
 | `em1_refined` | after `clean`, one contains the other (LEO's refined EM, LLaVA-3D's) |
-| `coco_bleu1` ... `4` | corpus level, closest reference length, no smoothing |
+| `coco_bleu1` ... `4` | corpus level, closest reference length, see `bleu` |
 | `coco_rouge_l` | F with beta 1.2 of the best precision and the best recall, mean over answers |
 | `coco_cider` | CIDEr-D: n = 1..4, sigma 6, document frequencies of the references scored |
 | `meteor_exact_stem` | `text_metrics.meteor`, which is not the METEOR 1.5 of the COCO tools |
@@ -28,7 +28,7 @@ from collections.abc import Sequence
 
 from geode_jax.evaluate import text_metrics
 
-CIDER_ORDERS, CIDER_SIGMA, ROUGE_BETA = 4, 6.0, 1.2
+ORDERS, CIDER_SIGMA, ROUGE_BETA = 4, 6.0, 1.2
 _PUNCTUATION = frozenset(["''", "'", "``", "`", *".?!,:;-", "--", "..."])
 _BRACKETS = dict(zip("()[]{}", ("-lrb-", "-rrb-", "-lsb-", "-rsb-", "-lcb-", "-rcb-"), strict=True))
 """As the COCO tools leave them: they drop "-LRB-", after everything became lower case."""
@@ -61,22 +61,28 @@ _NUMBERS = (
     *("nineteen", "twenty"),
 )
 _WORDS = {
-    **{str(i): word for i, word in enumerate(_NUMBERS)},
-    **{"23": "twenty-three", "none": "zero"},
     # Misspellings that the answers have.
     **{"letf": "left", "let": "left", "tehre": "there", "rigth": "right", "rght": "right"},
     **{"behine": "behind", "chai": "chair", "wasing": "washing", "waslked": "walked"},
-    **{"oclock": "o'clock", "backwards": "backward"},
+    **{"tv": "TV", "oclock": "o'clock"},
+    **{str(i): word for i, word in enumerate(_NUMBERS)},
+    **{"23": "twenty-three", "none": "zero"},
 }
 _WORD = re.compile(r"\b(?:" + "|".join(_WORDS) + r")\b")
 
 
 def clean(text: str) -> str:
-    """An answer as LEO compares it: lower case, small numbers in words, no articles, no typos."""
-    text = " ".join(re.sub(r"[^a-z0-9,'\s:-]+", "", text.lower()).split())
-    text = _WORD.sub(lambda found: _WORDS[found[0]], re.sub(r"\bo' clock\b", "o'clock", text))
-    text = re.sub(r"\b([a-z]+)[0-9]\b", r"\1", text)
-    return re.sub(r"\b(?:an?|the)\b (?=[a-z])", "", text)
+    """An answer as LEO compares it: lower case, small numbers in words, no articles, no typos.
+
+    As there, "tv" becomes "TV", which is in no "tvs", of two articles in a row one stays, and so
+    does one before a sign that is taken out ("a ! chair").
+    """
+    text = re.sub(r"[^a-z0-9,'\s:-]+", "", re.sub(" {2,}", " ", text.lower().strip(" ")))
+    text = _WORD.sub(lambda found: _WORDS[found[0]], re.sub(r"\bo' +clock\b", "o'clock", text))
+    text = re.sub(r"\b([a-zA-Z]+)[0-9]\b", r"\1", text)
+    for article in ("a", "an", "the"):
+        text = re.sub(rf"\b{article} ([a-zA-Z]+)", r"\1", text)
+    return re.sub(r"\bbackwards\b", "backward", text)
 
 
 def exact_match(prediction: str, targets: Sequence[str]) -> float:
@@ -87,14 +93,45 @@ def exact_match(prediction: str, targets: Sequence[str]) -> float:
 def refined_match(prediction: str, targets: Sequence[str]) -> float:
     """1.0 if the cleaned answer is in a cleaned reference or the other way round, spaces apart.
 
-    An answer of which nothing is left counts as wrong; the upstream code finds it everywhere.
+    An answer of which nothing is left counts as wrong, and a reference of which nothing is left
+    makes none right; the upstream code finds the one and the other everywhere.
     """
     said = "".join(clean(prediction).split())
     truths = ["".join(clean(target).split()) for target in targets]
     return float(bool(said) and any(truth and (said in truth or truth in said) for truth in truths))
 
 
-# --- ROUGE-L and CIDEr ----------------------------------------------------------------------------
+# --- BLEU, ROUGE-L and CIDEr ----------------------------------------------------------------------
+
+
+def bleu(predictions: Sequence[str], targets: Sequence[Sequence[str]]) -> list[float]:
+    """COCO's BLEU-1 to BLEU-4 of all answers together, in [0, 1].
+
+    Of references of equally close length the shorter counts. There is no smoothing but the COCO
+    tools' own guard against a division by 0, which is seen where an order has no n-gram at all:
+    right answers of one word each have a BLEU-2 of 0.001.
+    """
+    right, said_grams = [0] * ORDERS, [0] * ORDERS
+    said_words = truth_words = 0
+    for prediction, texts in zip(predictions, targets, strict=True):
+        said, truths = tokens(prediction), [tokens(text) for text in texts]
+        said_words += len(said)
+        truth_words += min((abs(len(truth) - len(said)), len(truth)) for truth in truths)[1]
+        references = [_ngrams(truth) for truth in truths]
+        for n, counts in enumerate(_ngrams(said)):
+            most: Counter = Counter()
+            for reference in references:
+                most |= reference[n]
+            right[n] += (counts & most).total()
+            said_grams[n] += counts.total()
+    least, tiny = 1e-9, 1e-15
+    share = (said_words + tiny) / (truth_words + least)
+    brevity = math.exp(1 - 1 / share) if share < 1 else 1.0
+    product, scores = 1.0, []
+    for n in range(ORDERS):
+        product *= (right[n] + tiny) / (said_grams[n] + least)
+        scores.append(brevity * product ** (1 / (n + 1)))
+    return scores
 
 
 def _common(a: Sequence[str], b: Sequence[str]) -> int:
@@ -112,10 +149,12 @@ def rouge_l(prediction: str, targets: Sequence[str]) -> float:
 
     Precision and recall are each the best over the references, so not always of the same one.
     """
-    said = tokens(prediction)
-    common = [(_common(said, tokens(target)), len(tokens(target))) for target in targets]
-    precision = max(c / len(said) if said else 0.0 for c, _ in common)
-    recall = max(c / n if n else 0.0 for c, n in common)
+    # Upstream a text without a token is one empty word.
+    said = tokens(prediction) or ("",)
+    truths = [tokens(target) or ("",) for target in targets]
+    common = [_common(said, truth) for truth in truths]
+    precision = max(c / len(said) for c in common)
+    recall = max(c / len(truth) for c, truth in zip(common, truths, strict=True))
     if not precision or not recall:
         return 0.0
     beta = ROUGE_BETA**2
@@ -126,7 +165,7 @@ def _ngrams(words: Sequence[str]) -> list[Counter]:
     """Counts of the n-grams of each order."""
     return [
         Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-        for n in range(1, CIDER_ORDERS + 1)
+        for n in range(1, ORDERS + 1)
     ]
 
 
@@ -138,7 +177,7 @@ def cider(predictions: Sequence[str], targets: Sequence[Sequence[str]]) -> list[
 
     Args:
       predictions: one text per question.
-      targets: its references, one or more.
+      targets: its references, one or more; one that is there twice counts twice.
     """
     references = [[_ngrams(tokens(text)) for text in texts] for texts in targets]
     seen: Counter = Counter()
@@ -167,7 +206,7 @@ def _similarity(said: list[Counter], truth: list[Counter], vector) -> float:
         norm = math.hypot(*a.values()) * math.hypot(*b.values())
         if norm:
             total += sum(min(x, b[gram]) * b[gram] for gram, x in a.items() if gram in b) / norm
-    return penalty * total / CIDER_ORDERS
+    return penalty * total / ORDERS
 
 
 # --- All ------------------------------------------------------------------------------------------
@@ -190,13 +229,10 @@ def coco_scores(predictions: Sequence[str], targets: Sequence[Sequence[str]]) ->
     def mean(values) -> float:
         return 100.0 * sum(values) / len(pairs)
 
-    split = [" ".join(tokens(text)) for text in predictions]
-    split_targets = [[" ".join(tokens(text)) for text in texts] for texts in targets]
-    bleu = text_metrics.corpus_bleu(split, split_targets, tokenize="none")
     return {
         "em1": mean(exact_match(*pair) for pair in pairs),
         "em1_refined": mean(refined_match(*pair) for pair in pairs),
-        **{f"coco_{name}": 100.0 * value for name, value in bleu.items()},
+        **{f"coco_bleu{n}": 100.0 * x for n, x in enumerate(bleu(predictions, targets), 1)},
         "coco_rouge_l": mean(rouge_l(*pair) for pair in pairs),
         "coco_cider": mean(cider(predictions, targets)),
         "meteor_exact_stem": mean(text_metrics.meteor(text, tuple(texts)) for text, texts in pairs),

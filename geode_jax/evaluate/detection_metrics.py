@@ -3,7 +3,8 @@
 A box is (centre xyz, size xyz, yaw about z in radians), world frame, metres: 7 numbers.
 Matching and AP follow PASCAL VOC (2010 on) as ScanNet detectors report them: predictions of a
 class, best score first, each claim the box of highest IoU of their class in their scene; a box
-claimed twice makes the second a false positive; AP is the area under the precision envelope.
+claimed twice makes the second a false positive; AP is the area under the precision envelope. An IoU
+of just the threshold counts, as in VOC's own code; the Python versions of it ask for more.
 """
 
 import dataclasses

@@ -133,6 +133,9 @@ def question_score(record: dict, reference: str = "truth") -> float:
             # A teacher may answer "A. chair" where the truth is "A": both are read alike.
             return max(letter_accuracy(text, fuzzy_matching(target)) for target in targets)
         case "number":
+            # A truth in words that VSI-Bench does not read ("1,900 mm") has its value beside it.
+            if reference == "truth" and record.get("value") is not None:
+                targets = [*targets, str(record["value"])]
             return max(number_accuracy(text, target) for target in targets)
         case _:
             return text_metrics.rouge(text, tuple(targets))["rouge1"][2]

@@ -35,13 +35,17 @@ def references(record: dict, reference: str = "truth") -> list[str]:
 
     Args:
       record: a question record.
-      reference: "truth" (`answer`, then the different ones of `answers`) or "teacher".
+      reference: "truth" (`answer`, then the others of `answers`, as often as they are there, which
+        CIDEr minds) or "teacher".
 
     Raises:
       ValueError: `reference` is neither.
     """
     if reference == "truth":
-        return list(dict.fromkeys([record["answer"], *(record.get("answers") or [])]))
+        others = list(record.get("answers") or [])
+        if record["answer"] in others:
+            others.remove(record["answer"])
+        return [record["answer"], *others]
     if reference == "teacher":
         answer = record.get("teacher_answer")
         return [] if answer is None else [answer]
@@ -72,11 +76,11 @@ def _rouge_scorer():
 
 
 @functools.cache
-def _bleu(tokenize: str = "13a"):
+def _bleu():
     from sacrebleu.metrics import BLEU
 
     # force: no advice on the log about references that look tokenised.
-    return BLEU(lowercase=True, tokenize=tokenize, smooth_method="none", force=True)
+    return BLEU(lowercase=True, tokenize="13a", smooth_method="none", force=True)
 
 
 class _NoSynonyms:
@@ -116,9 +120,7 @@ def meteor(prediction: str, targets: tuple[str, ...]) -> float:
     return float(meteor_score(split, tokens(prediction), wordnet=_NoSynonyms()))
 
 
-def corpus_bleu(
-    predictions: Sequence[str], targets: Sequence[Sequence[str]], tokenize: str = "13a"
-) -> dict[str, float]:
+def corpus_bleu(predictions: Sequence[str], targets: Sequence[Sequence[str]]) -> dict[str, float]:
     """BLEU-1..4 over all answers together, the keys `bleu1` ... `bleu4`.
 
     BLEU-n is cumulative: the geometric mean of the precisions of orders 1..n, times the brevity
@@ -128,12 +130,11 @@ def corpus_bleu(
     Args:
       predictions: one text per answer.
       targets: the references of each answer, one or more.
-      tokenize: as of sacrebleu; "none" splits at white space alone.
     """
     width = max(len(texts) for texts in targets)
     # sacrebleu wants the i-th references of all answers together, None where there is no i-th.
     streams = [[texts[i] if i < len(texts) else None for texts in targets] for i in range(width)]
-    bleu = _bleu(tokenize)
+    bleu = _bleu()
     counts = bleu.corpus_score(list(predictions), streams)
     scores = {}
     for order in BLEU_ORDERS:

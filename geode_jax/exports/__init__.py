@@ -1,12 +1,13 @@
 """The array contract, and what it stands on; loaded by path in other projects' environments, too.
 
 `contract` is the contract itself, `files` reads and writes small files, `scene_names` knows which
-scene a name means, `prompts` has the words in which questions are put, `frames` the frame of a VGGT
-reconstruction. The package stands alone:
-Python 3.9, numpy and safetensors (tqdm for the progress bar when installed), relative imports only.
+scene a name means, `cameras` what a pinhole camera can be, `prompts` has the words in which
+questions are put, `units` reads numbers with units, and `frames` has the frame of a VGGT reconstruction. The
+package stands alone: Python 3.9, numpy and safetensors (tqdm for the progress bar when installed),
+relative imports only; `pictures`, which needs Pillow, is imported by name.
 """
 
-from . import cameras, files, frames, prompts, scene_names
+from . import cameras, files, frames, prompts, scene_names, units
 from .contract import (
     NUMERIC_KINDS,
     PROBABILITY_TOLERANCE,
@@ -44,6 +45,7 @@ __all__ = [
     "frames",
     "prompts",
     "scene_names",
+    "units",
     "validate",
     "write_scene",
 ]

@@ -183,7 +183,11 @@ def _question_rule(rows: np.ndarray, manifest: dict, dtype: str) -> str | None:
 
 def _logprob_rule(logprob: np.ndarray, manifest: dict, dtype: str) -> str | None:
     bad = logprob > 0
-    return f"log-probability at {_first(bad)} is positive" if bad.any() else None
+    if bad.any():
+        return f"log-probability at {_first(bad)} is positive"
+    total = np.exp(logprob.astype(np.float32)).sum(axis=-1)
+    bad = total > 1 + PROBABILITY_TOLERANCE[dtype]
+    return f"probabilities at {_first(bad)} sum to more than 1" if bad.any() else None
 
 
 def _frame_rule(frame: np.ndarray, manifest: dict, dtype: str) -> str | None:

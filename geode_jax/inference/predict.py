@@ -10,15 +10,15 @@ from typing import Any
 import jax
 from flax import nnx
 
-from geode_jax.data.control import BOX, control_of
+from geode_jax.data.control import BOX, answer_unit, control_of
 from geode_jax.data.pipeline import OneScene
 from geode_jax.data.question_records import open_question_records
 from geode_jax.errors import UserError
+from geode_jax.exports import units
 from geode_jax.exports.prompts import VSI_CHOICE_KINDS
 from geode_jax.inference.generate import Sampling
 from geode_jax.inference.trained import open_trained
 from geode_jax.models.decoding import with_decoding
-from geode_jax.objectives.geode import render_value
 from geode_jax.sharding import replicated
 
 _WORDINGS_OF = 200
@@ -47,7 +47,7 @@ class Answer:
     @property
     def shown(self) -> str:
         """The text, with its unit where the whole of it is a value."""
-        alone = self.value is not None and self.text == render_value(self.value, self.unit)
+        alone = self.value is not None and self.text == units.write_number(self.value, self.unit)
         return f"{self.text} {self.unit}" if alone and self.unit else self.text
 
     def facts(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class Predictor:
             text=said["prediction"],
             kind=record["kind"],
             value=value,
-            unit=None if value is None else record.get("unit"),
+            unit=None if value is None else answer_unit(record),
             box=None if box is None else tuple(box),
             thinking_tokens=None if thinking is None else tuple(thinking),
         )

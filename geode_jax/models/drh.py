@@ -3,34 +3,31 @@
 The tokens, and the base units that codes are in, are those of `data.control`.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from geode_jax.boxes import encode_boxes, nearer_code
+from geode_jax.data.targets import LOG_VALUES
 from geode_jax.losses import Pair
 from geode_jax.models.layers import LayerNorm, Mlp
 from geode_jax.models.task_heads import BOX_CODE
 from geode_jax.shapes import Array
 
-LEAST = 0.01
-"""The least value that is regressed, in base units; smaller ones count as this."""
-
 
 def encode_values(values: Array, base_unit: Array) -> jax.Array:
-    """Positive values in their question's unit -> what is regressed, the log in the base unit.
+    """Values in their question's unit -> what is regressed, the log in the base unit.
 
+    Values are those that `control.number_of` admits: positive, and within `LOG_VALUES`.
     Lengths, areas and counts are judged by their relative error (VSI-Bench's mean relative
     accuracy), which a difference of logarithms is.
     """
-    return jnp.log(jnp.maximum(values * base_unit, LEAST))
+    return jnp.log(values * base_unit)
 
 
 def decode_values(codes: Array, base_unit: Array) -> jax.Array:
-    """The inverse of `encode_values`; from LEAST to 60,000 base units, whatever the code."""
-    return jnp.exp(jnp.clip(codes, math.log(LEAST), 11.0)) / base_unit
+    """The inverse of `encode_values`; within `LOG_VALUES`, whatever the code."""
+    return jnp.exp(jnp.clip(codes, *LOG_VALUES)) / base_unit
 
 
 class Drh(nnx.Module):

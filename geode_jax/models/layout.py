@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from geode_jax.boxes import encode_boxes
+from geode_jax.data.targets import MOST_PLACE
 from geode_jax.models.layers import Projection, param
 from geode_jax.shapes import Batch
 
@@ -37,8 +38,8 @@ def layout_facts(batch: Batch, categories: int) -> jax.Array:
     share_ScV = jnp.swapaxes(jnp.mean(shows, axis=2), 1, 2)
     known = jnp.asarray(batch.points_mask_SVP)[..., None]
     x_y = jnp.asarray(batch.points_SVP3)[..., :2]
-    largest = jnp.max(x_y, axis=(1, 2), where=known, initial=-100)
-    smallest = jnp.min(x_y, axis=(1, 2), where=known, initial=100)
+    largest = jnp.max(x_y, axis=(1, 2), where=known, initial=-MOST_PLACE)
+    smallest = jnp.min(x_y, axis=(1, 2), where=known, initial=MOST_PLACE)
     extent_S4 = jnp.concatenate([largest, smallest], axis=-1) / 4
     extent_S4 = jnp.where(jnp.any(known, axis=(1, 2)), extent_S4, 0)
     there = (count_Sc > 0)[..., None]

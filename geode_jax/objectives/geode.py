@@ -26,8 +26,9 @@ from flax import nnx
 
 from geode_jax import losses
 from geode_jax.boxes import decode_boxes
-from geode_jax.data.control import base_unit
+from geode_jax.data.control import BASE_UNIT, answer_unit
 from geode_jax.data.tokens import Tokenizer
+from geode_jax.exports.units import write_number
 from geode_jax.inference.generate import Sampling, before_end, generate
 from geode_jax.models.drh import box_loss, decode_values, value_loss
 from geode_jax.models.geode import Geode, GeodeConfig, Part, Prefix
@@ -214,20 +215,21 @@ class GeodeStage:
         """An answer of `answer` as text, in which a value stands for its control token.
 
         Returns:
-            `prediction`; `predicted_value` (in the question's unit) or `predicted_box` (7 numbers)
-            of the last control token, where there is one.
+            `prediction`; `predicted_value` (in the unit of `control.answer_unit`) or
+            `predicted_box` (7 numbers) of the last control token, where there is one.
         """
         reg, box = self.config.controls or (-1, -1)
         said, text, words = {}, "", []
+        unit = answer_unit(record)
         for i, token in enumerate(before_end(out["tokens"][place], tokenizer.eos_id)):
             if token not in (reg, box):
                 words.append(token)
                 continue
             text, words = text + tokenizer.decode(words), []
             if token == reg:
-                value = decode_values(out["values"][*place, i], base_unit(record))
+                value = decode_values(out["values"][*place, i], BASE_UNIT.get(unit, 1.0))
                 said["predicted_value"] = float(value)
-                text += f" {render_value(said['predicted_value'], record.get('unit'))}"
+                text += f" {write_number(said['predicted_value'], record.get('unit'))}"
             else:
                 said["predicted_box"] = [round(float(x), 4) for x in out["boxes"][*place, i]]
                 text += " " + " ".join(f"{x:.2f}" for x in said["predicted_box"])
@@ -246,11 +248,6 @@ class GeodeStage:
             "boxes": c.regression_weight,
         }
         return losses.static_total(terms, {name: weights[name.split("/")[0]] for name in terms})
-
-
-def render_value(value: float, unit: str | None) -> str:
-    """A number as answers are written: whole centimetres and items, else one decimal."""
-    return f"{value:.0f}" if unit in ("cm", "items") else f"{value:.1f}"
 
 
 def layout_alignment(spatio_SMD: Array, columns_SMD: Array, batch: Batch) -> losses.Pair:

@@ -30,7 +30,7 @@ def asked_terms(spatial: SpatialOutput, batch: Batch) -> Terms:
         "angle": huber(spatial.angle_SQ2, batch.angle_SQ2, batch.angle_mask_SQ),
         "value": huber(
             spatial.log_value_SQ[..., None],
-            jnp.log(jnp.maximum(value_SQ, 1e-2))[..., None],
+            jnp.log(value_SQ)[..., None],
             batch.value_mask_SQ,
         ),
     }

@@ -10,7 +10,6 @@ import pytest
 from geode_jax.data.control import BOX, REG, control_of
 from geode_jax.data.pipeline import Pipeline, PipelineConfig, measure_lengths
 from geode_jax.data.tokens import Tokenizer, train_tokenizer
-from geode_jax.errors import UserError
 from geode_jax.exports import Export, ExportError, ExportWriter, write_scene
 from geode_jax.exports.prompts import prompt
 from tests.data.conftest import (
@@ -164,17 +163,43 @@ def test_a_question_to_be_answered_holds_no_control_token(geode_export, tokenize
     batch = pipeline.one_question(record | {"unit": "cm"}, pipeline.one_scene("scene004"))
     assert batch.image_SVhw3.shape == (1, 3, *IMAGE, 3)
     assert not {*config.controls} & {*batch.answer_SQA.flat, *batch.packed_SMR.flat}
-    assert batch.base_unit_SQ == np.float32(0.01)
+    assert not batch.value_mask_SQ.any()
 
 
-def test_only_who_regresses_minds_an_unknown_unit(tmp_path, tokenizer, config):
+BOX_7 = [1.0, 2.0, 0.5, 0.6, 0.4, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"unit": "furlongs"}, "its unit is unknown or not regressed"),
+        ({"question": "How long in cm?", "unit": "m"}, "its unit is not the one that"),
+        ({"answer": "0", "value": 0.0}, "the value is zero or negative"),
+        ({"answer": "9" * 30, "value": 1e30}, "the value is not from 0.01"),
+        ({"box": [*BOX_7[:3], 1e-30, *BOX_7[4:]]}, "the box is one that no code holds"),
+        ({"box": [1e20, *BOX_7[1:]]}, "the box is one that no code holds"),
+    ],
+)
+def test_what_cannot_be_regressed_is_left_out_and_counted(tmp_path, tokenizer, config, fields, why):
+    good = {"question": "How long?", "kind": "length", "answer": "3", "value": 3.0, "unit": "feet"}
     with ExportWriter(tmp_path / "export", **HEADER) as writer:
         arrays = {"images": np.ones((1, *IMAGE, 3), np.uint8)}
         writer.add_scene("scene", arrays, split="train")
-        question = {"question": "How long?", "kind": "length", "answer": "3", "value": 3.0}
-        writer.add_questions([{"id": "q7", "scene_id": "scene", "unit": "feet"} | question])
+        writer.add_questions([{"id": "good", "scene_id": "scene"} | good])
+        writer.add_questions([{"id": "bad", "scene_id": "scene"} | good | fields])
+        writer.add_scene("test", arrays, split="test")
+        writer.add_questions([{"id": "asked", "scene_id": "test"} | good | fields])
     export = Export(tmp_path / "export")
-    with pytest.raises(UserError, match="question q7: unit 'feet'"):
-        Pipeline(export, tokenizer, config, "train").batch(0)
-    plain = Pipeline(export, tokenizer, changed(config, controls=None), "train")
-    assert plain.batch(0).base_unit_SQ[0, 0] == 1
+    pipeline = Pipeline(export, tokenizer, config, "train")
+    batch = pipeline.batch(0)
+    (count,) = (n for key, n in pipeline.dropped.items() if f"nothing to regress: {why}" in key)
+    assert count == 1 and batch.value_mask_SQ[0].sum() == 1
+    np.testing.assert_allclose(batch.base_unit_SQ[0, 0], 0.3048)
+    asked = Pipeline(export, tokenizer, config, "test")
+    assert asked.dropped.total() == 0 and not asked.batch(0).value_mask_SQ.any()
+    if "box" not in fields:  # which words cannot answer
+        plain = Pipeline(export, tokenizer, changed(config, controls=None), "train")
+        words = plain.batch(0)
+        (count,) = (n for key, n in plain.dropped.items() if "words alone learn" in key and n)
+        assert count == 1 and words.value_mask_SQ[0].sum() == 1
+        assert (words.question_length_SQ[0] > 0).sum() == 2

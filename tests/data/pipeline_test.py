@@ -305,7 +305,7 @@ def write_with_logits(folder, tokenizer_sha256: str, encode) -> Export:
                 "answer_question": np.concatenate(rows).astype(np.int32),
                 "answer_id": ids,
                 "topk_id": np.stack([ids, ids + 1], -1),
-                "topk_logprob": -random.random((len(ids), 2)).astype(np.float16),
+                "topk_logprob": (-1 - random.random((len(ids), 2))).astype(np.float16),
             }
             split = "train" if i < 2 else "val"
             writer.add_scene(scene_id, arrays, split=split, teacher=teacher)

@@ -77,6 +77,58 @@ def test_scores_are_those_of_the_coco_tools():
     assert {key: scores[key] for key in expected} == pytest.approx(expected, rel=1e-9)
 
 
+# What answers may be: duplicates, empty, white space, punctuation alone, unicode, one word, long.
+ODD_PREDICTIONS = [
+    *("table", "table", "", "   ", "?!", "Größe 2,5 m²", "桌子 table", "It’s…", "a " * 60),
+    *("the brown table", "the the the the the", "yes.", "two chairs\nand a lamp", "--"),
+]
+ODD_TARGETS = [
+    *(["table", "table"], ["table", "desk", "desk", "desk"], ["nothing"], [" "], [".", "!"]),
+    *(["größe 2,5 m²", "Größe"], ["桌子", "桌子"], ["it's..."], ["a a a", "b"]),
+    *(["brown table"] * 3, ["the"], ["yes", "Yes!"], ["two chairs and a lamp"], ["-"]),
+]
+
+
+def _odd_corpus() -> tuple[list[str], list[list[str]]]:
+    random = np.random.default_rng(0)
+    words = [*["a", "b", "c", "the", "table", "chair", "2", "?", ".", ",", "’", "ß"], ""]
+    predictions, targets = list(ODD_PREDICTIONS), list(ODD_TARGETS)
+    for _ in range(60):
+        texts = [" ".join(random.choice(words, random.integers(0, 8))) for _ in range(4)]
+        predictions.append(texts[0])
+        targets.append([texts[i] for i in random.integers(1, 4, random.integers(1, 5))])
+    return predictions, targets
+
+
+def test_scores_of_odd_texts_are_those_of_the_coco_tools():
+    where = "pycocoevalcap has 100 MB of Java beside its Python; install it to compare with it"
+    scorers = {
+        name: pytest.importorskip(f"pycocoevalcap.{name.lower()}.{name.lower()}", reason=where)
+        for name in ("Bleu", "Rouge", "Cider")
+    }
+    predictions, targets = _odd_corpus()
+    said = {i: [" ".join(tokens(text))] for i, text in enumerate(predictions)}
+    truths = {i: [" ".join(tokens(t)) for t in texts] for i, texts in enumerate(targets)}
+    for some in (range(len(predictions)), range(14), range(1)):
+        scores = coco_scores(*([texts[i] for i in some] for texts in (predictions, targets)))
+        split = [{i: texts[i] for i in some} for texts in (truths, said)]
+        expected, _ = scorers["Bleu"].Bleu(4).compute_score(*split, verbose=0)
+        expected += [scorers[x].__dict__[x]().compute_score(*split)[0] for x in ("Rouge", "Cider")]
+        keys = [*(f"coco_bleu{n}" for n in (1, 2, 3, 4)), "coco_rouge_l", "coco_cider"]
+        assert [scores[key] for key in keys] == pytest.approx(
+            [100 * value for value in expected], rel=1e-9, abs=1e-9
+        )
+
+
+def test_a_reference_that_is_there_twice_counts_twice():
+    scores = coco_scores(ODD_PREDICTIONS, ODD_TARGETS)
+    # Of pycocoevalcap 1.2, on these tokens.
+    assert scores["coco_cider"] == pytest.approx(187.11937949702929)
+    assert scores["coco_bleu2"] == pytest.approx(16.564728911010945)
+    once = [list(dict.fromkeys(texts)) for texts in ODD_TARGETS]
+    assert coco_scores(ODD_PREDICTIONS, once)["coco_cider"] != pytest.approx(scores["coco_cider"])
+
+
 def test_bleu_is_nltks():
     # nltk counts one n-gram too many in answers that have none, so these have four words and more.
     predictions = ["a brown wooden table near the window", "there are two chairs", PREDICTIONS[2]]
@@ -94,7 +146,7 @@ def test_bleu_by_hand():
     # "two big chairs" of "two chairs": 2 of 3 words; no pair; nothing to be brief about.
     scores = coco_scores(["two big chairs"], [["two chairs"]])
     assert scores["coco_bleu1"] == pytest.approx(200 / 3)
-    assert scores["coco_bleu2"] == 0
+    assert scores["coco_bleu2"] == pytest.approx(0, abs=1e-4)
     # One word of two, all right: brevity exp(1 - 2 / 1).
     scores = coco_scores(["chairs"], [["two chairs"]])
     assert scores["coco_bleu1"] == pytest.approx(100 * math.exp(-1))
@@ -108,6 +160,7 @@ def test_rouge_l_by_hand():
     expected = (1 + beta) * precision * recall / (recall + beta * precision)
     assert rouge_l(PREDICTIONS[2], TARGETS[2]) == pytest.approx(expected)
     assert rouge_l("a lamp", ["red couch"]) == rouge_l("", ["a"]) == rouge_l("a", ["."]) == 0
+    assert rouge_l("!", ["."]) == 1  # as the COCO tools, for which both are the empty word
     assert rouge_l("Two chairs.", ["two chairs"]) == 1
 
 
@@ -196,6 +249,15 @@ def test_exact_match(prediction, target, exact, refined):
 
 
 def test_clean_answers():
+    # As LEO's own function, run on these.
+    for text, cleaned in (
+        ("TV", "TV"),
+        ("two TVs", "two tvs"),
+        ("the a the chair", "the chair"),
+        ("a ! chair", "a  chair"),
+        ("backwards1 Größe", "backward gre"),
+    ):
+        assert clean(text) == cleaned
     assert clean("  The  Chair is to the RIGTH of mat2, at 3 oclock. ") == (
         "chair is to right of mat, at three o'clock"
     )
@@ -203,7 +265,8 @@ def test_clean_answers():
 
 def test_scores_of_perfect_and_of_no_answers():
     perfect = coco_scores([texts[0] for texts in TARGETS], TARGETS)
-    assert perfect["em1"] == perfect["coco_bleu1"] == perfect["coco_rouge_l"] == 100
+    assert perfect["em1"] == perfect["coco_rouge_l"] == 100
+    assert perfect["coco_bleu1"] == pytest.approx(100)
     nothing = coco_scores([""] * 4, TARGETS)
     assert set(nothing.values()) == {0.0}
     with pytest.raises(ValueError):

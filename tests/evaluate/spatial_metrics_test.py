@@ -177,3 +177,11 @@ def test_scene_description_is_scored_as_text():
 def test_a_question_without_reference_is_named():
     with pytest.raises(ValueError, match="question q: no teacher answer"):
         spatial_metrics.question_score(record("contact", "yes", "yes"), "teacher")
+
+
+def test_a_number_in_words_is_scored_by_its_value():
+    record = {"kind": "object_size_estimation", "answer": "1,900 mm", "value": 1900.0}
+    assert spatial_metrics.question_score(record | {"prediction": "1900"}) == 1
+    assert spatial_metrics.question_score(record | {"prediction": "1.9"}) == 0
+    record = {"kind": "object_size_estimation", "answer": "5'11\"", "value": 71.0, "unit": "in"}
+    assert spatial_metrics.question_score(record | {"prediction": "71.0"}) == 1

@@ -57,7 +57,7 @@ def make_scene(seed: int = 0) -> dict[str, np.ndarray]:
     left_above = rng.random((BOXES**2, 2), "f4")
     arrays["teacher/relations"] = np.stack([left_above, 1 - left_above], -1).reshape(-1, 4)
     arrays["teacher/answer_question"].sort()
-    arrays["teacher/topk_logprob"] *= -1
+    arrays["teacher/topk_logprob"] = -2 - arrays["teacher/topk_logprob"]
     arrays["vggt/tokens"] = arrays["vggt/tokens"].astype("f2")
     arrays["vggt/camera_tokens"] = arrays["vggt/camera_tokens"].astype("f2")
     rotation = np.linalg.qr(rng.normal(size=(VIEWS, 3, 3)))[0]
@@ -416,6 +416,11 @@ BAD_TENSORS = {
         _set("teacher/topk_logprob", (1, 0), 0.5),
         "teacher/topk_logprob",
         "log-probability at [1, 0] is positive",
+    ),
+    "more than all probability": (
+        _set("teacher/topk_logprob", 1, -0.1),
+        "teacher/topk_logprob",
+        "probabilities at [1] sum to more than 1",
     ),
     "ids without probabilities": (
         _drop("teacher/topk_logprob"),
@@ -1052,7 +1057,7 @@ def test_a_token_of_the_teachers_answers_takes_8_and_6_k_bytes(tmp_path):
             "answer_question": np.zeros(tokens, np.int32),
             "answer_id": np.zeros(tokens, np.int32),
             "topk_id": np.zeros((tokens, 16), np.int32),
-            "topk_logprob": np.zeros((tokens, 16), np.float16),
+            "topk_logprob": np.full((tokens, 16), -3, np.float16),
         }
         with ExportWriter(tmp_path / str(tokens), **HEADER) as writer:
             writer.add_scene("a", two_files(make_scene())[0], split="train", teacher=teacher)

@@ -12,11 +12,10 @@ from geode_jax.build import pipeline_config
 from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.tokens import load_tokenizer
 from geode_jax.errors import UserError
-from geode_jax.exports import Export
+from geode_jax.exports import Export, units
 from geode_jax.inference.generate import Sampling
 from geode_jax.inference.predict import Answer, Predictor
 from geode_jax.inference.trained import open_run_export
-from geode_jax.objectives.geode import render_value
 
 
 @pytest.fixture(scope="module")
@@ -252,8 +251,10 @@ def test_a_checkpoint_of_another_model_is_refused(copied_run):
     ],
 )
 def test_a_value_is_shown_with_its_unit(value, unit, shown):
-    assert Answer(render_value(value, unit), "x", value, unit).shown == shown
+    assert Answer(units.write_number(value, unit), "x", value, unit).shown == shown
     # A text of more than the value, or with a unit that nobody knows, stays as it is.
-    assert Answer(render_value(value, unit) + " or so", "x", value, unit).shown.endswith("or so")
-    assert Answer(render_value(value, None), "x", value).shown == f"{value:.1f}"
+    assert Answer(units.write_number(value, unit) + " or so", "x", value, unit).shown.endswith(
+        "or so"
+    )
+    assert Answer(units.write_number(value, None), "x", value).shown == f"{value:.1f}"
     assert Answer("2", "x").shown == "2"

@@ -11,6 +11,7 @@ from jax.scipy.special import logsumexp
 from PIL import Image
 
 from geode_jax.boxes import decode_boxes
+from geode_jax.exports import units
 from geode_jax.models.drh import decode_values
 from geode_jax.models.drm import DrmConfig
 from geode_jax.models.geode import GeodeConfig, nearest_patches
@@ -23,7 +24,6 @@ from geode_jax.objectives.geode import (
     GeodeStage,
     GeodeStageConfig,
     layout_alignment,
-    render_value,
 )
 from geode_jax.optimizer import OptimizerConfig, make_optimizer
 from geode_jax.train_step import TrainState, make_train_step
@@ -370,7 +370,7 @@ def test_more_or_fewer_rationale_tokens_than_categories(slots, batch):
     [(2.34, "m", "2.3"), (23.4, "cm", "23"), (2.6, "items", "3"), (18.26, "m2", "18.3")],
 )
 def test_numbers_are_written_as_answers_are(value, unit, text):
-    assert render_value(value, unit) == text
+    assert units.write_number(value, unit) == text
 
 
 def test_a_code_is_a_value_in_the_questions_unit():

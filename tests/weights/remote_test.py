@@ -7,6 +7,7 @@ JAX and in PyTorch, from the papers' equations.
 import ast
 import dataclasses
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -17,14 +18,16 @@ import pytest
 from flax import nnx
 
 from geode_jax.data.control import BASE_UNIT
+from geode_jax.data.targets import LOG_EDGES, LOG_VALUES
 from geode_jax.errors import UserError
+from geode_jax.exports.units import UNITS, write_number
 from geode_jax.models.drm import DrmConfig
 from geode_jax.models.geode import Geode, GeodeConfig
 from geode_jax.models.internvl import InternVLConfig
 from geode_jax.models.packed import pick
 from geode_jax.models.student import Student
 from geode_jax.models.vit import VitConfig
-from geode_jax.objectives.geode import GeodeStage, GeodeStageConfig, render_value
+from geode_jax.objectives.geode import GeodeStage, GeodeStageConfig
 from geode_jax.objectives.hidden_cot import (
     HiddenCoT,
     HiddenCoTConfig,
@@ -252,7 +255,7 @@ def test_values_and_boxes_are_said_in_place_of_their_tokens(torch):
     answers = modeling_geode.Answers(tokens, values, boxes)
     ((value, box),) = Twin().say(answers, Words(), [["cm", None]])
     assert value["text"] == "w3 123 w4" and value["value"] == pytest.approx(123.4)
-    assert value["text"].split()[1] == render_value(value["value"], "cm")
+    assert value["text"].split()[1] == write_number(value["value"], "cm")
     assert box == {"text": "0.00 1.00 2.00 3.00 4.00 5.00 6.00", "box": list(range(7))}
 
 
@@ -313,12 +316,17 @@ def test_a_config_that_is_no_students_is_refused(student, tmp_path, changes, sai
 
 def test_both_sides_know_the_same_units():
     tree = ast.parse((REMOTE / "modeling_geode.py").read_text())
-    code = next(
-        node.value
+    assigned = {
+        node.targets[0].id: ast.unparse(node.value)
         for node in tree.body
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "BASE_UNIT"
-    )
-    assert eval(ast.unparse(code)) == BASE_UNIT  # two literals, merged
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    assert eval(assigned["BASE_UNIT"]) == pytest.approx(BASE_UNIT)  # literals, merged
+    decimals = {name: UNITS[name].decimals for name in BASE_UNIT if UNITS[name].decimals != 1}
+    assert eval(assigned["DECIMALS"]) == decimals
+    assert eval(assigned["LOG_VALUES"]) == LOG_VALUES
+    assert "LOG_EDGES = (math.log(1e-4), 4.0)" in (REMOTE / "modeling_parts.py").read_text()
+    assert (math.log(1e-4), 4.0) == LOG_EDGES
 
 
 def test_modelling_files_import_torch_and_transformers_alone():

@@ -4,12 +4,12 @@ Data sets made for VSI-Bench store its whole prompt; the contract stores the que
 options, and `exports.prompts` puts the prompt together again.
 """
 
-import math
 import re
 from typing import Any
 
+from geode_jax.data.control import BASE_UNIT
 from geode_jax.data.datasets.questions import MisfitError
-from geode_jax.exports import NUMERIC_KINDS
+from geode_jax.exports import NUMERIC_KINDS, units
 from geode_jax.exports.prompts import (
     CHOICE_POST_PROMPT,
     NUMERIC_POST_PROMPT,
@@ -17,23 +17,9 @@ from geode_jax.exports.prompts import (
     VSI_CHOICE_KINDS,
 )
 
-KIND_UNITS = {
-    "object_counting": "items",
-    "object_abs_distance": "m",
-    "object_size_estimation": "cm",
-    "room_size_estimation": "m2",
-}
-"""VSI-Bench's unit of a kind, where the question does not name one."""
+NO_VALUE = "no_value"
+"""Beside the fields of a question: why its answer, though a number is asked for, has no value."""
 
-_UNITS = {
-    r"square met(?:er|re)s?": "m2",
-    r"square (?:feet|foot)": "ft2",
-    r"centimet(?:er|re)s?|cm": "cm",
-    r"met(?:er|re)s?": "m",
-    r"feet|foot": "ft",
-    r"inch(?:es)?": "in",
-}
-_UNIT = re.compile("|".join(rf"\bin ({words})\b" for words in _UNITS), re.IGNORECASE)
 _MEDIA_TAG = re.compile(r"<(?:image|video)>\s*")
 _PLACEHOLDER = re.compile(r"<[A-Za-z_][\w-]*>")
 _OPTION = re.compile(r"\(?([A-Z])[.):]\s*(\S.*)")
@@ -87,8 +73,10 @@ def question_fields(
 
     Returns:
         `kind`, `question`, `answer` and where they apply `options`, `value` and `unit`. An answer
-        with options is the letter. The value of a number stands in the unit that the question
-        names. A kind of VSI-Bench that is answered in words is another task: `<kind>_open`.
+        with options is the letter. The value of a number stands in the unit that the answer names,
+        else in the one that the question asks for, else in that of the kind. Where none of them is
+        clear there is no value, and `NO_VALUE` says why. A kind of VSI-Bench that is answered in
+        words is another task: `<kind>_open`.
 
     Raises:
         MisfitError: the answer is none of the options.
@@ -96,10 +84,18 @@ def question_fields(
     fields: dict[str, Any] = {"kind": kind, "question": question, "answer": answer}
     if options:
         return fields | {"options": options, "answer": _letter(answer, options)}
-    value, unit = _number(answer), _unit_of(question)
-    if value is not None and (unit or kind in KIND_UNITS):
-        return fields | {"value": value, "unit": unit or KIND_UNITS[kind]}
-    if kind in VSI_CHOICE_KINDS or (kind in NUMERIC_KINDS and value is None):
+    quantity = units.read_quantity(answer)
+    if quantity is None and kind in NUMERIC_KINDS:
+        fields[NO_VALUE] = "its answer is no single number in a known unit"
+    elif quantity is not None:
+        try:
+            unit = _unit_of(kind, question, quantity.unit)
+        except units.UnclearUnitError as unclear:
+            fields[NO_VALUE] = str(unclear)
+        else:
+            if unit:
+                return fields | {"value": quantity.number, "unit": unit}
+    if kind in VSI_CHOICE_KINDS or kind in NUMERIC_KINDS:
         fields["kind"] = f"{kind}_open"
     return fields
 
@@ -107,14 +103,16 @@ def question_fields(
 def referenced(
     kind: str, question: str, answers: Any, options: list[str] | None = None
 ) -> dict[str, Any]:
-    """`question_fields` of the first answer, and `answers`, all different ones if several.
+    """`question_fields` of the first answer, and `answers`, all of them if several.
+
+    An answer that is there twice stays twice: CIDEr is a mean over the references.
 
     Raises:
         MisfitError: there are no answers, or the first is none of the options.
     """
     if not isinstance(answers, list) or not answers:
         raise MisfitError("has no answers")
-    texts = list(dict.fromkeys(text_of(answer, "answer") for answer in answers))
+    texts = [text_of(answer, "answer") for answer in answers]
     fields = question_fields(kind, question, texts[0], options)
     return fields | ({"answers": texts} if len(texts) > 1 and not options else {})
 
@@ -125,21 +123,43 @@ def _letter(answer: str, options: list[str]) -> str:
     for option in options:
         if said in (option[0], option) or answer.lower() == option[3:].lower():
             return option[0]
+    quantity = _in_base_units(answer)
+    if quantity:
+        same = [option[0] for option in options if _in_base_units(option[3:]) == quantity]
+        if len(same) == 1:
+            return same[0]
     raise MisfitError("has an answer that is none of its options")
 
 
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
+def _in_base_units(text: str) -> tuple[str, float] | None:
+    """Dimension and size of a number with a unit, so that "1.9 m" and "190 cm" are the same."""
+    quantity = units.read_quantity(text)
+    if quantity is None or quantity.unit is None:
         return None
-    return value if math.isfinite(value) and abs(value) <= 1e300 else None
+    unit = units.UNITS[quantity.unit]
+    return unit.dimension, float(f"{quantity.number * unit.base:.9g}")
 
 
-def _unit_of(question: str) -> str | None:
-    """The unit that a question names last: "measured in feet"."""
-    unit = None
-    for found in _UNIT.finditer(question):
-        group = next(i for i, text in enumerate(found.groups()) if text)
-        unit = list(_UNITS.values())[group]
-    return unit
+def _unit_of(kind: str, question: str, own: str | None) -> str | None:
+    """The unit of an answer's number, None where nothing tells that it measures something.
+
+    Args:
+        own: the unit that stands in the answer, if any.
+
+    Raises:
+        UnclearUnitError: it is unclear, or of another quantity than is asked for.
+    """
+    usual = units.KIND_UNITS.get(kind)
+    try:
+        asked = units.asked_unit(question, units.UNITS[usual].dimension if usual else None)
+    except units.UnclearUnitError:
+        if own is None:
+            raise
+        asked = own
+    if not (asked or usual):
+        return None
+    unit = own or asked or usual
+    named = (name for name in (unit, asked, usual) if name)
+    if len({units.UNITS[name].dimension for name in named}) > 1:
+        raise units.UnclearUnitError("its answer is in a unit of another quantity")
+    return unit if unit in BASE_UNIT else None  # an angle is words

@@ -33,7 +33,8 @@ class Asked:
 
     Attributes:
         place: a scene's id, or the path of the video or picture.
-        questions: records of the contract without `id`, `scene_id` and `source`.
+        questions: records of the contract without `id`, `scene_id` and `source`; `no_value` beside
+            their fields says why a number has no value, and is counted, not written.
         id: the data set's own, where it has one to find an answer by.
     """
 
@@ -272,6 +273,7 @@ def _why_not(
 
 def _add(writer: ExportWriter, record: dict, report: Report) -> None:
     """Adds a question; one that breaks the contract is dropped and counted."""
+    no_value = record.pop("no_value", None)
     try:
         writer.add_questions([record])
     except ExportError as error:
@@ -282,3 +284,5 @@ def _add(writer: ExportWriter, record: dict, report: Report) -> None:
         report.dropped[f"question: {why}"] += 1
     else:
         report.kept["questions"] += 1
+        if no_value:
+            report.dropped[f"value, its question is kept as words: {no_value}"] += 1

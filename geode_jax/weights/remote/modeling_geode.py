@@ -9,6 +9,7 @@ also I tokens of a frame, T = V * I, G points of a scene, M rationale tokens.
 """
 
 import copy
+import inspect
 import math
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2Model,
 )
 
 from .modeling_parts import (
@@ -37,12 +39,18 @@ from .modeling_parts import (
     positions_of,
 )
 
+_CACHE = (
+    "cache" if "cache" in inspect.signature(Qwen2Model.forward).parameters else "past_key_values"
+)
+"""What transformers calls the argument: from 5.24 on `cache`."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BASE_UNIT = {
-    **{"m": 1.0, "cm": 0.01, "m2": 1.0, "items": 1.0},
-    **{"ft": 0.3048, "in": 0.0254, "ft2": 0.09290304},
+    **{"mm": 0.001, "cm": 0.01, "km": 1000.0, "m": 1.0, "ft": 0.3048, "in": 0.0254, "yd": 0.9144},
+    **{"mm2": 1e-06, "cm2": 0.0001, "km2": 1000000.0, "m2": 1.0, "ft2": 0.09290304},
+    **{"in2": 0.00064516, "yd2": 0.83612736, "items": 1.0},
 }
-LEAST = 0.01  # the least value that is regressed, in base units
+DECIMALS = {"mm": 0, "cm": 0, "km": 4, "mm2": 0, "cm2": 0, "km2": 8, "items": 0}  # others: 1
+LOG_VALUES = (math.log(0.01), 11.0)  # of values that are regressed, in base units
 
 
 class GeodeConfig(PretrainedConfig):
@@ -295,7 +303,7 @@ class Drh(nn.Module):
     def values(self, state):
         """Values [...] in base units (metres, square metres, items) of states [..., D]."""
         code = self.scalar(self.norm(state)).float()[..., 0]
-        return code.clamp(math.log(LEAST), 11.0).exp()
+        return code.clamp(*LOG_VALUES).exp()
 
     def boxes(self, state):
         """Boxes [..., 7] of states [..., D]: centre, size, yaw about z, metres, world frame."""
@@ -445,7 +453,7 @@ class GeodeModel(PreTrainedModel):
             inputs_embeds=x,
             attention_mask=bias[:, None],
             position_ids=positions,
-            past_key_values=cache,
+            **{_CACHE: cache},
             use_cache=True,
         )
         return out.last_hidden_state
@@ -507,12 +515,18 @@ class GeodeModel(PreTrainedModel):
         Args:
             answers: of `answer`.
             tokenizer: of this folder.
-            units: S lists of Q units, "m", "cm", "m2", "items", or None where a question has none.
+            units: S lists of Q units of `BASE_UNIT`, or None where a question has none.
 
         Returns:
             Dicts of `text`, in which a value or a box stands for its control token, and `value`
             (in the unit) and `box` (7 numbers) of the last of each, where there is one.
+
+        Raises:
+            ValueError: an unknown unit.
         """
+        unknown = {unit for row in units or () for unit in row} - {None, *BASE_UNIT}
+        if unknown:
+            raise ValueError(f"units: {sorted(unknown)} are not of {', '.join(BASE_UNIT)}")
         return [
             [
                 self._say(answers, (s, q), tokenizer, units[s][q] if units else None)
@@ -530,9 +544,7 @@ class GeodeModel(PreTrainedModel):
             text, words = text + tokenizer.decode(words, skip_special_tokens=True), []
             if token == self.config.reg_token_id:
                 said["value"] = float(answers.values[place][i]) / BASE_UNIT.get(unit, 1.0)
-                text += (
-                    f" {said['value']:.0f}" if unit in ("cm", "items") else f" {said['value']:.1f}"
-                )
+                text += f" {said['value']:.{DECIMALS.get(unit, 1)}f}"
             else:
                 said["box"] = answers.boxes[place][i].tolist()
                 text += " " + " ".join(f"{x:.2f}" for x in said["box"])

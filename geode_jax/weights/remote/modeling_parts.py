@@ -4,10 +4,14 @@ Letters of shapes: S scenes, Q questions of each, B = S * Q rows of text, L colu
 P patches of a view, D width, H heads of width E, G of them with keys of their own.
 """
 
+import math
+
 import torch
 from torch import nn
 
 MAX_OBJECTS, RELATIONS, BOX_CODE = 5, 6, 8
+
+LOG_EDGES = (math.log(1e-4), 4.0)  # of boxes, in metres
 
 
 def attend(query, key, value, visible):
@@ -176,4 +180,4 @@ def before_end(tokens, eos_id):
 def decode_boxes(code):
     """Codes [..., 8] (centre, log size, sin and cos of 2 yaw) to boxes [..., 7], metres."""
     yaw = 0.5 * torch.atan2(code[..., 6:7], code[..., 7:8])
-    return torch.cat([code[..., :3], code[..., 3:6].clamp(-6.0, 4.0).exp(), yaw], dim=-1)
+    return torch.cat([code[..., :3], code[..., 3:6].clamp(*LOG_EDGES).exp(), yaw], dim=-1)

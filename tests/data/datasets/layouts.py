@@ -88,7 +88,7 @@ def _scanqa(train: str, held_out: str) -> Case:
                 "kind": "scanqa",
                 "question": "What color is the cabinet?",
                 "answer": "brown",
-                "answers": ["brown", "dark brown"],
+                "answers": colours,
             },
             {
                 "id": "scanqa-val-0",

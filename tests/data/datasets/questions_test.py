@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from geode_jax.data.control import base_unit
+from geode_jax.data.control import REG, control_of, number_of
 from geode_jax.data.datasets import (
     SOURCES,
     Request,
@@ -76,7 +76,8 @@ def test_from_the_raw_layout_to_an_export(source, tiny_export, tmp_path, capsys)
     assert made[: len(old)] == old
     assert made[len(old) :] == [record | {"source": source} for record in case.expected]
     for record in case.expected:
-        base_unit(record)  # the unit is known
+        if control_of(record) == REG:
+            number_of(record)  # can be regressed
     printed = capsys.readouterr().out
     for why, n in case.dropped.items():
         assert f"dropped {n}: {why}\n" in printed
@@ -418,16 +419,107 @@ def test_a_path_has_parts_inside_or_is_refused(place):
         ("object_abs_distance", "How far (in centimeters)?", "15.0", {"value": 15, "unit": "cm"}),
         ("room_size_estimation", "How big, in square feet?", "99", {"value": 99, "unit": "ft2"}),
         ("object_size_estimation", "Length in inches?", "7", {"value": 7, "unit": "in"}),
-        ("object_counting", "How many?", "two", {"kind": "object_counting_open"}),
-        ("object_counting", "How many?", "inf", {"kind": "object_counting_open"}),
         ("object_rel_distance", "Which?", "chair", {"kind": "object_rel_distance_open"}),
         ("anything", "How much?", "7", {}),
         ("anything", "How high in meters?", "7", {"value": 7, "unit": "m"}),
+        ("object_size_estimation", "How many meters tall?", "1.9", {"value": 1.9, "unit": "m"}),
+        ("object_size_estimation", "What height in m?", "1.9", {"value": 1.9, "unit": "m"}),
+        (
+            "object_size_estimation",
+            "How tall? The unit is meters.",
+            "1.9",
+            {"value": 1.9, "unit": "m"},
+        ),
+        (
+            "object_size_estimation",
+            "How tall (millimeters)?",
+            "1900",
+            {"value": 1900, "unit": "mm"},
+        ),
+        ("object_abs_distance", "How far in mm?", "1,400", {"value": 1400, "unit": "mm"}),
+        ("object_abs_distance", "How many centimeters apart?", "140", {"value": 140, "unit": "cm"}),
+        ("room_size_estimation", "How large in sq ft?", "215", {"value": 215, "unit": "ft2"}),
+        ("room_size_estimation", "How many square feet?", "215", {"value": 215, "unit": "ft2"}),
+        # The unit of the answer itself.
+        ("object_size_estimation", "How tall?", "1.9 m", {"value": 1.9, "unit": "m"}),
+        ("object_size_estimation", "In feet or meters?", "5'11\"", {"value": 71, "unit": "in"}),
+        ("room_size_estimation", "How large?", "20 m²", {"value": 20, "unit": "m2"}),
+        ("scanqa", "How far?", "2 m", {}),
     ],
 )
 def test_numbers_have_values_and_units(kind, question, answer, found):
     fields = {"kind": kind, "question": question, "answer": answer}
     assert question_fields(kind, question, answer) == fields | found
+
+
+@pytest.mark.parametrize(
+    ("kind", "question", "answer", "why"),
+    [
+        ("object_counting", "How many?", "two", "no single number"),
+        ("object_counting", "How many?", "inf", "no single number"),
+        ("object_abs_distance", "How far?", "2-3 m", "no single number"),
+        ("object_abs_distance", "How far in furlongs?", "2", "unknown unit"),
+        ("object_abs_distance", "How far in m2?", "2", "another quantity"),
+        ("object_abs_distance", "How far?", "2 m2", "another quantity"),
+        ("room_size_estimation", "How large in square feet or meters?", "2", "several units"),
+    ],
+)
+def test_an_unclear_number_has_no_value_and_says_why(kind, question, answer, why):
+    fields = question_fields(kind, question, answer)
+    assert why in fields.pop("no_value")
+    assert fields == {"kind": f"{kind}_open", "question": question, "answer": answer}
+
+
+CASE_03 = [
+    ("absolute_size_object", "How many meters tall is the wardrobe?", "1.9", 1.9),
+    ("absolute_size_object", "What is the height of the wardrobe in m?", "1.9", 1.9),
+    ("absolute_size_object", "Height? Give one number, the unit is meters.", "1.9", 1.9),
+    ("absolute_size_object", "How tall is the wardrobe (millimeters)?", "1900", 1.9),
+    ("absolute_distance_object", "What is the distance of chair and sofa in mm?", "1400", 1.4),
+    ("absolute_distance_object", "How many centimeters apart are chair and sofa?", "140", 1.4),
+    ("absolute_size_room", "How large is this room in sq ft?", "215", 215 * 0.3048**2),
+    ("absolute_size_room", "How many square feet does this room have?", "215", 215 * 0.3048**2),
+    ("absolute_size_object", "How tall is the wardrobe in cubits?", "4", None),
+    ("absolute_size_room", "How large is this room in meters?", "5", None),
+]
+
+
+def test_units_in_other_words_reach_training_or_are_counted(tiny_export, tmp_path, capsys):
+    train = tiny_export.scene_ids("train")[0]
+    rows = [
+        {
+            "video": f"{train}.mp4",
+            "question_type": kind,
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{question}"},
+                {"from": "gpt", "value": answer},
+            ],
+        }
+        for kind, question, answer, _ in CASE_03
+    ]
+    (tmp_path / "vsi").mkdir()
+    (tmp_path / "vsi" / "vsi_590k.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ("prepare", "--source", "vsi590k", "--root", tmp_path / "vsi")
+    main([str(a) for a in (*arguments, "--scenes", tiny_export.folder, "--out", tmp_path / "out")])
+    made = [r for r in Export(tmp_path / "out").questions() if r.get("source") == "vsi590k"]
+    assert len(made) == len(CASE_03)
+    for record, (_, _, _, metres) in zip(made, CASE_03, strict=True):
+        if metres is None:
+            assert "value" not in record and control_of(record) == ""
+        else:
+            value, base = number_of(record)
+            assert value * base == pytest.approx(metres)
+    printed = capsys.readouterr().out
+    for why in ("asks in an unknown unit", "asks in a unit of another quantity"):
+        assert f"dropped 1: value, its question is kept as words: its question {why}\n" in printed
+
+
+def test_an_option_is_found_by_its_size():
+    options = ["A. 190 cm", "B. 1.4 m", "C. 19 feet"]
+    for answer in ("1.9 meters", "1,900 mm", "190 cm", "A"):
+        assert question_fields("x", "How tall?", answer, options)["answer"] == "A"
+    with pytest.raises(MisfitError):
+        question_fields("x", "How tall?", "1.9", options)
 
 
 @pytest.mark.parametrize("answer", ["B", "B.", "B. sofa", "B) sofa", "(B) sofa", "sofa", "Sofa"])

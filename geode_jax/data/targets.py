@@ -1,0 +1,77 @@
+"""Which numbers targets can hold: the one place where their domains stand.
+
+Logarithms, squares and float32 follow each of these quantities. What lies outside is left out and
+counted by `Pipeline.dropped`, never clipped: a clipped number is a wrong one, and a number that is
+not finite would cost the whole batch.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+
+LOG_VALUES = (math.log(0.01), 11.0)
+"""Logarithms of the numbers of questions, in base units (`control.BASE_UNIT`): 0.01 to 59,874."""
+
+LOG_EDGES = (math.log(1e-4), 4.0)
+"""Logarithms of the edges of boxes in metres: 0.1 mm to 54.6 m."""
+
+MOST_PLACE = 1000.0
+"""Largest coordinate of boxes and points, metres: beyond, a frame is not that of a room."""
+
+MOST_YAW = 100.0
+"""Largest yaw, radians: beyond, float32 has no angle left."""
+
+DEPTHS = (1e-3, 1000.0)
+"""Least and largest known depth, metres (or the export's scene units)."""
+
+MOST_FEATURE = 1e6
+"""Largest feature of a teacher, whose squared distance is learned."""
+
+
+def held_boxes(boxes_7: np.ndarray) -> np.ndarray:
+    """Which boxes [..., 7] (centre, size, yaw) their code can hold, [...] bool."""
+    boxes = np.asarray(boxes_7, np.float64)
+    low, high = np.exp(LOG_EDGES)
+    edges = boxes[..., 3:6]
+    return (
+        (np.abs(boxes[..., :3]) <= MOST_PLACE).all(-1)
+        & ((edges >= low) & (edges <= high)).all(-1)
+        & (np.abs(boxes[..., 6]) <= MOST_YAW)
+    )
+
+
+def held_depth(depth: np.ndarray) -> np.ndarray:
+    """Which depths are known and can be learned; 0 is unknown."""
+    return (depth >= DEPTHS[0]) & (depth <= DEPTHS[1])
+
+
+def held_places(places_3: np.ndarray) -> np.ndarray:
+    """Which points [..., 3] lie in a room's frame, [...] bool."""
+    return (np.abs(places_3) <= MOST_PLACE).all(-1)
+
+
+def held_features(features: np.ndarray) -> bool:
+    """Whether all features of a scene can be learned."""
+    return not features.size or max(float(features.max()), -float(features.min())) <= MOST_FEATURE
+
+
+def left_out(tensors: Mapping[str, np.ndarray]) -> Counter:
+    """What is left out of a scene's targets -> how many, for `Pipeline.dropped`."""
+    found: Counter = Counter()
+    for name in ("target/depth", "vggt/depth"):
+        if name in tensors:
+            depth = tensors[name]
+            found[f"pixel of {name} beyond {DEPTHS[0]:g} to {DEPTHS[1]:g}"] = int(
+                ((depth > 0) & ~held_depth(depth)).sum()
+            )
+    if "vggt/points" in tensors:
+        bad = ~held_places(tensors["vggt/points"])
+        found[f"pixel of vggt/points beyond {MOST_PLACE:g} m"] = int(bad.sum())
+    if "target/boxes" in tensors:
+        bad = ~held_boxes(tensors["target/boxes"])
+        found["box of target/boxes that no code holds"] = int(bad.sum())
+    if not held_features(tensors.get("teacher/features", np.zeros(0))):
+        found[f"teacher/features of a scene beyond {MOST_FEATURE:g}"] = 1
+    return +found

@@ -1,0 +1,353 @@
+"""Units: the one place that reads numbers with units out of words, and the unit that is asked for.
+
+    read_quantity("about 1,900 mm")                         # Quantity(1900.0, "mm")
+    asked_unit("How many meters tall is the bed?", "length")   # "m"
+
+A text is read whole or not at all: a range, a fraction, several numbers, a unit that is not known
+here give no value, never a wrong one. Python 3.9 and the standard library alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from typing import NamedTuple
+
+
+class Unit(NamedTuple):
+    """A unit.
+
+    Attributes:
+        dimension: "length", "area", "count", "volume" or "angle".
+        base: what one of it is in metres, square metres, items, cubic metres or radians.
+        decimals: that a number in this unit is written with.
+    """
+
+    dimension: str
+    base: float
+    decimals: int = 1
+
+
+_LENGTHS = {
+    "mm": ("milli[ -]?met(?:er|re)s?|mms?", Unit("length", 0.001, 0)),
+    "cm": ("centi[ -]?met(?:er|re)s?|cms?", Unit("length", 0.01, 0)),
+    "km": ("kilo[ -]?met(?:er|re)s?|kms?", Unit("length", 1000.0, 4)),
+    "m": ("met(?:er|re)s?|m", Unit("length", 1.0)),
+    "ft": ("feet|foot|fts?", Unit("length", 0.3048)),
+    "in": ("inch(?:es)?", Unit("length", 0.0254)),
+    "yd": ("yards?|yds?", Unit("length", 0.9144)),
+}
+"""Unit of length -> how it is written in words, and what it is. "in" is most often a preposition,
+and stands for inches in few places alone."""
+_OTHERS = {
+    "items": ("items?", Unit("count", 1.0, 0)),
+    "deg": ("degrees?|degs?|°", Unit("angle", math.pi / 180)),
+    "rad": ("radians?|rads?", Unit("angle", 1.0, 2)),
+}
+UNITS: dict[str, Unit] = {
+    **{name: unit for name, (_, unit) in {**_LENGTHS, **_OTHERS}.items()},
+    **{
+        f"{name}{power}": Unit(
+            dimension, unit.base**power, unit.decimals * (power if name == "km" else 1)
+        )
+        for name, (_, unit) in _LENGTHS.items()
+        for power, dimension in ((2, "area"), (3, "volume"))
+    },
+}
+"""All units by the names that records have for them."""
+
+KIND_UNITS = {
+    "object_counting": "items",
+    "object_abs_distance": "m",
+    "object_size_estimation": "cm",
+    "room_size_estimation": "m2",
+    **dict.fromkeys(("surface_distance", "camera_motion", "space_size"), "m"),
+}
+"""The unit of a kind of question where the question names none; the first four are VSI-Bench's."""
+
+
+class UnclearUnitError(ValueError):
+    """A question does not say in which one known unit it is answered; the message says why."""
+
+
+class Quantity(NamedTuple):
+    """A number, and the name of its unit in `UNITS` where one stands with it."""
+
+    number: float
+    unit: str | None
+
+
+# --- Spellings ------------------------------------------------------------------------------------
+
+_SIGNS = str.maketrans(
+    {
+        **{"\u2019": "'", "\u2018": "'", "\u2032": "'", "\u00b4": "'", "`": "'"},
+        **{"\u201d": '"', "\u201c": '"', "\u2033": '"', "\u2212": "-", "\u00a0": " "},
+        **{"\u202f": " ", "\u2009": " ", "\u33a1": "m2", "\u33a0": "cm2", "\u339d": "cm"},
+        **{"\u339c": "mm", "\u339e": "km"},
+    }
+)
+
+
+def _plain(text: str) -> str:
+    """Lower case, single spaces, plain quotation marks, raised digits as "^2"."""
+    text = text.translate(_SIGNS).replace("\u00b2", "^2").replace("\u00b3", "^3")
+    return " ".join(text.lower().replace("''", '"').split())
+
+
+def _spelling(length_words: str) -> str:
+    """The pattern of a unit of length or its powers, groups `square` (or cubic), and `power`."""
+    return (
+        r"(?:(?P<square>square|sq\.?|cubic|cu\.)[ -]?)?"
+        rf"(?:{length_words})"
+        r"(?P<power>(?: ?(?:\^|\*\*) ?)?[0-9]+| squared| cubed)?"
+    )
+
+
+_SPELT = "|".join(rf"(?P<u_{name}>{words})" for name, (words, _) in _LENGTHS.items())
+_INCHES = r"(?P<u_in_>ins?(?:\.(?! ?[0-9]))?)"
+"""The abbreviation, for places where no preposition can stand."""
+_SPELT_OTHER = "|".join(rf"(?P<u_{name}>{words})" for name, (words, _) in _OTHERS.items())
+_END = r"(?![\w°^])"
+_UNIT_ALONE = re.compile(rf"(?:{_spelling(_SPELT + '|' + _INCHES)}|{_SPELT_OTHER}){_END}\.?")
+_MENTION = re.compile(
+    rf"(?<![\w'/°^-])(?:{_spelling(_SPELT)}|sq\.? ?(?P<sq_in>in)|(?P<in_power>in(?:\^| \^ )?2)"
+    rf"|{_SPELT_OTHER}){_END}"
+)
+"""A unit in running text. A hyphen before it belongs to a number or another word."""
+
+
+def _name(found: re.Match) -> str | None:
+    """The unit's name, None where it has another power than 1, 2 or 3."""
+    groups = found.groupdict()
+    if groups.get("sq_in") or groups.get("in_power"):
+        return "in2"
+    name = next(key for key, text in groups.items() if text and key.startswith("u_"))
+    name = name[2:].rstrip("_")
+    before, after = groups["square"], (groups["power"] or "").strip(" ^*")
+    powers = {"squared": 2, "2": 2, "cubed": 3, "3": 3}
+    if name in _OTHERS or not (before or after):
+        return name
+    if (before and after) or (after and after not in powers):
+        return None
+    power = powers[after] if after else 2 if before.startswith("sq") else 3
+    return f"{name}{power}"
+
+
+def read_unit(text: str) -> str | None:
+    """The unit that a text is the name of ("Square meters", "ft²", "in"), None where it is none."""
+    plain = _plain(text)
+    found = _UNIT_ALONE.fullmatch(plain)
+    return _name(found) if found else None
+
+
+# --- Numbers --------------------------------------------------------------------------------------
+
+_NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?|\.[0-9]+"
+_ABOUT = r"(?:(?:about|around|approximately|approx\.?|roughly|circa|ca\.?|~|≈) ?)?"
+_AFTER = r"(?: (?:tall|long|wide|high|deep|thick|apart|away))?"
+_WHOLE = re.compile(rf"{_ABOUT}(?P<number>[+-]?(?:{_NUMBER}))(?P<rest>.*)")
+_FEET = re.compile(
+    rf"{_ABOUT}(?P<feet>{_NUMBER}) ?'(?: ?(?P<inches>{_NUMBER}) ?\"?)?{_AFTER}\.?"
+    rf"|{_ABOUT}(?P<only>{_NUMBER}) ?\"{_AFTER}\.?"
+)
+_PAIR = re.compile(
+    rf"{_ABOUT}(?P<a>[0-9]+) ?(?P<large>[a-z]+)\.?,?(?: and)? (?P<b>{_NUMBER}) ?"
+    rf"(?P<small>[a-z]+)\.?{_AFTER}\.?"
+)
+_PAIRS = (("ft", "in"), ("yd", "ft"), ("yd", "in"), ("m", "cm"), ("m", "mm"), ("cm", "mm"))
+
+
+def read_quantity(text: str) -> Quantity | None:
+    """The one number of a text, which has a unit behind it or nothing.
+
+    "1.9", "1,900 mm", "about 1.9 meters tall.", "20 m²", "5 ft 11 in" (71 inches), "5'11\\"".
+
+    Returns:
+        None where it is anything else ("2-3 m", "two", "3 chairs", "1,9 m"), or not finite.
+    """
+    plain = _plain(text)
+    feet = _FEET.fullmatch(plain)
+    if feet:
+        if feet["only"]:
+            return _quantity(_value(feet["only"]), "in")
+        if not feet["inches"]:
+            return _quantity(_value(feet["feet"]), "ft")
+        return _sum("ft", _value(feet["feet"]), "in", _value(feet["inches"]))
+    pair = _PAIR.fullmatch(plain)
+    if pair:
+        large, small = read_unit(pair["large"]), read_unit(pair["small"])
+        if (large, small) in _PAIRS:
+            return _sum(large, float(pair["a"]), small, _value(pair["b"]))
+        return None
+    whole = _WHOLE.fullmatch(plain)
+    if not whole:
+        return None
+    number, rest = _value(whole["number"]), whole["rest"].strip()
+    if rest in ("", "."):
+        return _quantity(number, None)
+    rest = re.sub(_AFTER + r"\.?$", "", rest)
+    bracket = re.fullmatch(r"\((.*)\)|\[(.*)\]", rest)
+    name = read_unit((bracket[1] or bracket[2] or "") if bracket else rest)
+    return None if name is None else _quantity(number, name)
+
+
+def _value(digits: str) -> float:
+    return float(digits.replace(",", ""))
+
+
+def _sum(large: str, a: float, small: str, b: float) -> Quantity | None:
+    """`a` of one unit and `b` of a smaller one, of which there are fewer than one of the first."""
+    each = UNITS[large].base / UNITS[small].base
+    if a != int(a) or b >= round(each, 6):
+        return None
+    return _quantity(a * round(each, 6) + b, small)
+
+
+def _quantity(number: float, unit: str | None) -> Quantity | None:
+    good = math.isfinite(number) and abs(number) <= 1e300  # as the contract's numbers
+    return Quantity(number, unit) if good else None
+
+
+def write_number(value: float, unit: str | None) -> str:
+    """A number as answers in a unit are written: whole centimetres and items, else one decimal."""
+    return f"{value:.{UNITS[unit].decimals if unit in UNITS else 1}f}"
+
+
+# --- Questions ------------------------------------------------------------------------------------
+
+_FILLER = r"(?: (?:the|whole|full|total|metric|units? of|unit:?))*"
+_ASKING = re.compile(
+    rf"(?:\b(?:in|using|use|nearest|number of){_FILLER}|\bhow many(?: total| whole| full| square)?"
+    r"|\bunits?(?: of (?:measure|measurement|length|area|distance))?"
+    r"(?: (?:is|are|of|in|should be|must be|to be|to use is))* ?[:=]?) ?$"
+)
+"""What stands before the unit that is asked for, without a bracket."""
+_OPENED = re.compile(
+    rf"[(\[](?:(?:measured |given |answer )?in{_FILLER}|units?(?: is)? ?[:=]?)? ?$"
+)
+_CLOSED = re.compile(r"\.? ?(?:[)\],;/|]|or\b|and\b|$)")
+_JOINED = re.compile(r"\.? ?(?:,|/|\||or|and|,? ?\(|\[|=)(?: ?(?:or|and))?(?: in)? ?")
+_LAST = re.compile(r"(?:[.?!,;:-]|[.?!] ?-) ?$")
+_QUOTES = re.compile(r"(?<!\w)['\"*_]+(?=\w)|(?<=\w)['\"*_]+(?!\w)")
+_FINISH = re.compile(r"[.?!)\] ]*$")
+_COMPOUND = re.compile(r" ?(?:/|\*|·|per\b)| square\b")
+_NUMBERED = re.compile(
+    r"(?:[0-9]|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|half|few|several|some))[ -]*$"
+)
+_BODY = re.compile(r"(?:\bthe|'s|\bits|\btheir|\bmy|\byour) $")
+_BODY_OF = re.compile(r" of (?:the|a|an|this|that)\b")
+"""Before and behind feet that are no unit: "the feet", "foot of the bed"."""
+_NEAR = 80
+"""Characters before and behind a unit that tell what it is."""
+_INCH_PLACES = re.compile(
+    r"[(\[](?:in )?in\.?[)\]]|\bin in\b(?=\.? ?(?:[?!,;)\]]|$))"
+    r"|\bunits?(?: is| are)?[:=]? in\b(?=\.? ?(?:[?!,;)\]]|$))"
+)
+_MEASURED = re.compile(
+    r"\b(?:tall|long|wide|high|deep|thick|far|apart|away|distance|height|length|width|depth|size"
+    r"|area|large|big|square|sq)\b"
+)
+_NO_UNIT = (
+    r"(?!(?:the|this|that|these|those|an?|any|each|all|both|its?|total|general|view|sight|front"
+    r"|between|here|there|room|scene|video|image|picture|frames?|question|space|reality"
+    r"|numbers?|digits|figures|words|decimals?|detail|most|length|width|height|depth|size"
+    r"|e?s|or|and)\b)"
+)
+"""Not these words, which may follow "in" or stand in brackets."""
+_UNKNOWN = re.compile(
+    r"\bhow many\b"
+    rf"|\bin {_NO_UNIT}[^\W\d_]+\.?(?: [^\W\d_]+)? ?(?:[?.!,;)\]]|$)"
+    rf"|(?<!\S)[(\[](?:in )?{_NO_UNIT}[^\W\d_]+[.^0-9]*(?: [^\W\d_]+)?[)\]]"
+    r"|\b(?:measured|expressed|given|answer(?:ed)?|reported) in (?!(?:the|this|that|an?)\b)"
+    r"|\bunits?\b"
+    r"|[^\W\d_]-(?:met(?:er|re)s?|foot|feet|inch(?:es)?|yards?)\b"
+)
+"""Where a unit is asked for, whatever its name."""
+
+
+def asked_unit(question: str, dimension: str | None = None) -> str | None:
+    """The unit that a question wants to be answered in.
+
+    It is read where a unit is asked for ("in feet", "how many meters tall", "(mm)", "the unit is
+    meters"), not where one belongs to a number ("the chair that is 2 feet wide") or to a body ("the
+    foot of the bed").
+
+    Args:
+        question: the text.
+        dimension: of the answer, where its kind of question is known to have one: "length", "area"
+            or "count". A question with one is held to it, and may not ask in a unit that is not
+            known.
+
+    Returns:
+        The name of the unit; None where none is asked for.
+
+    Raises:
+        UnclearUnitError: several units, one of another dimension, or one that is not known.
+    """
+    name, unclear = _asked(question, dimension)
+    if unclear:
+        raise UnclearUnitError(unclear)
+    return name
+
+
+@functools.lru_cache(maxsize=16384)
+def _asked(question: str, dimension: str | None) -> tuple[str | None, str]:
+    """The unit that is asked for and "", or None and why it is unclear; rooms ask in few words."""
+    plain = _QUOTES.sub("", _plain(question))
+    measures = dimension is not None or bool(_MEASURED.search(plain))
+    asked, loose, last = set(), set(), None
+    for found in _MENTION.finditer(plain):
+        before = plain[max(0, found.start() - _NEAR) : found.start()]
+        after = plain[found.end() : found.end() + _NEAR]
+        place = _place(before, found, after, measures)
+        if last is not None and _JOINED.fullmatch(plain[last : found.start()]):
+            place = "asked"
+        if place == "none":
+            continue
+        name = None if _COMPOUND.match(after) else _name(found)
+        if place == "asked":
+            asked.add(name)
+            last = found.end()
+        elif name is None or UNITS[name].dimension in ("length", "area", "volume"):
+            loose.add((place, name))
+    if _INCH_PLACES.search(plain):
+        asked.add("in")
+    if None in asked:
+        return None, "its question asks in an unknown unit"
+    if len(asked | {name for place, name in loose if place == "loose"}) > 1 and asked:
+        return None, "its question names several units"
+    if asked:
+        name = asked.pop()
+        if dimension and UNITS[name].dimension != dimension:
+            return None, "its question asks in a unit of another quantity"
+        return name, ""
+    if dimension in ("length", "area"):
+        if any(place == "loose" or UNITS[n or "m"].dimension == dimension for place, n in loose):
+            return None, "its question names a unit, but not as the one to answer in"
+        if _UNKNOWN.search(plain):
+            return None, "its question asks in an unknown unit"
+    return None, ""
+
+
+def _place(before: str, found: re.Match, after: str, measures: bool) -> str:
+    """What a unit between two texts is: "asked" for, of a number ("number"), "loose", or "none".
+
+    Args:
+        before, found, after: the texts around the unit, and the unit.
+        measures: the question is about a measure: "how many feet" may else be those of a chair.
+    """
+    if _NUMBERED.search(before):
+        return "number"
+    if _OPENED.search(before) and _CLOSED.match(after):
+        return "asked"
+    asking = _ASKING.search(before)
+    feet = found[0] in ("foot", "feet")
+    if feet and not asking and (_BODY.search(before) or _BODY_OF.match(after)):
+        return "none"
+    if asking and "how many" in asking[0] and not measures:
+        return "none"  # "How many feet does the chair have?"
+    if asking or (_LAST.search(before) and _FINISH.fullmatch(after)):
+        return "asked"
+    return "loose"
