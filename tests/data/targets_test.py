@@ -17,7 +17,7 @@ from geode_jax.data.scene_arrays import SceneShapes, batch_rows
 from geode_jax.exports.units import UNITS
 from geode_jax.models import drh
 from geode_jax.models.task_heads import GAP_FLOOR
-from geode_jax.objectives.spatial import huber, relative_angle
+from geode_jax.objectives.spatial import huber
 
 ANY = st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False, width=32)
 # Numbers of rooms, and any at all; both ends of every domain among them.
@@ -43,7 +43,6 @@ def loss_and_gradient(dtype, values, bases, value_mask, boxes, box_mask, depth):
             losses.box_loss(codes, boxes, box_mask),
             huber(codes, encode_boxes(held), box_mask),
             huber(codes[:, :1], jnp.log(gaps + GAP_FLOOR)[:, None], box_mask),
-            huber(codes[0, :2], relative_angle(held), jnp.all(box_mask)),
             losses.depth_l1(codes[:, 0], depth, depth > 0),
             losses.depth_bin_ce(codes, depth, depth > 0, CENTRES),
         ]
