@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from geode_jax.distributed import is_main
+from geode_jax.exports import files
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -28,12 +28,7 @@ def write_json(path: Path, value: dict) -> None:
     """Writes a JSON file at once or not at all, process 0's; arrays of one number become floats."""
     if not is_main():
         return
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=1, default=_plain) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_json(path, value, default=_plain)
 
 
 def _plain(value):
@@ -56,9 +51,7 @@ class MetricsWriter:
             return
         path = workdir / "metrics.jsonl"
         rows = [row for row in read_metrics(path) if row["step"] <= last_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, path)
+        files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a")
         from tensorboardX import SummaryWriter  # loads torch wherever torch is installed
 

@@ -151,7 +151,7 @@ def _make_scenes(args: argparse.Namespace, contract: Any, scenes: list[Scene], b
         try:
             made = make(scene)
             if made.questions is not None:
-                _write_questions(args.out, scene.id, made.questions)
+                _write_questions(contract, args.out, scene.id, made.questions)
             own = {n: a for n, a in made.arrays.items() if not n.startswith("teacher/")}
             teacher = {n[8:]: a for n, a in made.arrays.items() if n.startswith("teacher/")}
             writer.add_scene(scene.id, own, split=scene.split, teacher=teacher)
@@ -190,7 +190,7 @@ def _merge(args: argparse.Namespace, contract: Any, scenes: list[Scene], questio
             writer.add_questions([record])
     for scene in kept:
         if _questions_file(args.out, scene.id).exists():
-            writer.add_questions(read_records(_questions_file(args.out, scene.id)))
+            writer.add_questions(read_records(contract, _questions_file(args.out, scene.id)))
     writer.close()
     with contextlib.suppress(OSError):
         for path in (args.out / _QUESTIONS).iterdir():
@@ -206,28 +206,27 @@ def _questions_file(out: Path, scene_id: str) -> Path:
     return out / _QUESTIONS / f"{scene_id}.jsonl"
 
 
-def _write_questions(out: Path, scene_id: str, records: list[dict]) -> None:
-    path = _questions_file(out, scene_id)
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write_questions(contract: Any, out: Path, scene_id: str, records: list[dict]) -> None:
     # Read only when the scene's entry is there, which is written after it.
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    contract.files.write_text(_questions_file(out, scene_id), text)
 
 
-def read_records(path: Path) -> Iterator[dict]:
+def read_records(contract: Any, path: Path) -> Iterator[dict]:
     """JSON objects, one a line.
 
     Raises:
         InputError: the file cannot be read, or a line is no JSON object.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise InputError(f"{path}:{number}: must be a JSON object")
-                yield record
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from None
+        for number, record in contract.files.json_lines(path):
+            if isinstance(record, contract.UserError):
+                raise record
+            if not isinstance(record, dict):
+                raise InputError(f"{path}:{number}: must be a JSON object")
+            yield record
+    except contract.UserError as error:
+        raise InputError(str(error)) from None
 
 
 def splits_of(ids: Iterable[str], split: str, table: Path | None) -> dict[str, str]:

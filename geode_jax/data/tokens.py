@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from geode_jax.errors import UserError
+from geode_jax.exports import files
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 _MANY = 1000
@@ -128,15 +129,14 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `AutoTokenizer` loads."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "model_max_length": int(1e9),
             **self._special,
         }
-        (folder / "tokenizer.json").write_text(self._json, encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        files.write_text(folder / "tokenizer.json", self._json)
+        files.write_json(folder / "tokenizer_config.json", config)
 
     @staticmethod
     def load(folder: str | Path) -> "Tokenizer":

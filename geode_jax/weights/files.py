@@ -4,16 +4,14 @@
 """
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from geode_jax.errors import UserError
+from geode_jax.exports import files, tensor_files
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -125,15 +123,17 @@ def write_folder(
             f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
         ]
     for name, keys in zip(names, shards, strict=True):
-        # safetensors writes the memory behind an array, in whatever order that is.
-        packed = {key: np.ascontiguousarray(tensors[key]) for key in keys}
-        half = folder / f"{name}.unfinished"
-        save_file(packed, half, metadata={"format": "pt"})
-        os.replace(half, folder / name)
+        stored = {}
+        for key in keys:
+            array = np.ascontiguousarray(tensors[key]).reshape(tensors[key].shape)
+            stored[key] = tensor_files.STORED[array.dtype.name], array
+        files.write_bytes(folder / name, tensor_files.chunks(stored, {"format": "pt"}))
     if len(shards) > 1:
         mapped = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         total = sum(tensor.nbytes for tensor in tensors.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": mapped})
+        files.write_json(
+            folder / INDEX, {"metadata": {"total_size": total}, "weight_map": mapped}, indent=2
+        )
     _copy_code(folder, config)
     write_config(folder, config)
 
@@ -155,16 +155,12 @@ def _copy_code(folder: Path, config: dict) -> None:
     modules = {name.partition(".")[0] for name in config.get("auto_map", {}).values()}
     for path in _REMOTE.glob("modeling_*.py"):
         if modules and (path.stem in modules or path.stem == "modeling_parts"):
-            shutil.copyfile(path, folder / path.name)
+            files.write_bytes(folder / path.name, path.read_bytes())
 
 
 def write_config(folder: Path, config: dict) -> None:
     """Writes `config.json`."""
-    _write_json(folder / CONFIG, config)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    files.write_json(folder / CONFIG, config, indent=2)
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -172,4 +168,4 @@ def copy_companions(source: Path, target: Path) -> None:
     for path in source.iterdir():
         index = path.name.endswith(".index.json")
         if path.suffix in _COMPANIONS and path.name != CONFIG and not index:
-            shutil.copyfile(path, target / path.name)
+            files.write_bytes(target / path.name, files.read_bytes(path))

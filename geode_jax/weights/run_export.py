@@ -1,6 +1,5 @@
 """From a trained run to a Hugging Face folder that runs without JAX."""
 
-import json
 from pathlib import Path
 
 import ml_collections
@@ -8,6 +7,7 @@ from flax import nnx
 
 from geode_jax.build import load_config
 from geode_jax.errors import UserError
+from geode_jax.exports import files
 from geode_jax.inference.trained import Trained, open_trained
 from geode_jax.start import pretrained_folders
 from geode_jax.weights.card import read_summary, write_card
@@ -84,7 +84,7 @@ def _add(trained: Trained, workdir: Path, folder: Path, part: str | None) -> Non
         "do_sample": False,
         "max_new_tokens": trained.pipeline.config.answer_length,
     }
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    files.write_json(folder / "generation_config.json", generation, indent=2)
     write_card(
         folder / "README.md",
         name=workdir.resolve().name,

@@ -6,7 +6,6 @@ goes on where an interrupted one stood, and ends at the same content.
 """
 
 import dataclasses
-import json
 import shutil
 import zlib
 from collections import Counter
@@ -23,6 +22,7 @@ from geode_jax.data.room_questions import SeenRoom
 from geode_jax.data.rooms import TOKEN_WIDTH
 from geode_jax.data.sources import HELD_OUT
 from geode_jax.errors import UserError
+from geode_jax.exports import files
 
 _MADE = ".made"
 
@@ -137,14 +137,13 @@ def _make_once(
     path = writer.folder / _MADE / f"{scene_id}.json"
     if scene_id in finished:
         writer.register(finished[scene_id] | {"split": split})  # the lists may have changed
-        return json.loads(path.read_text(encoding="utf-8"))
+        return files.read_json_object(path)
     scene = make(scene_id)
     seen = None if scene.seen is None else _plain(scene.seen)
-    path.parent.mkdir(exist_ok=True)
     # First the note: where the scene is finished, it is whole.
-    path.write_text(json.dumps({"seen": seen, "dropped": scene.dropped}), encoding="utf-8")
+    files.write_json(path, {"seen": seen, "dropped": scene.dropped}, indent=None)
     writer.add_scene(scene_id, scene.arrays, split=split)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return files.read_json_object(path)
 
 
 def _add_questions(
