@@ -9,13 +9,16 @@ scene: a record a question took 127 us to write and 180 us to read, a record a s
     records.read("scene0042")        # [{"id": ..., "question": ...}, ...]
 """
 
+import atexit
 import contextlib
 import fcntl
+import functools
 import hashlib
 import io
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -174,9 +177,16 @@ def open_question_records(export: Export, on_bad: str = "stop") -> QuestionRecor
 
 
 def _places(export: Export) -> list[Path]:
-    """Where records may lie: beside the questions, or in the user's cache if there is one."""
-    own = user_cache("questions")
-    return [Path(export.folder) / ".questions", *([own] if own else ())]
+    """Where records may lie: beside the questions, or in a cache."""
+    return [Path(export.folder) / ".questions", user_cache("questions") or _of_this_process()]
+
+
+@functools.cache
+def _of_this_process() -> Path:
+    """Where there is no user's cache: a temporary folder, which goes with the process."""
+    folder = Path(tempfile.gettempdir()) / f"geode_jax-{uuid.uuid4().hex}"
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _find(places: list[Path], names: list[str]) -> QuestionRecords | None:
@@ -205,8 +215,7 @@ def _writable(places: list[Path], names: list[str]) -> Path:
             taken = any(os.path.lexists(place / name) for name in names)
             if os.access(place, os.W_OK | os.X_OK) and not taken:
                 return place
-    others = f", nor can {places[1]}" if places[1:] else " and there is no other cache folder"
-    raise UserError(f"{places[0]}: cannot be written{others}")
+    raise UserError(f"{places[0]}: cannot be written, nor can {places[1]}")
 
 
 @contextlib.contextmanager
