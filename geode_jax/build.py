@@ -173,6 +173,8 @@ def _check_tokens(encoder: InternViT, export: Export, mesh: jax.sharding.Mesh) -
 def _mesh(config) -> jax.sharding.Mesh:
     try:
         return make_mesh(tuple(config.mesh))
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"config: mesh: {error}") from None
 

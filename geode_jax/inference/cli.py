@@ -166,6 +166,7 @@ def _sampling(arguments: argparse.Namespace):
     """How tokens are drawn; None: greedily."""
     import jax
 
+    from geode_jax.devices import find_devices
     from geode_jax.inference.generate import Sampling
 
     asked = {"temperature": arguments.temperature, "top_k": arguments.top_k}
@@ -174,6 +175,7 @@ def _sampling(arguments: argparse.Namespace):
         if arguments.seed is not None:
             raise UserError("--seed: greedy answers have none; goes with --temperature, --top-k")
         return None
+    find_devices()
     return Sampling(jax.random.key(arguments.seed or 0), **asked)
 
 
