@@ -11,10 +11,12 @@ The position is the global step (the data order is a pure function of it) plus t
 loop carries: no iterator is ever pickled.
 """
 
+import errno
 import functools
 import gc
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +34,10 @@ from geode_jax.errors import UserError
 from geode_jax.train_step import TrainState
 
 logging.getLogger("absl").setLevel(logging.WARNING)
+# Its threads log a traceback, one after the other, before the error is raised here.
+logging.getLogger("absl").addFilter(
+    lambda record: not (record.exc_info and "orbax" in record.pathname)
+)
 
 
 class _WhenAsked:
@@ -93,7 +99,7 @@ class Checkpoints:
         metadata = {**position, "fingerprint": _fingerprint(tree)}
         try:
             checkpointer.save_checkpointables_async(step, {"state": tree}, custom_metadata=metadata)
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise self._failure(error) from error
 
     def finish(self) -> None:
@@ -105,9 +111,13 @@ class Checkpoints:
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> UserError:
+        reason = _first_line(error)
+        for known in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)):
+            if known in str(error):  # TensorStore says much before it
+                reason = known
         return UserError(
-            f"{self._folder}: the checkpoint could not be written ({_first_line(error)}); earlier "
-            "ones are intact"
+            f"{self._folder}: the checkpoint could not be written ({reason}); earlier ones are "
+            "intact"
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:

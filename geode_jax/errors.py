@@ -3,13 +3,26 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from geode_jax import devices as _devices  # noqa: F401 - it keeps JAX's plug-ins quiet
 from geode_jax.exports.files import UserError, one_line
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+
+
+def refuse_undecodable(arguments: Iterable[str]) -> None:
+    """Refuses arguments of bytes that are not UTF-8, which could be neither printed nor stored.
+
+    Raises:
+        UserError: one is.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{argument}: not UTF-8; arguments must be") from None
 
 
 @contextlib.contextmanager

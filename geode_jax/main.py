@@ -9,7 +9,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from geode_jax.errors import UserError, reported
+from geode_jax.errors import UserError, refuse_undecodable, reported
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE[:ARGUMENTS], see configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder; default runs/<system>[-arguments].")
@@ -51,6 +51,7 @@ def run() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parsing; whatever goes wrong with a flag or in the configuration is one line."""
+    refuse_undecodable(argv)
     try:
         rest = flags.FLAGS(argv)
         # A file that is not there is an error only where the configuration is looked at.

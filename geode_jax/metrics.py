@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from geode_jax.distributed import is_main
+from geode_jax.event_file import EventFile
 from geode_jax.exports import files
 
 
@@ -52,26 +53,31 @@ class MetricsWriter:
         path = workdir / "metrics.jsonl"
         rows = [row for row in read_metrics(path) if row["step"] <= last_step]
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = path.open("a")
-        from tensorboardX import SummaryWriter  # loads torch wherever torch is installed
-
-        self._events = SummaryWriter(str(workdir / "events"), purge_step=last_step + 1)
+        self._path, self._file = path, path.open("a")
+        self._events = EventFile(workdir / "events", purge_step=last_step + 1)
 
     def write(self, step: int, values: dict) -> None:
         """One row; values become floats."""
         if not self._writes:
             return
         row = {name: float(np.asarray(value)) for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **row}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise files.cannot_write(self._path, error) from None
         for name, value in row.items():
-            self._events.add_scalar(name, value, step)
+            self._events.write(step, name, value)
 
     def close(self) -> None:
         """Flush both files."""
         if self._writes:
-            self._file.close()
-            self._events.close()
+            try:
+                self._file.close()
+            except OSError as error:
+                raise files.cannot_write(self._path, error) from None
+            finally:
+                self._events.close()
 
 
 def progress(total: int, initial: int, unit: str, label: str) -> tqdm:
