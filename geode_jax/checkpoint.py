@@ -75,7 +75,9 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        if kind is not None and kind is not SystemExit and jax.process_count() > 1:
+            return  # the others may wait elsewhere, and all end: `distributed.ends_together`
         try:
             self.finish()
         finally:

@@ -40,9 +40,18 @@ def reported() -> Iterator[None]:
         # Python flushes stdout once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (UserError, OSError) as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    except (Exception, KeyboardInterrupt) as error:
+        said = said_of(error)
+        if said is None:
+            raise
+        print(said[0], file=sys.stderr)
+        sys.exit(said[1])
+
+
+def said_of(error: BaseException) -> tuple[str, int] | None:
+    """The line and the exit status of an error that needs no traceback; None of another."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", INTERRUPTED
+    if isinstance(error, UserError | OSError):
+        return f"error: {one_line(str(error))}", 2
+    return None

@@ -40,7 +40,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
     logging.set_verbosity(logging.WARNING)
     distributed.initialize(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
-    train_and_evaluate(_CONFIG.value, _workdir(), profile=_PROFILE.value)
+    with distributed.ends_together():
+        train_and_evaluate(_CONFIG.value, _workdir(), profile=_PROFILE.value)
 
 
 def run() -> None:
