@@ -144,19 +144,20 @@ def ends_together() -> Iterator[None]:
     except SystemExit:  # as all processes agreed
         raise
     except BaseException as error:
+        done.set()
+        _leave_as_others(client)  # a sum over devices fails where another process has left
         said = said_of(error)
         if said is None:
             traceback.print_exc()
             said = f"error: {type(error).__name__}: {one_line(str(error), 200)}", 1
         else:
             print(said[0], file=sys.stderr)
-        done.set()
         with contextlib.suppress(Exception):  # another process was first, or the service is gone
             client.key_value_set(_FAILED, json.dumps([global_state.process_id, *said]))
         _leave(client, said[1])
     finally:
         done.set()
-        watcher.join()
+        watcher.join()  # before JAX shuts its client down
 
 
 _FAILED = "geode_jax/failed"
@@ -169,11 +170,16 @@ _LEAVE_SECONDS = 20.0
 def _watch(client, done: threading.Event) -> None:
     """Ends the process when another one has published an error."""
     while not done.wait(_LOOK_SECONDS):
-        found = _published(client, _FAILED)
-        if found is not None and not done.is_set():
-            process, line, status = json.loads(found)
-            print(f"{line} (process {process})", file=sys.stderr)
-            _leave(client, status)
+        _leave_as_others(client)
+
+
+def _leave_as_others(client) -> None:
+    """Ends the process with the error that another one has published, if there is one."""
+    found = _published(client, _FAILED)
+    if found is not None:
+        process, line, status = json.loads(found)
+        print(f"{line} (process {process})", file=sys.stderr)
+        _leave(client, status)
 
 
 def _published(client, key: str) -> str | None:

@@ -29,6 +29,7 @@ from geode_jax.evaluate.coco_metrics import coco_scores, exact_match
 from geode_jax.evaluate.scores import frequency_baseline
 from geode_jax.evaluate.text_metrics import references
 from geode_jax.evaluate.vsi_bench import RowFile, check_prediction, of_no_question, read_rows
+from geode_jax.exports.files import read_bytes
 
 LABELS = {
     "em1": "EM@1",
@@ -49,7 +50,7 @@ def read_questions(path: Path) -> RowFile:
     """
     if path.suffix == ".jsonl":
         return read_rows(path, _check_question)
-    data = path.read_bytes()
+    data = read_bytes(path)
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -40,6 +40,7 @@ from geode_jax.evaluate.spatial_metrics import (
     number_accuracy,
 )
 from geode_jax.exports import prompts
+from geode_jax.exports.files import read_bytes
 
 QUESTION_TYPES = (*NUMERIC_KINDS, *CHOICE_KINDS)
 CHOICE_TASKS = tuple(task for task in VSI_TASKS if task not in NUMERIC_KINDS)
@@ -166,7 +167,7 @@ def read_rows(path: Path, *checks: Callable[[dict, str], None]) -> RowFile:
     Raises:
       UserError: `FILE:LINE: field: rule` (parquet: `FILE: row N`, from 0), or there is no row.
     """
-    data = path.read_bytes()
+    data = read_bytes(path)
     rows = {}
     for where, row in _parsed(path, data):
         if not isinstance(row, dict):
@@ -186,13 +187,8 @@ def read_rows(path: Path, *checks: Callable[[dict, str], None]) -> RowFile:
 def _parsed(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:
     """Where each row stands, and the row."""
     if path.suffix == ".parquet":
-        import pyarrow.parquet  # takes a while, and most files are JSON lines
-
-        try:
-            table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{path}: not parquet: {error}") from None
-        yield from ((f"{path}: row {i}", row) for i, row in enumerate(table.to_pylist()))
+        for number, row in enumerate(_parquet_rows(path, data)):
+            yield f"{path}: row {number}", row
         return
     for number, line in enumerate(data.splitlines(), 1):
         if line.strip():
@@ -201,6 +197,40 @@ def _parsed(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: not JSON: {error}") from None
             yield f"{path}:{number}", row
+
+
+MAX_UNPACKED_BYTES = 1 << 28
+"""Most bytes that the rows of a parquet file may have: some 300 KB can say billions."""
+
+
+def _parquet_rows(path: Path, data: bytes) -> Iterator[dict]:
+    import pyarrow.parquet  # takes a while, and most files are JSON lines
+
+    too_large = UserError(f"{path}: unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
+    try:
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        if sum(group.total_byte_size for group in groups) > MAX_UNPACKED_BYTES:
+            raise too_large
+        unpacked = 0
+        for batch in file.iter_batches(batch_size=16):
+            for row in batch.to_pylist():
+                # What a file says of its size counts a value once that all rows share.
+                unpacked += _weight(row)
+                if unpacked > MAX_UNPACKED_BYTES:
+                    raise too_large
+                yield row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not parquet: {error}") from None
+
+
+def _weight(value: Any) -> int:
+    """About the bytes of a row."""
+    if isinstance(value, str | bytes):
+        return 8 + len(value)
+    if isinstance(value, dict):
+        return sum(map(_weight, value.values()))
+    return 8 + (sum(map(_weight, value)) if isinstance(value, list) else 0)
 
 
 def _require(good: bool, row: dict, field: str, rule: str, where: str) -> None:
@@ -256,7 +286,7 @@ def _kept(questions: RowFile, ids: Path) -> RowFile:
         raise UserError(
             f"{ids}: the dataset's list of what VSI-Bench-Debiased removes; give the ids that stay"
         )
-    data = ids.read_bytes()
+    data = read_bytes(ids)
     rows = {}
     for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
         key = line.strip()
