@@ -397,7 +397,7 @@ def test_predictions_alone_ask_for_the_dataset(files):
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_parquet_file_that_unpacks_to_much_is_refused(files, monkeypatch, shared):
     """1 MB in every row: said once for all (a dictionary), or compressed."""
-    _, dataset = files
+    dataset, _ = files
     monkeypatch.setattr(vsi_bench, "MAX_UNPACKED_BYTES", 1 << 23)
     rows = [QUESTIONS[0] | {"id": i, "more": "a" * 10**6} for i in range(20)]
     table = pyarrow.Table.from_pylist(rows)
