@@ -25,6 +25,7 @@ from geode_jax.data.rgbd_sequence import (
     to_metres,
 )
 from geode_jax.errors import UserError
+from geode_jax.exports import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +152,8 @@ def _find_root(folder: Path) -> Path:
 def _numbers(path: Path) -> list[float] | None:
     """All numbers of a text file; None where it cannot be read as numbers."""
     try:
-        return [float(word) for word in path.read_text().split()]
-    except (OSError, ValueError):
+        return [float(word) for word in files.read_text(path).split()]
+    except ValueError:
         return None
 
 
@@ -224,8 +225,10 @@ def _read_pose_rows(path: Path, names: Sequence[str]) -> dict[str, list[float]]:
     if not path.is_file():
         raise UserError(f"{path.parent}: no poses: neither pose/ nor pose.txt")
     try:
-        rows = [[float(word) for word in line.split()] for line in path.read_text().splitlines()]
-    except (OSError, ValueError):
+        rows = [
+            [float(word) for word in line.split()] for line in files.read_text(path).splitlines()
+        ]
+    except ValueError:
         raise UserError(f"{path}: not rows of numbers") from None
     rows = [row for row in rows if row]
     if any(len(row) != 7 for row in rows):

@@ -84,6 +84,8 @@ class Tensors:
 
 
 def _open(path: Path) -> list[tuple[str, safe_open]]:
+    if path.exists():
+        files.open_regular(path).close()  # a pipe would wait
     try:
         file = safe_open(path, framework="np")
     except FileNotFoundError:

@@ -15,7 +15,6 @@ boxes, a colour a category, along a camera path inside the room, as those of the
 
 import colorsys
 import dataclasses
-import json
 import re
 import zlib
 from collections import Counter
@@ -35,6 +34,7 @@ from geode_jax.data.datasets.scene_export import (
 from geode_jax.data.rgbd_sequence import Dropped, pose_of_row
 from geode_jax.data.room_layout import RoomObject
 from geode_jax.errors import UserError
+from geode_jax.exports import files
 
 VERSION = 1
 """Of what an export holds; changes when this converter changes."""
@@ -278,10 +278,7 @@ def _noun(name) -> str:
 
 
 def _json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    return files.read_json(path)
 
 
 # ---------------------------------------------------------------------------------------- views

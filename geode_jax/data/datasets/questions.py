@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from geode_jax.data.datasets import Report, Request
 from geode_jax.errors import UserError
-from geode_jax.exports import Export, ExportError, ExportWriter
+from geode_jax.exports import Export, ExportError, ExportWriter, files
 
 _FOLDERS = ("scannet", "scannetpp", "scannetppv2", "arkitscenes", "s3dis", "adt", "hypersim")
 _FOLDERS += ("procthor", "robotics", "ytb_roomtour", "matterport3d")
@@ -63,7 +63,7 @@ def _records_of(path: Path) -> Iterator[Any]:
                 raise UserError(f"{path}: must be a list of records")
             yield from records
             return
-        with open(path, "rb") as lines:
+        with files.open_regular(path) as lines:
             for line in filter(bytes.strip, lines):
                 try:
                     yield json.loads(line)
@@ -79,12 +79,7 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: it cannot be read or is not JSON.
     """
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+    return files.read_json(path)
 
 
 @dataclasses.dataclass(frozen=True)

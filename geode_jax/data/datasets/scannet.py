@@ -18,7 +18,7 @@ colour, as for RGB-D folders (`sources`): the tokens contain depth. Pictures are
 """
 
 import dataclasses
-import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -40,7 +40,7 @@ from geode_jax.data.room_questions import SeenRoom
 from geode_jax.data.rooms import GRID, MIN_RAYS, PIXELS
 from geode_jax.data.sources import Frame, frame_arrays, read_frame
 from geode_jax.errors import UserError
-from geode_jax.exports import SPLITS
+from geode_jax.exports import SPLITS, files
 
 VERSION = 1
 """Of what an export holds; changes when this converter changes."""
@@ -208,12 +208,9 @@ def read_alignment(folder: Path) -> np.ndarray | None:
         UserError: `<id>.txt` has an axisAlignment that is none.
     """
     path = folder / f"{folder.name}.txt"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except (OSError, ValueError):
-        raise UserError(f"{path}: cannot be read as text") from None
+    text = files.read_text(path)
     found = re.search(r"^\s*axisAlignment\s*=(.*)$", text, re.MULTILINE)
     if not found:
         return None
@@ -311,15 +308,9 @@ def read_labels(folder: Path, world: np.ndarray) -> Labels | None:
 
 
 def _json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must be a JSON object")
-    return value
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: missing")
+    return files.read_json_object(path)
 
 
 def _whole_numbers(path: Path, what: str, values) -> np.ndarray:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from geode_jax.data.rgbd_sequence import Dropped, camera, rigid, to_metres
 from geode_jax.errors import UserError
+from geode_jax.exports import files
 
 VERSION = 4
 COLOR = {-1: "unknown", 0: "raw", 1: "png", 2: "jpeg"}
@@ -131,8 +132,8 @@ def open_sens(path: str | Path) -> SensFile:
     """
     path = Path(path)
     try:
-        with open(path, "rb", buffering=0) as file:
-            return _read_headers(path, file, path.stat().st_size)
+        with files.open_regular(path) as file:
+            return _read_headers(path, file.raw, path.stat().st_size)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 

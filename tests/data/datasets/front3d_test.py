@@ -212,11 +212,11 @@ def test_without_the_catalogue_the_house_names_its_furniture(tmp_path):
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("{", "cannot be read as JSON"),
+        ("{", "not JSON"),
         ("[]", "not a house"),
         ('{"furniture": [1], "mesh": [], "scene": {"room": []}}', "not a house"),
         ('{"furniture": [], "mesh": [], "scene": {}}', "not a house"),
-        ("[" * 100_000, "cannot be read as JSON"),
+        ("[" * 100_000, "not JSON"),
     ],
 )
 def test_a_damaged_house_is_left_out_with_its_line(tmp_path, text, rule):

@@ -318,7 +318,7 @@ def test_a_damaged_scan_is_left_out_with_its_line(tmp_path):
 @pytest.mark.parametrize(
     ("suffix", "change", "rule"),
     [
-        (".aggregation.json", lambda t: t[:50], "cannot be read as JSON"),
+        (".aggregation.json", lambda t: t[:50], "not JSON"),
         (".aggregation.json", lambda t: "[1]", "must be a JSON object"),
         (".aggregation.json", lambda t: "{}", "no segGroups"),
         (".aggregation.json", lambda t: t.replace('"label"', '"lable"'), "a label and segments"),
