@@ -113,6 +113,7 @@ class Checkpoints:
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> UserError:
+        _silence_failed_reads()
         reason = _first_line(error)
         for known in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)):
             if known in str(error):  # TensorStore says much before it
@@ -242,7 +243,8 @@ def _silence_failed_reads() -> None:
     def hook(unraisable):
         of, error = unraisable.object, unraisable.exc_value
         abandoned = inspect.iscoroutine(of) and "orbax" in of.cr_code.co_filename
-        if not (abandoned or str(error) == "Event loop is closed"):
+        half_made = "'_ssock'" in str(error)  # an event loop for which there was no file left
+        if not (abandoned or half_made or str(error) == "Event loop is closed"):
             others(unraisable)
 
     sys.unraisablehook = hook

@@ -53,6 +53,9 @@ def run() -> None:
 def _parse(argv: list[str]) -> list[str]:
     """absl's parsing; whatever goes wrong with a flag or in the configuration is one line."""
     refuse_undecodable(argv)
+    for name in (a.partition("=")[2].partition(":")[0] for a in argv if a.startswith("--config=")):
+        if os.path.exists(name) and not os.path.isfile(name):  # a pipe would wait
+            raise UserError(f"config: {name}: not a regular file")
     try:
         rest = flags.FLAGS(argv)
         # A file that is not there is an error only where the configuration is looked at.
