@@ -39,6 +39,7 @@ from geode_jax.optimizer import OptimizerConfig, make_optimizer
 from geode_jax.sharding import make_mesh, replicated
 from geode_jax.start import pretrained_folders, start_from_pretrained, start_from_run
 from geode_jax.train_step import Objective, TrainState, init_state
+from geode_jax.user_cache import user_cache
 
 MIN_PIECE_COUNT = 50
 """A run of words that occurs less often in the training texts is no token of its own."""
@@ -174,6 +175,8 @@ def _check_tokens(encoder: InternViT, export: Export, mesh: jax.sharding.Mesh) -
 def _mesh(config) -> jax.sharding.Mesh:
     try:
         return make_mesh(tuple(config.mesh))
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"config: mesh: {error}") from None
 
@@ -342,7 +345,7 @@ def keep_freed_memory() -> None:
 
 
 def keep_compiled_programs() -> None:
-    """Keep them between processes: where JAX is told to, or in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache / "geode_jax" / "xla"))
-    jax.config.update("jax_compilation_cache_dir", folder)
+    """Keep them between processes: where JAX is told to, or in the user's cache if there is one."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or user_cache("xla")
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))

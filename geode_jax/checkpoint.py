@@ -11,10 +11,12 @@ The position is the global step (the data order is a pure function of it) plus t
 loop carries: no iterator is ever pickled.
 """
 
+import errno
 import functools
 import gc
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +34,10 @@ from geode_jax.errors import UserError
 from geode_jax.train_step import TrainState
 
 logging.getLogger("absl").setLevel(logging.WARNING)
+# Its threads log a traceback, one after the other, before the error is raised here.
+logging.getLogger("absl").addFilter(
+    lambda record: not (record.exc_info and "orbax" in record.pathname)
+)
 
 
 class _WhenAsked:
@@ -69,7 +75,9 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        if kind is not None and kind is not SystemExit and jax.process_count() > 1:
+            return  # the others may wait elsewhere, and all end: `distributed.ends_together`
         try:
             self.finish()
         finally:
@@ -93,7 +101,7 @@ class Checkpoints:
         metadata = {**position, "fingerprint": _fingerprint(tree)}
         try:
             checkpointer.save_checkpointables_async(step, {"state": tree}, custom_metadata=metadata)
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise self._failure(error) from error
 
     def finish(self) -> None:
@@ -105,9 +113,14 @@ class Checkpoints:
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> UserError:
+        _silence_failed_reads()
+        reason = _first_line(error)
+        for known in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)):
+            if known in str(error):  # TensorStore says much before it
+                reason = known
         return UserError(
-            f"{self._folder}: the checkpoint could not be written ({_first_line(error)}); earlier "
-            "ones are intact"
+            f"{self._folder}: the checkpoint could not be written ({reason}); earlier ones are "
+            "intact"
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -230,7 +243,8 @@ def _silence_failed_reads() -> None:
     def hook(unraisable):
         of, error = unraisable.object, unraisable.exc_value
         abandoned = inspect.iscoroutine(of) and "orbax" in of.cr_code.co_filename
-        if not (abandoned or str(error) == "Event loop is closed"):
+        half_made = "'_ssock'" in str(error)  # an event loop for which there was no file left
+        if not (abandoned or half_made or str(error) == "Event loop is closed"):
             others(unraisable)
 
     sys.unraisablehook = hook

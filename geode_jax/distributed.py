@@ -6,8 +6,12 @@ a signal is decided by `Vote`, so that all decide alike.
 """
 
 import contextlib
+import json
 import os
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Iterator
 
 import jax
@@ -19,7 +23,8 @@ from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster, GkeTpuCluster
 from jax._src.distributed import global_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from geode_jax.errors import UserError
+from geode_jax.coordinator import refuse_taken_port, refuse_unknown_host, wait_for_coordinator
+from geode_jax.errors import UserError, one_line, said_of
 
 HEARTBEAT_SECONDS = 20
 """A process that has not been heard of for so long is dead, and the others end with an error."""
@@ -56,8 +61,11 @@ def initialize(
             )
         if not 0 <= process < processes:
             raise UserError(f"--process_id {process}: not below --num_processes {processes}")
-        if ":" not in address:
-            raise UserError(f"--coordinator_address {address}: not HOST:PORT")
+        refuse_unknown_host(address)
+        if process == 0:
+            refuse_taken_port(address)
+        else:
+            wait_for_coordinator(address, START_SECONDS)
     elif not _in_cluster():
         return
     try:
@@ -91,7 +99,8 @@ def _in_cluster() -> bool:
 
 def is_main() -> bool:
     """Whether this is process 0, which prints and writes."""
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
+    # Not JAX's process_index, which starts the devices.
+    return not jax.distributed.is_initialized() or global_state.process_id == 0
 
 
 @contextlib.contextmanager
@@ -111,6 +120,91 @@ def main_first(what: str) -> Iterator[None]:
     yield
     if is_main():
         meet()
+
+
+@contextlib.contextmanager
+def ends_together() -> Iterator[None]:
+    """An error that one process meets in the block ends all of them, with its line.
+
+    Left alone, the others would wait: for this one at a barrier, in a sum over all devices, or, as
+    JAX's own end of a process does, for five minutes and with a core dump.
+
+    A process that meets the error publishes its line, and the exit status; a thread of every
+    process looks for such a line. Process 0, in which the coordination service lives, goes last.
+    """
+    client = global_state.client
+    if client is None:
+        yield
+        return
+    done = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(client, done), daemon=True)
+    watcher.start()
+    try:
+        yield
+    except SystemExit:  # as all processes agreed
+        raise
+    except BaseException as error:
+        done.set()
+        _leave_as_others(client)  # a sum over devices fails where another process has left
+        said = said_of(error)
+        if said is None:
+            traceback.print_exc()
+            said = f"error: {type(error).__name__}: {one_line(str(error), 200)}", 1
+        else:
+            print(said[0], file=sys.stderr)
+        with contextlib.suppress(Exception):  # another process was first, or the service is gone
+            client.key_value_set(_FAILED, json.dumps([global_state.process_id, *said]))
+        _leave(client, said[1])
+    finally:
+        done.set()
+        watcher.join()  # before JAX shuts its client down
+
+
+_FAILED = "geode_jax/failed"
+_LOOK_SECONDS = 2.0
+"""So often a process looks whether another one has failed."""
+_LEAVE_SECONDS = 20.0
+"""So long process 0 waits for the others to leave."""
+
+
+def _watch(client, done: threading.Event) -> None:
+    """Ends the process when another one has published an error."""
+    while not done.wait(_LOOK_SECONDS):
+        _leave_as_others(client)
+
+
+def _leave_as_others(client) -> None:
+    """Ends the process with the error that another one has published, if there is one."""
+    found = _published(client, _FAILED)
+    if found is not None:
+        process, line, status = json.loads(found)
+        print(f"{line} (process {process})", file=sys.stderr)
+        _leave(client, status)
+
+
+def _published(client, key: str) -> str | None:
+    try:
+        return client.key_value_try_get(key)
+    except Exception:  # not there yet; where the service is gone JAX ends the process
+        return None
+
+
+def _leave(client, status: int) -> None:
+    """Ends the process at once: JAX's own way out waits for all others."""
+    own, count = global_state.process_id, global_state.num_processes
+    with contextlib.suppress(Exception):
+        client.key_value_set(f"{_FAILED}/left/{own}", "")
+    if own == 0:
+        end = time.monotonic() + _LEAVE_SECONDS
+        left = set(range(1, count))
+        while left and time.monotonic() < end:
+            left = {i for i in left if _published(client, f"{_FAILED}/left/{i}") is None}
+            time.sleep(0.1)
+        time.sleep(0.5)  # the last of them still has to go
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 class Vote:

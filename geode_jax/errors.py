@@ -3,12 +3,26 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from geode_jax import devices as _devices  # noqa: F401 - it keeps JAX's plug-ins quiet
 from geode_jax.exports.files import UserError, one_line
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+
+
+def refuse_undecodable(arguments: Iterable[str]) -> None:
+    """Refuses arguments of bytes that are not UTF-8, which could be neither printed nor stored.
+
+    Raises:
+        UserError: one is.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{argument}: not UTF-8; arguments must be") from None
 
 
 @contextlib.contextmanager
@@ -26,9 +40,18 @@ def reported() -> Iterator[None]:
         # Python flushes stdout once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (UserError, OSError) as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    except (Exception, KeyboardInterrupt) as error:
+        said = said_of(error)
+        if said is None:
+            raise
+        print(said[0], file=sys.stderr)
+        sys.exit(said[1])
+
+
+def said_of(error: BaseException) -> tuple[str, int] | None:
+    """The line and the exit status of an error that needs no traceback; None of another."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", INTERRUPTED
+    if isinstance(error, UserError | OSError):
+        return f"error: {one_line(str(error))}", 2
+    return None

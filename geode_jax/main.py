@@ -9,7 +9,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from geode_jax.errors import UserError, reported
+from geode_jax.errors import UserError, refuse_undecodable, reported
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE[:ARGUMENTS], see configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder; default runs/<system>[-arguments].")
@@ -40,7 +40,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
     logging.set_verbosity(logging.WARNING)
     distributed.initialize(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
-    train_and_evaluate(_CONFIG.value, _workdir(), profile=_PROFILE.value)
+    with distributed.ends_together():
+        train_and_evaluate(_CONFIG.value, _workdir(), profile=_PROFILE.value)
 
 
 def run() -> None:
@@ -51,6 +52,10 @@ def run() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parsing; whatever goes wrong with a flag or in the configuration is one line."""
+    refuse_undecodable(argv)
+    for name in (a.partition("=")[2].partition(":")[0] for a in argv if a.startswith("--config=")):
+        if os.path.exists(name) and not os.path.isfile(name):  # a pipe would wait
+            raise UserError(f"config: {name}: not a regular file")
     try:
         rest = flags.FLAGS(argv)
         # A file that is not there is an error only where the configuration is looked at.

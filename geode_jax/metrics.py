@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 from geode_jax.distributed import is_main
+from geode_jax.event_file import EventFile
+from geode_jax.exports import files
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -28,12 +29,7 @@ def write_json(path: Path, value: dict) -> None:
     """Writes a JSON file at once or not at all, process 0's; arrays of one number become floats."""
     if not is_main():
         return
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=1, default=_plain) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_json(path, value, default=_plain)
 
 
 def _plain(value):
@@ -56,29 +52,32 @@ class MetricsWriter:
             return
         path = workdir / "metrics.jsonl"
         rows = [row for row in read_metrics(path) if row["step"] <= last_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, path)
-        self._file = path.open("a")
-        from tensorboardX import SummaryWriter  # loads torch wherever torch is installed
-
-        self._events = SummaryWriter(str(workdir / "events"), purge_step=last_step + 1)
+        files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._path, self._file = path, path.open("a")
+        self._events = EventFile(workdir / "events", purge_step=last_step + 1)
 
     def write(self, step: int, values: dict) -> None:
         """One row; values become floats."""
         if not self._writes:
             return
         row = {name: float(np.asarray(value)) for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **row}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise files.cannot_write(self._path, error) from None
         for name, value in row.items():
-            self._events.add_scalar(name, value, step)
+            self._events.write(step, name, value)
 
     def close(self) -> None:
         """Flush both files."""
         if self._writes:
-            self._file.close()
-            self._events.close()
+            try:
+                self._file.close()
+            except OSError as error:
+                raise files.cannot_write(self._path, error) from None
+            finally:
+                self._events.close()
 
 
 def progress(total: int, initial: int, unit: str, label: str) -> tqdm:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from geode_jax.devices import find_devices
 from geode_jax.shapes import Array
 
 AXES = ("data", "fsdp", "model")
@@ -49,9 +50,11 @@ def make_mesh(
         devices: None: all there are, of all processes.
 
     Raises:
+        UserError: there are none.
         ValueError: the sizes do not multiply to the number of devices.
     """
-    count = jax.device_count() if devices is None else len(devices)
+    devices = find_devices() if devices is None else devices
+    count = len(devices)
     sizes = list(shape)
     if sizes.count(-1) > 1:
         raise ValueError(f"{shape}: at most one axis may be -1")

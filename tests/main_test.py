@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from geode_jax.devices import find_devices
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG = """
 import ml_collections
@@ -55,6 +57,8 @@ def config(tmp_path) -> Path:
     [
         ([], "--config"),
         (["--config=nowhere.py"], "nowhere.py"),
+        (["--config=/dev/zero"], "/dev/zero: not a regular file"),
+        ([os.fsdecode(b"--workdir=St\xfchle")], r"St\udcfchle: not UTF-8"),
         (["--config=nowhere.py", "--config.train.steps=1"], "nowhere.py"),
         (["--config={config}:broken"], "KeyError: 'field'"),
         (["--config={config}:bad"], "last line"),
@@ -88,6 +92,16 @@ def test_a_bad_value_is_one_line_and_leaves_no_run(tmp_path, arguments, complain
     assert complaint in error_of(config, *fields, *places)
     assert not (workdir / "config.json").exists()
     assert not data.exists()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_a_device_that_is_not_there_is_one_line(tmp_path, monkeypatch, platform):
+    if find_devices()[0].platform == "gpu":
+        pytest.skip("it is there")
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
+    places = (f"--workdir={tmp_path / 'run'}", "--config.data.export=nowhere")
+    said = error_of("--config=configs/hidden_cot.py", *places)
+    assert said.startswith(f"error: JAX_PLATFORMS={platform}: no such device")
 
 
 def test_ctrl_c_is_no_traceback(tmp_path):

@@ -42,7 +42,8 @@ def main(export: str, workdir: str, steps: str, mesh: str, *others: str) -> None
         config.mesh = tuple(map(int, mesh.split("x")))
         config.data.scenes_per_batch = 8
         config.optimizer.name = "adamw"  # compiles faster
-    train_and_evaluate(config, Path(workdir))
+    with distributed.ends_together():
+        train_and_evaluate(config, Path(workdir))
 
 
 if __name__ == "__main__":

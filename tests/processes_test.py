@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,9 +16,10 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from geode_jax import distributed
+from geode_jax import coordinator, distributed
 from geode_jax.data.rooms import make_rooms
 from geode_jax.errors import UserError
+from geode_jax.exports import Export
 from geode_jax.metrics import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -187,9 +190,68 @@ def test_sigterm_to_one_process_saves_and_stops_both(export, tmp_path):
     assert "stopped by SIGTERM at step" in (tmp_path / "output_0").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("damaged", ["manifest", "scene"])
+def test_an_error_of_one_process_ends_both_with_its_line(export, tmp_path, damaged):
+    """Process 0 reads the manifest while the other waits; a scene is read by one of the two."""
+    broken = shutil.copytree(export, tmp_path / "export")
+    if damaged == "manifest":
+        (broken / "manifest.json").write_text("{")
+        words = "manifest.json: not JSON"
+    else:
+        scene = Export(broken).scene_ids("train")[0]
+        (broken / "scenes" / f"{scene}.safetensors").write_bytes(b"no tensors")
+        words = f"error: scene {scene}: "
+    workdir = tmp_path / "run"
+    first, second = start(broken, workdir, 2)
+    while first.poll() is None and second.poll() is None:
+        time.sleep(0.1)
+    end = time.monotonic()
+    assert ended([first, second], workdir) == [2, 2]
+    assert time.monotonic() - end < ENDS_WITHIN
+    for process in (0, 1):
+        said = (workdir / f"output_{process}").read_text()
+        assert said.count("error: ") == said.count(words) == 1
+        assert "Traceback" not in said and "Fatal" not in said
+
+
+def listen(answer: bytes | None) -> str:
+    """The address of a program that sends `answer` to whoever connects; None: not a word."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        connection, _ = server.accept()
+        with connection, server:
+            connection.recv(100)
+            if answer is None:
+                connection.recv(100)  # until the other goes
+            else:
+                connection.sendall(answer)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", None])
+def test_a_stranger_at_the_coordinators_port_is_refused(monkeypatch, answer):
+    monkeypatch.setattr(coordinator, "ANSWER_SECONDS", 1)
+    with pytest.raises(UserError, match="not process 0 of this run"):
+        distributed.initialize(listen(answer), 2, 1)
+
+
+def test_a_port_that_is_taken_and_a_process_that_does_not_come_are_refused():
+    with pytest.raises(UserError, match="Address already in use"):
+        distributed.initialize(listen(b""), 2, 0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = f"127.0.0.1:{server.getsockname()[1]}"
+    with pytest.raises(UserError, match="process 0 was not at"):
+        coordinator.wait_for_coordinator(free, 0.5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("no-such-host.invalid:1234", 2, 1), "host no-such-host.invalid: "),
         (("host:1", 2, None), "belong together"),
         (("host:1", 2, 2), "--process_id 2"),
         (("host", 2, 0), "not HOST:PORT"),

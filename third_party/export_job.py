@@ -154,7 +154,7 @@ def _make_scenes(args: argparse.Namespace, contract: Any, scenes: list[Scene], b
         try:
             made = make(scene)
             if made.questions is not None:
-                _write_questions(args.out, scene.id, made.questions)
+                _write_questions(contract, args.out, scene.id, made.questions)
             own = {n: a for n, a in made.arrays.items() if not n.startswith("teacher/")}
             teacher = {n[8:]: a for n, a in made.arrays.items() if n.startswith("teacher/")}
             writer.add_scene(scene.id, own, split=scene.split, teacher=teacher)
@@ -195,7 +195,7 @@ def _merge(args: argparse.Namespace, contract: Any, scenes: list[Scene], questio
             writer.add_questions([record])
     for scene in kept:
         if _questions_file(args.out, scene.id).exists():
-            writer.add_questions(read_records(_questions_file(args.out, scene.id), args.contract))
+            writer.add_questions(read_records(contract, _questions_file(args.out, scene.id)))
     writer.close()
     with contextlib.suppress(OSError):
         for path in (args.out / _QUESTIONS).iterdir():
@@ -211,25 +211,24 @@ def _questions_file(out: Path, scene_id: str) -> Path:
     return out / _QUESTIONS / f"{scene_id}.jsonl"
 
 
-def _write_questions(out: Path, scene_id: str, records: list[dict]) -> None:
-    path = _questions_file(out, scene_id)
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write_questions(contract: Any, out: Path, scene_id: str, records: list[dict]) -> None:
     # Read only when the scene's entry is there, which is written after it.
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    contract.files.write_text(_questions_file(out, scene_id), text)
 
 
-def read_records(path: Path, contract: str | Path = _CONTRACT) -> Iterator[dict]:
+def read_records(contract: Any, path: Path) -> Iterator[dict]:
     """JSON objects, one a line.
 
     Args:
+        contract: the loaded package `exports`.
         path: of the file.
-        contract: folder of the package `exports`.
 
     Raises:
         UserError: the file cannot be read, or a line is not JSON.
         InputError: a line is no JSON object.
     """
-    for number, record in load_contract(contract).files.json_lines(path):
+    for number, record in contract.files.json_lines(path):
         if isinstance(record, ValueError):
             raise record
         if not isinstance(record, dict):

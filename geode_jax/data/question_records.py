@@ -9,14 +9,17 @@ scene: a record a question took 127 us to write and 180 us to read, a record a s
     records.read("scene0042")        # [{"id": ..., "question": ...}, ...]
 """
 
+import atexit
 import contextlib
 import fcntl
+import functools
 import hashlib
 import io
 import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,8 +32,9 @@ from geode_jax.data.mixture import OWN
 from geode_jax.data.targets import held_boxes
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
-from geode_jax.exports import Export
+from geode_jax.exports import Export, files
 from geode_jax.exports.prompts import prompt
+from geode_jax.user_cache import user_cache
 
 _FORMAT = "1.0.0"  # of the records; part of the cache key, so a change makes new records
 _INDEX = "index.json"
@@ -156,7 +160,7 @@ def open_question_records(export: Export, on_bad: str = "stop") -> QuestionRecor
     found = _find(places, names)
     if found:
         return found
-    parent = _writable(places)
+    parent = _writable(places, names)
     with _lock(parent) as locked:
         found = _find([parent], names)  # made while this process waited
         if found:
@@ -174,23 +178,43 @@ def open_question_records(export: Export, on_bad: str = "stop") -> QuestionRecor
 
 
 def _places(export: Export) -> list[Path]:
-    """Where records may lie: beside the questions, or in the user's cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return [Path(export.folder) / ".questions", Path(root) / "geode_jax" / "questions"]
+    """Where records may lie: beside the questions, or in a cache."""
+    return [Path(export.folder) / ".questions", user_cache("questions") or _of_this_process()]
+
+
+@functools.cache
+def _of_this_process() -> Path:
+    """Where there is no user's cache: a temporary folder, which goes with the process."""
+    folder = Path(tempfile.gettempdir()) / f"geode_jax-{uuid.uuid4().hex}"
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _find(places: list[Path], names: list[str]) -> QuestionRecords | None:
     for folder in (place / name for name in names for place in places):
-        if (folder / _INDEX).is_file():
+        if _readable(folder):
             return QuestionRecords(folder)
     return None
 
 
-def _writable(places: list[Path]) -> Path:
+def _readable(folder: Path) -> bool:
+    """Whether there are records that this user may read; others' may be theirs alone."""
+    if not os.access(folder / _INDEX, os.R_OK):
+        return False
+    return all(
+        os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK)
+        for path in folder.rglob("*")
+        if path.suffix != ".npz"  # token counts, which are made anew
+    )
+
+
+def _writable(places: list[Path], names: list[str]) -> Path:
     for place in places:
         with contextlib.suppress(OSError):  # a read-only export
             place.mkdir(parents=True, exist_ok=True)
-            if os.access(place, os.W_OK):
+            # What another user keeps there under these names cannot be read: see `_find`.
+            taken = any(os.path.lexists(place / name) for name in names)
+            if os.access(place, os.W_OK | os.X_OK) and not taken:
                 return place
     raise UserError(f"{places[0]}: cannot be written, nor can {places[1]}")
 
@@ -202,13 +226,18 @@ def _lock(folder: Path) -> Iterator[bool]:
     Gives False on a file system without locks: then two processes may do the same work, and the
     first to finish wins.
     """
-    with open(folder / ".lock", "w") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            # Another user's lock may be for reading alone, which suffices to hold it.
+            try:
+                file = open(folder / ".lock", "a")  # noqa: SIM115 - the stack closes it
+            except PermissionError:
+                file = open(folder / ".lock")  # noqa: SIM115
+            fcntl.flock(stack.enter_context(file), fcntl.LOCK_EX)
+            locked = True
         except OSError:
-            yield False
-        else:
-            yield True
+            locked = False
+        yield locked
 
 
 def _remove_unfinished(folder: Path) -> None:
@@ -231,7 +260,8 @@ def _questions_by_scene(
 
 
 def _write_records(scenes: dict, dropped: list[str], parent: Path, final: Path) -> None:
-    temporary = Path(tempfile.mkdtemp(prefix="tmp", dir=parent))
+    temporary = parent / f"tmp{uuid.uuid4().hex}"
+    temporary.mkdir()  # with the umask's mode, for others who read the export
     try:
         if scenes:
             data_dir = os.fspath(temporary)
@@ -239,7 +269,7 @@ def _write_records(scenes: dict, dropped: list[str], parent: Path, final: Path) 
             with _quiet_tfds():
                 builder.download_and_prepare()
         index = {"scenes": {split: sorted(scenes[split]) for split in scenes}, "dropped": dropped}
-        (temporary / _INDEX).write_text(json.dumps(index))
+        files.write_json(temporary / _INDEX, index, indent=None)
         if not (final / _INDEX).is_file():
             os.rename(temporary, final)
     finally:
@@ -275,10 +305,15 @@ def question_lengths(
         `not_regressed` [n] strings of `control.why_not_regressed`, `bad_objects` [n] int32: named
         objects whose boxes no code holds.
     """
-    file = records.folder / f"{_LENGTHS}-{split}-{tokenizer.sha256[:16]}.npz"
-    if file.is_file():
-        with np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
+    name = f"{_LENGTHS}-{split}-{tokenizer.sha256[:16]}.npz"
+    own = user_cache("questions")
+    kept = [records.folder / name]
+    if own:  # for records of another user, in a folder that cannot be written
+        kept.append(own / f"{records.folder.name}-lengths" / name)
+    for file in kept:
+        if os.access(file, os.R_OK):
+            with np.load(file, allow_pickle=False) as arrays:
+                return dict(arrays)
     scenes, kinds, sources, controls = [], [], [], []
     not_regressed, bad_objects = [], []
     texts: dict[str, list] = {"question": [], **{field: [] for field in ANSWER_FIELDS}}
@@ -307,7 +342,7 @@ def question_lengths(
         "question": _token_counts(texts["question"], tokenizer.encode_batch),
         **{f: _token_counts(texts[f], tokenizer.encode_answers) for f in ANSWER_FIELDS},
     }
-    _keep(file, arrays)
+    _keep(kept, arrays)
     return arrays
 
 
@@ -331,10 +366,9 @@ def _token_counts(texts: list[str | None], encode: Callable) -> np.ndarray:
     return np.array([count.get(text, 0) for text in texts], np.int32)
 
 
-def _keep(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    try:
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix="lengths", delete=False) as out:
+def _keep(kept: list[Path], arrays: dict[str, np.ndarray]) -> None:
+    """In the first place that can be written; what cannot be kept is computed again."""
+    for file in kept:
+        with contextlib.suppress(UserError), files.writing(file) as out:
             np.savez(out, **arrays)
-        os.replace(out.name, file)
-    except OSError:
-        pass  # a cache that cannot be kept is computed again
+            return

@@ -34,7 +34,7 @@ Nothing measured on rooms compares with numbers measured on real scenes.
 """
 
 import colorsys
-import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import functools
 import multiprocessing
@@ -50,6 +50,7 @@ from geode_jax import exports
 from geode_jax.data import raycast, room_layout, room_questions
 from geode_jax.data.room_layout import CATEGORIES, VIEWS, RoomObject
 from geode_jax.data.workers import deaf_to_ctrl_c
+from geode_jax.errors import UserError
 
 GRID, PIXELS = 8, 4
 """Patches along a side of a view, pixels along a side of a patch."""
@@ -546,6 +547,10 @@ def _run(jobs: list[_Job], workers: int):
             chunk = max(1, min(32, len(jobs) // (4 * workers)))
             results = pool.map(_write, jobs, chunksize=chunk)
         yield from results
+    except concurrent.futures.process.BrokenProcessPool:
+        raise UserError(
+            "rooms: a worker was killed, for want of memory perhaps; try fewer --workers"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from geode_jax.data.targets import held_boxes, held_depth, held_features, held_places
 from geode_jax.errors import UserError
-from geode_jax.exports import Export
+from geode_jax.exports import Export, files
 
 SCENE_TENSORS = (
     "vggt/tokens",
@@ -184,7 +184,7 @@ def export_sizes(export: Export, vision: str = "vggt/tokens") -> ExportSizes:
 def _header_shapes(path: Path) -> dict[str, list[int]]:
     """Tensor name -> shape of a safetensors file; empty where the header is damaged."""
     try:
-        with open(path, "rb") as file:
+        with files.open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, path.stat().st_size)))
         return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}

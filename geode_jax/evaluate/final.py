@@ -14,7 +14,7 @@ from geode_jax.evaluate.efficiency import measure_speed, parameter_counts, peak_
 from geode_jax.evaluate.evaluator import Evaluation
 from geode_jax.evaluate.report import depth_colours, write_report
 from geode_jax.evaluate.text_metrics import answer_rows, with_reference
-from geode_jax.exports import Export
+from geode_jax.exports import Export, files
 from geode_jax.metrics import read_metrics, write_json
 from geode_jax.train_step import TrainState
 
@@ -67,7 +67,7 @@ def evaluate_and_report(
     if not is_main():
         return summary
     lines = [json.dumps(record) + "\n" for record in model.predictions]
-    (workdir / "predictions.jsonl").write_text("".join(lines))
+    files.write_text(workdir / "predictions.jsonl", "".join(lines))
     write_report(
         workdir / "report.html",
         title=f"{config.system}: {workdir.name}",

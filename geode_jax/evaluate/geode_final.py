@@ -11,6 +11,7 @@ from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate import vsi_bench
 from geode_jax.evaluate.detection_metrics import oriented_iou
 from geode_jax.evaluate.efficiency import peak_memory
+from geode_jax.exports import files
 from geode_jax.metrics import write_json
 from geode_jax.train_step import TrainState
 
@@ -70,7 +71,7 @@ def _answers(run, state: TrainState, workdir: Path) -> dict[str, Any]:
         scores[name] |= box_scores(columns[name])
     if is_main():
         lines = [json.dumps(record) + "\n" for record in columns["model"]]
-        (workdir / "predictions.jsonl").write_text("".join(lines))
+        files.write_text(workdir / "predictions.jsonl", "".join(lines))
     print(vsi_bench.table(vsi))
     return {"vsi": vsi, "scores": scores}
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from geode_jax.evaluate import charts, scores, spatial_metrics
 from geode_jax.evaluate.report_style import STYLE
+from geode_jax.exports import files
 
 _HEADLINES = ("spatial_accuracy", "mra", "rouge1")
 
@@ -68,9 +69,7 @@ def write_report(
         + "\n</main></body></html>\n"
     )
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    files.write_text(path, page)
 
 
 def _text(value) -> str:

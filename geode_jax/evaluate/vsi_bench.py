@@ -185,18 +185,47 @@ def read_rows(path: Path, *checks: Callable[[dict, str], None]) -> RowFile:
 def _parsed(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:
     """Where each row stands, and the row."""
     if path.suffix == ".parquet":
-        import pyarrow.parquet  # takes a while, and most files are JSON lines
-
-        try:
-            table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{path}: not parquet: {error}") from None
-        yield from ((f"{path}: row {i}", row) for i, row in enumerate(table.to_pylist()))
+        for number, row in enumerate(_parquet_rows(path, data)):
+            yield f"{path}: row {number}", row
         return
     for number, row in files.json_lines(path):
         if isinstance(row, UserError):
             raise row
         yield f"{path}:{number}", row
+
+
+MAX_UNPACKED_BYTES = 1 << 28
+"""Most bytes that the rows of a parquet file may have: some 300 KB can say billions."""
+
+
+def _parquet_rows(path: Path, data: bytes) -> Iterator[dict]:
+    import pyarrow.parquet  # takes a while, and most files are JSON lines
+
+    too_large = UserError(f"{path}: unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
+    try:
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        if sum(group.total_byte_size for group in groups) > MAX_UNPACKED_BYTES:
+            raise too_large
+        unpacked = 0
+        for batch in file.iter_batches(batch_size=16):
+            for row in batch.to_pylist():
+                # What a file says of its size counts a value once that all rows share.
+                unpacked += _weight(row)
+                if unpacked > MAX_UNPACKED_BYTES:
+                    raise too_large
+                yield row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not parquet: {error}") from None
+
+
+def _weight(value: Any) -> int:
+    """About the bytes of a row."""
+    if isinstance(value, str | bytes):
+        return 8 + len(value)
+    if isinstance(value, dict):
+        return sum(map(_weight, value.values()))
+    return 8 + (sum(map(_weight, value)) if isinstance(value, list) else 0)
 
 
 def _require(good: bool, row: dict, field: str, rule: str, where: str) -> None:

@@ -15,7 +15,7 @@ from geode_jax.data.pipeline import Pipeline, measure_lengths
 from geode_jax.data.question_records import open_question_records
 from geode_jax.errors import UserError
 from geode_jax.evaluate import vsi_bench
-from geode_jax.exports import Export
+from geode_jax.exports import Export, files
 from geode_jax.inference.trained import Trained, open_trained
 from geode_jax.metrics import write_json
 
@@ -66,7 +66,7 @@ def evaluate_run(
     columns = {name: vsi_bench.rows_of(found.predictions) for name, found in answered.items()}
     said = out.with_name(f"{out.stem}_predictions.jsonl")
     data = "".join(json.dumps(row) + "\n" for row in columns["model"]).encode()
-    said.write_bytes(data)
+    files.write_bytes(said, data)
     manifest = asked.folder / "manifest.json"
     producer = asked.manifest["producer"]
     result = vsi_bench.result(

@@ -25,12 +25,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import math
 import os
 import re
-import shutil
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import safe_open
 
-from . import cameras, files, scene_names
+from . import cameras, files, scene_names, tensor_files
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -354,19 +355,12 @@ def _bfloat16_of_float32(values: np.ndarray) -> np.ndarray:
     return (bits >> np.uint32(16)).astype(np.uint16)
 
 
-_STORED = {"bfloat16": "BF16", "bool": "BOOL"}
-_STORED.update({f"float{bits}": f"F{bits}" for bits in (16, 32, 64)})
-_STORED.update({f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)})
-_STORED.update({f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)})
-"""numpy's names of dtypes -> safetensors' names."""
-
-
 def _to_stored(scene_id: str, name: str, array: Any, manifest: dict) -> tuple[str, np.ndarray]:
     """(safetensors dtype, little-endian C-ordered array with bf16 as uint16 bits)."""
     if not isinstance(array, np.ndarray):
         raise _scene_error(scene_id, _shown(name), f"{type(array).__name__} is not a numpy array")
     array = np.asarray(array, order="C")
-    dtype = _STORED.get(array.dtype.name, array.dtype.name)
+    dtype = tensor_files.STORED.get(array.dtype.name, array.dtype.name)
     if dtype == "BF16":
         array = array.view(np.uint16)
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
@@ -382,30 +376,9 @@ def _to_stored(scene_id: str, name: str, array: Any, manifest: dict) -> tuple[st
         return target, array.astype(manifest["dtype"])
 
 
-def _safetensors_chunks(tensors: Mapping[str, tuple[str, np.ndarray]]) -> Iterator[Any]:
-    """The file's bytes.
-
-    By hand, because safetensors' numpy writer needs ml_dtypes for bf16 and changed its arguments
-    between versions; an exporter takes whatever version its environment has.
-    """
-    # Wide types first, as the library does: every tensor is then aligned.
-    order = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
-    header, end = {}, 0
-    for name in order:
-        dtype, array = tensors[name]
-        offsets = [end, end + array.nbytes]
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": offsets}
-        end = offsets[1]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in order:
-        yield tensors[name][1].reshape(-1).view(np.uint8)
-
-
 def _read_header(path: Path) -> tuple[dict, int]:
     """A safetensors file's header and the position of its first data byte."""
-    with open(path, "rb") as file:
+    with files.open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(length, path.stat().st_size)))
     return header, 8 + length
@@ -431,6 +404,7 @@ def _damage(scene_id: str, path: Path, otherwise: str) -> ExportError:
 def _opened(scene_id: str, path: Path) -> Iterator[Any]:
     """`safe_open`, with what it raises said in one line."""
     try:
+        _refuse_irregular(path)
         with safe_open(str(path), framework="np") as file:
             yield file
     except ExportError:
@@ -745,20 +719,23 @@ def write_scene(
             _check_values(scene_id, prefix + name, dtype, array, manifest)
     for prefix, kind, key in _FILES:
         if stored[prefix]:
-            chunks = _safetensors_chunks(stored[prefix])
+            chunks = tensor_files.chunks(stored[prefix])
             entry[key] = _write_file(_tensor_file(Path(folder), kind, scene_id), chunks)
     return entry
 
 
 def _link(source: Path, target: Path) -> None:
+    """Gives a file a second name; it is copied where the file system cannot do that.
+
+    Where `source` is a symbolic link, the second name is that of the file it points to: a link to
+    a relative link would point elsewhere.
+    """
+    os.stat(source)  # says so where the link points nowhere
     try:
-        os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:  # another file system, or one without hard links
-        part = target.with_name(target.name + ".part")
-        shutil.copyfile(source, part)
-        os.replace(part, target)
+        os.link(os.path.realpath(source), target)
+    except OSError:  # another file system, one without hard links, or the name is taken
+        with open(source, "rb") as file:
+            _write_file(target, iter(lambda: file.read(1 << 20), b""))
 
 
 class _BoxCounts(dict):
@@ -862,10 +839,9 @@ class ExportWriter:
         Raises:
             ExportError: there is none.
         """
-        try:
-            header = _parse(_MARKER, (Path(folder) / _MARKER).read_bytes())
-        except OSError:
-            raise ExportError(str(folder), "", "is no unfinished export") from None
+        if not (Path(folder) / _MARKER).is_file():
+            raise ExportError(str(folder), "", "is no unfinished export")
+        header = _parse(_MARKER, files.read_bytes(Path(folder) / _MARKER))
         _check_fields(_MARKER, header, _HEADER_FIELDS, ("schema_version",))
         del header["schema_version"]
         return cls(folder, **header, resume=True)
@@ -886,7 +862,7 @@ class ExportWriter:
                 raise ExportError(str(folder), "", "is an export already; it is not overwritten")
             if present and _MARKER not in present:
                 raise ExportError(str(folder), "", "is not empty and not an unfinished export")
-            if present and marker.read_bytes() != header:
+            if present and files.read_bytes(marker) != header:
                 raise ExportError(str(folder), "", "is an unfinished export of another producer")
             if not self._resume:
                 for pattern in (*_LEFTOVERS, *_WRITTEN, f"{_ENTRIES}/*.json", _QUESTIONS):
@@ -923,7 +899,7 @@ class ExportWriter:
         """
         entries: dict[str, dict] = {}
         for path in sorted((self.folder / _ENTRIES).glob("*.json")):
-            entry = _parse(f"{_ENTRIES}/{path.name}", path.read_bytes())
+            entry = _parse(f"{_ENTRIES}/{path.name}", files.read_bytes(path))
             _check_entry(entry, set(), f"{_ENTRIES}/{path.name}: ")
             entries[entry["id"]] = entry
         return entries
@@ -1017,8 +993,15 @@ class ExportWriter:
 # --- Reading --------------------------------------------------------------------------------------
 
 
+def _refuse_irregular(path: Path) -> None:
+    """Raises OSError for what is no regular file: a pipe would wait for somebody who writes."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+
+
 def _sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
+    _refuse_irregular(path)
     with open(path, "rb") as file:
         while True:
             chunk = file.read(1 << 20)
@@ -1047,7 +1030,8 @@ class Export:
         """
         self.folder = Path(folder)
         try:
-            data = (self.folder / _MANIFEST).read_bytes()
+            _refuse_irregular(self.folder / _MANIFEST)
+            data = files.read_bytes(self.folder / _MANIFEST)
         except FileNotFoundError:
             rule = f"missing in {self.folder}: not an export, or an unfinished one"
             raise ExportError(_MANIFEST, "", rule) from None

@@ -401,8 +401,11 @@ def write_bytes(
 
 
 def write_text(path: str | os.PathLike, text: str, *, durable: bool = False) -> None:
-    """Writes text as UTF-8, whole or not at all; see `writing`."""
-    write_bytes(path, text.encode("utf-8"), durable=durable)
+    """Writes text as UTF-8, whole or not at all; see `writing`.
+
+    A lone surrogate, as a name of bytes that are not UTF-8 has it, becomes its escape.
+    """
+    write_bytes(path, text.encode("utf-8", "backslashreplace"), durable=durable)
 
 
 def write_json(

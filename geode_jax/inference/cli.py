@@ -29,13 +29,16 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from geode_jax import exports
-from geode_jax.errors import UserError, reported
+from geode_jax.errors import UserError, refuse_undecodable, reported
 
 # A command imports what it needs when it runs: checking a folder shall not wait for JAX.
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command of `argv` (`sys.argv` where None); exits with 2 on an error."""
+    argv = sys.argv[1:] if argv is None else argv
+    with reported():
+        refuse_undecodable(argv)
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.command is None:
@@ -167,6 +170,7 @@ def _sampling(arguments: argparse.Namespace):
     """How tokens are drawn; None: greedily."""
     import jax
 
+    from geode_jax.devices import find_devices
     from geode_jax.inference.generate import Sampling
 
     asked = {"temperature": arguments.temperature, "top_k": arguments.top_k}
@@ -175,6 +179,7 @@ def _sampling(arguments: argparse.Namespace):
         if arguments.seed is not None:
             raise UserError("--seed: greedy answers have none; goes with --temperature, --top-k")
         return None
+    find_devices()
     return Sampling(jax.random.key(arguments.seed or 0), **asked)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from geode_jax.errors import UserError, reported
+from geode_jax.exports import files
 from geode_jax.plan.topology import parse_topology
 
 STUDENT, SMALL, GEODE = (
@@ -103,10 +104,7 @@ def make(row: Row) -> None:
         raise UserError(words.removeprefix("error: "))
     planned = done.returncode == 0 and lines
     facts = json.loads(lines[-1]) if planned else {"failed": words[:300]}
-    CACHE.mkdir(parents=True, exist_ok=True)
-    temporary = row.file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(facts, indent=1) + "\n")
-    temporary.replace(row.file)
+    files.write_json(row.file, facts)
     print(f"  {facts.get('failed') or facts['bound']}", flush=True)
 
 
@@ -231,7 +229,7 @@ def write(document: Path) -> None:
         if not pattern.search(text):
             raise UserError(f"{document}: no marker <!-- {name} -->")
         text = pattern.sub(lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text)
-    document.write_text(text)
+    files.write_text(document, text)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from geode_jax.evaluate import vsi_bench
 from geode_jax.evaluate.scores import score_table
+from geode_jax.exports import files
 
 
 class Term(NamedTuple):
@@ -126,7 +127,7 @@ What it derives from, and the terms as their owners state them. {_verdict(identi
 |---|---|
 {chr(10).join(rows)}
 """
-    path.write_text(text, encoding="utf-8")
+    files.write_text(path, text)
 
 
 def _use(auto_class: str) -> str:

@@ -4,14 +4,13 @@
 """
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from geode_jax.exports import tensor_files
 from geode_jax.exports.files import (
     UserError,
     cannot_write,
@@ -143,11 +142,11 @@ def write_folder(
             f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
         ]
     for name, keys in zip(names, shards, strict=True):
-        # safetensors writes the memory behind an array, in whatever order that is.
-        packed = {key: np.ascontiguousarray(tensors[key]) for key in keys}
-        half = folder / f"{name}.unfinished"
-        save_file(packed, half, metadata={"format": "pt"})
-        os.replace(half, folder / name)
+        stored = {}
+        for key in keys:
+            array = np.ascontiguousarray(tensors[key]).reshape(tensors[key].shape)
+            stored[key] = tensor_files.STORED[array.dtype.name], array
+        write_bytes(folder / name, tensor_files.chunks(stored, {"format": "pt"}))
     if len(shards) > 1:
         mapped = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         total = sum(tensor.nbytes for tensor in tensors.values())
@@ -174,7 +173,7 @@ def _copy_code(folder: Path, config: dict) -> None:
     modules = {name.partition(".")[0] for name in config.get("auto_map", {}).values()}
     for path in _REMOTE.glob("modeling_*.py"):
         if modules and (path.stem in modules or path.stem == "modeling_parts"):
-            shutil.copyfile(path, folder / path.name)
+            write_bytes(folder / path.name, path.read_bytes())
 
 
 def write_config(folder: Path, config: dict) -> None:

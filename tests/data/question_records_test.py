@@ -1,8 +1,10 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,3 +178,43 @@ def test_lengths_are_those_of_the_tokenizer(request, monkeypatch, name):
     monkeypatch.setattr(question_records, "_token_counts", None)  # now they come from a file
     again = question_lengths(records, "train", tokenizer)
     assert all((again[name] == lengths[name]).all() for name in lengths)
+
+
+def test_what_is_kept_has_the_modes_of_the_umask(tmp_path):
+    export = write_tiny_export(tmp_path / "export", train=2, val=1)
+    before = os.umask(0o027)
+    try:
+        records = open_question_records(export)
+        question_lengths(records, "train", train_tokenizer(["How many?"], CATEGORIES, 1))
+    finally:
+        os.umask(before)
+    kept = [path for path in (export.folder / ".questions", *records.folder.rglob("*"))]
+    assert len(list(records.folder.glob("*.npz"))) == 1
+    for path in kept:
+        assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
+
+
+def test_records_of_another_user_are_read_or_made_anew(tmp_path, monkeypatch):
+    export = write_tiny_export(tmp_path / "export", train=2, val=0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tokenizer = train_tokenizer(["How many?"], CATEGORIES, 1)
+    shared = open_question_records(export)
+    theirs = [export.folder / ".questions"]
+    access = os.access
+
+    def as_another(path, mode):
+        inside = any(Path(path).is_relative_to(folder) for folder in theirs)
+        return access(path, mode) and not (inside and mode & refused)
+
+    monkeypatch.setattr(question_records.os, "access", as_another)
+    refused = os.W_OK
+    assert open_question_records(export).folder == shared.folder
+    question_lengths(shared, "train", tokenizer)
+    refused = os.R_OK | os.W_OK
+    own = open_question_records(export)
+    assert own.folder.is_relative_to(tmp_path / "cache")
+    assert {i: own.read(i) for i in own.scene_ids()} == by_scene(export)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    homeless = open_question_records(export)
+    assert open_question_records(export).folder == homeless.folder
+    assert {i: homeless.read(i) for i in homeless.scene_ids()} == by_scene(export)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 from html.parser import HTMLParser
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from geode_jax.errors import UserError
 from geode_jax.evaluate import report
 
 VOID = {"meta", "img", "br"}
@@ -218,10 +220,10 @@ def test_no_half_written_file_is_left(tmp_path, monkeypatch):
     write(tmp_path, title="first")
 
     def full_disk(*_):
-        raise OSError("No space left on device")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "replace", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(UserError, match=r"report.html: cannot be written: No space"):
         write(tmp_path, title="second")
     assert "first" in (tmp_path / "report.html").read_text()
 

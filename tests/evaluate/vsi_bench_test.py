@@ -402,6 +402,22 @@ def test_predictions_alone_ask_for_the_dataset(files):
         vsi_bench.evaluate(predictions)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_parquet_file_that_unpacks_to_much_is_refused(files, monkeypatch, shared):
+    """1 MB in every row: said once for all (a dictionary), or compressed."""
+    dataset, _ = files
+    monkeypatch.setattr(vsi_bench, "MAX_UNPACKED_BYTES", 1 << 23)
+    rows = [QUESTIONS[0] | {"id": i, "more": "a" * 10**6} for i in range(20)]
+    table = pyarrow.Table.from_pylist(rows)
+    parquet = dataset.with_suffix(".parquet")
+    pyarrow.parquet.write_table(table, parquet, use_dictionary=shared, compression="zstd")
+    assert parquet.stat().st_size < 10**5
+    with pytest.raises(UserError, match=r"test.parquet: unpacks to more than 8,388,608 bytes"):
+        vsi_bench.read_rows(parquet)
+    monkeypatch.undo()
+    assert len(vsi_bench.read_rows(parquet).rows) == 20
+
+
 def test_a_bad_parquet_file_is_refused(files):
     dataset, predictions = files
     parquet = dataset.with_suffix(".parquet")

@@ -6,9 +6,11 @@ contract is compared with something that is not ours.
 
 import ast
 import copy
+import errno
 import hashlib
 import io
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -1037,6 +1039,67 @@ def test_several_writers_fill_one_export_and_go_on_where_they_were_cut_off(tmp_p
     assert validate(folder)["scenes"] == 2
     assert "is an export already" in refusal(ExportWriter, folder, **HEADER, resume=True)
     assert "is no unfinished export" in refusal(ExportWriter.reopen, folder)
+
+
+def linked(export: Path, folder: Path) -> Path:
+    """The export as a hub's cache or DVC has it: relative links to files of other names."""
+    for number, path in enumerate(sorted(p for p in export.rglob("*") if p.is_file())):
+        (folder / "blobs").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / "blobs" / str(number))
+        link = folder / "snapshot" / path.relative_to(export)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        up = "../" * len(link.relative_to(folder).parent.parts)
+        link.symlink_to(f"{up}blobs/{number}")
+    return folder / "snapshot"
+
+
+@pytest.mark.parametrize("same_disk", [True, False])
+def test_scenes_of_an_export_of_links_are_adopted_as_files(
+    pristine, tmp_path, monkeypatch, same_disk
+):
+    source = Export(linked(pristine, tmp_path))
+    if not same_disk:
+
+        def no_link(*_):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+        monkeypatch.setattr(os, "link", no_link)
+    with ExportWriter(tmp_path / "new", **source.header()) as writer:
+        for scene_id in source.scene_ids():
+            writer.adopt_scene(source, scene_id)
+    files = [path for path in (tmp_path / "new").rglob("*") if not path.is_dir()]
+    assert files and not any(path.is_symlink() for path in files)
+    _read_all(tmp_path / "new", True)
+    (tmp_path / "snapshot" / "scenes" / "a.safetensors").unlink()
+    (tmp_path / "snapshot" / "scenes" / "a.safetensors").symlink_to("a.safetensors")
+    with ExportWriter(tmp_path / "other", **source.header()) as writer:
+        refusal(writer.adopt_scene, source, "a")
+        writer.adopt_scene(source, "b")
+
+
+def test_an_export_has_the_modes_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = write(tmp_path / "export")
+    finally:
+        os.umask(before)
+    for path in (folder, *folder.rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "questions.jsonl", "scenes/a.safetensors", "teacher/a.safetensors"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_pipes_and_devices_are_refused(export, name, kind):
+    (export / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(export / name)
+    else:
+        (export / name).symlink_to("/dev/zero")
+    for verify in (False, True):
+        message = refusal(_read_all, export, verify)
+        assert Path(name).name in message and "not a regular file" in message
 
 
 def test_without_resume_a_half_filled_export_is_started_over(tmp_path, pristine):

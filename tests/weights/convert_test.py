@@ -118,7 +118,10 @@ def test_every_tensor_keeps_its_dtype_and_several_files_are_one(folder, tmp_path
     model = load_pretrained(folder)
     assert model.norm.scale.dtype == np.float32
     assert model.head.kernel.dtype == ml_dtypes.bfloat16
+    before = os.umask(0o027)
     save_pretrained(model, tmp_path / "one")
+    os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "one").iterdir()} == {0o640}
     same_tensors(folder, tmp_path / "one")
     in_shards(folder)
     save_pretrained(load_pretrained(folder), tmp_path / "two")

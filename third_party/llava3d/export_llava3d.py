@@ -372,7 +372,7 @@ def _main(argv: list[str] | None = None) -> int:
     code = job.run(args, contract, scenes, begin, base.questions)
     if args.efficiency and teachers:
         summary = {"model": job.name_of(args.model), **teachers[0].cost.summary()}
-        args.efficiency.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        contract.files.write_json(args.efficiency, summary)
     return code
 
 

@@ -373,9 +373,7 @@ def _main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     contract = job.load_contract(args.contract)
     scenes = scenes_of(args)
-    questions = (
-        (lambda: job.read_records(args.questions, args.contract)) if args.questions else tuple
-    )
+    questions = (lambda: job.read_records(contract, args.questions)) if args.questions else tuple
     return job.run(args, contract, scenes, lambda: begin(args, scenes), questions)
 
 

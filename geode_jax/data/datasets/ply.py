@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from geode_jax.errors import UserError
+from geode_jax.exports import files
 
 _TYPES = {
     **dict.fromkeys(("char", "int8"), "i1"),
@@ -28,7 +29,7 @@ def read_vertices(path: str | Path) -> np.ndarray:
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
+        with files.open_regular(path) as file:
             count, fields = _read_header(path, file)
             rest = path.stat().st_size - file.tell()
             if count * fields.itemsize > rest:

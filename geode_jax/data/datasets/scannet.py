@@ -18,6 +18,7 @@ colour, as for RGB-D folders (`sources`): the tokens contain depth. Pictures are
 """
 
 import dataclasses
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -232,7 +233,7 @@ def read_alignment(folder: Path) -> np.ndarray | None:
         UserError: `<id>.txt` has an axisAlignment that is none.
     """
     path = folder / f"{folder.name}.txt"
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     text = files.read_text(path)
     found = re.search(r"^\s*axisAlignment\s*=(.*)$", text, re.MULTILINE)

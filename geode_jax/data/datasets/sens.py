@@ -22,6 +22,7 @@ from PIL import Image
 
 from geode_jax.data.rgbd_sequence import Dropped, Given, of_one_view, rigid, to_metres
 from geode_jax.errors import UserError
+from geode_jax.exports import files
 from geode_jax.exports.pictures import read_picture
 
 VERSION = 4
@@ -132,8 +133,8 @@ def open_sens(path: str | Path) -> SensFile:
     """
     path = Path(path)
     try:
-        with open(path, "rb", buffering=0) as file:
-            return _read_headers(path, file, path.stat().st_size)
+        with files.open_regular(path) as file:
+            return _read_headers(path, file.raw, path.stat().st_size)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
