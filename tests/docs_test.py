@@ -288,6 +288,15 @@ def tiny_rooms(tmp_path_factory):
     return folder
 
 
+def test_every_field_of_a_question_is_documented():
+    page = (DOCS / "how-to" / "questions.md").read_text()
+    documented = re.findall(
+        r"^\| `(\w+)` \|", page.partition("\n\nUnknown fields")[0], re.MULTILINE
+    )
+    braces = re.findall(r"\{([^}]*)\}", exports.ExportWriter.add_questions.__doc__)
+    assert sorted(documented) == sorted(re.findall(r"\w+", " ".join(braces)))
+
+
 class TestExamples:
     """The code that CONTRIBUTING and the pages show, run as it stands there."""
 
