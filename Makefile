@@ -5,6 +5,7 @@
 ## make test        format and lint checks, then the fast tests; ARGS="-k pattern"
 ## make test-slow   the tests that take minutes
 ## make lint        ruff format and ruff check alone
+## make docs        the documentation as a site in site/, without network
 ## make bench       measure against what else there is, half an hour; BENCHMARKS.md
 ##
 ## Each starts from nothing but Python 3.11 or newer (PYTHON=python3.12 picks one) and its pip.
@@ -19,7 +20,7 @@ TORCH_INDEX ?=
 SHELL := bash
 COMMA := ,
 .DEFAULT_GOAL := help
-.PHONY: help setup train geode table4 test test-slow lint bench
+.PHONY: help setup train geode table4 test test-slow lint docs bench
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2] if sys.version_info >= (3, 11) else "")' 2>/dev/null)
 ifeq ($(VERSION),)
@@ -59,6 +60,9 @@ test-slow: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(RUN) -m benchmarks $(ARGS)
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
+
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
@@ -72,4 +76,9 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "Installing what the tests need into $(VENV)"
 	@$(call INSTALL,--editable '.[test$(COMMA)torch]' $(addprefix --extra-index-url ,$(TORCH_INDEX)))
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@echo "Installing what the documentation needs into $(VENV)"
+	@$(call INSTALL,--editable '.[docs]')
 	@touch $@

@@ -1,4 +1,4 @@
-"""The README's example of reading a run's checkpoint elsewhere, run as it stands there."""
+"""The documentation's example of reading a run's checkpoint elsewhere, run as it stands there."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-HEADING = "### A checkpoint elsewhere"
+PAGE = REPOSITORY / "docs" / "how-to" / "checkpoints.md"
 REPORT = """
 import json
 leaves = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(params)}
@@ -26,8 +26,7 @@ print(json.dumps({
 
 
 def example() -> str:
-    text = (REPOSITORY / "README.md").read_text().partition(HEADING)[2]
-    return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    return re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
 
 
 @pytest.mark.slow  # needs a trained run

@@ -1,4 +1,4 @@
-"""The Hidden-CoT student (paper Sec. III-C): [V][T1..TK][Q][A] over VGGT features.
+"""The Hidden-CoT student (paper Sec. III-C): `[V][T1..TK][Q][A]` over VGGT features.
 
 Z, V and T of a scene are computed once and shared by all its questions:
 
@@ -65,7 +65,7 @@ class StudentConfig:
 
     @property
     def prefix_length(self) -> int:
-        """Columns of [V][T]."""
+        """Columns of `[V][T]`."""
         return self.vision_prefix + self.thinking_tokens
 
 
@@ -132,7 +132,7 @@ class Student(nnx.Module):
     # --- the scene, once for all its questions ---
 
     def look(self, batch: Batch) -> Scene:
-        """Z, and the keys and values of [V][T], for the S scenes of a batch."""
+        """Z, and the keys and values of `[V][T]`, for the S scenes of a batch."""
         z_SVPD, seen_length_S = self._project(batch)
         S, V, P, D = z_SVPD.shape
         z_SMD = z_SVPD.reshape(S, V * P, D)

@@ -1,14 +1,14 @@
 """Attention with one mask contract: every query sees keys [0, prefix_end) and [start, end).
 
 Causal, prefix, padding, cross-attention, a KV cache that is not full yet, and many questions of one
-scene sharing [V][T] as their prefix are all of this form, so that one contract and one tile plan
+scene sharing `[V][T]` as their prefix are all of this form, so that one contract and one tile plan
 (`attention_plan`) serve them all:
 
 | use | prefix_end | start | end |
 |---|---|---|---|
 | causal, row padded on the left by p | 0 | p | i + 1 |
 | question of a scene, V in keys [0, n) | n | first column of the question | i + 1 |
-| its answer, [V][T] in keys [0, m) | m | first column of the question | i + 1 |
+| its answer, `[V][T]` in keys [0, m) | m | first column of the question | i + 1 |
 | cross-attention to k valid vision tokens | 0 | 0 | k |
 
 Behind the one call are a dense computation, which is fast where the logits are few, and by tiles,
