@@ -12,11 +12,15 @@ import jax
 import ml_collections
 
 from geode_jax.build import (
+    MAY_CHANGE,
     Run,
     build,
+    flat,
     keep_compiled_programs,
     keep_freed_memory,
     load_config,
+    made_with,
+    plain,
     save_config,
 )
 from geode_jax.checkpoint import Checkpoints
@@ -84,7 +88,7 @@ def train_and_evaluate(
     keep_freed_memory()
     _refuse_another(config, workdir)
     summary = workdir / "summary.json"
-    if summary.exists() and load_config(workdir).to_dict() == _plain(config):
+    if summary.exists() and load_config(workdir).to_dict() == plain(config):
         print(f"ended before: {summary}; without this file it is evaluated again", flush=True)
         return json.loads(summary.read_text())
     print(f"building: {workdir}", flush=True)
@@ -92,7 +96,8 @@ def train_and_evaluate(
     summary.unlink(missing_ok=True)  # of another configuration
     save_config(config, workdir)
     _describe(run)
-    with jax.set_mesh(run.mesh), Checkpoints(workdir) as checkpoints, _Stop() as stop:
+    own = made_with(config, run.tokenizer)
+    with jax.set_mesh(run.mesh), Checkpoints(workdir, own) as checkpoints, _Stop() as stop:
         state, position, speed = _train(run, workdir, checkpoints, stop, profile)
         state, best = checkpoints.restore_best(state) or (state, position)
         print(f"best checkpoint: step {best['step']}", flush=True)
@@ -270,37 +275,16 @@ def _is_best(values: dict[str, float], judge: str, position: dict[str, Any], pat
     return False
 
 
-_MAY_CHANGE = ("mesh", "data/workers", "data/root", "data/on_bad_scene", "eval/examples",
-               "eval/test_scenes", "train/checkpoint_every",
-               "train/checkpoint_minutes")  # fmt: skip
-"""Fields that a resumed run may change: they do not touch what is learned."""
-
-
 def _refuse_another(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Refuse to mix two runs in one folder."""
     if (workdir / "config.json").exists():
-        old, new = _flat(load_config(workdir).to_dict()), _flat(_plain(config))
+        old, new = flat(load_config(workdir).to_dict()), flat(plain(config))
         for name in sorted(old.keys() | new.keys()):
-            if name not in _MAY_CHANGE and old.get(name) != new.get(name):
+            if name not in MAY_CHANGE and old.get(name) != new.get(name):
                 raise UserError(
                     f"{workdir}: holds a run with {name} = {old.get(name)}, not "
                     f"{new.get(name)}; use another --workdir, or delete this one"
                 )
-
-
-def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """As it is read back from a file: lists in place of tuples."""
-    return json.loads(config.to_json())
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    out = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{name}/")
-        else:
-            out[prefix + name] = value
-    return out
 
 
 def _describe(run: Run) -> None:
