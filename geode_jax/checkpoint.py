@@ -99,7 +99,7 @@ class Checkpoints:
             return  # a resumed run passes this step again with the same state
         self.finish()
         # A copy: the loop goes on counting in `position` while this is being written.
-        own = {"made_with": self._made_with, "fingerprint": _fingerprint(tree)}
+        own = {"made_with": self._made_with, "fingerprint": fingerprint(tree)}
         metadata = seal({**position, **own})
         try:
             checkpointer.save_checkpointables_async(step, {"state": tree}, custom_metadata=metadata)
@@ -195,7 +195,7 @@ class Checkpoints:
         if not np.all(multihost_utils.process_allgather(np.array(whole))):
             return None
         refuse_others(f"{self._folder}: step {step}", metadata.made_with, self._made_with)
-        return (state, metadata.position) if metadata.fingerprint == _fingerprint(state) else None
+        return (state, metadata.position) if metadata.fingerprint == fingerprint(state) else None
 
 
 class Metadata(NamedTuple):
@@ -327,7 +327,7 @@ def _first_line(error: Exception) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def _fingerprint(tree) -> list[int]:
+def fingerprint(tree) -> list[int]:
     """A number of every array: the sum of its bits read as integers, the same on every mesh."""
     return np.asarray(_bit_sums(jax.tree.leaves(tree))).tolist()
 
@@ -396,7 +396,7 @@ def save_model(folder: Path, params: dict[str, jax.Array]) -> None:
         UserError: it could not be written.
     """
     model = {"params": params}
-    metadata = seal({"fingerprint": _fingerprint(model)})
+    metadata = seal({"fingerprint": fingerprint(model)})
     try:
         ocp.save_checkpointables(folder.absolute(), {"state": model}, custom_metadata=metadata)
     except OSError as error:
@@ -514,7 +514,7 @@ def _load_state(folder: Path, like: Any, opened: Any) -> Any:
             raise _Unreadable("its fingerprint is not what was stored")
         fingerprint = unsealed["fingerprint"]
     # As a bag: a part of the tree has no place of its own in the list.
-    if Counter(_fingerprint(loaded)) - Counter(fingerprint):
+    if Counter(fingerprint(loaded)) - Counter(fingerprint):
         raise _Unreadable("its values are not what was stored")
     return loaded
 

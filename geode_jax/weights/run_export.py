@@ -8,9 +8,10 @@ from flax import nnx
 
 from geode_jax.build import load_config
 from geode_jax.errors import UserError
+from geode_jax.evaluate.summary import read_summary
 from geode_jax.inference.trained import Trained, open_trained
 from geode_jax.start import pretrained_folders
-from geode_jax.weights.card import read_summary, write_card
+from geode_jax.weights.card import write_card
 from geode_jax.weights.convert import write_model
 from geode_jax.weights.files import CONFIG, SHARD_BYTES, read_json
 
