@@ -15,6 +15,7 @@ loop carries: no iterator is ever pickled.
 import functools
 import gc
 import inspect
+import itertools
 import logging
 import sys
 from collections import Counter
@@ -31,6 +32,7 @@ from orbax.checkpoint import v1 as ocp
 
 from geode_jax.distributed import is_main, main_first
 from geode_jax.errors import UserError
+from geode_jax.exports import files
 from geode_jax.sealed import is_sealed, seal, unseal
 from geode_jax.train_step import TrainState
 
@@ -72,8 +74,23 @@ class Checkpoints:
         self._open()
 
     def _open(self) -> None:
+        _silence_failed_reads()
+        for kind in ("latest", "best"):
+            self._put_unreadable_aside(kind)
         self._latest = _checkpointer(self._folder / "latest", keep=2)
         self._best = _checkpointer(self._folder / "best", keep=1)
+
+    def _put_unreadable_aside(self, kind: str) -> None:
+        """Of checkpoints whose metadata Orbax, which reads all of it at once, would fail at."""
+        with main_first(f"unreadable {kind} {next(_OPENED)}"):
+            folders = _steps(self._folder.parent, kind)
+            damaged = [folder for folder in folders if not _has_metadata(folder)]
+            if damaged and len(damaged) == len(folders):
+                raise UserError(f"{self._folder / kind}: every checkpoint is damaged")
+            if is_main():
+                for folder in damaged:
+                    print(f"{folder}: damaged", flush=True)
+                    _rename_damaged(folder)
 
     def __enter__(self):
         return self
@@ -165,8 +182,7 @@ class Checkpoints:
         with main_first(f"damaged {kind} {steps}"):
             if is_main():
                 for step in steps:
-                    folder = self._folder / kind / str(step)
-                    folder.rename(folder.with_name(f"damaged_{step}"))
+                    _rename_damaged(self._folder / kind / str(step))
         self._open()
 
     def _load(self, checkpointer, step: int, like) -> tuple[Any, dict[str, Any]] | None:
@@ -196,6 +212,25 @@ class Checkpoints:
             return None
         refuse_others(f"{self._folder}: step {step}", metadata.made_with, self._made_with)
         return (state, metadata.position) if metadata.fingerprint == fingerprint(state) else None
+
+
+_METADATA = "_CHECKPOINT_METADATA"
+_OPENED = itertools.count()
+
+
+def _has_metadata(folder: Path) -> bool:
+    """Whether a checkpoint's metadata is a JSON object."""
+    try:
+        files.read_json_object(folder / _METADATA, nan=True)
+    except UserError:
+        return False
+    return True
+
+
+def _rename_damaged(folder: Path) -> None:
+    """To `damaged_STEP`, or the next free name after it."""
+    names = (f"damaged_{folder.name}", *(f"damaged_{folder.name}_{n}" for n in range(2, 1000)))
+    folder.rename(next(p for n in names if not (p := folder.with_name(n)).exists()))
 
 
 class Metadata(NamedTuple):
@@ -482,6 +517,8 @@ def load_leaves(
 
 def _opened(folder: Path) -> Any:
     """Orbax's description of a checkpoint; errors as of `_read`."""
+    if (folder / _METADATA).exists() and not _has_metadata(folder):
+        raise _Unreadable(f"{_METADATA} is no JSON object")
     return _read(ocp.checkpointables_metadata, folder.absolute())
 
 
@@ -507,14 +544,14 @@ def _load_state(folder: Path, like: Any, opened: Any) -> Any:
     if metadata is None and not folder.name.isdecimal():
         return loaded  # a pretrained model, converted before it got a fingerprint
     if folder.name.isdecimal():
-        fingerprint = _checked(metadata, int(folder.name)).fingerprint
+        stored = _checked(metadata, int(folder.name)).fingerprint
     else:
         unsealed = unseal(metadata) if isinstance(metadata, dict) else None
         if unsealed is None:
             raise _Unreadable("its fingerprint is not what was stored")
-        fingerprint = unsealed["fingerprint"]
+        stored = unsealed["fingerprint"]
     # As a bag: a part of the tree has no place of its own in the list.
-    if Counter(fingerprint(loaded)) - Counter(fingerprint):
+    if Counter(fingerprint(loaded)) - Counter(stored):
         raise _Unreadable("its values are not what was stored")
     return loaded
 

@@ -10,13 +10,15 @@ scene: a record a question took 127 us to write and 180 us to read, a record a s
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
 import os
 import shutil
+import sys
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,10 +30,12 @@ from geode_jax.data.control import control_of
 from geode_jax.data.mixture import OWN
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
-from geode_jax.exports import Export
+from geode_jax.exports import Export, files
 from geode_jax.exports.prompts import prompt
+from geode_jax.lock import LOCK, locked
+from geode_jax.sealed import seal, unseal
 
-_FORMAT = "1.0.0"  # of the records; part of the cache key, so a change makes new records
+_FORMAT = "1.0.1"  # of the records; part of the cache key, so a change makes new records
 _INDEX = "index.json"
 _LENGTHS = "lengths3"  # the number changes with what `question_lengths` keeps
 
@@ -82,9 +86,13 @@ class QuestionRecords:
     """
 
     def __init__(self, folder: str | Path):
-        """Args: folder: where `open_question_records` put the records."""
+        """Args: folder: where `open_question_records` put the records.
+
+        Raises:
+            UserError: they are not what was written.
+        """
         self.folder = Path(folder)
-        index = json.loads((self.folder / _INDEX).read_text())
+        index = _read_index(self.folder)
         self.dropped: list[str] = index["dropped"]
         self._scene_ids: dict[str, list[str]] = index["scenes"]
         self._position = {
@@ -156,12 +164,11 @@ def open_question_records(export: Export, on_bad: str = "stop") -> QuestionRecor
     if found:
         return found
     parent = _writable(places)
-    with _lock(parent) as locked:
+    with _lock(parent):
         found = _find([parent], names)  # made while this process waited
         if found:
             return found
-        if locked:
-            _remove_unfinished(parent)
+        _remove_unfinished(parent)
         dropped = None if on_bad == "stop" else []
         scenes = _questions_by_scene(export, split_of, dropped)
         final = parent / names[-1 if dropped else 0]
@@ -181,8 +188,21 @@ def _places(export: Export) -> list[Path]:
 def _find(places: list[Path], names: list[str]) -> QuestionRecords | None:
     for folder in (place / name for name in names for place in places):
         if (folder / _INDEX).is_file():
-            return QuestionRecords(folder)
+            try:
+                return QuestionRecords(folder)
+            except UserError as error:
+                print(f"{error}; made anew", file=sys.stderr, flush=True)
+                _discard(folder)
     return None
+
+
+def _discard(folder: Path) -> None:
+    """Removes damaged records, where this process may, and nobody has made them anew meanwhile."""
+    with contextlib.suppress(OSError, UserError), _lock(folder.parent):
+        try:
+            QuestionRecords(folder)
+        except UserError:
+            shutil.rmtree(folder)
 
 
 def _writable(places: list[Path]) -> Path:
@@ -194,20 +214,10 @@ def _writable(places: list[Path]) -> Path:
     raise UserError(f"{places[0]}: cannot be written, nor can {places[1]}")
 
 
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[bool]:
-    """Holds the folder's lock; the system releases it when the process ends, however it ends.
-
-    Gives False on a file system without locks: then two processes may do the same work, and the
-    first to finish wins.
-    """
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-        else:
-            yield True
+def _lock(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Holds the folder's lock; on a file system without locks two may do the same work, and the
+    first to finish wins."""
+    return locked(folder / LOCK, f"{folder}: records", wait=True)
 
 
 def _remove_unfinished(folder: Path) -> None:
@@ -238,11 +248,43 @@ def _write_records(scenes: dict, dropped: list[str], parent: Path, final: Path) 
             with _quiet_tfds():
                 builder.download_and_prepare()
         index = {"scenes": {split: sorted(scenes[split]) for split in scenes}, "dropped": dropped}
-        (temporary / _INDEX).write_text(json.dumps(index))
+        index["files"] = _checksums(temporary)
+        files.write_json(temporary / _INDEX, seal(index), indent=None)
         if not (final / _INDEX).is_file():
             os.rename(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _read_index(folder: Path) -> dict:
+    index = unseal(files.read_json_object(folder / _INDEX))
+    if index is None:
+        raise UserError(f"{folder / _INDEX}: damaged")
+    key = (os.fspath(folder), os.stat(folder / _INDEX).st_mtime_ns)
+    if key not in _INTACT:
+        found = _checksums(folder)
+        for name, checksum in index["files"].items():
+            if found.get(name) != checksum:
+                raise UserError(f"{folder / name}: missing or damaged")
+        _INTACT.add(key)
+    return index
+
+
+_INTACT: set[tuple[str, int]] = set()
+"""Records that this process has checked: folder and time of their index."""
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """CRC-32 of every file of the records, by its path in the folder."""
+    found = {}
+    for path in sorted((folder / "scene_questions").rglob("*")):
+        if path.is_file():
+            checksum = 0
+            with files.open_regular(path) as file:
+                while chunk := file.read(1 << 20):
+                    checksum = zlib.crc32(chunk, checksum)
+            found[path.relative_to(folder).as_posix()] = f"{checksum:08x}"
+    return found
 
 
 @contextlib.contextmanager
@@ -273,9 +315,9 @@ def question_lengths(
         [n] int32 text + eos, 0 where there is none, `control` [n] strings of `control.control_of`.
     """
     file = records.folder / f"{_LENGTHS}-{split}-{tokenizer.sha256[:16]}.npz"
-    if file.is_file():
-        with np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
+    kept = _read_lengths(file)
+    if kept is not None:
+        return kept
     scenes, kinds, sources, controls = [], [], [], []
     texts: dict[str, list] = {"question": [], **{field: [] for field in ANSWER_FIELDS}}
     ids = records.scene_ids(split)
@@ -298,6 +340,28 @@ def question_lengths(
     }
     _keep(file, arrays)
     return arrays
+
+
+_LENGTH_KINDS = {"scene": "i", "kind": "U", "source": "U", "control": "U", "question": "i"}
+_LENGTH_KINDS |= dict.fromkeys(ANSWER_FIELDS, "i")
+
+
+def _read_lengths(file: Path) -> dict[str, np.ndarray] | None:
+    """What `question_lengths` has kept; None where there is nothing, or it is damaged."""
+    if not file.is_file():
+        return None
+    try:
+        data = io.BytesIO(files.read_bytes(file))
+        if zipfile.ZipFile(data).testzip() is not None:  # NumPy reads on where a checksum is wrong
+            return None
+        data.seek(0)
+        with np.load(data, allow_pickle=False) as arrays:
+            found = dict(arrays)
+    except Exception:  # damaged archives raise whatever they end in
+        return None
+    kinds = {name: array.dtype.kind for name, array in found.items()}
+    sizes = {array.shape for array in found.values()}
+    return found if kinds == _LENGTH_KINDS and len(sizes) == 1 else None
 
 
 def answer_lengths(lengths: dict[str, np.ndarray], field: str, controls: bool) -> np.ndarray:
