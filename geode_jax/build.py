@@ -32,6 +32,7 @@ from geode_jax.evaluate.evaluator import Evaluator
 from geode_jax.exports import Export
 from geode_jax.exports.files import read_json_object
 from geode_jax.exports.prompts import prompt
+from geode_jax.lock import beside, locked
 from geode_jax.metrics import write_json
 from geode_jax.models.geode import encode_frames
 from geode_jax.models.internvl import INTERNVL_TOKENS
@@ -190,18 +191,11 @@ def _mesh(config) -> jax.sharding.Mesh:
 def prepare_export(data: ml_collections.ConfigDict) -> Path:
     """The folder of the export; rooms and real RGB-D folders are made where they are missing."""
     folder = export_folder(data)
-    if not (folder / "manifest.json").exists():
-        if data.rgbd:
-            make_rgbd_export(
-                data.rgbd,
-                folder,
-                intrinsic=tuple(data.rgbd_intrinsic) or None,
-                depth_scale=data.rgbd_depth_scale,
-            )
-        elif data.export == "rooms":
-            make_rooms(
-                folder, scenes=data.rooms_scenes, seed=data.rooms_seed, images=data.rooms_images
-            )
+    makes = data.rgbd or data.export == "rooms"
+    if makes and not (folder / "manifest.json").exists():
+        with locked(beside(folder), str(folder), wait=True):
+            if not (folder / "manifest.json").exists():  # made while this process waited
+                _make_export(data, folder)
     elif data.export == "rooms" and not data.rgbd:
         producer = Export(folder).manifest["producer"]
         if producer != PRODUCER:
@@ -209,6 +203,18 @@ def prepare_export(data: ml_collections.ConfigDict) -> Path:
                 f"{folder}: made by {producer['commit']}, this is {PRODUCER['commit']}; delete it"
             )
     return folder
+
+
+def _make_export(data: ml_collections.ConfigDict, folder: Path) -> None:
+    if data.rgbd:
+        make_rgbd_export(
+            data.rgbd,
+            folder,
+            intrinsic=tuple(data.rgbd_intrinsic) or None,
+            depth_scale=data.rgbd_depth_scale,
+        )
+    else:
+        make_rooms(folder, scenes=data.rooms_scenes, seed=data.rooms_seed, images=data.rooms_images)
 
 
 def export_folder(data: ml_collections.ConfigDict) -> Path:

@@ -91,6 +91,9 @@ class Checkpoints:
                 for folder in damaged:
                     print(f"{folder}: damaged", flush=True)
                     _rename_damaged(folder)
+                if damaged:
+                    newest = max(int(folder.name) for folder in _steps(self._folder.parent, kind))
+                    print(f"going on from step {newest} instead", flush=True)
 
     def __enter__(self):
         return self

@@ -24,14 +24,14 @@ LOCK = ".lock"
 
 _BUSY = (errno.EACCES, errno.EAGAIN)
 _POLL_SECONDS = 0.5
-_NAME_SECONDS = 1.0
-"""So long may a holder take to write who it is."""
+_NAME_SECONDS = 0.2
+"""So long may a holder take to write who it is, over the name of the one before."""
 
 _held: set[str] = set()
 
 
 @contextlib.contextmanager
-def locked(file: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+def locked(file: Path, what: str, *, wait: bool = False, must: bool = False) -> Iterator[None]:
     """Holds a lock within the block.
 
     On a file system without locks a line on stderr says so, and the block runs without one.
@@ -40,9 +40,10 @@ def locked(file: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         file: of the lock; made where it is missing, and left behind.
         what: is locked, for messages.
         wait: for whoever holds it, with a line on stderr; else it is an error.
+        must: whether a file that cannot be written is an error; else it is as without locks.
 
     Raises:
-        UserError: another process holds it; the message says which. Or the file cannot be written.
+        UserError: another process holds it; the message says which. Or see `must`.
     """
     name = os.path.realpath(file)
     if name in _held:
@@ -51,7 +52,11 @@ def locked(file: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
     except OSError as error:
-        raise cannot_write(file, error) from None
+        if must:
+            raise cannot_write(file, error) from None
+        _say_without(what, error)
+        yield
+        return
     _held.add(name)
     try:
         _take(descriptor, what, wait)
@@ -69,21 +74,17 @@ def beside(folder: Path) -> Path:
 
 def _take(descriptor: int, what: str, wait: bool) -> None:
     told = False
-    since = time.monotonic()
     while True:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except OSError as error:
             if error.errno not in _BUSY:
-                reason = error.strerror or error
-                print(f"{what}: goes without a lock: {reason}", file=sys.stderr, flush=True)
+                _say_without(what, error)
                 return
-        holder = os.pread(descriptor, 200, 0).decode(errors="replace")
-        if not holder and time.monotonic() - since < _NAME_SECONDS:
-            time.sleep(0.05)
-            continue
-        holder = one_line(holder, 200) or "another process"
+        time.sleep(_NAME_SECONDS)
+        holder = one_line(os.pread(descriptor, 200, 0).decode(errors="replace"))
+        holder = holder or "another process"
         if not wait:
             raise UserError(f"{what}: {holder} is at work on it")
         if not told:
@@ -93,9 +94,11 @@ def _take(descriptor: int, what: str, wait: bool) -> None:
     now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     with contextlib.suppress(OSError):  # a full disk: the lock holds without its name
         os.ftruncate(descriptor, 0)
-        os.pwrite(
-            descriptor,
-            f"process {os.getpid()} on {socket.gethostname()}, since {now}\n".encode(),
-            0,
-        )
+        own = f"process {os.getpid()} on {socket.gethostname()}, since {now}\n"
+        os.pwrite(descriptor, own.encode(), 0)
         os.fsync(descriptor)
+
+
+def _say_without(what: str, error: OSError) -> None:
+    reason = error.strerror or one_line(str(error))
+    print(f"{what}: goes without a lock: {reason}", file=sys.stderr, flush=True)

@@ -89,7 +89,8 @@ def _run(
         print(f"ended before: without {workdir / SUMMARY} it is evaluated again", flush=True)
         show(ended, workdir)
         return ended
-    with locked(workdir / LOCK, str(workdir)) if is_main() else contextlib.nullcontext():
+    lock = locked(workdir / LOCK, str(workdir), must=True)  # of all processes of the run
+    with lock if is_main() else contextlib.nullcontext():
         _refuse_another(config, workdir)  # which may have begun meanwhile
         print(f"building: {workdir}", flush=True)
         run = build(config, workdir)

@@ -1,4 +1,4 @@
-"""Every file of a finished run, damaged at random: one line, or the undamaged result; never a guess.
+"""A finished run's files, damaged at random: one line, or the undamaged result; never a guess.
 
 Each input is one file with one damage, read by what reads that file: 40 inputs always, 600 with
 `-m slow`.
@@ -209,6 +209,20 @@ def damage(file: Path, chance: random.Random) -> str:
     return f"{kind} at {at}"
 
 
+def judged(name: str, got: Any, expected: Any, fallback: Any, said: str) -> str:
+    """Whether a result is the undamaged one, another that was announced, or a wrong one."""
+    if equal(got, expected):
+        return "same"
+    announced = {
+        "restore": equal(got, fallback) and "damaged" in said,
+        "metrics": "kept as" in said,
+        "answered": got == (expected or [])[: len(got or ())],  # the rest is evaluated again
+        "summary": got is None,  # there is none: the run is evaluated again
+        "best": got is None,  # there is none: the last state is used
+    }
+    return "said" if announced.get(name) else "SILENT"
+
+
 def campaign(tiny: TinyRun, folder: Path, inputs: int, seed: int) -> list[str]:
     """What went wrong with each of so many damaged files."""
     reader = Reader(tiny, folder / "whole")
@@ -225,7 +239,7 @@ def campaign(tiny: TinyRun, folder: Path, inputs: int, seed: int) -> list[str]:
     fallback = reader.read("restore", older)
     chance = random.Random(seed)
     wrong: list[str] = []
-    counts = {"line": 0, "same": 0, "said": 0}
+    counts = {"line": 0}
     for number in range(inputs):
         file = relative[number % len(relative)] if number < 2 * len(relative) else None
         file = file or chance.choice(relative)
@@ -239,17 +253,9 @@ def campaign(tiny: TinyRun, folder: Path, inputs: int, seed: int) -> list[str]:
             try:
                 with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                     got = reader.read(name, copied)
-                if equal(got, expected[name]):
-                    counts["same"] += 1
-                elif name == "restore" and equal(got, fallback) and "damaged" in said.getvalue():
-                    counts["said"] += 1
-                elif name == "metrics" and "kept as" in said.getvalue():
-                    counts["said"] += 1
-                elif name == "answered" and got == expected[name][: len(got)]:
-                    counts["said"] += 1  # the rest is evaluated again
-                elif (name, how) in (("summary", "delete"), ("best", "delete")) and got is None:
-                    counts["said"] += 1  # a run without one, which is evaluated again
-                else:
+                verdict = judged(name, got, expected[name], fallback, said.getvalue())
+                counts[verdict] = counts.get(verdict, 0) + 1
+                if verdict == "SILENT":
                     wrong.append(f"SILENT {case}: {str(got)[:300]}")
             except UserError as error:
                 counts["line"] += 1

@@ -15,8 +15,9 @@ from geode_jax.data.pipeline import Pipeline, measure_lengths
 from geode_jax.data.question_records import open_question_records
 from geode_jax.errors import UserError
 from geode_jax.evaluate import vsi_bench
-from geode_jax.exports import Export
+from geode_jax.exports import Export, files
 from geode_jax.inference.trained import Trained, open_trained
+from geode_jax.lock import beside, locked
 from geode_jax.metrics import write_json
 
 _SIZES = ("grid", "token_width", "view_tokens", "camera_width", "image", "point_width")
@@ -51,6 +52,11 @@ def evaluate_run(
         )
     if not out.parent.is_dir() or out.is_dir():  # before the model works for nothing
         raise UserError(f"--out: {out}: its folder is missing, or it is a directory itself")
+    with locked(beside(out), f"--out: {out}"):
+        return _evaluate(workdir, out, export, spatio)
+
+
+def _evaluate(workdir: Path, out: Path, export: Path | None, spatio: int | None) -> dict[str, Any]:
     trained = open_trained(workdir, slots=spatio)
     asked = trained.export if export is None else Export(export)
     split = test_split(asked)
@@ -66,7 +72,7 @@ def evaluate_run(
     columns = {name: vsi_bench.rows_of(found.predictions) for name, found in answered.items()}
     said = out.with_name(f"{out.stem}_predictions.jsonl")
     data = "".join(json.dumps(row) + "\n" for row in columns["model"]).encode()
-    said.write_bytes(data)
+    files.write_bytes(said, data)
     manifest = asked.folder / "manifest.json"
     producer = asked.manifest["producer"]
     result = vsi_bench.result(
