@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from geode_jax.bars import progress_bar
 from geode_jax.distributed import is_main
 from geode_jax.errors import UserError
 from geode_jax.exports import files
@@ -142,14 +142,6 @@ def _kept_lines(path: Path, last_step: int, written: Mapping[str, Any] | None) -
     return lines
 
 
-def progress(total: int, initial: int, unit: str, label: str) -> tqdm:
+def progress(total: int | None, initial: int, unit: str, label: str) -> tqdm:
     """A bar with rate and ETA on stderr, of process 0."""
-    return tqdm(
-        total=total,
-        initial=initial,
-        unit=unit,
-        desc=label,
-        file=sys.stderr,
-        dynamic_ncols=True,
-        disable=not is_main(),
-    )
+    return progress_bar(total=total, initial=initial, unit=unit, desc=label, disable=not is_main())

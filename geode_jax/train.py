@@ -195,6 +195,7 @@ def _train(
             if step > position["evaluated"] and (step % train.eval_every == 0 or step == run.steps):
                 if not compiled:  # which takes minutes, and nothing can be saved meanwhile
                     compiled = True
+                    log.pause()
                     save()
                     checkpoints.finish()
                     stop.unsaved = False
@@ -259,6 +260,10 @@ class _Log:
     def __exit__(self, *_):
         self._bar.close()
         self._writer.close()
+
+    def pause(self) -> None:
+        """Takes the bar away until the next step: what compiles meanwhile may print alarms."""
+        self._bar.clear()
 
     @property
     def written(self) -> dict[str, Any]:

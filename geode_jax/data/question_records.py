@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tqdm import tqdm
 
+from geode_jax.bars import progress_bar
 from geode_jax.data.control import control_of
 from geode_jax.data.mixture import OWN
 from geode_jax.data.tokens import Tokenizer
@@ -72,7 +72,7 @@ class SceneQuestions(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator:
         scenes = self._scenes[split]
-        bar = tqdm(sorted(scenes), desc=f"questions of {split}", unit="scene", leave=False)
+        bar = progress_bar(sorted(scenes), desc=f"questions of {split}", unit="scene", leave=False)
         for i, scene_id in enumerate(bar):
             yield i, {"scene_id": scene_id, "questions": "\n".join(scenes[scene_id])}
 
@@ -233,7 +233,9 @@ def _questions_by_scene(
     scenes: dict[str, dict[str, list[str]]] = {}
     to_json = json.JSONEncoder(separators=(",", ":")).encode
     total = export.manifest["questions"]["count"]
-    for record in tqdm(export.questions(dropped), desc="questions", total=total, leave=False):
+    for record in progress_bar(
+        export.questions(dropped), desc="questions", total=total, leave=False
+    ):
         of_split = scenes.setdefault(split_of[record["scene_id"]], {})
         of_split.setdefault(record["scene_id"], []).append(to_json(record))
     return scenes
@@ -321,7 +323,9 @@ def question_lengths(
     scenes, kinds, sources, controls = [], [], [], []
     texts: dict[str, list] = {"question": [], **{field: [] for field in ANSWER_FIELDS}}
     ids = records.scene_ids(split)
-    for i, scene_id in enumerate(tqdm(ids, desc=f"tokens of {split}", unit="scene", leave=False)):
+    for i, scene_id in enumerate(
+        progress_bar(ids, desc=f"tokens of {split}", unit="scene", leave=False)
+    ):
         found = records.read(scene_id)
         scenes += [i] * len(found)
         kinds += [record["kind"] for record in found]

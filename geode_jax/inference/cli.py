@@ -209,7 +209,7 @@ def _ask_own(predictor, arguments: argparse.Namespace, sampling) -> None:
 
 
 def _json(scene_id: str, question: str, answer) -> str:
-    return json.dumps({"scene": scene_id, "question": question, **answer.facts()})
+    return json.dumps({"scene_id": scene_id, "question": question, **answer.facts()})
 
 
 def _one_line(*texts: str) -> str:
@@ -452,7 +452,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--options", nargs="+", metavar="OPTION", help="of a multiple choice: A. chair ...")
     add("--diagnostic", action="store_true", help="also decode the student's K thinking tokens")
     add("--rationale", action="store_true", help="GEODE: what the rationale tokens alone say")
-    add("--json", action="store_true", help="an object a line: answer, kind, value, unit, box, ...")
+    add("--json", action="store_true", help="an object a line, named as in predictions.jsonl")
     add("--temperature", type=_above_zero, metavar="T", help="draw the words; default: likeliest")
     add("--top-k", type=_positive, metavar="K", help="draw from the K likeliest words")
     add("--top-p", type=_share, metavar="P", help="draw from the likeliest that have P together")
