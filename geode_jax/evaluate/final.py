@@ -14,7 +14,7 @@ from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate.efficiency import measure_speed, parameter_counts, peak_memory
 from geode_jax.evaluate.evaluator import Evaluation
 from geode_jax.evaluate.report import depth_colours, write_report
-from geode_jax.evaluate.summary import end, kept_answers, write_predictions
+from geode_jax.evaluate.summary import end, kept_answers, missing, write_predictions
 from geode_jax.evaluate.text_metrics import answer_rows, with_reference
 from geode_jax.exports import Export
 from geode_jax.metrics import read_metrics
@@ -102,6 +102,8 @@ def evaluate_and_report(
 
 def show(summary: dict[str, Any], workdir: Path) -> None:
     """Prints what a run has come to, when it ends and whenever it is started again."""
+    if not any(summary.get("scores", {}).values()):
+        raise missing(workdir, "scores")
     print(scoring.score_table(summary["scores"], summary.get("remarks")))
     print("\n".join(f"note: {note}" for note in summary.get("notes", ())))
     print(f"report: {workdir / REPORT}", flush=True)

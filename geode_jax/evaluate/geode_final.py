@@ -16,6 +16,7 @@ from geode_jax.evaluate.summary import (
     SUMMARY,
     end,
     kept_answers,
+    missing,
     read_predictions,
     write_predictions,
 )
@@ -60,8 +61,10 @@ def show(summary: dict[str, Any], workdir: Path) -> None:
     """Prints what a run has come to, when it ends and whenever it is started again."""
     if "vsi" in summary:
         print(vsi_bench.table(summary["vsi"]))
-    else:
+    elif "val" in summary:
         print("\n".join(f"{name:<28}{x:8.3f}" for name, x in sorted(summary["val"].items())))
+    else:
+        raise missing(workdir, "val")
     print(f"summary: {workdir / SUMMARY}", flush=True)
 
 

@@ -108,14 +108,19 @@ def read_ended(workdir: Path) -> dict[str, Any]:
     return summary
 
 
+def missing(workdir: Path, name: str) -> UserError:
+    """What to say of a summary without a field."""
+    return UserError(f"{workdir / SUMMARY}: has no {name}; delete it to evaluate again")
+
+
 def _check(path: Path, summary: dict[str, Any]) -> None:
     for name, value in summary.items():
         if name not in _FIELDS or type(value) is not _FIELDS[name]:
             raise UserError(
                 f"{path}: {name}: is unknown, or not {_FIELDS.get(name, dict).__name__}"
             )
-    if "train" not in summary or not ("scores" in summary or "val" in summary):
-        raise UserError(f"{path}: has no train, or neither scores nor val")
+    if not summary.keys() & {"scores", "val", "vsi"}:
+        raise UserError(f"{path}: has neither scores, nor val, nor vsi")
     columns = [*summary.get("scores", {}).values(), *summary.get("vsi", {}).values()]
     if not all(isinstance(column, dict) for column in columns):
         raise UserError(f"{path}: a column of scores must be an object")
