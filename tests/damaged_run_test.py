@@ -238,11 +238,13 @@ def campaign(tiny: TinyRun, folder: Path, inputs: int, seed: int) -> list[str]:
     shutil.rmtree(older / "checkpoints" / "latest" / "4")
     fallback = reader.read("restore", older)
     chance = random.Random(seed)
+    groups = [list(g) for g in dict.fromkeys(tuple(reader.readers(f)) for f in relative)]
     wrong: list[str] = []
     counts = {"line": 0}
+    shown: list[str] = []
     for number in range(inputs):
-        file = relative[number % len(relative)] if number < 2 * len(relative) else None
-        file = file or chance.choice(relative)
+        read_by = groups[number % len(groups)]  # each reader gets as many
+        file = chance.choice([f for f in relative if reader.readers(f) == read_by])
         copied = folder / f"copy_{number}"
         # Links are enough: what is written takes a new file's place.
         shutil.copytree(whole, copied, copy_function=os.link)
@@ -266,6 +268,8 @@ def campaign(tiny: TinyRun, folder: Path, inputs: int, seed: int) -> list[str]:
             if time.monotonic() - began > LONGEST:
                 wrong.append(f"SLOW {case}")
         shutil.rmtree(copied)
+        print(*wrong[len(shown) :], sep="\n", end="\n" if wrong[len(shown) :] else "")
+        shown = list(wrong)
     print(f"{inputs} inputs: {counts}, {len(wrong)} wrong")
     return wrong
 
