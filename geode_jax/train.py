@@ -14,6 +14,7 @@ from geode_jax.build import (
     MAY_CHANGE,
     Run,
     build,
+    check_config,
     flat,
     keep_compiled_programs,
     keep_freed_memory,
@@ -81,6 +82,7 @@ def train_and_evaluate(
 def _run(
     config: ml_collections.ConfigDict, workdir: Path, stop: Stop, profile: bool
 ) -> dict[str, Any]:
+    check_config(config)
     keep_compiled_programs()
     keep_freed_memory()
     finish, show = END[config.system]
@@ -318,8 +320,15 @@ def _is_best(values: dict[str, float], judge: str, position: dict[str, Any], pat
 
     The loss that the objective names decides. Where nothing of it is paid (the student's text with
     `only=feature`), there is but the total.
+
+    Raises:
+        UserError: the position, of a checkpoint, lacks that loss: it is damaged.
     """
     name = f"val/{judge}" if f"val/{judge}" in values else "val/loss"
+    if position["best"] and name not in position["best"]:
+        raise UserError(
+            f"checkpoint: the position of step {position['step']} has no {name} of best"
+        )
     if not position["best"] or values[name] < position["best"][name]:
         position["best"], position["worse"] = values, 0
         return True
