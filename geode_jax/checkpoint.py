@@ -222,10 +222,11 @@ _OPENED = itertools.count()
 
 
 def _has_metadata(folder: Path) -> bool:
-    """Whether a checkpoint's metadata is a JSON object."""
+    """Whether a checkpoint's metadata is a JSON object, of fields that Orbax knows."""
     try:
         files.read_json_object(folder / _METADATA, nan=True)
-    except UserError:
+        _read(ocp.checkpointables_metadata, folder.absolute())
+    except (UserError, _Unreadable):
         return False
     return True
 

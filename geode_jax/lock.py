@@ -48,6 +48,7 @@ def locked(file: Path, what: str, *, wait: bool = False, must: bool = False) -> 
     name = os.path.realpath(file)
     if name in _held:
         raise UserError(f"{what}: this process is at work on it already")
+    made = not file.parent.exists()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
@@ -60,7 +61,16 @@ def locked(file: Path, what: str, *, wait: bool = False, must: bool = False) -> 
     _held.add(name)
     try:
         _take(descriptor, what, wait)
+        if not os.path.lexists(file):  # removed below, between our opening and our taking it
+            raise UserError(f"{what}: another process was at work on it; start again")
         yield
+    except BaseException:
+        if made:  # and nothing came into the folder
+            with contextlib.suppress(OSError):
+                if os.listdir(file.parent) == [file.name]:
+                    file.unlink()
+                    file.parent.rmdir()
+        raise
     finally:
         _held.discard(name)
         os.close(descriptor)

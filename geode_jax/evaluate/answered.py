@@ -1,7 +1,7 @@
 """The finished batches of an evaluation, kept so that an interrupted one goes on.
 
     {"of": ...}                                     what was evaluated: model, questions, settings
-    {"predictions": [...], "scenes": [...]}         a line a batch
+    {"batch": 0, "predictions": [...], "scenes": [...]}     a line a batch
 
 Every line has a checksum. Whatever is not the next batch of the same evaluation is evaluated again.
 """
@@ -33,7 +33,7 @@ class Answered:
         path: of the file; None: nothing is kept.
         of: what is evaluated; batches of anything else are dropped.
         """
-        self._path, self._of, self._file = path, of, None
+        self._path, self._of, self._file, self._next = path, of, None, 0
         self.before: list[dict[str, Any]] = [] if path is None else _read(path, of)
         if path is not None and jax.process_count() > 1:
             counts = multihost_utils.process_allgather(np.array(len(self.before)))
@@ -41,7 +41,9 @@ class Answered:
 
     def __enter__(self):
         if self._path is not None and is_main():
-            lines = [_line({"of": self._of}), *map(_line, self.before)]
+            numbered = [batch | {"batch": i} for i, batch in enumerate(self.before)]
+            lines = [_line({"of": self._of}), *map(_line, numbered)]
+            self._next = len(numbered)
             files.write_bytes(self._path, lines)
             self._file = self._path.open("ab")
         return self
@@ -53,8 +55,9 @@ class Answered:
     def keep(self, batch: dict[str, Any]) -> None:
         """Adds a finished batch."""
         if self._file is not None:
-            self._file.write(_line(batch))
+            self._file.write(_line(batch | {"batch": self._next}))
             self._file.flush()
+            self._next += 1
 
 
 def _line(value: dict[str, Any]) -> bytes:
@@ -69,7 +72,7 @@ def _read(path: Path, of: str | None) -> list[dict[str, Any]]:
     try:
         for _, value in files.json_lines(path, nan=True):
             batch = unseal(value) if isinstance(value, dict) else None
-            if batch is None:
+            if batch is None or batch.pop("batch", -1) != len(found) - 1:
                 break  # the line that was being written, or damage
             found.append(batch)
     except UserError as error:
