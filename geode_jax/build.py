@@ -9,6 +9,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -16,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from geode_jax import systems
-from geode_jax.checkpoint import find_model, has_checkpoint
+from geode_jax.checkpoint import find_model, has_checkpoint, read_metadata, refuse_others
 from geode_jax.data.control import BOX, REG, control_of
 from geode_jax.data.mixture import parse_mixture
 from geode_jax.data.pipeline import Pipeline, PipelineConfig, measure_lengths
@@ -29,13 +30,16 @@ from geode_jax.distributed import is_main, main_first
 from geode_jax.errors import UserError
 from geode_jax.evaluate.evaluator import Evaluator
 from geode_jax.exports import Export
+from geode_jax.exports.files import read_json_object
 from geode_jax.exports.prompts import prompt
+from geode_jax.lock import beside, locked
 from geode_jax.metrics import write_json
 from geode_jax.models.geode import encode_frames
 from geode_jax.models.internvl import INTERNVL_TOKENS
 from geode_jax.models.vit import InternViT
 from geode_jax.objectives.geode import learned_parts
 from geode_jax.optimizer import OptimizerConfig, make_optimizer
+from geode_jax.sealed import checksum
 from geode_jax.sharding import make_mesh, replicated
 from geode_jax.start import pretrained_folders, start_from_pretrained, start_from_run
 from geode_jax.train_step import Objective, TrainState, init_state
@@ -121,12 +125,21 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     Raises:
         UserError: the first field that breaks its rule. The data pipeline checks its own fields.
     """
+    _check_fields(config, missing_ok=False)
+
+
+def _check_fields(config: ml_collections.ConfigDict, *, missing_ok: bool) -> None:
     for names, holds, rule in systems.rules(config.system):
         for name in names.split():
-            value = functools.reduce(lambda part, key: part[key], name.split("."), config)
+            try:
+                value = functools.reduce(lambda part, key: part[key], name.split("."), config)
+            except (KeyError, TypeError):
+                if missing_ok:  # a run of before the field existed
+                    continue
+                raise
             try:
                 good = holds(value, config)
-            except TypeError:  # a text among the numbers of a tuple
+            except (TypeError, ArithmeticError):  # a text among the numbers of a tuple; 7 % 0
                 good = False
             if not good:
                 raise UserError(
@@ -140,8 +153,7 @@ def _learned(run: Path) -> frozenset[str]:
     Raises:
         UserError: there is no such run.
     """
-    find_model(run)
-    system = load_config(run).system
+    system = open_run(run)[0].system
     if system not in systems.GEODE_STAGES:
         raise UserError(f"config: init_from: {run} is a {system} run, not a stage of GEODE")
     return learned_parts(systems.GEODE_STAGES[system])
@@ -184,18 +196,11 @@ def _mesh(config) -> jax.sharding.Mesh:
 def prepare_export(data: ml_collections.ConfigDict) -> Path:
     """The folder of the export; rooms and real RGB-D folders are made where they are missing."""
     folder = export_folder(data)
-    if not (folder / "manifest.json").exists():
-        if data.rgbd:
-            make_rgbd_export(
-                data.rgbd,
-                folder,
-                intrinsic=tuple(data.rgbd_intrinsic) or None,
-                depth_scale=data.rgbd_depth_scale,
-            )
-        elif data.export == "rooms":
-            make_rooms(
-                folder, scenes=data.rooms_scenes, seed=data.rooms_seed, images=data.rooms_images
-            )
+    makes = data.rgbd or data.export == "rooms"
+    if makes and not (folder / "manifest.json").exists():
+        with locked(beside(folder), str(folder), wait=True):
+            if not (folder / "manifest.json").exists():  # made while this process waited
+                _make_export(data, folder)
     elif data.export == "rooms" and not data.rgbd:
         producer = Export(folder).manifest["producer"]
         if producer != PRODUCER:
@@ -203,6 +208,18 @@ def prepare_export(data: ml_collections.ConfigDict) -> Path:
                 f"{folder}: made by {producer['commit']}, this is {PRODUCER['commit']}; delete it"
             )
     return folder
+
+
+def _make_export(data: ml_collections.ConfigDict, folder: Path) -> None:
+    if data.rgbd:
+        make_rgbd_export(
+            data.rgbd,
+            folder,
+            intrinsic=tuple(data.rgbd_intrinsic) or None,
+            depth_scale=data.rgbd_depth_scale,
+        )
+    else:
+        make_rooms(folder, scenes=data.rooms_scenes, seed=data.rooms_seed, images=data.rooms_images)
 
 
 def export_folder(data: ml_collections.ConfigDict) -> Path:
@@ -233,7 +250,8 @@ def prepare_tokenizer(config, export: Export, workdir: Path) -> Tokenizer:
         return load_tokenizer(folder)
     geode = config.system in systems.GEODE_STAGES
     if geode and config.init_from and not pretrained_folders(config.init_from):
-        tokenizer = load_tokenizer(Path(config.init_from) / "tokenizer")
+        start = Path(config.init_from)
+        tokenizer = load_run_tokenizer(start / "tokenizer", open_run(start)[1])
     elif config.tokenizer:
         tokenizer = load_tokenizer(config.tokenizer)
         if not geode:
@@ -315,17 +333,95 @@ def save_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
     write_json(workdir / "config.json", config.to_dict())
 
 
+_SECTIONS = ("data", "model", "loss", "optimizer", "train", "eval")
+
+
 def load_config(workdir: Path) -> ml_collections.ConfigDict:
     """The configuration a run was started with.
 
     Raises:
-        UserError: the folder is no run.
+        UserError: the folder is no run, or the file is damaged.
     """
     path = workdir / "config.json"
+    if not path.exists():
+        raise UserError(f"{path}: no run was started in this folder")
+    values = read_json_object(path)
+    if values.get("system") not in systems.SYSTEMS:
+        raise UserError(f"{path}: system: must be one of {', '.join(systems.SYSTEMS)}")
+    for name in _SECTIONS:
+        if not isinstance(values.get(name), dict):
+            raise UserError(f"{path}: {name}: must be an object")
     try:
-        return ml_collections.ConfigDict(json.loads(path.read_text()))
-    except (OSError, ValueError):
-        raise UserError(f"{path}: no run was started in this folder") from None
+        config = ml_collections.ConfigDict(values)
+        _check_fields(config, missing_ok=True)
+    except (UserError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: {error}") from None
+    return config
+
+
+MAY_CHANGE = ("mesh", "data/workers", "data/root", "data/on_bad_scene", "eval/examples",
+              "eval/test_scenes", "train/checkpoint_every",
+              "train/checkpoint_minutes")  # fmt: skip
+"""Fields that a resumed run may change: they do not touch what is learned."""
+
+_PLACES = ("data/export", "data/rgbd", "tokenizer", "init_from", "eval/blind")
+"""Fields that name files, which may move."""
+
+
+def made_with(config: ml_collections.ConfigDict, tokenizer: Tokenizer | None) -> dict[str, str]:
+    """Checksums of what a checkpoint makes sense with; stored with it (`checkpoint.Metadata`)."""
+    left_out = (*MAY_CHANGE, *_PLACES)
+    learned = {n: x for n, x in flat(plain(config)).items() if n not in left_out}
+    return {"configuration": checksum(learned)} | (_tokenizer_made(tokenizer) if tokenizer else {})
+
+
+def _tokenizer_made(tokenizer: Tokenizer) -> dict[str, str]:
+    ids = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id)
+    return {"tokenizer": checksum([tokenizer.sha256, *ids])}
+
+
+def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """A configuration as it is read back from a file: lists in place of tuples."""
+    return json.loads(config.to_json())
+
+
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """A tree of dicts as one, with names such as `data/root`."""
+    out = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            out |= flat(value, f"{prefix}{name}/")
+        else:
+            out[prefix + name] = value
+    return out
+
+
+def open_run(workdir: Path) -> tuple[ml_collections.ConfigDict, Path]:
+    """The configuration of a run and the folder of its model, which belong together.
+
+    Raises:
+        UserError: the folder is no run, it has no checkpoint, or one of the two is damaged.
+    """
+    config, folder = load_config(workdir), find_model(workdir)
+    stored = read_metadata(folder).made_with
+    refuse_others(str(folder), stored, made_with(config, None))
+    return config, folder
+
+
+def load_run_tokenizer(folder: str | Path, checkpoint: Path) -> Tokenizer:
+    """The tokenizer of a run, found to be the one that its checkpoint was trained with.
+
+    Args:
+        folder: of the tokenizer.
+        checkpoint: from `open_run`.
+
+    Raises:
+        UserError: it is missing, damaged or another.
+    """
+    tokenizer = load_tokenizer(folder)
+    stored = read_metadata(checkpoint).made_with
+    refuse_others(str(checkpoint), stored, _tokenizer_made(tokenizer))
+    return tokenizer
 
 
 _MMAP_MAX, _TRIM_THRESHOLD, _ARENA_MAX = -4, -1, -8  # of mallopt, malloc.h

@@ -1,8 +1,9 @@
 """Checkpoints: the latest two for resuming, the best one for using. Orbax v1, asynchronous, atomic.
 
 Every process writes its own shards; a run may go on with another mesh and another number of
-processes. Beside the position stands a fingerprint of every array, so that a file that was damaged
-later is seen when it is read, and the checkpoint before is used.
+processes. Beside the position stand a fingerprint of every array and a checksum of all that, so
+that a file that was damaged later is seen whenever it is read; whoever resumes uses the checkpoint
+before.
 
     WORKDIR/checkpoints/latest/<step>   training state + position
     WORKDIR/checkpoints/best/<step>     the model's parameters at the best validation loss
@@ -15,12 +16,14 @@ import errno
 import functools
 import gc
 import inspect
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +34,8 @@ from orbax.checkpoint import v1 as ocp
 
 from geode_jax.distributed import is_main, main_first
 from geode_jax.errors import UserError
+from geode_jax.exports import files
+from geode_jax.sealed import is_sealed, seal, unseal
 from geode_jax.train_step import TrainState
 
 logging.getLogger("absl").setLevel(logging.WARNING)
@@ -64,13 +69,37 @@ class Checkpoints:
         UserError: a checkpoint could not be written (disk full, say); the ones before it stay.
     """
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: Path, made_with: Mapping[str, str] | None = None):
+        """Args:
+        workdir: of the run.
+        made_with: what a checkpoint belongs to -> its checksum, as of `build.made_with`; one
+            that names other checksums is refused.
+        """
         self._folder = workdir.absolute() / "checkpoints"
+        self._made_with = dict(made_with or {})
         self._open()
 
     def _open(self) -> None:
+        _silence_failed_reads()
+        for kind in ("latest", "best"):
+            self._put_unreadable_aside(kind)
         self._latest = _checkpointer(self._folder / "latest", keep=2)
         self._best = _checkpointer(self._folder / "best", keep=1)
+
+    def _put_unreadable_aside(self, kind: str) -> None:
+        """Of checkpoints whose metadata Orbax, which reads all of it at once, would fail at."""
+        with main_first(f"unreadable {kind} {next(_OPENED)}"):
+            folders = _steps(self._folder.parent, kind)
+            damaged = [folder for folder in folders if not _has_metadata(folder)]
+            if damaged and len(damaged) == len(folders):
+                raise UserError(f"{self._folder / kind}: every checkpoint is damaged")
+            if is_main():
+                for folder in damaged:
+                    print(f"{folder}: damaged", flush=True)
+                    _rename_damaged(folder)
+                if damaged:
+                    newest = max(int(folder.name) for folder in _steps(self._folder.parent, kind))
+                    print(f"going on from step {newest} instead", flush=True)
 
     def __enter__(self):
         return self
@@ -98,7 +127,8 @@ class Checkpoints:
             return  # a resumed run passes this step again with the same state
         self.finish()
         # A copy: the loop goes on counting in `position` while this is being written.
-        metadata = {**position, "fingerprint": _fingerprint(tree)}
+        own = {"made_with": self._made_with, "fingerprint": fingerprint(tree)}
+        metadata = seal({**position, **own})
         try:
             checkpointer.save_checkpointables_async(step, {"state": tree}, custom_metadata=metadata)
         except (OSError, ValueError, RuntimeError) as error:
@@ -168,19 +198,19 @@ class Checkpoints:
         with main_first(f"damaged {kind} {steps}"):
             if is_main():
                 for step in steps:
-                    folder = self._folder / kind / str(step)
-                    folder.rename(folder.with_name(f"damaged_{step}"))
+                    _rename_damaged(self._folder / kind / str(step))
         self._open()
 
     def _load(self, checkpointer, step: int, like) -> tuple[Any, dict[str, Any]] | None:
         """A checkpoint and its position; None where it is damaged, for any process."""
-        state, stored = None, None
+        state, metadata = None, None
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
         fits = True
         try:
             stored = _read(checkpointer.checkpointables_metadata, step)
+            metadata = _checked(stored.custom_metadata, step)
             shapes = _shapes(stored.metadata["state"])
             fits = not shapes or shapes == _shapes(abstract)
             if shapes and fits:
@@ -193,11 +223,106 @@ class Checkpoints:
                 f"{self._folder}: the checkpoint of step {step} does not fit this "
                 "configuration (another model size or optimizer?); use another --workdir"
             )
-        position = dict(stored.custom_metadata or {}) if state is not None else {}
-        fingerprint = position.pop("fingerprint", None)
-        if not np.all(multihost_utils.process_allgather(np.array(fingerprint is not None))):
+        whole = state is not None and metadata is not None
+        if not np.all(multihost_utils.process_allgather(np.array(whole))):
             return None
-        return (state, position) if fingerprint == _fingerprint(state) else None
+        refuse_others(f"{self._folder}: step {step}", metadata.made_with, self._made_with)
+        return (state, metadata.position) if metadata.fingerprint == fingerprint(state) else None
+
+
+_METADATA = "_CHECKPOINT_METADATA"
+_OPENED = itertools.count()
+
+
+def _has_metadata(folder: Path) -> bool:
+    """Whether a checkpoint's metadata is a JSON object, of fields that Orbax knows."""
+    try:
+        files.read_json_object(folder / _METADATA, nan=True)
+        _read(ocp.checkpointables_metadata, folder.absolute())
+    except (UserError, _Unreadable):
+        return False
+    return True
+
+
+def _rename_damaged(folder: Path) -> None:
+    """To `damaged_STEP`, or the next free name after it."""
+    names = (f"damaged_{folder.name}", *(f"damaged_{folder.name}_{n}" for n in range(2, 1000)))
+    folder.rename(next(p for n in names if not (p := folder.with_name(n)).exists()))
+
+
+class Metadata(NamedTuple):
+    """What stands beside the arrays of a checkpoint.
+
+    Attributes:
+        position: of the loop; has `step`.
+        fingerprint: a number of every array, in the order of the saved tree's leaves.
+        made_with: what the checkpoint belongs to -> its checksum; empty in older ones.
+    """
+
+    position: dict[str, Any]
+    fingerprint: list[int]
+    made_with: dict[str, str]
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+_UNSEALED: dict[str, Callable[[Any], bool]] = {
+    "step": _count,
+    "seconds": lambda value: _number(value) and 0 <= value < float("inf"),
+    "skipped": _count,
+    "best": lambda value: isinstance(value, dict) and all(map(_number, value.values())),
+    "worse": _count,
+    "stopped_early": lambda value: type(value) is bool,
+    "fingerprint": lambda value: isinstance(value, list) and all(map(_count, value)),
+}
+"""The fields of checkpoints that were written before they had a checksum."""
+
+
+def _checked(metadata: Any, step: int) -> Metadata:
+    """A checkpoint's metadata, of the step that its folder names.
+
+    Raises:
+        _Unreadable: it is damaged.
+    """
+    if not isinstance(metadata, dict):
+        raise _Unreadable("no position is stored")
+    if is_sealed(metadata):
+        position = unseal(metadata)
+        if position is None:
+            raise _Unreadable("its position is not what was stored")
+    else:
+        position = dict(metadata)
+        wrong = [n for n, holds in _UNSEALED.items() if n not in position or not holds(position[n])]
+        if wrong := [*wrong, *(position.keys() - _UNSEALED.keys())]:
+            raise _Unreadable(f"its position has no, or a wrong, {wrong[0]}")
+    if position.get("step") != step:
+        raise _Unreadable(f"its position is of step {position.get('step')}")
+    return Metadata(position, position.pop("fingerprint"), position.pop("made_with", {}))
+
+
+def refuse_others(where: str, stored: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """Refuses a checkpoint that belongs to another configuration or tokenizer.
+
+    Args:
+        where: begins the message.
+        stored: of `Metadata.made_with`.
+        own: the same of what is here.
+
+    Raises:
+        UserError: a name that both have stands for another checksum.
+    """
+    for name in stored.keys() & own.keys():
+        if stored[name] != own[name]:
+            raise UserError(
+                f"{where}: was made with another {name} than the one here: it was changed or "
+                "damaged since"
+            )
 
 
 class _Unreadable(Exception):
@@ -255,7 +380,7 @@ def _first_line(error: Exception) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def _fingerprint(tree) -> list[int]:
+def fingerprint(tree) -> list[int]:
     """A number of every array: the sum of its bits read as integers, the same on every mesh."""
     return np.asarray(_bit_sums(jax.tree.leaves(tree))).tolist()
 
@@ -302,14 +427,31 @@ def find_model(workdir: Path) -> Path:
     raise UserError(f"{workdir}: no checkpoint yet; training has not come to its first one")
 
 
+def read_metadata(folder: Path) -> Metadata:
+    """What stands beside the arrays of a run's checkpoint.
+
+    Args:
+        folder: from `find_model`.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return _checked(_opened(folder).custom_metadata, int(folder.name))
+    except _Unreadable as error:
+        raise UserError(f"{folder}: damaged: {_first_line(error)}") from None
+
+
 def save_model(folder: Path, params: dict[str, jax.Array]) -> None:
     """Writes parameters as a checkpoint that `load_model` reads.
 
     Raises:
         UserError: it could not be written.
     """
+    model = {"params": params}
+    metadata = seal({"fingerprint": fingerprint(model)})
     try:
-        ocp.save_checkpointables(folder.absolute(), {"state": {"params": params}})
+        ocp.save_checkpointables(folder.absolute(), {"state": model}, custom_metadata=metadata)
     except OSError as error:
         raise UserError(f"{folder}: the checkpoint could not be written ({error})") from error
 
@@ -317,7 +459,7 @@ def save_model(folder: Path, params: dict[str, jax.Array]) -> None:
 def stored_dtypes(folder: Path) -> dict[str, Any]:
     """The dtypes of what `save_model` wrote, by name; empty where it is damaged."""
     try:
-        params = _stored(folder)["params"]
+        params = _stored(_opened(folder))["params"]
         return {name: stored.dtype for name, stored in params.items()}
     except (_Unreadable, KeyError, TypeError, AttributeError):
         return {}  # `load_model` says it
@@ -327,24 +469,22 @@ def load_model(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
     """The model of a checkpoint, to be used; nothing is written, the run may still be going on.
 
     Args:
-        folder: from `find_model`.
+        folder: from `find_model`, or of `save_model`.
         like: "params" and "frozen" with `jax.ShapeDtypeStruct` leaves that have shardings.
 
     Raises:
-        UserError: the checkpoint cannot be read or is one of another model.
+        UserError: the checkpoint cannot be read, is damaged, or is one of another model.
     """
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True  # the latest also holds the optimizer's state
-    with context:
-        try:
-            stored = _stored(folder)
-            if _shapes({name: stored[name] for name in like}) != _shapes(like):
-                raise ValueError("other shapes")
-            return _load_state(folder, like)
-        except (_Unreadable, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{folder}: damaged, or a checkpoint of another model ({_first_line(error)})"
-            ) from error
+    try:
+        opened = _opened(folder)
+        stored = _stored(opened)
+        if _shapes({name: stored[name] for name in like}) != _shapes(like):
+            raise ValueError("other shapes")
+        return _load_state(folder, like, opened)
+    except (_Unreadable, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder}: damaged, or a checkpoint of another model ({_first_line(error)})"
+        ) from error
 
 
 def load_leaves(
@@ -357,11 +497,13 @@ def load_leaves(
         like: paths and variables, as of `nnx.to_flat_state`; shapes and shardings are theirs.
 
     Raises:
-        UserError: the checkpoint cannot be read, lacks a path or has it in another shape.
+        UserError: the checkpoint cannot be read, is damaged, lacks a path or has it in another
+            shape.
     """
     try:
-        stored = _stored(folder)
-    except (_Unreadable, KeyError, TypeError) as error:
+        opened = _opened(folder)
+        stored = _stored(opened)
+    except (_Unreadable, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: damaged, or no checkpoint") from error
     wanted: dict[str, Any] = {}
     for path, variable in like:
@@ -370,39 +512,66 @@ def load_leaves(
         name = ".".join(keys[:-1])
         if place is None:
             raise UserError(f"{folder}: its model has no {name}")
-        shape = tuple(_at(stored[place], keys).shape)
-        if shape != variable.shape:
+        there = _at(stored[place], keys)
+        if tuple(there.shape) != variable.shape:
+            shape = tuple(there.shape)
             raise UserError(f"{folder}: {name} is {shape} there and {variable.shape} here")
         node = wanted
         for key in (place, *keys[:-1]):
             node = node.setdefault(key, {})
-        value = variable.get_value()
-        node["value"] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding)
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    with context:
-        try:
-            loaded = _load_state(folder, wanted)
-        except _Unreadable as error:
-            raise UserError(f"{folder}: damaged") from error
+        sharding = variable.get_value().sharding
+        node["value"] = jax.ShapeDtypeStruct(there.shape, there.dtype, sharding=sharding)
+    try:
+        loaded = _load_state(folder, wanted, opened)
+    except _Unreadable as error:
+        raise UserError(f"{folder}: damaged ({_first_line(error)})") from error
     found = []
     for path, variable in like:
         keys = [*map(str, path), "value"]
         value = next(v for p in loaded if (v := _at(loaded[p], keys)) is not None)
-        found.append((path, variable.replace(value)))
+        found.append((path, variable.replace(value.astype(variable.get_value().dtype))))
     return found
 
 
-def _stored(folder: Path) -> Any:
-    """What a checkpoint holds: its tree, of shapes and dtypes; errors as of `_read`."""
-    stored = _read(ocp.checkpointables_metadata, folder.absolute()).metadata["state"]
+def _opened(folder: Path) -> Any:
+    """Orbax's description of a checkpoint; errors as of `_read`."""
+    if (folder / _METADATA).exists() and not _has_metadata(folder):
+        raise _Unreadable(f"{_METADATA} is no JSON object")
+    return _read(ocp.checkpointables_metadata, folder.absolute())
+
+
+def _stored(opened: Any) -> Any:
+    """The tree that a checkpoint holds, of shapes and dtypes; errors as of `_read`."""
+    stored = opened.metadata["state"]
     if stored is None:  # Orbax goes on without what it cannot read
         raise _Unreadable("no metadata")
     return stored
 
 
-def _load_state(folder: Path, like: Any) -> Any:
-    return _read(ocp.load_checkpointables, folder.absolute(), {"state": like})["state"]
+def _load_state(folder: Path, like: Any, opened: Any) -> Any:
+    """A part of a checkpoint's tree, found to have the values that were saved.
+
+    Raises:
+        _Unreadable: the files are damaged.
+    """
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True  # a run's latest also holds the optimizer's state
+    with context:
+        loaded = _read(ocp.load_checkpointables, folder.absolute(), {"state": like})["state"]
+    metadata = opened.custom_metadata
+    if metadata is None and not folder.name.isdecimal():
+        return loaded  # a pretrained model, converted before it got a fingerprint
+    if folder.name.isdecimal():
+        stored = _checked(metadata, int(folder.name)).fingerprint
+    else:
+        unsealed = unseal(metadata) if isinstance(metadata, dict) else None
+        if unsealed is None:
+            raise _Unreadable("its fingerprint is not what was stored")
+        stored = unsealed["fingerprint"]
+    # As a bag: a part of the tree has no place of its own in the list.
+    if Counter(fingerprint(loaded)) - Counter(stored):
+        raise _Unreadable("its values are not what was stored")
+    return loaded
 
 
 def _at(tree: Any, keys: Sequence[str]) -> Any:

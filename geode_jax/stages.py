@@ -10,7 +10,6 @@ goes without the rationale module, that module; and with `geode` the runs of see
 """
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 from geode_jax.errors import UserError, reported
 from geode_jax.evaluate import vsi_bench
+from geode_jax.evaluate.summary import read_ended
 from geode_jax.metrics import write_json
 
 ROWS = {
@@ -109,7 +109,7 @@ def table4(runs: Path, seeds: list[int]) -> dict[str, dict]:
     rows: dict[str, dict] = {}
     for seed in seeds:
         joint = [run for run in plan(runs, seed, tuple(ROWS.values())) if run.stage == "joint"]
-        summaries = [json.loads((run.folder / "summary.json").read_text()) for run in joint]
+        summaries = [read_ended(run.folder) for run in joint]
         for name, summary in zip(("blind", *ROWS), summaries, strict=True):
             rows.setdefault(name, {})[f"seed {seed}"] = summary["vsi"]["model"]
         rows.setdefault("frequency", {})[f"seed {seed}"] = summaries[-1]["vsi"]["frequency"]

@@ -41,7 +41,10 @@ def _one_of(choices: Sequence[str]) -> tuple[Callable, str]:
 
 _POSITIVE = (lambda value, _: 0 < value < float("inf"), "positive")
 
+_TEXT = (lambda value, _: isinstance(value, str), "text")
+
 _COMMON: tuple[Rule, ...] = (
+    ("data.root data.export data.rgbd data.vision tokenizer", *_TEXT),
     (
         "seed data.rooms_images data.question_length data.answer_length optimizer.warmup_steps "
         "optimizer.weight_decay optimizer.final_fraction train.steps train.patience "

@@ -1,63 +1,54 @@
 """Training: build -> restore -> loop -> evaluate. The one visible loop."""
 
 import contextlib
-import json
 import signal
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
 
 from geode_jax.build import (
+    MAY_CHANGE,
     Run,
     build,
+    check_config,
+    flat,
     keep_compiled_programs,
     keep_freed_memory,
     load_config,
+    made_with,
+    plain,
     save_config,
 )
 from geode_jax.checkpoint import Checkpoints
 from geode_jax.chips import chip_of
 from geode_jax.distributed import Vote, is_main
 from geode_jax.errors import UserError
+from geode_jax.evaluate import final, geode_final
 from geode_jax.evaluate.efficiency import peak_memory
-from geode_jax.evaluate.final import evaluate_and_report
-from geode_jax.evaluate.geode_final import evaluate_stage
+from geode_jax.evaluate.summary import SUMMARY, read_summary
 from geode_jax.flops import model_flops
+from geode_jax.lock import LOCK, locked
 from geode_jax.metrics import MetricsWriter, progress
 from geode_jax.parameters import parameter_table
 from geode_jax.sharding import batch_sharding, rows_of_process, shard_batch
+from geode_jax.stop import Ballot, Stop, Stopped
 from geode_jax.systems import GEODE_STAGES
 from geode_jax.train_step import TrainState, make_train_step
 from geode_jax.utilisation import Meter, Profile
 
-SIGTERM_EXIT = 128 + signal.SIGTERM
-
+END = {
+    "hidden_cot": (final.evaluate_and_report, final.show),
+    **dict.fromkeys(GEODE_STAGES, (geode_final.evaluate_stage, geode_final.show)),
+}
+"""Of each system: what scores a finished training, and what prints that."""
 
 SLOW_INPUT = 0.1
 """Share of a step's time that waits for data, from which on the bar says so."""
-
-
-class _Stop:
-    """SIGTERM, to any process, asks the loop to save and leave at one of the next steps."""
-
-    def __init__(self):
-        self.asked = False
-        self._before = None
-
-    def __enter__(self):
-        self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGTERM, self._before)
-
-    def _ask(self, *_):
-        self.asked = True
 
 
 def train_and_evaluate(
@@ -79,52 +70,85 @@ def train_and_evaluate(
 
     Raises:
         UserError, ExportError: one line for the user.
-        SystemExit: stopped by SIGTERM after saving.
+        SystemExit: stopped by SIGTERM or Ctrl-C, with whatever was done so far saved.
     """
+    try:
+        with Stop() as stop:
+            return _run(config, workdir, stop, profile)
+    except Stopped as stopped:
+        print(stopped.line, flush=True)
+        raise
+
+
+def _run(
+    config: ml_collections.ConfigDict, workdir: Path, stop: Stop, profile: bool
+) -> dict[str, Any]:
+    check_config(config)
     keep_compiled_programs()
     keep_freed_memory()
+    finish, show = END[config.system]
+    ended = _ended(config, workdir)
+    if ended is not None:
+        print(f"ended before: without {workdir / SUMMARY} it is evaluated again", flush=True)
+        show(ended, workdir)
+        return ended
+    lock = locked(workdir / LOCK, str(workdir), must=True)  # of all processes of the run
+    with lock if is_main() else contextlib.nullcontext():
+        _refuse_another(config, workdir)  # which may have begun meanwhile
+        print(f"building: {workdir}", flush=True)
+        run = build(config, workdir)
+        (workdir / SUMMARY).unlink(missing_ok=True)  # of another configuration
+        save_config(config, workdir)
+        _describe(run)
+        told = dict(run.pipelines["train"].dropped)
+        own = made_with(config, run.tokenizer)
+        with jax.set_mesh(run.mesh), Checkpoints(workdir, own) as checkpoints:
+            state, position = _train(run, workdir, checkpoints, stop, profile)
+            state, best = checkpoints.restore_best(state) or (state, position)
+            _print_dropped(run.pipelines["train"].dropped, told)  # what scenes showed when read
+            print(f"best checkpoint: step {best['step']}", flush=True)
+            train_facts = {
+                "seconds": round(position["seconds"], 1),
+                "steps": position["step"],
+                "skipped_steps": position["skipped"],
+                "best_step": best["step"],
+                "dropped": dict(run.pipelines["train"].dropped),
+                "speed": position.get("speed", {}),
+                **peak_memory(),
+            }
+            with stop.deferred():
+                summary = finish(
+                    run, state, workdir, train_facts, best["best"], Ballot(stop, run.mesh).check
+                )
+        show(summary, workdir)
+        return summary
+
+
+def _ended(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any] | None:
+    """The summary of a run that has ended with just this configuration."""
     _refuse_another(config, workdir)
-    summary = workdir / "summary.json"
-    if summary.exists() and load_config(workdir).to_dict() == _plain(config):
-        print(f"ended before: {summary}; without this file it is evaluated again", flush=True)
-        return json.loads(summary.read_text())
-    print(f"building: {workdir}", flush=True)
-    run = build(config, workdir)
-    summary.unlink(missing_ok=True)  # of another configuration
-    save_config(config, workdir)
-    _describe(run)
-    told = dict(run.pipelines["train"].dropped)
-    with jax.set_mesh(run.mesh), Checkpoints(workdir) as checkpoints, _Stop() as stop:
-        state, position, speed = _train(run, workdir, checkpoints, stop, profile)
-        state, best = checkpoints.restore_best(state) or (state, position)
-        _print_dropped(run.pipelines["train"].dropped, told)  # what scenes showed when read
-        print(f"best checkpoint: step {best['step']}", flush=True)
-        train_facts = {
-            "seconds": round(position["seconds"], 1),
-            "steps": position["step"],
-            "skipped_steps": position["skipped"],
-            "best_step": best["step"],
-            "dropped": dict(run.pipelines["train"].dropped),
-            "speed": speed,
-            **peak_memory(),
-        }
-        finish = evaluate_stage if config.system in GEODE_STAGES else evaluate_and_report
-        return finish(run, state, workdir, train_facts, best["best"])
+    if not (workdir / SUMMARY).exists() or load_config(workdir).to_dict() != plain(config):
+        return None
+    return read_summary(workdir)
 
 
 def _train(
-    run: Run, workdir: Path, checkpoints: Checkpoints, stop: _Stop, profile: bool
-) -> tuple[TrainState, dict[str, Any], dict[str, float]]:
+    run: Run, workdir: Path, checkpoints: Checkpoints, stop: Stop, profile: bool
+) -> tuple[TrainState, dict[str, Any]]:
     """The loop, in this order: evaluate -> checkpoint -> next batch -> step -> log.
 
     Whatever depends on a clock or a signal is voted on, a step before it is done, so that all
     processes do it at the same step.
+
+    Returns:
+        The last state, and its position.
     """
     train = run.config.train
     scenes = run.config.data.scenes_per_batch
     state = run.state
     position = {
         "step": 0,
+        "evaluated": 0,  # the last step that was
         "seconds": 0.0,  # spent in this loop, over all resumptions
         "skipped": 0,
         "best": {},  # validation losses where the one that counts was lowest
@@ -134,6 +158,8 @@ def _train(
     restored = checkpoints.restore(state)
     if restored is not None:
         state, position = restored
+        # Checkpoints of before the field are written behind their step's evaluation.
+        position.setdefault("evaluated", position["step"])
         print(f"resuming at step {position['step']}", flush=True)
     first = position["step"]
     train_step = make_train_step(
@@ -144,6 +170,21 @@ def _train(
     flops = _step_flops(run) if chip_of(devices[0]) else 0
     batches = run.pipelines["train"].iterate(first, run.steps - first, rows)
     vote, every = Vote(run.mesh, 2), 60 * train.checkpoint_minutes
+    ballot, compiled = Ballot(stop, run.mesh), False
+
+    def save() -> None:
+        log.flush()
+        position["seconds"] = time.monotonic() - started
+        position["metrics"] = log.written
+        if position["step"] > first:
+            position["speed"] = meter.summary()
+        checkpoints.save(state, position)
+
+    def leave() -> NoReturn:
+        checkpoints.finish()
+        stop.unsaved = False
+        raise Stopped(stop.asked or signal.SIGTERM, f"at step {position['step']}, saved")
+
     started = time.monotonic() - position["seconds"]
     saved = time.monotonic()
     if first < run.steps:
@@ -152,38 +193,48 @@ def _train(
         contextlib.closing(Meter(flops, devices, (rows.stop - rows.start) / scenes)) as meter,
         contextlib.closing(Profile(workdir, profile, first)) as trace,
         _Log(run, workdir, position, meter) as log,
+        stop.deferred(),
     ):
         while True:
             step = position["step"]
-            if step > first and (step % train.eval_every == 0 or step == run.steps):
+            if step > position["evaluated"] and (step % train.eval_every == 0 or step == run.steps):
+                if not compiled:  # which takes minutes, and nothing can be saved meanwhile
+                    compiled = True
+                    log.pause()
+                    save()
+                    checkpoints.finish()
+                    stop.unsaved = False
+                try:
+                    values = run.evaluator.losses(
+                        state, run.pipelines["val"], run.config.eval.val_scenes, check=ballot.check
+                    )
+                except Stopped:
+                    save()
+                    leave()
                 log.flush()
-                values = run.evaluator.losses(
-                    state, run.pipelines["val"], run.config.eval.val_scenes
-                )
                 log.write(step, values)
+                position["evaluated"], stop.unsaved = step, True
                 if _is_best(values, run.objective.judge, position, train.patience):
                     checkpoints.save_best(state, position)
             done = step >= run.steps or position["stopped_early"]
             due = is_main() and 0 < every <= time.monotonic() - saved
-            stopping, due = vote.cast(stop.asked, due)
+            stopping, due = vote.cast(stop.asked != 0, due)
             due |= step % train.checkpoint_every == 0
             if step > first and (due or done or stopping):
-                log.flush()
-                position["seconds"] = time.monotonic() - started
-                checkpoints.save(state, position)
+                save()
                 saved = time.monotonic()
             if done:
-                return state, position, meter.summary()
-            if stopping:
                 checkpoints.finish()
-                print(f"stopped by SIGTERM at step {step}, saved; the same command resumes")
-                raise SystemExit(SIGTERM_EXIT)
+                stop.unsaved = False
+                return state, position
+            if stopping:
+                leave()
             trace.at(step)
             with meter.waiting():
                 _, batch = next(batches)
             with meter.computing(batch):
                 state, metrics = train_step(state, shard_batch(batch, run.mesh, scenes))
-                position["step"] = step + 1
+                position["step"], stop.unsaved = step + 1, True
                 log.step(step + 1, metrics)
 
 
@@ -203,7 +254,7 @@ class _Log:
         self._position, self._meter = position, meter
         self._max_skipped = run.config.train.max_skipped
         self._pending = None
-        self._writer = MetricsWriter(workdir, position["step"])
+        self._writer = MetricsWriter(workdir, position["step"], position.get("metrics"))
         self._bar = progress(run.steps, position["step"], "step", "training")
         data = run.config.data
         self._samples = data.scenes_per_batch * data.questions_per_scene
@@ -214,6 +265,15 @@ class _Log:
     def __exit__(self, *_):
         self._bar.close()
         self._writer.close()
+
+    def pause(self) -> None:
+        """Takes the bar away until the next step: what compiles meanwhile may print alarms."""
+        self._bar.clear()
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """See `MetricsWriter.written`."""
+        return self._writer.written
 
     def step(self, step: int, metrics: dict) -> None:
         """Note a dispatched step; logs the one before."""
@@ -263,8 +323,15 @@ def _is_best(values: dict[str, float], judge: str, position: dict[str, Any], pat
 
     The loss that the objective names decides. Where nothing of it is paid (the student's text with
     `only=feature`), there is but the total.
+
+    Raises:
+        UserError: the position, of a checkpoint, lacks that loss: it is damaged.
     """
     name = f"val/{judge}" if f"val/{judge}" in values else "val/loss"
+    if position["best"] and name not in position["best"]:
+        raise UserError(
+            f"checkpoint: the position of step {position['step']} has no {name} of best"
+        )
     if not position["best"] or values[name] < position["best"][name]:
         position["best"], position["worse"] = values, 0
         return True
@@ -273,37 +340,16 @@ def _is_best(values: dict[str, float], judge: str, position: dict[str, Any], pat
     return False
 
 
-_MAY_CHANGE = ("mesh", "data/workers", "data/root", "data/on_bad_scene", "eval/examples",
-               "eval/test_scenes", "train/checkpoint_every",
-               "train/checkpoint_minutes")  # fmt: skip
-"""Fields that a resumed run may change: they do not touch what is learned."""
-
-
 def _refuse_another(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Refuse to mix two runs in one folder."""
     if (workdir / "config.json").exists():
-        old, new = _flat(load_config(workdir).to_dict()), _flat(_plain(config))
+        old, new = flat(load_config(workdir).to_dict()), flat(plain(config))
         for name in sorted(old.keys() | new.keys()):
-            if name not in _MAY_CHANGE and old.get(name) != new.get(name):
+            if name not in MAY_CHANGE and old.get(name) != new.get(name):
                 raise UserError(
                     f"{workdir}: holds a run with {name} = {old.get(name)}, not "
                     f"{new.get(name)}; use another --workdir, or delete this one"
                 )
-
-
-def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """As it is read back from a file: lists in place of tuples."""
-    return json.loads(config.to_json())
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    out = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{name}/")
-        else:
-            out[prefix + name] = value
-    return out
 
 
 def _print_dropped(dropped: Mapping[str, int], told: Mapping[str, int]) -> None:

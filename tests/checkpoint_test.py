@@ -135,7 +135,7 @@ def test_values_that_changed_on_disk_are_noticed(tmp_path, monkeypatch):
         other = state(2)
         other.params["w"] = other.params["w"].at[7].add(1e-6)
         monkeypatch.setattr(
-            checkpoint, "_fingerprint", lambda _, own=checkpoint._fingerprint: own(state(2))
+            checkpoint, "fingerprint", lambda _, own=checkpoint.fingerprint: own(state(2))
         )
         checkpoints.save(other, {"step": 2})
         checkpoints.finish()

@@ -126,3 +126,44 @@ def test_sigterm_saves_and_other_workers_resume(export, uninterrupted, tmp_path)
     assert start(export, workdir, workers=2).wait() == 0, output(workdir)
     assert f"resuming at step {stopped}" in output(workdir)
     assert_same_end(workdir, uninterrupted)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_sigterm_in_the_evaluation_keeps_what_was_answered(
+    export, uninterrupted, tmp_path
+):
+    workdir = tmp_path / "stopped"
+    process = start(export, workdir)
+    wait_for_step(process, workdir, 5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 128 + signal.SIGINT, output(workdir)
+    assert "stopped by Ctrl-C at step" in output(workdir)
+    process = start(export, workdir)
+    kept = workdir / "evaluation" / "model.jsonl"
+    while not kept.exists() or kept.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None, output(workdir)
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    assert process.wait() == 128 + signal.SIGTERM, output(workdir)
+    assert time.monotonic() - asked < 20
+    assert "nothing is lost" in output(workdir) and not (workdir / "summary.json").exists()
+    assert start(export, workdir).wait() == 0, output(workdir)
+    assert_same_end(workdir, uninterrupted)
+    predictions = [d / "predictions.jsonl" for d in (workdir, uninterrupted)]
+    assert predictions[0].read_bytes() == predictions[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_folder_is_told_of_the_first(export, tmp_path):
+    workdir = tmp_path / "shared"
+    first = start(export, workdir)
+    wait_for_step(first, workdir, 1)
+    rows = (workdir / "metrics.jsonl").read_bytes()
+    second = start(export, workdir)
+    assert second.wait() != 0
+    assert f"process {first.pid} on " in output(workdir)
+    assert (workdir / "metrics.jsonl").read_bytes().startswith(rows)
+    first.kill()
+    first.wait()
+    assert start(export, workdir).wait() == 0, output(workdir)

@@ -27,6 +27,7 @@ from geode_jax.checkpoint import Checkpoints
 from geode_jax.models.layers import param
 from geode_jax.optimizer import OptimizerConfig, make_optimizer
 from geode_jax.sharding import make_mesh
+from geode_jax.stop import Stop
 from geode_jax.train_step import init_state
 
 WIDTH, EVERY = 64, 3
@@ -36,7 +37,7 @@ POINTS = {
     "save_best": (Checkpoints, "save_best"),
     "finish": (Checkpoints, "finish"),
     "restore": (Checkpoints, "restore"),
-    "fingerprint": (checkpoint, "_fingerprint"),
+    "fingerprint": (checkpoint, "fingerprint"),
     "write": (metrics.MetricsWriter, "write"),
     "shard_batch": (train, "shard_batch"),
 }
@@ -139,10 +140,10 @@ def main(workdir: Path, steps: int) -> None:
         pipelines={"train": Pipeline(), "val": None},
         # Better every time, so that a best checkpoint is written every time.
         evaluator=types.SimpleNamespace(
-            losses=lambda state, *_: {"val/text": 1 / float(state.step), "val/loss": 0.0}
+            losses=lambda state, *_, **__: {"val/text": 1 / float(state.step), "val/loss": 0.0}
         ),
     )  # fmt: skip
-    with jax.set_mesh(mesh), Checkpoints(workdir) as checkpoints, train._Stop() as stop:
+    with jax.set_mesh(mesh), Checkpoints(workdir) as checkpoints, Stop() as stop:
         state, *_ = train._train(run, workdir, checkpoints, stop, profile=False)
         best, position = checkpoints.restore_best(state)
     assert position["step"] == steps and np.array_equal(*map(_weights, (state, best)))

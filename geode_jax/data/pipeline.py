@@ -581,6 +581,7 @@ class Pipeline:
         *,
         shuffled: bool = False,
         rows: slice | None = None,
+        first: int = 0,
     ) -> Iterator[tuple[list[list[dict]], Batch]]:
         """Every question of the split's scenes once, in order.
 
@@ -592,8 +593,8 @@ class Pipeline:
             seed: which scenes, then, and in which order; None takes the first ones, sorted.
             shuffled: a scene's questions stand beside the arrays of the scene before it, those of
                 the first beside the last one's.
-
             rows: of every batch, the scenes that this process wants; None for all.
+            first: so many batches are passed over, unread.
 
         Yields:
             The records of every row (a list a row, the questions in their columns' order), and
@@ -604,15 +605,18 @@ class Pipeline:
             order = np.random.default_rng((seed, _EVAL_SCENES)).permutation(order)
         order = order[:max_scenes]
         wanted = range(self.config.scenes_per_batch)[rows or slice(None)]
-        found, arrays = [], []
+        found, arrays, skipped = [], [], 0
         for records, make in self._eval_rows(order, shuffled):
-            if len(found) in wanted:
+            if len(found) in wanted and skipped == first:
                 arrays.append(make())
             found.append(records)
             if len(found) == self.config.scenes_per_batch:
-                yield found, _stacked(arrays)
+                if skipped == first:
+                    yield found, _stacked(arrays)
+                else:
+                    skipped += 1
                 found, arrays = [], []
-        if found:
+        if found and skipped == first:
             empty = (empty_rows(self.shapes), self._question_rows(int(order[0]), [], {}))
             while len(found) < self.config.scenes_per_batch:
                 if len(found) in wanted:

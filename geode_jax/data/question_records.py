@@ -11,22 +11,24 @@ scene: a record a question took 127 us to write and 180 us to read, a record a s
 
 import atexit
 import contextlib
-import fcntl
 import functools
 import hashlib
 import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 import uuid
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tqdm import tqdm
 
+from geode_jax.bars import progress_bar
 from geode_jax.data.control import control_of, why_not_regressed
 from geode_jax.data.mixture import OWN
 from geode_jax.data.targets import held_boxes
@@ -34,9 +36,11 @@ from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, files
 from geode_jax.exports.prompts import prompt
+from geode_jax.lock import LOCK, locked
+from geode_jax.sealed import seal, unseal
 from geode_jax.user_cache import user_cache
 
-_FORMAT = "1.0.0"  # of the records; part of the cache key, so a change makes new records
+_FORMAT = "1.0.1"  # of the records; part of the cache key, so a change makes new records
 _INDEX = "index.json"
 _LENGTHS = "lengths4"  # the number changes with what `question_lengths` keeps
 
@@ -73,7 +77,7 @@ class SceneQuestions(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator:
         scenes = self._scenes[split]
-        bar = tqdm(sorted(scenes), desc=f"questions of {split}", unit="scene", leave=False)
+        bar = progress_bar(sorted(scenes), desc=f"questions of {split}", unit="scene", leave=False)
         for i, scene_id in enumerate(bar):
             yield i, {"scene_id": scene_id, "questions": "\n".join(scenes[scene_id])}
 
@@ -87,9 +91,13 @@ class QuestionRecords:
     """
 
     def __init__(self, folder: str | Path):
-        """Args: folder: where `open_question_records` put the records."""
+        """Args: folder: where `open_question_records` put the records.
+
+        Raises:
+            UserError: they are not what was written.
+        """
         self.folder = Path(folder)
-        index = json.loads((self.folder / _INDEX).read_text())
+        index = _read_index(self.folder)
         self.dropped: list[str] = index["dropped"]
         self._scene_ids: dict[str, list[str]] = index["scenes"]
         self._position = {
@@ -161,12 +169,11 @@ def open_question_records(export: Export, on_bad: str = "stop") -> QuestionRecor
     if found:
         return found
     parent = _writable(places, names)
-    with _lock(parent) as locked:
+    with _lock(parent):
         found = _find([parent], names)  # made while this process waited
         if found:
             return found
-        if locked:
-            _remove_unfinished(parent)
+        _remove_unfinished(parent)
         dropped = None if on_bad == "stop" else []
         scenes = _questions_by_scene(export, split_of, dropped)
         final = parent / names[-1 if dropped else 0]
@@ -193,7 +200,11 @@ def _of_this_process() -> Path:
 def _find(places: list[Path], names: list[str]) -> QuestionRecords | None:
     for folder in (place / name for name in names for place in places):
         if _readable(folder):
-            return QuestionRecords(folder)
+            try:
+                return QuestionRecords(folder)
+            except UserError as error:
+                print(f"{error}; made anew", file=sys.stderr, flush=True)
+                _discard(folder)
     return None
 
 
@@ -208,6 +219,15 @@ def _readable(folder: Path) -> bool:
     )
 
 
+def _discard(folder: Path) -> None:
+    """Removes damaged records, where this process may, and nobody has made them anew meanwhile."""
+    with contextlib.suppress(OSError, UserError), _lock(folder.parent):
+        try:
+            QuestionRecords(folder)
+        except UserError:
+            shutil.rmtree(folder)
+
+
 def _writable(places: list[Path], names: list[str]) -> Path:
     for place in places:
         with contextlib.suppress(OSError):  # a read-only export
@@ -219,25 +239,10 @@ def _writable(places: list[Path], names: list[str]) -> Path:
     raise UserError(f"{places[0]}: cannot be written, nor can {places[1]}")
 
 
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[bool]:
-    """Holds the folder's lock; the system releases it when the process ends, however it ends.
-
-    Gives False on a file system without locks: then two processes may do the same work, and the
-    first to finish wins.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            # Another user's lock may be for reading alone, which suffices to hold it.
-            try:
-                file = open(folder / ".lock", "a")  # noqa: SIM115 - the stack closes it
-            except PermissionError:
-                file = open(folder / ".lock")  # noqa: SIM115
-            fcntl.flock(stack.enter_context(file), fcntl.LOCK_EX)
-            locked = True
-        except OSError:
-            locked = False
-        yield locked
+def _lock(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Holds the folder's lock; on a file system without locks two may do the same work, and the
+    first to finish wins."""
+    return locked(folder / LOCK, f"{folder}: records", wait=True)
 
 
 def _remove_unfinished(folder: Path) -> None:
@@ -253,7 +258,9 @@ def _questions_by_scene(
     scenes: dict[str, dict[str, list[str]]] = {}
     to_json = json.JSONEncoder(separators=(",", ":")).encode
     total = export.manifest["questions"]["count"]
-    for record in tqdm(export.questions(dropped), desc="questions", total=total, leave=False):
+    for record in progress_bar(
+        export.questions(dropped), desc="questions", total=total, leave=False
+    ):
         of_split = scenes.setdefault(split_of[record["scene_id"]], {})
         of_split.setdefault(record["scene_id"], []).append(to_json(record))
     return scenes
@@ -269,11 +276,43 @@ def _write_records(scenes: dict, dropped: list[str], parent: Path, final: Path) 
             with _quiet_tfds():
                 builder.download_and_prepare()
         index = {"scenes": {split: sorted(scenes[split]) for split in scenes}, "dropped": dropped}
-        files.write_json(temporary / _INDEX, index, indent=None)
+        index["files"] = _checksums(temporary)
+        files.write_json(temporary / _INDEX, seal(index), indent=None)
         if not (final / _INDEX).is_file():
             os.rename(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _read_index(folder: Path) -> dict:
+    index = unseal(files.read_json_object(folder / _INDEX))
+    if index is None:
+        raise UserError(f"{folder / _INDEX}: damaged")
+    key = (os.fspath(folder), os.stat(folder / _INDEX).st_mtime_ns)
+    if key not in _INTACT:
+        found = _checksums(folder)
+        for name, checksum in index["files"].items():
+            if found.get(name) != checksum:
+                raise UserError(f"{folder / name}: missing or damaged")
+        _INTACT.add(key)
+    return index
+
+
+_INTACT: set[tuple[str, int]] = set()
+"""Records that this process has checked: folder and time of their index."""
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """CRC-32 of every file of the records, by its path in the folder."""
+    found = {}
+    for path in sorted((folder / "scene_questions").rglob("*")):
+        if path.is_file():
+            checksum = 0
+            with files.open_regular(path) as file:
+                while chunk := file.read(1 << 20):
+                    checksum = zlib.crc32(chunk, checksum)
+            found[path.relative_to(folder).as_posix()] = f"{checksum:08x}"
+    return found
 
 
 @contextlib.contextmanager
@@ -307,18 +346,20 @@ def question_lengths(
     """
     name = f"{_LENGTHS}-{split}-{tokenizer.sha256[:16]}.npz"
     own = user_cache("questions")
-    kept = [records.folder / name]
+    places = [records.folder / name]
     if own:  # for records of another user, in a folder that cannot be written
-        kept.append(own / f"{records.folder.name}-lengths" / name)
-    for file in kept:
-        if os.access(file, os.R_OK):
-            with np.load(file, allow_pickle=False) as arrays:
-                return dict(arrays)
+        places.append(own / f"{records.folder.name}-lengths" / name)
+    for file in places:
+        kept = _read_lengths(file) if os.access(file, os.R_OK) else None
+        if kept is not None:
+            return kept
     scenes, kinds, sources, controls = [], [], [], []
     not_regressed, bad_objects = [], []
     texts: dict[str, list] = {"question": [], **{field: [] for field in ANSWER_FIELDS}}
     ids = records.scene_ids(split)
-    for i, scene_id in enumerate(tqdm(ids, desc=f"tokens of {split}", unit="scene", leave=False)):
+    for i, scene_id in enumerate(
+        progress_bar(ids, desc=f"tokens of {split}", unit="scene", leave=False)
+    ):
         found = records.read(scene_id)
         scenes += [i] * len(found)
         kinds += [record["kind"] for record in found]
@@ -342,8 +383,30 @@ def question_lengths(
         "question": _token_counts(texts["question"], tokenizer.encode_batch),
         **{f: _token_counts(texts[f], tokenizer.encode_answers) for f in ANSWER_FIELDS},
     }
-    _keep(kept, arrays)
+    _keep(places, arrays)
     return arrays
+
+
+_LENGTH_KINDS = {"scene": "i", "kind": "U", "source": "U", "control": "U", "question": "i"}
+_LENGTH_KINDS |= {"not_regressed": "U", "bad_objects": "i", **dict.fromkeys(ANSWER_FIELDS, "i")}
+
+
+def _read_lengths(file: Path) -> dict[str, np.ndarray] | None:
+    """What `question_lengths` has kept; None where there is nothing, or it is damaged."""
+    if not file.is_file():
+        return None
+    try:
+        data = io.BytesIO(files.read_bytes(file))
+        if zipfile.ZipFile(data).testzip() is not None:  # NumPy reads on where a checksum is wrong
+            return None
+        data.seek(0)
+        with np.load(data, allow_pickle=False) as arrays:
+            found = dict(arrays)
+    except Exception:  # damaged archives raise whatever they end in
+        return None
+    kinds = {name: array.dtype.kind for name, array in found.items()}
+    sizes = {array.shape for array in found.values()}
+    return found if kinds == _LENGTH_KINDS and len(sizes) == 1 else None
 
 
 def answer_lengths(lengths: dict[str, np.ndarray], field: str, controls: bool) -> np.ndarray:
@@ -366,9 +429,9 @@ def _token_counts(texts: list[str | None], encode: Callable) -> np.ndarray:
     return np.array([count.get(text, 0) for text in texts], np.int32)
 
 
-def _keep(kept: list[Path], arrays: dict[str, np.ndarray]) -> None:
+def _keep(places: list[Path], arrays: dict[str, np.ndarray]) -> None:
     """In the first place that can be written; what cannot be kept is computed again."""
-    for file in kept:
+    for file in places:
         with contextlib.suppress(UserError), files.writing(file) as out:
             np.savez(out, **arrays)
             return

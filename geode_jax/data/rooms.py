@@ -44,9 +44,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import tqdm
 
 from geode_jax import exports
+from geode_jax.bars import progress_bar
 from geode_jax.data import raycast, room_layout, room_questions
 from geode_jax.data.room_layout import CATEGORIES, VIEWS, RoomObject
 from geode_jax.data.workers import deaf_to_ctrl_c
@@ -523,7 +523,7 @@ def make_rooms(
             _Job(str(folder), writer.manifest, *place, images)
             for place in plan_splits(scenes, seed, test_scenes)
         ]
-        for entry, records in tqdm.tqdm(
+        for entry, records in progress_bar(
             _run(jobs, min(workers, len(jobs))),
             total=len(jobs),
             desc="rooms",

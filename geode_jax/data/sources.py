@@ -24,9 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import tqdm
 from PIL import Image
 
+from geode_jax.bars import progress_bar
 from geode_jax.data.raycast import luminance
 from geode_jax.data.rgbd_folder import RgbdFolder, open_folder
 from geode_jax.data.rgbd_questions import PLACES, Questioner, SeenView
@@ -389,7 +389,7 @@ def make_rgbd_export(
             for split, places in split_frames(len(frames), views_per_scene).items()
         ]
         total, made = sum(len(groups) for _, groups in plan), 0
-        with tqdm.tqdm(total=total, desc="scenes", unit="scene", disable=not progress) as bar:
+        with progress_bar(total=total, desc="scenes", unit="scene", disable=not progress) as bar:
             for split, groups in plan:
                 used = sorted({n for group in groups for n in group})
                 questioner = Questioner([frames[n].view for n in used], up, rng)
@@ -420,7 +420,7 @@ def _read_frames(
     if len(names) > most:
         names = [names[n] for n in np.linspace(0, len(names) - 1, most).round().astype(int)]
     frames, dropped = [], Counter()
-    for name in tqdm.tqdm(names, desc="frames", unit="frame", disable=not progress):
+    for name in progress_bar(names, desc="frames", unit="frame", disable=not progress):
         try:
             frames.append(read_frame(source, name, patch_grid, image_side))
         except Dropped as reason:

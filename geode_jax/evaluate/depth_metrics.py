@@ -18,7 +18,12 @@ class DepthMetrics:
         self._inside = 0
 
     def update(self, prediction, target, mask=None) -> None:
-        """Adds a batch.
+        """Adds a batch; see `measure`."""
+        self.add(*self.measure(prediction, target, mask))
+
+    @staticmethod
+    def measure(prediction, target, mask=None) -> tuple[int, float, float, int]:
+        """The errors of a batch: valid pixels, their sums of e^2 and |e|, those inside delta.
 
         Args:
           prediction: [...] metres (or the export's scene units), any shape.
@@ -38,11 +43,16 @@ class DepthMetrics:
         prediction, target = prediction[valid], target[valid]
 
         error = prediction - target
-        self.pixels += error.size
-        self._squared += float(np.sum(error**2))
-        self._absolute += float(np.sum(np.abs(error)))
         # max(p/t, t/p) < 1.25 without dividing by a prediction of 0.
-        self._inside += int(np.sum((prediction < 1.25 * target) & (target < 1.25 * prediction)))
+        inside = int(np.sum((prediction < 1.25 * target) & (target < 1.25 * prediction)))
+        return error.size, float(np.sum(error**2)), float(np.sum(np.abs(error))), inside
+
+    def add(self, pixels: int, squared: float, absolute: float, inside: int) -> None:
+        """Adds what `measure` found."""
+        self.pixels += pixels
+        self._squared += squared
+        self._absolute += absolute
+        self._inside += inside
 
     def result(self) -> dict[str, float]:
         """`depth_rmse`, `depth_mae` (unit of the input), `depth_delta1`; empty without a pixel."""

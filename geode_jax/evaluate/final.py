@@ -1,6 +1,7 @@
 """The end of a run: scores beside their baselines, `summary.json`, `report.html`."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,29 @@ from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate.efficiency import measure_speed, parameter_counts, peak_memory
 from geode_jax.evaluate.evaluator import Evaluation
 from geode_jax.evaluate.report import depth_colours, write_report
+from geode_jax.evaluate.summary import end, kept_answers, missing, write_predictions
 from geode_jax.evaluate.text_metrics import answer_rows, with_reference
-from geode_jax.exports import Export, files
-from geode_jax.metrics import read_metrics, write_json
+from geode_jax.exports import Export
+from geode_jax.metrics import read_metrics
 from geode_jax.train_step import TrainState
+
+REPORT = "report.html"
 
 PICTURE = 240
 """Side in pixels of a rendered view in the report."""
 
 
 def evaluate_and_report(
-    run, state: TrainState, workdir: Path, train: dict, losses: dict[str, float]
+    run,
+    state: TrainState,
+    workdir: Path,
+    train: dict,
+    losses: dict[str, float],
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Scores of the test split: the model, the model without its vision, and frequency.
+
+    An interrupted call goes on where it stood. `summary.json` is written last.
 
     Args:
         run: a `build.Run`.
@@ -33,14 +44,22 @@ def evaluate_and_report(
         workdir: receives `summary.json`, `predictions.jsonl` and `report.html`.
         train: facts about the training, for the summary.
         losses: of `state` on the val split, as `Evaluator.losses` gives them.
+        check: called between batches; may raise, to leave.
 
     Returns:
         The summary.
     """
     config, pipeline = run.config, run.pipelines["test"]
     reference, scenes = config.eval.reference, config.eval.test_scenes
-    model = run.evaluator.run(state, pipeline, scenes, heads=True, label="test")
-    blind = run.evaluator.run(state, pipeline, scenes, vision=False, label="vision removed")
+
+    def answer(name: str, label: str, **settings) -> Evaluation:
+        kept = kept_answers(workdir, name)
+        return run.evaluator.run(
+            state, pipeline, scenes, label=label, kept=kept, check=check, **settings
+        )
+
+    model = answer("model", "test", heads=True)
+    blind = answer("vision_removed", "vision removed", vision=False)
     asked = [dict(p) for p in model.predictions]
     frequency = scoring.frequency_baseline(run.train_records(), asked, reference)
     columns = {"model": model.predictions, "vision_removed": blind.predictions}
@@ -60,30 +79,34 @@ def evaluate_and_report(
         "train": train | peak_memory(),
         "efficiency": efficiency,
         "reference": reference,
-        "test_scenes": min(scenes, len(model.depth_maps)),
+        "test_scenes": min(scenes, len(model.scenes)),
         "notes": notes,
+        "remarks": _score_notes(run.export),
     }
-    write_json(workdir / "summary.json", summary)
-    if not is_main():
-        return summary
-    lines = [json.dumps(record) + "\n" for record in model.predictions]
-    files.write_text(workdir / "predictions.jsonl", "".join(lines))
-    write_report(
-        workdir / "report.html",
-        title=f"{config.system}: {workdir.name}",
-        config_text=json.dumps(config.to_dict(), indent=1),
-        metrics_rows=read_metrics(workdir / "metrics.jsonl"),
-        scores=scores,
-        examples=_examples(run.export, model, reference, config.eval.examples),
-        depth_examples=_depth_examples(run, model),
-        efficiency=efficiency | {"training_seconds": train["seconds"], "steps": train["steps"]},
-        notes=notes,
-        score_notes=_score_notes(run.export),
-    )
-    print(scoring.score_table(scores, _score_notes(run.export)))
-    print("\n".join(f"note: {note}" for note in notes))
-    print(f"report: {workdir / 'report.html'}", flush=True)
-    return summary
+    if is_main():
+        write_predictions(workdir, model.predictions)
+        write_report(
+            workdir / REPORT,
+            title=f"{config.system}: {workdir.name}",
+            config_text=json.dumps(config.to_dict(), indent=1),
+            metrics_rows=read_metrics(workdir / "metrics.jsonl"),
+            scores=scores,
+            examples=_examples(run.export, model, reference, config.eval.examples),
+            depth_examples=_depth_examples(run, model),
+            efficiency=efficiency | {"training_seconds": train["seconds"], "steps": train["steps"]},
+            notes=notes,
+            score_notes=summary["remarks"],
+        )
+    return end(workdir, summary)
+
+
+def show(summary: dict[str, Any], workdir: Path) -> None:
+    """Prints what a run has come to, when it ends and whenever it is started again."""
+    if not any(summary.get("scores", {}).values()):
+        raise missing(workdir, "scores")
+    print(scoring.score_table(summary["scores"], summary.get("remarks")))
+    print("\n".join(f"note: {note}" for note in summary.get("notes", ())))
+    print(f"report: {workdir / REPORT}", flush=True)
 
 
 def _notes(run) -> list[str]:

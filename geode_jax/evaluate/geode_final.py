@@ -1,6 +1,6 @@
 """The end of a GEODE stage: the VSI-Bench table of the last, the rationale losses of the others."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,29 @@ from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate import vsi_bench
 from geode_jax.evaluate.detection_metrics import oriented_iou
 from geode_jax.evaluate.efficiency import peak_memory
-from geode_jax.exports import files
-from geode_jax.metrics import write_json
+from geode_jax.evaluate.summary import (
+    PREDICTIONS,
+    SUMMARY,
+    end,
+    kept_answers,
+    missing,
+    read_predictions,
+    write_predictions,
+)
 from geode_jax.train_step import TrainState
 
 
 def evaluate_stage(
-    run, state: TrainState, workdir: Path, train: dict, losses: dict[str, float]
+    run,
+    state: TrainState,
+    workdir: Path,
+    train: dict,
+    losses: dict[str, float],
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Scores of a finished stage; writes `summary.json`, and `predictions.jsonl` of the last stage.
+    """Scores of a finished stage; writes `predictions.jsonl` of the last stage, and `summary.json`.
+
+    An interrupted call goes on where it stood. `summary.json` is written last.
 
     Args:
         run: a `build.Run`.
@@ -27,37 +41,51 @@ def evaluate_stage(
         workdir: receives the files.
         train: facts about the training, for the summary.
         losses: of `state` on the val split, as `Evaluator.losses` gives them.
+        check: called between batches; may raise, to leave.
 
     Returns:
         The summary.
     """
     summary = {"val": dict(losses), "train": train | peak_memory()}
     if run.config.system == "geode_joint":
-        summary |= _answers(run, state, workdir)
+        summary |= _answers(run, state, workdir, check)
     else:
         val, scenes = run.pipelines["val"], run.config.eval.val_scenes
         for name, vision in (("empty", "none"), ("shuffled", "other")):
-            other = run.evaluator.losses(state, val, scenes, vision)
+            other = run.evaluator.losses(state, val, scenes, vision, check=check)
             summary["val"] |= {f"val/text_prefix_{name}": other["val/text"]}
+    return end(workdir, summary)
+
+
+def show(summary: dict[str, Any], workdir: Path) -> None:
+    """Prints what a run has come to, when it ends and whenever it is started again."""
+    if "vsi" in summary:
+        print(vsi_bench.table(summary["vsi"]))
+    elif "val" in summary:
         print("\n".join(f"{name:<28}{x:8.3f}" for name, x in sorted(summary["val"].items())))
-    write_json(workdir / "summary.json", summary)
-    print(f"summary: {workdir / 'summary.json'}", flush=True)
-    return summary
+    else:
+        raise missing(workdir, "val")
+    print(f"summary: {workdir / SUMMARY}", flush=True)
 
 
-def _answers(run, state: TrainState, workdir: Path) -> dict[str, Any]:
+def _answers(run, state: TrainState, workdir: Path, check: Callable[[], None]) -> dict[str, Any]:
     pipeline, scenes = run.pipelines["test"], run.config.eval.test_scenes
-    columns = {"model": run.evaluator.run(state, pipeline, scenes, label="test").predictions}
+
+    def answer(name: str, label: str, **settings) -> list[dict]:
+        kept = kept_answers(workdir, name)
+        return run.evaluator.run(
+            state, pipeline, scenes, label=label, kept=kept, check=check, **settings
+        ).predictions
+
+    columns = {"model": answer("model", "test")}
     asked = [dict(record) for record in columns["model"]]
-    blind = Path(run.config.eval.blind) / "predictions.jsonl"
+    blind = Path(run.config.eval.blind) / PREDICTIONS
     if blind.exists() and run.config.loss.vision:
-        said = {r["id"]: r for r in map(json.loads, blind.read_text().splitlines())}
+        said = {record["id"]: record for record in read_predictions(blind)}
         columns["blind"] = [said[record["id"]] for record in asked if record["id"] in said]
     elif run.config.loss.vision:
         # A model that learned blind says more, where there is one.
-        columns["vision_removed"] = run.evaluator.run(
-            state, pipeline, scenes, vision=False, label="vision removed"
-        ).predictions
+        columns["vision_removed"] = answer("vision_removed", "vision removed", vision=False)
     columns["frequency"] = scoring.frequency_baseline(run.train_records(), asked)
     vsi = {
         name: vsi_bench.score(vsi_bench.rows_of(predictions))
@@ -70,9 +98,7 @@ def _answers(run, state: TrainState, workdir: Path) -> dict[str, Any]:
     for name in columns.keys() - {"frequency"}:
         scores[name] |= box_scores(columns[name])
     if is_main():
-        lines = [json.dumps(record) + "\n" for record in columns["model"]]
-        files.write_text(workdir / "predictions.jsonl", "".join(lines))
-    print(vsi_bench.table(vsi))
+        write_predictions(workdir, columns["model"])
     return {"vsi": vsi, "scores": scores}
 
 

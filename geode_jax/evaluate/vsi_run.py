@@ -17,6 +17,7 @@ from geode_jax.errors import UserError
 from geode_jax.evaluate import vsi_bench
 from geode_jax.exports import Export, files
 from geode_jax.inference.trained import Trained, open_trained
+from geode_jax.lock import beside, locked
 from geode_jax.metrics import write_json
 
 _SIZES = ("grid", "token_width", "view_tokens", "camera_width", "image", "point_width")
@@ -51,6 +52,11 @@ def evaluate_run(
         )
     if not out.parent.is_dir() or out.is_dir():  # before the model works for nothing
         raise UserError(f"--out: {out}: its folder is missing, or it is a directory itself")
+    with locked(beside(out), f"--out: {out}"):
+        return _evaluate(workdir, out, export, spatio)
+
+
+def _evaluate(workdir: Path, out: Path, export: Path | None, spatio: int | None) -> dict[str, Any]:
     trained = open_trained(workdir, slots=spatio)
     asked = trained.export if export is None else Export(export)
     split = test_split(asked)

@@ -19,6 +19,7 @@ Whatever the user can mend is one line on stderr and exit status 2.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -59,13 +60,14 @@ def _rooms(arguments: argparse.Namespace) -> None:
 
     started = time.monotonic()
     try:
-        make_rooms(
-            arguments.out,
-            scenes=arguments.scenes,
-            seed=arguments.seed,
-            images=arguments.images,
-            workers=arguments.workers,
-        )
+        with _making(arguments.out):
+            make_rooms(
+                arguments.out,
+                scenes=arguments.scenes,
+                seed=arguments.seed,
+                images=arguments.images,
+                workers=arguments.workers,
+            )
     except exports.ExportError:
         raise
     except ValueError as error:
@@ -77,17 +79,18 @@ def _rgbd(arguments: argparse.Namespace) -> None:
     from geode_jax.data.sources import make_rgbd_export
 
     started = time.monotonic()
-    make_rgbd_export(  # says what was dropped and why, on stderr
-        arguments.source,
-        arguments.out,
-        views_per_scene=arguments.views,
-        patch_grid=tuple(arguments.grid),
-        questions_per_scene=arguments.questions,
-        max_frames=arguments.max_frames,
-        intrinsic=arguments.intrinsic,
-        depth_scale=arguments.depth_scale,
-        seed=arguments.seed,
-    )
+    with _making(arguments.out):
+        make_rgbd_export(  # says what was dropped and why, on stderr
+            arguments.source,
+            arguments.out,
+            views_per_scene=arguments.views,
+            patch_grid=tuple(arguments.grid),
+            questions_per_scene=arguments.questions,
+            max_frames=arguments.max_frames,
+            intrinsic=arguments.intrinsic,
+            depth_scale=arguments.depth_scale,
+            seed=arguments.seed,
+        )
     print(_made(arguments.out, started))
 
 
@@ -107,7 +110,9 @@ def _prepare(arguments: argparse.Namespace) -> None:
         arguments.seed,
         arguments.allow_missing,
     )
-    print("\n".join(prepare(arguments.source, request).lines()))
+    with _making(arguments.out):
+        report = prepare(arguments.source, request)
+    print("\n".join(report.lines()))
     print(_made(arguments.out, started))
 
 
@@ -115,8 +120,16 @@ def _internvit(arguments: argparse.Namespace) -> None:
     from geode_jax.inference.internvit import encode_export
 
     started = time.monotonic()
-    encode_export(arguments.weights, arguments.export, arguments.out)
+    with _making(arguments.out):
+        encode_export(arguments.weights, arguments.export, arguments.out)
     print(_made(arguments.out, started))
+
+
+def _making(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Nobody else makes this folder meanwhile."""
+    from geode_jax.lock import beside, locked
+
+    return locked(beside(folder), f"--out: {folder}")
 
 
 def _made(folder: Path, started: float) -> str:
@@ -202,7 +215,7 @@ def _ask_own(predictor, arguments: argparse.Namespace, sampling) -> None:
 
 
 def _json(scene_id: str, question: str, answer) -> str:
-    return json.dumps({"scene": scene_id, "question": question, **answer.facts()})
+    return json.dumps({"scene_id": scene_id, "question": question, **answer.facts()})
 
 
 def _one_line(*texts: str) -> str:
@@ -290,7 +303,9 @@ def _refuse_input(out: Path, inputs: list[Path]) -> None:
 def _import(arguments: argparse.Namespace) -> None:
     from geode_jax.weights.convert import import_folder
 
-    print(_converted(arguments.out, import_folder(arguments.source, arguments.out)))
+    with _making(arguments.out):
+        model = import_folder(arguments.source, arguments.out)
+    print(_converted(arguments.out, model))
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -301,10 +316,11 @@ def _export(arguments: argparse.Namespace) -> None:
     if getattr(arguments, "model_type" if by_run else "part") is not None:
         other = "--model-type: does not go with --workdir"
         raise UserError(other if by_run else "--part: does not go with --source")
-    if by_run:
-        model = export_run(arguments.workdir, arguments.out, arguments.part)
-    else:
-        model = export_folder(arguments.source, arguments.out, arguments.model_type)
+    with _making(arguments.out):
+        if by_run:
+            model = export_run(arguments.workdir, arguments.out, arguments.part)
+        else:
+            model = export_folder(arguments.source, arguments.out, arguments.model_type)
     print(_converted(arguments.out, model))
 
 
@@ -445,7 +461,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--options", nargs="+", metavar="OPTION", help="of a multiple choice: A. chair ...")
     add("--diagnostic", action="store_true", help="also decode the student's K thinking tokens")
     add("--rationale", action="store_true", help="GEODE: what the rationale tokens alone say")
-    add("--json", action="store_true", help="an object a line: answer, kind, value, unit, box, ...")
+    add("--json", action="store_true", help="an object a line, named as in predictions.jsonl")
     add("--temperature", type=_above_zero, metavar="T", help="draw the words; default: likeliest")
     add("--top-k", type=_positive, metavar="K", help="draw from the K likeliest words")
     add("--top-p", type=_share, metavar="P", help="draw from the likeliest that have P together")

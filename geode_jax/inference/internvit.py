@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
+from geode_jax.bars import progress_bar
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, ExportWriter
 from geode_jax.inference.trained import open_trained
@@ -66,7 +66,7 @@ def encode_export(source: Path, export: Path, out: Path) -> None:
     header["producer"] = {**header["producer"], "internvit": str(source)}
     with ExportWriter(out, **header, resume=True) as writer:
         finished = writer.finished()
-        for entry in tqdm(old.manifest["scenes"], desc="scenes", unit="scene"):
+        for entry in progress_bar(old.manifest["scenes"], desc="scenes", unit="scene"):
             scene_id, split = entry["id"], entry["split"]
             if scene_id in finished:
                 writer.register(finished[scene_id])

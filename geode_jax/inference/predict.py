@@ -51,10 +51,15 @@ class Answer:
         return f"{self.text} {self.unit}" if alone and self.unit else self.text
 
     def facts(self) -> dict[str, Any]:
-        """What there is of it, for JSON."""
-        named = {"kind": self.kind, "answer": self.text}
-        more = ("value", "unit", "box", "thinking_tokens")
-        return named | {k: v for k in more if (v := getattr(self, k)) is not None}
+        """What there is of it, for JSON, under the names of a run's `predictions.jsonl`."""
+        more = {
+            "predicted_value": self.value,
+            "unit": self.unit,
+            "predicted_box": self.box,
+            "thinking_tokens": self.thinking_tokens,
+        }
+        named = {"kind": self.kind, "prediction": self.text}
+        return named | {name: value for name, value in more.items() if value is not None}
 
 
 @dataclasses.dataclass

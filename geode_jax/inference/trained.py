@@ -14,11 +14,13 @@ from geode_jax.build import (
     keep_compiled_programs,
     keep_freed_memory,
     load_config,
+    load_run_tokenizer,
+    open_run,
     pipeline_config,
 )
-from geode_jax.checkpoint import find_model, load_model
+from geode_jax.checkpoint import load_model
 from geode_jax.data.pipeline import Pipeline
-from geode_jax.data.tokens import Tokenizer, load_tokenizer
+from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
 from geode_jax.evaluate.evaluator import Evaluator
 from geode_jax.exports import Export
@@ -83,7 +85,7 @@ def open_trained(workdir: Path, *, rationale: bool = False, slots: int | None = 
     """
     keep_compiled_programs()
     keep_freed_memory()
-    config = load_config(workdir)
+    config, checkpoint = open_run(workdir)
     if rationale:
         _check_rationale(config, "--rationale", workdir)
     if slots is not None:
@@ -92,11 +94,10 @@ def open_trained(workdir: Path, *, rationale: bool = False, slots: int | None = 
             raise UserError(
                 f"--spatio {slots}: {workdir} has {config.model.drm.slots} rationale tokens"
             )
-    checkpoint = find_model(workdir)
     export = open_run_export(workdir)
     # GEODE adds its control tokens to a tokenizer folder, and keeps the result with the run.
     shared = config.tokenizer if config.system == "hidden_cot" else ""
-    tokenizer = load_tokenizer(shared or workdir / "tokenizer")
+    tokenizer = load_run_tokenizer(shared or workdir / "tokenizer", checkpoint)
     asked = _as_stage_1(config) if rationale else config
     pipeline = Pipeline(export, tokenizer, pipeline_config(asked, export, tokenizer), "train")
     mesh = make_mesh()

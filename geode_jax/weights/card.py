@@ -1,6 +1,5 @@
 """The model card of an exported run: use, scores, data, and whose terms it inherits."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -168,9 +167,3 @@ def _verdict(identifier: str, found: Sequence[Term]) -> str:
     if identifier == "other":
         return "Their terms bind the model."
     return "The model inherits no terms from the data." if not found else ""
-
-
-def read_summary(workdir: Path) -> dict[str, Any]:
-    """The content of a run's `summary.json`; empty where there is none."""
-    path = workdir / "summary.json"
-    return json.loads(path.read_text()) if path.is_file() else {}

@@ -7,10 +7,11 @@ from flax import nnx
 
 from geode_jax.build import load_config
 from geode_jax.errors import UserError
+from geode_jax.evaluate.summary import read_summary
 from geode_jax.exports.files import read_json_object, write_json
 from geode_jax.inference.trained import Trained, open_trained
 from geode_jax.start import pretrained_folders
-from geode_jax.weights.card import read_summary, write_card
+from geode_jax.weights.card import write_card
 from geode_jax.weights.convert import write_model
 from geode_jax.weights.files import CONFIG, SHARD_BYTES
 

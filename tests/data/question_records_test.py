@@ -144,12 +144,40 @@ def test_other_questions_or_splits_make_other_records(tmp_path):
     assert records.scene_ids("test") == ["scene002"]
 
 
-def test_a_damaged_cache_is_noticed(tmp_path):
-    records = open_question_records(write_tiny_export(tmp_path / "export", train=3, val=0))
-    index = records.folder / "index.json"
-    index.write_text(index.read_text().replace("scene001", "scene999"))
-    with pytest.raises(UserError, match="damaged cache"):
-        question_records.QuestionRecords(records.folder).read("scene999")
+def flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "damage"),
+    [
+        ("index.json", lambda data: data.replace(b"scene001", b"scene999")),
+        ("index.json", lambda _: b"[1]"),
+        ("index.json", lambda data: data.decode().encode("utf-16")),
+        ("*train.array_record*", flip),
+        ("*train.array_record*", lambda data: data[:-100]),
+        ("dataset_info.json", flip),
+        ("lengths*.npz", flip),
+        ("lengths*.npz", lambda data: data[:-100]),
+    ],
+)
+def test_a_damaged_cache_is_made_anew(tmp_path, pattern, damage):
+    export = write_tiny_export(tmp_path / "export", train=3, val=0)
+    tokenizer = train_tokenizer([prompt(q) for q in export.questions()], CATEGORIES, 3)
+
+    def everything():
+        question_records._INTACT.clear()  # as in another process
+        records = open_question_records(export)
+        lengths = question_lengths(records, "train", tokenizer)
+        return list(records.of_split("train")), {k: x.tolist() for k, x in lengths.items()}
+
+    expected = everything()
+    (file,) = (export.folder / ".questions").rglob(pattern)
+    before = file.read_bytes()
+    file.write_bytes(damage(before))
+    assert everything() == expected
+    assert file.read_bytes() != damage(before)
 
 
 @pytest.mark.parametrize("name", ["tiny_export", "geode_export"])

@@ -125,10 +125,10 @@ def test_a_control_token_is_printed_as_its_value(run, geode_runs, answered_by):
     assert (status, err) == (0, "")
     assert re.fullmatch(r"\d+ cm\n", out)
     said = json.loads(run(*asked, "--json")[1])
-    assert list(said) == ["scene", "question", "kind", "answer", "value", "unit"]
-    assert (said["scene"], said["question"], said["unit"]) == (scene_id, question, "cm")
+    assert list(said) == ["scene_id", "question", "kind", "prediction", "predicted_value", "unit"]
+    assert (said["scene_id"], said["question"], said["unit"]) == (scene_id, question, "cm")
     assert said["kind"] == "object_size_estimation"
-    assert said["answer"] == f"{said['value']:.0f}" == out.split()[0]
+    assert said["prediction"] == f"{said['predicted_value']:.0f}" == out.split()[0]
     # A question that nobody stored, of a kind without a unit.
     free = run(*asked[:-1], "Is the lamp near the lamp?")[1]
     assert re.fullmatch(r"\d+\.\d\n", free)
@@ -137,18 +137,18 @@ def test_a_control_token_is_printed_as_its_value(run, geode_runs, answered_by):
     numbers = run(*asked)[1].split()
     assert len(numbers) == 7
     said = json.loads(run(*asked, "--json")[1])
-    assert list(said) == ["scene", "question", "kind", "answer", "box"]
-    assert [f"{x:.2f}" for x in said["box"]] == numbers == said["answer"].split()
+    assert list(said) == ["scene_id", "question", "kind", "prediction", "predicted_box"]
+    assert [f"{x:.2f}" for x in said["predicted_box"]] == numbers == said["prediction"].split()
 
 
 def test_json_is_an_object_a_question(run, geode_runs, joint):
     status, out, err = run(*ask(geode_runs["joint"], "--json"))
     assert (status, err) == (0, "")
     rows = [json.loads(line) for line in out.splitlines()]
-    records = joint.questions(rows[0]["scene"])
+    records = joint.questions(rows[0]["scene_id"])
     assert [row["question"] for row in rows] == [record["question"] for record in records]
     assert [row["kind"] for row in rows] == [record["kind"] for record in records]
-    assert all(isinstance(row["answer"], str) and "thinking_tokens" not in row for row in rows)
+    assert all(isinstance(row["prediction"], str) and "thinking_tokens" not in row for row in rows)
 
 
 def test_json_of_a_student_has_its_thinking_tokens(run, tiny_run):
@@ -156,8 +156,8 @@ def test_json_of_a_student_has_its_thinking_tokens(run, tiny_run):
     asked = ("ask", "--workdir", tiny_run.workdir, "--scene", scene_id, "--question")
     asked += ("How many lamp(s) are in this room?",)
     said = json.loads(run(*asked, "--json")[1])
-    assert list(said) == ["scene", "question", "kind", "answer", "thinking_tokens"]
-    assert said["answer"] + "\n" == run(*asked)[1]
+    assert list(said) == ["scene_id", "question", "kind", "prediction", "thinking_tokens"]
+    assert said["prediction"] + "\n" == run(*asked)[1]
     assert len(said["thinking_tokens"]) == tiny_run.config.model.thinking_tokens
     assert "--json has" in one_error(run(*asked, "--json", "--diagnostic"))
     assert "not hidden_cot" in one_error(run(*asked, "--rationale"))

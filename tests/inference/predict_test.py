@@ -237,7 +237,7 @@ def test_a_checkpoint_of_another_model_is_refused(copied_run):
     config = json.loads((copied_run / "config.json").read_text())
     config["model"]["mlp_width"] = 48
     (copied_run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"damaged, or a checkpoint of another model"):
+    with pytest.raises(UserError, match=r"was made with another configuration than the one here"):
         Predictor(copied_run)
 
 

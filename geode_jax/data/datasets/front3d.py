@@ -21,8 +21,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from geode_jax.bars import progress_bar
 from geode_jax.data import raycast, room_layout, rooms
 from geode_jax.data.datasets import Report, Request
 from geode_jax.data.datasets.scene_export import (
@@ -85,7 +85,7 @@ def prepare(request: Request) -> Report:
         raise UserError(f"{request.root}: no house: 3D-FRONT/*.json or *.json are looked for")
     models = read_models(request.root / "3D-FUTURE-model" / "model_info.json")
     report, found = Report(), {}
-    for path in tqdm(houses, desc="houses", unit="house"):
+    for path in progress_bar(houses, desc="houses", unit="house"):
         try:
             for scene_id, room in read_house(path, models, report.dropped).items():
                 if found.setdefault(scene_id, room) is not room:

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from geode_jax.bars import progress_bar
 from geode_jax.data.datasets import Report, Request
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, ExportError, ExportWriter, files
@@ -183,7 +182,7 @@ def make_questions(layout: Layout, request: Request) -> Report:
     scenes = Scenes(export, exclusion)
     report = Report()
     with ExportWriter(request.out, **export.header()) as writer:
-        for scene_id in tqdm(export.scene_ids(), desc="scenes", unit="scene"):
+        for scene_id in progress_bar(export.scene_ids(), desc="scenes", unit="scene"):
             writer.adopt_scene(export, scene_id)
             if not scenes.may_train(scene_id, scene_id):
                 report.dropped["scene: excluded from training"] += 1
@@ -221,7 +220,9 @@ def _add_file(
     stem = "-".join(path.relative_to(root).with_suffix("").parts)
     misfits: Counter[str] = Counter()
     count = 0
-    for count, record in enumerate(tqdm(layout.records(path), desc=path.name, unit="record"), 1):
+    for count, record in enumerate(
+        progress_bar(layout.records(path), desc=path.name, unit="record"), 1
+    ):
         try:
             asked = _parsed(layout, record, path)
             scene_id = scenes.find(asked.place)

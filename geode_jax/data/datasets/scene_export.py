@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from geode_jax import exports
+from geode_jax.bars import progress_bar
 from geode_jax.data.datasets import Report, Request
 from geode_jax.data.datasets.box_questions import BoxQuestioner
 from geode_jax.data.rgbd_sequence import Dropped
@@ -128,7 +128,7 @@ def write_scenes(
     with writer:
         finished = writer.finished()
         written: dict[str, dict] = {}
-        for scene_id, split in tqdm(splits.items(), desc="scenes", unit="scene"):
+        for scene_id, split in progress_bar(splits.items(), desc="scenes", unit="scene"):
             try:
                 note = _make_once(writer, finished, scene_id, split, make)
             except (UserError, Dropped) as error:
@@ -172,7 +172,7 @@ def _add_questions(
     seen = {scene_id: _seen(note["seen"]) for scene_id, note in written.items() if note["seen"]}
     trained = [room for s, room in seen.items() if written[s]["split"] == "train"]
     questioner = BoxQuestioner(trained, seed)
-    for scene_id, room in tqdm(seen.items(), desc="questions", unit="scene"):
+    for scene_id, room in progress_bar(seen.items(), desc="questions", unit="scene"):
         records = questioner.ask(scene_id, room)
         writer.add_questions(records)
         report.kept["questions"] += len(records)

@@ -1,0 +1,37 @@
+"""Progress bars on stderr; a line now and then where that is no terminal."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+LINE_SECONDS = 30
+"""Between two lines of a bar in a log."""
+
+
+class _Lines:
+    """Writes a bar's states as lines, without the carriage returns that redraw one."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def write(self, text: str) -> None:
+        text = text.strip("\r\n ")
+        if text:
+            self._file.write(f"{text}\n")
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def progress_bar(iterable: Any = None, **settings: Any) -> tqdm:
+    """A bar of tqdm's with its settings; first drawn when something has been done.
+
+    What compiles before that may print alarms of its own, which shall not tear a line.
+    """
+    settings = {"dynamic_ncols": True, "delay": 1e-3, **settings}
+    if not sys.stderr.isatty():
+        slow = {"mininterval": LINE_SECONDS, "maxinterval": 2 * LINE_SECONDS, "miniters": 1}
+        slow |= {"delay": LINE_SECONDS, "dynamic_ncols": False, "ncols": 100}
+        settings |= slow | {"file": _Lines(sys.stderr)}
+    return tqdm(iterable, **settings)
