@@ -25,12 +25,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -423,10 +425,17 @@ def _damage(scene_id: str, path: Path, otherwise: str) -> ExportError:
     return _scene_error(scene_id, "*", f"{label} {otherwise}")
 
 
+def _check_regular(path: Path) -> None:
+    """Raises an OSError where a file is a pipe, on which one waits, or a device, which never ends."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+
+
 @contextlib.contextmanager
 def _opened(scene_id: str, path: Path) -> Iterator[Any]:
     """`safe_open`, with what it raises said in one line."""
     try:
+        _check_regular(path)
         with safe_open(str(path), framework="np") as file:
             yield file
     except ExportError:
@@ -858,8 +867,10 @@ class ExportWriter:
         Raises:
             ExportError: there is none.
         """
+        marker = Path(folder) / _MARKER
         try:
-            header = _parse(_MARKER, (Path(folder) / _MARKER).read_bytes())
+            _check_regular(marker)
+            header = _parse(_MARKER, marker.read_bytes())
         except OSError:
             raise ExportError(str(folder), "", "is no unfinished export") from None
         _check_fields(_MARKER, header, _HEADER_FIELDS, ("schema_version",))
@@ -919,7 +930,7 @@ class ExportWriter:
         """
         entries: dict[str, dict] = {}
         for path in sorted((self.folder / _ENTRIES).glob("*.json")):
-            entry = _parse(f"{_ENTRIES}/{path.name}", path.read_bytes())
+            entry = _parse(f"{_ENTRIES}/{path.name}", files.read_bytes(path))
             _check_entry(entry, set(), f"{_ENTRIES}/{path.name}: ")
             entries[entry["id"]] = entry
         return entries
@@ -1014,6 +1025,7 @@ class ExportWriter:
 
 
 def _sha256_of(path: Path) -> str:
+    _check_regular(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while True:
@@ -1043,6 +1055,7 @@ class Export:
         """
         self.folder = Path(folder)
         try:
+            _check_regular(self.folder / _MANIFEST)
             data = (self.folder / _MANIFEST).read_bytes()
         except FileNotFoundError:
             rule = f"missing in {self.folder}: not an export, or an unfinished one"
