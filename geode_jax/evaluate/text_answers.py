@@ -16,7 +16,6 @@ nothing, and is reported.
 
 import dataclasses
 import hashlib
-import json
 import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ from geode_jax.evaluate.coco_metrics import coco_scores, exact_match
 from geode_jax.evaluate.scores import frequency_baseline
 from geode_jax.evaluate.text_metrics import references
 from geode_jax.evaluate.vsi_bench import RowFile, check_prediction, of_no_question, read_rows
+from geode_jax.exports.files import parse_json, read_bytes
 
 LABELS = {
     "em1": "EM@1",
@@ -49,11 +49,8 @@ def read_questions(path: Path) -> RowFile:
     """
     if path.suffix == ".jsonl":
         return read_rows(path, _check_question)
-    data = path.read_bytes()
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+    data = read_bytes(path)
+    content = parse_json(path, data, nan=True)
     situated = isinstance(content, dict) and isinstance(content.get("annotations"), list)
     records = content["annotations"] if situated else content
     if not isinstance(records, list) or not records:

@@ -401,8 +401,15 @@ def _safetensors_chunks(tensors: Mapping[str, tuple[str, np.ndarray]]) -> Iterat
         yield tensors[name][1].reshape(-1).view(np.uint8)
 
 
+def _check_regular(path: Path) -> None:
+    """Raises an OSError for a pipe, on which one waits, and a device, which may never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+
+
 def _read_header(path: Path) -> tuple[dict, int]:
     """A safetensors file's header and the position of its first data byte."""
+    _check_regular(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(length, path.stat().st_size)))
@@ -423,12 +430,6 @@ def _damage(scene_id: str, path: Path, otherwise: str) -> ExportError:
                 full = prefix + name
                 return _scene_error(scene_id, full if full in SPECS else _shown(full), rule)
     return _scene_error(scene_id, "*", f"{label} {otherwise}")
-
-
-def _check_regular(path: Path) -> None:
-    """Raises an OSError where a file is a pipe, on which one waits, or a device, which never ends."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "not a regular file")
 
 
 @contextlib.contextmanager

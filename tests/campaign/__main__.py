@@ -52,7 +52,7 @@ def main() -> int:
         machine.shares(chosen, options.inputs),
         options.seed,
         options.alarm,
-        say=lambda o: print(f"{o.verdict}: {o.target}:{o.number}: {o.damage}: {o.said}", flush=True),
+        say=lambda one: print(f"{one.verdict}: {one.where}: {one.said}", flush=True),
     )
     print(machine.table(outcomes))
     print(f"{time.monotonic() - start:.0f} s, seed {options.seed}")

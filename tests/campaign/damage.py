@@ -251,7 +251,7 @@ _TEXT_NAMES = (".json", ".jsonl", ".txt", ".py", ".csv", ".zarray")
 
 def _is_json(path: Path) -> bool:
     data = path.read_bytes()
-    if not data.lstrip()[:1] in (b"{", b"["):
+    if data.lstrip()[:1] not in (b"{", b"["):
         return False
     try:
         lines = data.splitlines() if path.suffix == ".jsonl" else [data]

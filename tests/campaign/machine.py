@@ -92,6 +92,11 @@ class Outcome:
     said: str
     seconds: float
 
+    @property
+    def where(self) -> str:
+        """Target, number and damage."""
+        return f"{self.target}:{self.number}: {self.damage}"
+
 
 # --- One input ------------------------------------------------------------------------------------
 
@@ -160,19 +165,26 @@ def _ring(*_):
 
 def _read(target: Target, folder: Path, alarm: float) -> tuple[str, Any, str]:
     """(verdict, what is read, what is said); "read" whether or not it has changed."""
+    try:
+        signal.signal(signal.SIGALRM, _ring)
+        signal.setitimer(signal.ITIMER_REAL, alarm)
+        found = _read_in_time(target, folder)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return found
+    except _Hang:
+        return "hang", None, f"more than {alarm:.0f} s"
+
+
+def _read_in_time(target: Target, folder: Path) -> tuple[str, Any, str]:
     from geode_jax.errors import UserError
 
     value, verdict, said = None, "read", ""
-    signal.signal(signal.SIGALRM, _ring)
-    signal.setitimer(signal.ITIMER_REAL, alarm)
     try:
         value = target.read(folder)
     except (Refused, UserError, *target.refusals) as error:
         verdict, said = "refused", str(error)
         if len(said) > MOST_SAID or not said.isprintable() or not said:
             verdict, said = "traceback", f"the refusal is no line: {said[:300]!r}"
-    except _Hang:
-        verdict, said = "hang", f"more than {alarm:.0f} s"
     except MemoryError:
         verdict, said = "memory", "the memory was full"
     except (Exception, SystemExit) as error:
@@ -181,8 +193,6 @@ def _read(target: Target, folder: Path, alarm: float) -> tuple[str, Any, str]:
         place = own[-1] if own else place
         where = f"{Path(place.filename).name}:{place.lineno}"
         verdict, said = "traceback", f"{type(error).__name__} in {where}: {error}"
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
     return verdict, value, said
 
 

@@ -370,7 +370,7 @@ def _write_qwen(folder: Path) -> None:
 
     config = DecoderConfig(
         vocab_size=11, width=8, layers=2, heads=2, kv_heads=1, head_width=4, mlp_width=12,
-        qkv_bias=True,
+        mlp="swiglu", norm="rms", linear_bias=False,
     )  # fmt: skip
     model = materialize(lambda rngs: Decoder(config, rngs=rngs))
     save_pretrained(model, folder / "model")

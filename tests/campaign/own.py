@@ -1,4 +1,4 @@
-"""Targets in a run's own folder: nothing that changes what it says or learns may pass in silence."""
+"""Targets in a run's own folder: what changes what it says or learns must not pass in silence."""
 
 import functools
 import importlib
@@ -40,10 +40,8 @@ def _ask(folder: Path) -> str:
 
 def _finished(folder: Path) -> Any:
     from geode_jax.build import load_config
-    from geode_jax.errors import UserError
     from geode_jax.train import train_and_evaluate
 
-    del UserError
     config = load_config_of_template(folder)
     load_config(folder / "run")
     if not (folder / "run" / "summary.json").exists():

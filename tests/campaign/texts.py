@@ -44,18 +44,18 @@ def _read_prompts(folder: Path) -> list:
 
     found = []
     for _, record in json_lines(folder / "prompts.jsonl"):
+        if not isinstance(record, list) or len(record) != 3:
+            found.append("no record")
+            continue
+        kind, said, answer = record
         try:
-            kind, said, answer = record
             question, options = read_prompt(text_of(said, "question"))
             fields = question_fields(str(kind), question, text_of(answer, "answer"), options)
-            value = fields.get("value", 1.0)
-            assert isinstance(value, float) and abs(value) < float("inf"), fields
-            found.append(fields)
-        except (MisfitError, TypeError, ValueError) as error:
-            if isinstance(error, (TypeError, ValueError)) and isinstance(record, list):
-                if len(record) == 3 and not isinstance(error, MisfitError):
-                    raise
-            found.append(str(error))
+        except MisfitError as misfit:
+            fields = {"misfit": str(misfit)}
+        value = fields.get("value", 1.0)
+        assert isinstance(value, float) and abs(value) < float("inf"), fields
+        found.append(fields)
     return found
 
 
@@ -144,16 +144,13 @@ def _export() -> Path:
 
 def _build_to_shapes(config, workdir: Path) -> None:
     """What `build` does, without a number: the objective, the model's shapes, the optimizer."""
-    import jax
-
     from geode_jax import systems
     from geode_jax.build import make_pipelines, prepare_tokenizer
-    from geode_jax.errors import UserError
     from geode_jax.exports import Export
     from geode_jax.optimizer import OptimizerConfig, make_optimizer
-    from geode_jax.sharding import abstract_model, make_mesh
+    from geode_jax.sharding import make_mesh
+    from geode_jax.train_step import blueprint
 
-    del UserError
     if config.system != "hidden_cot":
         config.init_from = ""  # what is there plays no part here
     export = Export(config.data.export)
@@ -162,10 +159,7 @@ def _build_to_shapes(config, workdir: Path) -> None:
     steps = config.train.steps or config.train.epochs * pipelines["train"].steps_per_epoch
     objective = systems.make_objective(config, export, tokenizer, pipelines["train"])
     optimizer = OptimizerConfig(steps=steps, **config.optimizer.to_dict())
-    mesh = make_mesh()
-    with jax.set_mesh(mesh):
-        abstract_model(objective.build, mesh)
-    make_optimizer(optimizer, None) if False else None
+    blueprint(objective, functools.partial(make_optimizer, optimizer), make_mesh())
 
 
 def _read_changes(folder: Path) -> list:

@@ -15,7 +15,7 @@ boxes, a colour a category, along a camera path inside the room, as those of the
 
 import colorsys
 import dataclasses
-import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -35,6 +35,7 @@ from geode_jax.data.datasets.scene_export import (
 from geode_jax.data.rgbd_sequence import Dropped, pose_of_row
 from geode_jax.data.room_layout import RoomObject
 from geode_jax.errors import UserError
+from geode_jax.exports.files import read_json
 
 VERSION = 1
 """Of what an export holds; changes when this converter changes."""
@@ -124,9 +125,9 @@ def read_models(path: Path) -> dict[str, str]:
     Raises:
         UserError: it is there and damaged.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
-    models = _json(path)
+    models = read_json(path, nan=True)
     if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
         raise UserError(f"{path}: must be a list of models")
     return {
@@ -147,7 +148,7 @@ def read_house(path: Path, models: dict[str, str], dropped: Counter) -> dict[str
     Raises:
         UserError: the file cannot be read, or is no house.
     """
-    house = _json(path)
+    house = read_json(path, nan=True)
     try:
         furniture = {str(piece["uid"]): piece for piece in house["furniture"]}
         meshes = {str(mesh["uid"]): mesh for mesh in house["mesh"]}
@@ -179,9 +180,13 @@ def _read_room(house: str, children: list, furniture, meshes, models, dropped) -
         raise Dropped(f"less than {SMALLEST_ROOM} m wide")
     names, boxes = [], []
     for child in children:
-        piece = furniture.get(str(child.get("ref"))) if isinstance(child, dict) else None
+        ref = str(child.get("ref")) if isinstance(child, dict) else None
+        if ref in meshes:
+            continue
+        piece = furniture.get(ref)
         if piece is None:
-            continue  # a mesh, or what this house does not have
+            dropped["furniture: not in its house"] += 1
+            continue
         try:
             name, box = _category(piece, models), _box(child, piece, middle, size)
         except Dropped as reason:
@@ -275,13 +280,6 @@ def _noun(name) -> str:
     if not isinstance(name, str):
         return ""
     return " ".join(name.split("/")[0].lower().split())
-
-
-def _json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------- views

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from geode_jax.errors import UserError
+from geode_jax.exports.files import open_regular
 
 _TYPES = {
     **dict.fromkeys(("char", "int8"), "i1"),
@@ -27,15 +28,15 @@ def read_vertices(path: str | Path) -> np.ndarray:
             finite.
     """
     path = Path(path)
-    try:
-        with open(path, "rb") as file:
+    with open_regular(path) as file:
+        try:
             count, fields = _read_header(path, file)
             rest = path.stat().st_size - file.tell()
             if count * fields.itemsize > rest:
                 raise UserError(f"{path}: truncated: {count} vertices do not fit in {rest} bytes")
             vertices = np.fromfile(file, fields, count)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     places = np.stack([vertices[axis].astype(np.float64) for axis in "xyz"], axis=-1)
     if not np.isfinite(places).all():
         raise UserError(f"{path}: a vertex is not finite")

@@ -6,7 +6,8 @@ that a record names is ever opened as a path: it only tells which scene is meant
 """
 
 import dataclasses
-import json
+import glob
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from geode_jax.data.datasets import Report, Request
 from geode_jax.errors import UserError
-from geode_jax.exports import Export, ExportError, ExportWriter
+from geode_jax.exports import Export, ExportError, ExportWriter, files
 
 _FOLDERS = ("scannet", "scannetpp", "scannetppv2", "arkitscenes", "s3dis", "adt", "hypersim")
 _FOLDERS += ("procthor", "robotics", "ytb_roomtour", "matterport3d")
@@ -56,35 +57,15 @@ def _records_of(path: Path) -> Iterator[Any]:
     Raises:
         UserError: the file cannot be read, or is no list of records.
     """
-    try:
-        if path.suffix != ".jsonl":
-            records = read_json(path)
-            if not isinstance(records, list):
-                raise UserError(f"{path}: must be a list of records")
-            yield from records
-            return
-        with open(path, "rb") as lines:
-            for line in filter(bytes.strip, lines):
-                try:
-                    yield json.loads(line)
-                except (ValueError, RecursionError):
-                    yield MisfitError("is not JSON")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: it cannot be read or is not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+    if path.suffix != ".jsonl":
+        # NaN, which Python writes, may stand in a field that nobody reads.
+        records = files.read_json(path, nan=True)
+        if not isinstance(records, list):
+            raise UserError(f"{path}: must be a list of records")
+        yield from records
+        return
+    for _, record in files.json_lines(path, nan=True):
+        yield MisfitError("is not JSON") if isinstance(record, UserError) else record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +100,7 @@ class Layout:
                 raise UserError(f"--part: {self.source} has no part {part!r}, but {known}")
         found = []
         for part in request.parts or self.parts:
-            globbed = (sorted(request.root.glob(pattern)) for pattern in self.parts[part])
-            paths = next(filter(None, globbed), [])
+            paths = next(filter(None, (_named(request.root, p) for p in self.parts[part])), [])
             if request.parts and not paths:
                 raise UserError(f"{request.root}: no {' or '.join(self.parts[part])}")
             found += [(part, path) for path in paths]
@@ -128,6 +108,14 @@ class Layout:
             patterns = (pattern for of_part in self.parts.values() for pattern in of_part)
             raise UserError(f"{request.root}: no file of {self.source}: {', '.join(patterns)}")
         return found
+
+
+def _named(root: Path, pattern: str) -> list[Path]:
+    """What has such a name below a folder, dangling links and folders too: reading says it."""
+    names = sorted(glob.glob(f"{glob.escape(os.fspath(root))}/{pattern}"))
+    if not names and not glob.has_magic(pattern) and os.path.lexists(root / pattern):
+        names = [root / pattern]
+    return [Path(name) for name in names]
 
 
 # --- Scenes ---------------------------------------------------------------------------------------
@@ -236,7 +224,7 @@ def make_questions(layout: Layout, request: Request) -> Report:
     """
     if request.scenes is None:
         raise UserError(f"--scenes: {layout.source} asks about scenes: name an export of them")
-    files = layout.files(request)
+    found = layout.files(request)
     export = Export(request.scenes)
     scenes = Scenes(export, request.exclude)
     report = Report()
@@ -253,7 +241,7 @@ def make_questions(layout: Layout, request: Request) -> Report:
                 report.kept["old questions"] += 1
             else:
                 report.dropped["old question: its scene is excluded from training"] += 1
-        for part, path in files:
+        for part, path in found:
             _add_file(layout, part, path, request.root, scenes, writer, report)
         if not report.kept["questions"]:
             raise UserError(

@@ -18,7 +18,7 @@ colour, as for RGB-D folders (`sources`): the tokens contain depth. Pictures are
 """
 
 import dataclasses
-import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -41,6 +41,7 @@ from geode_jax.data.rooms import GRID, MIN_RAYS, PIXELS
 from geode_jax.data.sources import Frame, frame_arrays, read_frame
 from geode_jax.errors import UserError
 from geode_jax.exports import SPLITS
+from geode_jax.exports.files import read_json_object, read_text
 
 VERSION = 1
 """Of what an export holds; changes when this converter changes."""
@@ -198,7 +199,7 @@ def open_frames(folder: Path) -> RgbdSequence:
         UserError: neither is there, or what is there cannot be read.
     """
     sens = folder / f"{folder.name}.sens"
-    return open_sens(sens) if sens.is_file() else open_folder(folder)
+    return open_sens(sens) if os.path.lexists(sens) else open_folder(folder)
 
 
 def read_alignment(folder: Path) -> np.ndarray | None:
@@ -208,12 +209,9 @@ def read_alignment(folder: Path) -> np.ndarray | None:
         UserError: `<id>.txt` has an axisAlignment that is none.
     """
     path = folder / f"{folder.name}.txt"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except (OSError, ValueError):
-        raise UserError(f"{path}: cannot be read as text") from None
+    text = read_text(path)
     found = re.search(r"^\s*axisAlignment\s*=(.*)$", text, re.MULTILINE)
     if not found:
         return None
@@ -254,9 +252,9 @@ def _chosen_frames(
 def _groups(folder: Path) -> list[tuple[str, list]]:
     """(label, segments) of a scan's instances; empty where it has no aggregation."""
     path = folder / f"{folder.name}.aggregation.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return []
-    groups = _json(path).get("segGroups")
+    groups = read_json_object(path, nan=True).get("segGroups")
     if not isinstance(groups, list):
         raise UserError(f"{path}: no segGroups")
     found = []
@@ -288,7 +286,8 @@ def read_labels(folder: Path, world: np.ndarray) -> Labels | None:
     vertices = read_vertices(folder / f"{folder.name}_vh_clean_2.ply")
     vertices = vertices @ world[:3, :3].T + world[:3, 3]
     path = folder / f"{folder.name}_vh_clean_2.0.010000.segs.json"
-    segments = _whole_numbers(path, "segIndices", _json(path).get("segIndices"))
+    segments = read_json_object(path, nan=True).get("segIndices")
+    segments = _whole_numbers(path, "segIndices", segments)
     if len(segments) != len(vertices):
         rule = f"{len(segments)} segIndices for {len(vertices)} vertices of the mesh"
         raise UserError(f"{path}: {rule}")
@@ -308,18 +307,6 @@ def read_labels(folder: Path, world: np.ndarray) -> Labels | None:
         names.append(label)
         boxes.append([*(points.min(0) + size / 2), *size, 0.0])
     return Labels(vertices, instance, tuple(names), np.array(boxes).reshape(-1, 7), tuple(lost))
-
-
-def _json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must be a JSON object")
-    return value
 
 
 def _whole_numbers(path: Path, what: str, values) -> np.ndarray:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from geode_jax.data.rgbd_sequence import Dropped, camera, rigid, to_metres
 from geode_jax.errors import UserError
+from geode_jax.exports.files import open_regular
 
 VERSION = 4
 COLOR = {-1: "unknown", 0: "raw", 1: "png", 2: "jpeg"}
@@ -130,11 +131,11 @@ def open_sens(path: str | Path) -> SensFile:
             version, is compressed in a way that is not read, or has no possible camera.
     """
     path = Path(path)
-    try:
-        with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
+        try:
             return _read_headers(path, file, path.stat().st_size)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _read_headers(path: Path, file, end: int) -> SensFile:
