@@ -18,6 +18,7 @@ A row is a question of the dataset, with the answer of a model:
 
 import dataclasses
 import hashlib
+import json
 import math
 import reprlib
 from collections import defaultdict
@@ -39,7 +40,6 @@ from geode_jax.evaluate.spatial_metrics import (
     number_accuracy,
 )
 from geode_jax.exports import prompts
-from geode_jax.exports.files import json_lines, read_bytes
 
 QUESTION_TYPES = (*NUMERIC_KINDS, *CHOICE_KINDS)
 CHOICE_TASKS = tuple(task for task in VSI_TASKS if task not in NUMERIC_KINDS)
@@ -156,13 +156,6 @@ class RowFile:
         return {"file": str(self.path), "sha256": self.sha256}
 
 
-_COLUMNS = ("id", "question_type", "ground_truth", "options", "prediction")
-_COLUMNS += ("kind", "answer", "answers")
-MOST_BYTES = 1 << 28
-"""Of a parquet file's rows in memory; VSI-Bench's are two million."""
-_BATCH = 16
-
-
 def read_rows(path: Path, *checks: Callable[[dict, str], None]) -> RowFile:
     """Reads JSON lines, or parquet where the name ends so.
 
@@ -173,7 +166,7 @@ def read_rows(path: Path, *checks: Callable[[dict, str], None]) -> RowFile:
     Raises:
       UserError: `FILE:LINE: field: rule` (parquet: `FILE: row N`, from 0), or there is no row.
     """
-    data = read_bytes(path)
+    data = path.read_bytes()
     rows = {}
     for where, row in _parsed(path, data):
         if not isinstance(row, dict):
@@ -193,36 +186,47 @@ def read_rows(path: Path, *checks: Callable[[dict, str], None]) -> RowFile:
 def _parsed(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:
     """Where each row stands, and the row."""
     if path.suffix == ".parquet":
-        yield from ((f"{path}: row {i}", row) for i, row in enumerate(_parquet(path, data)))
+        import pyarrow.parquet  # takes a while, and most files are JSON lines
+
+        try:
+            rows = [row for batch in _batches(path, data) for row in batch.to_pylist()]
+        except (pyarrow.ArrowException, OSError, OverflowError) as error:
+            raise UserError(f"{path}: not parquet: {error}") from None
+        yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows))
         return
-    for number, row in json_lines(path, nan=True):
-        if isinstance(row, UserError):
-            raise row
-        yield f"{path}:{number}", row
+    for number, line in enumerate(data.splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}:{number}: not JSON: {error}") from None
+            yield f"{path}:{number}", row
 
 
-def _parquet(path: Path, data: bytes) -> Iterator[dict]:
-    """The rows of a parquet file, without the columns that nobody reads here.
+_COLUMNS = ("id", "question_type", "ground_truth", "options", "prediction")
+_COLUMNS += ("kind", "answer", "answers")
+"""Columns that anybody reads here."""
+MOST_BYTES = 1 << 28
+"""Of a parquet file's rows in memory; those of VSI-Bench take two million."""
+
+
+def _batches(path: Path, data: bytes) -> Iterator[Any]:
+    """The record batches of a parquet file, without the columns that nobody reads.
 
     Raises:
-      UserError: it is damaged, or unpacks to more than `MOST_BYTES`.
+      UserError: they unpack to more than `MOST_BYTES`.
     """
-    import pyarrow.parquet  # takes a while, and most files are JSON lines
+    import pyarrow.parquet
 
-    try:
-        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
-        columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
-        total = 0
-        # By few rows: a page of some bytes may stand for any number of copies of a long text.
-        for batch in file.iter_batches(batch_size=_BATCH, columns=columns, use_threads=False):
-            total += batch.nbytes
-            if total > MOST_BYTES:
-                raise UserError(f"{path}: unpacks to more than {MOST_BYTES:,} bytes")
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not parquet: {error}") from None
+    file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
+    columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
+    total = 0
+    # Few rows at a time: a page of some bytes may stand for any number of copies of a long text.
+    for batch in file.iter_batches(batch_size=16, columns=columns, use_threads=False):
+        total += batch.nbytes
+        if total > MOST_BYTES:
+            raise UserError(f"{path}: unpacks to more than {MOST_BYTES:,} bytes")
+        yield batch
 
 
 def _require(good: bool, row: dict, field: str, rule: str, where: str) -> None:
@@ -278,7 +282,7 @@ def _kept(questions: RowFile, ids: Path) -> RowFile:
         raise UserError(
             f"{ids}: the dataset's list of what VSI-Bench-Debiased removes; give the ids that stay"
         )
-    data = read_bytes(ids)
+    data = ids.read_bytes()
     rows = {}
     for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
         key = line.strip()

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from geode_jax import ranges
+from geode_jax.errors import UserError
 from geode_jax.models.layers import (
     LayerNorm,
     Projection,
@@ -76,6 +78,27 @@ class DecoderConfig:
     cross_layers: tuple[int, ...] = ()
     remat: str = "none"
     dtype: str = "float32"
+
+    def __post_init__(self):
+        ranges.check(
+            self,
+            {
+                "width layers heads kv_heads head_width": ranges.whole(1),
+                "vocab_size mlp_width": ranges.whole(0),  # 0: of attention alone, as in `drm`
+                "mlp": ranges.one_of(("gelu", "swiglu")),
+                "norm": ranges.one_of(("layer", "rms")),
+                "rope_theta norm_eps": ranges.real(0, above=True),
+                "remat": ranges.one_of(REMAT),
+                "dtype": ranges.DTYPES,
+            },
+        )
+        ranges.check_divides(self, "kv_heads", of="heads")
+        if self.head_width % 2:
+            rule = "odd, and rotary positions turn pairs of channels"
+            raise UserError(f"DecoderConfig: head_width: {self.head_width} is {rule}")
+        if not all(0 <= layer < self.layers for layer in self.cross_layers):
+            rule = f"layers below {self.layers}"
+            raise UserError(f"DecoderConfig: cross_layers: {self.cross_layers} are not {rule}")
 
     def make_norm(self) -> nnx.Module:
         """The norm of this config over the width."""

@@ -4,13 +4,16 @@ import functools
 import importlib
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests.campaign.damage import Damage
-from tests.campaign.machine import Target, command
+from tests.campaign.machine import REPOSITORY, Target, command
 from tests.campaign.outside import bits, tokenizer_content
 
 STEPS, STOP = 9, 6
@@ -128,8 +131,11 @@ def _toy():
 
 
 def _write_toy(folder: Path) -> None:
-    _toy().main(folder / "run", STOP)
-    (folder / "run" / "weights.npy").unlink()
+    """Killed when it takes the batch behind the checkpoint of step STOP."""
+    arguments = [folder / "run", STEPS, f"before:shard_batch:{STOP + 2}"]
+    command = [sys.executable, "-m", "tests.toy_run", *map(str, arguments)]
+    code = subprocess.run(command, cwd=REPOSITORY, check=False).returncode
+    assert code == -signal.SIGKILL, code
     shutil.rmtree(folder / "run" / "events", ignore_errors=True)
 
 

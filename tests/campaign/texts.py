@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,11 @@ def _read_prompts(folder: Path) -> list:
 # --- Small languages ------------------------------------------------------------------------------
 
 
+def _text(path: Path) -> str:
+    """The text of what may be any file; of what is none, its kind."""
+    return path.read_bytes().decode(errors="replace") if path.is_file() else "none"
+
+
 def _write_words(folder: Path) -> None:
     (folder / "mixture.txt").write_text("scanqa=2,own=0.5,vsi590k=1")
 
@@ -69,7 +75,7 @@ def _write_words(folder: Path) -> None:
 def _read_mixture(folder: Path) -> dict:
     from geode_jax.data.mixture import parse_mixture
 
-    weights = parse_mixture((folder / "mixture.txt").read_bytes().decode(errors="replace"))
+    weights = parse_mixture(_text(folder / "mixture.txt"))
     assert all(0 <= weight < float("inf") for weight in weights.values()), weights
     return weights
 
@@ -81,7 +87,7 @@ def _write_topology(folder: Path) -> None:
 def _read_topology(folder: Path) -> Any:
     from geode_jax.plan.topology import parse_topology
 
-    found = parse_topology((folder / "topology.txt").read_bytes().decode(errors="replace"))
+    found = parse_topology(_text(folder / "topology.txt"))
     return [found.chip.name, found.shape, found.size]
 
 
@@ -99,15 +105,18 @@ def _fields(name: str) -> list[str]:
     return [field.replace("/", ".") for field in _flat(config.to_dict())]
 
 
+_INTACT = bytes(range(64))
+
+
 def _write_draw(folder: Path) -> None:
-    (folder / "draw.txt").write_bytes(random.Random(0).randbytes(64))
+    (folder / "draw.txt").write_bytes(_INTACT)
 
 
-def _drawn(folder: Path) -> random.Random:
-    """Draws by the damaged file: every damage is another configuration."""
+def _drawn(folder: Path) -> random.Random | None:
+    """Draws by the damaged file: every damage is another configuration, None that of no damage."""
     path = folder / "draw.txt"
-    data = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
-    return random.Random(zlib.crc32(data))
+    data = path.read_bytes() if path.is_file() else b""
+    return random.Random(zlib.crc32(data)) if data != _INTACT else None
 
 
 def _read_flags(folder: Path) -> list:
@@ -115,10 +124,13 @@ def _read_flags(folder: Path) -> list:
     from geode_jax import main
 
     draw = _drawn(folder)
-    name, count = draw.choice(CONFIGS), draw.choice((1, 1, 2))
-    changed = [f"--config.{draw.choice(_fields(name))}={draw.choice(WILD)}" for _ in range(count)]
-    argument = draw.choice(("", "", "", ":thinking=2", ":drm=off", ":" + draw.choice(WILD)))
-    main._parse(["main", f"--config=configs/{name}.py{argument}", *changed])
+    name, argument, changed = "hidden_cot", "", []
+    if draw:
+        name, count = draw.choice(CONFIGS), draw.choice((1, 1, 2))
+        fields = [(draw.choice(_fields(name)), draw.choice(WILD)) for _ in range(count)]
+        changed = [f"--config.{field}={value}" for field, value in fields]
+        argument = draw.choice(("", "", "", ":thinking=2", ":drm=off", f":{draw.choice(WILD)}"))
+    _parse([f"--config=configs/{name}.py{argument}", *changed])
     config = main._CONFIG.value
     from geode_jax.build import check_config
 
@@ -126,6 +138,16 @@ def _read_flags(folder: Path) -> list:
     config.data.export = str(_export())
     _build_to_shapes(config, folder / "run")
     return changed
+
+
+def _parse(arguments: list[str]) -> None:
+    from geode_jax import main
+
+    # As in a new process: ml_collections defines a flag for every override that it finds there.
+    for name in [name for name in main.flags.FLAGS if name.startswith("config.")]:
+        delattr(main.flags.FLAGS, name)
+    sys.argv = ["main", *arguments]
+    main._parse(sys.argv)
 
 
 @functools.cache
@@ -168,9 +190,11 @@ def _read_changes(folder: Path) -> list:
     from geode_jax.plan.command import read_config
 
     draw = _drawn(folder)
-    name = draw.choice(CONFIGS)
-    field = draw.choice((*_fields(name), "nothing", "", "model", "model.", "train.steps.x"))
-    changes = [f"{field}{draw.choice(('=', '=', '', '=='))}{draw.choice(WILD)}"]
+    name, changes = "hidden_cot", []
+    if draw:
+        name = draw.choice(CONFIGS)
+        field = draw.choice((*_fields(name), "nothing", "", "model", "model.", "train.steps.x"))
+        changes = [f"{field}{draw.choice(('=', '=', '', '=='))}{draw.choice(WILD)}"]
     check_config(read_config(f"configs/{name}.py", changes))
     return changes
 
@@ -216,16 +240,16 @@ def _read_program(folder: Path) -> list:
 
     draw = _drawn(folder)
     program = folder / "program.py"
-    if draw.random() < 0.5:
+    if draw and draw.random() < 0.5 and not program.is_dir():
         program.unlink(missing_ok=True)
         program.write_text(_PROGRAMS[draw.choice(list(_PROGRAMS))])
-    if draw.random() < 0.3:
+    if draw and draw.random() < 0.3:
         try:
             command(["plan", "--config", program, "--topology", "v5p:0x0"])
         except Refused:
             raise
         return []
-    main._parse(["main", f"--config={program}"])
+    _parse([f"--config={program}"])
     check_config(main._CONFIG.value)
     return [main._CONFIG.value.train.steps]
 

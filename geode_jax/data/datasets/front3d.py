@@ -15,6 +15,7 @@ boxes, a colour a category, along a camera path inside the room, as those of the
 
 import colorsys
 import dataclasses
+import json
 import os
 import re
 import zlib
@@ -35,7 +36,6 @@ from geode_jax.data.datasets.scene_export import (
 from geode_jax.data.rgbd_sequence import Dropped, pose_of_row
 from geode_jax.data.room_layout import RoomObject
 from geode_jax.errors import UserError
-from geode_jax.exports.files import read_json
 
 VERSION = 1
 """Of what an export holds; changes when this converter changes."""
@@ -127,7 +127,7 @@ def read_models(path: Path) -> dict[str, str]:
     """
     if not os.path.lexists(path):
         return {}
-    models = read_json(path, nan=True)
+    models = _json(path)
     if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
         raise UserError(f"{path}: must be a list of models")
     return {
@@ -148,7 +148,7 @@ def read_house(path: Path, models: dict[str, str], dropped: Counter) -> dict[str
     Raises:
         UserError: the file cannot be read, or is no house.
     """
-    house = read_json(path, nan=True)
+    house = _json(path)
     try:
         furniture = {str(piece["uid"]): piece for piece in house["furniture"]}
         meshes = {str(mesh["uid"]): mesh for mesh in house["mesh"]}
@@ -280,6 +280,13 @@ def _noun(name) -> str:
     if not isinstance(name, str):
         return ""
     return " ".join(name.split("/")[0].lower().split())
+
+
+def _json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------- views

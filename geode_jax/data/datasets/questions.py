@@ -6,7 +6,7 @@ that a record names is ever opened as a path: it only tells which scene is meant
 """
 
 import dataclasses
-import glob
+import json
 import os
 import re
 from collections import Counter
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from geode_jax.data.datasets import Report, Request
 from geode_jax.errors import UserError
-from geode_jax.exports import Export, ExportError, ExportWriter, files
+from geode_jax.exports import Export, ExportError, ExportWriter
 
 _FOLDERS = ("scannet", "scannetpp", "scannetppv2", "arkitscenes", "s3dis", "adt", "hypersim")
 _FOLDERS += ("procthor", "robotics", "ytb_roomtour", "matterport3d")
@@ -57,15 +57,35 @@ def _records_of(path: Path) -> Iterator[Any]:
     Raises:
         UserError: the file cannot be read, or is no list of records.
     """
-    if path.suffix != ".jsonl":
-        # NaN, which Python writes, may stand in a field that nobody reads.
-        records = files.read_json(path, nan=True)
-        if not isinstance(records, list):
-            raise UserError(f"{path}: must be a list of records")
-        yield from records
-        return
-    for _, record in files.json_lines(path, nan=True):
-        yield MisfitError("is not JSON") if isinstance(record, UserError) else record
+    try:
+        if path.suffix != ".jsonl":
+            records = read_json(path)
+            if not isinstance(records, list):
+                raise UserError(f"{path}: must be a list of records")
+            yield from records
+            return
+        with open(path, "rb") as lines:
+            for line in filter(bytes.strip, lines):
+                try:
+                    yield json.loads(line)
+                except (ValueError, RecursionError):
+                    yield MisfitError("is not JSON")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: it cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +120,8 @@ class Layout:
                 raise UserError(f"--part: {self.source} has no part {part!r}, but {known}")
         found = []
         for part in request.parts or self.parts:
-            paths = next(filter(None, (_named(request.root, p) for p in self.parts[part])), [])
+            globbed = (_named(request.root, pattern) for pattern in self.parts[part])
+            paths = next(filter(None, globbed), [])
             if request.parts and not paths:
                 raise UserError(f"{request.root}: no {' or '.join(self.parts[part])}")
             found += [(part, path) for path in paths]
@@ -111,11 +132,10 @@ class Layout:
 
 
 def _named(root: Path, pattern: str) -> list[Path]:
-    """What has such a name below a folder, dangling links and folders too: reading says it."""
-    names = sorted(glob.glob(f"{glob.escape(os.fspath(root))}/{pattern}"))
-    if not names and not glob.has_magic(pattern) and os.path.lexists(root / pattern):
-        names = [root / pattern]
-    return [Path(name) for name in names]
+    """What has such a name below a folder; what is no file too, of which reading says so."""
+    found = sorted(root.glob(pattern))
+    # glob passes over a dangling link where the pattern is a plain name.
+    return found or ([root / pattern] if os.path.lexists(root / pattern) else [])
 
 
 # --- Scenes ---------------------------------------------------------------------------------------
@@ -224,7 +244,7 @@ def make_questions(layout: Layout, request: Request) -> Report:
     """
     if request.scenes is None:
         raise UserError(f"--scenes: {layout.source} asks about scenes: name an export of them")
-    found = layout.files(request)
+    files = layout.files(request)
     export = Export(request.scenes)
     scenes = Scenes(export, request.exclude)
     report = Report()
@@ -241,7 +261,7 @@ def make_questions(layout: Layout, request: Request) -> Report:
                 report.kept["old questions"] += 1
             else:
                 report.dropped["old question: its scene is excluded from training"] += 1
-        for part, path in found:
+        for part, path in files:
             _add_file(layout, part, path, request.root, scenes, writer, report)
         if not report.kept["questions"]:
             raise UserError(

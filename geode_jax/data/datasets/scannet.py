@@ -18,6 +18,7 @@ colour, as for RGB-D folders (`sources`): the tokens contain depth. Pictures are
 """
 
 import dataclasses
+import json
 import os
 import re
 from collections import Counter
@@ -41,7 +42,6 @@ from geode_jax.data.rooms import GRID, MIN_RAYS, PIXELS
 from geode_jax.data.sources import Frame, frame_arrays, read_frame
 from geode_jax.errors import UserError
 from geode_jax.exports import SPLITS
-from geode_jax.exports.files import read_json_object, read_text
 
 VERSION = 1
 """Of what an export holds; changes when this converter changes."""
@@ -209,9 +209,12 @@ def read_alignment(folder: Path) -> np.ndarray | None:
         UserError: `<id>.txt` has an axisAlignment that is none.
     """
     path = folder / f"{folder.name}.txt"
-    if not os.path.lexists(path):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
         return None
-    text = read_text(path)
+    except (OSError, ValueError):
+        raise UserError(f"{path}: cannot be read as text") from None
     found = re.search(r"^\s*axisAlignment\s*=(.*)$", text, re.MULTILINE)
     if not found:
         return None
@@ -254,7 +257,7 @@ def _groups(folder: Path) -> list[tuple[str, list]]:
     path = folder / f"{folder.name}.aggregation.json"
     if not os.path.lexists(path):
         return []
-    groups = read_json_object(path, nan=True).get("segGroups")
+    groups = _json(path).get("segGroups")
     if not isinstance(groups, list):
         raise UserError(f"{path}: no segGroups")
     found = []
@@ -286,8 +289,7 @@ def read_labels(folder: Path, world: np.ndarray) -> Labels | None:
     vertices = read_vertices(folder / f"{folder.name}_vh_clean_2.ply")
     vertices = vertices @ world[:3, :3].T + world[:3, 3]
     path = folder / f"{folder.name}_vh_clean_2.0.010000.segs.json"
-    segments = read_json_object(path, nan=True).get("segIndices")
-    segments = _whole_numbers(path, "segIndices", segments)
+    segments = _whole_numbers(path, "segIndices", _json(path).get("segIndices"))
     if len(segments) != len(vertices):
         rule = f"{len(segments)} segIndices for {len(vertices)} vertices of the mesh"
         raise UserError(f"{path}: {rule}")
@@ -307,6 +309,18 @@ def read_labels(folder: Path, world: np.ndarray) -> Labels | None:
         names.append(label)
         boxes.append([*(points.min(0) + size / 2), *size, 0.0])
     return Labels(vertices, instance, tuple(names), np.array(boxes).reshape(-1, 7), tuple(lost))
+
+
+def _json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must be a JSON object")
+    return value
 
 
 def _whole_numbers(path: Path, what: str, values) -> np.ndarray:

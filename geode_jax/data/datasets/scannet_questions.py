@@ -18,9 +18,9 @@ from geode_jax.data.datasets.questions import (
     MisfitError,
     UnansweredError,
     make_questions,
+    read_json,
 )
 from geode_jax.errors import UserError
-from geode_jax.exports import files
 
 _SITUATED = ("what", "is", "how", "can", "which")
 """SQA3D reports accuracy by how the question begins ("What's" too); all others are "other"."""
@@ -99,7 +99,7 @@ def _sqa3d_records(path: Path) -> Iterator[Any]:
 
 
 def _list_of(path: Path, key: str) -> list:
-    content = files.read_json(path, nan=True)
+    content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
         raise UserError(f"{path}: not in the layout of sqa3d: it has no list {key!r}")
     return content[key]
