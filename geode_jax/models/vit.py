@@ -126,11 +126,6 @@ class InternViT(nnx.Module):
 
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
         c = self.config = config
-        if c.image_size % c.patch_size or c.width % c.heads:
-            raise ValueError(
-                f"vit: patch_size {c.patch_size} does not divide image_size {c.image_size}, "
-                f"or heads {c.heads} not width {c.width}"
-            )
         p = c.patch_size
         self.patches = Projection(
             (p, p, 3), (c.width,), (None, None, None, "embed"), bias=True, rngs=rngs
