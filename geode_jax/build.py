@@ -118,12 +118,20 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     Raises:
         UserError: the first field that breaks its rule. The data pipeline checks its own fields.
     """
+    if config.get("system") not in systems.SYSTEMS:
+        known = ", ".join(systems.SYSTEMS)
+        raise UserError(f"config: system: {config.get('system')!r} is not one of {known}")
     for names, holds, rule in systems.rules(config.system):
         for name in names.split():
-            value = functools.reduce(lambda part, key: part[key], name.split("."), config)
+            try:
+                value = functools.reduce(lambda part, key: part[key], name.split("."), config)
+            except (KeyError, TypeError):
+                raise UserError(f"config: {name}: missing") from None
             try:
                 good = holds(value, config)
-            except TypeError:  # a text among the numbers of a tuple
+            except UserError:
+                raise
+            except (TypeError, ValueError, AttributeError, ArithmeticError):  # of another type
                 good = False
             if not good:
                 raise UserError(

@@ -1,5 +1,6 @@
 """Train a system: python -m geode_jax.main --config=configs/hidden_cot.py [--workdir=DIR]."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def run() -> None:
 def _parse(argv: list[str]) -> list[str]:
     """absl's parsing; whatever goes wrong with a flag or in the configuration is one line."""
     try:
+        _check_file(argv)
         rest = flags.FLAGS(argv)
         # A file that is not there is an error only where the configuration is looked at.
         _ = _CONFIG.value.system
@@ -73,6 +75,16 @@ def _parse(argv: list[str]) -> list[str]:
         raise UserError(f"config: no such field: {reason}") from error
     except (Exception, SystemExit) as error:  # a configuration is a program
         raise UserError(f"config: {type(error).__name__}: {error}") from error
+
+
+def _check_file(argv: list[str]) -> None:
+    """Raises a UserError where the configuration is no file: a device would be read without end."""
+    for argument, after in itertools.pairwise([*argv, ""]):
+        name, equals, value = argument.partition("=")
+        if name.lstrip("-") == "config" and name.startswith("-"):
+            path = (value if equals else after).partition(":")[0]
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise UserError(f"--config: {path}: not a regular file")
 
 
 def _of_config(error: BaseException) -> UserError:

@@ -55,6 +55,7 @@ def config(tmp_path) -> Path:
     [
         ([], "--config"),
         (["--config=nowhere.py"], "nowhere.py"),
+        (["--config=/dev/zero:full"], "/dev/zero: not a regular file"),
         (["--config=nowhere.py", "--config.train.steps=1"], "nowhere.py"),
         (["--config={config}:broken"], "KeyError: 'field'"),
         (["--config={config}:bad"], "last line"),

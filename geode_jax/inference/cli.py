@@ -275,7 +275,7 @@ def _vsi_of_predictions(arguments: argparse.Namespace) -> tuple[dict, Path]:
 
 
 def _refuse_input(out: Path, inputs: list[Path]) -> None:
-    if out.resolve() in [path.resolve() for path in inputs]:
+    if os.path.realpath(out) in map(os.path.realpath, inputs):
         raise UserError(f"--out: {out} is one of the files to read")
 
 

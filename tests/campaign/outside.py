@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from tests.campaign.damage import Damage
-from tests.campaign.machine import Target, any_reader_sees, command
+from tests.campaign.machine import REPOSITORY, Target, any_reader_sees, command
 
 
 def bits(array: Any) -> str:
@@ -140,7 +141,7 @@ _SOURCES = ("scanqa", "sqa3d", "vsi590k", "vica322k", "vlm3r", "llava3d", "ssr-c
 
 def _write_excluded(folder: Path) -> None:
     _write_source("scanqa")(folder)
-    (folder / "excluded.txt").write_text("# of the evaluation\nscene000\n")
+    (folder / "excluded.txt").write_text("scene000\n# of the evaluation\n")
 
 
 def _read_excluded(folder: Path) -> dict[str, Any]:
@@ -253,6 +254,20 @@ def _rgbd_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
     return "a file is none, and no frame is dropped" if done.plain and not told else ""
 
 
+def _write_rows(folder: Path) -> None:
+    """The same with pose.txt and one intrinsic."""
+    from scipy.spatial.transform import Rotation
+
+    from tests.data.sources_test import camera_pose
+
+    _write_rgbd(folder)
+    shutil.rmtree(folder / "pose")
+    (folder / "intrinsic" / "intrinsic_color.txt").unlink()
+    poses = [camera_pose(n) for n in range(4)]
+    rows = [[*pose[:3, 3], *Rotation.from_matrix(pose[:3, :3]).as_quat()] for pose in poses]
+    np.savetxt(folder / "pose.txt", rows)
+
+
 def _write_front(folder: Path) -> None:
     from tests.data.datasets.front3d_test import write_front
 
@@ -288,6 +303,54 @@ def _front_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
     if pieces(after) < pieces(before) and not done.kind.startswith(("json", "line")):
         return "furniture is lost"
     return any_reader_sees(before, after, done, folder)
+
+
+# --- What exporters read --------------------------------------------------------------------------
+
+
+def _write_for_exporters(folder: Path) -> None:
+    from tests.data.datasets.scannet_test import ply_bytes
+
+    points = np.random.default_rng(0).normal(size=(8, 3))
+    (folder / "a.ply").write_bytes(ply_bytes(points))
+    header = "ply\nformat ascii 1.0\nelement vertex 2\nproperty float x\nproperty float y\n"
+    (folder / "b.ply").write_text(header + "property float z\nend_header\n1 2 3\n4 5 6\n")
+    np.savez(folder / "c.npz", points=points, colour=points)
+    _lines(folder / "records.jsonl", [{"id": "a", "scene_id": "x"}, {"id": "b"}])
+    (folder / "splits.txt").write_text("x val\ny test\n")
+
+
+def _read_as_exporters(folder: Path) -> list:
+    """Every reader by itself, since a scene that cannot be made costs itself alone."""
+    sys.path.insert(0, str(REPOSITORY / "third_party"))
+    import export_job
+    import export_scans
+
+    def tried(read, *arguments):
+        try:
+            return read(*arguments)
+        except ValueError as error:
+            if type(error).__name__ not in ("InputError", "UserError"):
+                raise
+            assert "\n" not in str(error) and len(str(error)) < 1000, error
+            return "refused"
+
+    scans = [tried(export_scans.read_scan, folder / name) for name in ("a.ply", "b.ply", "c.npz")]
+    return [
+        *(scan if scan == "refused" else bits(scan.points) for scan in scans),
+        tried(lambda: list(export_job.read_records(folder / "records.jsonl"))),
+        tried(export_job.splits_of, ["x", "y", "z"], "train", folder / "splits.txt"),
+    ]
+
+
+def _exporters_silent(before: list, after: list, done: Damage, folder: Path) -> str:
+    names = ("a.ply", "b.ply", "c.npz", "records.jsonl", "splits.txt")
+    told = any(value == "refused" for value in after)
+    unknown = [name for name in names if name not in done.path]
+    changed = [n for n, a, b in zip(names, before, after, strict=True) if a != b and n in unknown]
+    if changed:
+        return f"{changed} are read otherwise"
+    return "a file is none, and nothing is refused" if done.plain and not told else ""
 
 
 # --- Benchmarks -----------------------------------------------------------------------------------
@@ -441,6 +504,8 @@ TARGETS = {
     "sens": Target(_write_sens, _read_sens, 2, silent=any_reader_sees),
     "3d-front": Target(_write_front, _read_front, 2, silent=_front_silent),
     "rgbd": Target(_write_rgbd, _read_rgbd, 2, silent=_rgbd_silent),
+    "rgbd/rows": Target(_write_rows, _read_rgbd, 1, ("*.txt", "intrinsic/*"), any_reader_sees),
+    "exporters": Target(_write_for_exporters, _read_as_exporters, 2, silent=_exporters_silent),
     "evaluate/vsi": Target(_write_vsi, _read_vsi, 2, silent=_scores_silent),
     "evaluate/text": Target(_write_text_answers, _read_text_answers, 1, silent=_scores_silent),
     "pretrained/qwen2": Target(_write_qwen, _read_qwen, 2, silent=_pretrained_silent),
