@@ -189,7 +189,7 @@ def _parsed(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:
         import pyarrow.parquet  # takes a while, and most files are JSON lines
 
         try:
-            rows = [row for batch in _batches(path, data) for row in batch.to_pylist()]
+            rows = list(_unpacked(path, data))
         except (pyarrow.ArrowException, OSError, OverflowError) as error:
             raise UserError(f"{path}: not parquet: {error}") from None
         yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows))
@@ -206,27 +206,36 @@ def _parsed(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:
 _COLUMNS = ("id", "question_type", "ground_truth", "options", "prediction")
 _COLUMNS += ("kind", "answer", "answers")
 """Columns that anybody reads here."""
-MOST_BYTES = 1 << 28
-"""Of a parquet file's rows in memory; those of VSI-Bench take two million."""
+MOST_BYTES, MOST_VALUES = 1 << 28, 10_000_000
+"""Of a parquet file's rows in memory; VSI-Bench's take two million bytes."""
 
 
-def _batches(path: Path, data: bytes) -> Iterator[Any]:
-    """The record batches of a parquet file, without the columns that nobody reads.
+def _unpacked(path: Path, data: bytes) -> Iterator[dict]:
+    """The rows of a parquet file, without the columns that nobody reads.
 
     Raises:
-      UserError: they unpack to more than `MOST_BYTES`.
+      UserError: they are more than `MOST_BYTES` or `MOST_VALUES`.
     """
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
     columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
+    groups = [file.metadata.row_group(n) for n in range(file.metadata.num_row_groups)]
+    if sum(g.column(n).num_values for g in groups for n in range(g.num_columns)) > MOST_VALUES:
+        raise UserError(f"{path}: holds more than {MOST_VALUES:,} values")
     total = 0
     # Few rows at a time: a page of some bytes may stand for any number of copies of a long text.
     for batch in file.iter_batches(batch_size=16, columns=columns, use_threads=False):
-        total += batch.nbytes
+        for row in batch.to_pylist():
+            total += sum(map(_length, row.values()))
+            yield row
         if total > MOST_BYTES:
             raise UserError(f"{path}: unpacks to more than {MOST_BYTES:,} bytes")
-        yield batch
+
+
+def _length(value: Any) -> int:
+    """Bytes of a text or of a list of them, about."""
+    return sum(map(_length, value)) if isinstance(value, list) else len(str(value))
 
 
 def _require(good: bool, row: dict, field: str, rule: str, where: str) -> None:

@@ -394,6 +394,17 @@ def test_predictions_alone_ask_for_the_dataset(files):
         vsi_bench.evaluate(predictions)
 
 
+def test_a_parquet_file_that_unpacks_to_more_than_memory_is_refused(files, tmp_path):
+    """One long text, stored once and named by every row."""
+    path, text = tmp_path / "bomb.parquet", "x" * 1_000_000
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 2000), [text])
+    rows = {"id": pyarrow.array(range(2000)), "ground_truth": column}
+    pyarrow.parquet.write_table(pyarrow.table(rows), path, compression="zstd")
+    assert path.stat().st_size < 200_000
+    with pytest.raises(UserError, match="unpacks to more than 268,435,456 bytes"):
+        vsi_bench.read_rows(path)
+
+
 def test_a_bad_parquet_file_is_refused(files):
     dataset, predictions = files
     parquet = dataset.with_suffix(".parquet")
