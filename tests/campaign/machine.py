@@ -375,14 +375,20 @@ def run(
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
-    """Counts by target and verdict, for a terminal."""
+    """Counts by target and verdict, and the seconds of reading, for a terminal."""
     counts: dict[str, Counter] = {}
+    seconds: Counter = Counter()
     for one in outcomes:
         counts.setdefault(one.target, Counter())[one.verdict] += 1
+        for name in (one.target, "all"):
+            seconds[name] += one.seconds
     counts["all"] = sum(counts.values(), Counter())
     width = max(map(len, counts))
-    lines = [" " * width + "".join(f"{verdict:>11}" for verdict in ("inputs", *VERDICTS))]
+    lines = [
+        " " * width + "".join(f"{verdict:>11}" for verdict in ("inputs", *VERDICTS, "seconds"))
+    ]
     for name, found in counts.items():
         cells = (found.total(), *(found[verdict] for verdict in VERDICTS))
-        lines.append(name.ljust(width) + "".join(f"{cell:>11,}" for cell in cells))
+        cells = "".join(f"{cell:>11,}" for cell in cells)
+        lines.append(f"{name.ljust(width)}{cells}{seconds[name]:>11.1f}")
     return "\n".join(lines)
