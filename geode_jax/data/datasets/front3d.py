@@ -78,6 +78,8 @@ def prepare(request: Request) -> Report:
     """
     if request.parts:
         raise UserError("--part: 3D-FRONT has none")
+    if request.scenes:
+        raise UserError("--scenes: 3D-FRONT has scenes of its own")
     if request.patch_grid[0] != request.patch_grid[1]:
         raise UserError("--grid: the views are square, and so must the grid be")
     houses = request.root / "3D-FRONT"

@@ -83,6 +83,8 @@ def prepare(request: Request) -> Report:
     """
     if request.parts:
         raise UserError("--part: ScanNet has none")
+    if request.scenes:
+        raise UserError("--scenes: ScanNet has scenes of its own")
     scans = request.root / "scans"
     found = sorted(p.name for p in scans.glob("*") if p.is_dir())
     if not found:
