@@ -98,6 +98,23 @@ class Outcome:
         return f"{self.target}:{self.number}: {self.damage}"
 
 
+def shared(name: str, make: Callable[[Path], Any]) -> Path:
+    """A folder that is made once for all targets and workers of a campaign.
+
+    Args:
+        name: of it.
+        make: fills it.
+    """
+    folder = Path(tempfile.gettempdir()) / name
+    done = folder / ".done"
+    if not done.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        make(folder)
+        done.touch()
+    return folder
+
+
 # --- One input ------------------------------------------------------------------------------------
 
 
@@ -157,6 +174,15 @@ def _peak() -> int:
 def _reset_peak() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def _waits() -> bool:
+    """Whether a thread of this process waits for somebody who writes into a pipe."""
+    waiting = False
+    for task in Path("/proc/self/task").glob("*/wchan"):
+        with contextlib.suppress(OSError):  # it has ended
+            waiting |= task.read_text() == "wait_for_partner"
+    return waiting
 
 
 def _ring(*_):
@@ -262,6 +288,8 @@ class Campaign:
             verdict, said = ("silent", why) if why else (verdict, "another value")
         if verdict in GOOD and "Traceback (most recent call last)" in printed:
             verdict, said = "traceback", f"a thread's: {printed.strip().splitlines()[-1]}"
+        if verdict in GOOD and _waits():
+            verdict, said = "hang", "a thread waits on a pipe, and the process will not end"
         if verdict in GOOD and _peak() - peak > MEMORY:
             verdict, said = "memory", f"{(_peak() - peak) / 1e9:.1f} GB"
         return Outcome(name, number, verdict, damaged, " ".join(said.split())[:400], seconds)
@@ -284,6 +312,7 @@ def shares(targets: dict[str, Target], inputs: int) -> list[tuple[str, int]]:
 
 def work(targets: dict[str, Target], folder: Path, seed: int, alarm: float) -> None:
     """The worker: reads `[target, number]` a line from stdin and writes outcomes to stdout."""
+    tempfile.tempdir = str(folder)  # the parent removes it
     # A reader that fills the memory ends in a MemoryError, and the machine goes on.
     resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
     with os.fdopen(os.dup(1), "w") as answers, os.fdopen(os.dup(0)) as questions:
@@ -294,6 +323,8 @@ def work(targets: dict[str, Target], folder: Path, seed: int, alarm: float) -> N
             outcome = campaign.try_input(*json.loads(line))
             answers.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
             answers.flush()
+            if outcome.verdict in ("hang", "memory"):
+                os._exit(0)  # what is left of it would tell on the next
 
 
 class _Worker:
@@ -365,6 +396,9 @@ def run(
                 outcome = Outcome(name, number, verdict, "?", said, took)
                 if fresh and len(outcomes) and outcomes[-1].damage == "?":
                     raise RuntimeError(f"the worker does not start: {log[-500:]}")
+            elif outcome.verdict in ("hang", "memory"):
+                worker.end()
+                worker = None
             fresh = False
             if outcome.verdict not in GOOD:
                 say(outcome)

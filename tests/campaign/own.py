@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tests.campaign.damage import Damage
-from tests.campaign.machine import REPOSITORY, Target, command
+from tests.campaign.machine import REPOSITORY, Target, command, shared
 from tests.campaign.outside import bits, tokenizer_content
 
 STEPS, STOP = 9, 6
@@ -21,13 +21,11 @@ STEPS, STOP = 9, 6
 
 
 def _write_run(folder: Path) -> None:
+    """A finished run; its export stays where it was, since the run names it."""
     from tests.runs import make_tiny_run
 
-    make_tiny_run(folder.parent / "elsewhere")
-    shutil.move(folder.parent / "elsewhere" / "run", folder / "run")
-    # The export has to stay where it is, since the run names it.
-    export = json.loads((folder / "run" / "config.json").read_text())["data"]["export"]
-    assert Path(export).is_dir()
+    made = shared("tiny_run", lambda folder: make_tiny_run(folder))
+    shutil.copytree(made / "run", folder / "run")
 
 
 def _ask(folder: Path) -> str:
@@ -188,10 +186,6 @@ def _write_tokenizer(folder: Path) -> None:
     _tokenizer().save(folder)
 
 
-def _write_export_of_run(folder: Path) -> None:
-    _write_run(folder)
-
-
 def _export_run(folder: Path) -> Any:
     from safetensors.numpy import load_file
 
@@ -204,10 +198,10 @@ def _export_run(folder: Path) -> Any:
 
 TARGETS = {
     "run/ask": Target(
-        _write_run, _ask, 1.5, ("run/config.json", "run/tokenizer/*", "run/checkpoints/best/**/*")
+        _write_run, _ask, 0.7, ("run/config.json", "run/tokenizer/*", "run/checkpoints/best/**/*")
     ),
     "run/export": Target(
-        _write_export_of_run, _export_run, 0.5,
+        _write_run, _export_run, 0.3,
         ("run/config.json", "run/summary.json", "run/tokenizer/*", "run/checkpoints/best/**/*"),
     ),
     "run/finished": Target(_write_finished, _finished, 1.5, ("run/*",), _finished_silent),

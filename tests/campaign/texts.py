@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.campaign.damage import Damage
-from tests.campaign.machine import Refused, Target, command
+from tests.campaign.machine import Refused, Target, command, shared
 
 WILD = (
     "nan", "inf", "-inf", "1e999", "-1", "0", "1", "3", "0.5", "1e-300", "1e30", "9" * 5000,
@@ -150,18 +150,10 @@ def _parse(arguments: list[str]) -> None:
     main._parse(sys.argv)
 
 
-@functools.cache
 def _export() -> Path:
-    """One for all, of the process."""
-    import atexit
-    import shutil
-    import tempfile
-
     from tests.runs import tiny_rooms
 
-    folder = Path(tempfile.mkdtemp(prefix="campaign_rooms"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return tiny_rooms(folder / "rooms", images=32)
+    return shared("tiny_rooms", lambda folder: tiny_rooms(folder / "rooms", images=32)) / "rooms"
 
 
 def _build_to_shapes(config, workdir: Path) -> None:
