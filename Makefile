@@ -6,6 +6,7 @@
 ## make test-slow   the tests that take minutes
 ## make lint        ruff format and ruff check alone
 ## make docs        the documentation as a site in site/, without network
+## make campaign    damaged inputs for every reader, by the thousand; ARGS="--inputs 10000 --seed 1"
 ## make bench       measure against what else there is, half an hour; BENCHMARKS.md
 ##
 ## Each starts from nothing but Python 3.11 or newer (PYTHON=python3.12 picks one) and its pip.
@@ -20,7 +21,7 @@ TORCH_INDEX ?=
 SHELL := bash
 COMMA := ,
 .DEFAULT_GOAL := help
-.PHONY: help setup train geode table4 test test-slow lint docs bench
+.PHONY: help setup train geode table4 test test-slow campaign lint docs bench
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2] if sys.version_info >= (3, 11) else "")' 2>/dev/null)
 ifeq ($(VERSION),)
@@ -56,6 +57,9 @@ test: lint
 
 test-slow: $(VENV)/.installed-test
 	$(RUN) -m pytest -m slow --durations=10 -o faulthandler_timeout=3600 $(ARGS)
+
+campaign: $(VENV)/.installed-test
+	$(RUN) -m tests.campaign $(ARGS)
 
 bench: $(VENV)/.installed-test
 	$(RUN) -m benchmarks $(ARGS)

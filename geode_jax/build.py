@@ -125,6 +125,9 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     Raises:
         UserError: the first field that breaks its rule. The data pipeline checks its own fields.
     """
+    if config.get("system") not in systems.SYSTEMS:
+        known = ", ".join(systems.SYSTEMS)
+        raise UserError(f"config: system: {config.get('system')!r} is not one of {known}")
     _check_fields(config, missing_ok=False)
 
 
@@ -136,10 +139,12 @@ def _check_fields(config: ml_collections.ConfigDict, *, missing_ok: bool) -> Non
             except (KeyError, TypeError):
                 if missing_ok:  # a run of before the field existed
                     continue
-                raise
+                raise UserError(f"config: {name}: missing") from None
             try:
                 good = holds(value, config)
-            except (TypeError, ArithmeticError):  # a text among the numbers of a tuple; 7 % 0
+            except UserError:
+                raise
+            except (TypeError, ValueError, AttributeError, ArithmeticError):  # of another type
                 good = False
             if not good:
                 raise UserError(

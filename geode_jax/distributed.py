@@ -50,23 +50,22 @@ def initialize(
         process: number of this one.
 
     Raises:
-        UserError: some of the arguments are missing or contradict each other, or the others did
-            not come.
+        UserError: some of the three are missing or contradict each other, a variable of the
+            environment that `launch/README.md` names is damaged, or the others did not come.
     """
-    given = (address, processes, process)
+    _check_environment()
+    names, given = _FLAGS, (address, processes, process)
+    if all(x is None for x in given) and not _found_by_jax():
+        names, given = _VARIABLES, _from_environment()
     if any(x is not None for x in given):
-        if any(x is None for x in given):
-            raise UserError(
-                "--coordinator_address, --num_processes and --process_id belong together"
-            )
-        if not 0 <= process < processes:
-            raise UserError(f"--process_id {process}: not below --num_processes {processes}")
+        _check_together(names, given)
+        address, processes, process = given
         refuse_unknown_host(address)
         if process == 0:
             refuse_taken_port(address)
         else:
             wait_for_coordinator(address, START_SECONDS)
-    elif not _in_cluster():
+    elif not _found_by_jax():
         return
     try:
         jax.distributed.initialize(
@@ -84,17 +83,68 @@ def initialize(
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open to the end of the process
 
 
-def _in_cluster() -> bool:
-    """Whether the environment says that this process is one of several.
+_FLAGS = ("--coordinator_address", "--num_processes", "--process_id")
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def _from_environment() -> tuple[str | None, int | None, int | None]:
+    """What the three variables say; an empty one is none.
+
+    JAX itself reads the first alone.
+
+    Raises:
+        UserError: a number is none.
+    """
+    address, *counts = (os.environ.get(name) or None for name in _VARIABLES)
+    numbers: list[int | None] = []
+    for name, text in zip(_VARIABLES[1:], counts, strict=True):
+        if text is not None and not (text.isascii() and text.isdecimal() and len(text) < 10):
+            raise UserError(f"{name}={text}: not a whole number")
+        numbers.append(None if text is None else int(text))
+    return address, numbers[0], numbers[1]
+
+
+def _check_together(names: tuple[str, str, str], given: tuple) -> None:
+    """Raises a UserError where the three are not all there, or no process of several."""
+    (of_address, of_count, of_number), (address, count, number) = names, given
+    if any(x is None for x in given):
+        raise UserError(f"{of_address}, {of_count} and {of_number} belong together")
+    if not 0 <= number < count:
+        raise UserError(f"{of_number} {number}: not below {of_count} {count}")
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdecimal() and 0 < int(port[:9]) < 1 << 16):
+        raise UserError(f"{of_address} {address}: not HOST:PORT")
+
+
+def _check_environment() -> None:
+    """Raises a UserError for a variable of `launch/README.md` that JAX would take as it is."""
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    text = os.environ.get(name)
+    try:
+        good = text is None or 0 < float(text) <= 1
+    except ValueError:
+        good = False
+    if not good:
+        raise UserError(f"{name}={text}: not a share above 0 and at most 1")
+    name = "JAX_COMPILATION_CACHE_DIR"
+    folder = os.environ.get(name)
+    if folder and "://" not in folder and os.path.lexists(folder) and not os.path.isdir(folder):
+        raise UserError(f"{name}={folder}: not a folder")
+
+
+def _found_by_jax() -> bool:
+    """Whether this process is one of several that JAX finds by itself.
 
     JAX's own detection takes a batch script of SLURM, which stands for all tasks, for one of them.
     """
     counts = [os.environ.get(n) for n in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
     if any(count not in (None, "", "1") for count in counts):
         return True
+    others = (os.environ.get(name) for name in _VARIABLES[1:])
+    if os.environ.get(_VARIABLES[0]) and "KUBERNETES_SERVICE_HOST" in os.environ:
+        return not any(others)  # a job of Kubernetes, which tells the address alone
     # Even one host of a TPU may be one of several slices.
-    tpu = (GceTpuCluster, GkeTpuCluster)
-    return "JAX_COORDINATOR_ADDRESS" in os.environ or any(c.is_env_present() for c in tpu)
+    return any(cluster.is_env_present() for cluster in (GceTpuCluster, GkeTpuCluster))
 
 
 def is_main() -> bool:

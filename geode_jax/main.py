@@ -1,5 +1,6 @@
 """Train a system: python -m geode_jax.main --config=configs/hidden_cot.py [--workdir=DIR]."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -57,15 +58,18 @@ def _parse(argv: list[str]) -> list[str]:
         if os.path.exists(name) and not os.path.isfile(name):  # a pipe would wait
             raise UserError(f"config: {name}: not a regular file")
     try:
+        _check_file(argv)
         rest = flags.FLAGS(argv)
         # A file that is not there is an error only where the configuration is looked at.
         _ = _CONFIG.value.system
         return rest
-    except UserError:
-        raise
+    except UserError as error:
+        raise _of_config(error) from error
     except OSError as error:
         raise UserError(f"config: {_last_line(error)}") from error
     except flags.Error as error:
+        if "Error whilst parsing config file" in str(error):
+            raise _of_config(error) from error
         first = str(error).strip().splitlines()[0]
         last = _last_line(error)
         raise UserError(first if first == last else f"{first} {last}") from error
@@ -74,12 +78,31 @@ def _parse(argv: list[str]) -> list[str]:
             error = error.args[0]  # ml_collections wraps a KeyError that knows similar names
         reason = error.args[0] if error.args else error
         raise UserError(f"config: no such field: {reason}") from error
-    except Exception as error:  # a configuration is a program: it may raise anything
+    except (Exception, SystemExit) as error:  # a configuration is a program
         raise UserError(f"config: {type(error).__name__}: {error}") from error
 
 
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
+def _check_file(argv: list[str]) -> None:
+    """Raises a UserError where the configuration is no file: a device would be read without end."""
+    for argument, after in itertools.pairwise([*argv, ""]):
+        name, equals, value = argument.partition("=")
+        if name.lstrip("-") == "config" and name.startswith("-"):
+            path = (value if equals else after).partition(":")[0]
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise UserError(f"--config: {path}: not a regular file")
+
+
+def _of_config(error: BaseException) -> UserError:
+    """What a configuration raised: ml_collections and absl wrap it in a text with a traceback."""
+    while error.__context__ is not None:
+        error = error.__context__
+    if isinstance(error, UserError):
+        return error
+    return UserError(f"config: {type(error).__name__}: {_last_line(error)}")
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[-1].strip()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import jax
 import optax
 from flax import nnx
 
+from geode_jax import ranges
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -34,6 +36,20 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     b1: float = 0.9
     b2: float = 0.999
+
+    def __post_init__(self):
+        ranges.check(
+            self,
+            {
+                "name": ranges.one_of(("adamw", "muon")),
+                "learning_rate clip_norm": ranges.real(0, above=True),
+                "weight_decay": ranges.real(0),
+                "warmup_steps": ranges.whole(0),
+                "steps": ranges.whole(1),
+                "final_fraction": ranges.real(0, 1),
+                "b1 b2": ranges.real(0, 1 - 1e-9),
+            },
+        )
 
 
 MUON_RMS = 0.2

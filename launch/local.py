@@ -38,6 +38,8 @@ def main(arguments: list[str]) -> int:
         parser.error("no command behind --")
     if min(options.processes, options.devices) < 1:
         parser.error("--processes and --devices are at least 1")
+    if not 0 <= options.grace < float("inf"):
+        parser.error(f"--grace {options.grace} is no number of seconds")
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count="
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",

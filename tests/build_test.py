@@ -1,11 +1,13 @@
 """What a configuration asks for, before anything is trained."""
 
 import dataclasses
+import functools
 import importlib
 import math
 from types import SimpleNamespace
 
 import jax
+import ml_collections
 import pytest
 from flax import nnx
 
@@ -129,3 +131,58 @@ def test_what_geode_cannot_be_is_refused_by_name(stage, arg, shapes, changes, sa
     with pytest.raises(UserError, match=said) as caught:
         geode_objective(stage, arg, shapes, **changes)
     assert "\n" not in str(caught.value)
+
+
+# --- Every rule of a configuration ----------------------------------------------------------------
+
+BAD = (
+    -2, 0, 1, 3, 7, 0.5, 1.5, float("nan"), "", "nothing", "scanqa=-1", "images", "vggt/tokens",
+    (), (1, 2), (9, 9, -9), (3, 1), [99], ["nothing"], False,
+)  # fmt: skip
+"""Values of which at least one breaks any rule."""
+
+
+def changed(system: str, name: str, value) -> ml_collections.ConfigDict:
+    """The system's own configuration with one field changed, of whatever type."""
+    stage = "hidden_cot" if system == "hidden_cot" else system
+    config = importlib.import_module(f"configs.{stage}").get_config("").to_dict()
+    if system != "geode_pretrain" and "init_from" in config:
+        config["init_from"] = "run"
+    *parents, last = name.split(".")
+    functools.reduce(lambda part, key: part[key], parents, config)[last] = value
+    return ml_collections.ConfigDict(config)
+
+
+@pytest.mark.parametrize("system", systems.SYSTEMS)
+def test_every_rule_can_be_broken_and_is_then_named(system):
+    build.check_config(changed(system, "seed", 0))
+    unbroken = set()
+    for names, _, _ in systems.rules(system):
+        for name in names.split():
+            if not any(refusal(system, name, value) for value in BAD):
+                unbroken.add(name)
+    # They hang on other fields: `test_what_geode_cannot_be_is_refused_by_name`.
+    assert unbroken <= {"init_from", "model.drm.on", "data.questions_per_scene"}
+
+
+def refusal(system: str, name: str, value) -> bool:
+    """Whether a value of a field is refused by its name."""
+    try:
+        build.check_config(changed(system, name, value))
+    except UserError as error:
+        return str(error).startswith(f"config: {name}: ")
+    return False
+
+
+@pytest.mark.parametrize("name", ["data", "train.steps", "model.layers", "mesh"])
+def test_a_missing_field_is_named(name):
+    config = changed("hidden_cot", "seed", 0).to_dict()
+    *parents, last = name.split(".")
+    del functools.reduce(lambda part, key: part[key], parents, config)[last]
+    with pytest.raises(UserError, match=f"config: {name}.*: missing"):
+        build.check_config(ml_collections.ConfigDict(config))
+
+
+def test_an_unknown_system_is_refused():
+    with pytest.raises(UserError, match="config: system: 'student' is not one of hidden_cot"):
+        build.check_config(changed("hidden_cot", "system", "student"))

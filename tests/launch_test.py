@@ -103,6 +103,9 @@ def test_bars_are_shown_now_and_then():
     [
         ([], "no command behind --"),
         (["--processes", "0", "--", "true"], "at least 1"),
+        (["--devices", "0", "--", "true"], "at least 1"),
+        (["--grace", "nan", "--", "true"], "no number of seconds"),
+        (["--grace", "-1", "--", "true"], "no number of seconds"),
         (["--", "./no-such-program"], "No such file"),
     ],
 )

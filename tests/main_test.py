@@ -58,6 +58,7 @@ def config(tmp_path) -> Path:
         ([], "--config"),
         (["--config=nowhere.py"], "nowhere.py"),
         (["--config=/dev/zero"], "/dev/zero: not a regular file"),
+        (["--config=/dev/zero:full"], "/dev/zero: not a regular file"),
         ([os.fsdecode(b"--workdir=St\xfchle")], r"St\udcfchle: not UTF-8"),
         (["--config=nowhere.py", "--config.train.steps=1"], "nowhere.py"),
         (["--config={config}:broken"], "KeyError: 'field'"),

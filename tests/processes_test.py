@@ -254,12 +254,52 @@ def test_a_port_that_is_taken_and_a_process_that_does_not_come_are_refused():
         (("no-such-host.invalid:1234", 2, 1), "host no-such-host.invalid: "),
         (("host:1", 2, None), "belong together"),
         (("host:1", 2, 2), "--process_id 2"),
+        (("host:1", None, 0), "belong together"),
+        (("host:1", 2, -1), "--process_id -1"),
         (("host", 2, 0), "not HOST:PORT"),
+        ((":1", 2, 0), "not HOST:PORT"),
+        (("host:port", 2, 0), "not HOST:PORT"),
+        (("host:65536", 2, 0), "not HOST:PORT"),
     ],
 )
-def test_arguments_that_cannot_be(arguments, words):
+def test_arguments_that_cannot_be(arguments, words, bare_environment):
     with pytest.raises(UserError, match=words):
         distributed.initialize(*arguments)
+
+
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+@pytest.fixture
+def bare_environment(monkeypatch):
+    """Nothing says that there are other processes; `monkeypatch` may."""
+    others = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "KUBERNETES_SERVICE_HOST")
+    for name in (*others, *VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "belong together"),
+        ({"JAX_COORDINATOR_ADDRESS": "host:1"}, "belong together"),
+        ({"JAX_PROCESS_ID": "1"}, "belong together"),
+        (dict(zip(VARIABLES, ("host:1", "two", "0"), strict=True)), "JAX_NUM_PROCESSES=two"),
+        (dict(zip(VARIABLES, ("host:1", "2", "-1"), strict=True)), "JAX_PROCESS_ID=-1"),
+        (dict(zip(VARIABLES, ("host:1", "2", "2"), strict=True)), "JAX_PROCESS_ID 2: not below"),
+        (dict(zip(VARIABLES, ("host", "2", "0"), strict=True)), "ADDRESS host: not HOST:PORT"),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "92"}, "not a share"),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "nan"}, "not a share"),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "most"}, "not a share"),
+        ({"JAX_COMPILATION_CACHE_DIR": __file__}, "not a folder"),
+    ],
+)
+def test_variables_that_cannot_be(environment, words, bare_environment):
+    for name, value in environment.items():
+        bare_environment.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        distributed.initialize()
 
 
 def test_one_process_waits_for_nobody():
@@ -277,15 +317,23 @@ def test_one_process_waits_for_nobody():
         ({"SLURM_STEP_NUM_TASKS": "1"}, False),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
-        ({"JAX_COORDINATOR_ADDRESS": "host:1"}, True),
+        ({"JAX_COORDINATOR_ADDRESS": "host:1", "KUBERNETES_SERVICE_HOST": "10.0.0.1"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
     ],
 )
-def test_who_is_one_of_several(monkeypatch, environment, several):
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_COORDINATOR_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
+def test_who_is_one_of_several(bare_environment, environment, several):
     for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+        bare_environment.setenv(name, value)
     joined = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **_: joined.append(a))
+    bare_environment.setattr(jax.distributed, "initialize", lambda *a, **_: joined.append(a))
     distributed.initialize()
     assert joined == ([(None, None, None)] if several else [])
+
+
+def test_the_three_variables_are_the_three_flags(bare_environment):
+    for name, value in zip(VARIABLES, ("host:1", "1", "0"), strict=True):
+        bare_environment.setenv(name, value)
+    joined = []
+    bare_environment.setattr(jax.distributed, "initialize", lambda *a, **_: joined.append(a))
+    distributed.initialize()
+    assert joined == [("host:1", 1, 0)]

@@ -341,6 +341,9 @@ def guarded(name: str, main: Callable[[list[str] | None], int]) -> Callable[...,
     def guarded_main(argv: list[str] | None = None) -> int:
         try:
             return main(argv)
+        except OSError as error:
+            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+            return 1
         except ValueError as error:
             # The contract's errors are classes of the package that `main` has loaded.
             if not isinstance(error, InputError) and type(error).__name__ not in (

@@ -47,9 +47,12 @@ def read_scan(path: Path) -> Cloud:
         InputError: it is neither, or has no points.
     """
     try:
+        if not path.is_file():
+            raise ValueError("not a regular file")
         fields = _read_npz(path) if path.suffix == ".npz" else _read_ply(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise job.InputError(f"{path}: no scan: {str(error) or type(error).__name__}") from None
+    except Exception as error:  # zip archives and numpy raise whatever a damaged file makes them
+        words = " ".join(str(error).split())[:300]
+        raise job.InputError(f"{path}: no scan: {words or type(error).__name__}") from None
     points = fields["points"]
     if points.ndim != 2 or points.shape[1:] != (3,) or not len(points):
         raise job.InputError(f"{path}: points of shape {list(points.shape)} are not [N, 3]")
@@ -87,11 +90,15 @@ def _read_ply(path: Path) -> dict[str, np.ndarray | None]:
                     raise ValueError(f"element {words[1]} comes before the vertices")
                 element = words[1]
                 count = int(words[2]) if element == "vertex" else count
+                if count < 0:
+                    raise ValueError(f"{count} vertices")
             elif words[0] == "property" and element == "vertex":
                 layout.append((words[2], _PLY_TYPES[words[1]]))
         names = [name for name, _ in layout]
         if kind == "ascii":
-            rows = np.loadtxt(file, max_rows=count, ndmin=2, usecols=range(len(names)))
+            # numpy makes room for all rows before it reads the first.
+            most = min(count, path.stat().st_size)
+            rows = np.loadtxt(file, max_rows=most, ndmin=2, usecols=range(len(names)))
             columns, found = dict(zip(names, rows.T)), len(rows)
         else:
             order = {"binary_little_endian": "<", "binary_big_endian": ">"}[kind]

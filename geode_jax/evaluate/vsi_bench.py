@@ -205,7 +205,9 @@ def _parquet_rows(path: Path, data: bytes) -> Iterator[dict]:
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-        if sum(group.total_byte_size for group in groups) > MAX_UNPACKED_BYTES:
+        values = sum(g.column(i).num_values for g in groups for i in range(g.num_columns))
+        bytes_said = sum(group.total_byte_size for group in groups)
+        if max(bytes_said, 8 * values) > MAX_UNPACKED_BYTES:
             raise too_large
         unpacked = 0
         for batch in file.iter_batches(batch_size=16):
@@ -215,7 +217,7 @@ def _parquet_rows(path: Path, data: bytes) -> Iterator[dict]:
                 if unpacked > MAX_UNPACKED_BYTES:
                     raise too_large
                 yield row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, OverflowError) as error:
         raise UserError(f"{path}: not parquet: {error}") from None
 
 

@@ -69,6 +69,9 @@ ROTATION_TOLERANCE = 1e-3
 PROBABILITY_TOLERANCE = {"F32": 1e-4, "F16": 2e-3, "BF16": 1e-2}
 """Largest |sum - 1|: two units in the last place of numbers just below 1, and headroom."""
 
+MASS_TOLERANCE = {"F32": 1e-3, "F16": 5e-3, "BF16": 3e-2}
+"""By which the sum of stored log-probabilities' exponentials may exceed 1: their rounding."""
+
 _MANIFEST, _QUESTIONS, _MARKER = "manifest.json", "questions.jsonl", ".unfinished.json"
 _ENTRIES = ".entries"
 """Folder of the entries of scenes that are done, while several processes fill an export."""
@@ -177,6 +180,15 @@ def _index_rule(ids: np.ndarray, manifest: dict, dtype: str) -> str | None:
     return f"negative id at {_first(ids < 0)}" if (ids < 0).any() else None
 
 
+def _topk_rule(ids: np.ndarray, manifest: dict, dtype: str) -> str | None:
+    wrong = _index_rule(ids, manifest, dtype)
+    if wrong:
+        return wrong
+    ordered = np.sort(ids, axis=-1)
+    bad = (ordered[:, 1:] == ordered[:, :-1]).any(axis=-1)
+    return f"an id stands twice at {_first(bad)}" if bad.any() else None
+
+
 def _question_rule(rows: np.ndarray, manifest: dict, dtype: str) -> str | None:
     bad = np.diff(rows, prepend=0) < 0
     return f"value at {_first(bad)} is less than the one before" if bad.any() else None
@@ -186,9 +198,8 @@ def _logprob_rule(logprob: np.ndarray, manifest: dict, dtype: str) -> str | None
     bad = logprob > 0
     if bad.any():
         return f"log-probability at {_first(bad)} is positive"
-    total = np.exp(logprob.astype(np.float32)).sum(axis=-1)
-    bad = total > 1 + PROBABILITY_TOLERANCE[dtype]
-    return f"probabilities at {_first(bad)} sum to more than 1" if bad.any() else None
+    bad = np.exp(logprob.astype(np.float32)).sum(axis=-1) > 1 + MASS_TOLERANCE[dtype]
+    return f"the probabilities at {_first(bad)} have a sum above 1" if bad.any() else None
 
 
 def _frame_rule(frame: np.ndarray, manifest: dict, dtype: str) -> str | None:
@@ -213,7 +224,8 @@ class TensorSpec(NamedTuple):
 
 
 _FLOAT = ("F32", "F16", "BF16")
-_BOXES, _TOPK_ID = "target/boxes", "teacher/topk_id"
+_BOXES, _TOPK_ID, _FRAME = "target/boxes", "teacher/topk_id", "sonata/frame"
+_ASKED = "teacher/answer_question"
 SPECS: dict[str, TensorSpec] = {
     "vggt/tokens": TensorSpec("V P C", ()),
     "vggt/camera_tokens": TensorSpec("V C", ()),
@@ -225,7 +237,7 @@ SPECS: dict[str, TensorSpec] = {
     "camera/intrinsic": TensorSpec("V 3 3", ("F32",), _intrinsic_rule),
     "sonata/features": TensorSpec("G Cp", _FLOAT),
     "sonata/coord": TensorSpec("G 3", _FLOAT),
-    "sonata/frame": TensorSpec("G", ("I32", "I64"), _frame_rule, "sonata/coord"),
+    _FRAME: TensorSpec("G", ("I32", "I64"), _frame_rule, "sonata/coord"),
     "internvit/tokens": TensorSpec("V I E", _FLOAT),
     "images": TensorSpec("V H W 3", ("U8",)),
     "target/depth": TensorSpec("V h w", _FLOAT, _depth_rule),
@@ -240,9 +252,9 @@ SPECS: dict[str, TensorSpec] = {
     "teacher/relations": TensorSpec(
         "N*N 4", _FLOAT, _probability_rule(slice(0, 2), slice(2, 4)), _BOXES
     ),
-    "teacher/answer_question": TensorSpec("T", ("I32",), _question_rule, _TOPK_ID),
+    _ASKED: TensorSpec("T", ("I32",), _question_rule, _TOPK_ID),
     "teacher/answer_id": TensorSpec("T", ("I32",), _index_rule, _TOPK_ID),
-    _TOPK_ID: TensorSpec("T k", ("I32",), _index_rule, "teacher/topk_logprob"),
+    _TOPK_ID: TensorSpec("T k", ("I32",), _topk_rule, "teacher/topk_logprob"),
     "teacher/topk_logprob": TensorSpec("T k", _FLOAT, _logprob_rule, "teacher/answer_id"),
 }
 """Every tensor of the contract; writing, reading and validating all go by this table.
@@ -255,9 +267,10 @@ seen in the first camera.
 The teacher's logits, T answer tokens of all its questions one after the other: token t belongs to
 the scene's question number `answer_question[t]` (0 = its first line in questions.jsonl), is
 `answer_id[t]` (the last of an answer is the end token), and had the k likeliest alternatives
-`topk_id[t]` with log-probabilities over the whole vocabulary `topk_logprob[t]`. The ids are those
-of the tokenizer whose `tokenizer.json` has the manifest's sha256 `teacher_tokenizer`. At k = 16 in
-float16 that is 104 bytes a token, 8 + 6 k in general, where all 32,000 of Llama would be 64,000.
+`topk_id[t]`, all different, with log-probabilities over the whole vocabulary `topk_logprob[t]`.
+The ids are those of the tokenizer whose `tokenizer.json` has the manifest's sha256
+`teacher_tokenizer`. At k = 16 in float16 that is 104 bytes a token, 8 + 6 k in general, where all
+32,000 of Llama would be 64,000.
 
 There is no logsumexp: a log-probability is the logit less the logsumexp, which is thereby in every
 entry already. What it would add, the common offset of the logits, no softmax can see.
@@ -339,6 +352,15 @@ def _check_values(scene_id: str, name: str, dtype: str, stored: np.ndarray, mani
         wrong = rule(values, manifest, dtype)
         if wrong:
             raise _scene_error(scene_id, name, wrong)
+
+
+def _check_frame(scene_id: str, frame: np.ndarray, layout: Mapping[str, tuple]) -> None:
+    """Checks that points are of views that the scene has."""
+    views = [shape[0] for name, (_, shape) in layout.items() if SPECS[name].dims[:1] == "V"]
+    if views and frame.size and frame.max() >= views[0]:
+        where = _first(frame >= views[0])
+        rule = f"{frame.max()} at {where} is not one of the {views[0]} views"
+        raise _scene_error(scene_id, _FRAME, rule)
 
 
 # --- bfloat16 and safetensors ---------------------------------------------------------------------
@@ -554,6 +576,8 @@ _HEADER_FIELDS = {
     "teacher_tokenizer": _HASH,
 }
 _OPTIONAL = ("teacher_tokenizer",)
+_MEANING = ("dtype", "scale", "token_width", "patch_grid", "categories", "teacher_tokenizer")
+"""Fields of the header that say what the numbers of a scene mean."""
 _MANIFEST_FIELDS = {
     **_HEADER_FIELDS,
     "scenes": _must(lambda v: isinstance(v, list) and len(v) > 0, "a non-empty list"),
@@ -717,6 +741,8 @@ def write_scene(
     for prefix, tensors in stored.items():
         for name, (dtype, array) in tensors.items():
             _check_values(scene_id, prefix + name, dtype, array, manifest)
+    if _FRAME in stored[""]:
+        _check_frame(scene_id, stored[""][_FRAME][1], layout)
     for prefix, kind, key in _FILES:
         if stored[prefix]:
             chunks = tensor_files.chunks(stored[prefix])
@@ -911,9 +937,13 @@ class ExportWriter:
         whoever reads the new export checks them against the same sha256.
 
         Raises:
-            ExportError: an unknown scene, or a file cannot be had.
+            ExportError: an unknown scene, another header, or a file cannot be had.
         """
         entry = export._entry(scene_id)
+        for name in _MEANING:
+            if export.manifest.get(name) != self.manifest.get(name):
+                rule = f"differs from that of {export.folder}, whose scenes are taken over"
+                raise ExportError(_MANIFEST, name, rule)
         if scene_id in self._scenes:
             raise ExportError(_MANIFEST, "id", f"duplicate scene {scene_id}")
         for _, kind, key in _FILES:
@@ -1126,6 +1156,8 @@ class Export:
         for name, array in stored.items():
             if verify and (scene_id, name) not in self._verified:
                 _check_values(scene_id, name, layout[name][0], array, self.manifest)
+                if name == _FRAME:
+                    _check_frame(scene_id, array, layout)
                 self._verified.add((scene_id, name))
         return {name: _presented(layout[name][0], array) for name, array in stored.items()}
 
@@ -1209,6 +1241,7 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
     shapes: dict[str, list[tuple]] = {}
     dtypes: dict[str, set] = {}
     shown: dict[str, list[float]] = {}
+    answered: dict[str, int] = {}  # scene -> the last of its questions that the teacher answered
     for scene_id in _bar(export.scene_ids(), progress):
         try:
             arrays = export.read_scene(scene_id)
@@ -1218,6 +1251,8 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
             errors.append(error)
             continue
         splits[export._entries[scene_id]["split"]] += 1
+        if len(arrays.get(_ASKED, ())):
+            answered[scene_id] = int(arrays[_ASKED].max())
         for name, array in arrays.items():
             shapes.setdefault(name, []).append(array.shape)
             dtypes.setdefault(name, set()).add(array.dtype.name)
@@ -1225,11 +1260,19 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
             shown.setdefault(reason, []).append(size)
     dropped_questions = None if on_error == "stop" else errors
     dropped_scenes = {error.where[len("scene ") :] for error in errors}
-    kinds = Counter(
-        record["kind"]
-        for record in export.questions(dropped_questions)
-        if record["scene_id"] not in dropped_scenes
-    )
+    kinds: Counter = Counter()
+    asked: Counter = Counter()
+    for record in export.questions(dropped_questions):
+        asked[record["scene_id"]] += 1
+        if record["scene_id"] not in dropped_scenes:
+            kinds[record["kind"]] += 1
+    for scene_id, last in answered.items():
+        if last >= asked[scene_id] and not dropped_questions:
+            rule = f"question {last}, and the scene has {asked[scene_id]}"
+            error = _scene_error(scene_id, _ASKED, rule)
+            if on_error == "stop":
+                raise error
+            errors.append(error)
     tensors = [
         {
             "name": name,

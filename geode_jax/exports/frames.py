@@ -60,20 +60,25 @@ def to_sonata_frame(
     Args:
         points: [N, 3], the cloud (of confident points) that decides centre, floor and scale.
         up: direction of up in the cloud's frame, any length.
-        metres_per_unit: the scale where it is known (1 for a metric cloud); None takes the cloud
-            to be `height` high.
-        height: metres; plays no part where the scale is known.
-        outliers: share of the points that may lie beyond the extent on each side.
+        metres_per_unit: the scale where it is known (1 for a metric cloud), above 0; None takes the
+            cloud to be `height` high.
+        height: metres, above 0; plays no part where the scale is known.
+        outliers: share of the points that may lie beyond the extent on each side, below a half.
 
     Raises:
-        ValueError: no point, a point that is not finite, no direction, or a cloud without height
-            that has no known scale.
+        ValueError: an argument out of its range, no point, a point that is not finite, no
+            direction, or a cloud without height that has no known scale.
     """
     points = np.asarray(points, np.float64)
     if points.ndim != 2 or points.shape[1:] != (3,) or not len(points):
         raise ValueError(f"frames: points of shape {list(points.shape)} are not [N, 3]")
     if not np.isfinite(points).all():
         raise ValueError("frames: a point is not finite")
+    for name, value in (("metres_per_unit", metres_per_unit), ("height", height)):
+        if value is not None and not 0 < value < np.inf:
+            raise ValueError(f"frames: {name} {value} is no length above 0")
+    if not 0 <= outliers < 0.5:
+        raise ValueError(f"frames: {outliers} is no share of outliers below a half")
     rotation = _rotation_to_z(np.asarray(up, np.float64))
     turned = points @ rotation.T
     low, high = np.quantile(turned, [outliers, 1 - outliers], axis=0)

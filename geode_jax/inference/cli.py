@@ -296,7 +296,7 @@ def _vsi_of_predictions(arguments: argparse.Namespace) -> tuple[dict, Path]:
 
 
 def _refuse_input(out: Path, inputs: list[Path]) -> None:
-    if out.resolve() in [path.resolve() for path in inputs]:
+    if os.path.realpath(out) in map(os.path.realpath, inputs):
         raise UserError(f"--out: {out} is one of the files to read")
 
 
@@ -372,6 +372,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1 << 32:
+        raise argparse.ArgumentTypeError(f"{value} is not from 0 to 2^32 - 1")
+    return value
+
+
 def _above_zero(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
@@ -403,7 +410,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command("rooms", _rooms, "make an export of synthetic rooms")
     add("--scenes", type=_positive, default=8000, metavar="N", help="train and val; default 8000")
-    add("--seed", type=int, default=0)
+    add("--seed", type=_seed, default=0)
     add("--out", type=Path, required=True, metavar="DIR")
     add(
         "--images",
@@ -431,7 +438,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of the depth camera in pixels, where the folder has none",
     )
     add("--depth-scale", type=float, default=1000.0, help="depth units in a metre; default 1000")
-    add("--seed", type=int, default=0)
+    add("--seed", type=_seed, default=0)
 
     add = command("prepare", _prepare, "make an export of a data set on disk")
     add("--source", required=True, metavar="NAME", help="such as scannet, scanqa, vsi590k")
@@ -443,7 +450,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--allow-missing", action="store_true", help="count entries of the list that are not here")
     add("--views", type=_positive, default=8, help="of a scene; default 8")
     add("--grid", type=_positive, nargs=2, default=(8, 8), metavar=("GH", "GW"), help="patches")
-    add("--seed", type=int, default=0)
+    add("--seed", type=_seed, default=0)
 
     add = command("internvit", _internvit, "add the frames' InternViT tokens to an export")
     add("--weights", type=Path, required=True, metavar="DIR", help="a GEODE run, or pretrained")
@@ -465,7 +472,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--temperature", type=_above_zero, metavar="T", help="draw the words; default: likeliest")
     add("--top-k", type=_positive, metavar="K", help="draw from the K likeliest words")
     add("--top-p", type=_share, metavar="P", help="draw from the likeliest that have P together")
-    add("--seed", type=int, help="of what is drawn; default 0")
+    add("--seed", type=_seed, help="of what is drawn; default 0")
     add("--int8", action="store_true", help="the decoder's matrices at a byte a number")
 
     add = command("evaluate", _evaluate, "score a run or a file of predictions on a benchmark")

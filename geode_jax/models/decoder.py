@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from geode_jax import ranges
+from geode_jax.errors import UserError
 from geode_jax.models.layers import (
     LayerNorm,
     Projection,
@@ -79,6 +81,27 @@ class DecoderConfig:
     cross_layers: tuple[int, ...] = ()
     remat: str = "none"
     dtype: str = "float32"
+
+    def __post_init__(self):
+        ranges.check(
+            self,
+            {
+                "width layers heads kv_heads head_width": ranges.whole(1),
+                "vocab_size mlp_width": ranges.whole(0),  # 0: of attention alone, as in `drm`
+                "mlp": ranges.one_of(("gelu", "swiglu")),
+                "norm": ranges.one_of(("layer", "rms")),
+                "rope_theta norm_eps": ranges.real(0, above=True),
+                "remat": ranges.one_of(REMAT),
+                "dtype": ranges.DTYPES,
+            },
+        )
+        ranges.check_divides(self, "kv_heads", of="heads")
+        if self.head_width % 2:
+            rule = "odd, and rotary positions turn pairs of channels"
+            raise UserError(f"DecoderConfig: head_width: {self.head_width} is {rule}")
+        if not all(0 <= layer < self.layers for layer in self.cross_layers):
+            rule = f"layers below {self.layers}"
+            raise UserError(f"DecoderConfig: cross_layers: {self.cross_layers} are not {rule}")
 
     def make_norm(self) -> nnx.Module:
         """The norm of this config over the width."""
@@ -279,10 +302,6 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         c = self.config = config
-        if c.heads % c.kv_heads:
-            raise ValueError(f"decoder: kv_heads {c.kv_heads} does not divide heads {c.heads}")
-        if any(not 0 <= i < c.layers for i in c.cross_layers):
-            raise ValueError(f"decoder: cross_layers {c.cross_layers} outside 0..{c.layers - 1}")
         table = 0.02 * jax.random.normal(rngs.params(), (c.vocab_size, c.width))
         self.embedding = param(table, "vocab", "embed")
         bounds = sorted({0, *c.cross_layers, c.layers})

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from geode_jax import ranges
 from geode_jax.models.decoder import CrossAttention, DecoderConfig
 from geode_jax.models.layers import LayerNorm, Mlp, Projection, RMSNorm, param
 from geode_jax.models.mamba import MambaBlock, MambaConfig
@@ -61,6 +62,11 @@ class DrmConfig:
     max_frames: int
     condition_on_question: bool = False
     frames: int = 0
+
+    def __post_init__(self):
+        sizes = "width heads layers slots bands visual_width llm_width max_frames"
+        ranges.check(self, {sizes: ranges.whole(1), "point_width frames": ranges.whole(0)})
+        ranges.check_divides(self, "heads", of="width")
 
 
 def fourier_code(place_3: Array, bands: int) -> jax.Array:

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from geode_jax import ranges
+from geode_jax.errors import UserError
 from geode_jax.models.decoder import KeyValues
 from geode_jax.models.drh import Drh
 from geode_jax.models.drm import Drm, DrmConfig, spread
@@ -54,6 +56,11 @@ class GeodeConfig:
     patch_grid: tuple[int, int]
     categories: int = 0
     views: int = 0
+
+    def __post_init__(self):
+        ranges.check(self, {"drh_width categories views": ranges.whole(0)})
+        if len(self.patch_grid) != 2 or min(self.patch_grid) < 1:
+            raise UserError(f"GeodeConfig: patch_grid: {self.patch_grid} is not (gh, gw)")
 
 
 class Prefix(NamedTuple):

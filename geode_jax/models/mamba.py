@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from geode_jax import ranges
 from geode_jax.models.layers import Projection, RMSNorm, param
 from geode_jax.ops.selective_scan import selective_scan
 from geode_jax.shapes import Array
@@ -43,6 +44,10 @@ class MambaConfig:
     states: int = 16
     taps: int = 4
     norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        sizes = {"width layers expand states taps": ranges.whole(1)}
+        ranges.check(self, {**sizes, "norm_eps": ranges.real(0, above=True)})
 
     @property
     def inner(self) -> int:

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from geode_jax import ranges
+from geode_jax.errors import UserError
 from geode_jax.models.decoder import Decoder, DecoderConfig, KeyValues
 from geode_jax.models.layers import LayerNorm, Mlp, Projection, param
 from geode_jax.models.packed import pick, read_packed
@@ -62,6 +64,12 @@ class StudentConfig:
     thinking_tokens: int = 8
     vision_prefix: int = 1
     category_ids: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self):
+        sizes = {"vision_width max_views projector_width vision_prefix": ranges.whole(1)}
+        ranges.check(self, {**sizes, "camera_width thinking_tokens": ranges.whole(0)})
+        if len(self.patch_grid) != 2 or min(self.patch_grid) < 1:
+            raise UserError(f"StudentConfig: patch_grid: {self.patch_grid} is not (gh, gw)")
 
     @property
     def prefix_length(self) -> int:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from geode_jax import ranges
 from geode_jax.models.layers import LayerNorm, Mlp, Projection, param
 from geode_jax.ops.attention import Intervals, attention
 from geode_jax.shapes import MAX_OBJECTS, RELATIONS, Array
@@ -41,6 +42,11 @@ class HeadsConfig:
     detection_layers: int
     categories: int
     teacher_width: int
+
+    def __post_init__(self):
+        sizes = {"width depth_cells queries categories": ranges.whole(1)}
+        sizes |= {"detection_layers teacher_width": ranges.whole(0), "depth_bins": ranges.whole(2)}
+        ranges.check(self, sizes)
 
 
 @jax.tree_util.register_dataclass

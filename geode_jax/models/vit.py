@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from geode_jax import ranges
 from geode_jax.models.layers import LayerNorm, Mlp, Projection, param, stack
 from geode_jax.ops.attention import Intervals, attention
 from geode_jax.shapes import Array
@@ -45,6 +46,19 @@ class VitConfig:
     qkv_bias: bool = True
     norm_eps: float = 1e-6
     dtype: str = "float32"
+
+    def __post_init__(self):
+        sizes = "image_size patch_size width layers heads mlp_width"
+        ranges.check(
+            self,
+            {
+                sizes: ranges.whole(1),
+                "norm_eps": ranges.real(0, above=True),
+                "dtype": ranges.DTYPES,
+            },
+        )
+        ranges.check_divides(self, "patch_size", of="image_size")
+        ranges.check_divides(self, "heads", of="width")
 
     @property
     def grid(self) -> int:
@@ -112,11 +126,6 @@ class InternViT(nnx.Module):
 
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
         c = self.config = config
-        if c.image_size % c.patch_size or c.width % c.heads:
-            raise ValueError(
-                f"vit: patch_size {c.patch_size} does not divide image_size {c.image_size}, "
-                f"or heads {c.heads} not width {c.width}"
-            )
         p = c.patch_size
         self.patches = Projection(
             (p, p, 3), (c.width,), (None, None, None, "embed"), bias=True, rngs=rngs

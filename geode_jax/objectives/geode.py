@@ -24,10 +24,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from geode_jax import losses
+from geode_jax import losses, ranges
 from geode_jax.boxes import decode_boxes
 from geode_jax.data.control import BASE_UNIT, answer_unit
 from geode_jax.data.tokens import Tokenizer
+from geode_jax.errors import UserError
 from geode_jax.exports.units import write_number
 from geode_jax.inference.generate import Sampling, before_end, generate
 from geode_jax.models.drh import box_loss, decode_values, value_loss
@@ -89,6 +90,14 @@ class GeodeStageConfig:
     vision: bool = True
     controls: tuple[int, int] | None = None
     slots: int | None = None
+
+    def __post_init__(self):
+        weights = "regression_weight layout_weight rationale_weight patch_weight spatial_weight"
+        ranges.check(self, {weights: ranges.real(0), "stage": ranges.one_of(LEARNS)})
+        drm = self.model.drm
+        if self.slots is not None and not (drm and 0 < self.slots <= drm.slots):
+            of = f"of {drm.slots} rationale tokens" if drm else "without a rationale module"
+            raise UserError(f"GeodeStageConfig: slots: {self.slots} {of}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ feature     detector probabilities, spatial distributions, depth hints of studen
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -27,10 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from geode_jax import losses
+from geode_jax import losses, ranges
 from geode_jax.boxes import decode_boxes
 from geode_jax.correspondence import correspondences
 from geode_jax.data.tokens import Tokenizer
+from geode_jax.errors import UserError
 from geode_jax.inference.generate import Sampling, before_end, generate
 from geode_jax.models.layers import param
 from geode_jax.models.student import Scene, Student, StudentConfig, StudentOutput
@@ -76,6 +78,17 @@ class HiddenCoTConfig:
     literal_cross_view: bool = False
     vision: bool = True
     log_variance_bounds: tuple[float, float] = losses.LOG_VARIANCE_BOUNDS
+
+    def __post_init__(self):
+        fields = {"weights": ranges.one_of(("uncertainty", "static"))}
+        ranges.check(self, {**fields, "temperature": ranges.real(0, above=True)})
+        unknown = sorted(set(self.terms) - set(losses.TERMS))
+        if unknown or not self.terms:
+            shown = ", ".join(losses.TERMS)
+            raise UserError(f"HiddenCoTConfig: terms: {self.terms} are not some of {shown}")
+        bounds = self.log_variance_bounds
+        if len(bounds) != 2 or not -math.inf < bounds[0] < bounds[1] < math.inf:
+            raise UserError(f"HiddenCoTConfig: log_variance_bounds: {bounds} are not low, high")
 
 
 class HiddenCoTModel(nnx.Module):

@@ -38,10 +38,12 @@ def read_config(text: str, changes: Sequence[str] = ()) -> ml_collections.Config
         config = module.get_config(argument)
     except UserError:
         raise
-    except Exception as error:  # a configuration is a program: it may raise anything
+    except (Exception, SystemExit) as error:  # a configuration is a program
         raise UserError(f"--config: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
+    if not isinstance(config, ml_collections.ConfigDict) or "system" not in config:
+        raise UserError(f"--config: {file}: get_config gives no configuration of a system")
     for change in changes:
         name, _, value = change.partition("=")
         with contextlib.suppress(ValueError, SyntaxError):  # a word stays one

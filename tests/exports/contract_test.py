@@ -58,8 +58,10 @@ def make_scene(seed: int = 0) -> dict[str, np.ndarray]:
         arrays[name] /= arrays[name].sum(-1, keepdims=True)
     left_above = rng.random((BOXES**2, 2), "f4")
     arrays["teacher/relations"] = np.stack([left_above, 1 - left_above], -1).reshape(-1, 4)
-    arrays["teacher/answer_question"].sort()
-    arrays["teacher/topk_logprob"] = -2 - arrays["teacher/topk_logprob"]
+    arrays["teacher/answer_question"][:] = 0  # there is one question about the scene
+    arrays["teacher/topk_id"] = rng.permuted(np.tile(np.arange(4, dtype="i4"), (4, 1)), axis=1)
+    arrays["teacher/topk_logprob"] = -arrays["teacher/topk_logprob"] - np.float32(1.4)
+    arrays["sonata/frame"] %= VIEWS
     arrays["vggt/tokens"] = arrays["vggt/tokens"].astype("f2")
     arrays["vggt/camera_tokens"] = arrays["vggt/camera_tokens"].astype("f2")
     rotation = np.linalg.qr(rng.normal(size=(VIEWS, 3, 3)))[0]
@@ -413,6 +415,21 @@ BAD_TENSORS = {
         "teacher/topk_id",
         "negative id at [1, 2]",
     ),
+    "an id twice": (
+        _set("teacher/topk_id", (2, slice(None)), (0, 1, 2, 1)),
+        "teacher/topk_id",
+        "an id stands twice at [2]",
+    ),
+    "more than all the probability": (
+        _set("teacher/topk_logprob", (1, slice(None)), -1.2),
+        "teacher/topk_logprob",
+        "the probabilities at [1] have a sum above 1",
+    ),
+    "a point of no view": (
+        _set("sonata/frame", (3,), VIEWS),
+        "sonata/frame",
+        "2 at [3] is not one of the 2 views",
+    ),
     "negative answer id": (_set("teacher/answer_id", (1,), -1), "teacher/answer_id", "negative id"),
     "positive log-probability": (
         _set("teacher/topk_logprob", (1, 0), 0.5),
@@ -422,7 +439,7 @@ BAD_TENSORS = {
     "more than all probability": (
         _set("teacher/topk_logprob", 1, -0.1),
         "teacher/topk_logprob",
-        "probabilities at [1] sum to more than 1",
+        "the probabilities at [1] have a sum above 1",
     ),
     "ids without probabilities": (
         _drop("teacher/topk_logprob"),
@@ -1113,13 +1130,35 @@ def test_without_resume_a_half_filled_export_is_started_over(tmp_path, pristine)
     assert "sha256: missing" in refusal(damaged.finished)
 
 
+def test_answers_are_of_questions_that_there_are(tmp_path):
+    arrays = make_scene()
+    arrays["teacher/answer_question"][-1] = 1
+    folder = write(tmp_path / "e", arrays)
+    rule = "question 1, and the scene has 1"
+    assert refusal(exports.validate, folder).endswith(rule)
+    dropped = exports.validate(folder, on_error="skip")["dropped"]
+    assert dropped == [("scene a", "tensor teacher/answer_question", rule)]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{"categories": ["a", "b", "c"]}, {"scale": "scene"}, {"teacher_tokenizer": "0" * 64}],
+    ids=lambda header: next(iter(header)),
+)
+def test_scenes_are_taken_over_under_the_same_header_alone(tmp_path, pristine, header):
+    export = Export(pristine)
+    writer = ExportWriter(tmp_path / "e", **{**export.header(), **header})
+    with pytest.raises(ExportError, match=f"{next(iter(header))}: differs from that of"):
+        writer.adopt_scene(export, "a")
+
+
 def test_a_token_of_the_teachers_answers_takes_8_and_6_k_bytes(tmp_path):
     """As the contract's documentation and the exporter's README say."""
     for tokens in (10, 20):
         teacher = {
             "answer_question": np.zeros(tokens, np.int32),
             "answer_id": np.zeros(tokens, np.int32),
-            "topk_id": np.zeros((tokens, 16), np.int32),
+            "topk_id": np.tile(np.arange(16, dtype=np.int32), (tokens, 1)),
             "topk_logprob": np.full((tokens, 16), -3, np.float16),
         }
         with ExportWriter(tmp_path / str(tokens), **HEADER) as writer:

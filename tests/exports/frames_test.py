@@ -84,6 +84,9 @@ def test_cameras_see_what_they_saw_in_metres():
         (np.full((4, 3), np.nan), {}, "not finite"),
         (np.ones((4, 3)), {}, "no height"),
         (np.ones((4, 3)), {"up": (0, 0, 0)}, "no direction"),
+        (np.ones((4, 3)), {"metres_per_unit": 0}, "metres_per_unit 0 is no length"),
+        (np.ones((4, 3)), {"height": -3}, "height -3 is no length"),
+        (np.ones((4, 3)), {"outliers": 0.5}, "no share of outliers"),
     ],
 )
 def test_refusals(points, arguments, rule):

@@ -170,7 +170,7 @@ def test_a_text_model_needs_no_vision(tiny, scenes):
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"kv_heads": 3}, "kv_heads 3"), ({"cross_layers": (3,)}, r"cross_layers \(3,\)")],
+    [({"kv_heads": 3}, "kv_heads, 3"), ({"cross_layers": (3,)}, r"cross_layers: \(3,\)")],
 )
 def test_impossible_sizes_are_refused(changes, said):
     with pytest.raises(ValueError, match=said):

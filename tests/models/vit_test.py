@@ -86,7 +86,9 @@ def test_activations_have_the_dtype_of_the_config(pixels):
     assert jax.jit(lambda m, x: m(x))(vision, pixels).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize(("changes", "said"), [({"patch_size": 5}, "5"), ({"heads": 3}, "heads 3")])
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"patch_size": 5}, "5"), ({"heads": 3}, "heads, 3")]
+)
 def test_impossible_sizes_are_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         InternViT(dataclasses.replace(VIT, **changes), rngs=nnx.Rngs(0))

@@ -308,8 +308,14 @@ def test_what_has_no_place_in_the_world_is_refused(export, write_base, tmp_path,
     assert "no metric world that a scan could be in" in capsys.readouterr().err
     assert export("--points", "points", base="silent", out="points") == 1
     assert "no vggt/points, which --points points needs" in capsys.readouterr().err
-    assert export("--unsure", 1) == 1
-    assert "is no share below 1" in capsys.readouterr().err
+    for arguments, rule in (
+        (("--unsure", 1), "is no share below 1"),
+        (("--height", 0), "--height: 0.0 is no length above 0"),
+        (("--metres-per-unit", "nan"), "--metres-per-unit: nan is no length above 0"),
+        (("--up", 0, 0, 0), "is no direction"),
+    ):
+        assert export(*arguments) == 1
+        assert rule in capsys.readouterr().err
     assert export(base="nowhere") == 1
     assert "not an export" in capsys.readouterr().err
 

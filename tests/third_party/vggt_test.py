@@ -254,6 +254,7 @@ def test_another_header_does_not_go_on_an_export(export, capsys):
         (["--subfolder", "rgb"], "0 scenes with 0 different names"),
         (["--scene", "nowhere"], "nowhere/color: no such folder or video"),
         (["--contract", "nowhere"], "nowhere/__init__.py: no such file"),
+        (["--size", 50], "--size: 50 is no multiple of the patches' 14 pixels"),
         (["--splits", "nowhere.txt"], "nowhere.txt: cannot be read: No such file"),
     ],
 )

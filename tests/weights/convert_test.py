@@ -246,7 +246,10 @@ def mix_dtypes(folder: Path) -> None:
         ),
         (lambda f: change_config(f, model_type="mamba"), "model_type 'mamba' is none of qwen2,"),
         (lambda f: change_config(f, hidden_size=None), "'hidden_size' is missing"),
-        (lambda f: change_config(f, num_key_value_heads=3), "kv_heads 3 does not divide heads 4"),
+        (
+            lambda f: change_config(f, num_key_value_heads=3),
+            "heads: 4 is no multiple of kv_heads, 3",
+        ),
         (lambda f: change_config(f, hidden_act="gelu"), "not supported: hidden_act 'gelu'"),
         (
             lambda f: change_config(f, rope_scaling={"type": "yarn"}),

@@ -298,6 +298,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 <= args.unsure < 1:
         raise job.InputError(f"--unsure: {args.unsure} is no share below 1")
+    for name, value in (("height", args.height), ("metres-per-unit", args.metres_per_unit)):
+        if value is not None and not 0 < value < np.inf:
+            raise job.InputError(f"--{name}: {value} is no length above 0")
+    if args.up and not 0 < np.linalg.norm(args.up) < np.inf:
+        raise job.InputError(f"--up: {args.up} is no direction")
     return args
 
 

@@ -316,6 +316,8 @@ def begin(args: argparse.Namespace, scenes: list[job.Scene]):
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(torch, args.weights, device)
     patch = model.aggregator.patch_size
+    if args.size % patch:
+        raise job.InputError(f"--size: {args.size} is no multiple of the patches' {patch} pixels")
 
     def views_of(scene: job.Scene, most: int) -> tuple[np.ndarray, np.ndarray]:
         ready = [

@@ -11,6 +11,7 @@ import importlib
 from collections import Counter
 from pathlib import Path
 
+from geode_jax import ranges
 from geode_jax.errors import UserError
 from geode_jax.exports.files import Entry
 
@@ -41,6 +42,11 @@ class Request:
     patch_grid: tuple[int, int] = (8, 8)
     seed: int = 0
     allow_missing: bool = False
+
+    def __post_init__(self):
+        ranges.check(self, {"views": ranges.whole(1), "seed": ranges.whole(0)})
+        if len(self.patch_grid) != 2 or min(self.patch_grid) < 1:
+            raise UserError(f"--grid: {self.patch_grid} are not two numbers above 0")
 
 
 @dataclasses.dataclass

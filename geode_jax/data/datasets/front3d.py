@@ -15,6 +15,7 @@ boxes, a colour a category, along a camera path inside the room, as those of the
 
 import colorsys
 import dataclasses
+import os
 import re
 import zlib
 from collections import Counter
@@ -77,6 +78,8 @@ def prepare(request: Request) -> Report:
     """
     if request.parts:
         raise UserError("--part: 3D-FRONT has none")
+    if request.scenes:
+        raise UserError("--scenes: 3D-FRONT has scenes of its own")
     if request.patch_grid[0] != request.patch_grid[1]:
         raise UserError("--grid: the views are square, and so must the grid be")
     houses = request.root / "3D-FRONT"
@@ -126,7 +129,7 @@ def read_models(path: Path) -> dict[str, str]:
     Raises:
         UserError: it is there and damaged.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     models = files.read_json(path)
     if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
@@ -181,9 +184,13 @@ def _read_room(house: str, children: list, furniture, meshes, models, dropped) -
         raise Dropped(f"less than {SMALLEST_ROOM} m wide")
     names, boxes = [], []
     for child in children:
-        piece = furniture.get(str(child.get("ref"))) if isinstance(child, dict) else None
+        ref = str(child.get("ref")) if isinstance(child, dict) else None
+        if ref in meshes:
+            continue
+        piece = furniture.get(ref)
         if piece is None:
-            continue  # a mesh, or what this house does not have
+            dropped["furniture: not in its house"] += 1
+            continue
         try:
             name, box = _category(piece, models), _box(child, piece, middle, size)
         except Dropped as reason:

@@ -6,6 +6,7 @@ that a record names is ever opened as a path: it only tells which scene is meant
 """
 
 import dataclasses
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -94,7 +95,7 @@ class Layout:
                 raise UserError(f"--part: {self.source} has no part {part!r}, but {known}")
         found = []
         for part in request.parts or self.parts:
-            globbed = (sorted(request.root.glob(pattern)) for pattern in self.parts[part])
+            globbed = (_named(request.root, pattern) for pattern in self.parts[part])
             paths = next(filter(None, globbed), [])
             if request.parts and not paths:
                 raise UserError(f"{request.root}: no {' or '.join(self.parts[part])}")
@@ -103,6 +104,13 @@ class Layout:
             patterns = (pattern for of_part in self.parts.values() for pattern in of_part)
             raise UserError(f"{request.root}: no file of {self.source}: {', '.join(patterns)}")
         return found
+
+
+def _named(root: Path, pattern: str) -> list[Path]:
+    """What has such a name below a folder; what is no file too, of which reading says so."""
+    found = sorted(root.glob(pattern))
+    # glob passes over a dangling link where the pattern is a plain name.
+    return found or ([root / pattern] if os.path.lexists(root / pattern) else [])
 
 
 # --- Scenes ---------------------------------------------------------------------------------------

@@ -82,6 +82,8 @@ def prepare(request: Request) -> Report:
     """
     if request.parts:
         raise UserError("--part: ScanNet has none")
+    if request.scenes:
+        raise UserError("--scenes: ScanNet has scenes of its own")
     scans = request.root / "scans"
     found = sorted(p.name for p in scans.glob("*") if p.is_dir())
     if not found:
@@ -223,7 +225,7 @@ def open_frames(folder: Path) -> RgbdSequence:
         UserError: neither is there, or what is there cannot be read.
     """
     sens = folder / f"{folder.name}.sens"
-    return open_sens(sens) if sens.is_file() else open_folder(folder)
+    return open_sens(sens) if os.path.lexists(sens) else open_folder(folder)
 
 
 def read_alignment(folder: Path) -> np.ndarray | None:
@@ -276,7 +278,7 @@ def _chosen_frames(
 def _groups(folder: Path) -> list[tuple[str, list]]:
     """(label, segments) of a scan's instances; empty where it has no aggregation."""
     path = folder / f"{folder.name}.aggregation.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return []
     groups = files.read_json_object(path).get("segGroups")
     if not isinstance(groups, list):

@@ -195,6 +195,7 @@ def test_broken_furniture_is_skipped_and_counted_by_reason(tmp_path):
         "furniture: no category": 1,
         "furniture: outside its room": 1,
         "furniture: placed by no numbers": 1,
+        "furniture: not in its house": 1,
     }
     (scene_id,) = Export(tmp_path / "out").scene_ids()
     assert scene_id == "house0_Bedroom-1"

@@ -1,5 +1,7 @@
 """From a data set's own layout to a trained model: one command, then a run."""
 
+import re
+
 import pytest
 
 from geode_jax.data.datasets import SOURCES, front3d
@@ -38,6 +40,28 @@ def test_an_unknown_source_is_refused_with_the_known_ones(tmp_path, capsys):
         main(["prepare", "--source", "x", "--root", str(tmp_path), "--out", str(tmp_path / "out")])
     (line,) = capsys.readouterr().err.splitlines()
     assert all(name in line for name in SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "rule"),
+    [
+        ("scannet", ["--part", "train"], "--part: ScanNet has none"),
+        ("scannet", ["--scenes", "export"], "--scenes: ScanNet has scenes of its own"),
+        ("3d-front", ["--part", "train"], "--part: 3D-FRONT has none"),
+        ("3d-front", ["--scenes", "export"], "--scenes: 3D-FRONT has scenes of its own"),
+        ("3d-front", ["--grid", "4", "8"], "--grid: the views are square"),
+        ("scanqa", [], "--scenes: scanqa asks about scenes"),
+        ("scanqa", ["--part", "x"], "--part: scanqa has no part 'x'|--scenes: scanqa asks"),
+        ("scannet", ["--seed", "-1"], "is not from 0 to"),
+        ("scannet", ["--views", "0"], "0 is less than 1"),
+    ],
+)
+def test_what_a_source_does_not_know_is_refused(tmp_path, capsys, source, arguments, rule):
+    places = ["--root", str(tmp_path), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as end:
+        main(["prepare", "--source", source, *places, *arguments])
+    assert end.value.code == 2 and re.search(rule, capsys.readouterr().err.splitlines()[-1])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

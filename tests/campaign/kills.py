@@ -1,0 +1,89 @@
+"""A run that is killed at random moments, over and over, ends bitwise as one that is not."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from geode_jax.metrics import read_metrics
+from tests.campaign.machine import REPOSITORY
+
+STEPS_A_KILL = 12
+"""So many steps more has a run for every kill."""
+
+
+def _start(workdir: Path, steps: int) -> subprocess.Popen:
+    workdir.mkdir(exist_ok=True)
+    with (workdir / "output").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.toy_run", str(workdir), str(steps)],
+            cwd=REPOSITORY,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _rows(workdir: Path) -> list[dict]:
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return [{n: x for n, x in row.items() if "speed/" not in n} for row in rows]
+
+
+def _step(workdir: Path) -> int:
+    """The last step in metrics.jsonl, which is being written."""
+    file = workdir / "metrics.jsonl"
+    return file.read_bytes().count(b'"loss"') if file.exists() else 0
+
+
+def kill(kills: int, seed: int, say: Callable[[str], None] = lambda _: None) -> str:
+    """Kills a toy run at random moments and compares its end with that of an unbroken one.
+
+    A moment is some milliseconds behind the start, or behind a step that is new: so that imports,
+    restoring, steps, saving and the end are all met.
+
+    Args:
+        kills: how many.
+        seed: of the moments.
+        say: is told the progress.
+
+    Returns:
+        A line that says what was done.
+
+    Raises:
+        AssertionError: a start ended in an error, weights or metrics differ, or a checkpoint was
+            found damaged.
+    """
+    draw, steps = random.Random(seed), STEPS_A_KILL * (kills + 2)
+    with tempfile.TemporaryDirectory(prefix="kills") as folder:
+        whole, broken = Path(folder) / "whole", Path(folder) / "broken"
+        assert _start(whole, steps).wait() == 0, (whole / "output").read_text()
+        done = 0
+        while done < kills:
+            process, before = _start(broken, steps), _step(broken)
+            early = draw.random() < 0.2
+            goal = before + draw.randrange(1, STEPS_A_KILL)
+            while not early and process.poll() is None and _step(broken) < goal:
+                time.sleep(0.002)
+            time.sleep(draw.uniform(0, 3 if early else 0.05))
+            if process.poll() is not None:
+                assert process.returncode == 0, (broken / "output").read_text()[-3000:]
+                break  # it came to its end: there is nothing left to kill
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            done += 1
+            if done % 10 == 0:
+                say(f"{done} kills, step {_step(broken)} of {steps}")
+        process = _start(broken, steps)
+        output = (broken / "output").read_text
+        assert process.wait() == 0, output()[-3000:]
+        assert "damaged" not in output(), output()[-3000:]
+        weights = [np.load(run / "weights.npy") for run in (whole, broken)]
+        np.testing.assert_array_equal(*weights)
+        assert _rows(whole) == _rows(broken), "metrics differ"
+    return f"{done} kills of {steps} steps: weights and metrics are bitwise those of no kill"

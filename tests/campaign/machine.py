@@ -1,0 +1,428 @@
+"""Reads damaged folders and decides on the verdict of each.
+
+The inputs are read in a process of their own, the worker, so that one that takes the process with
+it (or never comes back to Python) costs only itself: the worker is started again behind it.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.campaign.damage import Damage, damage
+
+VERDICTS = ("refused", "read", "traceback", "silent", "hang", "memory")
+GOOD = ("refused", "read")
+HANG_SECONDS = 20
+LOST_SECONDS = 30
+"""Beyond the alarm: the worker does not come back to Python and is killed."""
+MEMORY = 1 << 30
+"""Bytes that the reading of one of these small inputs may take at most."""
+LIMIT = 6 << 30
+"""Bytes of data that the worker may have."""
+MOST_SAID = 640
+"""Characters of a refusal: `MAX_MESSAGE` and what stands around it."""
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+
+class Refused(Exception):
+    """The one line with which a reader refuses an input."""
+
+
+class _Hang(BaseException):
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A reader and what it reads.
+
+    Attributes:
+        make: writes an intact input into an empty folder.
+        read: what is read from a folder; raises `Refused` or one of `refusals`.
+        weight: how often it is tried, relative to others; 1 costs about 50 ms.
+        files: patterns of the files that are damaged.
+        silent: (what is read from the intact folder, from the damaged one, the damage, the damaged
+            folder) -> why the difference had to be noticed, "" where it had not. It is asked
+            where the two differ.
+        refusals: exceptions that are refusals, beside UserError.
+    """
+
+    make: Callable[[Path], Any]
+    read: Callable[[Path], Any]
+    weight: float = 1
+    files: tuple[str, ...] = ("**/*",)
+    silent: Callable[[Any, Any, Damage, Path], str] = lambda *_: "what is read has changed"
+    refusals: tuple[type[Exception], ...] = ()
+
+
+def any_reader_sees(before: Any, after: Any, done: Damage, folder: Path) -> str:
+    """For inputs without checksums, where only some damages can be seen."""
+    return "it is no such file, and what is read has changed" if done.plain else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Attributes:
+    target, number: of the input.
+    verdict: one of `VERDICTS`.
+    damage: in words.
+    said: the refusal, or what went wrong.
+    seconds: that the reading took.
+    """
+
+    target: str
+    number: int
+    verdict: str
+    damage: str
+    said: str
+    seconds: float
+
+    @property
+    def where(self) -> str:
+        """Target, number and damage."""
+        return f"{self.target}:{self.number}: {self.damage}"
+
+
+def shared(name: str, make: Callable[[Path], Any]) -> Path:
+    """A folder that is made once for all targets and workers of a campaign.
+
+    Args:
+        name: of it.
+        make: fills it.
+    """
+    folder = Path(tempfile.gettempdir()) / name
+    done = folder / ".done"
+    if not done.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        make(folder)
+        done.touch()
+    return folder
+
+
+# --- One input ------------------------------------------------------------------------------------
+
+
+def command(arguments: Sequence[str | Path]) -> str:
+    """What `geode-jax ARGUMENTS` prints.
+
+    Raises:
+        Refused: it ends with one line on stderr and exit status 2.
+        AssertionError: it ends in another way.
+    """
+    from geode_jax.inference.cli import main
+
+    err, begun = sys.stderr.fileno(), os.lseek(sys.stderr.fileno(), 0, os.SEEK_CUR)
+    out_begun = os.lseek(sys.stdout.fileno(), 0, os.SEEK_CUR)
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        sys.stderr.flush()
+        said = os.pread(err, 1 << 20, begun).decode(errors="replace")
+        lines = [line.rpartition("\r")[2] for line in said.split("\n")]
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert end.code == 2, f"exit status {end.code}: {said[-300:]}"
+        assert len(errors) == 1, f"{len(errors)} lines of error: {said[-300:]}"
+        assert lines[-2:] == [errors[0], ""], f"more than the line: {said[-300:]}"
+        raise Refused(errors[0]) from None
+    sys.stdout.flush()
+    return os.pread(sys.stdout.fileno(), 1 << 24, out_begun).decode(errors="replace")
+
+
+@contextlib.contextmanager
+def _files_for_output(folder: Path) -> Iterator[Callable[[], str]]:
+    """stdout and stderr of the block in files; gives a function that reads what is in stderr."""
+    sys.stdout.flush(), sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    names = [folder / "stdout", folder / "stderr"]
+    try:
+        for number, name in enumerate(names, 1):
+            file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, number)
+            os.close(file)
+        yield lambda: names[1].read_text(errors="replace")
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        for number, file in enumerate(kept, 1):
+            os.dup2(file, number)
+            os.close(file)
+
+
+def _peak() -> int:
+    """The most memory of this process since `_reset_peak`, in bytes; 0 where it is not known."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    return 0
+
+
+def _reset_peak() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _waits() -> bool:
+    """Whether a thread of this process waits for somebody who writes into a pipe."""
+    waiting = False
+    for task in Path("/proc/self/task").glob("*/wchan"):
+        with contextlib.suppress(OSError):  # it has ended
+            waiting |= task.read_text() == "wait_for_partner"
+    return waiting
+
+
+def _ring(*_):
+    raise _Hang
+
+
+def _read(target: Target, folder: Path, alarm: float) -> tuple[str, Any, str]:
+    """(verdict, what is read, what is said); "read" whether or not it has changed."""
+    try:
+        signal.signal(signal.SIGALRM, _ring)
+        signal.setitimer(signal.ITIMER_REAL, alarm)
+        found = _read_in_time(target, folder)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return found
+    except _Hang:
+        return "hang", None, f"more than {alarm:.0f} s"
+
+
+def _read_in_time(target: Target, folder: Path) -> tuple[str, Any, str]:
+    from geode_jax.errors import UserError
+
+    value, verdict, said = None, "read", ""
+    try:
+        value = target.read(folder)
+    except (Refused, UserError, *target.refusals) as error:
+        verdict, said = "refused", str(error)
+        if len(said) > MOST_SAID or not said.isprintable() or not said:
+            verdict, said = "traceback", f"the refusal is no line: {said[:300]!r}"
+    except MemoryError:
+        verdict, said = "memory", "the memory was full"
+    except (Exception, SystemExit) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        own = [f for f in traceback.extract_tb(error.__traceback__) if "geode_jax/" in f.filename]
+        place = own[-1] if own else place
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        verdict, said = "traceback", f"{type(error).__name__} in {where}: {error}"
+    return verdict, value, said
+
+
+class Campaign:
+    """Intact folders of targets, and verdicts on damaged copies of them."""
+
+    def __init__(self, targets: dict[str, Target], folder: Path, seed: int, alarm: float):
+        """Args:
+        targets: by name.
+        folder: for templates and copies.
+        seed: of the damages.
+        alarm: seconds after which a reader hangs.
+        """
+        self._targets, self._folder, self._seed, self._alarm = targets, folder, seed, alarm
+        self._intact: dict[str, Any] = {}
+
+    def _template(self, name: str) -> Path:
+        folder = self._folder / "intact" / name.replace("/", "_")
+        if not (folder / "whole").is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+            (folder / "made").mkdir(parents=True)
+            with _files_for_output(folder):
+                self._targets[name].make(folder / "made")
+            (folder / "made").rename(folder / "whole")
+        return folder / "whole"
+
+    def _copy(self, name: str) -> Path:
+        # The same path every time: some readers keep it.
+        copy = self._folder / "copy"
+        _remove(copy)
+        copy.mkdir()
+        shutil.copytree(self._template(name), copy / "input", symlinks=True)
+        return copy / "input"
+
+    def try_input(self, name: str, number: int, keep: Path | None = None) -> Outcome:
+        """Makes and reads an input.
+
+        Args:
+            name: of the target.
+            number: of the input.
+            keep: where to leave the damaged folder.
+
+        Raises:
+            RuntimeError: the target cannot even read its intact folder.
+        """
+        target = self._targets[name]
+        if name not in self._intact:
+            intact = self._copy(name)
+            with _files_for_output(intact.parent):
+                verdict, value, said = _read(target, intact, 10 * self._alarm)
+            if verdict != "read":
+                raise RuntimeError(f"{name}: the intact input is not read: {verdict}: {said}")
+            self._intact[name] = value
+        input = self._copy(name)
+        done = damage(input, random.Random(f"{self._seed}/{name}/{number}"), target.files)
+        if keep:
+            shutil.copytree(input, keep, symlinks=True)
+        damaged = f"{done.kind} {done.path}"
+        _reset_peak()
+        peak, start = _peak(), time.monotonic()
+        with _files_for_output(input.parent) as stderr:
+            verdict, value, said = _read(target, input, self._alarm)
+            printed = stderr()
+        seconds = time.monotonic() - start
+        if verdict == "read" and value != self._intact[name]:
+            why = target.silent(self._intact[name], value, done, input)
+            verdict, said = ("silent", why) if why else (verdict, "another value")
+        if verdict in GOOD and "Traceback (most recent call last)" in printed:
+            verdict, said = "traceback", f"a thread's: {printed.strip().splitlines()[-1]}"
+        if verdict in GOOD and _waits():
+            verdict, said = "hang", "a thread waits on a pipe, and the process will not end"
+        if verdict in GOOD and _peak() - peak > MEMORY:
+            verdict, said = "memory", f"{(_peak() - peak) / 1e9:.1f} GB"
+        return Outcome(name, number, verdict, damaged, " ".join(said.split())[:400], seconds)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+# --- Many -----------------------------------------------------------------------------------------
+
+
+def shares(targets: dict[str, Target], inputs: int) -> list[tuple[str, int]]:
+    """(target, number) of a campaign's inputs: of every target by its weight, at least one."""
+    total = sum(target.weight for target in targets.values())
+    counts = {n: max(1, round(inputs * t.weight / total)) for n, t in targets.items()}
+    return [(name, number) for name, count in counts.items() for number in range(count)]
+
+
+def work(targets: dict[str, Target], folder: Path, seed: int, alarm: float) -> None:
+    """The worker: reads `[target, number]` a line from stdin and writes outcomes to stdout."""
+    tempfile.tempdir = str(folder)  # the parent removes it
+    # A reader that fills the memory ends in a MemoryError, and the machine goes on.
+    resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
+    with os.fdopen(os.dup(1), "w") as answers, os.fdopen(os.dup(0)) as questions:
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        campaign = Campaign(targets, folder, seed, alarm)
+        for line in questions:
+            outcome = campaign.try_input(*json.loads(line))
+            answers.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
+            answers.flush()
+            if outcome.verdict in ("hang", "memory"):
+                os._exit(0)  # what is left of it would tell on the next
+
+
+class _Worker:
+    def __init__(self, folder: Path, seed: int, alarm: float):
+        arguments = ["--worker", folder, "--seed", seed, "--alarm", alarm]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.campaign", *map(str, arguments)],
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=open(folder / "worker", "ab"),  # noqa: SIM115 - the process's
+        )
+
+    def ask(self, name: str, number: int, seconds: float) -> Outcome | None:
+        """The outcome of an input; None where the worker died or did not answer in time."""
+        timer = threading.Timer(seconds, self._process.kill)
+        timer.start()
+        try:
+            self._process.stdin.write(f"{json.dumps([name, number])}\n".encode())
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = b""
+        finally:
+            timer.cancel()
+        return Outcome(**json.loads(answer)) if answer else None
+
+    def end(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def run(
+    inputs: Iterable[tuple[str, int]], seed: int, alarm: float = HANG_SECONDS, say=lambda _: None
+) -> list[Outcome]:
+    """The outcomes of inputs.
+
+    Args:
+        inputs: (target, number), as of `shares`.
+        seed: of the damages.
+        alarm: seconds after which a reader hangs.
+        say: is told every outcome that is not good.
+
+    Raises:
+        RuntimeError: the worker cannot be started, or a target cannot read its intact folder.
+    """
+    outcomes = []
+    with tempfile.TemporaryDirectory(prefix="campaign") as folder:
+        folder = Path(folder)
+        worker, fresh, ready = None, True, set()
+        for name, number in inputs:
+            if worker is None:
+                worker, fresh = _Worker(folder, seed, alarm), True
+            start = time.monotonic()
+            # The first of a target makes its intact folder, and of a worker imports JAX.
+            first = fresh or name not in ready
+            outcome = worker.ask(name, number, alarm + (300 if first else LOST_SECONDS))
+            ready.add(name)
+            if outcome is None:
+                worker.end()
+                worker = None
+                log = (folder / "worker").read_text(errors="replace")
+                if "RuntimeError: " in log[-2000:]:
+                    raise RuntimeError(log.strip().splitlines()[-1])
+                took = time.monotonic() - start
+                verdict = "hang" if took > alarm else "traceback"
+                said = f"the process ended after {took:.0f} s: {log[-200:]}"
+                outcome = Outcome(name, number, verdict, "?", said, took)
+                if fresh and len(outcomes) and outcomes[-1].damage == "?":
+                    raise RuntimeError(f"the worker does not start: {log[-500:]}")
+            elif outcome.verdict in ("hang", "memory"):
+                worker.end()
+                worker = None
+            fresh = False
+            if outcome.verdict not in GOOD:
+                say(outcome)
+            outcomes.append(outcome)
+        if worker:
+            worker.end()
+    return outcomes
+
+
+def table(outcomes: Iterable[Outcome]) -> str:
+    """Counts by target and verdict, and the seconds of reading, for a terminal."""
+    counts: dict[str, Counter] = {}
+    seconds: Counter = Counter()
+    for one in outcomes:
+        counts.setdefault(one.target, Counter())[one.verdict] += 1
+        for name in (one.target, "all"):
+            seconds[name] += one.seconds
+    counts["all"] = sum(counts.values(), Counter())
+    width = max(map(len, counts))
+    lines = [
+        " " * width + "".join(f"{verdict:>11}" for verdict in ("inputs", *VERDICTS, "seconds"))
+    ]
+    for name, found in counts.items():
+        cells = (found.total(), *(found[verdict] for verdict in VERDICTS))
+        cells = "".join(f"{cell:>11,}" for cell in cells)
+        lines.append(f"{name.ljust(width)}{cells}{seconds[name]:>11.1f}")
+    return "\n".join(lines)

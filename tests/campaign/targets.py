@@ -1,0 +1,6 @@
+"""All targets of the campaign."""
+
+from tests.campaign import outside, own, texts
+
+TARGETS = outside.TARGETS | own.TARGETS | texts.TARGETS
+"""Name -> target."""

@@ -1,0 +1,257 @@
+"""Targets that are texts: answers, mixtures, topologies, fields of a configuration, programs."""
+
+import functools
+import json
+import random
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+from tests.campaign.damage import Damage
+from tests.campaign.machine import Refused, Target, command, shared
+
+WILD = (
+    "nan", "inf", "-inf", "1e999", "-1", "0", "1", "3", "0.5", "1e-300", "1e30", "9" * 5000,
+    "None", "True", "[]", "()", "{}", "''", "'x'", "(1,)", "(1,2,3)", "('a',)", "[" * 200,
+    "../../etc/passwd", "/dev/zero", "\0", "\x1b[31m", "\u202e", "é", "x" * 10_000, "1000000",
+    "1000000000", "-0.0", "float32", "vggt/tokens", "images", "text", "2**99", "lambda: 0",
+)  # fmt: skip
+
+
+def _seen(before: Any, after: Any, done: Damage, folder: Path) -> str:
+    return ""  # a text that says something else is something else
+
+
+# --- Answers of data sets -------------------------------------------------------------------------
+
+_PROMPTS = [
+    ["object_abs_distance", "<image>\nHow far is the bed (in meters)?", "2.5 m"],
+    ["object_size_estimation", "How long is it in inches?\nPlease answer", "30 inches"],
+    ["object_rel_distance", "Which?\nOptions:\nA. chair\nB. table", "B. table"],
+    ["room_size_estimation", "How large is this room, in square feet?", "200 sq ft"],
+]
+
+
+def _write_prompts(folder: Path) -> None:
+    lines = [json.dumps(prompt, ensure_ascii=False) for prompt in _PROMPTS]
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def _read_prompts(folder: Path) -> list:
+    from geode_jax.data.datasets.answers import question_fields, read_prompt, text_of
+    from geode_jax.data.datasets.questions import MisfitError
+    from geode_jax.exports.files import json_lines
+
+    found = []
+    for _, record in json_lines(folder / "prompts.jsonl"):
+        if not isinstance(record, list) or len(record) != 3:
+            found.append("no record")
+            continue
+        kind, said, answer = record
+        try:
+            question, options = read_prompt(text_of(said, "question"))
+            fields = question_fields(str(kind), question, text_of(answer, "answer"), options)
+        except MisfitError as misfit:
+            fields = {"misfit": str(misfit)}
+        value = fields.get("value", 1.0)
+        assert isinstance(value, float) and abs(value) < float("inf"), fields
+        found.append(fields)
+    return found
+
+
+# --- Small languages ------------------------------------------------------------------------------
+
+
+def _text(path: Path) -> str:
+    """The text of what may be any file; of what is none, its kind."""
+    return path.read_bytes().decode(errors="replace") if path.is_file() else "none"
+
+
+def _write_words(folder: Path) -> None:
+    (folder / "mixture.txt").write_text("scanqa=2,own=0.5,vsi590k=1")
+
+
+def _read_mixture(folder: Path) -> dict:
+    from geode_jax.data.mixture import parse_mixture
+
+    weights = parse_mixture(_text(folder / "mixture.txt"))
+    assert all(0 <= weight < float("inf") for weight in weights.values()), weights
+    return weights
+
+
+def _write_topology(folder: Path) -> None:
+    (folder / "topology.txt").write_text("v5p:4x4x4")
+
+
+def _read_topology(folder: Path) -> Any:
+    from geode_jax.plan.topology import parse_topology
+
+    found = parse_topology(_text(folder / "topology.txt"))
+    return [found.chip.name, found.shape, found.size]
+
+
+# --- Configurations -------------------------------------------------------------------------------
+
+CONFIGS = ("hidden_cot", "geode_pretrain", "geode_drm", "geode_joint", "geode_align")
+
+
+@functools.cache
+def _fields(name: str) -> list[str]:
+    from geode_jax.plan.command import read_config
+    from geode_jax.train import _flat
+
+    config = read_config(f"configs/{name}.py")
+    return [field.replace("/", ".") for field in _flat(config.to_dict())]
+
+
+_INTACT = bytes(range(64))
+
+
+def _write_draw(folder: Path) -> None:
+    (folder / "draw.txt").write_bytes(_INTACT)
+
+
+def _drawn(folder: Path) -> random.Random | None:
+    """Draws by the damaged file: every damage is another configuration, None that of no damage."""
+    path = folder / "draw.txt"
+    data = path.read_bytes() if path.is_file() else b""
+    return random.Random(zlib.crc32(data)) if data != _INTACT else None
+
+
+def _read_flags(folder: Path) -> list:
+    """The command line of training, up to the sizes of the model, which needs no compiling."""
+    from geode_jax import main
+
+    draw = _drawn(folder)
+    name, argument, changed = "hidden_cot", "", []
+    if draw:
+        name, count = draw.choice(CONFIGS), draw.choice((1, 1, 2))
+        fields = [(draw.choice(_fields(name)), draw.choice(WILD)) for _ in range(count)]
+        changed = [f"--config.{field}={value}" for field, value in fields]
+        argument = draw.choice(("", "", "", ":thinking=2", ":drm=off", f":{draw.choice(WILD)}"))
+    _parse([f"--config=configs/{name}.py{argument}", *changed])
+    config = main._CONFIG.value
+    from geode_jax.build import check_config
+
+    check_config(config)
+    config.data.export = str(_export())
+    _build_to_shapes(config, folder / "run")
+    return changed
+
+
+def _parse(arguments: list[str]) -> None:
+    from geode_jax import main
+
+    # As in a new process: ml_collections defines a flag for every override that it finds there.
+    for name in [name for name in main.flags.FLAGS if name.startswith("config.")]:
+        delattr(main.flags.FLAGS, name)
+    sys.argv = ["main", *arguments]
+    main._parse(sys.argv)
+
+
+def _export() -> Path:
+    from tests.runs import tiny_rooms
+
+    return shared("tiny_rooms", lambda folder: tiny_rooms(folder / "rooms", images=32)) / "rooms"
+
+
+def _build_to_shapes(config, workdir: Path) -> None:
+    """What `build` does, without a number: the objective, the model's shapes, the optimizer."""
+    from geode_jax import systems
+    from geode_jax.build import make_pipelines, prepare_tokenizer
+    from geode_jax.exports import Export
+    from geode_jax.optimizer import OptimizerConfig, make_optimizer
+    from geode_jax.sharding import make_mesh
+    from geode_jax.train_step import blueprint
+
+    if config.system != "hidden_cot":
+        config.init_from = ""  # what is there plays no part here
+    export = Export(config.data.export)
+    tokenizer = prepare_tokenizer(config, export, workdir)
+    pipelines = make_pipelines(config, export, tokenizer)
+    steps = config.train.steps or config.train.epochs * pipelines["train"].steps_per_epoch
+    objective = systems.make_objective(config, export, tokenizer, pipelines["train"])
+    optimizer = OptimizerConfig(steps=steps, **config.optimizer.to_dict())
+    blueprint(objective, functools.partial(make_optimizer, optimizer), make_mesh())
+
+
+def _read_changes(folder: Path) -> list:
+    """`geode-jax plan --set FIELD=VALUE`."""
+    from geode_jax.build import check_config
+    from geode_jax.plan.command import read_config
+
+    draw = _drawn(folder)
+    name, changes = "hidden_cot", []
+    if draw:
+        name = draw.choice(CONFIGS)
+        field = draw.choice((*_fields(name), "nothing", "", "model", "model.", "train.steps.x"))
+        changes = [f"{field}{draw.choice(('=', '=', '', '=='))}{draw.choice(WILD)}"]
+    check_config(read_config(f"configs/{name}.py", changes))
+    return changes
+
+
+_PROGRAMS = {
+    "no function": "x = 1\n",
+    "nothing": "",
+    "syntax": "def get_config(:\n",
+    "raises": "def get_config(arg=''):\n    raise RuntimeError('a\\nb')\n",
+    "exits": "import sys\n\ndef get_config(arg=''):\n    sys.exit('no')\n",
+    "exits at once": "raise SystemExit(0)\n",
+    "interrupts": "def get_config(arg=''):\n    raise GeneratorExit\n",
+    "recursion": "def get_config(arg=''):\n    return get_config(arg)\n",
+    "a list": "def get_config(arg=''):\n    return [1]\n",
+    "a dict": "def get_config(arg=''):\n    return {'system': 'hidden_cot'}\n",
+    "None": "def get_config(arg=''):\n    return None\n",
+    "empty": "import ml_collections\n\ndef get_config(arg=''):\n"
+    "    return ml_collections.ConfigDict()\n",
+    "another system": "import ml_collections\n\ndef get_config(arg=''):\n"
+    "    return ml_collections.ConfigDict({'system': 'x'})\n",
+    "half": "import ml_collections\n\ndef get_config(arg=''):\n"
+    "    return ml_collections.ConfigDict({'system': 'hidden_cot', 'seed': 0})\n",
+    "a number": "import ml_collections\n\ndef get_config(arg=''):\n"
+    "    return ml_collections.ConfigDict({'system': 7})\n",
+    "no arguments": "def get_config():\n    return None\n",
+    "imports": "import no_such_module\n",
+    "a string": "get_config = 'x'\n",
+}
+
+
+def _write_program(folder: Path) -> None:
+    _write_draw(folder)
+    (folder / "program.py").write_text(
+        "from configs.hidden_cot import get_config as given\n\n\n"
+        "def get_config(arg=''):\n    config = given(arg)\n    config.train.steps = 5\n"
+        "    return config\n"
+    )
+
+
+def _read_program(folder: Path) -> list:
+    from geode_jax import main
+    from geode_jax.build import check_config
+
+    draw = _drawn(folder)
+    program = folder / "program.py"
+    if draw and draw.random() < 0.5 and not program.is_dir():
+        program.unlink(missing_ok=True)
+        program.write_text(_PROGRAMS[draw.choice(list(_PROGRAMS))])
+    if draw and draw.random() < 0.3:
+        try:
+            command(["plan", "--config", program, "--topology", "v5p:0x0"])
+        except Refused:
+            raise
+        return []
+    _parse([f"--config={program}"])
+    check_config(main._CONFIG.value)
+    return [main._CONFIG.value.train.steps]
+
+
+TARGETS = {
+    "texts/answers": Target(_write_prompts, _read_prompts, 3, silent=_seen),
+    "texts/mixture": Target(_write_words, _read_mixture, 1, silent=_seen),
+    "texts/topology": Target(_write_topology, _read_topology, 0.5, silent=_seen),
+    "config/flags": Target(_write_draw, _read_flags, 2, silent=_seen),
+    "config/set": Target(_write_draw, _read_changes, 1.5, silent=_seen),
+    "config/program": Target(_write_program, _read_program, 1, silent=_seen),
+}
+"""Name -> target."""

@@ -1,0 +1,105 @@
+"""The campaign of damaged inputs: whether its machine sees what it shall, and its verdict on us."""
+
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.campaign import damage, kills, machine
+from tests.campaign.machine import Target
+from tests.campaign.targets import TARGETS
+
+INPUTS = 2000
+
+
+def write_number(folder: Path) -> None:
+    (folder / "number.txt").write_text("7")
+
+
+def read_number(folder: Path) -> int:
+    return (folder / "number.txt").read_bytes()[0]
+
+
+def hangs(folder: Path) -> int:
+    while read_number(folder) != ord("7"):
+        time.sleep(0.01)
+    return 7
+
+
+def fills(folder: Path) -> int:
+    kept = bytearray(2 * machine.MEMORY if read_number(folder) != ord("7") else 1)
+    kept[:: 1 << 12] = b"x" * len(kept[:: 1 << 12])
+    return 7
+
+
+def prints(folder: Path) -> int:
+    if read_number(folder) != ord("7"):
+        os.write(2, b"Traceback (most recent call last):\nError: of a thread\n")
+    return 7
+
+
+def long_refusal(folder: Path) -> int:
+    if read_number(folder) != ord("7"):
+        raise machine.Refused("no\nline")
+    return 7
+
+
+@pytest.mark.parametrize(
+    ("read", "verdict"),
+    [
+        (read_number, "silent"),
+        (lambda folder: {ord("7"): 7}[read_number(folder)], "traceback"),
+        (hangs, "hang"),
+        (fills, "memory"),
+        (prints, "traceback"),
+        (long_refusal, "traceback"),
+        (lambda folder: 7, "read"),
+    ],
+)
+def test_every_verdict_is_seen(read, verdict, tmp_path, monkeypatch):
+    def flip(folder, draw, patterns):
+        (folder / "number.txt").write_text("8")
+        return damage.Damage("flip", "number.txt", False)
+
+    monkeypatch.setattr(machine, "damage", flip)
+    monkeypatch.setattr(machine, "MEMORY", 1 << 26)
+    campaign = machine.Campaign({"number": Target(write_number, read)}, tmp_path, 0, alarm=1)
+    assert campaign.try_input("number", 0).verdict == verdict
+
+
+def test_a_damage_is_a_function_of_its_seed_and_changes_one_file(tmp_path):
+    seen = set()
+    for number in range(200):
+        content = []
+        for copy in range(2):
+            folder = tmp_path / f"{number}-{copy}"
+            folder.mkdir()
+            (folder / "a.json").write_text('{"scene": "x", "sizes": [1, 2.5], "name": null}')
+            (folder / "b.bin").write_bytes(bytes(range(256)))
+            done = damage.damage(folder, random.Random(number))
+            files = sorted(folder.iterdir())
+            regular = [p.read_bytes() if p.is_file() and not p.is_symlink() else b"" for p in files]
+            content.append((done, [p.name for p in files], regular))
+        assert content[0] == content[1]
+        seen.add(content[0][0].kind)
+    assert len(seen) > 25
+
+
+def test_every_target_reads_its_own_inputs_and_is_in_the_campaign():
+    inputs = machine.shares(TARGETS, INPUTS)
+    assert {name for name, _ in inputs} == set(TARGETS) and abs(len(inputs) - INPUTS) < 50
+
+
+@pytest.mark.slow
+def test_damaged_inputs_are_refused_in_one_line_or_read_aright():
+    bad: list[machine.Outcome] = []
+    outcomes = machine.run(machine.shares(TARGETS, INPUTS), seed=0, say=bad.append)
+    print(machine.table(outcomes))
+    assert not bad, "\n".join(f"{one.verdict}: {one.where}: {one.said}" for one in bad)
+
+
+@pytest.mark.slow
+def test_random_kills_lose_nothing():
+    print(kills.kill(5, seed=random.randrange(1 << 30), say=print))
