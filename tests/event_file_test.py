@@ -37,7 +37,7 @@ def test_a_full_disk_is_one_line_with_the_path(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     (tmp_path / "metrics.jsonl").unlink()
     writer._file.close()
-    writer._file = open("/dev/full", "a")  # noqa: SIM115 - the writer closes it
+    writer._file = open("/dev/full", "ab")  # noqa: SIM115 - the writer closes it
     with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written: No space left"):
         writer.write(1, {"loss": 1.0})
     with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written: No space left"):

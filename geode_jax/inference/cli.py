@@ -25,12 +25,13 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 # Quiet by default, as in geode_jax.main.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from geode_jax import exports
-from geode_jax.errors import UserError, refuse_undecodable, reported
+from geode_jax.errors import UserError, one_line, refuse_undecodable, reported
 
 # A command imports what it needs when it runs: checking a folder shall not wait for JAX.
 
@@ -393,8 +394,16 @@ def _share(text: str) -> float:
     return value
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all errors are."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {one_line(message)}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="geode-jax", description="Make data, ask a trained run, score it, convert weights."
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")

@@ -1147,8 +1147,8 @@ def test_answers_are_of_questions_that_there_are(tmp_path):
 )
 def test_scenes_are_taken_over_under_the_same_header_alone(tmp_path, pristine, header):
     export = Export(pristine)
-    writer = ExportWriter(tmp_path / "e", **{**export.header(), **header})
-    with pytest.raises(ExportError, match=f"{next(iter(header))}: differs from that of"):
+    refused = pytest.raises(ExportError, match=f"{next(iter(header))}: differs from that of")
+    with refused, ExportWriter(tmp_path / "e", **{**export.header(), **header}) as writer:
         writer.adopt_scene(export, "a")
 
 

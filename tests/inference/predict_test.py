@@ -213,8 +213,11 @@ def test_the_parameters_are_the_best_ones_and_the_run_is_left_alone(predictor, c
     shutil.copytree(latest / "3", latest / "4")
     assert Predictor(copied_run).step == 3
     shutil.rmtree(copied_run / "checkpoints" / "best")
+    with pytest.raises(UserError, match=r"latest/4: damaged: its position is of step 3"):
+        Predictor(copied_run)
+    shutil.rmtree(latest / "4")
     found = Predictor(copied_run)
-    assert found.step == 4
+    assert found.step == 3
     assert leaves_equal(found._trained.state.params, predictor._trained.state.params)
 
 
