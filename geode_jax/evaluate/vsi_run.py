@@ -79,7 +79,7 @@ def _evaluate(workdir: Path, out: Path, export: Path | None, spatio: int | None)
         columns,
         dataset={
             "file": str(manifest),
-            "sha256": hashlib.sha256(manifest.read_bytes()).hexdigest(),
+            "sha256": hashlib.sha256(files.read_bytes(manifest)).hexdigest(),
             "revision": f"{producer['project']} {producer['commit']}, split {split}",
         },
         predictions={"model": {"file": str(said), "sha256": hashlib.sha256(data).hexdigest()}},

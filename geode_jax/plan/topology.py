@@ -13,6 +13,7 @@ from pathlib import Path
 
 from geode_jax.chips import CHIPS, Chip
 from geode_jax.errors import UserError
+from geode_jax.exports.files import read_text
 
 TARGETS = Path(__file__).parent / "targets"
 ALIASES = {"a100": "a100-80"}
@@ -94,7 +95,7 @@ def devices_of(topology: Topology) -> list:
     try:
         if platform == "cuda":
             nodes, gpus = topology.shape
-            target = (TARGETS / f"{topology.chip.name}.txtpb").read_text()
+            target = read_text(TARGETS / f"{topology.chip.name}.txtpb")
             found = topologies.get_topology_desc(
                 platform="cuda", target_config=target, topology=f"{nodes}x1x{gpus}"
             )

@@ -173,7 +173,7 @@ def _copy_code(folder: Path, config: dict) -> None:
     modules = {name.partition(".")[0] for name in config.get("auto_map", {}).values()}
     for path in _REMOTE.glob("modeling_*.py"):
         if modules and (path.stem in modules or path.stem == "modeling_parts"):
-            write_bytes(folder / path.name, path.read_bytes())
+            write_bytes(folder / path.name, read_bytes(path))
 
 
 def write_config(folder: Path, config: dict) -> None:

@@ -32,7 +32,7 @@ SEED = 0
 """Of the draw that keeps 2,560 of a scene's voxels; set anew before every question."""
 
 
-def same_tokenizer(tokenizer: Any, folder: Path) -> tuple[str, int]:
+def same_tokenizer(contract: Any, tokenizer: Any, folder: Path) -> tuple[str, int]:
     """sha256 of the folder's tokenizer.json, whose ids must be the teacher's, and its size.
 
     Raises:
@@ -40,11 +40,11 @@ def same_tokenizer(tokenizer: Any, folder: Path) -> tuple[str, int]:
     """
     path = folder / "tokenizer.json"
     try:
-        data = path.read_bytes()
-        described = json.loads(data.decode("utf-8"))
+        data = contract.files.read_bytes(path)
+        described = contract.files.parse_json(path, data)
         theirs = dict(described["model"]["vocab"])
         theirs.update((token["content"], token["id"]) for token in described["added_tokens"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise job.InputError(f"{path}: no tokenizer with a vocabulary: {error!r}") from None
     for token, index in tokenizer.get_vocab().items():
         if theirs.get(token) != index:
@@ -265,7 +265,8 @@ class Teacher:
         except ImportError as error:
             raise job.InputError(f"not in LLaVA-3D's environment: {error}") from None
         self._args, self._base, self._questions, self._torch = args, base, questions, torch
-        self._prompts = job.load_contract(args.contract).prompts
+        contract = job.load_contract(args.contract)
+        self._prompts = contract.prompts
         commit = job.commit_of(llava, args.commit)
         self._tokenizer, self._model, self._processor, _ = load_pretrained_model(
             args.model, None, get_model_name_from_path(args.model), device=args.device
@@ -273,7 +274,7 @@ class Teacher:
         self._model.eval()
         digest, self._size, self._student = "", None, None
         if args.tokenizer:
-            digest, self._size = same_tokenizer(self._tokenizer, args.tokenizer)
+            digest, self._size = same_tokenizer(contract, self._tokenizer, args.tokenizer)
             self._student = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json"))
         self.header = header_of(args, base, commit, digest)
         self.cost = Cost(torch, self._model, args.warm_up)
