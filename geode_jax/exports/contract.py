@@ -69,6 +69,16 @@ ROTATION_TOLERANCE = 1e-3
 PROBABILITY_TOLERANCE = {"F32": 1e-4, "F16": 2e-3, "BF16": 1e-2}
 """Largest |sum - 1|: two units in the last place of numbers just below 1, and headroom."""
 
+LARGEST_FEATURE = 1e6
+"""Largest feature that a model may be given: beyond, squares and sums leave the range in which
+float32 and bfloat16 can be trusted, and a network's activations are 1e5 at most."""
+LARGEST_PLACE = 1000.0
+"""Largest coordinate of a camera or a point, metres (or scene units): no room's frame is larger."""
+LARGEST_PIXEL = 1e6
+"""Largest entry of an intrinsic, pixels."""
+LEAST_FOCAL = 1e-3
+"""Least focal length, pixels: an intrinsic is inverted."""
+
 _MANIFEST, _QUESTIONS, _MARKER = "manifest.json", "questions.jsonl", ".unfinished.json"
 _ENTRIES = ".entries"
 """Folder of the entries of scenes that are done, while several processes fill an export."""
@@ -124,13 +134,20 @@ def _extrinsic_rule(extrinsic: np.ndarray, manifest: dict, dtype: str) -> str | 
     if bad.any():
         return f"rotation of view {int(np.argmax(bad))} is not orthonormal"
     bad = np.linalg.det(rotation) < 0
-    return f"rotation of view {int(np.argmax(bad))} has determinant -1" if bad.any() else None
+    if bad.any():
+        return f"rotation of view {int(np.argmax(bad))} has determinant -1"
+    bad = np.abs(extrinsic[:, :, 3]).max(axis=1) > LARGEST_PLACE
+    view = int(np.argmax(bad))
+    return f"translation of view {view} is beyond {LARGEST_PLACE:g} m" if bad.any() else None
 
 
 def _intrinsic_rule(intrinsic: np.ndarray, manifest: dict, dtype: str) -> str | None:
     bad = (intrinsic[:, 0, 0] <= 0) | (intrinsic[:, 1, 1] <= 0)
     if bad.any():
         return f"focal length of view {int(np.argmax(bad))} is not positive"
+    bad = np.minimum(intrinsic[:, 0, 0], intrinsic[:, 1, 1]) < LEAST_FOCAL
+    if bad.any():
+        return f"focal length of view {int(np.argmax(bad))} is below {LEAST_FOCAL:g} pixels"
     bad = (intrinsic[:, 1, 0] != 0) | (intrinsic[:, 2] != (0, 0, 1)).any(axis=-1)
     if bad.any():
         return f"view {int(np.argmax(bad))} is not [[fx, s, cx], [0, fy, cy], [0, 0, 1]]"
@@ -204,29 +221,33 @@ class TensorSpec(NamedTuple):
         dtypes: safetensors dtypes; empty means the manifest's `dtype` (the writer converts to it).
         rule: what the values must satisfy; every float tensor must be finite besides.
         needs: the tensor that gives this one its meaning.
+        largest: magnitude beyond which a scene is refused, of what models are given as it is;
+            infinite where numbers beyond a domain are left out one by one (`data.targets`), or a
+            rule bounds them.
     """
 
     dims: str
     dtypes: tuple[str, ...]
     rule: Callable | None = None
     needs: str = ""
+    largest: float = math.inf
 
 
 _FLOAT = ("F32", "F16", "BF16")
 _BOXES, _TOPK_ID = "target/boxes", "teacher/topk_id"
 SPECS: dict[str, TensorSpec] = {
-    "vggt/tokens": TensorSpec("V P C", ()),
-    "vggt/camera_tokens": TensorSpec("V C", ()),
+    "vggt/tokens": TensorSpec("V P C", (), largest=LARGEST_FEATURE),
+    "vggt/camera_tokens": TensorSpec("V C", (), largest=LARGEST_FEATURE),
     "vggt/depth": TensorSpec("V h w", _FLOAT, _depth_rule),
     "vggt/depth_conf": TensorSpec("V h w", _FLOAT),
     "vggt/points": TensorSpec("V h w 3", _FLOAT),
     "vggt/points_conf": TensorSpec("V h w", _FLOAT, needs="vggt/points"),
     "camera/extrinsic": TensorSpec("V 3 4", ("F32",), _extrinsic_rule),
-    "camera/intrinsic": TensorSpec("V 3 3", ("F32",), _intrinsic_rule),
-    "sonata/features": TensorSpec("G Cp", _FLOAT),
-    "sonata/coord": TensorSpec("G 3", _FLOAT),
+    "camera/intrinsic": TensorSpec("V 3 3", ("F32",), _intrinsic_rule, largest=LARGEST_PIXEL),
+    "sonata/features": TensorSpec("G Cp", _FLOAT, largest=LARGEST_FEATURE),
+    "sonata/coord": TensorSpec("G 3", _FLOAT, largest=LARGEST_PLACE),
     "sonata/frame": TensorSpec("G", ("I32", "I64"), _frame_rule, "sonata/coord"),
-    "internvit/tokens": TensorSpec("V I E", _FLOAT),
+    "internvit/tokens": TensorSpec("V I E", _FLOAT, largest=LARGEST_FEATURE),
     "images": TensorSpec("V H W 3", ("U8",)),
     "target/depth": TensorSpec("V h w", _FLOAT, _depth_rule),
     "target/segmentation": TensorSpec("V h w", ("I16", "I32"), _category_rule(-1)),
@@ -324,15 +345,29 @@ _EXPONENT = {  # all ones: infinite or NaN
 }
 
 
+def _bits_of(magnitude: float, dtype: str) -> int:
+    """The bits of the largest finite number of a dtype that is not beyond a magnitude."""
+    if dtype == "F16":
+        return int(np.float16(min(magnitude, 65504)).view(np.uint16))
+    bits = int(np.float32(min(magnitude, np.finfo(np.float32).max)).view(np.uint32))
+    return bits >> 16 if dtype == "BF16" else bits
+
+
 def _check_values(scene_id: str, name: str, dtype: str, stored: np.ndarray, manifest: dict) -> None:
     """Checks the numbers of one tensor; `stored` holds bf16 as its uint16 bits."""
     if dtype in _EXPONENT and stored.size:
         # On the bits: several times faster than isfinite on 16-bit floats, and needs no bf16 type.
+        # Without their sign, bits are in the order of the magnitudes.
         bits, exponent = _EXPONENT[dtype]
-        field = stored.view(bits) & bits(exponent)
-        if field.max() == exponent:
-            where = _first(field == exponent)
+        field = stored.view(bits) & bits(np.iinfo(bits).max >> 1)
+        most = field.max()
+        if most >= exponent:
+            where = _first(field >= exponent)
             raise _scene_error(scene_id, name, f"value at {where} is not finite")
+        limit = SPECS[name].largest
+        if most > _bits_of(limit, dtype):
+            where = _first(field > _bits_of(limit, dtype))
+            raise _scene_error(scene_id, name, f"value at {where} is beyond {limit:g}")
     rule = SPECS[name].rule
     if rule and stored.size:
         values = _float32_of_bfloat16(stored) if dtype == "BF16" else stored

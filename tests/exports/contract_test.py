@@ -196,7 +196,8 @@ def test_files_are_ordinary_safetensors(pristine):
 def test_round_trip_is_exact_for_every_dtype(tmp_path_factory, data):
     """Bits, not values: denormals and negative zeros too, from any memory layout."""
     arrays = make_scene()
-    name = data.draw(st.sampled_from([n for n in SPECS if not SPECS[n].rule and SPECS[n].dtypes]))
+    free = [n for n, spec in SPECS.items() if not spec.rule and spec.dtypes]
+    name = data.draw(st.sampled_from(free))
     numpy_types = {"F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16, "U8": "u1"}
     dtype = np.dtype(numpy_types[data.draw(st.sampled_from(SPECS[name].dtypes))])
     seed = data.draw(st.integers(0, 2**32 - 1))
@@ -204,7 +205,8 @@ def test_round_trip_is_exact_for_every_dtype(tmp_path_factory, data):
     raw = np.random.default_rng(seed).integers(0, 256, (*shape, dtype.itemsize), dtype=np.uint8)
     array = raw.view(dtype)[..., 0]
     if dtype.kind != "u":
-        array = np.where(np.isfinite(array.astype("f4")), array, np.zeros((), dtype))
+        held = np.abs(array.astype("f4")) <= min(SPECS[name].largest, np.finfo("f4").max)
+        array = np.where(held, array, np.zeros((), dtype))
     if data.draw(st.booleans()):
         array = np.asfortranarray(array)
     if dtype == "f4" and data.draw(st.booleans()):
@@ -462,6 +464,16 @@ BAD_TENSORS = {
         "vggt/depth",
         "(h, w) = (3, 6) is no multiple of the patch grid (2, 3)",
     ),
+    "translation": (
+        _set("camera/extrinsic", (1, 0, 3), -1e30),
+        "camera/extrinsic",
+        "translation of view 1 is beyond 1000 m",
+    ),
+    "tiny focal length": (
+        _set("camera/intrinsic", (1, 0, 0), 1e-30),
+        "camera/intrinsic",
+        "focal length of view 1 is below 0.001 pixels",
+    ),
     "no pixels": (_replace("images", lambda a: a[:, :0]), "images", "has no H"),
     "labels without boxes": (_drop("target/boxes"), "target/labels", "needs target/boxes"),
     "confidence without points": (_drop("vggt/points"), "vggt/points_conf", "needs vggt/points"),
@@ -492,6 +504,33 @@ def test_bad_tensors_are_refused_with_scene_tensor_and_rule(workbench, case):
     line = refused_both_ways(workbench, arrays)
     assert line.startswith(f"scene a: tensor {tensor}: ")
     assert rule in line
+
+
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.largest < np.inf])
+def test_what_models_are_given_is_bounded(workbench, name):
+    """The number just within the bound is held in every type, the one just beyond is not."""
+    spec, arrays = SPECS[name], make_scene()
+    types = {"F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+    place = (0, 0, 2) if name == "camera/intrinsic" else (0,) * arrays[name].ndim
+    for dtype in [types[d] for d in spec.dtypes] or [arrays[name].dtype]:
+        limit = min(spec.largest, float(ml_dtypes.finfo(dtype).max))
+        grid = np.array(limit).astype(dtype)
+        if grid > limit:
+            grid = np.nextafter(grid, dtype.type(0))
+        for sign in (1, -1):
+            arrays[name] = make_scene()[name].astype(dtype)
+            arrays[name][place] = sign * grid
+            forge_scene(workbench, arrays)
+            assert Export(workbench).read_scene("a")[name][place] == sign * grid
+            with np.errstate(over="ignore"):
+                beyond = np.nextafter(grid, dtype.type(np.inf))
+                finite = np.isfinite(beyond)
+            if finite:
+                arrays[name][place] = sign * beyond
+                line = refused_both_ways(workbench, arrays)
+                assert line == f"scene a: tensor {name}: value at {list(place)} is beyond " + (
+                    f"{spec.largest:g}"
+                )
 
 
 def _stored_float(name: str) -> bool:
