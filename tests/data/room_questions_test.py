@@ -370,7 +370,7 @@ def taught(records):
 
 
 def test_no_box_is_taught_at_a_name_that_several_things_have():
-    """Which chair is the nearest to the lamp is not known where "chair" is read; the gap is kept."""
+    """Which chair is nearest to the lamp is not known where "chair" is read; the gap is kept."""
     shared = named = 0
     for seen, records in asked()[:50]:
         tensors = {
