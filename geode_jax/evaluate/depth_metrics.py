@@ -37,12 +37,14 @@ class DepthMetrics:
             valid &= np.asarray(mask, bool)
         prediction, target = prediction[valid], target[valid]
 
-        error = prediction - target
-        self.pixels += error.size
-        self._squared += float(np.sum(error**2))
-        self._absolute += float(np.sum(np.abs(error)))
-        # max(p/t, t/p) < 1.25 without dividing by a prediction of 0.
-        self._inside += int(np.sum((prediction < 1.25 * target) & (target < 1.25 * prediction)))
+        self.pixels += target.size
+        with np.errstate(over="ignore"):  # what is too large is infinite, as the class says
+            error = prediction - target
+            self._squared += float(np.sum(error**2))
+            self._absolute += float(np.sum(np.abs(error)))
+            # max(p/t, t/p) < 1.25 without dividing by a prediction of 0.
+            inside = (prediction < 1.25 * target) & (target < 1.25 * prediction)
+        self._inside += int(np.sum(inside))
 
     def result(self) -> dict[str, float]:
         """`depth_rmse`, `depth_mae` (unit of the input), `depth_delta1`; empty without a pixel."""
