@@ -64,6 +64,8 @@ NUMERIC_KINDS = (
 )
 """Kinds whose answer is a number: they carry `value`, or an answer that reads as a number."""
 
+LONGEST_NAME = 1000
+"""Characters of an id or a name at most: they stand in messages, tables and search patterns."""
 ROTATION_TOLERANCE = 1e-3
 """Largest entry of |R R^T - I|: poses are often read from text with four decimals."""
 PROBABILITY_TOLERANCE = {"F32": 1e-4, "F16": 2e-3, "BF16": 1e-2}
@@ -489,6 +491,10 @@ def _is_text(value: Any) -> bool:
     return True
 
 
+def _is_name(value: Any) -> bool:
+    return _is_text(value) and len(value) <= LONGEST_NAME
+
+
 def _is_number(value: Any) -> bool:
     # Compared, not converted: JSON has integers that no float can hold.
     return type(value) in (int, float, np.float64) and abs(value) <= 1e300
@@ -507,6 +513,9 @@ def _is_box(value: Any) -> bool:
     return is_list and all(_is_number(v) for v in value) and min(value[3:6]) > 0
 
 
+_AT_MOST = f" of at most {LONGEST_NAME} characters"
+
+
 def _must(condition: Callable[[Any], bool], rule: str) -> Callable[[Any], str | None]:
     return lambda value: None if condition(value) else f"must be {rule}, is {_shown(value)}"
 
@@ -518,6 +527,8 @@ def _is_sha256(value: Any) -> bool:
 def _check_producer(value: Any) -> str | None:
     if not isinstance(value, dict):
         return "must be an object"
+    if not all(len(key) <= LONGEST_NAME for key in value):
+        return f"a key has more than {LONGEST_NAME} characters"
     for key in ("project", "commit", "weights", "licence"):
         if not _is_text(value.get(key)):
             return f"{key} must be a non-empty string"
@@ -530,8 +541,8 @@ def _check_objects(value: Any) -> str | None:
     for i, item in enumerate(value):
         if not isinstance(item, dict) or set(item) - {"index"} != {"name", "box"}:
             return f"[{i}] must have name, box and at most index"
-        if not _is_text(item["name"]):
-            return f"[{i}] name must be a non-empty string"
+        if not _is_name(item["name"]):
+            return f"[{i}] name must be a non-empty string{_AT_MOST}"
         if not _is_box(item["box"]):
             return f"[{i}] box must be 7 finite numbers with positive sizes"
         if not _is_count(item.get("index", 0), 0):
@@ -558,8 +569,8 @@ def _check_questions_entry(value: Any) -> str | None:
     return None if _is_sha256(value["sha256"]) else "sha256 must be a sha256 in hexadecimal"
 
 
-def _is_unique_texts(value: Any) -> bool:
-    return isinstance(value, list) and _is_texts(value) and len(set(value)) == len(value)
+def _is_unique_names(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_name, value)) and len(set(value)) == len(value)
 
 
 def _is_grid(value: Any) -> bool:
@@ -567,6 +578,7 @@ def _is_grid(value: Any) -> bool:
 
 
 _TEXT = _must(_is_text, "a non-empty string")
+_NAME = _must(_is_name, f"a non-empty string{_AT_MOST}")
 _SCENE_NAME = _must(
     lambda value: isinstance(value, str) and _SCENE_ID.fullmatch(value) is not None,
     "letters, digits, '.', '_', '-' without a leading dot",
@@ -583,7 +595,7 @@ _HEADER_FIELDS = {
     "token_width": _must(lambda v: _is_count(v, 1), "a positive integer"),
     "patch_grid": _must(_is_grid, "two positive integers"),
     "tokens_contain_depth": _must(lambda v: type(v) is bool, "true or false"),
-    "categories": _must(_is_unique_texts, "a list of different non-empty strings"),
+    "categories": _must(_is_unique_names, f"a list of different non-empty strings{_AT_MOST}"),
     "notes": _must(lambda v: v == "" or _is_text(v), "a string"),
     "created": _TEXT,
     "teacher_tokenizer": _HASH,
@@ -601,8 +613,8 @@ _ENTRY_FIELDS = {
     "teacher_sha256": _HASH,
 }
 _QUESTION_FIELDS = {
-    **dict.fromkeys(("id", "scene_id", "kind", "question", "answer"), _TEXT),
-    **dict.fromkeys(("teacher_answer", "unit", "rationale", "source"), _TEXT),
+    **dict.fromkeys(("id", "scene_id", "kind", "source", "unit"), _NAME),
+    **dict.fromkeys(("question", "answer", "teacher_answer", "rationale"), _TEXT),
     **dict.fromkeys(
         ("options", "answers"), _must(lambda v: bool(v) and _is_texts(v), "a list of strings")
     ),

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -827,6 +828,8 @@ BAD_FIELDS = [
     ("scenes", [{"id": "a", "split": "val"}], "scenes[0].sha256: missing"),
     ("scenes", [{"id": "a", "split": "val", "sha256": SHA}] * 2, "scenes[1].id: duplicate scene a"),
     ("extra", 1, "'extra': unknown field"),
+    ("categories", ["a" * 1001, "b"], "categories: must be a list of different non-empty strings"),
+    ("producer", {"a." * 501: "b"}, "producer: a key has more than 1000 characters"),
 ]
 
 
@@ -840,6 +843,17 @@ def test_bad_manifests(export, field, value, rule):
             json.dumps({k: v for k, v in manifest.items() if k != field})
         )
         assert refusal(Export, export) == f"manifest.json: {field}: missing"
+
+
+@pytest.mark.parametrize("names", [["a/" * 100_000], [f"x/{i}" for i in range(100_000)]])
+def test_names_of_any_length_and_number_are_refused_at_once(export, names):
+    data = safetensors.numpy.save({name: np.zeros(1, np.uint8) for name in names})
+    forge(export, "scenes/a.safetensors", data)
+    start = time.process_time()
+    assert len(refusal(Export(export).read_scene, "a")) < 200
+    forge(export, "scenes/a.safetensors", data[:-1])
+    assert len(refusal(Export(export).read_scene, "a")) < 200
+    assert time.process_time() - start < 5
 
 
 def test_token_ids_need_a_vocabulary(export, tmp_path):
@@ -895,6 +909,11 @@ BAD_QUESTIONS = [
     ({"objects": [{"name": "chair", "box": BOX, "index": -1}]}, "objects: [0] index"),
     ({"objects": [{"name": "chair", "box": BOX, "index": 3}]}, "objects: [0] index 3 is not a row"),
     ({"source": ""}, "source: must be a non-empty string"),
+    *(
+        ({name: "a." * 501}, f"{name}: must be a non-empty string of at most 1000 characters")
+        for name in ("id", "kind", "source", "unit", "scene_id")
+    ),
+    ({"objects": [{"name": "a" * 1001, "box": BOX}]}, "objects: [0] name must be"),
     ({"colour": "red"}, "'colour': unknown field"),
 ]
 
