@@ -29,9 +29,9 @@ def refuse_undecodable(arguments: Iterable[str]) -> None:
 def reported() -> Iterator[None]:
     """Ends the process with one line on stderr instead of a traceback, where that says enough.
 
-    What the user can mend is `error: ...` and exit status 2: UserError, and what the
-    operating system refuses (a missing file, a full disk). Ctrl-C exits with 130. A reader that
-    goes away (`| head`) ends the output without a word.
+    What the user can mend is `error: ...` and exit status 2: UserError, what the operating system
+    refuses (a missing file, a full disk), and memory that does not suffice. Ctrl-C exits with 130.
+    A reader that goes away (`| head`) ends the output without a word.
     """
     try:
         yield
@@ -54,4 +54,27 @@ def said_of(error: BaseException) -> tuple[str, int] | None:
         return "interrupted", INTERRUPTED
     if isinstance(error, UserError | OSError):
         return f"error: {one_line(str(error))}", 2
+    lacking = _lacking_memory(error)
+    if lacking:
+        what = one_line(str(error).strip().partition("\n")[0], 200).rstrip(".")
+        return f"error: out of {lacking} memory{': ' * bool(what)}{what}; {_SMALLER}", 2
     return None
+
+
+_SMALLER = (
+    "training needs less with a smaller data.scenes_per_batch, more train.microbatches or a "
+    "smaller model, other commands with fewer --workers or fewer or smaller scenes"
+)
+
+
+def _lacking_memory(error: BaseException) -> str:
+    """Whose memory does not suffice, "host" or "device"; empty for another error."""
+    if isinstance(error, MemoryError):
+        return "host"
+    jax = sys.modules.get("jax")
+    if jax is None or not isinstance(error, jax.errors.JaxRuntimeError):
+        return ""
+    said = str(error)
+    if "RESOURCE_EXHAUSTED" not in said and "out of memory" not in said.lower():
+        return ""
+    return "host" if jax.default_backend() == "cpu" else "device"

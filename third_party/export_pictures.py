@@ -27,10 +27,18 @@ def chosen(count: int, most: int) -> list[int]:
     return list(range(count)) if count <= most else [i * count // most for i in range(most)]
 
 
+# Every decoder gives the same frames: those of the first video stream in the order in which they
+# are shown, each as often as it is stored, turned as the container says, as players do it; pixels
+# that are not square stay so. One that cannot turn a video which is to be turned refuses it.
+
+
 def _opencv_frames(path: Path) -> Iterator[np.ndarray]:
     import cv2
 
     video = cv2.VideoCapture(str(path))
+    video.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
+    if video.get(cv2.CAP_PROP_ORIENTATION_META) and not video.get(cv2.CAP_PROP_ORIENTATION_AUTO):
+        raise ValueError("its backend does not turn frames")
     while True:
         more, frame = video.read()
         if not more:
@@ -38,27 +46,34 @@ def _opencv_frames(path: Path) -> Iterator[np.ndarray]:
         yield frame[:, :, ::-1]
 
 
+def _pyav_frames(path: Path) -> Iterator[np.ndarray]:
+    import av
+
+    with av.open(str(path)) as video:
+        for frame in video.decode(video=0):
+            # Degrees against the clock; before version 14 nobody tells.
+            quarters, rest = divmod(frame.rotation, 90)
+            if rest:
+                raise ValueError("it is turned by no quarter")
+            yield np.rot90(frame.to_ndarray(format="rgb24"), quarters)
+
+
 def _imageio_frames(path: Path) -> Iterator[np.ndarray]:
     import imageio.v3
 
-    yield from imageio.v3.imiter(str(path))
-
-
-def _torchvision_frames(path: Path) -> Iterator[np.ndarray]:
-    from torchvision.io import read_video
-
-    for frame in read_video(str(path), output_format="THWC", pts_unit="sec")[0]:
-        yield frame.numpy()
+    # ffmpeg turns frames, which imageio's other plug-ins do not, and repeats none if so told.
+    options = {"plugin": "FFMPEG", "output_params": ["-fps_mode", "passthrough"]}
+    yield from imageio.v3.imiter(str(path), **options)
 
 
 def video_frames(path: Path, most: int) -> list[np.ndarray]:
-    """At most `most` frames [H, W, 3] of a video, by whatever can decode it here.
+    """At most `most` frames [H, W, 3] of a video as a person sees it, by what can decode it here.
 
     Raises:
         InputError: nothing can.
     """
     tried = []
-    for decode in (_opencv_frames, _imageio_frames, _torchvision_frames):
+    for decode in (_opencv_frames, _pyav_frames, _imageio_frames):
         name = decode.__name__.split("_")[1]
         try:
             # Decoded twice: containers are often wrong about how many frames they have.
@@ -67,7 +82,8 @@ def video_frames(path: Path, most: int) -> list[np.ndarray]:
                 return [frame for i, frame in enumerate(decode(path)) if i in wanted]
             tried.append(f"{name} finds no frame")
         except Exception as error:  # not installed, or no such codec: each library has its own
-            tried.append(f"{name}: {type(error).__name__}")
+            said = " ".join(str(error).split())[:80]
+            tried.append(f"{name}: {type(error).__name__}: {said}")
     raise job.InputError(f"{path}: cannot be decoded ({'; '.join(tried)})")
 
 

@@ -17,6 +17,7 @@ import grain
 import numpy as np
 
 from geode_jax.data.control import BOX
+from geode_jax.data.kinds import check_known
 from geode_jax.data.mixture import choose_scenes, scenes_per_epoch, stratified_part
 from geode_jax.data.packing import pack
 from geode_jax.data.question_arrays import (
@@ -42,6 +43,7 @@ from geode_jax.data.scene_arrays import (
 )
 from geode_jax.data.targets import left_out
 from geode_jax.data.tokens import Tokenizer
+from geode_jax.distributed import is_main
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, ExportError
 from geode_jax.exports.prompts import prompt
@@ -132,7 +134,7 @@ class PipelineConfig:
             raise UserError(f"data: controls: {self.controls} are not two different ids")
         for field in ("kind_weights", "source_weights"):
             for name, weight in getattr(self, field).items():
-                if not 0 <= weight < float("inf"):
+                if type(weight) not in (int, float) or not 0 <= weight < float("inf"):
                     raise UserError(f"data: {field}: {name}: {weight} is no weight >= 0")
         if not 0 < self.fraction <= 1:
             raise UserError(f"data: fraction: {self.fraction} is not in (0, 1]")
@@ -229,8 +231,8 @@ class Pipeline:
         """Args: kinds: only questions of these; None for all.
 
         Raises:
-            UserError: the split has no question that fits, or the teacher's logits do not fit the
-                tokenizer.
+            UserError: the split has no question that fits, a weight is of what is no kind, or the
+                teacher's logits do not fit the tokenizer.
             ExportError: `questions.jsonl` breaks the contract.
         """
         self.config, self.split, self._tokenizer, self._export = config, split, tokenizer, export
@@ -311,12 +313,18 @@ class Pipeline:
         answer = answer_lengths(lengths, config.answer_field, bool(config.controls))
         boxes = lengths["control"] == BOX
         keep = np.ones(len(kind), bool)
+        own = set(kind.tolist())
+        check_known(config.kind_weights, own, "data: kind_weights")
+        absent = sorted(config.kind_weights.keys() - own)
+        if absent and is_main():
+            has = f"split {self.split} of {self._export.folder} has no questions of these kinds"
+            print(f"note: data.kind_weights: {has}: {', '.join(absent)}", flush=True)
 
         def drop(reason: str, bad: np.ndarray) -> None:
             self.dropped += Counter({reason: int((keep & bad).sum())})
             keep[bad] = False
 
-        for name in sorted(set(kind.tolist())):
+        for name in sorted(own):
             unwanted = kinds is not None and name not in kinds
             if unwanted or config.kind_weights.get(name, 1) == 0:
                 drop(f"kind {name}", kind == name)

@@ -47,9 +47,9 @@ def stack_questions(
 
     The objects are in the record's order, but the one that distances are measured from is the
     first. Beside them, of every object: `object_place` [n, O], the place in the question of the
-    last token of its name, where the text has it first; and of the record's first two: `pair`
-    [n, 2], their rows of `target/boxes`. -1 where unknown, and of names that stand for several
-    objects.
+    last token of its name, where the text has it first, and `object_row` [n, O], its row of
+    `target/boxes`; and of the record's first two: `pair` [n, 2], their rows. -1 where unknown, and,
+    but for `object_row`, of names that stand for several objects of the record.
 
     Args:
         records: n question records whose prompts and answers fit.
@@ -71,6 +71,7 @@ def stack_questions(
         "angle_mask": np.zeros(n, bool),
         "pair": np.full((n, 2), -1, np.int32),
         "object_place": np.full((n, MAX_OBJECTS), -1, np.int32),
+        "object_row": np.full((n, MAX_OBJECTS), -1, np.int32),
         "relations": np.zeros((n, len(RELATIONS)), np.float32),
         "relations_mask": np.zeros((n, len(RELATIONS)), bool),
         "value": np.zeros(n, np.float32),
@@ -110,6 +111,7 @@ def stack_questions(
             if names.count(item["name"]) == 1:
                 arrays["pair"][i, j] = item.get("index", -1)
         for j, item in enumerate(objects):
+            arrays["object_row"][i, j] = item.get("index", -1)
             if _is_held(item):
                 arrays["objects"][i, j] = item["box"]
                 arrays["objects_mask"][i, j] = True
@@ -210,6 +212,9 @@ def lay_out_questions(
 ) -> dict[str, np.ndarray]:
     """Rows of Q questions of a scene, padded with empty ones, without shape suffixes.
 
+    An object whose category has several instances in the scene has no column: which of them is
+    meant ("the chair" of which that is nearest to the lamp) may be said only after its name.
+
     Args:
         arrays: of `stack_questions`.
         placed: of `packing.pack`.
@@ -220,13 +225,15 @@ def lay_out_questions(
     """
     chosen = [question for question, _ in placed]
     first = np.array([first for _, first in placed], np.int32)
-    place = arrays["object_place"][chosen]
+    place = np.where(
+        _shared(tensors, arrays["object_row"][chosen]), -1, arrays["object_place"][chosen]
+    )
     object_column = np.full((slots, MAX_OBJECTS), -1, np.int32)
     object_column[: len(chosen)] = np.where(place < 0, -1, first[:, None] + place)
     fields = {"object_column": object_column}
     fills = {"question": pad_id, "answer": pad_id, "base_unit": 1}  # values are divided by units
     for name, array in arrays.items():
-        if name == "object_place":
+        if name in ("object_place", "object_row"):
             continue
         fill = fills.get(name, 0)
         field = np.full((slots, *array.shape[1:]), fill, array.dtype)
@@ -247,6 +254,14 @@ def lay_out_questions(
         pad_id,
     )
     return fields | packed | {"teacher_relations": teacher, "teacher_relations_mask": mask}
+
+
+def _shared(tensors: Mapping[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """Which rows of `target/boxes` (-1: unknown) have a category that other boxes have too."""
+    labels = tensors.get("target/labels")
+    if labels is None or not len(labels):
+        return np.zeros(rows.shape, bool)
+    return (rows >= 0) & (np.bincount(labels)[labels[rows]] > 1)
 
 
 def _teacher_relations(

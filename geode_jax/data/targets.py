@@ -11,13 +11,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from geode_jax.exports.contract import LARGEST_FEATURE, LARGEST_PLACE
+
 LOG_VALUES = (math.log(0.01), 11.0)
 """Logarithms of the numbers of questions, in base units (`control.BASE_UNIT`): 0.01 to 59,874."""
 
 LOG_EDGES = (math.log(1e-4), 4.0)
 """Logarithms of the edges of boxes in metres: 0.1 mm to 54.6 m."""
 
-MOST_PLACE = 1000.0
+MOST_PLACE = LARGEST_PLACE
 """Largest coordinate of boxes and points, metres: beyond, a frame is not that of a room."""
 
 MOST_YAW = 100.0
@@ -26,7 +28,7 @@ MOST_YAW = 100.0
 DEPTHS = (1e-3, 1000.0)
 """Least and largest known depth, metres (or the export's scene units)."""
 
-MOST_FEATURE = 1e6
+MOST_FEATURE = LARGEST_FEATURE
 """Largest feature of a teacher, whose squared distance is learned."""
 
 

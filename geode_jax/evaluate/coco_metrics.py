@@ -4,7 +4,7 @@ Every number is in [0, 100]; CIDEr may be larger.
 
 | key | what it is |
 |---|---|
-| `em1` | lower-case answer equal to a reference (ScanQA's EM@1) |
+| `em1` | answer equal to a reference (EM@1 of ScanQA and SQA3D), whatever the case |
 | `em1_refined` | after `clean`, one contains the other (LEO's refined EM, LLaVA-3D's) |
 | `coco_bleu1` ... `4` | corpus level, closest reference length, see `bleu` |
 | `coco_rouge_l` | F with beta 1.2 of the best precision and the best recall, mean over answers |
@@ -86,8 +86,14 @@ def clean(text: str) -> str:
 
 
 def exact_match(prediction: str, targets: Sequence[str]) -> float:
-    """1.0 if the answer is one of the references, whatever its case and the spaces around it."""
-    return float(prediction.strip().lower() in {target.strip().lower() for target in targets})
+    """1.0 if the answer is one of the references, whatever its case and the spaces around it.
+
+    ScanQA's own `score.py` compares the texts as they stand; its answers, and the classes of
+    SQA3D's models, are such references already, so nothing that is right there is wrong here. No
+    answer counts as wrong, even where a reference is empty.
+    """
+    said = prediction.strip().lower()
+    return float(bool(said) and said in {target.strip().lower() for target in targets})
 
 
 def refined_match(prediction: str, targets: Sequence[str]) -> float:

@@ -42,10 +42,11 @@ class DepthMetrics:
             valid &= np.asarray(mask, bool)
         prediction, target = prediction[valid], target[valid]
 
-        error = prediction - target
-        # max(p/t, t/p) < 1.25 without dividing by a prediction of 0.
-        inside = int(np.sum((prediction < 1.25 * target) & (target < 1.25 * prediction)))
-        return error.size, float(np.sum(error**2)), float(np.sum(np.abs(error))), inside
+        with np.errstate(over="ignore"):  # what is too large is infinite, as the class says
+            error = prediction - target
+            # max(p/t, t/p) < 1.25 without dividing by a prediction of 0.
+            inside = int(np.sum((prediction < 1.25 * target) & (target < 1.25 * prediction)))
+            return error.size, float(np.sum(error**2)), float(np.sum(np.abs(error))), inside
 
     def add(self, pixels: int, squared: float, absolute: float, inside: int) -> None:
         """Adds what `measure` found."""

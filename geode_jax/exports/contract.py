@@ -64,6 +64,8 @@ NUMERIC_KINDS = (
 )
 """Kinds whose answer is a number: they carry `value`, or an answer that reads as a number."""
 
+LONGEST_NAME = 1000
+"""Characters of an id or a name at most: they stand in messages, tables and search patterns."""
 ROTATION_TOLERANCE = 1e-3
 """Largest entry of |R R^T - I|: poses are often read from text with four decimals."""
 PROBABILITY_TOLERANCE = {"F32": 1e-4, "F16": 2e-3, "BF16": 1e-2}
@@ -71,6 +73,15 @@ PROBABILITY_TOLERANCE = {"F32": 1e-4, "F16": 2e-3, "BF16": 1e-2}
 
 MASS_TOLERANCE = {"F32": 1e-3, "F16": 5e-3, "BF16": 3e-2}
 """By which the sum of stored log-probabilities' exponentials may exceed 1: their rounding."""
+LARGEST_FEATURE = 1e6
+"""Largest feature that a model may be given: beyond, squares and sums leave the range in which
+float32 and bfloat16 can be trusted, and a network's activations are 1e5 at most."""
+LARGEST_PLACE = 1000.0
+"""Largest coordinate of a camera or a point, metres (or scene units): no room's frame is larger."""
+LARGEST_PIXEL = 1e6
+"""Largest entry of an intrinsic, pixels."""
+LEAST_FOCAL = 1e-3
+"""Least focal length, pixels: an intrinsic is inverted."""
 
 _MANIFEST, _QUESTIONS, _MARKER = "manifest.json", "questions.jsonl", ".unfinished.json"
 _ENTRIES = ".entries"
@@ -127,13 +138,20 @@ def _extrinsic_rule(extrinsic: np.ndarray, manifest: dict, dtype: str) -> str | 
     if bad.any():
         return f"rotation of view {int(np.argmax(bad))} is not orthonormal"
     bad = np.linalg.det(rotation) < 0
-    return f"rotation of view {int(np.argmax(bad))} has determinant -1" if bad.any() else None
+    if bad.any():
+        return f"rotation of view {int(np.argmax(bad))} has determinant -1"
+    bad = np.abs(extrinsic[:, :, 3]).max(axis=1) > LARGEST_PLACE
+    view = int(np.argmax(bad))
+    return f"translation of view {view} is beyond {LARGEST_PLACE:g} m" if bad.any() else None
 
 
 def _intrinsic_rule(intrinsic: np.ndarray, manifest: dict, dtype: str) -> str | None:
     bad = (intrinsic[:, 0, 0] <= 0) | (intrinsic[:, 1, 1] <= 0)
     if bad.any():
         return f"focal length of view {int(np.argmax(bad))} is not positive"
+    bad = np.minimum(intrinsic[:, 0, 0], intrinsic[:, 1, 1]) < LEAST_FOCAL
+    if bad.any():
+        return f"focal length of view {int(np.argmax(bad))} is below {LEAST_FOCAL:g} pixels"
     bad = (intrinsic[:, 1, 0] != 0) | (intrinsic[:, 2] != (0, 0, 1)).any(axis=-1)
     if bad.any():
         return f"view {int(np.argmax(bad))} is not [[fx, s, cx], [0, fy, cy], [0, 0, 1]]"
@@ -215,30 +233,34 @@ class TensorSpec(NamedTuple):
         dtypes: safetensors dtypes; empty means the manifest's `dtype` (the writer converts to it).
         rule: what the values must satisfy; every float tensor must be finite besides.
         needs: the tensor that gives this one its meaning.
+        largest: magnitude beyond which a scene is refused, of what models are given as it is;
+            infinite where numbers beyond a domain are left out one by one (`data.targets`), or a
+            rule bounds them.
     """
 
     dims: str
     dtypes: tuple[str, ...]
     rule: Callable | None = None
     needs: str = ""
+    largest: float = math.inf
 
 
 _FLOAT = ("F32", "F16", "BF16")
 _BOXES, _TOPK_ID, _FRAME = "target/boxes", "teacher/topk_id", "sonata/frame"
 _ASKED = "teacher/answer_question"
 SPECS: dict[str, TensorSpec] = {
-    "vggt/tokens": TensorSpec("V P C", ()),
-    "vggt/camera_tokens": TensorSpec("V C", ()),
+    "vggt/tokens": TensorSpec("V P C", (), largest=LARGEST_FEATURE),
+    "vggt/camera_tokens": TensorSpec("V C", (), largest=LARGEST_FEATURE),
     "vggt/depth": TensorSpec("V h w", _FLOAT, _depth_rule),
     "vggt/depth_conf": TensorSpec("V h w", _FLOAT),
     "vggt/points": TensorSpec("V h w 3", _FLOAT),
     "vggt/points_conf": TensorSpec("V h w", _FLOAT, needs="vggt/points"),
     "camera/extrinsic": TensorSpec("V 3 4", ("F32",), _extrinsic_rule),
-    "camera/intrinsic": TensorSpec("V 3 3", ("F32",), _intrinsic_rule),
-    "sonata/features": TensorSpec("G Cp", _FLOAT),
-    "sonata/coord": TensorSpec("G 3", _FLOAT),
+    "camera/intrinsic": TensorSpec("V 3 3", ("F32",), _intrinsic_rule, largest=LARGEST_PIXEL),
+    "sonata/features": TensorSpec("G Cp", _FLOAT, largest=LARGEST_FEATURE),
+    "sonata/coord": TensorSpec("G 3", _FLOAT, largest=LARGEST_PLACE),
     _FRAME: TensorSpec("G", ("I32", "I64"), _frame_rule, "sonata/coord"),
-    "internvit/tokens": TensorSpec("V I E", _FLOAT),
+    "internvit/tokens": TensorSpec("V I E", _FLOAT, largest=LARGEST_FEATURE),
     "images": TensorSpec("V H W 3", ("U8",)),
     "target/depth": TensorSpec("V h w", _FLOAT, _depth_rule),
     "target/segmentation": TensorSpec("V h w", ("I16", "I32"), _category_rule(-1)),
@@ -337,15 +359,29 @@ _EXPONENT = {  # all ones: infinite or NaN
 }
 
 
+def _bits_of(magnitude: float, dtype: str) -> int:
+    """The bits of the largest finite number of a dtype that is not beyond a magnitude."""
+    if dtype == "F16":
+        return int(np.float16(min(magnitude, 65504)).view(np.uint16))
+    bits = int(np.float32(min(magnitude, np.finfo(np.float32).max)).view(np.uint32))
+    return bits >> 16 if dtype == "BF16" else bits
+
+
 def _check_values(scene_id: str, name: str, dtype: str, stored: np.ndarray, manifest: dict) -> None:
     """Checks the numbers of one tensor; `stored` holds bf16 as its uint16 bits."""
     if dtype in _EXPONENT and stored.size:
         # On the bits: several times faster than isfinite on 16-bit floats, and needs no bf16 type.
+        # Without their sign, bits are in the order of the magnitudes.
         bits, exponent = _EXPONENT[dtype]
-        field = stored.view(bits) & bits(exponent)
-        if field.max() == exponent:
-            where = _first(field == exponent)
+        field = stored.view(bits) & bits(np.iinfo(bits).max >> 1)
+        most = field.max()
+        if most >= exponent:
+            where = _first(field >= exponent)
             raise _scene_error(scene_id, name, f"value at {where} is not finite")
+        limit = SPECS[name].largest
+        if most > _bits_of(limit, dtype):
+            where = _first(field > _bits_of(limit, dtype))
+            raise _scene_error(scene_id, name, f"value at {where} is beyond {limit:g}")
     rule = SPECS[name].rule
     if rule and stored.size:
         values = _float32_of_bfloat16(stored) if dtype == "BF16" else stored
@@ -476,6 +512,10 @@ def _is_text(value: Any) -> bool:
     return True
 
 
+def _is_name(value: Any) -> bool:
+    return _is_text(value) and len(value) <= LONGEST_NAME
+
+
 def _is_number(value: Any) -> bool:
     # Compared, not converted: JSON has integers that no float can hold.
     return type(value) in (int, float, np.float64) and abs(value) <= 1e300
@@ -494,6 +534,9 @@ def _is_box(value: Any) -> bool:
     return is_list and all(_is_number(v) for v in value) and min(value[3:6]) > 0
 
 
+_AT_MOST = f" of at most {LONGEST_NAME} characters"
+
+
 def _must(condition: Callable[[Any], bool], rule: str) -> Callable[[Any], str | None]:
     return lambda value: None if condition(value) else f"must be {rule}, is {_shown(value)}"
 
@@ -505,6 +548,8 @@ def _is_sha256(value: Any) -> bool:
 def _check_producer(value: Any) -> str | None:
     if not isinstance(value, dict):
         return "must be an object"
+    if not all(len(key) <= LONGEST_NAME for key in value):
+        return f"a key has more than {LONGEST_NAME} characters"
     for key in ("project", "commit", "weights", "licence"):
         if not _is_text(value.get(key)):
             return f"{key} must be a non-empty string"
@@ -517,8 +562,8 @@ def _check_objects(value: Any) -> str | None:
     for i, item in enumerate(value):
         if not isinstance(item, dict) or set(item) - {"index"} != {"name", "box"}:
             return f"[{i}] must have name, box and at most index"
-        if not _is_text(item["name"]):
-            return f"[{i}] name must be a non-empty string"
+        if not _is_name(item["name"]):
+            return f"[{i}] name must be a non-empty string{_AT_MOST}"
         if not _is_box(item["box"]):
             return f"[{i}] box must be 7 finite numbers with positive sizes"
         if not _is_count(item.get("index", 0), 0):
@@ -545,8 +590,8 @@ def _check_questions_entry(value: Any) -> str | None:
     return None if _is_sha256(value["sha256"]) else "sha256 must be a sha256 in hexadecimal"
 
 
-def _is_unique_texts(value: Any) -> bool:
-    return isinstance(value, list) and _is_texts(value) and len(set(value)) == len(value)
+def _is_unique_names(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_name, value)) and len(set(value)) == len(value)
 
 
 def _is_grid(value: Any) -> bool:
@@ -554,6 +599,7 @@ def _is_grid(value: Any) -> bool:
 
 
 _TEXT = _must(_is_text, "a non-empty string")
+_NAME = _must(_is_name, f"a non-empty string{_AT_MOST}")
 _SCENE_NAME = _must(
     lambda value: isinstance(value, str) and _SCENE_ID.fullmatch(value) is not None,
     "letters, digits, '.', '_', '-' without a leading dot",
@@ -570,7 +616,7 @@ _HEADER_FIELDS = {
     "token_width": _must(lambda v: _is_count(v, 1), "a positive integer"),
     "patch_grid": _must(_is_grid, "two positive integers"),
     "tokens_contain_depth": _must(lambda v: type(v) is bool, "true or false"),
-    "categories": _must(_is_unique_texts, "a list of different non-empty strings"),
+    "categories": _must(_is_unique_names, f"a list of different non-empty strings{_AT_MOST}"),
     "notes": _must(lambda v: v == "" or _is_text(v), "a string"),
     "created": _TEXT,
     "teacher_tokenizer": _HASH,
@@ -590,8 +636,8 @@ _ENTRY_FIELDS = {
     "teacher_sha256": _HASH,
 }
 _QUESTION_FIELDS = {
-    **dict.fromkeys(("id", "scene_id", "kind", "question", "answer"), _TEXT),
-    **dict.fromkeys(("teacher_answer", "unit", "rationale", "source"), _TEXT),
+    **dict.fromkeys(("id", "scene_id", "kind", "source", "unit"), _NAME),
+    **dict.fromkeys(("question", "answer", "teacher_answer", "rationale"), _TEXT),
     **dict.fromkeys(
         ("options", "answers"), _must(lambda v: bool(v) and _is_texts(v), "a list of strings")
     ),

@@ -54,7 +54,7 @@ def _rounded(kernel: Array) -> tuple[jax.Array, jax.Array]:
     try:
         import qwix
     except ImportError as error:
-        raise UserError("int8 needs qwix: pip install 'geode-jax[int8]'") from error
+        raise UserError("int8 needs qwix: pip install -e '.[int8]' in the checkout") from error
     rounded = qwix.quantize(kernel.astype(jnp.float32), jnp.int8, channelwise_axes=[1])
     return rounded.qvalue, rounded.scale[0]
 

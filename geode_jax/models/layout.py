@@ -15,10 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from geode_jax.boxes import encode_boxes
+from geode_jax.boxes import encode_boxes, other_code
 from geode_jax.data.targets import MOST_PLACE
 from geode_jax.models.layers import Projection, param
-from geode_jax.shapes import Batch
+from geode_jax.shapes import Array, Batch
+
+_CODE = slice(2, 10)
+"""Where the facts of a category hold its box code."""
+
+
+def _box_codes(batch: Batch) -> jax.Array:
+    """Codes [S, N, 8] of the boxes; of padding, those of any box."""
+    known = jnp.asarray(batch.target_labels_SN) >= 0
+    return encode_boxes(jnp.where(known[..., None], batch.target_boxes_SN7, 1.0))
 
 
 def layout_facts(batch: Batch, categories: int) -> jax.Array:
@@ -31,8 +40,7 @@ def layout_facts(batch: Batch, categories: int) -> jax.Array:
     label = jnp.asarray(batch.target_labels_SN)
     is_SNc = jax.nn.one_hot(label, categories)
     count_Sc = jnp.sum(is_SNc, axis=1)
-    boxes = jnp.where((label >= 0)[..., None], batch.target_boxes_SN7, 1.0)
-    code = jnp.einsum("snc,snb->scb", is_SNc, encode_boxes(boxes))
+    code = jnp.einsum("snc,snb->scb", is_SNc, _box_codes(batch))
     code = code / jnp.maximum(count_Sc, 1)[..., None]
     shows = jnp.asarray(batch.target_segmentation_SVP)[..., None] == np.arange(categories)
     share_ScV = jnp.swapaxes(jnp.mean(shows, axis=2), 1, 2)
@@ -66,3 +74,43 @@ class LayoutEncoder(nnx.Module):
     def __call__(self, batch: Batch) -> jax.Array:
         """Columns [S, M, D] of the scenes' known boxes."""
         return self.facts(layout_facts(batch, len(self.slots[...]))) + self.slots[...]
+
+    def distance(self, spatio_SMD: Array, batch: Batch) -> jax.Array:
+        """Mean squared difference [S, M'] of states [S, M, D] and the first M' of the columns.
+
+        Of a category with boxes it is the mean over them of that to a column which has the box's
+        own code for the mean code: as far as the state goes, a constant more than the difference
+        to the column itself. So it can be told of every box which of its two codes is meant
+        (`boxes.nearer_code`), or the difference would jump where a box turns through 45 degrees.
+
+        The columns that the decoder learned to read are of the code that `encode_boxes` gives, and
+        away from 45 degrees they alone are meant: to the difference to the column of the other
+        code is added, times the squared cosine of the doubled yaw, that of the two columns.
+        """
+        categories = len(self.slots[...])
+        both = min(categories, spatio_SMD.shape[1])
+        label = jnp.asarray(batch.target_labels_SN)
+        facts_ScF = layout_facts(batch, categories)
+        columns_ScD = self.facts(facts_ScF) + self.slots[...]
+        whole = _mean_square(spatio_SMD[:, :both] - columns_ScD[:, :both])
+        own = (label >= 0) & (label < both)
+        row = jnp.where(own, label, 0)[..., None]
+        facts_SNF = jnp.take_along_axis(facts_ScF, row, axis=1)
+        code = _box_codes(batch)
+        of_code, of_other = (
+            self.facts(facts_SNF.at[..., _CODE].set(c)) + self.slots[...][row[..., 0]]
+            for c in (code, other_code(code))
+        )
+        state_SND = jnp.take_along_axis(spatio_SMD, row, axis=1)
+        sure = jnp.square(code[..., -1]) * _mean_square(of_other - of_code)
+        box_SN = jnp.minimum(
+            _mean_square(state_SND - of_code), _mean_square(state_SND - of_other) + sure
+        )
+        is_SNc = jax.nn.one_hot(jnp.where(own, label, -1), both)
+        count_Sc = jnp.sum(is_SNc, axis=1)
+        mean_Sc = jnp.einsum("snc,sn->sc", is_SNc, box_SN) / jnp.maximum(count_Sc, 1)
+        return jnp.where(count_Sc > 0, mean_Sc, whole)
+
+
+def _mean_square(x: Array) -> jax.Array:
+    return jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1)

@@ -33,6 +33,7 @@ from geode_jax.exports.units import write_number
 from geode_jax.inference.generate import Sampling, before_end, generate
 from geode_jax.models.drh import box_loss, decode_values, value_loss
 from geode_jax.models.geode import Geode, GeodeConfig, Part, Prefix
+from geode_jax.models.layout import LayoutEncoder
 from geode_jax.models.packed import pick
 from geode_jax.objectives.spatial import asked_terms
 from geode_jax.objectives.text import text_term
@@ -145,7 +146,7 @@ class GeodeStage:
             )
             terms |= {f"spatial/{k}": term for k, term in asked_terms(asked, batch).items()}
         if c.stage == "drm" and c.layout_weight:
-            terms["layout"] = layout_alignment(prefix.spatio_SMD, model.layout(batch), batch)
+            terms["layout"] = layout_alignment(prefix.spatio_SMD, model.layout, batch)
         if c.stage == "drm" and c.rationale_weight:
             terms["rationale_alignment"] = self._rationale_alignment(model, batch, prefix, paid)
         if c.stage == "joint" and model.drh is not None:
@@ -259,13 +260,12 @@ class GeodeStage:
         return losses.static_total(terms, {name: weights[name.split("/")[0]] for name in terms})
 
 
-def layout_alignment(spatio_SMD: Array, columns_SMD: Array, batch: Batch) -> losses.Pair:
-    """Mean squared difference of E_spatio and the layout's columns; count = slots.
+def layout_alignment(spatio_SMD: Array, layout: LayoutEncoder, batch: Batch) -> losses.Pair:
+    """`LayoutEncoder.distance` of E_spatio; count = slots.
 
     The first slots are to the first categories, whichever of them are more. Of scenes whose boxes
     are known.
     """
-    both = min(columns_SMD.shape[1], spatio_SMD.shape[1])
-    error_SM = jnp.mean(jnp.square(spatio_SMD[:, :both] - columns_SMD[:, :both]), axis=-1)
+    error_SM = layout.distance(spatio_SMD, batch)
     known_SM = jnp.broadcast_to(jnp.asarray(batch.boxes_known_S)[:, None], error_SM.shape)
     return jnp.sum(jnp.where(known_SM, error_SM, 0.0)), jnp.sum(known_SM, dtype=jnp.float32)

@@ -5,6 +5,7 @@ GPU for a description of one, `targets/*.txtpb`.
 """
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -18,10 +19,12 @@ from geode_jax.exports.files import read_text
 TARGETS = Path(__file__).parent / "targets"
 ALIASES = {"a100": "a100-80"}
 _NEEDS = {
-    "tpu": ("libtpu", "pip install 'geode-jax[plan]'"),
+    "tpu": ("libtpu", "pip install -e '.[plan]' in the checkout"),
     "cuda": (
         "jax_cuda13_plugin",
-        "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, of jaxlib's version",
+        "pip install --no-deps jax-cuda13-plugin=={0} jax-cuda13-pjrt=={0}".format(
+            importlib.metadata.version("jax")
+        ),
     ),
 }
 _ALONE = {

@@ -248,6 +248,19 @@ def test_exact_match(prediction, target, exact, refined):
     assert refined_match(prediction, ["other", target]) == refined
 
 
+def test_exact_match_is_scanqas_but_for_case_and_spaces():
+    """ScanQA's rule: the answer is in the list of references. SQA3D: it is the one reference."""
+    texts = ["a chair", "chair", "chairs", "2", "two", "2.0", "tv.", "tv", "on the  left", "no"]
+    for said in texts:
+        for truths in ([text] for text in texts):
+            assert exact_match(said, truths) == (said in truths)
+        assert exact_match(said, texts) == 1 and exact_match(said, ["x", said]) == 1
+        assert exact_match(f" {said.upper()}\n", texts) == 1
+        assert exact_match(said, []) == 0
+    for nothing in ("", " ", "\n"):
+        assert exact_match(nothing, ["", " ", "x"]) == 0
+
+
 def test_clean_answers():
     # As LEO's own function, run on these.
     for text, cleaned in (

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,42 @@ def test_predictions_that_are_no_depth_fail():
     assert metrics.result()["depth_delta1"] == 0.0
     metrics.update([np.nan], [2.0])
     assert np.isnan(metrics.result()["depth_rmse"])
+
+
+def eigen(prediction, target):
+    """Eigen et al. 2014, Sec. 4.2 (1406.2283): linear RMSE and the share of delta < 1.25."""
+    pairs = [
+        (float(p), float(t))
+        for p, t in zip(np.ravel(prediction), np.ravel(target), strict=True)
+        if math.isfinite(t) and t > 0
+    ]
+    rmse = math.sqrt(math.fsum((p - t) ** 2 for p, t in pairs) / len(pairs))
+    mae = math.fsum(abs(p - t) for p, t in pairs) / len(pairs)
+    ratios = [max(p / t, t / p) if p > 0 else math.inf for p, t in pairs]
+    return {
+        "depth_rmse": rmse,
+        "depth_mae": mae,
+        "depth_delta1": sum(ratio < 1.25 for ratio in ratios) / len(pairs),
+    }
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_odd_depths_against_the_definitions_of_eigen_et_al(dtype):
+    """Zeros, huge and tiny numbers on both sides, and ratios on either side of 1.25."""
+    kind = np.finfo(dtype)
+    tiny, huge = max(float(kind.smallest_subnormal), 1e-45), min(float(kind.max), 1e100)
+    odd = np.array([0, tiny, 1e-3, 0.8, 1, 1.2499, 1.25, 1.2501, 5, 1e4, huge], dtype)
+    prediction, target = np.meshgrid(np.concatenate([odd, -odd]), odd)
+    metrics = DepthMetrics()
+    metrics.update(prediction, target)
+    assert metrics.result() == pytest.approx(eigen(prediction, target), rel=1e-12)
+
+
+def test_what_no_number_can_hold_is_infinite_without_a_warning():
+    metrics = DepthMetrics()
+    metrics.update([1e308, np.inf, 2.0], [1.0, 1e308, 2.0])
+    assert metrics.result()["depth_rmse"] == np.inf
+    assert metrics.result()["depth_delta1"] == pytest.approx(1 / 3)
 
 
 def test_shapes_must_agree():

@@ -1,11 +1,13 @@
 """Text metrics against the libraries called directly and against sums done by hand."""
 
+import itertools
 import math
 
 import pytest
 
 from geode_jax.errors import UserError
 from geode_jax.evaluate import text_metrics
+from geode_jax.evaluate.coco_metrics import coco_scores
 
 TEACHER = (
     "The area appears to be a storage space, perhaps a closet or a utility room, with shelves and "
@@ -147,3 +149,19 @@ def test_nothing_to_score_is_said_in_one_line():
         text_metrics.text_scores([])
     with pytest.raises(UserError, match="reference=teacher: no question carries"):
         text_metrics.text_scores([record("x")], "teacher")
+
+
+ODD = [
+    *("", " ", "\x00", "...", "-" * 3000, "a" * 50_000, "( ( (", "$^*(){}[]|\\", "<s></s>"),
+    *("\ud800", "İstanbul ßß", "مرحبا ١٢٣", "。、！", "🙂🙂", "½ ²", "\u2028\u200b", "``'' 's"),
+]
+
+
+def test_odd_texts_neither_warn_nor_raise_and_score_within_bounds():
+    for said, truth in itertools.product(ODD, ODD):
+        found = text_metrics.text_scores([record(said, truth)])
+        found |= coco_scores([said], [[truth]])
+        for key, value in found.items():
+            if not key.endswith(("words", "ratio", "per_word", "cider")):
+                most = 100.001 if key.startswith(("coco", "em1", "meteor_")) else 1
+                assert 0 <= value <= most, (key, said[:9], truth[:9])

@@ -84,7 +84,7 @@ def test_int8_decoder_says_nearly_the_same():
 
 def test_int8_without_qwix_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
-    with pytest.raises(UserError, match=r"pip install 'geode-jax\[int8\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[int8\]' in the checkout"):
         for_decoding(made(QWEN), int8=True)
 
 

@@ -288,14 +288,57 @@ def test_a_value_is_read_where_its_control_token_is_the_input(model, batch):
     np.testing.assert_allclose(out["boxes"][:, :2, 0], boxes, rtol=1e-3, atol=1e-4)
 
 
-def test_the_layouts_columns_are_what_the_first_slots_should_be(batch):
-    rng = np.random.default_rng(0)
-    spatio, columns = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 5, 4))
+def test_the_layouts_columns_are_what_the_first_slots_should_be(model, batch):
+    """One box a category: the difference to its column, of scenes whose boxes are known."""
+    columns = np.asarray(model.layout(batch))
     batch = dataclasses.replace(batch, boxes_known_S=np.array([True, False]))
-    part, count = layout_alignment(spatio, columns, batch)
-    assert count == 3
-    np.testing.assert_allclose(part, np.square(spatio[0] - columns[0, :3]).mean(-1).sum(), 1e-5)
-    assert layout_alignment(columns, spatio, batch)[0] == part
+    for slots in (2, 3, 5):
+        spatio = np.random.default_rng(0).normal(size=(2, slots, 16)).astype(np.float32)
+        both = min(slots, 3)
+        spatio[:, :both] = columns[:, :both] + 0.1 * spatio[:, :both]
+        part, count = layout_alignment(spatio, model.layout, batch)
+        assert count == both
+        expected = np.square(spatio[0, :both] - columns[0, :both]).mean(-1).sum()
+        np.testing.assert_allclose(part, expected, rtol=1e-4)
+    assert layout_alignment(columns, model.layout, batch)[0] < 1e-10
+
+
+def test_the_layouts_columns_pull_alike_as_boxes_turn(model, batch):
+    """No jump at 45 degrees, one value for all names, and elsewhere the column that is read."""
+    rng = np.random.default_rng(1)
+    spatio = rng.normal(size=(2, 3, 16)).astype(np.float32)
+
+    @jax.vmap
+    def pull(boxes):
+        # Two boxes of one category and one of another.
+        turned = dataclasses.replace(
+            batch, target_boxes_SN7=boxes, target_labels_SN=np.array([[0, 0, 2]] * 2)
+        )
+        loss, gradient = jax.value_and_grad(lambda x: layout_alignment(x, model.layout, turned)[0])(
+            spatio
+        )
+        return loss, gradient, model.layout(turned)
+
+    degrees = np.concatenate([np.arange(-180.0, 361), 45 + 0.01 * np.arange(-3, 4)])
+    boxes = np.tile(batch.target_boxes_SN7, (len(degrees), 1, 1, 1))
+    boxes[..., 6] = [0.1, -0.2, 0.0]
+    boxes[:, :, 0, 6] = np.radians(degrees)[:, None]
+    loss, gradient, columns = (np.asarray(x, np.float64) for x in pull(boxes))
+    assert np.isfinite(gradient).all()
+    # The columns jump; the loss is as smooth there as elsewhere.
+    jump = np.abs(np.diff(columns[-7:], axis=0)).max()
+    assert jump > 0.1 and np.abs(np.diff(loss[-7:])).max() < 1e-3 * loss.mean()
+    step = np.abs(np.diff(loss[:541]))
+    assert step.max() < 5 * np.median(step[step > 0]) + 0.01 * loss.mean()
+    names = boxes[[0, 90, 200, 300]].copy()
+    names[..., [3, 4]] = names[..., [4, 3]]
+    names[..., 6] += np.pi / 2
+    other = pull(names)
+    np.testing.assert_allclose(other[0], loss[[0, 90, 200, 300]], rtol=1e-4)
+    # Away from 45 degrees it pulls to the mean of the boxes' columns, which is the category's.
+    spatio = (columns[180] + 0.1 * spatio).astype(np.float32)
+    gradient = pull(boxes[180:181])[1][0]
+    np.testing.assert_allclose(gradient, 2 * (spatio - columns[180]) / 16, rtol=1e-3, atol=1e-5)
 
 
 def test_rationales_are_embedded_with_nothing_before_them(model, batch):

@@ -1,7 +1,10 @@
 """VGGT's exporter, around a small torch model with VGGT's interfaces and known answers."""
 
+import contextlib
 import hashlib
 import json
+import struct
+import sys
 
 import numpy as np
 import pytest
@@ -264,6 +267,14 @@ def test_bad_input_is_one_line(export, capsys, arguments, line):
     assert line in error and error.startswith("export_vggt: ") and "\n" not in error
 
 
+def leaves_a_pipe_open(test):
+    """imageio, where it is installed, does so with ffmpeg's."""
+    for warning in ("ResourceWarning", "pytest.PytestUnraisableExceptionWarning"):
+        test = pytest.mark.filterwarnings(f"ignore::{warning}")(test)
+    return test
+
+
+@leaves_a_pipe_open
 def test_videos_are_decoded_by_what_is_there(load, export, tmp_path, monkeypatch, capsys):
     video = tmp_path / "walk.mp4"
     video.write_bytes(b"none of these can read it")
@@ -277,6 +288,100 @@ def test_videos_are_decoded_by_what_is_there(load, export, tmp_path, monkeypatch
     assert [int(frame[0, 0, 0]) for frame in module.video_frames(video, 4)] == [0, 2, 5, 7]
     assert export("--scene", video, "--views", 4) == 0
     assert Export(tmp_path / "out").read_scene("walk")["images"].shape == (4, H, W, 3)
+
+
+PICTURE = np.kron([[255, 0, 0], [80, 160, 0]], np.ones((16, 16))).astype(np.uint8)
+"""A grey picture that looks different however it is turned."""
+TURNED = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
+"""Degrees clockwise -> a, b, c, d of the matrix that an mp4 shows its pictures with."""
+
+
+def write_video(path, degrees: int) -> None:
+    """Three grey frames, shown turned clockwise."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as video:
+        stream = video.add_stream("mpeg4", rate=10)
+        stream.height, stream.width = PICTURE.shape
+        stream.pix_fmt = "yuv420p"
+        for _ in range(3):
+            frame = av.VideoFrame.from_ndarray(np.repeat(PICTURE[..., None], 3, -1), "rgb24")
+            video.mux(stream.encode(frame))
+        video.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 44  # ISO 14496-12, 8.3.2: rows a b u, c d v, x y w
+    for entry, value in zip((0, 1, 3, 4), TURNED[degrees], strict=True):
+        data[matrix + 4 * entry : matrix + 4 * entry + 4] = struct.pack(">i", value << 16)
+    path.write_bytes(data)
+
+
+@leaves_a_pipe_open
+@pytest.mark.parametrize(
+    ("decoder", "package"), [("opencv", "cv2"), ("pyav", "av"), ("imageio", "imageio_ffmpeg")]
+)
+def test_every_decoder_turns_frames_as_the_file_says(load, tmp_path, decoder, package):
+    pytest.importorskip(package)
+    decode = getattr(load("vggt/export_vggt.py").reading, f"_{decoder}_frames")
+    for degrees in TURNED:
+        write_video(tmp_path / "v.mp4", degrees)
+        frames = list(decode(tmp_path / "v.mp4"))
+        assert len(frames) == 3
+        for frame in frames:
+            shown = np.rot90(PICTURE, -degrees // 90).astype(int)
+            assert frame.shape == (*shown.shape, 3)
+            assert np.abs(frame - shown[..., None]).mean() < 8
+
+
+class Known:
+    """Stands in for what PyAV and OpenCV give of a video."""
+
+    CAP_PROP_ORIENTATION_AUTO, CAP_PROP_ORIENTATION_META = "auto", "meta"
+
+    def __init__(self, rotation: int, turns: bool = True):
+        self.rotation, self.turns, self.auto, self.left = rotation, turns, False, 2
+
+    def open(self, path):
+        return contextlib.nullcontext(self)
+
+    def decode(self, video):
+        return iter([self, self])
+
+    def to_ndarray(self, format):
+        assert format == "rgb24"
+        return np.repeat(PICTURE[..., None], 3, -1)
+
+    def VideoCapture(self, path):
+        return self
+
+    def set(self, name, value):
+        self.auto = self.turns and bool(value)
+        return self.turns
+
+    def get(self, name):
+        return {"auto": float(self.auto), "meta": float(self.rotation % 360)}[name]
+
+    def read(self):
+        self.left -= 1
+        quarters = self.rotation // 90 if self.auto else 0
+        return self.left >= 0, np.rot90(self.to_ndarray("rgb24"), quarters)
+
+
+def test_what_cannot_be_turned_is_refused(load, monkeypatch):
+    module = load("vggt/export_vggt.py").reading
+    for package, decode in (("av", module._pyav_frames), ("cv2", module._opencv_frames)):
+        for rotation in (0, 90, -90, -180):
+            monkeypatch.setitem(sys.modules, package, Known(rotation))
+            shown = np.rot90(PICTURE, rotation // 90)
+            frames = list(decode("v.mp4"))
+            assert len(frames) == 2
+            np.testing.assert_array_equal(frames[1][..., 0], shown)
+    monkeypatch.setitem(sys.modules, "av", Known(45))
+    with pytest.raises(ValueError, match="turned by no quarter"):
+        list(module._pyav_frames("v.mp4"))
+    monkeypatch.setitem(sys.modules, "cv2", Known(90, turns=False))
+    with pytest.raises(ValueError, match="does not turn frames"):
+        list(module._opencv_frames("v.mp4"))
+    monkeypatch.setitem(sys.modules, "cv2", Known(0, turns=False))
+    assert len(list(module._opencv_frames("v.mp4"))) == 2
 
 
 def test_weights_that_would_run_code_are_refused(export, tmp_path, capsys):
