@@ -331,9 +331,9 @@ def test_who_is_one_of_several(bare_environment, environment, several):
 
 
 def test_the_three_variables_are_the_three_flags(bare_environment):
-    for name, value in zip(VARIABLES, ("host:1", "1", "0"), strict=True):
+    for name, value in zip(VARIABLES, ("127.0.0.1:1", "1", "0"), strict=True):
         bare_environment.setenv(name, value)
     joined = []
     bare_environment.setattr(jax.distributed, "initialize", lambda *a, **_: joined.append(a))
     distributed.initialize()
-    assert joined == [("host:1", 1, 0)]
+    assert joined == [("127.0.0.1:1", 1, 0)]

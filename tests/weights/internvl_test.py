@@ -177,7 +177,7 @@ def test_fields_are_read_as_transformers_reads_them(torch, case, tmp_path, pixel
         (False, {"vision_config.image_size": [28, 14]}, "image_size [28, 14], which is not square"),
         (False, {"vision_config.image_size": [[1], [1]]}, "image_size must be a whole number"),
         (False, {"vision_config.layer_norm_eps": "x"}, "layer_norm_eps must be a number"),
-        (False, {"vision_config.hidden_size": 31}, "or heads 4 not width 31"),
+        (False, {"vision_config.hidden_size": 31}, "width: 31 is no multiple of heads, 4"),
         (False, {"vision_config": [1]}, "vision_config must be an object"),
         (False, {"text_config.rope_scaling": {"type": "yarn"}}, "text_config: not supported: rope"),
         (False, {"text_config.hidden_size": None}, "'text_config.hidden_size' is missing"),

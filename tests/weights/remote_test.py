@@ -373,7 +373,7 @@ def test_a_model_inherits_the_strictest_terms(producer, origins, identifier, ass
         ("geode", {"patch_grid": [2]}, "patch_grid must be a list of 2: [2]"),
         ("geode", {"memory": True}, "unknown: 'memory'"),
         ("student", {"heads": {"detection_layers": 10**9}}, "1,000,000,000 layers"),
-        ("student", {"cross_attention_layers": [9]}, "cross_layers (9,) outside 0..2"),
+        ("student", {"cross_attention_layers": [9]}, "cross_layers: (9,) are not layers below 3"),
         ("student", {"category_ids": [[1]]}, "category_ids must be a list of heads.categories"),
         ("student", {"norm": "rms"}, "unknown: 'norm'"),
         ("student", {"thinking_tokens": -1}, "thinking_tokens must be a whole number from 0"),
