@@ -38,11 +38,6 @@ SCRIPT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["
 TARGETS = set(re.findall(r"^## make (\S+)", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
 # ml_collections loads a configuration by a function that Python is about to drop.
 LOADS_CONFIGS = pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning")
-AWAITS_LAYOUT = pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, ImportError, AttributeError),
-    reason="the pages name modules as they will be called once the code has moved to its layout",
-)
 
 
 def name_of(page: Path) -> str:
@@ -199,7 +194,6 @@ def test_every_relative_link_and_picture_is_there(page):
             assert not path or (page.parent / path).exists(), f"{name_of(page)}: {target}"
 
 
-@AWAITS_LAYOUT
 def test_every_file_that_a_page_names_is_there():
     named = {
         (name_of(page), path)
@@ -306,34 +300,30 @@ class TestExamples:
         (found,) = [code for code in blocks(self.contributing, "python") if holds in code]
         return found
 
-    @AWAITS_LAYOUT
     def test_a_loss(self):
-        losses = importlib.import_module("geode_jax.objectives.losses")
+        losses = importlib.import_module("geode_jax.losses")
         names = dict(vars(losses))
         exec(self.block("def depth_gradient"), names)
         depth, target = jnp.array([[1.0, 2.0, 4.0, jnp.nan]]), jnp.array([[1.0, 1.0, 2.0, 3.0]])
         total, count = names["depth_gradient"](depth, target, jnp.isfinite(depth))
         assert (float(total), float(count)) == (2.0, 2.0)
 
-    @AWAITS_LAYOUT
     def test_a_question_kind(self):
-        relations = importlib.import_module("geode_jax.sources.questions.relations")
-        scenes = importlib.import_module("geode_jax.sources.rooms.scene")
-        arrays = importlib.import_module("geode_jax.sources.rooms.arrays")
-        names = dict(vars(relations))
-        exec(self.block("def taller"), names)
-        seen = arrays.seen_room(*scenes.make_and_observe(0, 0))
+        questions = importlib.import_module("geode_jax.data.room_questions")
+        rooms = importlib.import_module("geode_jax.data.rooms")
+        names = dict(vars(questions))
+        exec(self.block("def _taller"), names)
+        seen = rooms.seen_room(*rooms.make_and_observe(0, 0))
         random = np.random.default_rng(0)
-        drafts = list(names["taller"](relations.Asker(seen, random, random)))
+        drafts = list(names["_taller"](questions._Asker(seen, random, random)))
         assert drafts
         for draft in drafts:
             heights = {item["name"]: item["box"][5] for item in draft["objects"]}
             assert draft["answer"] == max(heights, key=heights.get)
 
-    @AWAITS_LAYOUT
     def test_a_reader(self, tiny_rooms, tmp_path, monkeypatch):
-        datasets = importlib.import_module("geode_jax.sources.datasets")
-        module = types.ModuleType("geode_jax.sources.datasets.my_qa")
+        datasets = importlib.import_module("geode_jax.data.datasets")
+        module = types.ModuleType("geode_jax.data.datasets.my_qa")
         exec(self.block("def my_qa"), vars(module))
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setitem(datasets.SOURCES, "my-qa", "my_qa:my_qa")
