@@ -35,7 +35,9 @@ def control_of(record: Mapping[str, Any]) -> str:
     """The token that answers a question: BOX, REG, or "" where words do."""
     if "box" in record:
         return BOX
-    return REG if "value" in record or record["kind"] in NUMERIC_KINDS else ""
+    if record["kind"] in NUMERIC_KINDS:
+        return REG
+    return REG if "value" in record and not record.get("options") else ""  # a choice is its letter
 
 
 def number_of(record: Mapping[str, Any]) -> Number:

@@ -277,7 +277,7 @@ _UNKNOWN = re.compile(
     r"\bhow many\b"
     rf"|\bin {_NO_UNIT}[^\W\d_]+\.?(?: [^\W\d_]+)? ?(?:[?.!,;)\]]|$)"
     rf"|(?<!\S)[(\[](?:in )?{_NO_UNIT}[^\W\d_]+[.^0-9]*(?: [^\W\d_]+)?[)\]]"
-    r"|\b(?:measured|expressed|given|answer(?:ed)?|reported) in (?!(?:the|this|that|an?)\b)"
+    rf"|\b(?:measured|expressed|given|answer(?:ed)?|reported) in {_NO_UNIT}"
     r"|\bunits?\b"
     r"|[^\W\d_]-(?:met(?:er|re)s?|foot|feet|inch(?:es)?|yards?)\b"
 )

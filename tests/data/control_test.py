@@ -15,6 +15,8 @@ def test_a_box_or_a_number_answers_by_a_token():
     assert control_of({"kind": "weight", "answer": "3 kg", "value": 3.0}) == REG
     assert control_of({"kind": "object_box", "box": [1.0] * 7}) == BOX
     assert control_of({"kind": "size", "box": [1.0] * 7, "value": 1.0}) == BOX
+    choice = {"kind": "nearer_view", "options": ["A. x", "B. y"], "answer": "A", "value": 1.2}
+    assert control_of(choice) == ""
     assert control_of({"kind": "proximity", "answer": "chair"}) == ""
 
 

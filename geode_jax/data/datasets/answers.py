@@ -10,7 +10,7 @@ from typing import Any
 from geode_jax.data.control import BASE_UNIT
 from geode_jax.data.datasets.questions import MisfitError
 from geode_jax.data.targets import plausible
-from geode_jax.exports import NUMERIC_KINDS, units
+from geode_jax.exports import NUMERIC_KINDS, question_rules, units
 from geode_jax.exports.prompts import (
     CHOICE_POST_PROMPT,
     NUMERIC_POST_PROMPT,
@@ -80,10 +80,12 @@ def question_fields(
         kind of VSI-Bench that is answered in words is another task: `<kind>_open`.
 
     Raises:
-        MisfitError: the answer is none of the options.
+        MisfitError: the answer is none of the options, or two of them have the same letter.
     """
     fields: dict[str, Any] = {"kind": kind, "question": question, "answer": answer}
     if options:
+        if fault := question_rules.options_fault(options):
+            raise MisfitError(f"has {fault[0]} of which {fault[1]}")
         return fields | {"options": options, "answer": _letter(answer, options)}
     try:
         measured = _measured(kind, question, answer)
