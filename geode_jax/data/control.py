@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from geode_jax.data.targets import LOG_VALUES, held_boxes
+from geode_jax.data.targets import LOG_VALUES, held_boxes, plausible
 from geode_jax.exports import NUMERIC_KINDS, units
 
 REG, BOX = "<REG>", "<3DBBOX>"
@@ -35,7 +35,9 @@ def control_of(record: Mapping[str, Any]) -> str:
     """The token that answers a question: BOX, REG, or "" where words do."""
     if "box" in record:
         return BOX
-    return REG if "value" in record or record["kind"] in NUMERIC_KINDS else ""
+    if record["kind"] in NUMERIC_KINDS:
+        return REG
+    return REG if "value" in record and not record.get("options") else ""  # a choice is its letter
 
 
 def number_of(record: Mapping[str, Any]) -> Number:
@@ -43,18 +45,22 @@ def number_of(record: Mapping[str, Any]) -> Number:
 
     Raises:
         NoNumberError: the answer is no number, its unit is unknown, unclear, or not the one that
-            the question asks for, or the value is outside of `targets.LOG_VALUES`.
+            the question asks for, or the value is outside of `targets.LOG_VALUES`, or not
+            `targets.plausible`.
     """
     said = units.read_quantity(record["answer"])
     value = record.get("value", said.number if said else None)
     if value is None:
         raise NoNumberError("the answer is no number")
-    base = BASE_UNIT.get(unit_of(record), 1.0)
+    unit = unit_of(record)
+    base = BASE_UNIT.get(unit, 1.0)
     if not value > 0:
         raise NoNumberError("the value is zero or negative, and its logarithm is learned")
     low, high = LOG_VALUES
     if not low <= math.log(value) + math.log(base) <= high:
         raise NoNumberError("the value is not from 0.01 to 59,874 base units")
+    if unit is not None and not plausible(value, units.UNITS[unit].dimension, base):
+        raise NoNumberError("the value is one that no room has: too large, or a part of an item")
     return Number(float(value), base)
 
 

@@ -16,6 +16,10 @@ from geode_jax.exports.contract import LARGEST_FEATURE, LARGEST_PLACE
 LOG_VALUES = (math.log(0.01), 11.0)
 """Logarithms of the numbers of questions, in base units (`control.BASE_UNIT`): 0.01 to 59,874."""
 
+MOST_VALUES = {"length": 100.0, "area": 5000.0, "count": 1000.0}
+"""Dimension -> the largest number of a question, in its base unit (metres, square metres, items),
+that a room can have: what is larger was read or written in a wrong unit."""
+
 LOG_EDGES = (math.log(1e-4), 4.0)
 """Logarithms of the edges of boxes in metres: 0.1 mm to 54.6 m."""
 
@@ -30,6 +34,18 @@ DEPTHS = (1e-3, 1000.0)
 
 MOST_FEATURE = LARGEST_FEATURE
 """Largest feature of a teacher, whose squared distance is learned."""
+
+
+def plausible(value: float, dimension: str, base: float) -> bool:
+    """Whether a room can have such a measure.
+
+    Args:
+        value: in a unit.
+        dimension: "length", "area" or "count".
+        base: what one of the unit is in metres, square metres or items.
+    """
+    most = MOST_VALUES.get(dimension, math.inf)
+    return 0 <= value * base <= most * (1 + 1e-9) and (dimension != "count" or value == int(value))
 
 
 def held_boxes(boxes_7: np.ndarray) -> np.ndarray:

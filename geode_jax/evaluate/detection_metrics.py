@@ -48,6 +48,16 @@ def _rectangle_overlap(corners: np.ndarray, half: np.ndarray) -> np.ndarray:
     return np.maximum(0.5 * np.sum(twice, axis=-1), 0.0)
 
 
+_LARGEST = 1e300
+"""Larger numbers of a box leave float64 in a sum."""
+
+
+def _usable(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes [..., 7], those with numbers that cannot be computed with as zeros; which are sound."""
+    usable = (np.abs(boxes) <= _LARGEST).all(-1)
+    return np.where(usable[..., None], boxes, 0.0), usable
+
+
 def oriented_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Intersection over union of the volumes of every pair of oriented boxes, in float64.
 
@@ -56,10 +66,22 @@ def oriented_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
       others: [N, 7].
 
     Returns:
-      [M, N] in [0, 1]; a box without volume has IoU 0 with everything.
+      [M, N] in [0, 1]; a box without volume, or with a number that is not finite (or beyond
+      `_LARGEST`), has IoU 0 with everything.
     """
-    a = np.asarray(boxes, np.float64).reshape(-1, 1, 7)
-    b = np.asarray(others, np.float64).reshape(1, -1, 7)
+    a, usable_a = _usable(np.asarray(boxes, np.float64).reshape(-1, 1, 7))
+    b, usable_b = _usable(np.asarray(others, np.float64).reshape(1, -1, 7))
+    # The IoU depends on no common scale. A power of two loses no digit, and no product overflows.
+    apart = a[..., :3] - b[..., :3]  # [M, N, 3]
+    sizes = np.maximum(np.abs(a[..., 3:6]), np.abs(b[..., 3:6]))
+    exponent = np.frexp(np.maximum(np.abs(apart), sizes).max(-1))[1][..., None]
+    apart = np.ldexp(apart, -exponent)
+    a, b = (
+        np.concatenate(
+            [centre, np.ldexp(box[..., 3:6], -exponent), 0 * centre[..., :1] + box[..., 6:]], -1
+        )
+        for centre, box in ((apart, a), (np.zeros_like(apart), b))
+    )
 
     # Corners of a in b's frame: only the difference of the yaws and of the centres matters.
     signs = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]], np.float64)
@@ -84,7 +106,7 @@ def oriented_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     bottom = np.maximum(a[..., 2] - 0.5 * a[..., 5], b[..., 2] - 0.5 * b[..., 5])
     intersection = area * np.maximum(top - bottom, 0.0)
     union = np.prod(a[..., 3:6], axis=-1) + np.prod(b[..., 3:6], axis=-1) - intersection
-    positive = (union > 0) & (intersection > 0)
+    positive = (union > 0) & (intersection > 0) & usable_a & usable_b
     return np.where(positive, np.minimum(intersection / np.where(positive, union, 1.0), 1.0), 0.0)
 
 

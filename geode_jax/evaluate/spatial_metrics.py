@@ -6,7 +6,7 @@ Every question is scored in [0, 1] from its generated text by one of four rules:
 |---|---|---|
 | relation | proximity, contact, size_comparison, orientation and other short answers | equal text |
 | letter | multiple choice | VSI-Bench: equal letter |
-| number | `value` present, or a numeric VSI-Bench kind | VSI-Bench: mean relative accuracy |
+| number | `value` without a choice, or a numeric kind | VSI-Bench: mean relative accuracy |
 | text | scene_description | ROUGE-1 F1 |
 
 "Equal text" means after lower-casing, collapsing white space and dropping a final ".". The rules of
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from geode_jax.evaluate import text_metrics
+from geode_jax.exports import NUMERIC_KINDS as ALL_NUMERIC
 
 RELATION_KINDS = ("proximity", "contact", "size_comparison", "orientation")
 """Sec. IV-B, "Specialized 3D Spatial Reasoning"; their mean is the paper's spatial accuracy."""
@@ -109,11 +110,12 @@ def rule(record: dict) -> str:
         return "relation"
     if kind in TEXT_KINDS:
         return "text"
-    if kind in NUMERIC_KINDS or record.get("value") is not None:
+    if kind in NUMERIC_KINDS:
         return "number"
-    if kind in CHOICE_KINDS or record.get("options"):
+    has_value = record.get("value") is not None
+    if kind in CHOICE_KINDS or (record.get("options") and not (has_value and kind in ALL_NUMERIC)):
         return "letter"
-    return "relation"
+    return "number" if has_value else "relation"
 
 
 def question_score(record: dict, reference: str = "truth") -> float:

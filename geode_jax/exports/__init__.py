@@ -2,12 +2,13 @@
 
 `contract` is the contract itself, `files` reads and writes small files, `scene_names` knows which
 scene a name means, `cameras` what a pinhole camera can be, `prompts` has the words in which
-questions are put, `units` reads numbers with units, and `frames` has the frame of a VGGT
-reconstruction. The package stands alone: Python 3.9, numpy and safetensors (tqdm for the progress
-bar when installed), relative imports only; `pictures`, which needs Pillow, is imported by name.
+questions are put, `units` reads numbers with units, `question_rules` finds contradictions in a
+question, and `frames` has the frame of a VGGT reconstruction. The package stands alone: Python 3.9,
+numpy and safetensors (tqdm for the progress bar when installed), relative imports only; `pictures`,
+which needs Pillow, is imported by name.
 """
 
-from . import cameras, files, frames, prompts, scene_names, units
+from . import cameras, files, frames, prompts, question_rules, scene_names, units
 from .contract import (
     NUMERIC_KINDS,
     PROBABILITY_TOLERANCE,
@@ -44,6 +45,7 @@ __all__ = [
     "format_summary",
     "frames",
     "prompts",
+    "question_rules",
     "scene_names",
     "units",
     "validate",

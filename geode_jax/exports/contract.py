@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import safe_open
 
-from . import cameras, files, scene_names, tensor_files
+from . import cameras, files, question_rules, scene_names, tensor_files
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -685,6 +685,9 @@ def _check_question(
         if not math.isfinite(number):
             rule = f"missing, and the answer {_shown(record['answer'])} is no number"
             raise ExportError(where, "value", rule)
+    fault = question_rules.contradiction(record, record["kind"] in NUMERIC_KINDS)
+    if fault:
+        raise ExportError(where, *fault)
     seen.add(record["id"])
 
 

@@ -4,7 +4,9 @@
     asked_unit("How many meters tall is the bed?", "length")   # "m"
 
 A text is read whole or not at all: a range, a fraction, several numbers, a unit that is not known
-here give no value, never a wrong one. Python 3.9 and the standard library alone.
+here give no value, never a wrong one. Nor does a comma that may be a decimal one ("1,500 m"), and
+a question that seems to ask for something unknown has no unit, see `foreign_measures`. Python 3.9
+and the standard library alone.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import functools
 import math
 import re
 from typing import NamedTuple
+
+from .foreign_measures import foreign_measure
 
 
 class Unit(NamedTuple):
@@ -145,6 +149,10 @@ def read_unit(text: str) -> str | None:
 # --- Numbers --------------------------------------------------------------------------------------
 
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?|\.[0-9]+"
+_ONE_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]{3}(?:e.*)?")
+"""Thousands, or a decimal comma."""
+_WHOLE_UNITS = ("mm", "items")
+"""Of which nobody writes three decimals."""
 _ABOUT = r"(?:(?:about|around|approximately|approx\.?|roughly|circa|ca\.?|~|≈) ?)?"
 _AFTER = r"(?: (?:tall|long|wide|high|deep|thick|apart|away))?"
 _WHOLE = re.compile(rf"{_ABOUT}(?P<number>[+-]?(?:{_NUMBER}))(?P<rest>.*)")
@@ -159,13 +167,19 @@ _PAIR = re.compile(
 _PAIRS = (("ft", "in"), ("yd", "ft"), ("yd", "in"), ("m", "cm"), ("m", "mm"), ("cm", "mm"))
 
 
-def read_quantity(text: str) -> Quantity | None:
+def read_quantity(text: str, asked: str | None = None) -> Quantity | None:
     """The one number of a text, which has a unit behind it or nothing.
 
     "1.9", "1,900 mm", "about 1.9 meters tall.", "20 m²", "5 ft 11 in" (71 inches), "5'11\\"".
 
+    Args:
+        text: an answer.
+        asked: the unit that its question asks in, where known.
+
     Returns:
-        None where it is anything else ("2-3 m", "two", "3 chairs", "1,9 m"), or not finite.
+        None where it is anything else ("2-3 m", "two", "3 chairs", "1,9 m"), or not finite. A
+        single comma before three digits is read where no decimal comma can be meant: before a
+        point ("1,900.5"), and in millimetres and items.
     """
     plain = _plain(text)
     feet = _FEET.fullmatch(plain)
@@ -185,12 +199,15 @@ def read_quantity(text: str) -> Quantity | None:
     if not whole:
         return None
     number, rest = _value(whole["number"]), whole["rest"].strip()
+    one_comma = _ONE_COMMA.fullmatch(whole["number"]) is not None
     if rest in ("", "."):
-        return _quantity(number, None)
+        return None if one_comma and asked not in _WHOLE_UNITS else _quantity(number, None)
     rest = re.sub(_AFTER + r"\.?$", "", rest)
     bracket = re.fullmatch(r"\((.*)\)|\[(.*)\]", rest)
     name = read_unit((bracket[1] or bracket[2] or "") if bracket else rest)
-    return None if name is None else _quantity(number, name)
+    if name is None or (one_comma and name not in _WHOLE_UNITS):
+        return None
+    return _quantity(number, name)
 
 
 def _value(digits: str) -> float:
@@ -252,7 +269,7 @@ _MEASURED = re.compile(
 _NO_UNIT = (
     r"(?!(?:the|this|that|these|those|an?|any|each|all|both|its?|total|general|view|sight|front"
     r"|between|here|there|room|scene|video|image|picture|frames?|question|space|reality"
-    r"|numbers?|digits|figures|words|decimals?|detail|most|length|width|height|depth|size"
+    r"|numbers?|one|single|digits|figures|words|decimals?|detail|most|length|width|height|depth|size"
     r"|e?s|or|and)\b)"
 )
 """Not these words, which may follow "in" or stand in brackets."""
@@ -260,7 +277,7 @@ _UNKNOWN = re.compile(
     r"\bhow many\b"
     rf"|\bin {_NO_UNIT}[^\W\d_]+\.?(?: [^\W\d_]+)? ?(?:[?.!,;)\]]|$)"
     rf"|(?<!\S)[(\[](?:in )?{_NO_UNIT}[^\W\d_]+[.^0-9]*(?: [^\W\d_]+)?[)\]]"
-    r"|\b(?:measured|expressed|given|answer(?:ed)?|reported) in (?!(?:the|this|that|an?)\b)"
+    rf"|\b(?:measured|expressed|given|answer(?:ed)?|reported) in {_NO_UNIT}"
     r"|\bunits?\b"
     r"|[^\W\d_]-(?:met(?:er|re)s?|foot|feet|inch(?:es)?|yards?)\b"
 )
@@ -284,7 +301,8 @@ def asked_unit(question: str, dimension: str | None = None) -> str | None:
         The name of the unit; None where none is asked for.
 
     Raises:
-        UnclearUnitError: several units, one of another dimension, or one that is not known.
+        UnclearUnitError: several units, one of another dimension, or one that is not known; with a
+            dimension or a unit also where the question may ask for anything else.
     """
     name, unclear = _asked(question, dimension)
     if unclear:
@@ -295,6 +313,14 @@ def asked_unit(question: str, dimension: str | None = None) -> str | None:
 @functools.lru_cache(maxsize=16384)
 def _asked(question: str, dimension: str | None) -> tuple[str | None, str]:
     """The unit that is asked for and "", or None and why it is unclear; rooms ask in few words."""
+    name, unclear = _known_unit(question, dimension)
+    if not unclear and (name or dimension):
+        unclear = foreign_measure(_plain(question), dimension, name)
+    return (None, unclear) if unclear else (name, "")
+
+
+def _known_unit(question: str, dimension: str | None) -> tuple[str | None, str]:
+    """The same from the known units alone."""
     plain = _QUOTES.sub("", _plain(question))
     measures = dimension is not None or bool(_MEASURED.search(plain))
     asked, loose, last = set(), set(), None

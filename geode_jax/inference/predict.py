@@ -249,7 +249,20 @@ def _kept(record: dict, *fields: str) -> dict:
 
 
 def _lettered(options: Sequence[str]) -> list[str]:
-    if all(re.match(r"[A-Z]\. ", option) for option in options):
-        return list(options)
+    """Options with their letters.
+
+    Raises:
+        UserError: more than there are letters, an empty one, or letters that some already have and
+            that are not A, B, ...
+    """
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    return [f"{letter}. {option}" for letter, option in zip(letters, options, strict=False)]
+    if len(options) > len(letters):
+        raise UserError(f"options: {len(options)}, at most {len(letters)}: each has a letter")
+    if empty := [i for i, option in enumerate(options, 1) if not option.strip()]:
+        raise UserError(f"options: number {empty[0]} is empty")
+    own = [re.match(r"\(?([A-Z])[.):](?:\s|$)", option) for option in options]
+    if not any(own):
+        return [f"{letter}. {option}" for letter, option in zip(letters, options, strict=False)]
+    if [found and found[1] for found in own] != list(letters[: len(options)]):
+        raise UserError("options: some have letters, and they are not A, B, ... in order")
+    return list(options)

@@ -50,8 +50,12 @@ class Tensors:
         """Opens all files of the folder.
 
         Raises:
-            UserError: a file is missing or damaged, or holds what is no float.
+            UserError: a file is missing or damaged, or holds what is no float; or an adapter (PEFT)
+                lies beside the weights, without which they are another model's.
         """
+        self._folder = folder
+        if adapters := sorted(path.name for path in folder.glob("adapter_*")):
+            raise UserError(f"{folder}: has an adapter, {adapters[0]}: merge it first")
         if os.path.lexists(folder / WEIGHTS):
             names, mapped = [WEIGHTS], None
         elif os.path.lexists(folder / INDEX):
@@ -76,8 +80,15 @@ class Tensors:
         self.dtypes = {key: DTYPES[dtype] for key, dtype in stored.items()}
 
     def read(self, key: str, slices: tuple[slice, ...]) -> np.ndarray:
-        """A part of a tensor."""
-        return self._file[key].get_slice(key)[slices]
+        """A part of a tensor.
+
+        Raises:
+            UserError: it has numbers that are not finite.
+        """
+        found = self._file[key].get_slice(key)[slices]
+        if not np.isfinite(found).all():
+            raise UserError(f"{self._folder}: {key} has NaN or infinite numbers")
+        return found
 
 
 def _read_index(path: Path) -> tuple[list[str], set[str]]:

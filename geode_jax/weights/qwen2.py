@@ -84,7 +84,12 @@ def read_decoder(
     for name, default in (("num_key_value_heads", heads), ("head_dim", width // heads)):
         if given[name] is None:
             given[name] = default
-    head_width = size(given, "head_dim")
+    head_width, kv_heads = size(given, "head_dim"), size(given, "num_key_value_heads")
+    if heads % kv_heads:
+        unnamed = "" if json.get("num_key_value_heads") else ", which transformers takes unnamed,"
+        raise ValueError(
+            f"num_key_value_heads {kv_heads}{unnamed} does not divide num_attention_heads {heads}"
+        )
     if head_width % 2 or (dynamic and head_width == 2):
         raise ValueError(f"not supported: rotary positions of heads of width {head_width}")
     tied = flag(json, "tie_word_embeddings", tied)
@@ -93,7 +98,7 @@ def read_decoder(
         width=width,
         layers=layers,
         heads=heads,
-        kv_heads=size(given, "num_key_value_heads"),
+        kv_heads=kv_heads,
         head_width=head_width,
         mlp_width=size(json, "intermediate_size"),
         mlp="swiglu",

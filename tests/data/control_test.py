@@ -15,6 +15,8 @@ def test_a_box_or_a_number_answers_by_a_token():
     assert control_of({"kind": "weight", "answer": "3 kg", "value": 3.0}) == REG
     assert control_of({"kind": "object_box", "box": [1.0] * 7}) == BOX
     assert control_of({"kind": "size", "box": [1.0] * 7, "value": 1.0}) == BOX
+    choice = {"kind": "nearer_view", "options": ["A. x", "B. y"], "answer": "A", "value": 1.2}
+    assert control_of(choice) == ""
     assert control_of({"kind": "proximity", "answer": "chair"}) == ""
 
 
@@ -62,6 +64,8 @@ def test_a_number_is_in_the_unit_that_its_record_or_words_name(changes, number, 
         ({"answer": "1e300"}, "not from 0.01"),
         ({"answer": "1e-320"}, "not from 0.01"),
         ({"answer": "0.9"}, "not from 0.01"),  # centimetres
+        ({"value": 101.0, "unit": "m"}, "no room has"),
+        ({"kind": "object_counting", "question": "How many?", "value": 2.5}, "no room has"),
         ({"value": 10**300, "answer": "1"}, "not from 0.01"),
     ],
 )

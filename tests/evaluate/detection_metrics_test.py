@@ -1,5 +1,7 @@
 """Oriented IoU against a Monte Carlo volume, and matching against cases worked by hand."""
 
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -138,3 +140,24 @@ def test_edge_cases():
     metrics.update(box(sx=-1.0, sy=-1.0)[None], [2], [0.9], np.zeros((0, 7)), [])
     found = metrics.result()
     assert found["detection_f1_50"] == found["detection_map_50"] == 0.0
+
+
+def test_infinite_and_huge_boxes_have_their_right_iou_without_a_warning():
+    unit = [0, 0, 0, 1, 1, 1, 0]
+    huge = [0, 0, 0, 1e200, 1e200, 1e200, 0]
+    half = [0, 0, 0, 1e200, 1e200, 0.5e200, 0]
+    tiny = [0, 0, 0, 1e-200, 1e-200, 1e-200, 0]
+    far = [1e300, 0, 0, 1, 1, 1, 0]
+    bad = [[*unit[:i], x, *unit[i + 1 :]] for i in range(7) for x in (np.inf, -np.inf, np.nan)]
+    boxes = np.array([unit, huge, half, tiny, far, [*huge[:3], *[1.7e308] * 3, 0], *bad])
+    with warnings.catch_warnings(), np.errstate(over="raise", invalid="raise", divide="raise"):
+        warnings.simplefilter("error")
+        iou = oriented_iou(boxes, boxes)
+        metrics = DetectionMetrics()
+        metrics.update(boxes[[5, 1, 0]], [0, 0, 0], [0.9, 0.8, 0.7], boxes[:2], [0, 0])
+        scores = metrics.result()
+    expected = np.zeros_like(iou)
+    expected[:5, :5] = np.eye(5)
+    expected[1, 2] = expected[2, 1] = 0.5
+    np.testing.assert_allclose(iou, expected, atol=1e-12)
+    assert (scores["detection_recall_25"], scores["detection_precision_25"]) == (1.0, 2 / 3)

@@ -98,6 +98,8 @@ def test_relations_are_matched_after_normalisation():
         (record("surface_distance", "", "", value=0.0), "number"),
         (record("route_planning", "", ""), "letter"),
         (record("nearer_view", "", "", options=["A. x"]), "letter"),
+        (record("object_rel_distance", "", "", options=["A. x"], value=1.2), "letter"),
+        (record("nearer_view", "", "", options=["A. x"], value=1.2), "letter"),
         (record("nearer_view", "", ""), "relation"),
         (record("scene_description", "", ""), "text"),
     ],

@@ -85,7 +85,7 @@ def question(**changes) -> dict:
     record = {
         "id": "q0",
         "scene_id": "a",
-        "kind": "proximity",
+        "kind": "space_size",
         "question": "Is the chair near the table?",
         "answer": "Yes.",
         "teacher_answer": "Yes, it is.",
@@ -891,6 +891,8 @@ def test_token_ids_need_a_vocabulary(export, tmp_path):
 # --- Refusals: questions --------------------------------------------------------------------------
 
 BOX = [0, 0, 0, 1, 1, 1, 0]
+CHOICE = {"kind": "object_rel_distance", "answer": "A", "value": None, "unit": None}
+COUNT = {"kind": "object_counting", "answer": "3", "value": None, "unit": None}
 BAD_QUESTIONS = [
     ({"scene_id": "c"}, "scene_id: unknown scene 'c'"),
     ({"scene_id": None}, "scene_id: missing"),
@@ -911,6 +913,19 @@ BAD_QUESTIONS = [
     ({"options": "A. chair"}, "options: must be a list of strings"),
     ({"options": []}, "options: must be a list of strings"),
     ({"options": ["A. chair", 2]}, "options: must be a list of strings"),
+    (CHOICE | {"value": 1.2}, "value: a choice among options has none"),
+    (CHOICE | {"options": ["A. x", "A. y"]}, "options: two have the same letter"),
+    (CHOICE | {"options": ["A. x", "y"]}, "options: some have a letter in front"),
+    (CHOICE | {"answer": "C"}, "answer: C is the letter of none of the 2 options"),
+    (CHOICE | {"answer": "(C) z"}, "answer: C is the letter of none"),
+    (CHOICE | {"options": ["x", "y"], "answer": "C."}, "answer: C is the letter of none"),
+    ({"answer": "3", "value": 5.0}, "value: another number than that of the answer"),
+    ({"answer": "300 cm", "value": 5.0}, "value: another number than that of the answer"),
+    (COUNT | {"value": 3.5}, "value: a count must be a whole number"),
+    (COUNT | {"answer": "-2"}, "value: a count must be a whole number"),
+    ({"unit": "rad"}, "unit: one of angle, where the kind asks for one of length"),
+    ({"unit": "m2"}, "unit: one of area, where the kind asks for one of length"),
+    (COUNT | {"unit": "m"}, "unit: one of length, where the kind asks for one of count"),
     ({"answers": [""]}, "answers: must be a list of strings"),
     ({"box": BOX[:6]}, "box: must be 7 finite numbers"),
     ({"box": [0, 0, 0, 1, 0, 1, 0]}, "box: must be 7 finite numbers with positive sizes"),
@@ -969,9 +984,21 @@ def test_more_bad_questions(export):
     assert "cannot be read" in refusal(list, Export(export).questions())
 
 
-def test_a_numeric_answer_needs_no_value(tmp_path):
-    record = question(kind="object_counting", answer="3", value=None)
-    assert list(Export(write(tmp_path / "e", questions=[record])).questions()) == [record]
+def test_numbers_and_choices_that_agree_are_kept(tmp_path):
+    feet = {"question": "How far, in feet?", "answer": "6.2", "value": 1.89, "unit": "m"}
+    changes = [
+        *(COUNT, COUNT | {"value": 3.0, "unit": "items"}, CHOICE, CHOICE | {"answer": "A. chair"}),
+        *(CHOICE | {"options": ["x", "y"], "answer": "B"}, CHOICE | {"answer": "chair"}, feet),
+        *({"answer": "1.4", "value": 1.4371}, {"answer": "2", "value": 1.6}),
+        *(
+            {"answer": "187.2 cm", "value": 1.8719},
+            {"answer": "5'11\"", "value": 71.0, "unit": "in"},
+        ),
+        *({"answer": "about 1,500 m"}, {"unit": "furlongs"}),
+        {"kind": "object_size_estimation", "answer": "190", "value": 1.9},
+    ]
+    records = [question(id=f"q{i}", **change) for i, change in enumerate(changes)]
+    assert list(Export(write(tmp_path / "e", questions=records)).questions()) == records
 
 
 # --- Writing --------------------------------------------------------------------------------------
@@ -1234,7 +1261,7 @@ def test_validate_summary(pristine, capsys):
     summary = validate(pristine, progress=True)
     assert "scenes" in capsys.readouterr().err
     assert (summary["scenes"], summary["splits"]) == (2, {"train": 1, "val": 1})
-    assert summary["questions"] == {"proximity": 1}
+    assert summary["questions"] == {"space_size": 1}
     assert summary["dropped"] == [] and summary["dropped_questions"] == 0
     assert summary["bytes"] == sum(len(data) for data in _listing(pristine).values())
     table = {row["name"]: row for row in summary["tensors"]}
@@ -1248,7 +1275,7 @@ def test_validate_summary(pristine, capsys):
     assert table["teacher/features"]["scenes"] == 1
     text = exports.format_summary(summary)
     assert "scenes: 2 (1 train, 1 val)" in text
-    assert "[2, 6, 6]" in text and "proximity" in text
+    assert "[2, 6, 6]" in text and "space_size" in text
 
 
 def test_validate_stops_or_skips_and_counts(export):
@@ -1265,7 +1292,7 @@ def test_validate_stops_or_skips_and_counts(export):
     assert refusal(validate, export).startswith("scene a: tensor vggt/depth: negative")
     summary = validate(export, on_error="skip")
     assert (summary["scenes"], summary["splits"]) == (1, {"val": 1})
-    assert (summary["questions"], summary["dropped_questions"]) == ({"proximity": 1}, 2)
+    assert (summary["questions"], summary["dropped_questions"]) == ({"space_size": 1}, 2)
     assert [where for where, _, _ in summary["dropped"]] == ["scene a", "questions.jsonl:3"]
     records = [question(id=f"q{i}") for i in range(5)]
     data = b"".join(json.dumps(record).encode() + b"\n" for record in records)

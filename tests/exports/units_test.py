@@ -104,6 +104,8 @@ def test_any_text_is_a_known_unit_or_none(text, kind):
         ("1.5 radians", 1.5, "rad"),
         ("1.9 m tall.", 1.9, "m"),
         ("1e3", 1000, None),
+        ("1,900 mm", 1900, "mm"),
+        ("1,234,500 m", 1234500, "m"),
         (".5", 0.5, None),
         ("2 in", 2, "in"),
     ],
@@ -116,7 +118,20 @@ def test_numbers_with_units_are_read(text, number, unit):
     "text",
     [
         *("", "m", "two", "2-3 m", "2 – 3 m", "2 to 3 m", "2 x 3 m", "2±1", "less than 2 m"),
-        *("1,9 m", "1.900,5", "1 000 mm", "1.5.2", "1_000", "٣", "inf", "nan", "1e400"),
+        *(
+            "1,500 m",
+            "1,905",
+            "-1,500 ft",
+            "1,9 m",
+            "1.900,5",
+            "1 000 mm",
+            "1.5.2",
+            "1_000",
+            "٣",
+            "inf",
+            "nan",
+            "1e400",
+        ),
         *("1½ m", "1/2 m", "5² m", "5 ft 11", "6 ft 13 in", "1 m 200 cm", "5.5 ft 3 in"),
         *("3 chairs", "1.9 m/s", "1.9 m per second", "1.9 m4", "2 m square", "$5", "5%", "2 M m"),
         *("1.9 m (6 ft)", "1.9 m, 6 ft", "2 furlongs", "4 dm", "3 miles"),
@@ -172,3 +187,61 @@ def test_questions_without_a_unit_or_with_one(question, kind, unit):
 def test_an_unclear_unit_is_said(question, why):
     with pytest.raises(UnclearUnitError, match=why):
         asked_unit(question, "length")
+
+
+@pytest.mark.parametrize(
+    ("dimension", "questions"),
+    [
+        (
+            "length",
+            [
+                *("How tall is it in c.m.?", "How tall, in m. m.?", "Bed height/mm", "Height_cm?"),
+                *("How far is it? Give decimeters.", "How far? Use decimetres.", "How far? ___ dm"),
+                *("How far is it, to the nearest dm?", "How far is it? Reply with paces."),
+                *("Express your answer using microns.", "Express the bed's height with smoots."),
+                *("What is the height in micro-metres?", "Round the height to the nearest span."),
+                *(
+                    "What is the height in \u00b5m?",
+                    'How wide is it in "?',
+                    "How far? Answer as mm",
+                ),
+                *(
+                    "How far is it?\uff08\u5355\u4f4d\uff1a\u5398\u7c73\uff09",
+                    "\u042d\u0442\u043e how far?",
+                ),
+                *("Quelle est la distance, en centim\u00e8tres ?", "Wie weit ist es (Zentimeter)?"),
+                *("Quelle est la hauteur de la chaise ?", "Wie hoch ist der Stuhl?"),
+                *(
+                    "\u00bfCu\u00e1l es la altura de la silla en metros?",
+                    "Quanto \u00e8 alta la sedia?",
+                ),
+                *("What is the ratio of its height to the chair's?", "How high, in ％?"),
+                *("What percentage of the width does it span?", "What is the room's volume?"),
+                *("How many times as far is it in meters?", "How tall is it in meters or dm?"),
+            ],
+        ),
+        ("area", ["What is the room's volume?", "How large is it in tsubo?", "How long is it?"]),
+        (
+            "count",
+            [
+                *("How many chairs, in dozens?", "How many pairs of shoes are there?"),
+                *("What fraction of the chairs is red?", "Combien de chaises y a-t-il ?"),
+            ],
+        ),
+    ],
+)
+def test_a_question_that_may_ask_for_something_unknown_has_no_usual_unit(dimension, questions):
+    for question in questions:
+        with pytest.raises(UnclearUnitError):
+            asked_unit(question, dimension)
+
+
+def test_wordings_of_benchmarks_keep_the_usual_unit():
+    for dimension, question in (
+        ("length", "How far is the caf\u00e9 table from the nearest chair's leg?"),
+        ("length", "How tall is the T.V.? Answer the question using a single word or phrase."),
+        ("length", "What is the length of the bed? Answer in one number, e.g. 3."),
+        ("area", "What is the size of this room? If multiple rooms are shown, add them."),
+        ("count", "How many chair(s) are in this room? Please answer with a number."),
+    ):
+        assert asked_unit(question, dimension) is None, question

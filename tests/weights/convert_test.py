@@ -218,6 +218,13 @@ def store_integers(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def not_finite(folder: Path, number: float) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    key = "model.layers.1.mlp.up_proj.weight"
+    tensors[key][1, 2] = number
+    save_file(tensors, folder / "model.safetensors")
+
+
 def mix_dtypes(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     key = "model.layers.1.mlp.up_proj.weight"
@@ -233,6 +240,12 @@ def mix_dtypes(folder: Path) -> None:
         (lie_in_the_index, "2 names differ from the files': lm_head.wait"),
         (store_integers, "model.norm.weight is I32; only F32, F16, BF16 are read"),
         (mix_dtypes, "mlp.up_proj.weight: of several dtypes, bfloat16, float32"),
+        (lambda f: not_finite(f, np.nan), "mlp.up_proj.weight has NaN or infinite numbers"),
+        (lambda f: not_finite(f, -np.inf), "mlp.up_proj.weight has NaN or infinite numbers"),
+        (
+            lambda f: (f / "adapter_config.json").write_text("{}"),
+            "has an adapter, adapter_config.json: merge it first",
+        ),
         (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
         (pipe, "model.safetensors: cannot be read: not a regular file"),
         (lambda f: link(f, "/dev/zero"), "cannot be read: not a regular file"),
@@ -248,7 +261,11 @@ def mix_dtypes(folder: Path) -> None:
         (lambda f: change_config(f, hidden_size=None), "'hidden_size' is missing"),
         (
             lambda f: change_config(f, num_key_value_heads=3),
-            "heads: 4 is no multiple of kv_heads, 3",
+            "num_key_value_heads 3 does not divide num_attention_heads 4",
+        ),
+        (
+            lambda f: change_config(f, num_key_value_heads=None),
+            "num_key_value_heads 32, which transformers takes unnamed, does not divide num_atten",
         ),
         (lambda f: change_config(f, hidden_act="gelu"), "not supported: hidden_act 'gelu'"),
         (

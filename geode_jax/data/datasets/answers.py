@@ -9,7 +9,8 @@ from typing import Any
 
 from geode_jax.data.control import BASE_UNIT
 from geode_jax.data.datasets.questions import MisfitError
-from geode_jax.exports import NUMERIC_KINDS, units
+from geode_jax.data.targets import plausible
+from geode_jax.exports import NUMERIC_KINDS, question_rules, units
 from geode_jax.exports.prompts import (
     CHOICE_POST_PROMPT,
     NUMERIC_POST_PROMPT,
@@ -75,26 +76,24 @@ def question_fields(
         `kind`, `question`, `answer` and where they apply `options`, `value` and `unit`. An answer
         with options is the letter. The value of a number stands in the unit that the answer names,
         else in the one that the question asks for, else in that of the kind. Where none of them is
-        clear there is no value, and `NO_VALUE` says why. A kind of VSI-Bench that is answered in
-        words is another task: `<kind>_open`.
+        clear, or the number is none that a room has, there is no value, and `NO_VALUE` says why. A
+        kind of VSI-Bench that is answered in words is another task: `<kind>_open`.
 
     Raises:
-        MisfitError: the answer is none of the options.
+        MisfitError: the answer is none of the options, or two of them have the same letter.
     """
     fields: dict[str, Any] = {"kind": kind, "question": question, "answer": answer}
     if options:
+        if fault := question_rules.options_fault(options):
+            raise MisfitError(f"has {fault[0]} of which {fault[1]}")
         return fields | {"options": options, "answer": _letter(answer, options)}
-    quantity = units.read_quantity(answer)
-    if quantity is None and kind in NUMERIC_KINDS:
-        fields[NO_VALUE] = "its answer is no single number in a known unit"
-    elif quantity is not None:
-        try:
-            unit = _unit_of(kind, question, quantity.unit)
-        except units.UnclearUnitError as unclear:
-            fields[NO_VALUE] = str(unclear)
-        else:
-            if unit:
-                return fields | {"value": quantity.number, "unit": unit}
+    try:
+        measured = _measured(kind, question, answer)
+    except units.UnclearUnitError as unclear:
+        fields[NO_VALUE] = str(unclear)
+    else:
+        if measured:
+            return fields | {"value": measured.number, "unit": measured.unit}
     if kind in VSI_CHOICE_KINDS or kind in NUMERIC_KINDS:
         fields["kind"] = f"{kind}_open"
     return fields
@@ -140,26 +139,34 @@ def _in_base_units(text: str) -> tuple[str, float] | None:
     return unit.dimension, float(f"{quantity.number * unit.base:.9g}")
 
 
-def _unit_of(kind: str, question: str, own: str | None) -> str | None:
-    """The unit of an answer's number, None where nothing tells that it measures something.
-
-    Args:
-        own: the unit that stands in the answer, if any.
+def _measured(kind: str, question: str, answer: str) -> units.Quantity | None:
+    """An answer's number and its unit, None where nothing tells that it measures something.
 
     Raises:
-        UnclearUnitError: it is unclear, or of another quantity than is asked for.
+        UnclearUnitError: there is no number although the kind asks for one; its unit is unclear, or
+            of another quantity than is asked for; or it is one that no room has.
     """
     usual = units.KIND_UNITS.get(kind)
+    asked, unclear = None, None
     try:
         asked = units.asked_unit(question, units.UNITS[usual].dimension if usual else None)
-    except units.UnclearUnitError:
-        if own is None:
-            raise
-        asked = own
-    if not (asked or usual):
+    except units.UnclearUnitError as error:
+        unclear = error
+    quantity = units.read_quantity(answer, asked)
+    if quantity is None:
+        if kind in NUMERIC_KINDS:
+            raise units.UnclearUnitError("its answer is no single number in a known unit")
         return None
-    unit = own or asked or usual
-    named = (name for name in (unit, asked, usual) if name)
+    if unclear and quantity.unit is None:
+        raise unclear
+    if unclear is None and not (asked or usual):
+        return None
+    named = [name for name in (quantity.unit, asked, usual) if name]
     if len({units.UNITS[name].dimension for name in named}) > 1:
         raise units.UnclearUnitError("its answer is in a unit of another quantity")
-    return unit if unit in BASE_UNIT else None  # an angle is words
+    unit = named[0]
+    if unit not in BASE_UNIT:
+        return None  # an angle is words
+    if not plausible(quantity.number, units.UNITS[unit].dimension, BASE_UNIT[unit]):
+        raise units.UnclearUnitError("its number is one that no room has")
+    return units.Quantity(quantity.number, unit)
