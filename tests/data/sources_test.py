@@ -343,6 +343,9 @@ DAMAGE |= {
     "colour image of another size": lambda folder: _flagged(
         folder / "color" / "50.png", 6, np.asarray(Image.open(folder / "color" / "50.png"))
     ),
+    "colour image with an orientation flag that depth does not confirm": lambda folder: _flagged(
+        folder / "color" / "50.png", 3, np.asarray(Image.open(folder / "color" / "50.png"))
+    ),
     "colour image of another size (halved)": lambda folder: Image.new("RGB", (90, 64)).save(
         folder / "color" / "50.png"
     ),
@@ -362,6 +365,16 @@ def test_a_bad_frame_is_dropped_and_counted(small_hall, tmp_path, name):
     used = {n for i in export.scene_ids() for n in frame_numbers(export, i)}
     assert 5 not in used
     assert "1 dropped (1 " + name.partition(" (")[0] in export.manifest["notes"]
+
+
+@pytest.mark.parametrize("flag", [2, 4, 6])
+def test_flags_that_nothing_confirms_are_refused(small_hall, tmp_path, flag):
+    folder = copy_of(small_hall, tmp_path)
+    for path in (folder / "color").iterdir():
+        _flagged(path, flag, np.asarray(Image.open(path)))
+    rule = rf"color: pictures have the orientation flag {flag} and depth has none"
+    with pytest.raises(UserError, match=rule):
+        open_folder(folder)
 
 
 def test_without_usable_frames_there_is_no_export(hall, tmp_path):
