@@ -194,7 +194,7 @@ def test_depth_is_what_is_stored():
         np.testing.assert_array_equal(
             pictures.read_depth(head + small.astype(">u2").tobytes()), small
         )
-    with pytest.raises(pictures.PictureError, match="numbers of its header.* cannot be read"):
+    with pytest.raises(pictures.PictureError, match="numbers of its header, such"):
         pictures.read_depth(b"P5 3 2 1000#c\n" + small.astype(">u2").tobytes())
     with pytest.raises(pictures.PictureError, match="with a header that is no PGM file's"):
         pictures.read_depth(
