@@ -38,7 +38,7 @@ _MOST_POINTS = 100_000
 FLOATING = 0.1
 """Share of points before what another view sees, from which it is said. Rooms have 0.03, recordings
 0.04 at most; with inverted poses 0.12 to 0.3."""
-DISAGREE, BETTER = 0.1, 0.6
+DISAGREE, BETTER = 0.03, 0.6
 """It is also said where more than the one share disagrees, and another reading of poses or of depth
 has less than the other share of that."""
 _SAME_DEPTH = 0.2
