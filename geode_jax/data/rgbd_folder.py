@@ -8,9 +8,11 @@ Layouts that are read (names are frame numbers, any number of digits):
     or pose.txt                         a row "tx ty tz qx qy qz qw" per frame, camera-to-world
     intrinsic/intrinsic_depth.txt, intrinsic/intrinsic_color.txt    3x3 or 4x4
 
-Colour is turned as its orientation flag says (`exports.pictures`); depth and intrinsics belong to
-the picture as it is shown then. An intrinsic that belongs to pictures of another size is brought to
-these where that is sure, and refused otherwise (`rgbd_sequence.of_one_view`).
+Colour is turned as its orientation flag says (`exports.pictures`) where the sizes prove that depth
+belongs to the picture as it is shown then: upright, say, where the stored picture lies. Other flags
+beside depth, which has none, are refused: nothing says whether depth was turned. An intrinsic that
+belongs to pictures of another size is brought to these where that is sure, and refused otherwise
+(`rgbd_sequence.of_one_view`).
 """
 
 import contextlib
@@ -28,6 +30,7 @@ from geode_jax.data.rgbd_sequence import (
     of_one_view,
     pose_of_row,
     rigid,
+    same_shape,
     to_metres,
 )
 from geode_jax.errors import UserError
@@ -108,16 +111,20 @@ class RgbdFolder:
         """The colour image, RGB, as it is shown.
 
         Raises:
-            Dropped: missing, unreadable, or of another size.
+            Dropped: missing, unreadable, of another size, or with an orientation flag that
+                depth does not confirm.
         """
         if name not in self.color:
             raise Dropped("no colour image")
         try:
+            flag = pictures.orientation(self.color[name])
             image = pictures.read_picture(self.color[name])
         except UserError as error:
             raise _dropped("colour", error) from None
         if image.size != self.color_size:
             raise Dropped("colour image of another size")
+        if not _turned_as_depth(image.size, flag, self.depth_size):
+            raise Dropped("colour image with an orientation flag that depth does not confirm")
         return image
 
 
@@ -157,7 +164,8 @@ def open_folder(
         rows = None
     else:
         rows = _read_pose_rows(root / "pose.txt", names)
-    size, color_size = _size(root / "depth", names, depth), _size(root / "color", names, color)
+    size = _size(root / "depth", names, depth)
+    color_size = _size(root / "color", names, color, beside=size)
     depth_k, color_k, notes = _read_cameras(root, size, color_size, intrinsic)
     mirrored = bool(depth_k[1, 1] < 0)
     color_k = None if color_k is None else np.abs(color_k)
@@ -204,15 +212,50 @@ def _files(folder: Path, types: Sequence[str]) -> dict[str, Path]:
     return {path.stem: path for paths in of_type for path in paths}
 
 
-def _size(folder: Path, names: Sequence[str], images: dict[str, Path]) -> tuple[int, int]:
-    """(width, height) that most of the images have, as they are shown."""
+def _size(
+    folder: Path,
+    names: Sequence[str],
+    images: dict[str, Path],
+    beside: tuple[int, int] | None = None,
+) -> tuple[int, int]:
+    """(width, height) that most of the images have, as they are shown.
+
+    Args:
+        folder: of the images.
+        names: of the frames.
+        images: frame -> image.
+        beside: size of the depth images. Images whose flag these cannot confirm do not count.
+
+    Raises:
+        UserError: there is no readable image, or none that is turned as depth is.
+    """
     sizes: Counter = Counter()
+    flags: Counter = Counter()
     for name in names[:: max(1, len(names) // 32)]:
         with contextlib.suppress(KeyError, UserError):  # the frame's own fate will tell
-            sizes[pictures.shown_size(images[name])] += 1
+            size, flag = pictures.shown_size(images[name]), pictures.orientation(images[name])
+            if beside is None or _turned_as_depth(size, flag, beside):
+                sizes[size] += 1
+            else:
+                flags[flag] += 1
+    if not sizes and flags:
+        flag = flags.most_common(1)[0][0]
+        raise UserError(
+            f"{folder}: pictures have the orientation flag {flag} and depth has none: nothing says "
+            "whether depth was turned; turn the pictures' pixels, and remove the flag"
+        )
     if not sizes:
         raise UserError(f"{folder}: no readable image")
     return sizes.most_common(1)[0][0]
+
+
+def _turned_as_depth(size: tuple[int, int], flag: int, depth: tuple[int, int]) -> bool:
+    """Whether a picture has no flag, or lies or stands as depth does thanks to it."""
+    if flag == 1:
+        return True
+    lying = [width > height for width, height in (size, depth)]
+    square = any(same_shape(sides, sides[::-1]) for sides in (size, depth))
+    return flag >= 5 and lying[0] == lying[1] and not square
 
 
 def _read_cameras(root: Path, size: tuple[int, int], color_size: tuple[int, int], given) -> tuple:

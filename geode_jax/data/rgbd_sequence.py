@@ -17,10 +17,21 @@ SHAPE = 1.02
 """Within which the shapes of two pictures are the same; ScanNet's are within 1.005."""
 _FACTORS = (3 / 2, 2, 3, 4, 6, 8)
 """By which pictures are resized."""
-_SIZES = ((640, 480), (1296, 968))
-"""Of ScanNet's cameras, whose one picture is often brought to the size of the other."""
-_NEAR, _EXACT, _SAME_FIELD, _SAME_SIZE = 0.03, 0.003, 1.05, 1.005
-"""See `_original_size`."""
+_SENSORS = (
+    *((160, 120), (256, 192), (320, 240), (640, 480), (1024, 768), (1280, 960), (1296, 968)),
+    *((1440, 1080), (1920, 1440), (2048, 1536), (4032, 3024)),
+    *((424, 240), (640, 360), (848, 480), (960, 540), (1280, 720), (1920, 1080), (3840, 2160)),
+    *((320, 288), (512, 424), (512, 512), (640, 576), (1024, 1024)),
+)
+"""Of the cameras that RGB-D data come from, lying; they are also held upright."""
+_EXACT, _NEAR = 0.003, 0.01
+"""How far off the middle a centre may be that tells the size of its pictures, as a share of the
+side or one pixel: of any size, and of a sensor's where the present size is impossible."""
+_SAME_FIELD, _SAME_SIZE = 1.05, 1.02
+"""Within which two fields of view are the same, and two sizes cannot be told apart."""
+_RESIZED, _ALIKE = 0.02, 0.015
+"""Two cameras show that pictures were resized where centres and fields of view differ by more than
+the one, and by the same factor within the other; both are logarithms."""
 
 
 class Dropped(Exception):
@@ -160,31 +171,36 @@ def of_one_view(
 
     An intrinsic whose centre is off the middle may be for pictures of another size: these were
     resized, and it was left as it was. Where that size is sure, it is brought to the pictures'.
+    Where nothing tells, it is taken to be for the pictures that are there, and this is said.
 
     Args:
         depth, color: one of them may be None, not given: then it is the other's, scaled.
         sizes: (width, height) of the depth and of the colour pictures.
 
     Returns:
-        The depth's [3, 3], the colour's or None, and what was corrected, a line each.
+        The depth's [3, 3], the colour's or None, and what was corrected or assumed, a line each.
 
     Raises:
-        UserError: one is no camera's, they see differently, or only one is given and the pictures
-            have different shapes.
+        UserError: one is no camera's, they see differently, they were resized and nothing says
+            from what size, or only one is given and the pictures have different shapes.
     """
     said: list[str] = []
     found: list[np.ndarray | None] = []
-    for one, other in ((depth, color), (color, depth)):
+    for one, size in zip((depth, color), _original_sizes(depth, color, sizes), strict=True):
         if one is None:
             found.append(None)
             continue
         matrix = one.matrix
-        if not _fits(one):
-            original = _original_size(one, other if _fits(other) else None, sizes)
-            if original is not None:
-                matrix = resized(matrix, original, one.size)
-                was, now = (f"{w} x {h}" for w, h in (original, one.size))
-                said.append(f"{one.where}: is for pictures of {was}, these are {now}: scaled")
+        if size not in (None, one.size):
+            matrix = resized(matrix, size, one.size)
+            was, now = (f"{w} x {h}" for w, h in (size, one.size))
+            said.append(f"{one.where}: is for pictures of {was}, these are {now}: scaled")
+        elif size is not None and not _told([depth, color], one):
+            off = 100 * cameras.off_centre(one.matrix, one.size).max()
+            said.append(
+                f"{one.where}: taken to be for pictures of {size[0]} x {size[1]}; nothing shows "
+                f"it, the centre is {off:.1f} % off the middle"
+            )
         found.append(
             camera(one.where, *(matrix[i] for i in ((0, 0), (1, 1), (0, 2), (1, 2))), one.size)
         )
@@ -198,7 +214,7 @@ def of_one_view(
             )
         return found[0], found[1], said
     (width, height), (across, down) = sizes
-    if not 1 / SHAPE <= width * down / (height * across) <= SHAPE:
+    if not same_shape(*sizes):
         raise UserError(
             f"{(depth or color).where}: depth is {width} x {height} and colour {across} x {down} "
             "pixels: pictures of different shapes need an intrinsic each"
@@ -208,47 +224,158 @@ def of_one_view(
     return found[0], None, said
 
 
-def _fits(one: Given | None) -> bool:
-    return one is not None and cameras.fault(one.matrix, one.size) is None
+def _original_sizes(
+    depth: Given | None, color: Given | None, sizes: Sequence[tuple[int, int]]
+) -> list[tuple[int, int] | None]:
+    """The (width, height) of the pictures that two intrinsics were made for; None if none is sure.
+
+    First each is looked at alone: a centre in the very middle tells the size. What that leaves
+    open, the other camera's field of view decides, among the sizes of sensors and of the pictures.
+
+    Raises:
+        UserError: pictures were resized, and it is not sure from what size.
+    """
+    given = [depth, color]
+    found = [None if one is None else _size_of_centre(one, sizes) for one in given]
+    for i, one in enumerate(given):
+        other, its = given[1 - i], found[1 - i]
+        if one is None or found[i] is not None:
+            continue
+        if other is not None and its is not None:
+            found[i] = _size_by_field(one, other, its, sizes)
+        elif other is None:
+            found[i] = _size_alone(one, sizes)
+    if None in given or None in found:
+        return found
+    factor = _resize_between(given, found)
+    if factor is None:
+        return found
+    answers = []
+    for i, one in enumerate(given):
+        if _exact(one, found[i]):
+            continue
+        size = _size_by_field(one, given[1 - i], found[1 - i], sizes)
+        pair = [size if k == i else found[k] for k in (0, 1)]
+        if size is not None and _resize_between(given, pair) is None:
+            answers.append(pair)
+    # What is as a sensor gives it was not resized.
+    unlike = [pair for pair in answers if not _moved_from_sensor(given, pair)]
+    if len(unlike) == 1:
+        return unlike[0]
+    raise UserError(
+        f"{color.where}: its centre and its field of view differ from those of {depth.where} by "
+        f"the same factor, {factor:.3f}: pictures were resized, and it is not sure from what size"
+    )
 
 
-def _original_size(
-    one: Given, other: Given | None, sizes: Sequence[tuple[int, int]]
+def _size_of_centre(one: Given, sizes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    """The size that a centre tells; else the pictures' where it may be theirs, and None."""
+    fits = cameras.fault(one.matrix, one.size) is None
+    if fits and _exact(one, one.size):
+        return one.size
+    scaled = {
+        tuple(round(side * f) for side in one.size) for f in (*_FACTORS, *(1 / f for f in _FACTORS))
+    }
+    exact = [
+        size for size in _known_sizes(sizes) | scaled if size != one.size and _exact(one, size)
+    ]
+    if fits:
+        # Centres that are measured are not in the middle: by chance on another size's of these.
+        exact = [
+            size
+            for size in exact
+            if np.abs(np.log(np.array(size) / one.size)).max() > np.log(_SAME_SIZE)
+        ]
+        if exact and not any(same_shape(size, one.size) for size in exact):
+            width, height = min(exact)
+            raise UserError(
+                f"{one.where}: the centre is in the middle of pictures of {width} x {height}, "
+                f"these are {one.size[0]} x {one.size[1]}: were they cut or squeezed?"
+            )
+    exact = [size for size in exact if same_shape(size, one.size)]
+    if exact:
+        return min(exact, key=lambda size: cameras.off_centre(one.matrix, size).max())
+    return one.size if fits else None
+
+
+def _size_alone(one: Given, sizes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    """The sensor's size whose middle is nearest, where the pictures cannot have this centre."""
+    near = {
+        size: off
+        for size in _known_sizes(sizes)
+        if same_shape(size, one.size)
+        and (off := cameras.off_centre(one.matrix, size).max()) <= _NEAR
+    }
+    return min(near, key=near.get, default=None)
+
+
+def _size_by_field(
+    one: Given,
+    other: Given,
+    its: tuple[int, int],
+    sizes: Sequence[tuple[int, int]],
 ) -> tuple[int, int] | None:
-    """The (width, height) of the pictures that an intrinsic was made for; None if none is sure.
-
-    Its centre must be in their middle, and the pictures have shrunk or grown alike in both
-    directions. Of several sizes the one is taken with which it sees as the other camera does,
-    within `_SAME_FIELD`; without another camera the centre must be within `_NEAR`, as a share of
-    the side, and where sizes differ by more than `_SAME_SIZE`, within `_EXACT`.
+    """The size of a sensor or of the pictures with which one camera sees as wide as the other.
 
     Args:
-        one: the intrinsic and the pictures that it is not for.
-        other: the other camera's, where that fits its own pictures.
-        sizes: of the depth and of the colour pictures.
+        one: whose size is looked for, other than that of its pictures.
+        other, its: the other camera, and the size that it is for.
+        sizes: of the pictures.
     """
-    factors = [*_FACTORS, *(1 / f for f in _FACTORS)]
-    scaled = (tuple(round(side * f) for side in one.size) for f in factors)
-    possible = []
-    for size in sorted({*scaled, *_SIZES, *sizes} - {one.size}):
-        factor = np.array(size) / one.size
-        off = cameras.off_centre(one.matrix, size)
-        near = _NEAR if other is None else cameras.CENTRE
-        if (off <= near + 0.5 / np.array(size)).all() and 1 / SHAPE <= factor[0] / factor[
-            1
-        ] <= SHAPE:
-            possible.append((size, off.max()))
-    if other is not None:
-        wide = _field(other.matrix, other.size)
-        apart = {
-            size: np.abs(np.log(_field(one.matrix, size) / wide)).max() for size, _ in possible
-        }
-        best = min(apart, key=apart.get, default=None)
-        return best if best is not None and apart[best] <= np.log(_SAME_FIELD) else None
-    widths = [size[0] for size, _ in possible]
-    if possible and max(widths) > _SAME_SIZE * min(widths):
-        possible = [(size, off) for size, off in possible if off <= _EXACT]
-    return min(possible, key=lambda pair: pair[1])[0] if possible else None
+    apart = {}
+    for size in _known_sizes(sizes) - {one.size}:
+        off = cameras.off_centre(one.matrix, size) - 0.5 / np.array(size)
+        if (off <= cameras.CENTRE).all() and same_shape(size, one.size):
+            wide = _field(one.matrix, size) / _field(other.matrix, its)
+            if _resize_between([one, other], [size, its]) is None:
+                apart[size] = np.abs(np.log(wide)).max()
+    best = min(apart, key=apart.get, default=None)
+    return best if best is not None and apart[best] <= np.log(_SAME_FIELD) else None
+
+
+def _resize_between(given: Sequence[Given], sizes: Sequence[tuple[int, int]]) -> float | None:
+    """The factor by which centres and fields of view differ where it is one and the same."""
+    (one, other), (size, its) = given, sizes
+    middle = [2 * g.matrix[:2, 2] + 1 for g in given]
+    centre = middle[1] * size / (middle[0] * its)
+    wide = _field(one.matrix, size) / _field(other.matrix, its)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        factors = np.log(np.concatenate([centre, wide]))
+    if not np.isfinite(factors).all():
+        return None
+    if abs(factors.mean()) > _RESIZED and np.ptp(factors) <= _ALIKE:
+        return float(np.exp(factors.mean()))
+    return None
+
+
+def _moved_from_sensor(given: Sequence[Given], pair: Sequence[tuple[int, int]]) -> bool:
+    known = _known_sizes(())
+    return any(
+        one.size in known and one.size != size for one, size in zip(given, pair, strict=True)
+    )
+
+
+def _told(given: Sequence[Given | None], one: Given) -> bool:
+    """Whether something shows that an intrinsic is for the size of its pictures."""
+    other = [g for g in given if g is not None and g is not one]
+    known = _known_sizes(())
+    return any(g.size in known or _exact(g, g.size) for g in (one, *other))
+
+
+def _known_sizes(sizes: Sequence[tuple[int, int]]) -> set[tuple[int, int]]:
+    """Of sensors, lying and upright, and those that are given."""
+    return {*_SENSORS, *((height, width) for width, height in _SENSORS), *map(tuple, sizes)}
+
+
+def _exact(one: Given, size: tuple[int, int]) -> bool:
+    """Whether the centre is in the very middle of pictures of a size."""
+    most = np.maximum(_EXACT, 1 / np.array(size))
+    return bool((cameras.off_centre(one.matrix, size) <= most + 1e-9).all())
+
+
+def same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether pictures of two (width, height) have the same shape."""
+    return 1 / SHAPE <= size[0] * other[1] / (size[1] * other[0]) <= SHAPE
 
 
 def _field(intrinsic: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -33,7 +33,7 @@ from geode_jax.data.rgbd_questions import PLACES, Questioner, SeenView
 from geode_jax.data.rgbd_sequence import Dropped, RgbdSequence, resized
 from geode_jax.data.rooms import TOKEN_WIDTH, patch_tokens
 from geode_jax.errors import UserError
-from geode_jax.exports import ExportWriter
+from geode_jax.exports import ExportWriter, cameras
 
 VERSION = 1
 """Of what an export of a folder holds; changes when this converter changes."""
@@ -351,7 +351,7 @@ def make_rgbd_export(
     Returns:
         {"frames": {"found", "thinned_out", "used", "dropped": {reason: count}}, "scenes": {split:
         count}, "questions": {split: {kind: count}}, "up": [x, y, z], "notes": [what was corrected
-        on reading, a line each]}.
+        on reading, a line each], "warnings": [what shows wrong cameras, see `cameras.Watch`]}.
 
     Raises:
         UserError: the folder is no RGB-D folder or has less than two usable frames.
@@ -383,6 +383,7 @@ def make_rgbd_export(
         categories=[],
         notes=_notes(name, summary),
     ) as writer:
+        watch = cameras.Watch(metric=True)
         rng = np.random.default_rng(seed)
         plan = [
             (split, group_views(places, views_per_scene, scenes_per_frame * len(places), rng))
@@ -397,7 +398,9 @@ def make_rgbd_export(
                 for group in groups:
                     scene_id = f"{name}_{made:04d}"
                     chosen = [frames[n] for n in group]
-                    writer.add_scene(scene_id, frame_arrays(source, chosen), split=split)
+                    arrays = frame_arrays(source, chosen)
+                    watch.add(arrays)
+                    writer.add_scene(scene_id, arrays, split=split)
                     records = questioner.ask(
                         scene_id, [frame.view for frame in chosen], questions_per_scene
                     )
@@ -407,8 +410,10 @@ def make_rgbd_export(
                     bar.update()
                 summary["scenes"][split] = len(groups)
                 summary["questions"][split] = dict(sorted(counts.items()))
+    summary["warnings"] = watch.lines()
     if progress:
-        print(_account(summary), file=sys.stderr)
+        warnings = (f"warning: {line}" for line in summary["warnings"])
+        print(_account(summary), *warnings, sep="\n", file=sys.stderr)
     return summary
 
 

@@ -1272,7 +1272,7 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
     Returns:
         {"producer": dict, "scenes": int, "splits": {split: scenes}, "questions": {kind: count},
         "tensors": [{"name", "shape", "dtype", "scenes"}], "bytes": int,
-        "warnings": [str] (what shows that cameras may be wrong, see `cameras.shown_faults`, and
+        "warnings": [str] (what shows that cameras may be wrong, see `cameras.Watch`, and
         that a room is in several splits),
         "dropped_questions": int (bad ones and those of dropped scenes, counted nowhere else),
         "dropped": [(scene or questions.jsonl:LINE, tensor or field, rule)]}. A size that differs
@@ -1289,7 +1289,7 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
     splits: Counter = Counter()
     shapes: dict[str, list[tuple]] = {}
     dtypes: dict[str, set] = {}
-    shown: dict[str, list[float]] = {}
+    watch = cameras.Watch(export.manifest["scale"] == "metric")
     answered: dict[str, int] = {}  # scene -> the last of its questions that the teacher answered
     for scene_id in _bar(export.scene_ids(), progress):
         try:
@@ -1305,8 +1305,7 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
         for name, array in arrays.items():
             shapes.setdefault(name, []).append(array.shape)
             dtypes.setdefault(name, set()).add(array.dtype.name)
-        for reason, size in cameras.shown_faults(arrays).items():
-            shown.setdefault(reason, []).append(size)
+        watch.add(arrays)
     dropped_questions = None if on_error == "stop" else errors
     dropped_scenes = {error.where[len("scene ") :] for error in errors}
     kinds: Counter = Counter()
@@ -1339,10 +1338,7 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
         "questions": dict(sorted(kinds.items())),
         "tensors": tensors,
         "warnings": [
-            *(
-                f"in {len(sizes)} of {sum(splits.values())} scenes {reason} up to {max(sizes):.2f}"
-                for reason, sizes in sorted(shown.items())
-            ),
+            *watch.lines(),
             *_divided_rooms(export),
         ],
         "bytes": sum(path.stat().st_size for path in export.files() if path.is_file()),

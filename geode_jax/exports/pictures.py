@@ -94,7 +94,9 @@ def _as_rgb(image: Image.Image, where: str) -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise PictureError(where, "picture", "with grey values beyond 16 bits")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
+        clear = image.info.get("transparency")
+        grey = (values >> 8).astype(np.uint8)
+        image = Image.fromarray(grey if clear is None else np.where(values == clear, 255, grey))
     elif image.mode == "F":
         raise PictureError(where, "picture", "with grey values that are not whole numbers")
     elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -120,7 +122,9 @@ def read_depth(source: str | os.PathLike | bytes, where: str | os.PathLike = "")
     values = np.asarray(image)
     if image.format == "PPM":
         # Pillow stretches the values of a PGM file to 16 bits.
-        words = re.sub(rb"#[^\n]*", b"", data[:4096]).split()
+        words = re.sub(rb"#[^\n\r]*", b"", data[:4096]).split()
+        if len(words) < 4 or not words[3].isdigit():
+            raise PictureError(where, "depth picture", "with a header that is no PGM file's")
         values = np.round(values * (int(words[3]) / 65535)).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise PictureError(where, "depth picture", "with values beyond 16 bits")
@@ -138,6 +142,17 @@ def shown_size(source: str | os.PathLike) -> tuple[int, int]:
     image = _opened(data, where, "picture", FORMATS)
     width, height = image.size
     return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def orientation(source: str | os.PathLike | bytes, where: str | os.PathLike = "") -> int:
+    """The orientation flag of a picture, 1 to 8 as the EXIF standard numbers them; 1 = as stored.
+
+    Raises:
+        UserError: the file cannot be read.
+        PictureError: what it holds is no picture.
+    """
+    data, where = _content(source, where)
+    return _orientation(_opened(data, where, "picture", FORMATS))
 
 
 def _content(source, where="") -> tuple[bytes, str]:
@@ -159,6 +174,8 @@ def _opened(data: bytes, where: str, what: str, formats: tuple[str, ...]) -> Ima
         reason = one_line(str(error), 120) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = f"none of {', '.join(formats)}"
+        elif re.match(rb"P\d", data):  # Pillow's words for these are Python's
+            reason = "the numbers of its header, such as its size, cannot be read"
         raise PictureError(where, what, "", reason) from None
     if image.size[0] * image.size[1] > MAX_PIXELS:
         raise PictureError(where, what, too_large)

@@ -12,6 +12,8 @@ SCANNET_COLOR = (1169.621, 1167.105, 646.295, 489.927)
 SCANNET_DEPTH = (577.871, 577.871, 319.5, 239.5)
 PHONE = (1445, 1445, 719, 961)
 TUM = (517.3, 516.5, 318.6, 255.3)
+KINECT = (525, 525, 319.5, 239.5)
+ARKIT_DEPTH, ARKIT = (211.9, 211.9, 127.9, 95.5), (1589, 1589, 959.5, 716)
 
 
 def given_for(what, numbers, size):
@@ -46,6 +48,17 @@ def together(depth, depth_size, color, color_size):
         (SCANNET_DEPTH, (1296, 968), (640, 480), SCANNET_COLOR, (1296, 968), None),
         (SCANNET_DEPTH, (320, 240), (640, 480), SCANNET_COLOR, (648, 484), (1296, 968)),
         (SCANNET_DEPTH, (320, 240), (640, 480), None, (1296, 968), None),
+        # Resized by so little that the centre could still be a measured one.
+        (SCANNET_DEPTH, (576, 432), (640, 480), SCANNET_COLOR, (1296, 968), None),
+        (SCANNET_DEPTH, (672, 504), (640, 480), None, (1296, 968), None),
+        (SCANNET_DEPTH, (700, 525), (640, 480), SCANNET_COLOR, (960, 720), (1296, 968)),
+        (KINECT, (960, 720), (640, 480), KINECT, (576, 432), (640, 480)),
+        (KINECT, (640, 480), None, KINECT, (672, 504), (640, 480)),
+        (TUM, (640, 480), None, TUM, (672, 504), (640, 480)),
+        (SCANNET_DEPTH, (640, 480), None, SCANNET_COLOR, (1248, 936), (1296, 968)),
+        # By an odd factor: of the sizes in question the sensor's is taken.
+        (ARKIT_DEPTH, (256, 192), None, ARKIT, (576, 432), (1920, 1440)),
+        (ARKIT_DEPTH, (256, 192), None, ARKIT, (616, 462), (1920, 1440)),
         # A centre that is not in the middle: the other camera decides.
         (TUM, (320, 240), (640, 480), TUM, (640, 480), None),
         (PHONE, (192, 256), (1440, 1920), PHONE, (1440, 1920), None),
@@ -77,6 +90,15 @@ def test_intrinsics_are_brought_to_their_pictures(
         (SCANNET_DEPTH, (448, 448), SCANNET_COLOR, (1296, 968), "at 0.71, 0.54"),  # squeezed
         (SCANNET_DEPTH, (480, 640), None, (968, 1296), "at 0.67, 0.38"),  # turned
         (SCANNET_DEPTH, (320, 480), None, (320, 480), "at 1.00, 0.50"),  # cut
+        # Resized by a little, from a size that is no sensor's; squeezed by a little.
+        (
+            (630, 630, 352.5, 264),
+            (672, 504),
+            (1260, 1260, 699.5, 524.5),
+            (1400, 1050),
+            "same factor",
+        ),
+        (SCANNET_DEPTH, (672, 448), None, (672, 448), "of 640 x 480, .* cut or squeezed"),
         # In the middle, but not the same view.
         ((1155, 1155, 319.5, 239.5), (640, 480), SCANNET_COLOR, (1296, 968), "2.00 times as wide"),
         (SCANNET_DEPTH, (640, 480), (900, 1167, 647, 484), (1296, 968), "1.30 times as wide"),
@@ -88,6 +110,14 @@ def test_what_is_not_sure_is_refused(depth, depth_size, color, color_size, rule)
     with pytest.raises(UserError, match=rule) as caught:
         together(depth, depth_size, color, color_size)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("color", [None, TUM])
+def test_what_nothing_shows_is_said(color):
+    _, _, said = together(TUM, (650, 490), color, (650, 490))
+    line = "taken to be for pictures of 650 x 490; nothing shows it, the centre is"
+    assert said and all(line in one for one in said)
+    assert not together(TUM, (640, 480), None, (1296, 968))[2]
 
 
 @given(

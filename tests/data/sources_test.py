@@ -343,6 +343,9 @@ DAMAGE |= {
     "colour image of another size": lambda folder: _flagged(
         folder / "color" / "50.png", 6, np.asarray(Image.open(folder / "color" / "50.png"))
     ),
+    "colour image with an orientation flag that depth does not confirm": lambda folder: _flagged(
+        folder / "color" / "50.png", 3, np.asarray(Image.open(folder / "color" / "50.png"))
+    ),
     "colour image of another size (halved)": lambda folder: Image.new("RGB", (90, 64)).save(
         folder / "color" / "50.png"
     ),
@@ -362,6 +365,41 @@ def test_a_bad_frame_is_dropped_and_counted(small_hall, tmp_path, name):
     used = {n for i in export.scene_ids() for n in frame_numbers(export, i)}
     assert 5 not in used
     assert "1 dropped (1 " + name.partition(" (")[0] in export.manifest["notes"]
+
+
+@pytest.mark.parametrize(
+    ("inverted", "depth_scale", "said"),
+    [
+        (False, 1000, ()),
+        (True, 1000, ("views disagree", "with inverted poses only 0% differ: are they camera-to")),
+        (False, 5000, ("views disagree", "with depth times 5 only 0% differ: is the depth scale")),
+        (False, 1, ("the room reaches over more than 30 m",)),
+        (False, 1e6, ("the room reaches over less than 0.5 m",)),
+    ],
+)
+def test_wrong_poses_and_depth_scales_are_warned_of(
+    small_hall, tmp_path, capsys, inverted, depth_scale, said
+):
+    folder = copy_of(small_hall, tmp_path)
+    for path in (folder / "pose").iterdir():
+        pose = np.loadtxt(path)
+        np.savetxt(path, np.linalg.inv(pose) if inverted else pose)
+    options = {"depth_scale": depth_scale, "scenes_per_frame": 1, "image_side": 16}
+    made = make_rgbd_export(folder, tmp_path / "out", **options)
+    warnings = made["warnings"]
+    assert warnings == validate(tmp_path / "out")["warnings"]
+    assert bool(warnings) == bool(said) == ("warning: " in capsys.readouterr().err)
+    assert all(any(words in line for line in warnings) for words in said)
+
+
+@pytest.mark.parametrize("flag", [2, 4, 6])
+def test_flags_that_nothing_confirms_are_refused(small_hall, tmp_path, flag):
+    folder = copy_of(small_hall, tmp_path)
+    for path in (folder / "color").iterdir():
+        _flagged(path, flag, np.asarray(Image.open(path)))
+    rule = rf"color: pictures have the orientation flag {flag} and depth has none"
+    with pytest.raises(UserError, match=rule):
+        open_folder(folder)
 
 
 def test_without_usable_frames_there_is_no_export(hall, tmp_path):
@@ -525,6 +563,7 @@ def test_real_views_agree_with_each_other(data_root, tmp_path, name):
         **options,
     )
     assert summary["frames"] == {"found": count, "thinned_out": 0, "used": count, "dropped": {}}
+    assert summary["warnings"] == validate(tmp_path / "out")["warnings"] == []
     source = open_folder(data_root / name, **options)
     poses = np.array([np.linalg.inv(source.read_pose(n))[:3] for n in source.names])
     stored = functools.cache(

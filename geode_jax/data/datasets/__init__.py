@@ -57,11 +57,13 @@ class Report:
         kept: such as "scenes" and "questions" -> how many.
         dropped: reason, with what it is of, such as "frame: lost tracking" -> how many.
         corrected: what was read otherwise than it stands there -> how often.
+        warnings: what the scenes that were made show of wrong cameras, see `cameras.Watch`.
     """
 
     kept: Counter[str] = dataclasses.field(default_factory=Counter)
     dropped: Counter[str] = dataclasses.field(default_factory=Counter)
     corrected: Counter[str] = dataclasses.field(default_factory=Counter)
+    warnings: list[str] = dataclasses.field(default_factory=list)
 
     def lines(self) -> list[str]:
         """For a terminal: first what is there, then what is not and why."""
@@ -70,6 +72,7 @@ class Report:
             kept,
             *(f"corrected {n:,}: {what}" for what, n in self.corrected.most_common()),
             *(f"dropped {n:,}: {why}" for why, n in self.dropped.most_common()),
+            *(f"warning: {line}" for line in self.warnings),
         ]
 
 

@@ -128,9 +128,10 @@ def write_scenes(
     with writer:
         finished = writer.finished()
         written: dict[str, dict] = {}
+        watch = exports.cameras.Watch(metric=True)
         for scene_id, split in progress_bar(splits.items(), desc="scenes", unit="scene"):
             try:
-                note = _make_once(writer, finished, scene_id, split, make)
+                note = _make_once(writer, finished, scene_id, split, make, watch)
             except (UserError, Dropped) as error:
                 of_all = isinstance(error, Dropped)  # a reason that many have, counted as one
                 report.dropped[f"scene{'' if of_all else ' ' + scene_id}: {error}"] += 1
@@ -142,15 +143,21 @@ def write_scenes(
             first = next(iter(report.dropped), "there is none")
             raise UserError(f"{request.root}: no scene is left; {first}")
         report.kept["scenes"] = len(written)
+        report.warnings += watch.lines()
         _add_questions(writer, written, request.seed, report)
         shutil.rmtree(writer.folder / _MADE)
     return report
 
 
 def _make_once(
-    writer: exports.ExportWriter, finished: dict[str, dict], scene_id: str, split: str, make
+    writer: exports.ExportWriter,
+    finished: dict[str, dict],
+    scene_id: str,
+    split: str,
+    make: Callable[[str], Scene],
+    watch: exports.cameras.Watch,
 ) -> dict:
-    """The note of a scene, which is made and added where it is not finished already."""
+    """The note of a scene, which is made, watched and added where it is not finished already."""
     path = writer.folder / _MADE / f"{scene_id}.json"
     if scene_id in finished:
         note = exports.files.read_json_object(path)
@@ -162,6 +169,7 @@ def _make_once(
     # First the note: where the scene is finished, it is whole.
     exports.files.write_json(path, note, indent=None)
     writer.add_scene(scene_id, scene.arrays, split=split)
+    watch.add(scene.arrays)
     return exports.files.read_json_object(path)
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from geode_jax.data.rgbd_sequence import Dropped, Given, of_one_view, rigid, to_metres
 from geode_jax.errors import UserError
 from geode_jax.exports import files
-from geode_jax.exports.pictures import read_picture
+from geode_jax.exports.pictures import orientation, read_picture
 
 VERSION = 4
 COLOR = {-1: "unknown", 0: "raw", 1: "png", 2: "jpeg"}
@@ -107,11 +107,14 @@ class SensFile:
         """The colour image, RGB.
 
         Raises:
-            Dropped: damaged, or of another size.
+            Dropped: damaged, of another size, or with an orientation flag, which depth has not.
         """
         start, size, _ = self.places[int(name)].tolist()
         try:
-            image = read_picture(self._read(start, size), formats=(self.color_format.upper(),))
+            data = self._read(start, size)
+            image = read_picture(data, formats=(self.color_format.upper(),))
+            if orientation(data) != 1:
+                raise Dropped("colour image with an orientation flag")
         except UserError:
             raise Dropped("unreadable colour image") from None
         if image.size != self.color_size:
