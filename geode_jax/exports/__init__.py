@@ -7,7 +7,7 @@ reconstruction. The package stands alone: Python 3.9, numpy and safetensors (tqd
 bar when installed), relative imports only; `pictures`, which needs Pillow, is imported by name.
 """
 
-from . import cameras, files, frames, prompts, scene_names, units
+from . import cameras, files, frames, made_from, prompts, scene_names, units
 from .contract import (
     NUMERIC_KINDS,
     PROBABILITY_TOLERANCE,
@@ -43,6 +43,7 @@ __all__ = [
     "files",
     "format_summary",
     "frames",
+    "made_from",
     "prompts",
     "scene_names",
     "units",

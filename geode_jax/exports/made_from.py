@@ -1,7 +1,7 @@
 """What the finished scenes of an unfinished export were made from, so that none stays that is old.
 
-Beside each finished scene stands a fingerprint of its source. A scene whose source has changed since
-is forgotten, and so made anew.
+Beside each finished scene stands a fingerprint of its source. A scene whose source has changed
+since is forgotten, and so made anew.
 
 This module stands alone (Python 3.9, standard library), as the whole package does.
 """
