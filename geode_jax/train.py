@@ -18,7 +18,9 @@ from geode_jax.build import (
     check_config,
     keep_compiled_programs,
     keep_freed_memory,
+    load_config,
     made_with,
+    plain,
     refuse_another_run,
     same_run,
     save_config,
@@ -135,8 +137,8 @@ def _ended(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any] |
     if not (workdir / SUMMARY).exists() or not same_run(config, workdir):
         return None
     summary = read_summary(workdir)
-    if is_main():
-        save_config(config, workdir)  # its export may have moved
+    if is_main() and load_config(workdir).to_dict() != plain(config):
+        save_config(config, workdir)  # its export has moved
     lost = lost_files(workdir, summary)
     if lost and has_model(workdir):
         print(f"{workdir}: evaluated again: {'; '.join(lost)}", flush=True)
