@@ -17,7 +17,14 @@ import numpy as np
 from flax import nnx
 
 from geode_jax import systems
-from geode_jax.checkpoint import find_model, has_checkpoint, read_metadata, refuse_others
+from geode_jax.checkpoint import (
+    find_model,
+    has_checkpoint,
+    has_model,
+    read_metadata,
+    refuse_others,
+    stored_made_with,
+)
 from geode_jax.data.control import BOX, REG, control_of
 from geode_jax.data.mixture import parse_mixture
 from geode_jax.data.pipeline import Pipeline, PipelineConfig, measure_lengths
@@ -29,6 +36,7 @@ from geode_jax.data.tokens import Tokenizer, load_tokenizer, train_tokenizer
 from geode_jax.distributed import is_main, main_first
 from geode_jax.errors import UserError
 from geode_jax.evaluate.evaluator import Evaluator
+from geode_jax.evaluate.summary import SUMMARY
 from geode_jax.exports import Export
 from geode_jax.exports.files import read_json_object
 from geode_jax.exports.prompts import prompt
@@ -249,8 +257,8 @@ def prepare_tokenizer(config, export: Export, workdir: Path) -> Tokenizer:
     student is not asked. A run that starts from another takes over its tokenizer.
     """
     folder = workdir / "tokenizer"
-    # Without config.json a start died here: its tokenizer may be of another configuration.
-    made = (workdir / "config.json").exists() or not is_main()
+    # Without a checkpoint nothing has learned its tokens, and what they were made of may differ.
+    made = has_checkpoint(workdir) or not is_main()
     if made and (folder / "tokenizer.json").exists():
         return load_tokenizer(folder)
     geode = config.system in systems.GEODE_STAGES
@@ -338,6 +346,11 @@ def save_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
     write_json(workdir / "config.json", config.to_dict())
 
 
+def is_begun(workdir: Path) -> bool:
+    """Whether a folder holds a run, or what is left of one without its `config.json`."""
+    return (workdir / "config.json").exists() or (workdir / SUMMARY).exists() or has_model(workdir)
+
+
 _SECTIONS = ("data", "model", "loss", "optimizer", "train", "eval")
 
 
@@ -349,6 +362,11 @@ def load_config(workdir: Path) -> ml_collections.ConfigDict:
     """
     path = workdir / "config.json"
     if not path.exists():
+        if is_begun(workdir):
+            raise UserError(
+                f"{path}: missing, though the folder has a run's checkpoints or summary: put the "
+                "file back from a copy, or use another --workdir"
+            )
         raise UserError(f"{path}: no run was started in this folder")
     values = read_json_object(path)
     if values.get("system") not in systems.SYSTEMS:
@@ -373,11 +391,81 @@ _PLACES = ("data/export", "data/rgbd", "tokenizer", "init_from", "eval/blind")
 """Fields that name files, which may move."""
 
 
-def made_with(config: ml_collections.ConfigDict, tokenizer: Tokenizer | None) -> dict[str, str]:
+def made_with(
+    config: ml_collections.ConfigDict, tokenizer: Tokenizer | None, export: Export | None = None
+) -> dict[str, str]:
     """Checksums of what a checkpoint makes sense with; stored with it (`checkpoint.Metadata`)."""
     left_out = (*MAY_CHANGE, *_PLACES)
     learned = {n: x for n, x in flat(plain(config)).items() if n not in left_out}
-    return {"configuration": checksum(learned)} | (_tokenizer_made(tokenizer) if tokenizer else {})
+    return (
+        {"configuration": checksum(learned)}
+        | (_tokenizer_made(tokenizer) if tokenizer else {})
+        | (export_made(export) if export else {})
+    )
+
+
+_TELLS_NOTHING = ("producer", "notes", "created")
+"""Fields of a manifest that the content of an export does not depend on."""
+
+
+def export_made(export: Export) -> dict[str, str]:
+    """The export's content, wherever it lies: the sha256 of all its files are in its manifest."""
+    manifest = export.manifest
+    content = {name: value for name, value in manifest.items() if name not in _TELLS_NOTHING}
+    scenes, questions = len(manifest["scenes"]), manifest["questions"]["count"]
+    return {"export": f"{scenes} scenes, {questions} questions, checksum {checksum(content)}"}
+
+
+def refuse_another_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Refuse to mix two runs in one folder.
+
+    What the configuration names by its place may have moved: its content counts, where a
+    checkpoint knows it.
+
+    Raises:
+        UserError: the folder holds a run of another configuration, or on another export.
+        ExportError: the export is damaged.
+    """
+    if not is_begun(workdir):
+        return
+    before, stored = load_config(workdir), stored_made_with(workdir)
+    old, new = flat(before.to_dict()), flat(plain(config))
+    for name in sorted(old.keys() | new.keys()):
+        was, now = old.get(name), new.get(name)
+        if name in MAY_CHANGE or was == now or (name in _PLACES and _same_place(was, now)):
+            continue
+        if name in ("data/export", "data/rgbd") and was and now and "export" in stored:
+            continue  # compared below
+        shared = name == "tokenizer" and was and now and config.system == "hidden_cot"
+        if shared and _tokenizer_made(load_tokenizer(now)).items() <= stored.items():
+            continue
+        raise UserError(
+            f"{workdir}: holds a run with {name} = {was}, not {now}; use another --workdir, or "
+            "delete this one"
+        )
+    folder = export_folder(config.data)
+    if "export" in stored and (folder / "manifest.json").exists():
+        here = export_made(Export(folder))
+        if here["export"] != stored["export"]:
+            raise UserError(
+                f"{workdir}: holds a run on another export ({stored['export']}) than {folder} "
+                f"({here['export']}); put the run's own there, or use another --workdir"
+            )
+
+
+def _same_place(was: Any, now: Any) -> bool:
+    """Whether two texts name one file or folder."""
+    both = isinstance(was, str) and isinstance(now, str) and was and now
+    return bool(both) and Path(was).resolve() == Path(now).resolve()
+
+
+def same_run(config: ml_collections.ConfigDict, workdir: Path) -> bool:
+    """Whether a run that `refuse_another_run` lets pass has just this configuration."""
+    old, new = flat(load_config(workdir).to_dict()), flat(plain(config))
+    for name in _PLACES:
+        old.pop(name, None)
+        new.pop(name, None)
+    return old == new
 
 
 def _tokenizer_made(tokenizer: Tokenizer) -> dict[str, str]:

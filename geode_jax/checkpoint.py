@@ -12,6 +12,7 @@ The position is the global step (the data order is a pure function of it) plus t
 loop carries: no iterator is ever pickled.
 """
 
+import contextlib
 import errno
 import functools
 import gc
@@ -307,7 +308,7 @@ def _checked(metadata: Any, step: int) -> Metadata:
 
 
 def refuse_others(where: str, stored: Mapping[str, str], own: Mapping[str, str]) -> None:
-    """Refuses a checkpoint that belongs to another configuration or tokenizer.
+    """Refuses a checkpoint that belongs to another configuration, tokenizer or export.
 
     Args:
         where: begins the message.
@@ -320,8 +321,8 @@ def refuse_others(where: str, stored: Mapping[str, str], own: Mapping[str, str])
     for name in stored.keys() & own.keys():
         if stored[name] != own[name]:
             raise UserError(
-                f"{where}: was made with another {name} than the one here: it was changed or "
-                "damaged since"
+                f"{where}: was made with another {name} than the one here ({stored[name]}, not "
+                f"{own[name]}): it was changed or damaged since"
             )
 
 
@@ -415,6 +416,11 @@ def has_checkpoint(workdir: Path) -> bool:
     return bool(_steps(workdir, "latest"))
 
 
+def has_model(workdir: Path) -> bool:
+    """Whether a folder has any checkpoint of a run."""
+    return any(_steps(workdir, kind) for kind in ("best", "latest"))
+
+
 def find_model(workdir: Path) -> Path:
     """The folder of a run's best checkpoint, or of its latest where none was best yet.
 
@@ -425,6 +431,15 @@ def find_model(workdir: Path) -> Path:
         if steps := _steps(workdir, kind):
             return max(steps, key=lambda path: int(path.name))
     raise UserError(f"{workdir}: no checkpoint yet; training has not come to its first one")
+
+
+def stored_made_with(workdir: Path) -> dict[str, str]:
+    """What a run's checkpoints say they were made with; empty where none can be read."""
+    for kind in ("latest", "best"):
+        for folder in _steps(workdir, kind):
+            with contextlib.suppress(UserError):  # damage is said where the arrays are read
+                return read_metadata(folder).made_with
+    return {}
 
 
 def read_metadata(folder: Path) -> Metadata:

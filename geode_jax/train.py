@@ -1,6 +1,7 @@
 """Training: build -> restore -> loop -> evaluate. The one visible loop."""
 
 import contextlib
+import math
 import signal
 import sys
 import time
@@ -12,25 +13,25 @@ import jax
 import ml_collections
 
 from geode_jax.build import (
-    MAY_CHANGE,
     Run,
     build,
     check_config,
-    flat,
     keep_compiled_programs,
     keep_freed_memory,
     load_config,
     made_with,
     plain,
+    refuse_another_run,
+    same_run,
     save_config,
 )
-from geode_jax.checkpoint import Checkpoints
+from geode_jax.checkpoint import Checkpoints, has_model
 from geode_jax.chips import chip_of
 from geode_jax.distributed import Vote, is_main
 from geode_jax.errors import UserError
 from geode_jax.evaluate import final, geode_final
 from geode_jax.evaluate.efficiency import peak_memory
-from geode_jax.evaluate.summary import SUMMARY, read_summary
+from geode_jax.evaluate.summary import SUMMARY, lost_files, read_summary
 from geode_jax.flops import model_flops
 from geode_jax.lock import LOCK, locked
 from geode_jax.metrics import MetricsWriter, progress
@@ -94,19 +95,25 @@ def _run(
         return ended
     lock = locked(workdir / LOCK, str(workdir), must=True)  # of all processes of the run
     with lock if is_main() else contextlib.nullcontext():
-        _refuse_another(config, workdir)  # which may have begun meanwhile
+        refuse_another_run(config, workdir)  # which may have begun meanwhile
         print(f"building: {workdir}", flush=True)
         run = build(config, workdir)
         (workdir / SUMMARY).unlink(missing_ok=True)  # of another configuration
         save_config(config, workdir)
         _describe(run)
         told = dict(run.pipelines["train"].dropped)
-        own = made_with(config, run.tokenizer)
+        own = made_with(config, run.tokenizer, run.export)
         with jax.set_mesh(run.mesh), Checkpoints(workdir, own) as checkpoints:
             state, position = _train(run, workdir, checkpoints, stop, profile)
             state, best = checkpoints.restore_best(state) or (state, position)
             _print_dropped(run.pipelines["train"].dropped, told)  # what scenes showed when read
-            print(f"best checkpoint: step {best['step']}", flush=True)
+            if best["best"]:
+                print(f"best checkpoint: step {best['step']}", flush=True)
+            else:
+                print("best checkpoint: none, the last step is evaluated", flush=True)
+            losses = best["best"] or run.evaluator.losses(
+                state, run.pipelines["val"], config.eval.val_scenes
+            )
             train_facts = {
                 "seconds": round(position["seconds"], 1),
                 "steps": position["step"],
@@ -118,7 +125,7 @@ def _run(
             }
             with stop.deferred():
                 summary = finish(
-                    run, state, workdir, train_facts, best["best"], Ballot(stop, run.mesh).check
+                    run, state, workdir, train_facts, losses, Ballot(stop, run.mesh).check
                 )
         show(summary, workdir)
         return summary
@@ -126,10 +133,21 @@ def _run(
 
 def _ended(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any] | None:
     """The summary of a run that has ended with just this configuration."""
-    _refuse_another(config, workdir)
-    if not (workdir / SUMMARY).exists() or load_config(workdir).to_dict() != plain(config):
+    refuse_another_run(config, workdir)
+    if not (workdir / SUMMARY).exists() or not same_run(config, workdir):
         return None
-    return read_summary(workdir)
+    summary = read_summary(workdir)
+    if is_main() and load_config(workdir).to_dict() != plain(config):
+        save_config(config, workdir)  # its export has moved
+    lost = lost_files(workdir, summary)
+    if lost and has_model(workdir):
+        print(f"{workdir}: evaluated again: {'; '.join(lost)}", flush=True)
+        return None
+    if not has_model(workdir):
+        lost = [*lost, "it has no checkpoint: it cannot be asked, resumed or evaluated again"]
+    if lost:
+        print(f"{workdir}: {'; '.join(lost)}", flush=True)
+    return summary
 
 
 def _train(
@@ -319,7 +337,7 @@ class _Log:
 
 
 def _is_best(values: dict[str, float], judge: str, position: dict[str, Any], patience: int) -> bool:
-    """Updates the early-stopping counters.
+    """Updates the early-stopping counters; a loss that is not finite is never best.
 
     The loss that the objective names decides. Where nothing of it is paid (the student's text with
     `only=feature`), there is but the total.
@@ -332,24 +350,18 @@ def _is_best(values: dict[str, float], judge: str, position: dict[str, Any], pat
         raise UserError(
             f"checkpoint: the position of step {position['step']} has no {name} of best"
         )
-    if not position["best"] or values[name] < position["best"][name]:
+    if not math.isfinite(values[name]):
+        kept = "the best so far stays" if position["best"] else "there is no best yet"
+        print(f"step {position['step']}: {name} is not finite: {kept}", flush=True)
+    # A best that is not finite is of before such ones were refused.
+    elif not math.isfinite(position["best"].get(name, math.inf)) or (
+        values[name] < position["best"][name]
+    ):
         position["best"], position["worse"] = values, 0
         return True
     position["worse"] += 1
     position["stopped_early"] = 0 < patience <= position["worse"]
     return False
-
-
-def _refuse_another(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Refuse to mix two runs in one folder."""
-    if (workdir / "config.json").exists():
-        old, new = flat(load_config(workdir).to_dict()), flat(plain(config))
-        for name in sorted(old.keys() | new.keys()):
-            if name not in MAY_CHANGE and old.get(name) != new.get(name):
-                raise UserError(
-                    f"{workdir}: holds a run with {name} = {old.get(name)}, not "
-                    f"{new.get(name)}; use another --workdir, or delete this one"
-                )
 
 
 def _print_dropped(dropped: Mapping[str, int], told: Mapping[str, int]) -> None:

@@ -32,7 +32,14 @@ class InputError(ValueError):
 
 
 class Scene(NamedTuple):
-    """A scene to export; `source` is whatever the exporter makes it of."""
+    """A scene to export.
+
+    Attributes:
+        id: its name.
+        split: train, val or test.
+        source: what the exporter makes it of: a path, or a value that JSON can say. A scene that
+            was made from another one is made anew.
+    """
 
     id: str
     split: str
@@ -145,6 +152,14 @@ def run(
 def _make_scenes(args: argparse.Namespace, contract: Any, scenes: list[Scene], begin) -> int:
     header, make = begin()
     writer = contract.ExportWriter(args.out, **header, resume=True)
+    sources = _sources(contract, scenes)
+    changed = contract.made_from.changed(writer, sources)
+    for scene_id in changed:
+        contract.made_from.forget(writer, scene_id)
+        with contextlib.suppress(FileNotFoundError):
+            _questions_file(args.out, scene_id).unlink()
+    if changed:
+        print(f"{len(changed)} scenes are made anew: their sources have changed")
     done = writer.finished()
     left = [scene for scene in scenes if scene.id not in done]
     if len(left) < len(scenes):
@@ -152,6 +167,7 @@ def _make_scenes(args: argparse.Namespace, contract: Any, scenes: list[Scene], b
     failed = 0
     for scene in _bar(left):
         try:
+            contract.made_from.note(writer, scene.id, sources[scene.id])
             made = make(scene)
             if made.questions is not None:
                 _write_questions(contract, args.out, scene.id, made.questions)
@@ -173,9 +189,16 @@ def _make_scenes(args: argparse.Namespace, contract: Any, scenes: list[Scene], b
     return failed
 
 
+def _sources(contract: Any, scenes: list[Scene]) -> dict[str, str]:
+    return {scene.id: contract.made_from.fingerprint(scene.source) for scene in scenes}
+
+
 def _merge(args: argparse.Namespace, contract: Any, scenes: list[Scene], questions) -> None:
     writer = contract.ExportWriter.reopen(args.out)
-    done = writer.finished()
+    changed = set(contract.made_from.changed(writer, _sources(contract, scenes)))
+    if changed:
+        print(f"{args.out}: {len(changed)} scenes were made from sources that have changed since")
+    done = {s: entry for s, entry in writer.finished().items() if s not in changed}
     missing = [scene.id for scene in scenes if scene.id not in done]
     if missing and not args.skip_missing:
         names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -250,7 +273,8 @@ def splits_of(
         ids: of the scenes.
         split: of scenes that the table does not name.
         table: a list as `files.read_list` reads it.
-        allow_missing: entries that name no scene are counted on the terminal, not refused.
+        allow_missing: entries that name no scene are counted on the terminal, not refused, as long
+            as another names one.
         contract: folder of the package `exports`.
 
     Raises:
@@ -262,17 +286,21 @@ def splits_of(
     if table is None:
         return splits
     package = load_contract(contract)
-    missing = []
-    for where, (scene, name) in package.files.read_list(table, 2):
+    missing, entries = [], package.files.read_list(table, 2)
+    for where, (scene, name) in entries:
         if name not in package.SPLITS:
             raise InputError(f"{where}: {name!r} is none of {', '.join(package.SPLITS)}")
         if scene in splits:
             splits[scene] = name
         else:
             missing.append(f"{where}: {scene!r} is no scene of this job")
-    if missing and not allow_missing:
+    named = len(entries) - len(missing)
+    if missing and not (allow_missing and named):
         others = f", nor are {len(missing) - 1} more entries" if len(missing) > 1 else ""
-        raise InputError(f"{missing[0]}{others} (--allow-missing counts such entries)")
+        hint = (
+            "no entry of the table is" if allow_missing else "--allow-missing counts such entries"
+        )
+        raise InputError(f"{missing[0]}{others} ({hint})")
     if missing:
         print(f"{table}: {len(missing)} entries name no scene of this job", file=sys.stderr)
     first: dict[str, str] = {}  # room -> the first of its scans

@@ -14,13 +14,18 @@ from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate.efficiency import measure_speed, parameter_counts, peak_memory
 from geode_jax.evaluate.evaluator import Evaluation
 from geode_jax.evaluate.report import depth_colours, write_report
-from geode_jax.evaluate.summary import end, kept_answers, missing, write_predictions
+from geode_jax.evaluate.summary import (
+    REPORT,
+    SUMMARY,
+    end,
+    kept_answers,
+    missing,
+    write_predictions,
+)
 from geode_jax.evaluate.text_metrics import answer_rows, with_reference
 from geode_jax.exports import Export
 from geode_jax.metrics import read_metrics
 from geode_jax.train_step import TrainState
-
-REPORT = "report.html"
 
 PICTURE = 240
 """Side in pixels of a rendered view in the report."""
@@ -106,7 +111,10 @@ def show(summary: dict[str, Any], workdir: Path) -> None:
         raise missing(workdir, "scores")
     print(scoring.score_table(summary["scores"], summary.get("remarks")))
     print("\n".join(f"note: {note}" for note in summary.get("notes", ())))
-    print(f"report: {workdir / REPORT}", flush=True)
+    if (workdir / REPORT).exists():
+        print(f"report: {workdir / REPORT}", flush=True)
+    else:
+        print(f"report: {REPORT} is missing; without {SUMMARY} it is written again", flush=True)
 
 
 def _notes(run) -> list[str]:

@@ -16,7 +16,7 @@ from geode_jax.exports import files
 from geode_jax.metrics import plain_value
 from geode_jax.sealed import is_sealed, seal, unseal
 
-SUMMARY, PREDICTIONS = "summary.json", "predictions.jsonl"
+SUMMARY, PREDICTIONS, REPORT = "summary.json", "predictions.jsonl", "report.html"
 
 _FIELDS: dict[str, type] = {
     "scores": dict,
@@ -41,8 +41,8 @@ def end(workdir: Path, summary: dict[str, Any]) -> dict[str, Any]:
     kept = json.loads(json.dumps(summary, default=plain_value))
     if is_main():
         kept["files"] = {
-            name: f"{zlib.crc32(files.read_bytes(workdir / name)):08x}"
-            for name in (PREDICTIONS,)
+            name: _checksum(workdir / name)
+            for name in (PREDICTIONS, REPORT)
             if (workdir / name).exists()
         }
         shutil.rmtree(workdir / "evaluation", ignore_errors=True)
@@ -54,6 +54,24 @@ def write_predictions(workdir: Path, predictions: Iterable[dict]) -> None:
     """Writes `predictions.jsonl`."""
     lines = (json.dumps(record, default=plain_value) + "\n" for record in predictions)
     files.write_text(workdir / PREDICTIONS, "".join(lines))
+
+
+def lost_files(workdir: Path, summary: dict[str, Any]) -> list[str]:
+    """What of the files beside a summary is missing or is not what was written, a line each."""
+    lost = []
+    for name, stored in summary.get("files", {}).items():
+        try:
+            found = _checksum(workdir / name)
+        except (UserError, OSError):
+            lost.append(f"{name} is missing or cannot be read")
+            continue
+        if found != stored:
+            lost.append(f"{name} is not what was written beside {SUMMARY}")
+    return lost
+
+
+def _checksum(path: Path) -> str:
+    return f"{zlib.crc32(files.read_bytes(path)):08x}"
 
 
 def read_predictions(path: Path) -> list[dict]:
@@ -72,7 +90,7 @@ def read_predictions(path: Path) -> list[dict]:
             raise UserError(f"{path}:{number}: prediction: must be text")
         found.append(record)
     stored = read_summary(path.parent).get("files", {})
-    if stored and stored.get(path.name) != f"{zlib.crc32(files.read_bytes(path)):08x}":
+    if stored and stored.get(path.name) != _checksum(path):
         raise UserError(f"{path}: is not what was written beside {SUMMARY}")
     return found
 

@@ -57,7 +57,7 @@ def evaluate_run(
 
 
 def _evaluate(workdir: Path, out: Path, export: Path | None, spatio: int | None) -> dict[str, Any]:
-    trained = open_trained(workdir, slots=spatio)
+    trained = open_trained(workdir, slots=spatio, same_export=export is None)
     asked = trained.export if export is None else Export(export)
     split = test_split(asked)
     pipeline = _pipeline(trained, asked, split)

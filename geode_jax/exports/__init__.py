@@ -3,12 +3,12 @@
 `contract` is the contract itself, `files` reads and writes small files, `scene_names` knows which
 scene a name means, `cameras` what a pinhole camera can be, `prompts` has the words in which
 questions are put, `units` reads numbers with units, `question_rules` finds contradictions in a
-question, and `frames` has the frame of a VGGT reconstruction. The package stands alone: Python 3.9,
-numpy and safetensors (tqdm for the progress bar when installed), relative imports only; `pictures`,
-which needs Pillow, is imported by name.
+question, `made_from` knows what scenes were made from, and `frames` has the frame of a VGGT
+reconstruction. The package stands alone: Python 3.9, numpy and safetensors (tqdm for the progress
+bar when installed), relative imports only; `pictures`, which needs Pillow, is imported by name.
 """
 
-from . import cameras, files, frames, prompts, question_rules, scene_names, units
+from . import cameras, files, frames, made_from, prompts, question_rules, scene_names, units
 from .contract import (
     NUMERIC_KINDS,
     PROBABILITY_TOLERANCE,
@@ -44,6 +44,7 @@ __all__ = [
     "files",
     "format_summary",
     "frames",
+    "made_from",
     "prompts",
     "question_rules",
     "scene_names",

@@ -87,7 +87,7 @@ _MANIFEST, _QUESTIONS, _MARKER = "manifest.json", "questions.jsonl", ".unfinishe
 _ENTRIES = ".entries"
 """Folder of the entries of scenes that are done, while several processes fill an export."""
 _WRITTEN = ("scenes/*.safetensors", "teacher/*.safetensors")
-_LEFTOVERS = ("scenes/*.part", "teacher/*.part", f"{_ENTRIES}/*.part")
+_LEFTOVERS = ("scenes/*.part", "teacher/*.part", f"{_ENTRIES}/*.part", f"{_ENTRIES}/*.from")
 _FILES = (("", "scenes", "sha256"), ("teacher/", "teacher", "teacher_sha256"))
 """Of a scene's two files: prefix of the tensors' names, folder, key in the manifest."""
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -301,6 +301,12 @@ entry already. What it would add, the common offset of the logits, no softmax ca
 
 def _tensor_file(folder: Path, kind: str, scene_id: str) -> Path:
     return folder / kind / f"{scene_id}.safetensors"
+
+
+def scene_files(folder: Path, scene_id: str) -> list[Path]:
+    """What an unfinished export may have of a scene: the mark that it is finished, its tensors."""
+    tensors = [_tensor_file(folder, kind, scene_id) for _, kind, _ in _FILES]
+    return [folder / _ENTRIES / f"{scene_id}.json", *tensors]
 
 
 def _scene_error(scene_id: str, tensor: str, rule: str) -> ExportError:

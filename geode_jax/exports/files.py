@@ -273,10 +273,10 @@ def read_list(path: str | os.PathLike, fields: int = 1) -> list[Entry]:
 
     Three forms are read: lines of words between spaces or tabs; CSV, whose lines have commas or
     semicolons; and a JSON list (a file that begins with `[`) of texts or whole numbers, or of
-    lists of `fields` of these. In lines, `#` at the beginning or after a space begins a comment. A
-    line has `fields` words or cells; in a list of single names it may have any number. A byte
-    order mark, Windows line ends and blank lines are no part of any. An entry that stands there
-    again is left out.
+    lists of `fields` of these. In lines, `#` at the beginning or after a space begins a comment,
+    but not between double quotation marks, which have to be closed. A line has `fields` words or
+    cells; in a list of single names it may have any number. A byte order mark, Windows line ends
+    and blank lines are no part of any. An entry that stands there again is left out.
 
     What an entry means is the caller's, who refuses one that names nothing: so the heading of a
     table, or another form of list, never passes as a list of nothing.
@@ -324,7 +324,27 @@ def _json_entries(path: str | os.PathLike, text: str) -> list[Entry]:
     return entries
 
 
-_COMMENT = re.compile(r"(^|\s)#.*")
+_QUOTED = re.compile(r'"[^"]*"')
+
+
+def _without_comment(where: str, line: str) -> str:
+    """A line up to the `#` that begins its comment, which no quoted cell's is.
+
+    Raises:
+        UserError: a quoted cell does not end.
+    """
+    mark, begins = "", True  # the quotation mark that is open; whether a cell or word may begin
+    for place, char in enumerate(line):
+        if mark:
+            mark = "" if char == mark else mark  # "" inside of a cell closes and opens it
+        elif char == "#" and (place == 0 or line[place - 1].isspace()):
+            return line[:place].strip()
+        elif char == '"' and (begins or line[place - 1] == '"'):
+            mark = char
+        begins = not mark and (char.isspace() or char in ",;")
+    if mark:
+        raise UserError(f"{where}: a quotation mark is not closed")
+    return line.strip()
 
 
 def _line_entries(path: str | os.PathLike, text: str) -> Iterator[Entry]:
@@ -332,9 +352,11 @@ def _line_entries(path: str | os.PathLike, text: str) -> Iterator[Entry]:
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     for number, line in enumerate(lines, 1):
         where = f"{path}: line {number}"
-        line = _COMMENT.sub("", line).strip()
-        if "," in line or ";" in line:
-            comma = "," if "," in line else ";"
+        line = _without_comment(where, line)
+        bare = _QUOTED.sub("", line)
+        comma = next((c for c in ",;" if c in bare), " " if '"' in line else "")
+        if comma:
+            line = line.replace("\t", " ") if comma == " " else line
             try:
                 cells = next(csv.reader([line], delimiter=comma, skipinitialspace=True), [])
             except csv.Error as error:

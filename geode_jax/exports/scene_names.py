@@ -109,7 +109,7 @@ class Exclusion:
 
         Args:
             of: where these names are from.
-            allow_missing: whether they are counted.
+            allow_missing: whether they are counted, as long as another entry is met.
             dropped: reason -> how many; gets their number.
 
         Raises:
@@ -119,11 +119,14 @@ class Exclusion:
         if not missing:
             return
         others = f", and {len(missing) - 1} more entries are none" if len(missing) > 1 else ""
-        if not allow_missing:
+        none_met = len(missing) == len(self._keys)
+        if not allow_missing or none_met:
             where, (name,) = missing[0]
+            hint = "--allow-missing counts such entries"
+            if allow_missing:
+                hint = "no entry of the list names one: it would exclude nothing"
             raise UserError(
                 f"--exclude-scenes: {where}: {one_line(name, 80)!r} is no "
-                f"scene of {of}{others} (--allow-missing counts such entries)"
+                f"scene of {of}{others} ({hint})"
             )
-        which = "every entry" if len(missing) == len(self._keys) else "entry"
-        dropped[f"{which} of --exclude-scenes: names no scene of {of}"] += len(missing)
+        dropped[f"entry of --exclude-scenes: names no scene of {of}"] += len(missing)

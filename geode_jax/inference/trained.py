@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import sys
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 
 from geode_jax.build import (
     export_folder,
+    export_made,
     keep_compiled_programs,
     keep_freed_memory,
     load_config,
@@ -18,7 +20,7 @@ from geode_jax.build import (
     open_run,
     pipeline_config,
 )
-from geode_jax.checkpoint import load_model
+from geode_jax.checkpoint import load_model, read_metadata, refuse_others
 from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
@@ -71,13 +73,21 @@ def open_run_export(workdir: Path) -> Export:
     return Export(folder)
 
 
-def open_trained(workdir: Path, *, rationale: bool = False, slots: int | None = None) -> Trained:
+def open_trained(
+    workdir: Path,
+    *,
+    rationale: bool = False,
+    slots: int | None = None,
+    same_export: bool = False,
+) -> Trained:
     """The best checkpoint of a run, the latest where none was best yet.
 
     Args:
         workdir: of the run, which may still be training.
         rationale: the model writes rationales behind E_spatio alone, as in stage 1.
         slots: so many of the rationale tokens are seen (Table 3); None: all.
+        same_export: scores depend on the run's export: one of other content is refused; otherwise
+            a line on stderr says so.
 
     Raises:
         UserError, ExportError: it is no run, has no checkpoint, its export is not here, or its
@@ -95,6 +105,12 @@ def open_trained(workdir: Path, *, rationale: bool = False, slots: int | None = 
                 f"--spatio {slots}: {workdir} has {config.model.drm.slots} rationale tokens"
             )
     export = open_run_export(workdir)
+    try:
+        refuse_others(str(export.folder), read_metadata(checkpoint).made_with, export_made(export))
+    except UserError as error:
+        if same_export:
+            raise
+        print(f"warning: {error}", file=sys.stderr, flush=True)
     # GEODE adds its control tokens to a tokenizer folder, and keeps the result with the run.
     shared = config.tokenizer if config.system == "hidden_cot" else ""
     tokenizer = load_run_tokenizer(shared or workdir / "tokenizer", checkpoint)

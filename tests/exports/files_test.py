@@ -62,6 +62,27 @@ def test_a_list_is_the_same_in_every_form(tmp_path, data, fields):
     assert read(tmp_path / "list", text, fields) == rows
 
 
+@pytest.mark.parametrize(
+    ("line", "cells"),
+    [
+        ('"a #2 of the lab",b', ["a #2 of the lab", "b"]),
+        ('"a #2", "b ""x"" #3";c # "of', ["a #2", 'b "x" #3;c']),
+        ('"a #2" # one, two', ["a #2"]),
+        ('"a b"\t"c"', ["a b", "c"]),
+        ('a,#b #"', ["a", "#b"]),
+        ("'a' b", ["a", "b"]),
+    ],
+)
+def test_a_comment_begins_outside_of_quotation_marks(tmp_path, line, cells):
+    assert [row for (row,) in read(tmp_path / "list", f"first\n{line}\nlast")] == [
+        "first",
+        *cells,
+        "last",
+    ]
+    with pytest.raises(UserError, match="line 2: a quotation mark is not closed"):
+        read(tmp_path / "list", f'x\ny,"z # {line.replace(chr(34), "")}\nlast"')
+
+
 def test_entries_know_where_they_stand(tmp_path):
     path = written(tmp_path / "a.txt", "# scenes\n\na b\x0c c\u2028d\nmy#room e\n")
     lines = [(entry.where, *entry.fields) for entry in files.read_list(path)]
@@ -91,7 +112,7 @@ def test_entries_know_where_they_stand(tmp_path):
         (b"a train\nb\n", 2, "line 2: must have 2 words, has 1"),
         (b"a train\na val\n", 2, "line 2: a stands in line 1 otherwise"),
         (b"a,train,extra\n", 2, "line 1: must have 2 words, has 3"),
-        (b'a,"' + b"x" * 200_000, 1, "line 1: not CSV"),
+        (b'a,"' + b"x" * 200_000 + b'"', 1, "line 1: not CSV"),
     ],
 )
 def test_bad_lists_are_one_line(tmp_path, data, fields, rule):

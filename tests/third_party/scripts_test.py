@@ -101,6 +101,9 @@ def test_splits_are_given_by_a_list_whose_every_entry_counts(load, tmp_path, cap
         with pytest.raises(ValueError, match=rule) as caught:
             job.splits_of(scans, "train", table)
         assert str(caught.value).startswith(str(table))
+    table.write_text("Room0 val\n")
+    with pytest.raises(ValueError, match=r"'Room0' is no scene .*no entry of the table is"):
+        job.splits_of(scans, "train", table, allow_missing=True)
     table.write_text("room0 val\nRoom0 val\n")
     assert job.splits_of(scans, "train", table, allow_missing=True)["room0"] == "val"
     assert capsys.readouterr().err == f"{table}: 1 entries name no scene of this job\n"

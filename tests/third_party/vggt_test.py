@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import struct
 import sys
 
@@ -191,6 +192,12 @@ def test_shards_fill_one_export_and_a_killed_one_goes_on(
     assert export("--shard", "0/2", *arguments) == 0
     assert "2 of 2 scenes were made before" in capsys.readouterr().out
     assert export("--shard", "1/2", *arguments) == 0
+    changed = next(path for path in (root / "room2").rglob("*") if path.is_file())
+    os.utime(changed, ns=(1, 1))
+    assert export("--merge", *arguments) == 1
+    assert "1 of 3 scenes are not made: room2 " in capsys.readouterr().err
+    assert export("--shard", "0/2", *arguments) == 0
+    assert "1 scenes are made anew" in capsys.readouterr().out
     assert export("--merge", *arguments) == 0
     assert (tmp_path / "out" / "scenes" / "room0.safetensors").stat().st_mtime_ns == made_before
     summary = validate(tmp_path / "out")

@@ -362,7 +362,8 @@ def _main(argv: list[str] | None = None) -> int:
     questions: dict[str, list[dict]] = {}
     for record in base.questions():
         questions.setdefault(record["scene_id"], []).append(record)
-    scenes = [job.Scene(entry["id"], entry["split"]) for entry in base.manifest["scenes"]]
+    asked = base.manifest["questions"]
+    scenes = [job.Scene(e["id"], e["split"], [e, asked]) for e in base.manifest["scenes"]]
     teachers: list[Teacher] = []
 
     def begin():

@@ -386,8 +386,8 @@ def _main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     contract = job.load_contract(args.contract)
     base = contract.Export(args.export)
-    splits = {entry["id"]: entry["split"] for entry in base.manifest["scenes"]}
-    scenes = [job.Scene(scene_id, split) for scene_id, split in splits.items()]
+    asked = base.manifest["questions"]
+    scenes = [job.Scene(e["id"], e["split"], [e, asked]) for e in base.manifest["scenes"]]
     metric = base.manifest["scale"] == "metric"
     if not metric and any("box" in r or "objects" in r for r in base.questions()):
         raise job.InputError(

@@ -106,6 +106,7 @@ def prepare(request: Request) -> Report:
         splits,
         lambda scene_id: make_scene(scene_id, found[scene_id], request, tuple(categories)),
         report,
+        source=lambda scene_id: _facts(found[scene_id]),
         producer={
             "project": "geode_jax 3D-FRONT",
             "commit": f"front3d version {VERSION}",
@@ -118,6 +119,11 @@ def prepare(request: Request) -> Report:
         "category; the tokens are a fixed function of what they show, so they CONTAIN THE DEPTH "
         "that depth metrics score. A room is the rectangle around its floor.",
     )
+
+
+def _facts(room: FrontRoom) -> list:
+    """All that a room's scene is made from."""
+    return [room.house, room.size.tolist(), room.names, room.boxes.tolist()]
 
 
 # --------------------------------------------------------------------------------------- houses

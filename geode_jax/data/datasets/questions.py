@@ -168,6 +168,8 @@ class Scenes:
 def make_questions(layout: Layout, request: Request) -> Report:
     """Writes the export with its scenes, its old questions, and those of a data set.
 
+    Scenes of the training split that are excluded are left out.
+
     The scenes' files are hard links where possible. The folder is an export only when all is
     written; the same request starts an unfinished one over.
 
@@ -191,10 +193,12 @@ def make_questions(layout: Layout, request: Request) -> Report:
     report = Report()
     with ExportWriter(request.out, **export.header()) as writer:
         for scene_id in progress_bar(export.scene_ids(), desc="scenes", unit="scene"):
-            writer.adopt_scene(export, scene_id)
-            if not scenes.may_train(scene_id, scene_id):
+            # What is not in the new export, no later one made from it can train on.
+            if scenes.may_train(scene_id, scene_id):
+                writer.adopt_scene(export, scene_id)
+                report.kept["scenes"] += 1
+            else:
                 report.dropped["scene: excluded from training"] += 1
-        report.kept["scenes"] = len(scenes.split)
         for record in export.questions():
             place = record["scene_id"]
             if scenes.may_train(place, place):

@@ -103,6 +103,7 @@ def prepare(request: Request) -> Report:
         splits,
         lambda scan: make_scene(scans / scan, request, categories),
         report,
+        source=lambda scan: scans / scan,
         producer={
             "project": "geode_jax ScanNet",
             "commit": f"scannet version {VERSION}",

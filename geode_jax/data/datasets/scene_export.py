@@ -10,6 +10,7 @@ import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from geode_jax.data.room_questions import SeenRoom
 from geode_jax.data.rooms import TOKEN_WIDTH
 from geode_jax.data.sources import HELD_OUT
 from geode_jax.errors import UserError
+from geode_jax.exports import made_from
 from geode_jax.exports.scene_names import Exclusion
 
 _MADE = ".made"
@@ -89,6 +91,7 @@ def write_scenes(
     make: Callable[[str], Scene],
     report: Report,
     *,
+    source: Callable[[str], Any],
     producer: dict[str, str],
     categories: Sequence[str],
     tokens_contain_depth: bool,
@@ -101,6 +104,8 @@ def write_scenes(
         splits: scene -> split, in the export's order.
         make: a scene; a UserError or Dropped leaves the scene out and is counted.
         report: gets what is kept and dropped.
+        source: what a scene is made from, as `exports.made_from.fingerprint` takes it: a scene
+            that an interrupted call made from something else is made anew.
         producer, categories, tokens_contain_depth, notes: see `exports.ExportWriter`.
 
     Returns:
@@ -126,11 +131,14 @@ def write_scenes(
         resume=True,
     )
     with writer:
-        finished = writer.finished()
+        sources = {scene_id: made_from.fingerprint(source(scene_id)) for scene_id in splits}
+        finished = _unchanged(writer, sources)
         written: dict[str, dict] = {}
         watch = exports.cameras.Watch(metric=True)
         for scene_id, split in progress_bar(splits.items(), desc="scenes", unit="scene"):
             try:
+                if scene_id not in finished:
+                    made_from.note(writer, scene_id, sources[scene_id])
                 note = _make_once(writer, finished, scene_id, split, make, watch)
             except (UserError, Dropped) as error:
                 of_all = isinstance(error, Dropped)  # a reason that many have, counted as one
@@ -147,6 +155,19 @@ def write_scenes(
         _add_questions(writer, written, request.seed, report)
         shutil.rmtree(writer.folder / _MADE)
     return report
+
+
+def _unchanged(writer: exports.ExportWriter, sources: Mapping[str, str]) -> dict[str, dict]:
+    """The entries of scenes that were made before, from what is there now; said."""
+    changed = made_from.changed(writer, sources)
+    for scene_id in changed:
+        made_from.forget(writer, scene_id)
+    finished = {s: entry for s, entry in writer.finished().items() if s in sources}
+    if finished:
+        print(f"{len(finished)} of {len(sources)} scenes were made before", flush=True)
+    if changed:
+        print(f"{len(changed)} scenes are made anew: their sources have changed", flush=True)
+    return finished
 
 
 def _make_once(

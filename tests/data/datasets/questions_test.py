@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -290,6 +291,13 @@ def test_excluded_scenes_are_not_trained_on(named, request_of, tmp_path, tiny_ex
     assert report.dropped["question: its scene is excluded from training"] == len(new) > 0
     asked = {record["scene_id"] for record in Export(request.out).questions()}
     assert asked == set(tiny_export.scene_ids()) - {TRAIN}
+    # Nor are they when the new export is asked about again, without the list.
+    shutil.rmtree(request.root)
+    again = request_of(llava(conversation(TRAIN), conversation(HELD_OUT)), scenes=request.out)
+    again = dataclasses.replace(again, out=tmp_path / "again")
+    report = prepare("llava3d", again)
+    assert report.dropped == {"question: its scene is not in the export": 1}
+    assert TRAIN not in Export(again.out).scene_ids()
 
 
 @pytest.mark.parametrize(

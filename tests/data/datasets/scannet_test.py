@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -316,9 +317,8 @@ def test_lists_decide_and_excluded_scenes_are_not_trained_on(tmp_path):
     (root / "scannetv2_train.txt").write_text("scene0000_00\n")
     with pytest.raises(UserError, match=r"list: line 3: 'scene0003_00' is no scene of .*/in"):
         prepare("scannet", again)
-    report = prepare("scannet", dataclasses.replace(again, allow_missing=True, views=2))
-    (why,) = [why for why in report.dropped if "--exclude-scenes" in why]
-    assert why.startswith("every entry of --exclude-scenes: names no scene of ")
+    with pytest.raises(UserError, match=r"'scene0003_00' is no scene .* would exclude nothing"):
+        prepare("scannet", dataclasses.replace(again, allow_missing=True, views=2))
 
 
 def test_no_other_scan_of_an_excluded_room_is_trained_on(tmp_path):
@@ -397,7 +397,7 @@ def test_nothing_to_read_is_said_in_one_line(tmp_path):
 # ------------------------------------------------------------------------------------ resuming
 
 
-def test_an_interrupted_prepare_goes_on_to_the_same_export(tmp_path, monkeypatch):
+def test_an_interrupted_prepare_goes_on_to_the_same_export(tmp_path, monkeypatch, capsys):
     root = small_root(tmp_path)
     prepare("scannet", Request(root, tmp_path / "whole", views=2))
     made, make = [], scannet.make_scene
@@ -414,7 +414,17 @@ def test_an_interrupted_prepare_goes_on_to_the_same_export(tmp_path, monkeypatch
         prepare("scannet", request)
     assert not (tmp_path / "out" / "manifest.json").exists()
     made.clear()
+    changed = root / "scans" / "scene0001_00" / "scene0001_00.txt"
+    os.utime(changed, ns=(1, 1))
+    capsys.readouterr()
     prepare("scannet", request)
-    assert len(made) == 1  # the two that were complete are not made again
+    assert made == ["scene0001_00", "scene0002_00"]  # what was complete is not made again
+    said = capsys.readouterr().out
+    assert "1 of 3 scenes were made before" in said and "1 scenes are made anew" in said
+    assert sorted(path.name for path in request.out.iterdir()) == [
+        "manifest.json",
+        "questions.jsonl",
+        "scenes",
+    ]
     whole, resumed = (Export(tmp_path / name).manifest for name in ("whole", "out"))
     assert whole["scenes"] == resumed["scenes"] and whole["questions"] == resumed["questions"]
