@@ -263,6 +263,11 @@ def _write_rows(folder: Path) -> None:
     _write_rgbd(folder)
     shutil.rmtree(folder / "pose")
     (folder / "intrinsic" / "intrinsic_color.txt").unlink()
+    with Image.open(next((folder / "depth").iterdir())) as depth:
+        size = depth.size
+    for path in (folder / "color").iterdir():  # one intrinsic is of pictures of one shape
+        with Image.open(path) as image:
+            image.resize(size).save(path)
     poses = [camera_pose(n) for n in range(4)]
     rows = [[*pose[:3, 3], *Rotation.from_matrix(pose[:3, :3]).as_quat()] for pose in poses]
     np.savetxt(folder / "pose.txt", rows)
@@ -326,19 +331,19 @@ def _read_as_exporters(folder: Path) -> list:
     import export_job
     import export_scans
 
+    contract = export_job.load_contract(REPOSITORY / "geode_jax" / "exports")
+
     def tried(read, *arguments):
         try:
             return read(*arguments)
-        except ValueError as error:
-            if type(error).__name__ not in ("InputError", "UserError"):
-                raise
+        except (export_job.InputError, contract.files.UserError) as error:
             assert "\n" not in str(error) and len(str(error)) < 1000, error
             return "refused"
 
     scans = [tried(export_scans.read_scan, folder / name) for name in ("a.ply", "b.ply", "c.npz")]
     return [
         *(scan if scan == "refused" else bits(scan.points) for scan in scans),
-        tried(lambda: list(export_job.read_records(folder / "records.jsonl"))),
+        tried(lambda: list(export_job.read_records(contract, folder / "records.jsonl"))),
         tried(export_job.splits_of, ["x", "y", "z"], "train", folder / "splits.txt"),
     ]
 
