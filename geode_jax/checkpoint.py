@@ -235,13 +235,12 @@ _OPENED = itertools.count()
 
 
 def _has_metadata(folder: Path) -> bool:
-    """Whether a checkpoint's metadata is a JSON object, of fields that Orbax knows."""
+    """Whether a checkpoint has metadata, which is a JSON object of fields that Orbax knows."""
     try:
-        files.read_json_object(folder / _METADATA, nan=True)
-        _read(ocp.checkpointables_metadata, folder.absolute())
-    except (UserError, _Unreadable):
+        _opened(folder)
+    except _Unreadable:
         return False
-    return True
+    return (folder / _METADATA).exists()
 
 
 def _rename_damaged(folder: Path) -> None:
@@ -534,9 +533,21 @@ def load_leaves(
 
 
 def _opened(folder: Path) -> Any:
-    """Orbax's description of a checkpoint; errors as of `_read`."""
-    if (folder / _METADATA).exists() and not _has_metadata(folder):
-        raise _Unreadable(f"{_METADATA} is no JSON object")
+    """Orbax's description of a checkpoint.
+
+    Raises:
+        _Unreadable: it is damaged, or one of its files is a pipe, a device or a link to nothing:
+            Orbax would wait for the first and fill the memory from the second.
+    """
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            if not path.is_file():
+                raise _Unreadable(f"{path.relative_to(folder)} is not a regular file")
+    try:
+        if (folder / _METADATA).exists():
+            files.read_json_object(folder / _METADATA, nan=True)
+    except UserError as error:
+        raise _Unreadable(str(error)) from None
     return _read(ocp.checkpointables_metadata, folder.absolute())
 
 
