@@ -330,13 +330,14 @@ def work(targets: dict[str, Target], folder: Path, seed: int, alarm: float) -> N
 class _Worker:
     def __init__(self, folder: Path, seed: int, alarm: float):
         arguments = ["--worker", folder, "--seed", seed, "--alarm", alarm]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.campaign", *map(str, arguments)],
-            cwd=REPOSITORY,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=open(folder / "worker", "ab"),  # noqa: SIM115 - the process's
-        )
+        with open(folder / "worker", "ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.campaign", *map(str, arguments)],
+                cwd=REPOSITORY,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
 
     def ask(self, name: str, number: int, seconds: float) -> Outcome | None:
         """The outcome of an input; None where the worker died or did not answer in time."""
