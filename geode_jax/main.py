@@ -82,7 +82,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _check_file(argv: list[str]) -> None:
-    """Raises a UserError where the configuration is no file: a pipe waits, a device does not end."""
+    """Raises a UserError where the configuration is no file: a pipe waits, a device never ends."""
     for argument, after in itertools.pairwise([*argv, ""]):
         name, equals, value = argument.partition("=")
         if name.lstrip("-") == "config" and name.startswith("-"):

@@ -284,23 +284,22 @@ def _write_toy(folder: Path) -> None:
     shutil.rmtree(folder / "run" / "events", ignore_errors=True)
 
 
-def _resume(folder: Path) -> list:
+def _resume(folder: Path) -> dict:
     from geode_jax.metrics import read_metrics
 
     run = folder / "run"
-    _toy().main(run, STEPS)
+    _, said = _heard(lambda: _toy().main(run, STEPS))
     rows = read_metrics(run / "metrics.jsonl")
     rows = [{k: v for k, v in row.items() if "speed/" not in k} for row in rows]
-    return [bits(np.load(run / "weights.npy")), rows]
+    return {"weights": bits(np.load(run / "weights.npy")), "rows": rows, "said": said}
 
 
-def _resume_silent(before: list, after: list, done: Damage, folder: Path) -> str:
-    if before[0] != after[0]:
+def _resume_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
+    if before["weights"] != after["weights"]:
         return "the weights at the end are others"
-    lost = [row["step"] for row in before[1] if row not in after[1]]
-    if lost and done.path != "run/metrics.jsonl":
-        return f"rows of steps {lost} are lost or have changed"
-    return ""
+    lost = [row["step"] for row in before["rows"] if row not in after["rows"]]
+    told = "metrics.jsonl" in done.path and "kept as" in after["said"]
+    return f"rows of steps {lost} are lost or have changed" if lost and not told else ""
 
 
 # --- Cached questions -----------------------------------------------------------------------------
@@ -340,12 +339,12 @@ TARGETS = {
     "run/config": Target(
         _write_run, _config, 1, ("run/config.json", "run/checkpoints/best/*/_CHECKPOINT_METADATA")
     ),
-    "run/ask": Target(_write_run, _ask, 0.7, _MODEL),
-    "run/export": Target(_write_run, _export_run, 0.3, (*_MODEL, "run/summary.json")),
-    "run/leaves": Target(_write_run, _leaves, 0.5, ("run/checkpoints/best/**/*",)),
-    "run/tokenizer": Target(_write_run, _run_tokenizer, 2, ("run/tokenizer/*",)),
+    "run/ask": Target(_write_run, _ask, 0.5, _MODEL),
+    "run/export": Target(_write_run, _export_run, 0.2, (*_MODEL, "run/summary.json")),
+    "run/leaves": Target(_write_run, _leaves, 0.3, ("run/checkpoints/best/**/*",)),
+    "run/tokenizer": Target(_write_run, _run_tokenizer, 1.5, ("run/tokenizer/*",)),
     "run/restore": Target(
-        _write_latest, _restore, 1, ("run/checkpoints/latest/4/**/*",), _restore_silent
+        _write_latest, _restore, 0.2, ("run/checkpoints/latest/4/**/*",), _restore_silent
     ),
     "run/end": Target(_write_end, _read_end, 2, ("run/*",), _end_silent),
     "run/answered": Target(_write_answered, _read_answered, 1, silent=_answered_silent),
@@ -358,7 +357,7 @@ TARGETS = {
         _older_metrics_silent,
     ),
     "run/resume": Target(
-        _write_toy, _resume, 3, ("run/checkpoints/**/*", "run/metrics.jsonl"), _resume_silent
+        _write_toy, _resume, 1, ("run/checkpoints/**/*", "run/metrics.jsonl"), _resume_silent
     ),
     "run/questions": Target(_write_cache, _read_cache, 2, ("export/.questions/**/*",)),
 }  # fmt: skip
