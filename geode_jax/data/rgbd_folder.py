@@ -15,6 +15,7 @@ these where that is sure, and refused otherwise (`rgbd_sequence.of_one_view`).
 
 import contextlib
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -237,7 +238,7 @@ def _read_cameras(root: Path, size: tuple[int, int], color_size: tuple[int, int]
 
 
 def _read_intrinsic(path: Path, size: tuple[int, int]) -> Given | None:
-    if not path.exists():
+    if not os.path.lexists(path):  # a link to nothing is not taken for no camera
         return None
     numbers = _numbers(path)
     if numbers is None or len(numbers) not in (9, 16):

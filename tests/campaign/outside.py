@@ -100,6 +100,16 @@ def _prepare(source: str, *more: str):
     return read
 
 
+def _prepare_scenes(folder: Path) -> dict[str, Any]:
+    """The export that questions are added to, as it is in the one that is made."""
+    out = folder.parent / "out"
+    places = ["--root", folder / "root", "--scenes", folder / "export", "--out", out]
+    command(["prepare", "--source", "scanqa", *places])
+    content = {"export": export_content(out)}
+    shutil.rmtree(out)
+    return content
+
+
 def _records(folder: Path) -> int:
     """Records of the files of a data set, read by the standard library alone."""
     count = 0
@@ -502,6 +512,9 @@ TARGETS = {
         )
         for source in _SOURCES
     },
+    "prepare/scenes": Target(
+        _write_source("scanqa"), _prepare_scenes, 1, ("export/**/*",), _export_silent
+    ),
     "lists/exclude": Target(
         _write_excluded, _read_excluded, 1, ("excluded.txt",), _excluded_silent
     ),

@@ -39,6 +39,8 @@ def same_tokenizer(tokenizer: Any, folder: Path) -> tuple[str, int]:
         InputError: it cannot be read, or gives a token another id.
     """
     path = folder / "tokenizer.json"
+    if path.exists() and not path.is_file():  # a pipe would wait for somebody who writes
+        raise job.InputError(f"{path}: not a regular file")
     try:
         data = path.read_bytes()
         described = json.loads(data.decode("utf-8"))
