@@ -142,6 +142,21 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(tmp_path, capsys, 
         assert checkpoints.restore(state(0))[1]["step"] == 2
 
 
+def test_what_a_kill_left_of_a_deleted_checkpoint_is_no_damage(tmp_path, capsys):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(state(step), {"step": step})
+            checkpoints.save_best(state(step), {"step": step})
+    folder = tmp_path / "checkpoints"
+    for old in (folder / "latest" / "1", folder / "best" / "2"):
+        (old / "state").mkdir(parents=True)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(state(0))[1]["step"] == 3
+        assert checkpoints.restore_best(state(0))[1]["step"] == 3
+    assert "damaged" not in capsys.readouterr().out
+    assert {p.name for p in folder.glob("*/*")} == {"2", "3"}
+
+
 def test_values_that_changed_on_disk_are_noticed(tmp_path, monkeypatch):
     """Whatever the file format lets through, the fingerprint does not."""
     with Checkpoints(tmp_path) as checkpoints:
