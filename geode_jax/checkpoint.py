@@ -20,6 +20,7 @@ import inspect
 import itertools
 import logging
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -84,17 +85,29 @@ class Checkpoints:
         _silence_failed_reads()
         for kind in ("latest", "best"):
             self._put_unreadable_aside(kind)
-        self._latest = _checkpointer(self._folder / "latest", keep=2)
-        self._best = _checkpointer(self._folder / "best", keep=1)
+        self._latest = _checkpointer(self._folder / "latest", _KEPT["latest"])
+        self._best = _checkpointer(self._folder / "best", _KEPT["best"])
 
     def _put_unreadable_aside(self, kind: str) -> None:
         """Of checkpoints whose metadata Orbax, which reads all of it at once, would fail at."""
         with main_first(f"unreadable {kind} {next(_OPENED)}"):
             folders = _steps(self._folder.parent, kind)
-            damaged = [folder for folder in folders if not _has_metadata(folder)]
-            if damaged and len(damaged) == len(folders):
+            readable = {int(folder.name) for folder in folders if _has_metadata(folder)}
+            damaged = [folder for folder in folders if int(folder.name) not in readable]
+            if damaged and not readable:
                 raise UserError(f"{self._folder / kind}: every checkpoint is damaged")
+            # A process that was killed while it deleted a checkpoint, which newer ones replace,
+            # leaves some of its files.
+            kept = sorted(readable)[-_KEPT[kind] :]
+            half_deleted = [
+                folder
+                for folder in damaged
+                if len(kept) == _KEPT[kind] and int(folder.name) < kept[0]
+            ]
+            damaged = [folder for folder in damaged if folder not in half_deleted]
             if is_main():
+                for folder in half_deleted:
+                    shutil.rmtree(folder, ignore_errors=True)
                 for folder in damaged:
                     print(f"{folder}: damaged", flush=True)
                     _rename_damaged(folder)
@@ -232,17 +245,18 @@ class Checkpoints:
 
 
 _METADATA = "_CHECKPOINT_METADATA"
+_KEPT = {"latest": 2, "best": 1}
+"""How many checkpoints of a kind are kept."""
 _OPENED = itertools.count()
 
 
 def _has_metadata(folder: Path) -> bool:
-    """Whether a checkpoint's metadata is a JSON object, of fields that Orbax knows."""
+    """Whether a checkpoint has metadata, which is a JSON object of fields that Orbax knows."""
     try:
-        files.read_json_object(folder / _METADATA, nan=True)
-        _read(ocp.checkpointables_metadata, folder.absolute())
-    except (UserError, _Unreadable):
+        _opened(folder)
+    except _Unreadable:
         return False
-    return True
+    return (folder / _METADATA).exists()
 
 
 def _rename_damaged(folder: Path) -> None:
@@ -549,9 +563,21 @@ def load_leaves(
 
 
 def _opened(folder: Path) -> Any:
-    """Orbax's description of a checkpoint; errors as of `_read`."""
-    if (folder / _METADATA).exists() and not _has_metadata(folder):
-        raise _Unreadable(f"{_METADATA} is no JSON object")
+    """Orbax's description of a checkpoint.
+
+    Raises:
+        _Unreadable: it is damaged, or one of its files is a pipe, a device or a link to nothing:
+            Orbax would wait for the first and fill the memory from the second.
+    """
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            if not path.is_file():
+                raise _Unreadable(f"{path.relative_to(folder)} is not a regular file")
+    try:
+        if (folder / _METADATA).exists():
+            files.read_json_object(folder / _METADATA, nan=True)
+    except UserError as error:
+        raise _Unreadable(str(error)) from None
     return _read(ocp.checkpointables_metadata, folder.absolute())
 
 

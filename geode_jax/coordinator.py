@@ -22,7 +22,8 @@ def host_and_port(address: str) -> tuple[str, int]:
         UserError: it is none.
     """
     host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+    number = port.isascii() and port.isdigit() and len(port) < 6
+    if not (colon and host and number and 0 < int(port) < 65536):
         raise UserError(f"--coordinator_address {address}: not HOST:PORT")
     return host.strip("[]"), int(port)
 

@@ -112,7 +112,9 @@ def _check_together(names: tuple[str, str, str], given: tuple) -> None:
     if not 0 <= number < count:
         raise UserError(f"{of_number} {number}: not below {of_count} {count}")
     host, _, port = address.rpartition(":")
-    if not host or not (port.isascii() and port.isdecimal() and 0 < int(port[:9]) < 1 << 16):
+    if not host or not (
+        port.isascii() and port.isdecimal() and len(port) < 6 and 0 < int(port) < 1 << 16
+    ):
         raise UserError(f"{of_address} {address}: not HOST:PORT")
 
 

@@ -54,9 +54,6 @@ def run() -> None:
 def _parse(argv: list[str]) -> list[str]:
     """absl's parsing; whatever goes wrong with a flag or in the configuration is one line."""
     refuse_undecodable(argv)
-    for name in (a.partition("=")[2].partition(":")[0] for a in argv if a.startswith("--config=")):
-        if os.path.exists(name) and not os.path.isfile(name):  # a pipe would wait
-            raise UserError(f"config: {name}: not a regular file")
     try:
         _check_file(argv)
         rest = flags.FLAGS(argv)
@@ -78,12 +75,14 @@ def _parse(argv: list[str]) -> list[str]:
             error = error.args[0]  # ml_collections wraps a KeyError that knows similar names
         reason = error.args[0] if error.args else error
         raise UserError(f"config: no such field: {reason}") from error
-    except (Exception, SystemExit) as error:  # a configuration is a program
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a configuration is a program, and may raise or end at will
         raise UserError(f"config: {type(error).__name__}: {error}") from error
 
 
 def _check_file(argv: list[str]) -> None:
-    """Raises a UserError where the configuration is no file: a device would be read without end."""
+    """Raises a UserError where the configuration is no file: a pipe waits, a device never ends."""
     for argument, after in itertools.pairwise([*argv, ""]):
         name, equals, value = argument.partition("=")
         if name.lstrip("-") == "config" and name.startswith("-"):

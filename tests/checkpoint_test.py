@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import os
 import resource
 import signal
 from pathlib import Path
@@ -96,10 +97,20 @@ def cut(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+def pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+def device(file):
+    file.unlink()
+    file.symlink_to("/dev/zero")
+
+
 WHICH = ("largest", "manifest.ocdbt", "_METADATA", "_CHECKPOINT_METADATA")
 
 
-@pytest.mark.parametrize("damage", [overwrite, cut, Path.unlink])
+@pytest.mark.parametrize("damage", [overwrite, cut, Path.unlink, pipe, device])
 @pytest.mark.parametrize("which", WHICH)
 def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(tmp_path, capsys, damage, which):
     with Checkpoints(tmp_path) as checkpoints:
@@ -114,6 +125,9 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(tmp_path, capsys, 
     assert chosen
     for file in chosen:
         damage(file)
+    if damage in (pipe, device):
+        with pytest.raises(UserError, match="not a regular file"):
+            checkpoint.load_model(latest / "2", {"params": state(0).params})
     with Checkpoints(tmp_path) as checkpoints:
         restored, position = checkpoints.restore(state(0))
         assert_equal(restored, state(position["step"]))
@@ -126,6 +140,21 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(tmp_path, capsys, 
     assert {p.name for p in latest.iterdir()} == {"1", "2", "damaged_2"}
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore(state(0))[1]["step"] == 2
+
+
+def test_what_a_kill_left_of_a_deleted_checkpoint_is_no_damage(tmp_path, capsys):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(state(step), {"step": step})
+            checkpoints.save_best(state(step), {"step": step})
+    folder = tmp_path / "checkpoints"
+    for old in (folder / "latest" / "1", folder / "best" / "2"):
+        (old / "state").mkdir(parents=True)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(state(0))[1]["step"] == 3
+        assert checkpoints.restore_best(state(0))[1]["step"] == 3
+    assert "damaged" not in capsys.readouterr().out
+    assert {p.name for p in folder.glob("*/*")} == {"2", "3"}
 
 
 def test_values_that_changed_on_disk_are_noticed(tmp_path, monkeypatch):

@@ -21,6 +21,8 @@ def get_config(arg=""):
         return {}["field"]
     if arg == "bad":
         raise ValueError("first line\\nlast line")
+    if arg == "ends":
+        raise GeneratorExit
     return ml_collections.ConfigDict({"system": "test", "train": {"steps": 5}, "size": (1, 2)})
 """
 
@@ -63,6 +65,7 @@ def config(tmp_path) -> Path:
         (["--config=nowhere.py", "--config.train.steps=1"], "nowhere.py"),
         (["--config={config}:broken"], "KeyError: 'field'"),
         (["--config={config}:bad"], "last line"),
+        (["--config={config}:ends"], "GeneratorExit"),
         (["--config={config}", "--config.train.steps=many"], "--config.train.steps=many"),
         (["--config={config}", "--config.train.stepz=1"], 'Did you mean "steps"'),
         (["--config={config}", "--stepz=1"], "stepz"),

@@ -117,6 +117,12 @@ def test_configurations_that_cannot_be_read(text, changes, said):
         command.read_config(text, changes)
 
 
+def test_a_configuration_that_ends_the_process_is_one_line(tmp_path):
+    (tmp_path / "ends.py").write_text("raise GeneratorExit\n")
+    with pytest.raises(UserError, match="GeneratorExit"):
+        command.read_config(str(tmp_path / "ends.py"))
+
+
 @pytest.mark.parametrize("system", ["hidden_cot", "geode_joint"])
 def test_described_rooms_have_the_shapes_of_real_ones(system, tmp_path):
     """But for the numbers that a plan states as assumed."""

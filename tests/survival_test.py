@@ -24,7 +24,7 @@ FAULTS = (
     "before:write:2", "after:write:4",
     "before:shard_batch:5", "after:shard_batch:2",
     "before:restore:1", "after:restore:1",
-    "event:os.mkdir:6", "event:os.rename:2", "event:os.rename:3", "event:shutil.rmtree:1",
+    "event:os.mkdir:6", "event:os.rename:2", "event:os.rename:3", "event:os.rmdir:1",
 )  # fmt: skip
 """Where a start is killed; see `toy_run`. Those of files fall into the writing of checkpoints."""
 

@@ -56,7 +56,7 @@ class Line:
         error = batch.x @ model.w[...] - batch.y
         return {"text": (jnp.sum(error**2), jnp.float32(error.size))}
 
-    def total(self, model, terms, share):
+    def total(self, model, terms):
         part, count = terms["text"]
         return part / count, {}
 

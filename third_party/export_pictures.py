@@ -19,7 +19,7 @@ VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 
 def natural_order(path: Path) -> list:
     """Sorts 2.jpg before 10.jpg."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def chosen(count: int, most: int) -> list[int]:

@@ -17,6 +17,7 @@ belongs to pictures of another size is brought to these where that is sure, and 
 
 import contextlib
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -280,7 +281,7 @@ def _read_cameras(root: Path, size: tuple[int, int], color_size: tuple[int, int]
 
 
 def _read_intrinsic(path: Path, size: tuple[int, int]) -> Given | None:
-    if not path.exists():
+    if not os.path.lexists(path):  # a link to nothing is not taken for no camera
         return None
     numbers = _numbers(path)
     if numbers is None or len(numbers) not in (9, 16):

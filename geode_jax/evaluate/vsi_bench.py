@@ -217,7 +217,10 @@ def _parquet_rows(path: Path, data: bytes) -> Iterator[dict]:
                 if unpacked > MAX_UNPACKED_BYTES:
                     raise too_large
                 yield row
-    except (pyarrow.ArrowException, OSError, OverflowError) as error:
+    except UserError:
+        raise
+    # ValueError: texts that are not UTF-8, dates that there are not.
+    except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:
         raise UserError(f"{path}: not parquet: {error}") from None
 
 

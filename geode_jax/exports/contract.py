@@ -1005,6 +1005,8 @@ class ExportWriter:
             if key in entry:
                 source = _tensor_file(export.folder, kind, scene_id)
                 target = _tensor_file(self.folder, kind, scene_id)
+                if source.exists() and not source.is_file():  # it would be copied without end
+                    raise ExportError(str(source), "", "is not a regular file")
                 try:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     _link(source, target)

@@ -113,10 +113,12 @@ def read_bytes(path: str | os.PathLike, most: int = MAX_TEXT_BYTES) -> bytes:
     """
     with open_regular(path) as file:
         try:
-            data = file.read(most + 1)
+            # Not read(most + 1), which takes memory for so many bytes first.
+            fits = os.fstat(file.fileno()).st_size <= most
+            data = file.read() if fits else b""
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {_reason(error)}") from None
-    if len(data) > most:
+    if not fits or len(data) > most:
         raise UserError(f"{path}: larger than {most:,} bytes")
     return data
 

@@ -36,9 +36,9 @@ def read_config(text: str, changes: Sequence[str] = ()) -> ml_collections.Config
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         config = module.get_config(argument)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # a configuration is a program
+    except BaseException as error:  # a configuration is a program, and may raise or end at will
         raise UserError(f"--config: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)

@@ -36,6 +36,8 @@ LIMIT = 6 << 30
 """Bytes of data that the worker may have."""
 MOST_SAID = 640
 """Characters of a refusal: `MAX_MESSAGE` and what stands around it."""
+MOST_THREADS = 150
+"""Of the worker: Orbax leaves some behind at every restoring, which a process does once."""
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
@@ -330,13 +332,14 @@ def work(targets: dict[str, Target], folder: Path, seed: int, alarm: float) -> N
 class _Worker:
     def __init__(self, folder: Path, seed: int, alarm: float):
         arguments = ["--worker", folder, "--seed", seed, "--alarm", alarm]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.campaign", *map(str, arguments)],
-            cwd=REPOSITORY,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=open(folder / "worker", "ab"),  # noqa: SIM115 - the process's
-        )
+        with open(folder / "worker", "ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.campaign", *map(str, arguments)],
+                cwd=REPOSITORY,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
 
     def ask(self, name: str, number: int, seconds: float) -> Outcome | None:
         """The outcome of an input; None where the worker died or did not answer in time."""
@@ -351,6 +354,12 @@ class _Worker:
         finally:
             timer.cancel()
         return Outcome(**json.loads(answer)) if answer else None
+
+    @property
+    def worn_out(self) -> bool:
+        """Whether it has so many threads that what is read next would suffer from them."""
+        folder = Path(f"/proc/{self._process.pid}/task")
+        return folder.is_dir() and len(os.listdir(folder)) > MOST_THREADS
 
     def end(self) -> None:
         self._process.stdin.close()
@@ -396,7 +405,7 @@ def run(
                 outcome = Outcome(name, number, verdict, "?", said, took)
                 if fresh and len(outcomes) and outcomes[-1].damage == "?":
                     raise RuntimeError(f"the worker does not start: {log[-500:]}")
-            elif outcome.verdict in ("hang", "memory"):
+            elif outcome.verdict in ("hang", "memory") or worker.worn_out:
                 worker.end()
                 worker = None
             fresh = False

@@ -100,6 +100,16 @@ def _prepare(source: str, *more: str):
     return read
 
 
+def _prepare_scenes(folder: Path) -> dict[str, Any]:
+    """The export that questions are added to, as it is in the one that is made."""
+    out = folder.parent / "out"
+    places = ["--root", folder / "root", "--scenes", folder / "export", "--out", out]
+    command(["prepare", "--source", "scanqa", *places])
+    content = {"export": export_content(out)}
+    shutil.rmtree(out)
+    return content
+
+
 def _records(folder: Path) -> int:
     """Records of the files of a data set, read by the standard library alone."""
     count = 0
@@ -263,6 +273,11 @@ def _write_rows(folder: Path) -> None:
     _write_rgbd(folder)
     shutil.rmtree(folder / "pose")
     (folder / "intrinsic" / "intrinsic_color.txt").unlink()
+    with Image.open(next((folder / "depth").iterdir())) as depth:
+        size = depth.size
+    for path in (folder / "color").iterdir():  # one intrinsic is of pictures of one shape
+        with Image.open(path) as image:
+            image.resize(size).save(path)
     poses = [camera_pose(n) for n in range(4)]
     rows = [[*pose[:3, 3], *Rotation.from_matrix(pose[:3, :3]).as_quat()] for pose in poses]
     np.savetxt(folder / "pose.txt", rows)
@@ -326,19 +341,19 @@ def _read_as_exporters(folder: Path) -> list:
     import export_job
     import export_scans
 
+    contract = export_job.load_contract(REPOSITORY / "geode_jax" / "exports")
+
     def tried(read, *arguments):
         try:
             return read(*arguments)
-        except ValueError as error:
-            if type(error).__name__ not in ("InputError", "UserError"):
-                raise
+        except (export_job.InputError, contract.files.UserError) as error:
             assert "\n" not in str(error) and len(str(error)) < 1000, error
             return "refused"
 
     scans = [tried(export_scans.read_scan, folder / name) for name in ("a.ply", "b.ply", "c.npz")]
     return [
         *(scan if scan == "refused" else bits(scan.points) for scan in scans),
-        tried(lambda: list(export_job.read_records(folder / "records.jsonl"))),
+        tried(lambda: list(export_job.read_records(contract, folder / "records.jsonl"))),
         tried(export_job.splits_of, ["x", "y", "z"], "train", folder / "splits.txt"),
     ]
 
@@ -497,6 +512,9 @@ TARGETS = {
         )
         for source in _SOURCES
     },
+    "prepare/scenes": Target(
+        _write_source("scanqa"), _prepare_scenes, 1, ("export/**/*",), _export_silent
+    ),
     "lists/exclude": Target(
         _write_excluded, _read_excluded, 1, ("excluded.txt",), _excluded_silent
     ),

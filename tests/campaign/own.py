@@ -1,12 +1,17 @@
 """Targets in a run's own folder: what changes what it says or learns must not pass in silence."""
 
+import contextlib
+import dataclasses
 import functools
 import importlib
+import io
+import itertools
 import json
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,62 +25,196 @@ STEPS, STOP = 9, 6
 """Of the run of one matrix: how many, and where it stands when it is damaged."""
 
 
-def _write_run(folder: Path) -> None:
-    """A finished run; its export stays where it was, since the run names it."""
+def _heard(act: Callable[[], Any]) -> tuple[Any, str]:
+    """(what a function gives, what it prints)."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        return act(), said.getvalue()
+
+
+# --- A run of the real loop -----------------------------------------------------------------------
+
+
+def _tiny_run() -> Path:
+    """A folder with `rooms`, and `run`, which has ended."""
     from tests.runs import make_tiny_run
 
-    made = shared("tiny_run", lambda folder: make_tiny_run(folder))
-    shutil.copytree(made / "run", folder / "run")
+    return shared("tiny_run", lambda folder: make_tiny_run(folder))
 
 
-def _ask(folder: Path) -> str:
+def _write_run(folder: Path) -> None:
+    """A finished run; its export stays where it was, since the run names it."""
+    shutil.copytree(_tiny_run() / "run", folder / "run")
+
+
+@functools.cache
+def _built():
+    """The run with its state, as a process has it that resumes."""
+    from geode_jax.build import build
+    from tests.runs import tiny_config
+
+    return build(tiny_config(_tiny_run() / "rooms"), _tiny_run() / "run")
+
+
+def _bits_of(tree: Any) -> list[str]:
+    import jax
+
+    return [bits(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _config(folder: Path) -> list:
+    """What the configuration says of what was learned; the rest may be another."""
+    from geode_jax.build import _PLACES, MAY_CHANGE, flat, open_run, plain
+
+    config, checkpoint = open_run(folder / "run")
+    values = flat(plain(config))
+    kept = {name: x for name, x in values.items() if name not in (*MAY_CHANGE, *_PLACES)}
+    return [checkpoint.name, json.dumps(kept, sort_keys=True)]
+
+
+def _ask(folder: Path) -> list:
     from geode_jax.inference.trained import open_trained
 
     trained = open_trained(folder / "run")
+    ids = trained.tokenizer.encode_batch(["How many chairs are there?", "A. chair\nB. table"])
+    leaves = _bits_of((trained.state.params, trained.state.frozen))
+    return [leaves, ids, trained.tokenizer.decode(ids[0])]
+
+
+def _run_tokenizer(folder: Path) -> list:
+    from geode_jax.build import load_run_tokenizer, open_run
+
+    _, checkpoint = open_run(folder / "run")
+    load_run_tokenizer(folder / "run" / "tokenizer", checkpoint)
+    return tokenizer_content(folder / "run" / "tokenizer")
+
+
+def _leaves(folder: Path) -> list:
+    """What the next stage takes over of a run."""
+    from flax import nnx
+
+    from geode_jax.build import open_run
+    from geode_jax.checkpoint import load_leaves
+
+    _, checkpoint = open_run(folder / "run")
+    some = nnx.to_flat_state(_built().state.params)[:5]
+    return [bits(x.get_value()) for _, x in load_leaves(checkpoint, some)]
+
+
+def _write_latest(folder: Path) -> None:
+    """The same with another checkpoint behind that of step 3."""
     import jax
 
-    ids = trained.tokenizer.encode_batch(["How many chairs are there?", "A. chair\nB. table"])
-    flat = jax.tree.leaves((trained.state.params, trained.state.frozen))
-    return json.dumps([[bits(leaf) for leaf in flat], ids, trained.tokenizer.decode(ids[0])])
+    from geode_jax.checkpoint import Checkpoints
+
+    _write_run(folder)
+    own, run = _made_with(), folder / "run"
+    with jax.set_mesh(_built().mesh), Checkpoints(run, own) as checkpoints:
+        state, position = checkpoints.restore(_built().state)
+        newer = dataclasses.replace(state, step=state.step + 1)
+        checkpoints.save(newer, {**position, "step": 4, "worse": 1})
+    (folder / "before.json").write_text(json.dumps([position, _bits_of(state)]))
 
 
-def _finished(folder: Path) -> Any:
-    from geode_jax.build import load_config
-    from geode_jax.train import train_and_evaluate
+def _made_with() -> dict[str, str]:
+    from geode_jax.build import made_with
 
-    config = load_config_of_template(folder)
-    load_config(folder / "run")
-    if not (folder / "run" / "summary.json").exists():
-        return "evaluated again"  # which takes its time, and is what the documentation says
-    return train_and_evaluate(config, folder / "run")
+    return made_with(_built().config, _built().tokenizer)
 
 
-def load_config_of_template(folder: Path):
-    """The configuration that the run was started with, as its command would give it again."""
-    from tests.runs import tiny_config
+def _restore(folder: Path) -> dict:
+    import jax
 
-    return tiny_config(json.loads((folder / "export.json").read_text()))
+    from geode_jax.checkpoint import Checkpoints
+
+    def act():
+        run = folder / "run"
+        with jax.set_mesh(_built().mesh), Checkpoints(run, _made_with()) as checkpoints:
+            state, position = checkpoints.restore(_built().state)
+        return json.loads(json.dumps([position, _bits_of(state)]))
+
+    found, said = _heard(act)
+    return {"found": found, "told": "damaged" in said}
 
 
-def _write_finished(folder: Path) -> None:
+def _restore_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
+    """The checkpoint before is used in place of a damaged one, and that is said."""
+    older = json.loads((folder / "before.json").read_text())
+    if after["found"] == before["found"] or (after["found"] == older and after["told"]):
+        return ""
+    return "neither the newest state nor, with a word, the one before"
+
+
+def _export_run(folder: Path) -> Any:
+    from safetensors.numpy import load_file
+
+    out = folder.parent / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    command(["convert", "export", "--workdir", folder / "run", "--out", out])
+    found = {name: bits(array) for name, array in load_file(out / "model.safetensors").items()}
+    return [found, tokenizer_content(out)]
+
+
+# --- What a run leaves at its end -----------------------------------------------------------------
+
+
+def _write_end(folder: Path) -> None:
     """A finished run's folder without checkpoints, which a finished run does not read."""
     from geode_jax.build import save_config
+    from geode_jax.evaluate.summary import end, write_predictions
     from tests.runs import tiny_config
 
-    (folder / "export.json").write_text(json.dumps("nowhere"))
-    save_config(tiny_config("nowhere"), folder / "run")
-    summary = {
-        "scores": {"model": {"overall": 41.5}}, "train": {"seconds": 12.5, "steps": 3},
-        "notes": ["none"],
-    }  # fmt: skip
-    (folder / "run" / "summary.json").write_text(json.dumps(summary, indent=1))
+    run = folder / "run"
+    save_config(tiny_config("nowhere"), run)
+    asked = {"kind": "object_counting", "answer": "4"}
+    records = [{"id": f"q{n}", "prediction": f"{n} chairs"} | asked for n in range(3)]
+    write_predictions(run, records)
+    column = {"overall": 41.5, "object_counting": 50.0}
+    summary = {"scores": {"model": column, "blind": column}, "notes": ["none"]}
+    end(run, summary | {"train": {"seconds": 12.5, "steps": 3}})
 
 
-def _finished_silent(before: Any, after: Any, done: Damage, folder: Path) -> str:
-    if after == "evaluated again":
-        return ""
-    # The figures of a summary have no checksum; what is no summary has to be said.
-    return "" if isinstance(after, dict) and not done.plain else "what is returned is no summary"
+def _read_end(folder: Path) -> dict:
+    from geode_jax.evaluate.summary import SUMMARY, read_predictions
+    from geode_jax.train import train_and_evaluate
+    from tests.runs import tiny_config
+
+    run = folder / "run"
+    ended = (run / SUMMARY).exists()  # else it is evaluated again, as the documentation says
+    found = _heard(lambda: train_and_evaluate(tiny_config("nowhere"), run)) if ended else None
+    return {"summary": found, "predictions": read_predictions(run / "predictions.jsonl")}
+
+
+def _end_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
+    if after["summary"] not in (before["summary"], None):
+        return "the summary is another"
+    if after["predictions"] != before["predictions"]:
+        return "predictions have changed"
+    return ""
+
+
+def _write_answered(folder: Path) -> None:
+    from geode_jax.evaluate.answered import Answered
+
+    with Answered(folder / "model.jsonl", "x") as answered:
+        for n in range(4):
+            batch = [{"id": str(n), "prediction": "a chair"}]
+            answered.keep({"predictions": batch, "scenes": [{"loss": n / 3}]})
+
+
+def _read_answered(folder: Path) -> list:
+    from geode_jax.evaluate.answered import Answered
+
+    with Answered(folder / "model.jsonl", "x") as answered:
+        return answered.before
+
+
+def _answered_silent(before: list, after: list, done: Damage, folder: Path) -> str:
+    # What is not kept is evaluated again.
+    return "" if after == before[: len(after)] else "a batch is not what was answered"
+
+
+# --- Metrics --------------------------------------------------------------------------------------
 
 
 def _write_metrics(folder: Path) -> None:
@@ -84,42 +223,50 @@ def _write_metrics(folder: Path) -> None:
     writer = MetricsWriter(folder, 0)
     for step in range(1, 13):
         writer.write(step, {"loss": 1 / step, "loss/text": 0.5 / step, "speed/steps": 2.0})
+    (folder / "written.json").write_text(json.dumps(writer.written))
     writer.close()
     shutil.rmtree(folder / "events")
 
 
-def _read_metrics(folder: Path) -> list:
+def _go_on(folder: Path, *, checked: bool) -> dict:
+    """The rows of a run that goes on; `checked`: with a checkpoint that knows their checksum."""
     from geode_jax.metrics import MetricsWriter, read_metrics
 
-    rows = read_metrics(folder / "metrics.jsonl")
-    MetricsWriter(folder, 12).close()  # as a run does that goes on
-    return [rows, read_metrics(folder / "metrics.jsonl")]
-
-
-def _metrics_silent(before: list, after: list, done: Damage, folder: Path) -> str:
-    """Every row that is intact in the file is among the rows; no row is of text."""
-    intact = [row for row in before[0] if row in _rows_of(folder / "metrics.jsonl.damaged")]
-    for rows in after:
-        if any(row not in rows for row in intact):
-            return "an intact row is lost"
-    return ""
-
-
-def _rows_of(path: Path) -> list:
-    rows = []
-    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError):
-            continue
-    return rows
-
-
-def _read_metrics_kept(folder: Path) -> list:
     file, copy = folder / "metrics.jsonl", folder / "metrics.jsonl.damaged"
     if file.is_file() and not file.is_symlink():
         shutil.copyfile(file, copy)
-    return _read_metrics(folder)
+    written = json.loads((folder / "written.json").read_text()) if checked else None
+    _, said = _heard(lambda: MetricsWriter(folder, 12, written).close())
+    return {"rows": read_metrics(file), "told": "kept as" in said}
+
+
+def _metrics_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
+    return _lost(before, after, folder) if after["told"] else "the rows are others, without a word"
+
+
+def _older_metrics_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
+    """Without a checksum another number in a row is another number."""
+    return _lost(before, after, folder)
+
+
+def _lost(before: dict, after: dict, folder: Path) -> str:
+    """Every row whose line is intact goes on, or is said to be in the file that is kept."""
+    damaged, kept = folder / "metrics.jsonl.damaged", folder / "metrics_damaged_12.jsonl"
+    data = damaged.read_bytes() if damaged.is_file() else b""
+    if after["told"] and damaged.is_file() and kept.read_bytes() != data:
+        return "the damaged file is not kept"
+    lines = [line.rstrip(b"\r") for line in data.split(b"\n")]
+    pairs = [(row, json.dumps(row).encode()) for row in before["rows"]]
+    if after["told"]:  # behind a row that has another step, others are out of order
+        same = itertools.takewhile(
+            lambda both: both[0][1] == both[1], zip(pairs, lines, strict=False)
+        )
+        pairs = [pair for pair, _ in same]
+    intact = [row for row, line in pairs if line in lines]
+    return "an intact row is lost" if any(row not in after["rows"] for row in intact) else ""
+
+
+# --- A run of one matrix that goes on -------------------------------------------------------------
 
 
 @functools.cache
@@ -137,23 +284,25 @@ def _write_toy(folder: Path) -> None:
     shutil.rmtree(folder / "run" / "events", ignore_errors=True)
 
 
-def _resume(folder: Path) -> list:
+def _resume(folder: Path) -> dict:
     from geode_jax.metrics import read_metrics
 
     run = folder / "run"
-    _toy().main(run, STEPS)
+    _, said = _heard(lambda: _toy().main(run, STEPS))
     rows = read_metrics(run / "metrics.jsonl")
     rows = [{k: v for k, v in row.items() if "speed/" not in k} for row in rows]
-    return [bits(np.load(run / "weights.npy")), rows]
+    return {"weights": bits(np.load(run / "weights.npy")), "rows": rows, "said": said}
 
 
-def _resume_silent(before: list, after: list, done: Damage, folder: Path) -> str:
-    if before[0] != after[0]:
+def _resume_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
+    if before["weights"] != after["weights"]:
         return "the weights at the end are others"
-    lost = [row["step"] for row in before[1] if row not in after[1]]
-    if lost and done.path != "run/metrics.jsonl":
-        return f"rows of steps {lost} are lost or have changed"
-    return ""
+    lost = [row["step"] for row in before["rows"] if row not in after["rows"]]
+    told = "metrics.jsonl" in done.path and "kept as" in after["said"]
+    return f"rows of steps {lost} are lost or have changed" if lost and not told else ""
+
+
+# --- Cached questions -----------------------------------------------------------------------------
 
 
 def _write_cache(folder: Path) -> None:
@@ -166,9 +315,11 @@ def _write_cache(folder: Path) -> None:
 
 
 def _read_cache(folder: Path) -> dict:
+    from geode_jax.data import question_records
     from geode_jax.data.question_records import open_question_records, question_lengths
     from geode_jax.exports import Export
 
+    question_records._INTACT.clear()  # as in a new process
     records = open_question_records(Export(folder / "export"))
     found = {split: list(records.of_split(split)) for split in ("train", "val")}
     lengths = question_lengths(records, "train", _tokenizer())
@@ -182,39 +333,32 @@ def _tokenizer():
     return train_tokenizer(["How many chair are there? 4", "a table and a lamp"], ["chair"], 2)
 
 
-def _write_tokenizer(folder: Path) -> None:
-    _tokenizer().save(folder)
-
-
-def _export_run(folder: Path) -> Any:
-    from safetensors.numpy import load_file
-
-    out = folder.parent / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    command(["convert", "export", "--workdir", folder / "run", "--out", out])
-    found = {name: bits(array) for name, array in load_file(out / "model.safetensors").items()}
-    return [found, tokenizer_content(out)]
-
+_MODEL = ("run/config.json", "run/tokenizer/*", "run/checkpoints/best/**/*")
 
 TARGETS = {
-    "run/ask": Target(
-        _write_run, _ask, 0.7, ("run/config.json", "run/tokenizer/*", "run/checkpoints/best/**/*")
+    "run/config": Target(
+        _write_run, _config, 1, ("run/config.json", "run/checkpoints/best/*/_CHECKPOINT_METADATA")
     ),
-    "run/export": Target(
-        _write_run, _export_run, 0.3,
-        ("run/config.json", "run/summary.json", "run/tokenizer/*", "run/checkpoints/best/**/*"),
+    "run/ask": Target(_write_run, _ask, 0.5, _MODEL),
+    "run/export": Target(_write_run, _export_run, 0.2, (*_MODEL, "run/summary.json")),
+    "run/leaves": Target(_write_run, _leaves, 0.3, ("run/checkpoints/best/**/*",)),
+    "run/tokenizer": Target(_write_run, _run_tokenizer, 1.5, ("run/tokenizer/*",)),
+    "run/restore": Target(
+        _write_latest, _restore, 0.2, ("run/checkpoints/latest/4/**/*",), _restore_silent
     ),
-    "run/finished": Target(_write_finished, _finished, 1.5, ("run/*",), _finished_silent),
+    "run/end": Target(_write_end, _read_end, 2, ("run/*",), _end_silent),
+    "run/answered": Target(_write_answered, _read_answered, 1, silent=_answered_silent),
     "run/metrics": Target(
-        _write_metrics, _read_metrics_kept, 2, ("metrics.jsonl",), _metrics_silent
+        _write_metrics, lambda folder: _go_on(folder, checked=True), 2, ("metrics.jsonl",),
+        _metrics_silent,
+    ),
+    "run/metrics/older": Target(
+        _write_metrics, lambda folder: _go_on(folder, checked=False), 1, ("metrics.jsonl",),
+        _older_metrics_silent,
     ),
     "run/resume": Target(
-        _write_toy, _resume, 3, ("run/checkpoints/**/*", "run/metrics.jsonl"), _resume_silent
+        _write_toy, _resume, 1, ("run/checkpoints/**/*", "run/metrics.jsonl"), _resume_silent
     ),
     "run/questions": Target(_write_cache, _read_cache, 2, ("export/.questions/**/*",)),
-    "run/tokenizer": Target(
-        _write_tokenizer, tokenizer_content, 2,
-        silent=lambda before, after, done, folder: "a file is none" if done.plain else "",
-    ),
 }  # fmt: skip
 """Name -> target."""

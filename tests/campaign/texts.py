@@ -98,11 +98,11 @@ CONFIGS = ("hidden_cot", "geode_pretrain", "geode_drm", "geode_joint", "geode_al
 
 @functools.cache
 def _fields(name: str) -> list[str]:
+    from geode_jax.build import flat
     from geode_jax.plan.command import read_config
-    from geode_jax.train import _flat
 
     config = read_config(f"configs/{name}.py")
-    return [field.replace("/", ".") for field in _flat(config.to_dict())]
+    return [field.replace("/", ".") for field in flat(config.to_dict())]
 
 
 _INTACT = bytes(range(64))

@@ -482,6 +482,9 @@ def test_one_intrinsic_serves_both_sizes(hall, tmp_path):
     expected = [[120, 0, 230 / 3 - 0.5], [0, 181 / 1.5, 98.5 / 1.5 - 0.5], [0, 0, 1]]
     np.testing.assert_allclose(source.depth_intrinsic, expected)
     np.testing.assert_allclose(source.color_intrinsic, color_k)
+    (folder / "intrinsic" / "intrinsic_depth.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"intrinsic_depth\.txt: must be a 3x3"):
+        open_folder(folder)
 
 
 def test_pose_rows_are_the_same_poses(hall, tmp_path):

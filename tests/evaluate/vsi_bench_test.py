@@ -428,6 +428,10 @@ def test_a_bad_parquet_file_is_refused(files):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), parquet)
     with pytest.raises(UserError, match=r"test.parquet: row 1: question_type: must be one of"):
         vsi_bench.evaluate(predictions, dataset=parquet)
+    table = pyarrow.table({"id": pyarrow.array([b"\xf4"], pyarrow.binary()).view(pyarrow.string())})
+    pyarrow.parquet.write_table(table, parquet)
+    with pytest.raises(UserError, match=r"test.parquet: not parquet: 'utf-8' codec"):
+        vsi_bench.evaluate(predictions, dataset=parquet)
 
 
 @pytest.mark.parametrize(

@@ -1176,6 +1176,9 @@ def test_scenes_of_an_export_of_links_are_adopted_as_files(
     (tmp_path / "snapshot" / "scenes" / "a.safetensors").symlink_to("a.safetensors")
     with ExportWriter(tmp_path / "other", **source.header()) as writer:
         refusal(writer.adopt_scene, source, "a")
+        (tmp_path / "snapshot" / "scenes" / "a.safetensors").unlink()
+        (tmp_path / "snapshot" / "scenes" / "a.safetensors").symlink_to("/dev/zero")
+        assert "is not a regular file" in refusal(writer.adopt_scene, source, "a")
         writer.adopt_scene(source, "b")
 
 

@@ -1,6 +1,7 @@
 """LLaVA-3D's exporter, around a tiny Llama of transformers with LLaVA-3D's interfaces."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -175,6 +176,10 @@ def test_another_vocabulary_is_refused(export, tokenizer, tmp_path, capsys):
     assert "logits over another vocabulary are of no use" in error and error.count("\n") == 1
     assert export("--tokenizer", tmp_path) == 1
     assert "no tokenizer with a vocabulary" in capsys.readouterr().err
+    (tokenizer / "tokenizer.json").unlink()
+    os.mkfifo(tokenizer / "tokenizer.json")
+    assert export("--tokenizer", tokenizer, out="other") == 1
+    assert "not a regular file" in capsys.readouterr().err
 
 
 def test_what_the_teacher_costs_is_written_down(export, tmp_path):

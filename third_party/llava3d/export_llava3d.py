@@ -38,6 +38,8 @@ def same_tokenizer(contract: Any, tokenizer: Any, folder: Path) -> tuple[str, in
         InputError: it cannot be read, or gives a token another id.
     """
     path = folder / "tokenizer.json"
+    if path.exists() and not path.is_file():  # a pipe would wait for somebody who writes
+        raise job.InputError(f"{path}: not a regular file")
     try:
         data = contract.files.read_bytes(path)
         described = contract.files.parse_json(path, data)

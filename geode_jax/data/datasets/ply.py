@@ -1,5 +1,6 @@
 """Vertices of PLY meshes, binary little endian."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,8 @@ def _read_header(path: Path, file) -> tuple[int, np.dtype]:
     if lines[1] != ["format", "binary_little_endian", "1.0"]:
         shown = " ".join(lines[1])[:60]
         raise UserError(f"{path}: {shown!r}: only binary_little_endian 1.0 is read")
-    if lines[2][:2] != ["element", "vertex"] or len(lines[2]) != 3 or not lines[2][2].isdecimal():
+    count = re.fullmatch(r"element vertex (\d{1,12})", " ".join(lines[2]))
+    if not count:
         raise UserError(f"{path}: the first element is not the vertices")
     fields = []
     for line in lines[3:]:
@@ -69,4 +71,4 @@ def _read_header(path: Path, file) -> tuple[int, np.dtype]:
     names = {name for name, _ in fields}
     if not {"x", "y", "z"} <= names or len(names) < len(fields):
         raise UserError(f"{path}: vertices must have one x, y and z each")
-    return int(lines[2][2]), np.dtype(fields)
+    return int(count[1]), np.dtype(fields)

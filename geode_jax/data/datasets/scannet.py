@@ -51,7 +51,8 @@ CELL = 0.1
 """Edge in metres of the cells in which the floor is measured."""
 VOXEL = 0.08
 """Edge in metres of the voxels by which a measured point finds its instance."""
-_MOST_CELLS = 4096
+LARGEST = 400.0
+"""Metres from one end of a scan's mesh to the other, at most; any more is damage."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,8 +311,11 @@ def read_labels(folder: Path, world: np.ndarray) -> Labels | None:
     groups = _groups(folder)
     if not groups:
         return None
-    vertices = read_vertices(folder / f"{folder.name}_vh_clean_2.ply")
-    vertices = vertices @ world[:3, :3].T + world[:3, 3]
+    mesh = folder / f"{folder.name}_vh_clean_2.ply"
+    vertices = read_vertices(mesh) @ world[:3, :3].T + world[:3, 3]
+    extent = np.ptp(vertices, axis=0).max() if len(vertices) else 0.0
+    if not 0 < extent <= LARGEST:
+        raise UserError(f"{mesh}: a mesh of {extent:.3g} m; must be more than 0, at most {LARGEST}")
     path = folder / f"{folder.name}_vh_clean_2.0.010000.segs.json"
     segments = _whole_numbers(path, "segIndices", files.read_json_object(path).get("segIndices"))
     if len(segments) != len(vertices):
@@ -391,7 +395,6 @@ def measure_room(vertices: np.ndarray) -> tuple[np.ndarray, float]:
     count, the space under furniture does.
     """
     cells = np.round((vertices[:, :2] - vertices[:, :2].min(0)) / CELL).astype(np.int64)
-    cells = np.minimum(cells, _MOST_CELLS - 1)
     covered = np.zeros(cells.max(0) + 1, bool)
     covered[tuple(cells.T)] = True
     between = np.ones_like(covered)

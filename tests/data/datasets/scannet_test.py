@@ -366,6 +366,27 @@ def test_what_does_not_belong_together_is_refused(tmp_path, suffix, change, rule
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("data", "rule"),
+    [
+        (
+            ply_bytes(np.diag([1e30, 1, 1])),
+            r"a mesh of \de\+\d\d m; must be more than 0, at most 400",
+        ),
+        (ply_bytes(np.zeros((0, 3))), "a mesh of 0 m"),
+        (
+            ply_bytes(np.zeros((0, 3))).replace(b"vertex 0", b"vertex " + b"9" * 5000),
+            "not the vert",
+        ),
+    ],
+)
+def test_a_mesh_that_no_room_has_is_refused(tmp_path, data, rule):
+    folder = scan_copy(tmp_path)
+    (folder / f"{folder.name}_vh_clean_2.ply").write_bytes(data)
+    with pytest.raises(UserError, match=rule):
+        prepare("scannet", Request(tmp_path, tmp_path / "out", views=2))
+
+
 def test_instances_without_an_extent_are_counted_and_not_asked_about(tmp_path):
     folder = scan_copy(tmp_path)
     path = folder / f"{folder.name}.aggregation.json"
