@@ -208,7 +208,8 @@ def test_lengths_are_those_of_the_tokenizer(request, monkeypatch, name):
     assert all((again[name] == lengths[name]).all() for name in lengths)
 
 
-def test_what_is_kept_has_the_modes_of_the_umask(tmp_path):
+def test_what_is_kept_has_the_modes_of_the_umask(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     export = write_tiny_export(tmp_path / "export", train=2, val=1)
     before = os.umask(0o027)
     try:
