@@ -39,7 +39,7 @@ def main() -> int:
 
         name, _, number = options.at.rpartition(":")
         with tempfile.TemporaryDirectory() as folder:
-            tempfile.tempdir = folder
+            machine.use_only(Path(folder))
             campaign = machine.Campaign(TARGETS, Path(folder), options.seed, options.alarm)
             print(campaign.try_input(name, int(number), options.keep))
         return 0

@@ -312,9 +312,15 @@ def shares(targets: dict[str, Target], inputs: int) -> list[tuple[str, int]]:
     return [(name, number) for name, count in counts.items() for number in range(count)]
 
 
+def use_only(folder: Path) -> None:
+    """Puts whatever this process keeps into a folder, and takes nothing from the user's cache."""
+    tempfile.tempdir = str(folder)
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+
+
 def work(targets: dict[str, Target], folder: Path, seed: int, alarm: float) -> None:
     """The worker: reads `[target, number]` a line from stdin and writes outcomes to stdout."""
-    tempfile.tempdir = str(folder)  # the parent removes it
+    use_only(folder)  # the parent removes it
     # A reader that fills the memory ends in a MemoryError, and the machine goes on.
     resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
     with os.fdopen(os.dup(1), "w") as answers, os.fdopen(os.dup(0)) as questions:
