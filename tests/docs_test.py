@@ -371,7 +371,7 @@ class TestExamples:
             capsys.readouterr()
             asked = ["--scene", scene, "--question", question, "--json"]
             command(["ask", "--workdir", str(tiny_run.workdir), *asked])
-            assert json.loads(capsys.readouterr().out)["answer"] == said
+            assert json.loads(capsys.readouterr().out)["prediction"] == said
 
 
 @pytest.mark.slow
