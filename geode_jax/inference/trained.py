@@ -95,7 +95,7 @@ def open_trained(
     """
     keep_compiled_programs()
     keep_freed_memory()
-    config, checkpoint = open_run(workdir)
+    config = load_config(workdir)
     if rationale:
         _check_rationale(config, "--rationale", workdir)
     if slots is not None:
@@ -104,6 +104,7 @@ def open_trained(
             raise UserError(
                 f"--spatio {slots}: {workdir} has {config.model.drm.slots} rationale tokens"
             )
+    config, checkpoint = open_run(workdir)
     export = open_run_export(workdir)
     try:
         refuse_others(str(export.folder), read_metadata(checkpoint).made_with, export_made(export))

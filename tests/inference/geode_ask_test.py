@@ -337,7 +337,7 @@ def test_a_stage_starts_from_the_one_before(geode_runs):
     ("source", "changes", "said"),
     [
         ("drm", {"width": 48}, r"is \(.*\) there and \(.*\) here"),
-        ("nothing", {}, "nothing: no checkpoint yet"),
+        ("nothing", {}, "nothing/config.json: no run was started in this folder"),
         ("student", {}, "is a hidden_cot run, not a stage of GEODE"),
         ("pretrain", {}, "the rationale module has not learned in .*; start from a geode_drm"),
     ],
