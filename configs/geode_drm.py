@@ -12,7 +12,8 @@ PAYS      eq. 4: the rationales that the frozen decoder reads behind E_spatio al
           E_spatio to the frozen decoder's embedding of the rationales; `loss.layout_weight`, on
           the laptop, to the layout's columns (`objectives/geode.py`).
 
-RESULT    loss of held-out rationales, seeds 0 and 1: 0.564, 0.581; behind another room's E_spatio
+RESULT    (of 2026-11-22, rooms version 5; not measured again since)
+          loss of held-out rationales, seeds 0 and 1: 0.564, 0.581; behind another room's E_spatio
           0.764, 0.815; behind nothing 1.385, 1.218.
 TRIED     drafts of the module by `layout` at step 600: with a correspondence loss that teaches
           which points are near, instead of places on the 2D tokens, 0.037; with places 0.035; with

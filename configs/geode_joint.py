@@ -13,7 +13,8 @@ ARG (they compose)
 PAYS      eq. 7: the words of the answers, and lambda times the squared error of values (their
           logarithms) and boxes at their control tokens. The rationale module is frozen.
 
-RESULT    laptop, 100 held-out rooms, seeds 0 and 1, VSI-Bench's average over rooms' questions: both
+RESULT    (of 2026-11-22, rooms version 5; not measured again since)
+          laptop, 100 held-out rooms, seeds 0 and 1, VSI-Bench's average over rooms' questions: both
           51.8, 49.7; drh=off 46.0, 45.4; drm=off 37.8, 35.8; neither 33.6, 35.7; blind 35.8, 34.3;
           frequency 31.8. Numbers of both: 72.5, 72.7 (blind 40.4, 40.4); choices are at chance.
 
