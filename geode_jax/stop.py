@@ -21,6 +21,9 @@ from geode_jax.distributed import Vote
 GRACE_SECONDS = 5
 """So long may the main thread take to leave by itself, where nothing would be lost."""
 
+TOGETHER_SECONDS = 60
+"""The same for one of several processes, which first meets the others to agree on the end."""
+
 AGAIN_SECONDS = 1
 """A second Ctrl-C after so long is meant: it does not wait for anything to be saved."""
 
@@ -104,7 +107,8 @@ class Stop:
 
     def _end(self, signum: int) -> None:
         """Ends the process if the main thread does not, as soon as nothing would be lost."""
-        while not self._left.wait(GRACE_SECONDS):
+        grace = TOGETHER_SECONDS if jax.distributed.is_initialized() else GRACE_SECONDS
+        while not self._left.wait(grace):
             if not self.unsaved:
                 self._leave(signum, "before its end, nothing is lost")
 
