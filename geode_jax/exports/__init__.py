@@ -17,15 +17,13 @@ from .contract import (
     SCHEMA_VERSION,
     SPECS,
     SPLITS,
-    Export,
     ExportError,
-    ExportWriter,
     TensorSpec,
-    format_summary,
-    validate,
-    write_scene,
 )
 from .files import UserError
+from .reader import Export
+from .validation import format_summary, validate
+from .writer import ExportWriter, write_scene
 
 __all__ = [
     "NUMERIC_KINDS",

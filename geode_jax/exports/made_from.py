@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from . import files
-from .contract import ExportWriter, scene_files
+from .tensor_files import scene_files
+from .writer import ExportWriter
 
 
 def fingerprint(source: Any) -> str:

@@ -298,9 +298,9 @@ def test_only_what_is_asked_for_is_read(export):
 
 def test_a_file_is_hashed_once_and_by_each_reader(pristine, monkeypatch):
     hashed = []
-    original = exports.contract._sha256_of
+    original = exports.reader._sha256_of
     monkeypatch.setattr(
-        exports.contract, "_sha256_of", lambda p: hashed.append(p.name) or original(p)
+        exports.reader, "_sha256_of", lambda p: hashed.append(p.name) or original(p)
     )
     reader = Export(pristine)
     for _ in range(3):
@@ -1082,7 +1082,7 @@ def test_a_full_disk_for_the_manifest(tmp_path, monkeypatch):
     folder = tmp_path / "e"
     writer = ExportWriter(folder, **HEADER)
     writer.add_scene("a", two_files(make_scene())[0], split="train")
-    monkeypatch.setattr(exports.contract.os, "replace", full)
+    monkeypatch.setattr(exports.writer.os, "replace", full)
     line = f"{folder / 'manifest.json'}: cannot be written: No space left on device"
     assert refusal(writer.close) == line
     assert "missing" in refusal(Export, folder)

@@ -1,0 +1,153 @@
+"""Checking a whole export, and the summary of it for a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from . import cameras, scene_names
+from .contract import ASKED, SPECS, SPLITS, ExportError, scene_error, shown
+from .reader import Export
+
+
+def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: bool = False) -> dict:
+    """Reads everything in an export and checks every rule.
+
+    Args:
+        folder: the export.
+        on_error: stop raises at the first bad scene or question, skip counts and lists them.
+        progress: show a progress bar on stderr if tqdm is installed.
+
+    Returns:
+        {"producer": dict, "scenes": int, "splits": {split: scenes}, "questions": {kind: count},
+        "tensors": [{"name", "shape", "dtype", "scenes"}], "bytes": int,
+        "warnings": [str] (what shows that cameras may be wrong, see `cameras.Watch`, and
+        that a room is in several splits),
+        "dropped_questions": int (bad ones and those of dropped scenes, counted nowhere else),
+        "dropped": [(scene or questions.jsonl:LINE, tensor or field, rule)]}. A size that differs
+        between scenes is written low-high.
+
+    Raises:
+        ExportError: see `on_error`; a bad manifest or a questions.jsonl that is not the manifest's
+            is always raised.
+    """
+    if on_error not in ("stop", "skip"):
+        raise ExportError("validate", "on_error", f"must be stop or skip, is {shown(on_error)}")
+    export = Export(folder)
+    errors: list[ExportError] = []
+    splits: Counter = Counter()
+    shapes: dict[str, list[tuple]] = {}
+    dtypes: dict[str, set] = {}
+    watch = cameras.Watch(export.manifest["scale"] == "metric")
+    answered: dict[str, int] = {}  # scene -> the last of its questions that the teacher answered
+    for scene_id in _bar(export.scene_ids(), progress):
+        try:
+            arrays = export.read_scene(scene_id)
+        except ExportError as error:
+            if on_error == "stop":
+                raise
+            errors.append(error)
+            continue
+        splits[export._entries[scene_id]["split"]] += 1
+        if len(arrays.get(ASKED, ())):
+            answered[scene_id] = int(arrays[ASKED].max())
+        for name, array in arrays.items():
+            shapes.setdefault(name, []).append(array.shape)
+            dtypes.setdefault(name, set()).add(array.dtype.name)
+        watch.add(arrays)
+    dropped_questions = None if on_error == "stop" else errors
+    dropped_scenes = {error.where[len("scene ") :] for error in errors}
+    kinds: Counter = Counter()
+    asked: Counter = Counter()
+    for record in export.questions(dropped_questions):
+        asked[record["scene_id"]] += 1
+        if record["scene_id"] not in dropped_scenes:
+            kinds[record["kind"]] += 1
+    for scene_id, last in answered.items():
+        if last >= asked[scene_id] and not dropped_questions:
+            rule = f"question {last}, and the scene has {asked[scene_id]}"
+            error = scene_error(scene_id, ASKED, rule)
+            if on_error == "stop":
+                raise error
+            errors.append(error)
+    tensors = [
+        {
+            "name": name,
+            "shape": [_range(sizes) for sizes in zip(*shapes[name])],
+            "dtype": "/".join(sorted(dtypes[name])),
+            "scenes": len(shapes[name]),
+        }
+        for name in SPECS
+        if name in shapes
+    ]
+    return {
+        "producer": export.manifest["producer"],
+        "scenes": sum(splits.values()),
+        "splits": {split: splits[split] for split in SPLITS if splits[split]},
+        "questions": dict(sorted(kinds.items())),
+        "tensors": tensors,
+        "warnings": [
+            *watch.lines(),
+            *_divided_rooms(export),
+        ],
+        "bytes": sum(path.stat().st_size for path in export.files() if path.is_file()),
+        "dropped_questions": export.manifest["questions"]["count"] - sum(kinds.values()),
+        # Once each: a scene that cannot be opened fails again with every question about it.
+        "dropped": list(dict.fromkeys((e.where, e.field, e.rule) for e in errors)),
+    }
+
+
+def _divided_rooms(export: Export) -> list[str]:
+    """A line about rooms whose scans are in several splits, if there are any."""
+    rooms: dict[str, list[str]] = {}
+    for scene_id in export.scene_ids():
+        rooms.setdefault(scene_names.room_of(scene_id), []).append(scene_id)
+    split_of = {scene_id: entry["split"] for scene_id, entry in export._entries.items()}
+    divided = [scans for scans in rooms.values() if len({split_of[s] for s in scans}) > 1]
+    if not divided:
+        return []
+    scans = ", ".join(f"{scan} of {split_of[scan]}" for scan in divided[0][:4])
+    return [f"scans of {len(divided)} rooms are in several splits, the first: {scans}"]
+
+
+def _range(sizes: Sequence[int]) -> str:
+    low, high = min(sizes), max(sizes)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _bar(items: Sequence[str], progress: bool) -> Iterable[str]:
+    if progress:
+        with contextlib.suppress(ImportError):
+            from tqdm import tqdm
+
+            return tqdm(items, desc="scenes", unit="scene")
+    return items
+
+
+def format_summary(summary: dict) -> str:
+    """`validate`'s summary as text for a terminal."""
+    producer = ", ".join(f"{key} {value}" for key, value in summary["producer"].items())
+    splits = ", ".join(f"{count} {split}" for split, count in summary["splits"].items())
+    rows = [("tensor", "shape", "dtype", "scenes")]
+    for tensor in summary["tensors"]:
+        shape = "[" + ", ".join(tensor["shape"]) + "]"
+        rows.append((tensor["name"], shape, tensor["dtype"], str(tensor["scenes"])))
+    rows += [("", "", "", ""), ("questions", "", "", str(sum(summary["questions"].values())))]
+    rows += [(f"  {kind}", "", "", str(count)) for kind, count in summary["questions"].items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        f"producer: {producer}",
+        f"scenes: {summary['scenes']} ({splits}), {summary['bytes'] / 1e6:.1f} MB",
+        "",
+    ]
+    for row in rows:
+        cells = [f"{row[column]:<{widths[column]}}" for column in range(3)]
+        lines.append("  ".join((*cells, f"{row[3]:>8}")).rstrip())
+    if summary["warnings"]:
+        lines += ["", *(f"warning: {warning}" for warning in summary["warnings"])]
+    if summary["dropped"]:
+        lines += ["", f"dropped, with {summary['dropped_questions']} questions:"]
+        lines += ["  " + ": ".join(filter(None, parts)) for parts in summary["dropped"]]
+    return "\n".join(lines)
