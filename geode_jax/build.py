@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 
 from geode_jax import systems
-from geode_jax.checkpoint import (
-    find_model,
+from geode_jax.checkpoint import find_model
+from geode_jax.checkpoint_files import (
     has_checkpoint,
     has_model,
     read_metadata,
@@ -394,7 +394,7 @@ _PLACES = ("data/export", "data/rgbd", "tokenizer", "init_from", "eval/blind")
 def made_with(
     config: ml_collections.ConfigDict, tokenizer: Tokenizer | None, export: Export | None = None
 ) -> dict[str, str]:
-    """Checksums of what a checkpoint makes sense with; stored with it (`checkpoint.Metadata`)."""
+    """Checksums of what belongs to a checkpoint; stored with it (`checkpoint_files.Metadata`)."""
     left_out = (*MAY_CHANGE, *_PLACES)
     learned = {n: x for n, x in flat(plain(config)).items() if n not in left_out}
     return (

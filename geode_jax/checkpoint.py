@@ -12,32 +12,38 @@ The position is the global step (the data order is a pure function of it) plus t
 loop carries: no iterator is ever pickled.
 """
 
-import contextlib
 import errno
-import functools
-import gc
-import inspect
 import itertools
 import logging
 import os
 import shutil
-import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from geode_jax.checkpoint_files import (
+    Unreadable,
+    checked,
+    fingerprint,
+    first_line,
+    has_metadata,
+    open_checkpoint,
+    read_quietly,
+    refuse_others,
+    shapes_of,
+    silence_failed_reads,
+    step_folders,
+)
 from geode_jax.distributed import is_main, main_first
 from geode_jax.errors import UserError
-from geode_jax.exports import files
-from geode_jax.sealed import is_sealed, seal, unseal
+from geode_jax.sealed import seal, unseal
 from geode_jax.train_step import TrainState
 
 logging.getLogger("absl").setLevel(logging.WARNING)
@@ -82,7 +88,7 @@ class Checkpoints:
         self._open()
 
     def _open(self) -> None:
-        _silence_failed_reads()
+        silence_failed_reads()
         for kind in ("latest", "best"):
             self._put_unreadable_aside(kind)
         self._latest = _checkpointer(self._folder / "latest", _KEPT["latest"])
@@ -91,8 +97,8 @@ class Checkpoints:
     def _put_unreadable_aside(self, kind: str) -> None:
         """Of checkpoints whose metadata Orbax, which reads all of it at once, would fail at."""
         with main_first(f"unreadable {kind} {next(_OPENED)}"):
-            folders = _steps(self._folder.parent, kind)
-            readable = {int(folder.name) for folder in folders if _has_metadata(folder)}
+            folders = step_folders(self._folder.parent, kind)
+            readable = {int(folder.name) for folder in folders if has_metadata(folder)}
             damaged = [folder for folder in folders if int(folder.name) not in readable]
             if damaged and not readable:
                 raise UserError(f"{self._folder / kind}: every checkpoint is damaged")
@@ -112,7 +118,9 @@ class Checkpoints:
                     print(f"{folder}: damaged", flush=True)
                     _rename_damaged(folder)
                 if damaged:
-                    newest = max(int(folder.name) for folder in _steps(self._folder.parent, kind))
+                    newest = max(
+                        int(folder.name) for folder in step_folders(self._folder.parent, kind)
+                    )
                     print(f"going on from step {newest} instead", flush=True)
 
     def __enter__(self):
@@ -157,8 +165,8 @@ class Checkpoints:
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> UserError:
-        _silence_failed_reads()
-        reason = _first_line(error)
+        silence_failed_reads()
+        reason = first_line(error)
         for known in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)):
             if known in str(error):  # TensorStore says much before it
                 reason = known
@@ -223,15 +231,15 @@ class Checkpoints:
         )
         fits = True
         try:
-            stored = _read(checkpointer.checkpointables_metadata, step)
-            metadata = _checked(stored.custom_metadata, step)
-            shapes = _shapes(stored.metadata["state"])
-            fits = not shapes or shapes == _shapes(abstract)
+            stored = read_quietly(checkpointer.checkpointables_metadata, step)
+            metadata = checked(stored.custom_metadata, step)
+            shapes = shapes_of(stored.metadata["state"])
+            fits = not shapes or shapes == shapes_of(abstract)
             if shapes and fits:
                 wanted = {"state": abstract}
-                state = _read(checkpointer.load_checkpointables, step, wanted)["state"]
-        except (_Unreadable, KeyError, TypeError, AttributeError) as error:
-            print(f"{self._folder}: step {step}: {_first_line(error)}", flush=True)
+                state = read_quietly(checkpointer.load_checkpointables, step, wanted)["state"]
+        except (Unreadable, KeyError, TypeError, AttributeError) as error:
+            print(f"{self._folder}: step {step}: {first_line(error)}", flush=True)
         if not fits:
             raise UserError(
                 f"{self._folder}: the checkpoint of step {step} does not fit this "
@@ -244,195 +252,15 @@ class Checkpoints:
         return (state, metadata.position) if metadata.fingerprint == fingerprint(state) else None
 
 
-_METADATA = "_CHECKPOINT_METADATA"
 _KEPT = {"latest": 2, "best": 1}
 """How many checkpoints of a kind are kept."""
 _OPENED = itertools.count()
-
-
-def _has_metadata(folder: Path) -> bool:
-    """Whether a checkpoint has metadata, which is a JSON object of fields that Orbax knows."""
-    try:
-        _opened(folder)
-    except _Unreadable:
-        return False
-    return (folder / _METADATA).exists()
 
 
 def _rename_damaged(folder: Path) -> None:
     """To `damaged_STEP`, or the next free name after it."""
     names = (f"damaged_{folder.name}", *(f"damaged_{folder.name}_{n}" for n in range(2, 1000)))
     folder.rename(next(p for n in names if not (p := folder.with_name(n)).exists()))
-
-
-class Metadata(NamedTuple):
-    """What stands beside the arrays of a checkpoint.
-
-    Attributes:
-        position: of the loop; has `step`.
-        fingerprint: a number of every array, in the order of the saved tree's leaves.
-        made_with: what the checkpoint belongs to -> its checksum; empty in older ones.
-    """
-
-    position: dict[str, Any]
-    fingerprint: list[int]
-    made_with: dict[str, str]
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-def _count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-_UNSEALED: dict[str, Callable[[Any], bool]] = {
-    "step": _count,
-    "seconds": lambda value: _number(value) and 0 <= value < float("inf"),
-    "skipped": _count,
-    "best": lambda value: isinstance(value, dict) and all(map(_number, value.values())),
-    "worse": _count,
-    "stopped_early": lambda value: type(value) is bool,
-    "fingerprint": lambda value: isinstance(value, list) and all(map(_count, value)),
-}
-"""The fields of checkpoints that were written before they had a checksum."""
-
-
-def _checked(metadata: Any, step: int) -> Metadata:
-    """A checkpoint's metadata, of the step that its folder names.
-
-    Raises:
-        _Unreadable: it is damaged.
-    """
-    if not isinstance(metadata, dict):
-        raise _Unreadable("no position is stored")
-    if is_sealed(metadata):
-        position = unseal(metadata)
-        if position is None:
-            raise _Unreadable("its position is not what was stored")
-    else:
-        position = dict(metadata)
-        wrong = [n for n, holds in _UNSEALED.items() if n not in position or not holds(position[n])]
-        if wrong := [*wrong, *(position.keys() - _UNSEALED.keys())]:
-            raise _Unreadable(f"its position has no, or a wrong, {wrong[0]}")
-    if position.get("step") != step:
-        raise _Unreadable(f"its position is of step {position.get('step')}")
-    return Metadata(position, position.pop("fingerprint"), position.pop("made_with", {}))
-
-
-def refuse_others(where: str, stored: Mapping[str, str], own: Mapping[str, str]) -> None:
-    """Refuses a checkpoint that belongs to another configuration, tokenizer or export.
-
-    Args:
-        where: begins the message.
-        stored: of `Metadata.made_with`.
-        own: the same of what is here.
-
-    Raises:
-        UserError: a name that both have stands for another checksum.
-    """
-    for name in stored.keys() & own.keys():
-        if stored[name] != own[name]:
-            raise UserError(
-                f"{where}: was made with another {name} than the one here ({stored[name]}, not "
-                f"{own[name]}): it was changed or damaged since"
-            )
-
-
-class _Unreadable(Exception):
-    """What the reading of damaged files ended in, in one line."""
-
-
-def _read(read: Callable[..., Any], *arguments) -> Any:
-    """`read(*arguments)`, a function of Orbax's.
-
-    Raises:
-        _Unreadable: the files are damaged, or not what was asked for.
-    """
-    _silence_failed_reads()
-    try:
-        return read(*arguments)
-    except Exception as error:  # damaged files raise whatever they end in
-        failure = _first_line(error)
-    gc.collect()  # abandoned reads, which the error's traceback kept
-    raise _Unreadable(failure)
-
-
-@functools.cache
-def _silence_failed_reads() -> None:
-    """Keeps Orbax's failed reads from printing more than their error, from now on.
-
-    It warns of every file that it cannot read. At the first failure it closes its event loop: a
-    read still under way then ends in an error that nobody waits for, in TensorStore's thread, which
-    finds the loop closed, or when its coroutine is collected, or in one that asyncio logs.
-    """
-
-    def no_warning(record):
-        return record.levelno > logging.WARNING or "orbax" not in record.pathname
-
-    def no_abandoned_read(record):
-        said = record.getMessage()
-        return not ("orbax" in said or "tensorstore" in said)
-
-    # Filters, and no levels: absl's are set anew where its flags are parsed.
-    logging.getLogger("absl").addFilter(no_warning)
-    logging.getLogger("asyncio").addFilter(no_abandoned_read)
-    others = sys.unraisablehook
-
-    def hook(unraisable):
-        of, error = unraisable.object, unraisable.exc_value
-        abandoned = inspect.iscoroutine(of) and "orbax" in of.cr_code.co_filename
-        half_made = "'_ssock'" in str(error)  # an event loop for which there was no file left
-        if not (abandoned or half_made or str(error) == "Event loop is closed"):
-            others(unraisable)
-
-    sys.unraisablehook = hook
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
-
-
-def fingerprint(tree) -> list[int]:
-    """A number of every array: the sum of its bits read as integers, the same on every mesh."""
-    return np.asarray(_bit_sums(jax.tree.leaves(tree))).tolist()
-
-
-@jax.jit
-def _bit_sums(leaves: list[jax.Array]) -> jax.Array:
-    def bits(x):
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-        return x
-
-    return jnp.stack([jnp.sum(bits(x).astype(jnp.uint32), dtype=jnp.uint32) for x in leaves])
-
-
-def _shapes(tree) -> list[tuple[int, ...]]:
-    """The shapes of a tree, to be compared before reading: Orbax's failed read leaves tasks behind.
-
-    Sorted, because a stored tree is of dicts, whose order is another.
-    """
-    return sorted(tuple(x.shape) for x in jax.tree.leaves(tree))
-
-
-def _steps(workdir: Path, kind: str) -> list[Path]:
-    """The finished checkpoints of a kind, "best" or "latest"."""
-    # A checkpoint gets its final name, the step, when it is complete.
-    found = (workdir / "checkpoints" / kind).glob("*")
-    return [path for path in found if path.name.isdecimal()]
-
-
-def has_checkpoint(workdir: Path) -> bool:
-    """Whether a run in this folder would resume."""
-    return bool(_steps(workdir, "latest"))
-
-
-def has_model(workdir: Path) -> bool:
-    """Whether a folder has any checkpoint of a run."""
-    return any(_steps(workdir, kind) for kind in ("best", "latest"))
 
 
 def find_model(workdir: Path) -> Path:
@@ -442,33 +270,9 @@ def find_model(workdir: Path) -> Path:
         UserError: there is none.
     """
     for kind in ("best", "latest"):
-        if steps := _steps(workdir, kind):
+        if steps := step_folders(workdir, kind):
             return max(steps, key=lambda path: int(path.name))
     raise UserError(f"{workdir}: no checkpoint yet; training has not come to its first one")
-
-
-def stored_made_with(workdir: Path) -> dict[str, str]:
-    """What a run's checkpoints say they were made with; empty where none can be read."""
-    for kind in ("latest", "best"):
-        for folder in _steps(workdir, kind):
-            with contextlib.suppress(UserError):  # damage is said where the arrays are read
-                return read_metadata(folder).made_with
-    return {}
-
-
-def read_metadata(folder: Path) -> Metadata:
-    """What stands beside the arrays of a run's checkpoint.
-
-    Args:
-        folder: from `find_model`.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        return _checked(_opened(folder).custom_metadata, int(folder.name))
-    except _Unreadable as error:
-        raise UserError(f"{folder}: damaged: {_first_line(error)}") from None
 
 
 def save_model(folder: Path, params: dict[str, jax.Array]) -> None:
@@ -488,9 +292,9 @@ def save_model(folder: Path, params: dict[str, jax.Array]) -> None:
 def stored_dtypes(folder: Path) -> dict[str, Any]:
     """The dtypes of what `save_model` wrote, by name; empty where it is damaged."""
     try:
-        params = _stored(_opened(folder))["params"]
+        params = _stored(open_checkpoint(folder))["params"]
         return {name: stored.dtype for name, stored in params.items()}
-    except (_Unreadable, KeyError, TypeError, AttributeError):
+    except (Unreadable, KeyError, TypeError, AttributeError):
         return {}  # `load_model` says it
 
 
@@ -505,14 +309,14 @@ def load_model(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
         UserError: the checkpoint cannot be read, is damaged, or is one of another model.
     """
     try:
-        opened = _opened(folder)
+        opened = open_checkpoint(folder)
         stored = _stored(opened)
-        if _shapes({name: stored[name] for name in like}) != _shapes(like):
+        if shapes_of({name: stored[name] for name in like}) != shapes_of(like):
             raise ValueError("other shapes")
         return _load_state(folder, like, opened)
-    except (_Unreadable, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (Unreadable, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{folder}: damaged, or a checkpoint of another model ({_first_line(error)})"
+            f"{folder}: damaged, or a checkpoint of another model ({first_line(error)})"
         ) from error
 
 
@@ -530,9 +334,9 @@ def load_leaves(
             shape.
     """
     try:
-        opened = _opened(folder)
+        opened = open_checkpoint(folder)
         stored = _stored(opened)
-    except (_Unreadable, KeyError, TypeError, AttributeError) as error:
+    except (Unreadable, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: damaged, or no checkpoint") from error
     wanted: dict[str, Any] = {}
     for path, variable in like:
@@ -552,8 +356,8 @@ def load_leaves(
         node["value"] = jax.ShapeDtypeStruct(there.shape, there.dtype, sharding=sharding)
     try:
         loaded = _load_state(folder, wanted, opened)
-    except _Unreadable as error:
-        raise UserError(f"{folder}: damaged ({_first_line(error)})") from error
+    except Unreadable as error:
+        raise UserError(f"{folder}: damaged ({first_line(error)})") from error
     found = []
     for path, variable in like:
         keys = [*map(str, path), "value"]
@@ -562,30 +366,11 @@ def load_leaves(
     return found
 
 
-def _opened(folder: Path) -> Any:
-    """Orbax's description of a checkpoint.
-
-    Raises:
-        _Unreadable: it is damaged, or one of its files is a pipe, a device or a link to nothing:
-            Orbax would wait for the first and fill the memory from the second.
-    """
-    for place, _, names in os.walk(folder):
-        for path in (Path(place, name) for name in names):
-            if not path.is_file():
-                raise _Unreadable(f"{path.relative_to(folder)} is not a regular file")
-    try:
-        if (folder / _METADATA).exists():
-            files.read_json_object(folder / _METADATA, nan=True)
-    except UserError as error:
-        raise _Unreadable(str(error)) from None
-    return _read(ocp.checkpointables_metadata, folder.absolute())
-
-
 def _stored(opened: Any) -> Any:
-    """The tree that a checkpoint holds, of shapes and dtypes; errors as of `_read`."""
+    """The tree that a checkpoint holds, of shapes and dtypes; errors as of `read_quietly`."""
     stored = opened.metadata["state"]
     if stored is None:  # Orbax goes on without what it cannot read
-        raise _Unreadable("no metadata")
+        raise Unreadable("no metadata")
     return stored
 
 
@@ -593,25 +378,25 @@ def _load_state(folder: Path, like: Any, opened: Any) -> Any:
     """A part of a checkpoint's tree, found to have the values that were saved.
 
     Raises:
-        _Unreadable: the files are damaged.
+        Unreadable: the files are damaged.
     """
     context = ocp.Context()
     context.pytree.loading.partial_load = True  # a run's latest also holds the optimizer's state
     with context:
-        loaded = _read(ocp.load_checkpointables, folder.absolute(), {"state": like})["state"]
+        loaded = read_quietly(ocp.load_checkpointables, folder.absolute(), {"state": like})["state"]
     metadata = opened.custom_metadata
     if metadata is None and not folder.name.isdecimal():
         return loaded  # a pretrained model, converted before it got a fingerprint
     if folder.name.isdecimal():
-        stored = _checked(metadata, int(folder.name)).fingerprint
+        stored = checked(metadata, int(folder.name)).fingerprint
     else:
         unsealed = unseal(metadata) if isinstance(metadata, dict) else None
         if unsealed is None:
-            raise _Unreadable("its fingerprint is not what was stored")
+            raise Unreadable("its fingerprint is not what was stored")
         stored = unsealed["fingerprint"]
     # As a bag: a part of the tree has no place of its own in the list.
     if Counter(fingerprint(loaded)) - Counter(stored):
-        raise _Unreadable("its values are not what was stored")
+        raise Unreadable("its values are not what was stored")
     return loaded
 
 

@@ -25,7 +25,8 @@ from geode_jax.build import (
     same_run,
     save_config,
 )
-from geode_jax.checkpoint import Checkpoints, has_model
+from geode_jax.checkpoint import Checkpoints
+from geode_jax.checkpoint_files import has_model
 from geode_jax.chips import chip_of
 from geode_jax.distributed import Vote, is_main
 from geode_jax.errors import UserError

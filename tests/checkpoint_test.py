@@ -15,6 +15,7 @@ import pytest
 
 from geode_jax import checkpoint
 from geode_jax.checkpoint import Checkpoints
+from geode_jax.checkpoint_files import fingerprint
 from geode_jax.errors import UserError
 from geode_jax.train_step import TrainState
 
@@ -163,9 +164,7 @@ def test_values_that_changed_on_disk_are_noticed(tmp_path, monkeypatch):
         checkpoints.save(state(1), {"step": 1})
         other = state(2)
         other.params["w"] = other.params["w"].at[7].add(1e-6)
-        monkeypatch.setattr(
-            checkpoint, "fingerprint", lambda _, own=checkpoint.fingerprint: own(state(2))
-        )
+        monkeypatch.setattr(checkpoint, "fingerprint", lambda _, own=fingerprint: own(state(2)))
         checkpoints.save(other, {"step": 2})
         checkpoints.finish()
         monkeypatch.undo()

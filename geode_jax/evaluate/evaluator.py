@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from geode_jax import __version__
-from geode_jax.checkpoint import fingerprint
+from geode_jax.checkpoint_files import fingerprint
 from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.evaluate.answered import Answered

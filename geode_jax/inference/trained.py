@@ -20,7 +20,8 @@ from geode_jax.build import (
     open_run,
     pipeline_config,
 )
-from geode_jax.checkpoint import load_model, read_metadata, refuse_others
+from geode_jax.checkpoint import load_model
+from geode_jax.checkpoint_files import read_metadata, refuse_others
 from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError

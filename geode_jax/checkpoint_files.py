@@ -1,0 +1,248 @@
+"""The folder of a checkpoint: its position, fingerprint and checksum, read and checked.
+
+Damage ends in `Unreadable`, which is one line, before Orbax waits for a file or prints about it.
+"""
+
+import contextlib
+import functools
+import gc
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from geode_jax.errors import UserError
+from geode_jax.exports import files
+from geode_jax.sealed import is_sealed, unseal
+
+_METADATA = "_CHECKPOINT_METADATA"
+
+
+def has_metadata(folder: Path) -> bool:
+    """Whether a checkpoint has metadata, which is a JSON object of fields that Orbax knows."""
+    try:
+        open_checkpoint(folder)
+    except Unreadable:
+        return False
+    return (folder / _METADATA).exists()
+
+
+class Metadata(NamedTuple):
+    """What stands beside the arrays of a checkpoint.
+
+    Attributes:
+        position: of the loop; has `step`.
+        fingerprint: a number of every array, in the order of the saved tree's leaves.
+        made_with: what the checkpoint belongs to -> its checksum; empty in older ones.
+    """
+
+    position: dict[str, Any]
+    fingerprint: list[int]
+    made_with: dict[str, str]
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+_UNSEALED: dict[str, Callable[[Any], bool]] = {
+    "step": _count,
+    "seconds": lambda value: _number(value) and 0 <= value < float("inf"),
+    "skipped": _count,
+    "best": lambda value: isinstance(value, dict) and all(map(_number, value.values())),
+    "worse": _count,
+    "stopped_early": lambda value: type(value) is bool,
+    "fingerprint": lambda value: isinstance(value, list) and all(map(_count, value)),
+}
+"""The fields of checkpoints that were written before they had a checksum."""
+
+
+def checked(metadata: Any, step: int) -> Metadata:
+    """A checkpoint's metadata, of the step that its folder names.
+
+    Raises:
+        Unreadable: it is damaged.
+    """
+    if not isinstance(metadata, dict):
+        raise Unreadable("no position is stored")
+    if is_sealed(metadata):
+        position = unseal(metadata)
+        if position is None:
+            raise Unreadable("its position is not what was stored")
+    else:
+        position = dict(metadata)
+        wrong = [n for n, holds in _UNSEALED.items() if n not in position or not holds(position[n])]
+        if wrong := [*wrong, *(position.keys() - _UNSEALED.keys())]:
+            raise Unreadable(f"its position has no, or a wrong, {wrong[0]}")
+    if position.get("step") != step:
+        raise Unreadable(f"its position is of step {position.get('step')}")
+    return Metadata(position, position.pop("fingerprint"), position.pop("made_with", {}))
+
+
+def refuse_others(where: str, stored: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """Refuses a checkpoint that belongs to another configuration, tokenizer or export.
+
+    Args:
+        where: begins the message.
+        stored: of `Metadata.made_with`.
+        own: the same of what is here.
+
+    Raises:
+        UserError: a name that both have stands for another checksum.
+    """
+    for name in stored.keys() & own.keys():
+        if stored[name] != own[name]:
+            raise UserError(
+                f"{where}: was made with another {name} than the one here ({stored[name]}, not "
+                f"{own[name]}): it was changed or damaged since"
+            )
+
+
+class Unreadable(Exception):
+    """What the reading of damaged files ended in, in one line."""
+
+
+def read_quietly(read: Callable[..., Any], *arguments) -> Any:
+    """`read(*arguments)`, a function of Orbax's.
+
+    Raises:
+        Unreadable: the files are damaged, or not what was asked for.
+    """
+    silence_failed_reads()
+    try:
+        return read(*arguments)
+    except Exception as error:  # damaged files raise whatever they end in
+        failure = first_line(error)
+    gc.collect()  # abandoned reads, which the error's traceback kept
+    raise Unreadable(failure)
+
+
+@functools.cache
+def silence_failed_reads() -> None:
+    """Keeps Orbax's failed reads from printing more than their error, from now on.
+
+    It warns of every file that it cannot read. At the first failure it closes its event loop: a
+    read still under way then ends in an error that nobody waits for, in TensorStore's thread, which
+    finds the loop closed, or when its coroutine is collected, or in one that asyncio logs.
+    """
+
+    def no_warning(record):
+        return record.levelno > logging.WARNING or "orbax" not in record.pathname
+
+    def no_abandoned_read(record):
+        said = record.getMessage()
+        return not ("orbax" in said or "tensorstore" in said)
+
+    # Filters, and no levels: absl's are set anew where its flags are parsed.
+    logging.getLogger("absl").addFilter(no_warning)
+    logging.getLogger("asyncio").addFilter(no_abandoned_read)
+    others = sys.unraisablehook
+
+    def hook(unraisable):
+        of, error = unraisable.object, unraisable.exc_value
+        abandoned = inspect.iscoroutine(of) and "orbax" in of.cr_code.co_filename
+        half_made = "'_ssock'" in str(error)  # an event loop for which there was no file left
+        if not (abandoned or half_made or str(error) == "Event loop is closed"):
+            others(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def fingerprint(tree) -> list[int]:
+    """A number of every array: the sum of its bits read as integers, the same on every mesh."""
+    return np.asarray(_bit_sums(jax.tree.leaves(tree))).tolist()
+
+
+@jax.jit
+def _bit_sums(leaves: list[jax.Array]) -> jax.Array:
+    def bits(x):
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        return x
+
+    return jnp.stack([jnp.sum(bits(x).astype(jnp.uint32), dtype=jnp.uint32) for x in leaves])
+
+
+def shapes_of(tree) -> list[tuple[int, ...]]:
+    """The shapes of a tree, to be compared before reading: Orbax's failed read leaves tasks behind.
+
+    Sorted, because a stored tree is of dicts, whose order is another.
+    """
+    return sorted(tuple(x.shape) for x in jax.tree.leaves(tree))
+
+
+def step_folders(workdir: Path, kind: str) -> list[Path]:
+    """The finished checkpoints of a kind, "best" or "latest"."""
+    # A checkpoint gets its final name, the step, when it is complete.
+    found = (workdir / "checkpoints" / kind).glob("*")
+    return [path for path in found if path.name.isdecimal()]
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a run in this folder would resume."""
+    return bool(step_folders(workdir, "latest"))
+
+
+def has_model(workdir: Path) -> bool:
+    """Whether a folder has any checkpoint of a run."""
+    return any(step_folders(workdir, kind) for kind in ("best", "latest"))
+
+
+def stored_made_with(workdir: Path) -> dict[str, str]:
+    """What a run's checkpoints say they were made with; empty where none can be read."""
+    for kind in ("latest", "best"):
+        for folder in step_folders(workdir, kind):
+            with contextlib.suppress(UserError):  # damage is said where the arrays are read
+                return read_metadata(folder).made_with
+    return {}
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """What stands beside the arrays of a run's checkpoint.
+
+    Args:
+        folder: from `find_model`.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return checked(open_checkpoint(folder).custom_metadata, int(folder.name))
+    except Unreadable as error:
+        raise UserError(f"{folder}: damaged: {first_line(error)}") from None
+
+
+def open_checkpoint(folder: Path) -> Any:
+    """Orbax's description of a checkpoint.
+
+    Raises:
+        Unreadable: it is damaged, or one of its files is a pipe, a device or a link to nothing:
+            Orbax would wait for the first and fill the memory from the second.
+    """
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            if not path.is_file():
+                raise Unreadable(f"{path.relative_to(folder)} is not a regular file")
+    try:
+        if (folder / _METADATA).exists():
+            files.read_json_object(folder / _METADATA, nan=True)
+    except UserError as error:
+        raise Unreadable(str(error)) from None
+    return read_quietly(ocp.checkpointables_metadata, folder.absolute())
