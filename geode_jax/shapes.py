@@ -24,16 +24,6 @@ import dataclasses
 import jax
 import numpy as np
 
-RELATIONS = (
-    "left_right",
-    "above_below",
-    "proximity",
-    "contact",
-    "size_comparison",
-    "orientation",
-)
-"""Binary relations of the spatial head; a target is the probability of the first alternative."""
-
 MAX_OBJECTS = 5
 """O: at most this many objects of a question are targets of the spatial head (VSI-Bench's
 relative distance names five)."""

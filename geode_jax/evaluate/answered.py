@@ -55,8 +55,11 @@ class Answered:
     def keep(self, batch: dict[str, Any]) -> None:
         """Adds a finished batch."""
         if self._file is not None:
-            self._file.write(_line(batch | {"batch": self._next}))
-            self._file.flush()
+            try:
+                self._file.write(_line(batch | {"batch": self._next}))
+                self._file.flush()
+            except OSError as error:
+                raise files.cannot_write(self._path, error) from None
             self._next += 1
 
 

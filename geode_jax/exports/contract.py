@@ -42,7 +42,8 @@ RELATIONS = (
     "size_comparison",
     "orientation",
 )
-"""Names of a question's `relation`; the number is the probability of the first alternative."""
+"""Names of a question's `relation`; the number is the probability of the first alternative. The
+spatial head has one output for each, in this order."""
 NUMERIC_KINDS = (
     "object_counting",
     "object_abs_distance",

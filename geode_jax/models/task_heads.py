@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from geode_jax import ranges
+from geode_jax.exports import RELATIONS
 from geode_jax.models.layers import LayerNorm, Mlp, Projection, param
 from geode_jax.ops.attention import Intervals, attention
-from geode_jax.shapes import MAX_OBJECTS, RELATIONS, Array
+from geode_jax.shapes import MAX_OBJECTS, Array
 
 BOX_CODE = 8
 """Width of an encoded box; see `boxes.encode_boxes`."""
