@@ -91,7 +91,8 @@ def _run(
     finish, show = END[config.system]
     ended = _ended(config, workdir)
     if ended is not None:
-        print(f"ended before: without {workdir / SUMMARY} it is evaluated again", flush=True)
+        again = f"delete {workdir / SUMMARY} to evaluate the run again"
+        print(f"ended before: these are its scores; {again}", flush=True)
         show(ended, workdir)
         return ended
     lock = locked(workdir / LOCK, str(workdir), must=True)  # of all processes of the run

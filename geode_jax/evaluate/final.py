@@ -114,7 +114,7 @@ def show(summary: dict[str, Any], workdir: Path) -> None:
     if (workdir / REPORT).exists():
         print(f"report: {workdir / REPORT}", flush=True)
     else:
-        print(f"report: {REPORT} is missing; without {SUMMARY} it is written again", flush=True)
+        print(f"report: {REPORT} is missing; delete {SUMMARY} to have it written again", flush=True)
 
 
 def _notes(run) -> list[str]:
