@@ -15,7 +15,9 @@ ARG (they compose)
     vision=off              the blind baseline: the same budget without any view
     rgbd=FOLDER             a real RGB-D folder (color/ depth/ pose/ intrinsic/) instead of rooms
 
-RESULT    (of 2026-11-22, rooms version 5; not measured again since targets changed on 2026-11-30)
+RESULT    laptop, rooms version 6, seed 0 (2026-11-30): four relations 0.852, numbers (MRA) 0.744,
+          without counting 0.797, closest of four 0.708. All that follows is of 2026-11-22, rooms
+          version 5, and was not measured again:
           laptop, 200 held-out rooms, three seeds, mean (least to most): four relations 0.879 (0.847
           to 0.903), numbers (MRA) 0.736 (0.724 to 0.755), without counting 0.782 (0.759 to 0.804).
           Blind (`vision=off`, seed 0): 0.502, 0.370, 0.307. Frequency: 0.296, 0.330, 0.278.
