@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from benchmarks import ledger
-from geode_jax.build import keep_freed_memory
 from geode_jax.ops.attention import Intervals, attention, visible
+from geode_jax.runtime.process import keep_freed_memory
 
 HEADS, WIDTH, SEGMENTS = 8, 64, 4
 LENGTHS = (512, 1024, 2048, 4096, 8192)

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from benchmarks import ledger
-from geode_jax.build import keep_freed_memory
-from geode_jax.losses import token_cross_entropy
+from geode_jax.objectives.losses import token_cross_entropy
 from geode_jax.ops.cross_entropy import token_loss
+from geode_jax.runtime.process import keep_freed_memory
 
 ENTRIES, WIDTH = 151_936, 256
 MB = 2**20

@@ -38,11 +38,11 @@ from flax import nnx
 
 from benchmarks import ledger
 from configs import hidden_cot
-from geode_jax.chips import Chip, chip_of
-from geode_jax.inference.generate import generate
-from geode_jax.losses import token_cross_entropy
+from geode_jax.measure.chips import Chip, chip_of
 from geode_jax.models.decoder import QWEN2P5_1P5B, Decoder
 from geode_jax.models.decoding import for_decoding, with_decoding
+from geode_jax.models.generate import generate
+from geode_jax.objectives.losses import token_cross_entropy
 from geode_jax.ops.attention import Intervals, attention, causal
 from geode_jax.ops.cross_entropy import token_loss
 from geode_jax.ops.selective_scan import selective_scan

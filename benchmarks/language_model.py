@@ -25,12 +25,12 @@ import transformers
 from flax import nnx
 
 from benchmarks import ledger
-from geode_jax.build import keep_freed_memory
-from geode_jax.inference.generate import generate
-from geode_jax.losses import token_cross_entropy
 from geode_jax.models.decoder import Decoder
 from geode_jax.models.decoding import for_decoding
+from geode_jax.models.generate import generate
+from geode_jax.objectives.losses import token_cross_entropy
 from geode_jax.ops.attention import causal
+from geode_jax.runtime.process import keep_freed_memory
 from geode_jax.weights import load_pretrained
 
 transformers.utils.logging.disable_progress_bar()

@@ -83,7 +83,7 @@ class Apart:
 def _serve(pipe, keep_memory: bool, make: Callable[..., Any], args: tuple) -> None:
     import torch
 
-    from geode_jax.build import keep_freed_memory
+    from geode_jax.runtime.process import keep_freed_memory
 
     if keep_memory:
         keep_freed_memory()

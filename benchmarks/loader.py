@@ -23,7 +23,8 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import ledger
-from geode_jax.data.pipeline import Pipeline, PipelineConfig
+from geode_jax.data.pipeline import Pipeline
+from geode_jax.data.settings import PipelineConfig
 from geode_jax.data.tokens import train_tokenizer
 from geode_jax.exports import Export, ExportWriter
 

@@ -26,9 +26,9 @@ from transformers import MambaModel
 from transformers.models.mamba.modeling_mamba import MambaBlock as Reference
 
 from benchmarks import ledger
-from geode_jax.build import keep_freed_memory
 from geode_jax.models.mamba import MambaBlock, MambaConfig
 from geode_jax.ops.selective_scan import selective_scan
+from geode_jax.runtime.process import keep_freed_memory
 
 WIDTH, POSITIONS, SHORT = 512, 1024, 128
 

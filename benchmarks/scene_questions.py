@@ -16,7 +16,7 @@ import jax
 
 from benchmarks import ledger
 from benchmarks.cold_start import start
-from geode_jax.inference.predict import Predictor
+from geode_jax.results.predict import Predictor
 
 QUESTIONS = 100
 

@@ -45,8 +45,8 @@ import ml_collections
 
 from configs.common import parse_arg
 from geode_jax.errors import UserError
-from geode_jax.losses import TERMS
 from geode_jax.objectives.hidden_cot import GROUPS
+from geode_jax.objectives.losses import TERMS
 
 SWITCHES = {
     "size": ("laptop", ("laptop", "small", "full")),

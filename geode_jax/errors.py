@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 
-from geode_jax import devices as _devices  # noqa: F401 - it keeps JAX's plug-ins quiet
 from geode_jax.exports.files import UserError, one_line
 
 INTERRUPTED = 130

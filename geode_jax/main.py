@@ -34,7 +34,7 @@ def _workdir() -> Path:
 
 def main(argv: list[str]) -> None:
     """Train, evaluate, write the report; the same command again resumes."""
-    from geode_jax import distributed
+    from geode_jax.runtime import distributed
     from geode_jax.train import train_and_evaluate
 
     if len(argv) > 1:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from geode_jax.devices import find_devices
+from geode_jax.runtime.devices import find_devices
 from geode_jax.shapes import Array
 
 AXES = ("data", "fsdp", "model")

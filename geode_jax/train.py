@@ -12,40 +12,32 @@ from typing import Any, NoReturn
 import jax
 import ml_collections
 
-from geode_jax.build import (
-    Run,
-    build,
-    check_config,
-    keep_compiled_programs,
-    keep_freed_memory,
-    load_config,
-    made_with,
-    plain,
-    refuse_another_run,
-    same_run,
-    save_config,
-)
-from geode_jax.checkpoint import Checkpoints
-from geode_jax.checkpoint_files import has_model
-from geode_jax.chips import chip_of
-from geode_jax.distributed import Vote, is_main
 from geode_jax.errors import UserError
-from geode_jax.evaluate import final, geode_final
-from geode_jax.evaluate.efficiency import peak_memory
-from geode_jax.evaluate.summary import SUMMARY, lost_files, read_summary
-from geode_jax.flops import model_flops
-from geode_jax.lock import LOCK, locked
-from geode_jax.metrics import MetricsWriter, progress
-from geode_jax.parameters import parameter_table
+from geode_jax.measure.chips import chip_of
+from geode_jax.measure.cost import peak_memory
+from geode_jax.measure.flops import model_flops
+from geode_jax.measure.meter import Meter, Profile
+from geode_jax.measure.parameters import parameter_table
+from geode_jax.results import geode
+from geode_jax.results import student as final
+from geode_jax.runs.build import Run, build
+from geode_jax.runs.config import check_config, load_config, plain, save_config
+from geode_jax.runs.identity import made_with, refuse_another_run, same_run
+from geode_jax.runs.summary import SUMMARY, lost_files, read_summary
+from geode_jax.runs.systems import GEODE_STAGES
+from geode_jax.runtime.distributed import Vote, is_main
+from geode_jax.runtime.lock import LOCK, locked
+from geode_jax.runtime.process import keep_compiled_programs, keep_freed_memory
+from geode_jax.runtime.stop import Ballot, Stop, Stopped
 from geode_jax.sharding import batch_sharding, rows_of_process, shard_batch
-from geode_jax.stop import Ballot, Stop, Stopped
-from geode_jax.systems import GEODE_STAGES
-from geode_jax.train_step import TrainState, make_train_step
-from geode_jax.utilisation import Meter, Profile
+from geode_jax.training.checkpoint import Checkpoints
+from geode_jax.training.checkpoint_files import has_model
+from geode_jax.training.metrics import MetricsWriter, progress
+from geode_jax.training.step import TrainState, make_train_step
 
 END = {
     "hidden_cot": (final.evaluate_and_report, final.show),
-    **dict.fromkeys(GEODE_STAGES, (geode_final.evaluate_stage, geode_final.show)),
+    **dict.fromkeys(GEODE_STAGES, (geode.evaluate_stage, geode.show)),
 }
 """Of each system: what scores a finished training, and what prints that."""
 

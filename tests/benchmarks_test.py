@@ -10,7 +10,7 @@ pytest.importorskip("torch", reason="PyTorch, which benchmarks compare with, is 
 
 from benchmarks import __main__ as bench
 from benchmarks import ledger
-from tests.own_process import output_of
+from tests.helpers.own_process import output_of
 
 FACTS = {"dtype": "float32", "shape": [1, 2]}
 

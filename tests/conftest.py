@@ -51,15 +51,52 @@ def data_root() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """A finished run of three steps on twelve rooms (`tests.runs.TinyRun`); read only."""
-    from tests.runs import make_tiny_run  # imports JAX, which not every test needs
+    """A finished run of three steps on twelve rooms (`tests.helpers.runs.TinyRun`); read only."""
+    from tests.helpers.runs import make_tiny_run
 
     return make_tiny_run(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
 def geode_runs(tmp_path_factory):
-    """Finished runs of GEODE's stages: pretrain, drm, joint (`tests.runs.TinyRun`); read only."""
-    from tests.runs import make_tiny_geode_runs
+    """Finished runs of GEODE's stages: pretrain, drm, joint (`tests.helpers.runs.TinyRun`); read only."""
+    from tests.helpers.runs import make_tiny_geode_runs
 
     return make_tiny_geode_runs(tmp_path_factory.mktemp("geode"))
+
+
+@pytest.fixture(scope="session")
+def geode_export(tmp_path_factory):
+    """Four train and two val scenes of `write_geode_export`; read only."""
+    from tests.helpers.exports import write_geode_export
+
+    return write_geode_export(tmp_path_factory.mktemp("exports") / "geode")
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tmp_path_factory):
+    """Seven train and three val scenes; read only: whoever breaks files makes an own copy."""
+    from tests.helpers.exports import write_tiny_export
+
+    return write_tiny_export(tmp_path_factory.mktemp("exports") / "tiny")
+
+
+@pytest.fixture
+def run(capfd):
+    """Runs a command: (exit status, stdout, stderr)."""
+    from geode_jax.cli.command import main
+
+    def call(*arguments) -> tuple[int, str, str]:
+        status = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code
+        return status, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def torch():
+    return pytest.importorskip("torch", reason="PyTorch, the reference implementation, is absent")

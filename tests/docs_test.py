@@ -301,7 +301,7 @@ class TestExamples:
         return found
 
     def test_a_loss(self):
-        losses = importlib.import_module("geode_jax.losses")
+        losses = importlib.import_module("geode_jax.objectives.losses")
         names = dict(vars(losses))
         exec(self.block("def depth_gradient"), names)
         depth, target = jnp.array([[1.0, 2.0, 4.0, jnp.nan]]), jnp.array([[1.0, 1.0, 2.0, 3.0]])
@@ -309,8 +309,8 @@ class TestExamples:
         assert (float(total), float(count)) == (2.0, 2.0)
 
     def test_a_question_kind(self):
-        questions = importlib.import_module("geode_jax.data.room_questions")
-        rooms = importlib.import_module("geode_jax.data.rooms")
+        questions = importlib.import_module("geode_jax.sources.questions.asker")
+        rooms = importlib.import_module("geode_jax.sources.rooms.export")
         names = dict(vars(questions))
         exec(self.block("def _taller"), names)
         seen = rooms.seen_room(*rooms.make_and_observe(0, 0))
@@ -322,8 +322,8 @@ class TestExamples:
             assert draft["answer"] == max(heights, key=heights.get)
 
     def test_a_reader(self, tiny_rooms, tmp_path, monkeypatch):
-        datasets = importlib.import_module("geode_jax.data.datasets")
-        module = types.ModuleType("geode_jax.data.datasets.my_qa")
+        datasets = importlib.import_module("geode_jax.sources.datasets")
+        module = types.ModuleType("geode_jax.sources.datasets.my_qa")
         exec(self.block("def my_qa"), vars(module))
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setitem(datasets.SOURCES, "my-qa", "my_qa:my_qa")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from geode_jax.devices import find_devices
+from geode_jax.runtime.devices import find_devices
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG = """

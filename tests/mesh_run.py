@@ -13,10 +13,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from geode_jax import build
+from geode_jax.runs import build
 from geode_jax.sharding import make_mesh, rows_of_process, shard_batch
-from geode_jax.train_step import make_train_step
-from tests.runs import tiny_config, tiny_geode_config
+from geode_jax.training.step import make_train_step
+from tests.helpers.runs import tiny_config, tiny_geode_config
 
 STEPS, SCENES = 20, 8
 
@@ -31,7 +31,7 @@ def spread(x: jax.Array) -> list:
 
 
 def measure(config, workdir: Path) -> dict:
-    """Losses, answers and shardings of a run on the mesh that `build` makes."""
+    """Losses, answers and shardings of a run on the mesh that `runs.build` makes."""
     run = build.build(config, workdir)
     state, mesh = run.state, run.mesh
     params = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(state.params)}

@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec
 
 from geode_jax import sharding
 from geode_jax.models.layers import param
+from tests.helpers.own_process import output_of
+from tests.helpers.runs import tiny_rooms
 from tests.mesh_run import STEPS
-from tests.own_process import output_of
-from tests.runs import tiny_rooms
 
 MESHES = ("1x8x1", "2x4x1", "2x2x2", "1x1x8")
 

@@ -31,7 +31,7 @@ def example() -> str:
 
 @pytest.mark.slow  # needs a trained run
 def test_a_checkpoint_is_read_on_four_devices_with_orbax_and_jax_alone(tiny_run):
-    from geode_jax.inference.trained import open_trained
+    from geode_jax.runs.trained import open_trained
 
     code = example()
     assert code.count("runs/hidden_cot") == 1

@@ -11,21 +11,22 @@ import jax.numpy as jnp
 import ml_collections
 import pytest
 
+from benchmarks import scaling
 from configs.geode_joint import get_config as geode
 from configs.hidden_cot import get_config as student
-from geode_jax import build
-from geode_jax.chips import CHIPS, chip_of
+from geode_jax.cli.command import main
 from geode_jax.errors import UserError
 from geode_jax.exports import Export
-from geode_jax.flops import count_flops
-from geode_jax.inference.cli import main
-from geode_jax.plan import command, scaling
+from geode_jax.measure.chips import CHIPS, chip_of
+from geode_jax.measure.flops import count_flops
+from geode_jax.plan import command
 from geode_jax.plan.bounds import Bounds, network_seconds
 from geode_jax.plan.compiled import Program, Run, make_run, missing_memory
 from geode_jax.plan.described import abstract_batch, describe
 from geode_jax.plan.hlo import Collective, Module, mesh_axes, shape_bytes
 from geode_jax.plan.topology import TARGETS, devices_of, parse_topology
-from tests.runs import tiny_config, tiny_geode_config, tiny_rooms
+from geode_jax.runs.data import make_pipelines, prepare_tokenizer
+from tests.helpers.runs import tiny_config, tiny_geode_config, tiny_rooms
 
 # --- Chips and topologies -------------------------------------------------------------------------
 
@@ -133,8 +134,8 @@ def test_described_rooms_have_the_shapes_of_real_ones(system, tmp_path):
     else:
         config = tiny_geode_config("joint", folder)
     export = Export(folder)
-    tokenizer = build.prepare_tokenizer(config, export, tmp_path)
-    real = build.make_pipelines(config, export, tokenizer)["train"]
+    tokenizer = prepare_tokenizer(config, export, tmp_path)
+    real = make_pipelines(config, export, tokenizer)["train"]
     with config.unlocked():
         config.data.export = "rooms"
         config.data.rooms_images = images

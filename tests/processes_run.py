@@ -10,11 +10,11 @@ import json
 import sys
 from pathlib import Path
 
-from geode_jax import distributed
 from geode_jax.data.pipeline import Pipeline
 from geode_jax.errors import reported
+from geode_jax.runtime import distributed
 from geode_jax.train import train_and_evaluate
-from tests.runs import tiny_config
+from tests.helpers.runs import tiny_config
 
 
 def note_what_is_read(path: Path) -> None:

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from geode_jax import coordinator, distributed
-from geode_jax.data.rooms import make_rooms
 from geode_jax.errors import UserError
 from geode_jax.exports import Export
-from geode_jax.metrics import read_metrics
+from geode_jax.runtime import coordinator, distributed
+from geode_jax.sources.rooms.export import make_rooms
+from geode_jax.training.metrics import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STEPS, EPOCH = 12, 4

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from geode_jax.data.datasets import Request
 from geode_jax.errors import UserError
 from geode_jax.models.decoder import DecoderConfig
 from geode_jax.models.drm import DrmConfig
@@ -14,8 +13,9 @@ from geode_jax.models.mamba import MambaConfig
 from geode_jax.models.vit import VitConfig
 from geode_jax.objectives.geode import GeodeStageConfig
 from geode_jax.objectives.hidden_cot import HiddenCoTConfig
-from geode_jax.optimizer import OptimizerConfig
-from tests.tiny_models import STUDENT
+from geode_jax.sources.datasets import Request
+from geode_jax.training.optimizer import OptimizerConfig
+from tests.helpers.tiny_models import STUDENT
 
 DECODER = STUDENT.decoder
 VIT = VitConfig(image_size=12, patch_size=3, width=8, layers=2, heads=2, mlp_width=12)

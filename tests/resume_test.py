@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from geode_jax.metrics import read_metrics
-from tests.runs import tiny_rooms
+from geode_jax.training.metrics import read_metrics
+from tests.helpers.runs import tiny_rooms
 
 STEPS = 12
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = """
 import sys
 from pathlib import Path
-from tests.runs import tiny_config
+from tests.helpers.runs import tiny_config
 from geode_jax.train import train_and_evaluate
 export, workdir, workers, steps = sys.argv[1:]
 config = tiny_config(Path(export), steps=int(steps), checkpoint_every=3, eval_every=4)

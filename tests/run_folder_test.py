@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from geode_jax.build import load_config
 from geode_jax.errors import UserError
 from geode_jax.exports.files import read_json_object, write_json
-from geode_jax.inference.trained import open_trained
+from geode_jax.runs.config import load_config
+from geode_jax.runs.trained import open_trained
 from geode_jax.train import _ended, _is_best, train_and_evaluate
 
 

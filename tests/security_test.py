@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from geode_jax.cli.command import main
 from geode_jax.errors import UserError
-from geode_jax.inference.cli import main
 from geode_jax.weights import load_pretrained
 
 QWEN = {

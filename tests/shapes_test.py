@@ -1,7 +1,7 @@
 """A batch without what its scenes look like."""
 
 from geode_jax.shapes import without_vision
-from tests.tiny_models import tiny_batch
+from tests.helpers.tiny_models import tiny_batch
 
 
 def test_without_vision_no_scene_has_a_view():

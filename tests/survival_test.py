@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from geode_jax.metrics import read_metrics
-from tests.toy_run import EVERY
+from geode_jax.training.metrics import read_metrics
+from tests.helpers.toy_run import EVERY
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STEPS = 120
@@ -33,7 +33,7 @@ def start(workdir: Path, *fault: str) -> subprocess.Popen:
     workdir.mkdir(exist_ok=True)
     with (workdir / "output").open("a") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.toy_run", str(workdir), str(STEPS), *fault],
+            [sys.executable, "-m", "tests.helpers.toy_run", str(workdir), str(STEPS), *fault],
             env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
             cwd=REPOSITORY,
             stdout=log,

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from geode_jax.inference.predict import Predictor
+from geode_jax.results.predict import Predictor
 from geode_jax.train import train_and_evaluate
-from tests.runs import tiny_config, tiny_rooms
+from tests.helpers.runs import tiny_config, tiny_rooms
 
 
 @pytest.fixture(scope="module")

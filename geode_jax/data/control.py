@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from geode_jax.data.targets import LOG_VALUES, held_boxes, plausible
 from geode_jax.exports import NUMERIC_KINDS, units
+from geode_jax.targets import LOG_VALUES, held_boxes, plausible
 
 REG, BOX = "<REG>", "<3DBBOX>"
 """The tokens: a number, a box. The state at one of them is regressed, see `models.drh`."""

@@ -7,10 +7,11 @@ either.
 import difflib
 from collections.abc import Iterable
 
-from geode_jax.data import rgbd_questions, room_questions
 from geode_jax.errors import UserError
 from geode_jax.exports import NUMERIC_KINDS
-from geode_jax.exports.prompts import VSI_CHOICE_KINDS, VSI_NUMERIC_KINDS
+from geode_jax.exports.kinds import VSI_CHOICE_KINDS, VSI_NUMERIC_KINDS
+from geode_jax.sources.questions import room
+from geode_jax.sources.rgbd import questions as rgbd_questions
 
 _BENCHMARKS = VSI_NUMERIC_KINDS | VSI_CHOICE_KINDS | set(NUMERIC_KINDS)
 _DATA_SETS = (
@@ -19,7 +20,7 @@ _DATA_SETS = (
 )
 KINDS = frozenset(
     {
-        *room_questions.KINDS,
+        *room.KINDS,
         *rgbd_questions.KINDS,
         *_BENCHMARKS,
         *(f"{kind}_open" for kind in _BENCHMARKS),

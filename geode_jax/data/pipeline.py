@@ -33,7 +33,6 @@ from geode_jax.data.question_records import (
     question_lengths,
 )
 from geode_jax.data.scene_arrays import (
-    GEODE_VISION,
     SceneShapes,
     batch_rows,
     empty_rows,
@@ -41,156 +40,17 @@ from geode_jax.data.scene_arrays import (
     scene_tensors,
     stack_rows,
 )
-from geode_jax.data.targets import left_out
+from geode_jax.data.settings import PipelineConfig
 from geode_jax.data.tokens import Tokenizer
-from geode_jax.distributed import is_main
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, ExportError
 from geode_jax.exports.prompts import prompt
+from geode_jax.runtime.distributed import is_main
 from geode_jax.shapes import Batch
+from geode_jax.targets import left_out
 
 _CACHE_BYTES = 256 * 2**20  # of tokenized questions, per process
 _SCENE_ORDER, _QUESTION_DRAW, _EVAL_SCENES, _SCENE_CHOICE = range(4)  # independent streams
-
-
-@dataclasses.dataclass(frozen=True)
-class PipelineConfig:
-    """What a batch looks like.
-
-    Attributes:
-        export: folder of the export.
-        scenes_per_batch, questions_per_scene: S and Q.
-        question_length, answer_length: Lq (prompt + bos) and La (answer + eos). A longer question
-            is left out and counted in `Pipeline.dropped`, never cut.
-        max_boxes: N.
-        rows_per_scene, row_length: M and R of the packed text; as many of the Q drawn questions as
-            fit are asked, in the order they were drawn.
-        vision: the tensor the model sees: "vggt/tokens" or "teacher/features" (the student),
-            "images" or "internvit/tokens" (GEODE), with which come the points of
-            `sonata/features` where there are some.
-        seed: of the order of scenes and the draw of questions, >= 0.
-        workers: threads that make batches ahead of the training step. Reading and copying large
-            tensors releases Python's lock, so that they run beside each other; on a CPU that also
-            trains, more than one takes cores from the step.
-        on_bad_scene: "stop" raises at a scene that breaks the contract, "skip" counts it and puts
-            the epoch's next good scene in its place.
-        answer_field: "answer", or "teacher_answer" to learn from and score against the teacher, or
-            "rationale"; questions without it are left out and counted.
-        controls: ids of `<REG>` and `<3DBBOX>`: an "answer" that is a number or a box is one of
-            them. Without them, questions that are answered by a box are left out and counted.
-        kind_weights: how much more likely a kind is drawn than one of weight 1; 0 never.
-        source_weights: the same of data sets, see `data.mixture`.
-        fraction: of the questions of every source and kind that are used at all, drawn by `seed`.
-        logits: whether the teacher's come with its answers, where the export has them; those over
-            another vocabulary are refused.
-        depth_ratio: r; target depth is [gh * r, gw * r].
-    """
-
-    export: str
-    scenes_per_batch: int
-    questions_per_scene: int
-    question_length: int
-    answer_length: int
-    max_boxes: int
-    rows_per_scene: int
-    row_length: int
-    vision: str = "vggt/tokens"
-    seed: int = 0
-    workers: int = 1
-    on_bad_scene: str = "stop"
-    answer_field: str = "answer"
-    controls: tuple[int, int] | None = None
-    kind_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    source_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    fraction: float = 1.0
-    logits: bool = True
-    depth_ratio: int = 2
-
-    def __post_init__(self):
-        smallest = dict(
-            scenes_per_batch=1,
-            questions_per_scene=1,
-            question_length=1,
-            answer_length=1,
-            max_boxes=0,
-            rows_per_scene=1,
-            row_length=1,
-            seed=0,
-            workers=1,
-            depth_ratio=1,
-        )
-        for name, least in smallest.items():
-            if getattr(self, name) < least:
-                raise UserError(f"data: {name}: {getattr(self, name)} is less than {least}")
-        choices = {
-            "vision": ("vggt/tokens", "teacher/features", *GEODE_VISION),
-            "on_bad_scene": ("stop", "skip"),
-            "answer_field": ANSWER_FIELDS,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"data: {name}: {getattr(self, name)!r} is not one of {allowed}")
-        if self.controls and len(set(self.controls)) != 2:
-            raise UserError(f"data: controls: {self.controls} are not two different ids")
-        for field in ("kind_weights", "source_weights"):
-            for name, weight in getattr(self, field).items():
-                if type(weight) not in (int, float) or not 0 <= weight < float("inf"):
-                    raise UserError(f"data: {field}: {name}: {weight} is no weight >= 0")
-        if not 0 < self.fraction <= 1:
-            raise UserError(f"data: fraction: {self.fraction} is not in (0, 1]")
-
-    def asking_all(self) -> "PipelineConfig":
-        """The same without weights and fraction, which are training's alone."""
-        return dataclasses.replace(self, kind_weights={}, source_weights={}, fraction=1.0)
-
-
-class LengthSummary(NamedTuple):
-    """Token counts of a kind's questions: 99.9th percentile and maximum, bos and eos included."""
-
-    count: int
-    question_p999: int
-    question_max: int
-    answer_p999: int
-    answer_max: int
-
-
-def measure_lengths(
-    export: Export,
-    tokenizer: Tokenizer,
-    split: str = "train",
-    kinds: Sequence[str] | None = None,
-    answer_field: str = "answer",
-    on_bad_scene: str = "stop",
-    controls: tuple[int, int] | None = None,
-) -> dict[str, LengthSummary]:
-    """How long questions and answers are, to choose Lq and La by.
-
-    Args:
-        export: opened export.
-        tokenizer: whose tokens count.
-        split: which scenes.
-        kinds: only these; None for all.
-        answer_field: whose lengths `answer_*` are; questions without it are not counted.
-        on_bad_scene, controls: as in `PipelineConfig`; what it leaves out is not counted.
-
-    Returns:
-        Kind -> summary, and "all" -> that of all kinds together; empty without a question.
-    """
-    lengths = question_lengths(open_question_records(export, on_bad_scene), split, tokenizer)
-    answer = answer_lengths(lengths, answer_field, bool(controls))
-    keep = answer > 0
-    if not controls:
-        keep &= lengths["control"] != BOX
-    if kinds is not None:
-        keep &= np.isin(lengths["kind"], list(kinds))
-    names = sorted(set(lengths["kind"][keep].tolist()))
-    summaries = {}
-    for name in [*names, "all"] if names else []:
-        chosen = keep if name == "all" else keep & (lengths["kind"] == name)
-        q, a = lengths["question"][chosen], answer[chosen]
-        p999 = [int(np.ceil(np.percentile(x, 99.9))) for x in (q, a)]
-        summaries[name] = LengthSummary(len(q), p999[0], int(q.max()), p999[1], int(a.max()))
-    return summaries
 
 
 class OneScene(NamedTuple):
@@ -210,7 +70,7 @@ class Pipeline:
             tokens, answered by a box), `source <name>`, `no <field>`, `question too long`, `answer
             too long`, `longer than a packed row`, `outside data.fraction`, `boxes beyond
             max_boxes`, `bad question`, `bad scene`. In training, what cannot be regressed
-            (`data.targets`) takes its question with it where a control token answers, `nothing to
+            (`targets`) takes its question with it where a control token answers, `nothing to
             regress: <why>`; where words answer, the question stays without it, `number that words
             alone learn: <why>`. `box of a named object that no code holds`, and, of scenes as they
             are met, what `targets.left_out` names.

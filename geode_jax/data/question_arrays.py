@@ -10,12 +10,12 @@ import numpy as np
 
 from geode_jax.data.control import BOX, REG, NoNumberError, control_of, number_of
 from geode_jax.data.packing import lay_out
-from geode_jax.data.raycast import box_gaps
-from geode_jax.data.targets import held_boxes
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.exports import RELATIONS
 from geode_jax.exports.prompts import prompt
+from geode_jax.geometry.upright_boxes import box_gaps
 from geode_jax.shapes import MAX_OBJECTS
+from geode_jax.targets import held_boxes
 
 TEACHER_LOGITS = (
     "teacher/answer_question",

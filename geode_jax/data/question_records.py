@@ -28,17 +28,17 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from geode_jax.bars import progress_bar
 from geode_jax.data.control import control_of, why_not_regressed
 from geode_jax.data.mixture import OWN
-from geode_jax.data.targets import held_boxes
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, files
 from geode_jax.exports.prompts import prompt
-from geode_jax.lock import LOCK, locked
+from geode_jax.runtime.bars import progress_bar
+from geode_jax.runtime.lock import LOCK, locked
+from geode_jax.runtime.user_cache import user_cache
 from geode_jax.sealed import seal, unseal
-from geode_jax.user_cache import user_cache
+from geode_jax.targets import held_boxes
 
 _FORMAT = "1.0.1"  # of the records; part of the cache key, so a change makes new records
 _INDEX = "index.json"

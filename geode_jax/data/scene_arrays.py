@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from geode_jax.data.targets import held_boxes, held_depth, held_features, held_places
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, files
+from geode_jax.targets import held_boxes, held_depth, held_features, held_places
 
 SCENE_TENSORS = (
     "vggt/tokens",

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from geode_jax.distributed import is_main
 from geode_jax.errors import UserError
 from geode_jax.exports import files
-from geode_jax.metrics import plain_value
+from geode_jax.runtime.distributed import is_main
 from geode_jax.sealed import seal, unseal
+from geode_jax.training.metrics import plain_value
 
 
 class Answered:

@@ -11,18 +11,19 @@ import numpy as np
 from flax import nnx
 
 from geode_jax import __version__
-from geode_jax.checkpoint_files import fingerprint
 from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.evaluate.answered import Answered
-from geode_jax.evaluate.depth_metrics import DepthMetrics
-from geode_jax.evaluate.detection_metrics import DetectionMetrics
+from geode_jax.evaluate.metrics.depth import DepthMetrics
+from geode_jax.evaluate.metrics.detection import DetectionMetrics
 from geode_jax.exports import Export
-from geode_jax.metrics import progress
+from geode_jax.objectives.base import Objective
 from geode_jax.sealed import checksum
 from geode_jax.shapes import Batch, without_vision
 from geode_jax.sharding import replicated, rows_of_process, shard_batch
-from geode_jax.train_step import Objective, TrainState
+from geode_jax.training.checkpoint_files import fingerprint
+from geode_jax.training.metrics import progress
+from geode_jax.training.step import TrainState
 
 
 @dataclasses.dataclass

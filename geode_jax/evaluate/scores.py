@@ -5,7 +5,8 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from geode_jax.evaluate import spatial_metrics, text_metrics
+from geode_jax.evaluate.metrics import spatial as spatial_metrics
+from geode_jax.evaluate.metrics import text as text_metrics
 
 
 @dataclasses.dataclass(frozen=True)

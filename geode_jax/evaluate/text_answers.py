@@ -24,10 +24,10 @@ from typing import Any
 
 from geode_jax import __version__
 from geode_jax.errors import UserError
-from geode_jax.evaluate.coco_metrics import coco_scores, exact_match
+from geode_jax.evaluate.metrics.coco import coco_scores, exact_match
+from geode_jax.evaluate.metrics.text import references
+from geode_jax.evaluate.row_files import RowFile, check_prediction, of_no_question, read_rows
 from geode_jax.evaluate.scores import frequency_baseline
-from geode_jax.evaluate.text_metrics import references
-from geode_jax.evaluate.vsi_bench import RowFile, check_prediction, of_no_question, read_rows
 from geode_jax.exports import files
 
 LABELS = {

@@ -16,29 +16,33 @@ A row is a question of the dataset, with the answer of a model:
 | `prediction` | the generated text |
 """
 
-import dataclasses
 import hashlib
 import math
 import reprlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 from geode_jax import __version__
 from geode_jax.errors import UserError
-from geode_jax.evaluate.scores import frequency_baseline, row_of
-from geode_jax.evaluate.spatial_metrics import (
-    CHOICE_KINDS,
-    DIRECTION_KINDS,
+from geode_jax.evaluate.metrics.spatial import (
     NUMERIC_KINDS,
-    VSI_TASKS,
     add_mean,
     letter_accuracy,
     number_accuracy,
 )
+from geode_jax.evaluate.row_files import (
+    RowFile,
+    check_prediction,
+    of_no_question,
+    read_rows,
+    require,
+)
+from geode_jax.evaluate.scores import frequency_baseline, row_of
 from geode_jax.exports import files, prompts
+from geode_jax.exports.kinds import CHOICE_KINDS, DIRECTION_KINDS, VSI_TASKS
 
 QUESTION_TYPES = (*NUMERIC_KINDS, *CHOICE_KINDS)
 CHOICE_TASKS = tuple(task for task in VSI_TASKS if task not in NUMERIC_KINDS)
@@ -136,109 +140,6 @@ def random_score(rows: Iterable[dict]) -> dict[str, Any]:
 # --- Files ----------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class RowFile:
-    """A checked file of rows, or of ids of rows.
-
-    Attributes:
-      path: of the file.
-      sha256: of its bytes.
-      rows: the rows under their ids as text, in order.
-    """
-
-    path: Path
-    sha256: str
-    rows: dict[str, dict]
-
-    def named(self) -> dict[str, str]:
-        """What a result file says of this file."""
-        return {"file": str(self.path), "sha256": self.sha256}
-
-
-def read_rows(path: Path, *checks: Callable[[dict, str], None]) -> RowFile:
-    """Reads JSON lines, or parquet where the name ends so.
-
-    Args:
-      path: of the file.
-      checks: each gets a row and where it stands, and raises what is wrong with it.
-
-    Raises:
-      UserError: `FILE:LINE: field: rule` (parquet: `FILE: row N`, from 0), or there is no row.
-    """
-    data = files.read_bytes(path)
-    rows = {}
-    for where, row in _parsed(path, data):
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: must be a JSON object")
-        key = row.get("id")
-        _require(type(key) in (int, str), row, "id", "a whole number or a string", where)
-        if str(key) in rows:
-            raise UserError(f"{where}: id: duplicate {key!r}")
-        for check in checks:
-            check(row, where)
-        rows[str(key)] = row
-    if not rows:
-        raise UserError(f"{path}: has no rows")
-    return RowFile(path, hashlib.sha256(data).hexdigest(), rows)
-
-
-def _parsed(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:
-    """Where each row stands, and the row."""
-    if path.suffix == ".parquet":
-        for number, row in enumerate(_parquet_rows(path, data)):
-            yield f"{path}: row {number}", row
-        return
-    for number, row in files.json_lines(path):
-        if isinstance(row, UserError):
-            raise row
-        yield f"{path}:{number}", row
-
-
-MAX_UNPACKED_BYTES = 1 << 28
-"""Most bytes that the rows of a parquet file may have: some 300 KB can say billions."""
-
-
-def _parquet_rows(path: Path, data: bytes) -> Iterator[dict]:
-    import pyarrow.parquet  # takes a while, and most files are JSON lines
-
-    too_large = UserError(f"{path}: unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
-    try:
-        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
-        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-        values = sum(g.column(i).num_values for g in groups for i in range(g.num_columns))
-        bytes_said = sum(group.total_byte_size for group in groups)
-        if max(bytes_said, 8 * values) > MAX_UNPACKED_BYTES:
-            raise too_large
-        unpacked = 0
-        for batch in file.iter_batches(batch_size=16):
-            for row in batch.to_pylist():
-                # What a file says of its size counts a value once that all rows share.
-                unpacked += _weight(row)
-                if unpacked > MAX_UNPACKED_BYTES:
-                    raise too_large
-                yield row
-    except UserError:
-        raise
-    # ValueError: texts that are not UTF-8, dates that there are not.
-    except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:
-        raise UserError(f"{path}: not parquet: {error}") from None
-
-
-def _weight(value: Any) -> int:
-    """About the bytes of a row."""
-    if isinstance(value, str | bytes):
-        return 8 + len(value)
-    if isinstance(value, dict):
-        return sum(map(_weight, value.values()))
-    return 8 + (sum(map(_weight, value)) if isinstance(value, list) else 0)
-
-
-def _require(good: bool, row: dict, field: str, rule: str, where: str) -> None:
-    if not good:
-        found = f"is {reprlib.repr(row[field])}" if field in row else "is missing"
-        raise UserError(f"{where}: {field}: must be {rule}, {found}")
-
-
 def check_question(row: dict, where: str) -> None:
     """Checks the fields that the dataset gives.
 
@@ -247,16 +148,16 @@ def check_question(row: dict, where: str) -> None:
     """
     kind, truth, options = (row.get(key) for key in ("question_type", "ground_truth", "options"))
     one_of = f"one of {', '.join(QUESTION_TYPES)}"
-    _require(kind in QUESTION_TYPES, row, "question_type", one_of, where)
+    require(kind in QUESTION_TYPES, row, "question_type", one_of, where)
     if kind in NUMERIC_KINDS:
-        _require(_is_positive(truth), row, "ground_truth", "a positive number as a string", where)
+        require(_is_positive(truth), row, "ground_truth", "a positive number as a string", where)
         return
     if options is not None:
         good = isinstance(options, list) and options and all(isinstance(o, str) for o in options)
-        _require(good, row, "options", "a list of strings", where)
+        require(good, row, "options", "a list of strings", where)
     letters = list(ascii_uppercase[: len(options) if options else None])
     good = isinstance(truth, str) and truth.upper() in letters
-    _require(good, row, "ground_truth", f"a letter from A to {letters[-1]}", where)
+    require(good, row, "ground_truth", f"a letter from A to {letters[-1]}", where)
 
 
 def _is_positive(text: Any) -> bool:
@@ -264,15 +165,6 @@ def _is_positive(text: Any) -> bool:
         return isinstance(text, str) and 0 < float(text) < math.inf
     except ValueError:
         return False
-
-
-def check_prediction(row: dict, where: str) -> None:
-    """Checks the field that a model gives.
-
-    Raises:
-      UserError: `where: field: rule`.
-    """
-    _require(isinstance(row.get("prediction"), str), row, "prediction", "a string", where)
 
 
 def _check_carries_truth(row: dict, where: str) -> None:
@@ -418,16 +310,6 @@ def _missing(model: dict[str, Any]) -> list[str]:
     return [
         f"means are over what is there, {tasks} of the {len(VSI_TASKS)} tasks: no question is "
         f"{', '.join(model['missing'])}"
-    ]
-
-
-def of_no_question(asked: RowFile, said: dict[str, RowFile]) -> list[str]:
-    """A line for every file that has answers to no question of `asked`."""
-    others = {file.path: len(file.rows.keys() - asked.rows.keys()) for file in said.values()}
-    return [
-        f"{path}: {count} predictions are of no question of {asked.path}"
-        for path, count in others.items()
-        if count
     ]
 
 

@@ -10,9 +10,7 @@ bar when installed), relative imports only; `pictures`, which needs Pillow, is i
 
 from . import cameras, files, frames, made_from, prompts, question_rules, scene_names, units
 from .contract import (
-    NUMERIC_KINDS,
     PROBABILITY_TOLERANCE,
-    RELATIONS,
     ROTATION_TOLERANCE,
     SCHEMA_VERSION,
     SPECS,
@@ -21,6 +19,7 @@ from .contract import (
     TensorSpec,
 )
 from .files import UserError
+from .kinds import NUMERIC_KINDS, RELATIONS
 from .reader import Export
 from .validation import format_summary, validate
 from .writer import ExportWriter, write_scene

@@ -34,26 +34,6 @@ from .bfloat16 import float32_of_bfloat16
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
-RELATIONS = (
-    "left_right",
-    "above_below",
-    "proximity",
-    "contact",
-    "size_comparison",
-    "orientation",
-)
-"""Names of a question's `relation`; the number is the probability of the first alternative. The
-spatial head has one output for each, in this order."""
-NUMERIC_KINDS = (
-    "object_counting",
-    "object_abs_distance",
-    "object_size_estimation",
-    "room_size_estimation",
-    "surface_distance",
-    "camera_motion",
-    "space_size",
-)
-"""Kinds whose answer is a number: they carry `value`, or an answer that reads as a number."""
 
 LONGEST_NAME = 1000
 """Characters of an id or a name at most: they stand in messages, tables and search patterns."""
@@ -221,7 +201,7 @@ class TensorSpec(NamedTuple):
         rule: what the values must satisfy; every float tensor must be finite besides.
         needs: the tensor that gives this one its meaning.
         largest: magnitude beyond which a scene is refused, of what models are given as it is;
-            infinite where numbers beyond a domain are left out one by one (`data.targets`), or a
+            infinite where numbers beyond a domain are left out one by one (`targets`), or a
             rule bounds them.
     """
 

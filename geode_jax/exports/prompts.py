@@ -6,31 +6,11 @@ test time what it read in training. Every other kind is asked as it stands.
 This file stands alone (Python 3.9), so that a teacher is asked in the same words.
 """
 
+from .kinds import VSI_CHOICE_KINDS, VSI_NUMERIC_KINDS
+
 PRE_PROMPT = "These are frames of a video."
 NUMERIC_POST_PROMPT = "Please answer the question using a single word or phrase."
 CHOICE_POST_PROMPT = "Answer with the option's letter from the given choices directly."
-
-VSI_NUMERIC_KINDS = frozenset(
-    {
-        "object_counting",
-        "object_abs_distance",
-        "object_size_estimation",
-        "room_size_estimation",
-    }
-)
-"""VSI-Bench types answered by a number."""
-
-VSI_CHOICE_KINDS = frozenset(
-    {
-        "object_rel_distance",
-        "object_rel_direction_easy",
-        "object_rel_direction_medium",
-        "object_rel_direction_hard",
-        "route_planning",
-        "obj_appearance_order",
-    }
-)
-"""VSI-Bench types answered by an option's letter."""
 
 
 def prompt(record: dict) -> str:

@@ -18,13 +18,12 @@ from .contract import (
     DTYPES,
     LONGEST_NAME,
     MANIFEST,
-    NUMERIC_KINDS,
-    RELATIONS,
     SCHEMA_VERSION,
     SPLITS,
     ExportError,
     shown,
 )
+from .kinds import NUMERIC_KINDS, RELATIONS
 
 _SCENE_ID = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}")
 

@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from geode_jax.boxes import encode_boxes, nearer_code
-from geode_jax.data.targets import LOG_VALUES
-from geode_jax.losses import Pair
 from geode_jax.models.layers import LayerNorm, Mlp
 from geode_jax.models.task_heads import BOX_CODE
 from geode_jax.shapes import Array
+from geode_jax.targets import LOG_VALUES
 
 
 def encode_values(values: Array, base_unit: Array) -> jax.Array:
@@ -43,23 +41,5 @@ class Drh(nnx.Module):
         return self.scalar(self.norm(hidden_D)).astype(jnp.float32)[..., 0]
 
     def boxes(self, hidden_D: Array) -> jax.Array:
-        """States at `<3DBBOX>` [..., D] -> box codes [..., 8], see `boxes.encode_boxes`."""
+        """States at `<3DBBOX>` [..., D] -> box codes [..., 8], see `geometry.boxes.encode_boxes`."""
         return self.box(self.norm(hidden_D)).astype(jnp.float32)
-
-
-def value_loss(codes: Array, values: Array, base_unit: Array, mask: Array) -> Pair:
-    """Eq. 6 on values: squared error of the codes as (sum, count) where `mask`."""
-    target = encode_values(jnp.where(mask, values, 1.0), base_unit)
-    error = jnp.where(mask, codes - target, 0.0)
-    return jnp.sum(jnp.square(error)), jnp.sum(mask, dtype=jnp.float32)
-
-
-def box_loss(codes_8: Array, boxes_7: Array, mask: Array) -> Pair:
-    """Eq. 6 on boxes: squared error to the nearer code of each, `boxes.nearer_code`.
-
-    As (sum, count) where `mask`.
-    """
-    codes_8 = jnp.where(mask[..., None], codes_8, 0.0)
-    target = encode_boxes(jnp.where(mask[..., None], boxes_7, 1.0))
-    error = nearer_code(lambda code: jnp.sum(jnp.square(codes_8 - code), axis=-1), target)
-    return jnp.sum(jnp.where(mask, error, 0.0)), jnp.sum(mask, dtype=jnp.float32)

@@ -17,7 +17,7 @@ from geode_jax.ops.attention import Intervals, attention
 from geode_jax.shapes import MAX_OBJECTS, Array
 
 BOX_CODE = 8
-"""Width of an encoded box; see `boxes.encode_boxes`."""
+"""Width of an encoded box; see `geometry.boxes.encode_boxes`."""
 GAP_FLOOR = 0.1
 """Metres added to a gap before its logarithm: contact is a number, and a clear one."""
 
@@ -56,7 +56,7 @@ class DetectionOutput:
     """M object queries of each scene."""
 
     class_logits_SMc: Array  # one sigmoid per category
-    boxes_SMb: Array  # codes, see `boxes.encode_boxes`
+    boxes_SMb: Array  # codes, see `geometry.boxes.encode_boxes`
 
 
 @jax.tree_util.register_dataclass

@@ -24,21 +24,23 @@ import numpy as np
 import optax
 from flax import nnx
 
-from geode_jax import losses, ranges
-from geode_jax.boxes import decode_boxes
+from geode_jax import ranges
 from geode_jax.data.control import BASE_UNIT, answer_unit
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
 from geode_jax.exports.units import write_number
-from geode_jax.inference.generate import Sampling, before_end, generate
-from geode_jax.models.drh import box_loss, decode_values, value_loss
+from geode_jax.geometry.boxes import decode_boxes, encode_boxes, nearer_code
+from geode_jax.models.drh import decode_values, encode_values
+from geode_jax.models.generate import Sampling, before_end, generate
 from geode_jax.models.geode import Geode, GeodeConfig, Part, Prefix
 from geode_jax.models.layout import LayoutEncoder
 from geode_jax.models.packed import pick
+from geode_jax.objectives import losses
+from geode_jax.objectives.base import Terms
+from geode_jax.objectives.losses import Pair
 from geode_jax.objectives.spatial import asked_terms
 from geode_jax.objectives.text import text_term
 from geode_jax.shapes import Array, Batch
-from geode_jax.train_step import Terms
 
 Stage = Literal["pretrain", "align", "drm", "joint"]
 
@@ -103,7 +105,7 @@ class GeodeStageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GeodeStage:
-    """The `train_step.Objective` of one stage."""
+    """The `training.step.Objective` of one stage."""
 
     config: GeodeStageConfig
 
@@ -196,7 +198,7 @@ class GeodeStage:
         Returns:
             `tokens` [S, Q, A]; with a regression head, what it reads at each of them, whether it
             is a control token or not: `values` [S, Q, A], codes as of `drh.encode_values`, and
-            `boxes` [S, Q, A, 7].
+            `geometry.boxes` [S, Q, A, 7].
         """
         generated = generate(
             model.vlm.decoder,
@@ -269,3 +271,21 @@ def layout_alignment(spatio_SMD: Array, layout: LayoutEncoder, batch: Batch) -> 
     error_SM = layout.distance(spatio_SMD, batch)
     known_SM = jnp.broadcast_to(jnp.asarray(batch.boxes_known_S)[:, None], error_SM.shape)
     return jnp.sum(jnp.where(known_SM, error_SM, 0.0)), jnp.sum(known_SM, dtype=jnp.float32)
+
+
+def value_loss(codes: Array, values: Array, base_unit: Array, mask: Array) -> Pair:
+    """Eq. 6 on values: squared error of the codes as (sum, count) where `mask`."""
+    target = encode_values(jnp.where(mask, values, 1.0), base_unit)
+    error = jnp.where(mask, codes - target, 0.0)
+    return jnp.sum(jnp.square(error)), jnp.sum(mask, dtype=jnp.float32)
+
+
+def box_loss(codes_8: Array, boxes_7: Array, mask: Array) -> Pair:
+    """Eq. 6 on boxes: squared error to the nearer code of each, `geometry.boxes.nearer_code`.
+
+    As (sum, count) where `mask`.
+    """
+    codes_8 = jnp.where(mask[..., None], codes_8, 0.0)
+    target = encode_boxes(jnp.where(mask[..., None], boxes_7, 1.0))
+    error = nearer_code(lambda code: jnp.sum(jnp.square(codes_8 - code), axis=-1), target)
+    return jnp.sum(jnp.where(mask, error, 0.0)), jnp.sum(mask, dtype=jnp.float32)

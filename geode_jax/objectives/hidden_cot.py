@@ -3,7 +3,7 @@
 What each term of eq. 2 is made of (* = not in the paper, ours):
 
 text        cross-entropy on the answer; where a teacher answered, KL to its top-k logits at a
-            temperature and of the probability it left to all other tokens (`losses.distillation`)
+            temperature and of the probability it left to all other tokens (`objectives.losses.distillation`)
 depth_ce, depth_reg, depth_kl
             bin cross-entropy, L1 of the expected depth, KL to the teacher's bins
 detection   focal + box loss of matched queries;
@@ -28,18 +28,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from geode_jax import losses, ranges
-from geode_jax.boxes import decode_boxes
-from geode_jax.correspondence import correspondences
+from geode_jax import ranges
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
-from geode_jax.inference.generate import Sampling, before_end, generate
+from geode_jax.geometry.boxes import decode_boxes
+from geode_jax.geometry.correspondence import correspondences
+from geode_jax.models.generate import Sampling, before_end, generate
 from geode_jax.models.layers import param
 from geode_jax.models.student import Scene, Student, StudentConfig, StudentOutput
+from geode_jax.objectives import losses
+from geode_jax.objectives.base import Terms
 from geode_jax.objectives.spatial import asked_terms
 from geode_jax.objectives.text import text_term
 from geode_jax.shapes import Array, Batch, without_vision
-from geode_jax.train_step import Terms
 
 GROUPS = {
     "depth": ("depth_ce", "depth_reg", "depth_kl"),
@@ -65,8 +66,8 @@ class HiddenCoTConfig:
     student: the model.
     terms: the terms of eq. 2 that are paid.
     weights: "uncertainty" (eq. 2) or "static" (all 1).
-    temperature: T of the teacher's logits, see `losses.distillation`.
-    literal_cross_view: the sign of eq. 1 as printed; see `losses.cross_view`.
+    temperature: T of the teacher's logits, see `objectives.losses.distillation`.
+    literal_cross_view: the sign of eq. 1 as printed; see `objectives.losses.cross_view`.
     vision: False trains the blind baseline: no vision tokens, no V, answers only.
     log_variance_bounds: of log sigma^2.
     """
@@ -101,7 +102,7 @@ class HiddenCoTModel(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class HiddenCoT:
-    """The `train_step.Objective` of the Hidden-CoT student."""
+    """The `training.step.Objective` of the Hidden-CoT student."""
 
     config: HiddenCoTConfig
 

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from geode_jax import losses
-from geode_jax.boxes import encode_boxes, nearer_code
+from geode_jax.geometry.boxes import encode_boxes, nearer_code
 from geode_jax.models.task_heads import GAP_FLOOR, SpatialOutput
+from geode_jax.objectives import losses
+from geode_jax.objectives.base import Terms
 from geode_jax.shapes import Array, Batch
-from geode_jax.train_step import Terms
 
 
 def asked_terms(spatial: SpatialOutput, batch: Batch) -> Terms:
@@ -44,7 +44,7 @@ def huber(prediction: Array, target: Array, mask: Array) -> losses.Pair:
 
 
 def huber_box(codes_8: Array, boxes_7: Array, mask: Array) -> losses.Pair:
-    """`huber` of box codes to the nearer code of boxes of positive size, `boxes.nearer_code`."""
+    """`huber` of box codes to the nearer code of boxes of positive size, `geometry.boxes.nearer_code`."""
     mask = jnp.asarray(mask)
     codes_8 = jnp.where(mask[..., None], codes_8, 0.0)
     loss = nearer_code(lambda code: _huber(codes_8 - code), encode_boxes(boxes_7))

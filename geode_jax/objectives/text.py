@@ -2,21 +2,21 @@
 
 import jax.numpy as jnp
 
-from geode_jax import losses
 from geode_jax.models.decoder import Decoder
+from geode_jax.objectives import losses
 from geode_jax.shapes import Array, Batch
 
 
 def text_term(
     decoder: Decoder, hidden_SQAD: Array, batch: Batch, temperature: float = 1.0
 ) -> losses.Pair:
-    """Cross-entropy on the answers; `losses.distillation` where a teacher answered.
+    """Cross-entropy on the answers; `objectives.losses.distillation` where a teacher answered.
 
     Args:
         decoder: whose head speaks.
         hidden_SQAD: the states that predict the answers' tokens.
         batch: the answers.
-        temperature: T of `losses.distillation`.
+        temperature: T of `objectives.losses.distillation`.
     """
     S, Q, A, _ = hidden_SQAD.shape
     topk_id, topk_logprob = map(jnp.asarray, (batch.topk_id_SQAk, batch.topk_logprob_SQAk))

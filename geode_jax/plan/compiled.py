@@ -13,16 +13,17 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from geode_jax import systems
-from geode_jax.build import check_config
 from geode_jax.errors import UserError
-from geode_jax.evaluate.efficiency import parameter_counts
-from geode_jax.flops import count_flops, model_flops
-from geode_jax.optimizer import OptimizerConfig, make_optimizer
+from geode_jax.measure.cost import parameter_counts
+from geode_jax.measure.flops import count_flops, model_flops
+from geode_jax.objectives.base import Objective
 from geode_jax.plan.described import Described, abstract_batch, describe
 from geode_jax.plan.hlo import Collective, Module
+from geode_jax.runs import systems
+from geode_jax.runs.config import check_config
 from geode_jax.sharding import batch_sharding, make_mesh, replicated
-from geode_jax.train_step import Objective, TrainState, blueprint, make_train_step
+from geode_jax.training.optimizer import OptimizerConfig, make_optimizer
+from geode_jax.training.step import TrainState, blueprint, make_train_step
 
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 """Without a GPU to try them on, the compiler finds no tiles for some products in Triton."""
@@ -101,7 +102,7 @@ class Run:
         return abstract_batch(self.config, self.data, sharding)
 
     def parameters(self) -> dict[str, int]:
-        """How many: `parameters`, and of them `trainable`."""
+        """How many: `measure.parameters`, and of them `trainable`."""
         learned = parameter_counts(self.state.params)["parameters"]
         return {
             "parameters": learned + parameter_counts(self.state.frozen)["parameters"],

@@ -1,7 +1,7 @@
 """Data that is not there, described: what a `full` export looks like, without one at hand.
 
 A model's and a batch's shapes come from three things that only data have: an export, a tokenizer
-and a pipeline. `Described` stands where these stand (`systems.make_objective`); its sizes are the
+and a pipeline. `Described` stands where these stand (`runs.systems.make_objective`); its sizes are the
 upstream models' own, or named here as assumed.
 """
 
@@ -12,10 +12,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from geode_jax import systems
 from geode_jax.data.question_arrays import add_teacher_logits, lay_out_questions, stack_questions
 from geode_jax.data.scene_arrays import SceneShapes, empty_rows
+from geode_jax.runs import systems
 from geode_jax.shapes import Batch
+from geode_jax.sources.rooms.arrays import DEPTH_BINS
+from geode_jax.sources.rooms.scene import GRID
+from geode_jax.sources.stand_ins import TOKEN_WIDTH
 
 VGGT = {"grid": (37, 37), "width": 2048}
 """VGGT-1B on squares of 518 pixels in patches of 14: the tokens of a view."""
@@ -129,20 +132,20 @@ def _geode(config) -> tuple[SceneShapes, int, int]:
 
 
 def _rooms(config) -> tuple[SceneShapes, int, int]:
-    """As `data.rooms` makes them; some 300 words."""
-    from geode_jax.data import rooms
+    """As `sources.rooms.export` makes them; some 300 words."""
+    from geode_jax.sources.rooms import export as rooms
 
     classes, side = len(rooms.CATEGORIES), config.data.rooms_images
     student = config.system == "hidden_cot"
     shapes = SceneShapes(
         views=rooms.VIEWS,
-        grid=(rooms.GRID, rooms.GRID),
-        token_width=rooms.TOKEN_WIDTH if student else 0,
+        grid=(GRID, GRID),
+        token_width=TOKEN_WIDTH if student else 0,
         depth_ratio=config.model.get("depth_cells", 1),
         boxes=config.data.max_boxes,
         categories=classes,
         features=classes + 1,
-        depth_bins=rooms.DEPTH_BINS,
+        depth_bins=DEPTH_BINS,
         vision=config.data.vision,
         token_dtype="float16" if student else "float32",
         image=(0, 0) if student else (side, side),

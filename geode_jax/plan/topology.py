@@ -12,9 +12,9 @@ import os
 import re
 from pathlib import Path
 
-from geode_jax.chips import CHIPS, Chip
 from geode_jax.errors import UserError
 from geode_jax.exports.files import read_text
+from geode_jax.measure.chips import CHIPS, Chip
 
 TARGETS = Path(__file__).parent / "targets"
 ALIASES = {"a100": "a100-80"}

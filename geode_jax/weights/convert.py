@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from geode_jax.checkpoint import load_model, save_model, stored_dtypes
 from geode_jax.errors import UserError
 from geode_jax.exports.files import one_line, read_json_object
 from geode_jax.models.decoder import Decoder
@@ -25,6 +24,7 @@ from geode_jax.models.internvl import InternVL
 from geode_jax.models.student import Student
 from geode_jax.models.vit import InternViT
 from geode_jax.sharding import abstract_model, make_mesh
+from geode_jax.training.checkpoint import load_model, save_model, stored_dtypes
 from geode_jax.weights import geode, internvit, qwen2, student
 from geode_jax.weights.fields import check_depth, check_layers, check_parameters
 from geode_jax.weights.files import (
@@ -315,7 +315,7 @@ def _merged(old: Mapping, new: Mapping) -> dict:
 def import_folder(source: Path, out: Path) -> nnx.Module:
     """Makes a checkpoint of our own from a Hugging Face folder; returns the model.
 
-    `out` gets `config.json`, the checkpoint in `parameters`, and whatever stood beside the weights,
+    `out` gets `config.json`, the checkpoint in `measure.parameters`, and whatever stood beside the weights,
     such as the tokenizer.
 
     Raises:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from geode_jax.metrics import read_metrics
+from geode_jax.training.metrics import read_metrics
 from tests.campaign.machine import REPOSITORY
 
 STEPS_A_KILL = 12
@@ -23,7 +23,7 @@ def _start(workdir: Path, steps: int) -> subprocess.Popen:
     workdir.mkdir(exist_ok=True)
     with (workdir / "output").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.toy_run", str(workdir), str(steps)],
+            [sys.executable, "-m", "tests.helpers.toy_run", str(workdir), str(steps)],
             cwd=REPOSITORY,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -127,7 +127,7 @@ def command(arguments: Sequence[str | Path]) -> str:
         Refused: it ends with one line on stderr and exit status 2.
         AssertionError: it ends in another way.
     """
-    from geode_jax.inference.cli import main
+    from geode_jax.cli.command import main
 
     err, begun = sys.stderr.fileno(), os.lseek(sys.stderr.fileno(), 0, os.SEEK_CUR)
     out_begun = os.lseek(sys.stdout.fileno(), 0, os.SEEK_CUR)

@@ -26,7 +26,7 @@ def bits(array: Any) -> str:
 
 
 def _write_exports(folder: Path) -> None:
-    from tests.data.conftest import write_geode_export, write_tiny_export
+    from tests.helpers.exports import write_geode_export, write_tiny_export
 
     write_tiny_export(folder / "tiny", train=2, val=1)
     write_geode_export(folder / "geode", train=2, val=1)
@@ -76,8 +76,8 @@ def _validate(folder: Path) -> str:
 
 def _write_source(source: str):
     def write(folder: Path) -> None:
-        from tests.data.conftest import write_tiny_export
-        from tests.data.datasets.layouts import cases
+        from tests.helpers.exports import write_tiny_export
+        from tests.sources.datasets.layouts import cases
 
         write_tiny_export(folder / "export", train=1, val=1)
         cases("scene000", "scene001")[source].write(folder / "root")
@@ -173,7 +173,7 @@ def _excluded_silent(before: dict, after: dict, done: Damage, folder: Path) -> s
 
 
 def _write_scannet(folder: Path) -> None:
-    from tests.data.datasets.scannet_test import write_scan
+    from tests.sources.datasets.scannet_test import write_scan
 
     write_scan(folder / "scans", "scene0000_00", seed=0)
     write_scan(folder / "scans", "scene0001_00", seed=1, sens=False)
@@ -182,7 +182,7 @@ def _write_scannet(folder: Path) -> None:
 
 
 def _read_scannet(folder: Path) -> dict[str, Any]:
-    from geode_jax.data.datasets import scannet
+    from geode_jax.sources.datasets import scannet
 
     scannet.IMAGE_SIDE = 32
     out = folder.parent / "out"
@@ -213,7 +213,7 @@ def _scannet_silent(before: dict, after: dict, done: Damage, folder: Path) -> st
 
 
 def _write_sens(folder: Path) -> None:
-    from tests.data.datasets.sens_test import sens_bytes, three_frames
+    from tests.sources.rgbd.sens_test import sens_bytes, three_frames
 
     frames, _, _ = three_frames()
     (folder / "scan.sens").write_bytes(sens_bytes(frames))
@@ -221,7 +221,7 @@ def _write_sens(folder: Path) -> None:
 
 def _frames(sequence) -> dict[str, list[str]]:
     """Of every frame: its pose, depth and colour, or why it is dropped."""
-    from geode_jax.data.rgbd_sequence import Dropped
+    from geode_jax.sources.rgbd.sequence import Dropped
 
     found: dict[str, list[str]] = {}
     for name in sequence.names[:100]:
@@ -235,13 +235,13 @@ def _frames(sequence) -> dict[str, list[str]]:
 
 
 def _read_sens(folder: Path) -> dict[str, list[str]]:
-    from geode_jax.data.datasets.sens import open_sens
+    from geode_jax.sources.rgbd.sens import open_sens
 
     return _frames(open_sens(folder / "scan.sens"))
 
 
 def _write_rgbd(folder: Path) -> None:
-    from tests.data.sources_test import write_hall
+    from tests.sources.rgbd.export_test import write_hall
 
     write_hall(folder, frames=4)
     for path in (folder / "color").glob("*.png"):
@@ -251,7 +251,7 @@ def _write_rgbd(folder: Path) -> None:
 
 
 def _read_rgbd(folder: Path) -> dict[str, list[str]]:
-    from geode_jax.data.rgbd_folder import open_folder
+    from geode_jax.sources.rgbd.folder import open_folder
 
     return _frames(open_folder(folder))
 
@@ -268,7 +268,7 @@ def _write_rows(folder: Path) -> None:
     """The same with pose.txt and one intrinsic."""
     from scipy.spatial.transform import Rotation
 
-    from tests.data.sources_test import camera_pose
+    from tests.sources.rgbd.export_test import camera_pose
 
     _write_rgbd(folder)
     shutil.rmtree(folder / "pose")
@@ -284,14 +284,14 @@ def _write_rows(folder: Path) -> None:
 
 
 def _write_front(folder: Path) -> None:
-    from tests.data.datasets.front3d_test import write_front
+    from tests.sources.datasets.front3d_test import write_front
 
     write_front(folder, houses=2)
 
 
 def _read_front(folder: Path) -> dict[str, Any]:
-    from geode_jax.data.datasets.front3d import read_house, read_models
     from geode_jax.errors import UserError
+    from geode_jax.sources.datasets.front3d import read_house, read_models
 
     models = read_models(folder / "3D-FUTURE-model" / "model_info.json")
     dropped, rooms = Counter(), {}
@@ -324,7 +324,7 @@ def _front_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
 
 
 def _write_for_exporters(folder: Path) -> None:
-    from tests.data.datasets.scannet_test import ply_bytes
+    from tests.sources.datasets.scannet_test import ply_bytes
 
     points = np.random.default_rng(0).normal(size=(8, 3))
     (folder / "a.ply").write_bytes(ply_bytes(points))
@@ -444,7 +444,7 @@ def _scores_silent(before: Any, after: Any, done: Damage, folder: Path) -> str:
 def _write_qwen(folder: Path) -> None:
     from geode_jax.models.decoder import Decoder, DecoderConfig
     from geode_jax.weights import save_pretrained
-    from tests.tiny_models import materialize
+    from tests.helpers.tiny_models import materialize
 
     config = DecoderConfig(
         vocab_size=11, width=8, layers=2, heads=2, kv_heads=1, head_width=4, mlp_width=12,

@@ -37,7 +37,7 @@ def _heard(act: Callable[[], Any]) -> tuple[Any, str]:
 
 def _tiny_run() -> Path:
     """A folder with `rooms`, and `run`, which has ended."""
-    from tests.runs import make_tiny_run
+    from tests.helpers.runs import make_tiny_run
 
     return shared("tiny_run", lambda folder: make_tiny_run(folder))
 
@@ -50,8 +50,8 @@ def _write_run(folder: Path) -> None:
 @functools.cache
 def _built():
     """The run with its state, as a process has it that resumes."""
-    from geode_jax.build import build
-    from tests.runs import tiny_config
+    from geode_jax.runs.build import build
+    from tests.helpers.runs import tiny_config
 
     return build(tiny_config(_tiny_run() / "rooms"), _tiny_run() / "run")
 
@@ -64,7 +64,8 @@ def _bits_of(tree: Any) -> list[str]:
 
 def _config(folder: Path) -> list:
     """What the configuration says of what was learned; the rest may be another."""
-    from geode_jax.build import _PLACES, MAY_CHANGE, flat, open_run, plain
+    from geode_jax.runs.config import flat, plain
+    from geode_jax.runs.identity import _PLACES, MAY_CHANGE, open_run
 
     config, checkpoint = open_run(folder / "run")
     values = flat(plain(config))
@@ -73,7 +74,7 @@ def _config(folder: Path) -> list:
 
 
 def _ask(folder: Path) -> list:
-    from geode_jax.inference.trained import open_trained
+    from geode_jax.runs.trained import open_trained
 
     trained = open_trained(folder / "run")
     ids = trained.tokenizer.encode_batch(["How many chairs are there?", "A. chair\nB. table"])
@@ -82,7 +83,7 @@ def _ask(folder: Path) -> list:
 
 
 def _run_tokenizer(folder: Path) -> list:
-    from geode_jax.build import load_run_tokenizer, open_run
+    from geode_jax.runs.identity import load_run_tokenizer, open_run
 
     _, checkpoint = open_run(folder / "run")
     load_run_tokenizer(folder / "run" / "tokenizer", checkpoint)
@@ -93,8 +94,8 @@ def _leaves(folder: Path) -> list:
     """What the next stage takes over of a run."""
     from flax import nnx
 
-    from geode_jax.build import open_run
-    from geode_jax.checkpoint import load_leaves
+    from geode_jax.runs.identity import open_run
+    from geode_jax.training.checkpoint import load_leaves
 
     _, checkpoint = open_run(folder / "run")
     some = nnx.to_flat_state(_built().state.params)[:5]
@@ -105,7 +106,7 @@ def _write_latest(folder: Path) -> None:
     """The same with another checkpoint behind that of step 3."""
     import jax
 
-    from geode_jax.checkpoint import Checkpoints
+    from geode_jax.training.checkpoint import Checkpoints
 
     _write_run(folder)
     own, run = _made_with(), folder / "run"
@@ -117,7 +118,7 @@ def _write_latest(folder: Path) -> None:
 
 
 def _made_with() -> dict[str, str]:
-    from geode_jax.build import made_with
+    from geode_jax.runs.identity import made_with
 
     return made_with(_built().config, _built().tokenizer)
 
@@ -125,7 +126,7 @@ def _made_with() -> dict[str, str]:
 def _restore(folder: Path) -> dict:
     import jax
 
-    from geode_jax.checkpoint import Checkpoints
+    from geode_jax.training.checkpoint import Checkpoints
 
     def act():
         run = folder / "run"
@@ -160,9 +161,9 @@ def _export_run(folder: Path) -> Any:
 
 def _write_end(folder: Path) -> None:
     """A finished run's folder without checkpoints, which a finished run does not read."""
-    from geode_jax.build import save_config
-    from geode_jax.evaluate.summary import end, write_predictions
-    from tests.runs import tiny_config
+    from geode_jax.runs.config import save_config
+    from geode_jax.runs.summary import end, write_predictions
+    from tests.helpers.runs import tiny_config
 
     run = folder / "run"
     save_config(tiny_config("nowhere"), run)
@@ -175,9 +176,9 @@ def _write_end(folder: Path) -> None:
 
 
 def _read_end(folder: Path) -> dict:
-    from geode_jax.evaluate.summary import SUMMARY, read_predictions
+    from geode_jax.runs.summary import SUMMARY, read_predictions
     from geode_jax.train import train_and_evaluate
-    from tests.runs import tiny_config
+    from tests.helpers.runs import tiny_config
 
     run = folder / "run"
     ended = (run / SUMMARY).exists()  # else it is evaluated again, as the documentation says
@@ -218,7 +219,7 @@ def _answered_silent(before: list, after: list, done: Damage, folder: Path) -> s
 
 
 def _write_metrics(folder: Path) -> None:
-    from geode_jax.metrics import MetricsWriter
+    from geode_jax.training.metrics import MetricsWriter
 
     writer = MetricsWriter(folder, 0)
     for step in range(1, 13):
@@ -230,7 +231,7 @@ def _write_metrics(folder: Path) -> None:
 
 def _go_on(folder: Path, *, checked: bool) -> dict:
     """The rows of a run that goes on; `checked`: with a checkpoint that knows their checksum."""
-    from geode_jax.metrics import MetricsWriter, read_metrics
+    from geode_jax.training.metrics import MetricsWriter, read_metrics
 
     file, copy = folder / "metrics.jsonl", folder / "metrics.jsonl.damaged"
     if file.is_file() and not file.is_symlink():
@@ -272,20 +273,20 @@ def _lost(before: dict, after: dict, folder: Path) -> str:
 @functools.cache
 def _toy():
     """The toy run's module, which keeps what it has compiled."""
-    return importlib.import_module("tests.toy_run")
+    return importlib.import_module("tests.helpers.toy_run")
 
 
 def _write_toy(folder: Path) -> None:
     """Killed when it takes the batch behind the checkpoint of step STOP."""
     arguments = [folder / "run", STEPS, f"before:shard_batch:{STOP + 2}"]
-    command = [sys.executable, "-m", "tests.toy_run", *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.helpers.toy_run", *map(str, arguments)]
     code = subprocess.run(command, cwd=REPOSITORY, check=False).returncode
     assert code == -signal.SIGKILL, code
     shutil.rmtree(folder / "run" / "events", ignore_errors=True)
 
 
 def _resume(folder: Path) -> dict:
-    from geode_jax.metrics import read_metrics
+    from geode_jax.training.metrics import read_metrics
 
     run = folder / "run"
     _, said = _heard(lambda: _toy().main(run, STEPS))
@@ -308,7 +309,7 @@ def _resume_silent(before: dict, after: dict, done: Damage, folder: Path) -> str
 def _write_cache(folder: Path) -> None:
     from geode_jax.data.question_records import open_question_records
     from geode_jax.exports import Export
-    from tests.data.conftest import write_tiny_export
+    from tests.helpers.exports import write_tiny_export
 
     write_tiny_export(folder / "export", train=2, val=1)
     open_question_records(Export(folder / "export"))

@@ -39,9 +39,9 @@ def _write_prompts(folder: Path) -> None:
 
 
 def _read_prompts(folder: Path) -> list:
-    from geode_jax.data.datasets.answers import question_fields, read_prompt, text_of
-    from geode_jax.data.datasets.questions import MisfitError
     from geode_jax.exports.files import json_lines
+    from geode_jax.sources.datasets.answers import question_fields, read_prompt, text_of
+    from geode_jax.sources.datasets.questions import MisfitError
 
     found = []
     for _, record in json_lines(folder / "prompts.jsonl"):
@@ -98,8 +98,8 @@ CONFIGS = ("hidden_cot", "geode_pretrain", "geode_drm", "geode_joint", "geode_al
 
 @functools.cache
 def _fields(name: str) -> list[str]:
-    from geode_jax.build import flat
     from geode_jax.plan.command import read_config
+    from geode_jax.runs.config import flat
 
     config = read_config(f"configs/{name}.py")
     return [field.replace("/", ".") for field in flat(config.to_dict())]
@@ -132,7 +132,7 @@ def _read_flags(folder: Path) -> list:
         argument = draw.choice(("", "", "", ":thinking=2", ":drm=off", f":{draw.choice(WILD)}"))
     _parse([f"--config=configs/{name}.py{argument}", *changed])
     config = main._CONFIG.value
-    from geode_jax.build import check_config
+    from geode_jax.runs.config import check_config
 
     check_config(config)
     config.data.export = str(_export())
@@ -151,19 +151,19 @@ def _parse(arguments: list[str]) -> None:
 
 
 def _export() -> Path:
-    from tests.runs import tiny_rooms
+    from tests.helpers.runs import tiny_rooms
 
     return shared("tiny_rooms", lambda folder: tiny_rooms(folder / "rooms", images=32)) / "rooms"
 
 
 def _build_to_shapes(config, workdir: Path) -> None:
-    """What `build` does, without a number: the objective, the model's shapes, the optimizer."""
-    from geode_jax import systems
-    from geode_jax.build import make_pipelines, prepare_tokenizer
+    """What `runs.build` does, without a number: the objective, the model's shapes, the optimizer."""
     from geode_jax.exports import Export
-    from geode_jax.optimizer import OptimizerConfig, make_optimizer
+    from geode_jax.runs import systems
+    from geode_jax.runs.data import make_pipelines, prepare_tokenizer
     from geode_jax.sharding import make_mesh
-    from geode_jax.train_step import blueprint
+    from geode_jax.training.optimizer import OptimizerConfig, make_optimizer
+    from geode_jax.training.step import blueprint
 
     if config.system != "hidden_cot":
         config.init_from = ""  # what is there plays no part here
@@ -178,8 +178,8 @@ def _build_to_shapes(config, workdir: Path) -> None:
 
 def _read_changes(folder: Path) -> list:
     """`geode-jax plan --set FIELD=VALUE`."""
-    from geode_jax.build import check_config
     from geode_jax.plan.command import read_config
+    from geode_jax.runs.config import check_config
 
     draw = _drawn(folder)
     name, changes = "hidden_cot", []
@@ -228,7 +228,7 @@ def _write_program(folder: Path) -> None:
 
 def _read_program(folder: Path) -> list:
     from geode_jax import main
-    from geode_jax.build import check_config
+    from geode_jax.runs.config import check_config
 
     draw = _drawn(folder)
     program = folder / "program.py"

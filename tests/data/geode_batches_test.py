@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from geode_jax.data.control import BOX, REG, control_of
-from geode_jax.data.pipeline import Pipeline, PipelineConfig, measure_lengths
+from geode_jax.data.pipeline import Pipeline
+from geode_jax.data.settings import PipelineConfig, measure_lengths
 from geode_jax.data.tokens import Tokenizer, train_tokenizer
 from geode_jax.exports import Export, ExportError, ExportWriter, write_scene
 from geode_jax.exports.prompts import prompt
-from tests.data.conftest import (
+from tests.data.pipeline_test import asked, changed, check_packing, digest
+from tests.helpers.exports import (
     CATEGORIES,
     HEADER,
     IMAGE,
@@ -20,7 +22,6 @@ from tests.data.conftest import (
     tiny_scene,
     write_geode_export,
 )
-from tests.data.pipeline_test import asked, changed, check_packing, digest
 
 
 @pytest.fixture(scope="module")

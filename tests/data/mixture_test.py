@@ -6,19 +6,20 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from geode_jax.build import check_config
 from geode_jax.data.mixture import (
     choose_scenes,
     parse_mixture,
     scenes_per_epoch,
     stratified_part,
 )
-from geode_jax.data.pipeline import Pipeline, PipelineConfig
+from geode_jax.data.pipeline import Pipeline
+from geode_jax.data.settings import PipelineConfig
 from geode_jax.data.tokens import Tokenizer, train_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, ExportWriter
-from tests.data.conftest import HEADER, TOKEN_WIDTH
-from tests.runs import tiny_config
+from geode_jax.runs.config import check_config
+from tests.helpers.exports import HEADER, TOKEN_WIDTH
+from tests.helpers.runs import tiny_config
 
 SOURCES = {"both": ("a", "b", None), "only_a": ("a",), "only_b": ("b",), "own": (None,)}
 """Sort of scene -> sources of its questions, ten of each kind of each."""

@@ -7,20 +7,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from geode_jax.data.pipeline import Pipeline, PipelineConfig, measure_lengths
-from geode_jax.data.raycast import box_gaps
+from geode_jax.data.pipeline import Pipeline
+from geode_jax.data.settings import PipelineConfig, measure_lengths
 from geode_jax.data.tokens import Tokenizer, train_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.exports import RELATIONS, Export, ExportError, ExportWriter
 from geode_jax.exports.prompts import prompt
+from geode_jax.geometry.upright_boxes import box_gaps
 from geode_jax.shapes import Batch
-from tests.data.conftest import (
-    CATEGORIES,
-    HEADER,
-    tiny_questions,
-    tiny_scene,
-    write_tiny_export,
-)
+from tests.helpers.exports import CATEGORIES, HEADER, tiny_questions, tiny_scene, write_tiny_export
 
 FIELDS = [field.name for field in dataclasses.fields(Batch)]
 

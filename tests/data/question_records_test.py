@@ -20,7 +20,7 @@ from geode_jax.data.tokens import train_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, ExportError
 from geode_jax.exports.prompts import prompt
-from tests.data.conftest import CATEGORIES, write_tiny_export
+from tests.helpers.exports import CATEGORIES, write_tiny_export
 
 
 def by_scene(export: Export) -> dict[str, list[dict]]:

@@ -18,7 +18,7 @@ from geode_jax.data.scene_arrays import (
     scene_tensors,
 )
 from geode_jax.errors import UserError
-from tests.data.conftest import (
+from tests.helpers.exports import (
     CELL,
     GRID,
     IMAGE,

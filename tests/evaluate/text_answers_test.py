@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from geode_jax.cli.command import main
 from geode_jax.errors import UserError
 from geode_jax.evaluate.text_answers import evaluate, read_questions
-from geode_jax.inference.cli import main
-from tests.data.datasets.layouts import cases
+from tests.sources.datasets.layouts import cases
 
 CASES = cases("scene1", "scene2")
 

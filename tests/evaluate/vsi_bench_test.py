@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from geode_jax import __version__
 from geode_jax.errors import UserError
 from geode_jax.evaluate import vsi_bench
-from geode_jax.evaluate.spatial_metrics import VSI_TASKS
+from geode_jax.evaluate.row_files import read_rows
+from geode_jax.exports.kinds import VSI_TASKS
 
 NUMBERS = (
     "object_counting",
@@ -413,9 +414,9 @@ def test_a_parquet_file_that_unpacks_to_much_is_refused(files, monkeypatch, shar
     pyarrow.parquet.write_table(table, parquet, use_dictionary=shared, compression="zstd")
     assert parquet.stat().st_size < 10**5
     with pytest.raises(UserError, match=r"test.parquet: unpacks to more than 8,388,608 bytes"):
-        vsi_bench.read_rows(parquet)
+        read_rows(parquet)
     monkeypatch.undo()
-    assert len(vsi_bench.read_rows(parquet).rows) == 20
+    assert len(read_rows(parquet).rows) == 20
 
 
 def test_a_bad_parquet_file_is_refused(files):

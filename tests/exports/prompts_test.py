@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from geode_jax.exports.prompts import VSI_CHOICE_KINDS, VSI_NUMERIC_KINDS, prompt
+from geode_jax.exports.kinds import VSI_CHOICE_KINDS, VSI_NUMERIC_KINDS
+from geode_jax.exports.prompts import prompt
 
 
 def snapshot(data_root, name: str) -> str:

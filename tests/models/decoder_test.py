@@ -9,14 +9,14 @@ import pytest
 from flax import nnx
 
 from configs import hidden_cot
+from geode_jax.measure.parameters import VGGT_AGGREGATOR, count_by_part
 from geode_jax.models.decoder import CrossAttention, Decoder, DecoderConfig, fan_out
 from geode_jax.models.student import StudentConfig
 from geode_jax.models.task_heads import HeadsConfig
 from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig
 from geode_jax.ops.attention import Intervals, causal
-from geode_jax.parameters import VGGT_AGGREGATOR, count_by_part
 from geode_jax.sharding import abstract_model, make_mesh
-from tests.tiny_models import STUDENT, materialize
+from tests.helpers.tiny_models import STUDENT, materialize
 
 TINY = STUDENT.decoder  # three layers, cross-attention before the second, two key heads for four
 S, Q, PREFIX, TEXT, SEEN = 2, 3, 3, 4, 5

@@ -16,8 +16,8 @@ from geode_jax.models.decoding import Matrix, by_layer, for_decoding, with_decod
 from geode_jax.models.layers import Projection
 from geode_jax.models.student import Student
 from geode_jax.ops.attention import causal
-from tests.own_process import output_of
-from tests.tiny_models import STUDENT, materialize
+from tests.helpers.own_process import output_of
+from tests.helpers.tiny_models import STUDENT, materialize
 
 GELU = dataclasses.replace(STUDENT.decoder, cross_layers=())
 QWEN = dataclasses.replace(GELU, mlp="swiglu", norm="rms", linear_bias=False, tied_head=True)

@@ -4,11 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from geode_jax.boxes import encode_boxes
 from geode_jax.data.control import BASE_UNIT
-from geode_jax.data.targets import LOG_VALUES
-from geode_jax.models.drh import Drh, box_loss, decode_values, encode_values, value_loss
-from tests.tiny_models import materialize
+from geode_jax.geometry.boxes import encode_boxes
+from geode_jax.models.drh import Drh, decode_values, encode_values
+from geode_jax.objectives.geode import box_loss, value_loss
+from geode_jax.targets import LOG_VALUES
+from tests.helpers.tiny_models import materialize
 
 
 @pytest.mark.parametrize("unit", BASE_UNIT)

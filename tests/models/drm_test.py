@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from geode_jax.models.drm import Drm, DrmConfig, camera_code, fourier_code, spread
-from tests.tiny_models import materialize
+from tests.helpers.tiny_models import materialize
 
 S, FRAMES, TOKENS, POINTS, CAMERAS, L = 2, 3, 2, 5, 3, 4
 CONFIG = DrmConfig(

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from geode_jax.models.mamba import MambaBlock, MambaConfig, MambaMixer
-from geode_jax.optimizer import labels
-from tests.tiny_models import materialize
+from geode_jax.training.optimizer import labels
+from tests.helpers.tiny_models import materialize
 
 TINY = MambaConfig(width=20, layers=2, expand=2, states=5, taps=4)  # rank 2
 B, L = 2, 11

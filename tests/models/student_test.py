@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from geode_jax.inference.generate import text_positions
-from geode_jax.losses import TERMS
 from geode_jax.models.decoder import fan_out
+from geode_jax.models.generate import text_positions
 from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig, term_of
+from geode_jax.objectives.losses import TERMS
 from geode_jax.ops.attention import causal
-from tests.tiny_models import (
+from tests.helpers.tiny_models import (
     ANSWER,
     COLUMNS,
     PAD_ID,

@@ -11,7 +11,7 @@ from flax import nnx
 from geode_jax.models.decoder import DecoderConfig
 from geode_jax.models.internvl import InternVL, InternVLConfig
 from geode_jax.models.vit import InternViT, VitConfig, pixel_shuffle
-from tests.tiny_models import materialize
+from tests.helpers.tiny_models import materialize
 
 VIT = VitConfig(image_size=12, patch_size=3, width=8, layers=2, heads=2, mlp_width=12)
 DECODER = DecoderConfig(

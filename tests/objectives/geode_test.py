@@ -10,8 +10,8 @@ from flax import nnx
 from jax.scipy.special import logsumexp
 from PIL import Image
 
-from geode_jax.boxes import decode_boxes
 from geode_jax.exports import units
+from geode_jax.geometry.boxes import decode_boxes
 from geode_jax.models.drh import decode_values
 from geode_jax.models.drm import DrmConfig
 from geode_jax.models.geode import GeodeConfig, nearest_patches
@@ -25,9 +25,9 @@ from geode_jax.objectives.geode import (
     GeodeStageConfig,
     layout_alignment,
 )
-from geode_jax.optimizer import OptimizerConfig, make_optimizer
-from geode_jax.train_step import TrainState, make_train_step
-from tests.tiny_models import EOS_ID, PAD_ID, STUDENT, VIEWS, materialize, tiny_batch
+from geode_jax.training.optimizer import OptimizerConfig, make_optimizer
+from geode_jax.training.step import TrainState, make_train_step
+from tests.helpers.tiny_models import EOS_ID, PAD_ID, STUDENT, VIEWS, materialize, tiny_batch
 
 REG_ID, BOX_ID = 21, 22
 POINTS = 6

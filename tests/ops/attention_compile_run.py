@@ -15,9 +15,9 @@ from jax.sharding import NamedSharding
 from geode_jax import sharding
 from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig
 from geode_jax.ops.attention import Intervals, attention
-from geode_jax.optimizer import OptimizerConfig, make_optimizer
-from geode_jax.train_step import blueprint, make_train_step
-from tests.tiny_models import STUDENT, tiny_batch
+from geode_jax.training.optimizer import OptimizerConfig, make_optimizer
+from geode_jax.training.step import blueprint, make_train_step
+from tests.helpers.tiny_models import STUDENT, tiny_batch
 
 MESHES = {"v5e:2x4": (2, 2, 2), "v6e:2x4": (1, 2, 4), "v5p:2x2x1": (1, 2, 2)}
 KERNEL = re.compile(r"attention_(?:forward|backward_queries|backward_keys)")

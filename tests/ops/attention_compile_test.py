@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.own_process import output_of
+from tests.helpers.own_process import output_of
 
 KERNELS = ["attention_backward_keys", "attention_backward_queries", "attention_forward"]
 

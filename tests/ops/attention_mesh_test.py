@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.own_process import output_of
+from tests.helpers.own_process import output_of
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from scipy.special import logsumexp
 
 from geode_jax.ops import cross_entropy
 from geode_jax.ops.cross_entropy import Scores, token_loss
-from tests.own_process import output_of
+from tests.helpers.own_process import output_of
 
 S, T, D, X, K = 2, 11, 6, 13, 4
 

@@ -9,8 +9,8 @@ import pytest
 
 from geode_jax.ops import selective_scan_tpu
 from geode_jax.ops.selective_scan import selective_scan
+from tests.helpers.own_process import output_of
 from tests.ops.selective_scan_test import oracle
-from tests.own_process import output_of
 
 KERNELS = ["selective_scan_backward", "selective_scan_forward"]
 

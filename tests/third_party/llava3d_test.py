@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from geode_jax.data.pipeline import Pipeline, PipelineConfig
+from geode_jax.data.pipeline import Pipeline
+from geode_jax.data.settings import PipelineConfig
 from geode_jax.data.tokens import load_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, validate

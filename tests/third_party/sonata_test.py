@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from geode_jax.data.pipeline import Pipeline, PipelineConfig
+from geode_jax.data.pipeline import Pipeline
+from geode_jax.data.settings import PipelineConfig
 from geode_jax.data.tokens import train_tokenizer
 from geode_jax.exports import Export, validate
 from geode_jax.exports.prompts import prompt

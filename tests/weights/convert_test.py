@@ -13,14 +13,14 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from geode_jax.cli.command import main
 from geode_jax.errors import UserError
-from geode_jax.inference.cli import main
 from geode_jax.models.decoder import Decoder, DecoderConfig
 from geode_jax.models.internvl import InternVL, InternVLConfig
 from geode_jax.models.vit import VitConfig
 from geode_jax.weights import load_pretrained, save_pretrained
-from tests.tiny_models import STUDENT, materialize
-from tests.weights.conftest import change_config, same_tensors
+from tests.helpers.tiny_models import STUDENT, materialize
+from tests.helpers.weights import change_config, same_tensors
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QWEN = DecoderConfig(

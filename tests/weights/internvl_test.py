@@ -15,7 +15,7 @@ from geode_jax.errors import UserError
 from geode_jax.models.vit import INTERNVIT_300M
 from geode_jax.weights import load_pretrained, save_pretrained
 from geode_jax.weights.convert import plan
-from tests.weights.conftest import close, randomize, reload, same_tensors
+from tests.helpers.weights import close, randomize, reload, same_tensors
 
 IMAGE, PATCH, IMAGE_ID, VOCABULARY = 28, 7, 40, 41
 LAYERS = 2

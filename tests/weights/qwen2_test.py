@@ -10,12 +10,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from geode_jax.errors import UserError
-from geode_jax.inference.generate import generate
 from geode_jax.models.decoder import QWEN2P5_1P5B, Decoder, DecoderConfig
+from geode_jax.models.generate import generate
 from geode_jax.weights import load_pretrained, save_pretrained
 from geode_jax.weights.convert import plan
-from tests.tiny_models import materialize
-from tests.weights.conftest import change_config, close, randomize, reload, same_tensors
+from tests.helpers.tiny_models import materialize
+from tests.helpers.weights import change_config, close, randomize, reload, same_tensors
 
 NEVER = -1
 """An end token that no model says."""

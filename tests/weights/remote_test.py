@@ -18,7 +18,6 @@ import pytest
 from flax import nnx
 
 from geode_jax.data.control import BASE_UNIT
-from geode_jax.data.targets import LOG_EDGES, LOG_VALUES
 from geode_jax.errors import UserError
 from geode_jax.exports.units import UNITS, write_number
 from geode_jax.models.drm import DrmConfig
@@ -33,12 +32,21 @@ from geode_jax.objectives.hidden_cot import (
     HiddenCoTConfig,
     HiddenCoTModel,
 )
+from geode_jax.results.card import inherited
 from geode_jax.shapes import Batch, without_vision
+from geode_jax.targets import LOG_EDGES, LOG_VALUES
 from geode_jax.weights import load_pretrained
-from geode_jax.weights.card import inherited
 from geode_jax.weights.convert import write_model
-from tests.tiny_models import ANSWER, EOS_ID, PAD_ID, QUESTION, STUDENT, materialize, tiny_batch
-from tests.weights.conftest import close
+from tests.helpers.tiny_models import (
+    ANSWER,
+    EOS_ID,
+    PAD_ID,
+    QUESTION,
+    STUDENT,
+    materialize,
+    tiny_batch,
+)
+from tests.helpers.weights import close
 from tests.weights.convert_test import QWEN
 
 REMOTE = Path(__file__).resolve().parents[2] / "geode_jax" / "weights" / "remote"

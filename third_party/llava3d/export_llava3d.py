@@ -178,7 +178,7 @@ class Cost:
         self.tokens.append(tokens)
 
     def summary(self) -> dict[str, Any]:
-        """Names as in geode_jax/evaluate/efficiency.py; times are None without an answer."""
+        """Names as in geode_jax/measure/cost.py; times are None without an answer."""
         parameters = list(self._model.parameters())
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         found: dict[str, Any] = {

@@ -1,0 +1,173 @@
+"""Accuracy of spatial answers: the paper's four relations and VSI-Bench's eight tasks.
+
+Every question is scored in [0, 1] from its generated text by one of four rules:
+
+| rule | questions | score |
+|---|---|---|
+| relation | proximity, contact, size_comparison, orientation and other short answers | equal text |
+| letter | multiple choice | VSI-Bench: equal letter |
+| number | `value` without a choice, or a numeric kind | VSI-Bench: mean relative accuracy |
+| text | scene_description | ROUGE-1 F1 |
+
+"Equal text" means after lower-casing, collapsing white space and dropping a final ".". The rules of
+VSI-Bench are those of vision-x-nyu/thinking-in-space, `lmms_eval/tasks/vsibench/utils.py`.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from geode_jax.evaluate.metrics import text as text_metrics
+from geode_jax.exports import NUMERIC_KINDS as ALL_NUMERIC
+from geode_jax.exports.kinds import (
+    CHOICE_KINDS,
+    DIRECTION_KINDS,
+    RELATION_KINDS,
+    TEXT_KINDS,
+    VSI_TASKS,
+)
+
+NUMERIC_KINDS = (
+    "object_counting",
+    "object_abs_distance",
+    "object_size_estimation",
+    "room_size_estimation",
+)
+
+
+_CONFIDENCES = np.linspace(0.5, 0.95, 10)
+
+
+def normalise(text: str) -> str:
+    """Lower case, white space collapsed, without a final full stop."""
+    return " ".join(text.lower().split()).rstrip(".").rstrip()
+
+
+def relation_accuracy(prediction: str, targets: Sequence[str]) -> float:
+    """1.0 if the answer equals one of the references after `normalise`, else 0.0."""
+    return float(normalise(prediction) in {normalise(target) for target in targets})
+
+
+def fuzzy_matching(prediction: str) -> str:
+    """VSI-Bench's reading of an answer: up to the first space, without a final full stop.
+
+    Only a space separates: "A. chair" is "A", but "B) chair" is "B)", and a newline separates
+    nothing.
+    """
+    return prediction.split(" ")[0].rstrip(".").strip()
+
+
+def letter_accuracy(prediction: str, target: str) -> float:
+    """VSI-Bench multiple choice: 1.0 if the letters are equal, whatever their case."""
+    return float(fuzzy_matching(prediction).lower() == target.lower())
+
+
+def mean_relative_accuracy(prediction: float, target: float) -> float:
+    """VSI-Bench's MRA: the share of 10 thresholds c with |p - t| / |t| <= 1 - c.
+
+    c runs over 0.5, 0.55, ..., 0.95. The benchmark's code has "<=" where its paper writes "<".
+
+    Args:
+      prediction: may be NaN or infinite, which scores 0.
+      target: a target of 0 divides by zero upstream; here 0 is worth 1.0 if hit exactly, else 0.0.
+
+    Returns:
+      A multiple of 0.1 in [0, 1].
+    """
+    if target == 0:
+        return float(prediction == 0)
+    error = abs(prediction - target) / abs(target)
+    return float(np.mean(error <= 1 - _CONFIDENCES))
+
+
+def number_accuracy(prediction: str, target: str) -> float:
+    """MRA of the first word of an answer; what is no number ("three", "1,200") scores 0."""
+    try:
+        value, truth = float(fuzzy_matching(prediction)), float(fuzzy_matching(target))
+    except ValueError:
+        return 0.0
+    return mean_relative_accuracy(value, truth)
+
+
+def rule(record: dict) -> str:
+    """Which rule of the module docstring scores this question."""
+    kind = record["kind"]
+    if kind in RELATION_KINDS:
+        return "relation"
+    if kind in TEXT_KINDS:
+        return "text"
+    if kind in NUMERIC_KINDS:
+        return "number"
+    has_value = record.get("value") is not None
+    if kind in CHOICE_KINDS or (record.get("options") and not (has_value and kind in ALL_NUMERIC)):
+        return "letter"
+    return "number" if has_value else "relation"
+
+
+def question_score(record: dict, reference: str = "truth") -> float:
+    """The score in [0, 1] of one prediction by its rule, the best over its references.
+
+    Raises:
+      ValueError: the record has no reference of this sort.
+    """
+    targets = text_metrics.references(record, reference)
+    if not targets:
+        raise ValueError(f"question {record.get('id')}: no {reference} answer")
+    text = record["prediction"]
+    match rule(record):
+        case "relation":
+            return relation_accuracy(text, targets)
+        case "letter":
+            # A teacher may answer "A. chair" where the truth is "A": both are read alike.
+            return max(letter_accuracy(text, fuzzy_matching(target)) for target in targets)
+        case "number":
+            # A truth in words that VSI-Bench does not read ("1,900 mm") has its value beside it.
+            if reference == "truth" and record.get("value") is not None:
+                targets = [*targets, str(record["value"])]
+            return max(number_accuracy(text, target) for target in targets)
+        case _:
+            return text_metrics.rouge(text, tuple(targets))["rouge1"][2]
+
+
+def per_kind_scores(predictions: Sequence[dict], reference: str = "truth") -> dict[str, float]:
+    """Mean score of each kind of question that occurs, in order of first appearance."""
+    found = defaultdict(list)
+    for record in text_metrics.with_reference(predictions, reference):
+        found[record["kind"]].append(question_score(record, reference))
+    return {kind: sum(values) / len(values) for kind, values in found.items()}
+
+
+def add_mean(scores: dict[str, float], key: str, members: Sequence[str]) -> None:
+    """Sets `key` to the mean of those `members` that occur in `scores`; without any, nothing."""
+    values = [scores[member] for member in members if member in scores]
+    if values:
+        scores[key] = sum(values) / len(values)
+
+
+def spatial_scores(predictions: Sequence[dict], reference: str = "truth") -> dict[str, float]:
+    """Per-kind scores and their summaries; a summary of kinds that do not occur is left out.
+
+    Keys besides the kinds:
+      `spatial_accuracy`: mean of the accuracies of the four relations (of those that occur).
+      `mra`: mean over the numeric kinds of the kind's MRA.
+      `metric_mra`: the same over those that measure something, all but `object_counting`.
+      `object_rel_direction`: mean of its easy, medium and hard accuracies (of those that occur).
+      `vsi_overall`: unweighted mean over the VSI-Bench tasks that occur, and `vsi_tasks`, how many
+        of the eight these are; only with 8 is it the benchmark's overall score (x 100 there).
+
+    Raises:
+      ValueError: no predictions.
+      UserError: none has such a reference.
+    """
+    kinds = per_kind_scores(predictions, reference)
+    numeric = {record["kind"] for record in predictions if rule(record) == "number"}
+    scores = dict(kinds)
+    add_mean(scores, "spatial_accuracy", RELATION_KINDS)
+    add_mean(scores, "mra", sorted(numeric))
+    add_mean(scores, "metric_mra", sorted(numeric - {"object_counting"}))
+    add_mean(scores, "object_rel_direction", DIRECTION_KINDS)
+    add_mean(scores, "vsi_overall", VSI_TASKS)
+    if "vsi_overall" in scores:
+        scores["vsi_tasks"] = float(sum(task in scores for task in VSI_TASKS))
+    return scores

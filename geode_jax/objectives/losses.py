@@ -1,0 +1,603 @@
+"""The losses of the Hidden-CoT paper, Sec. III-D: pure functions, each citing what it implements.
+
+Every loss returns `(sum, count)`, two float32 scalars: they add up over microbatches and devices,
+and only then is a mean taken (`mean`, `combine`) and the means are balanced (`uncertainty_total`,
+`static_total`). Whatever a mask leaves out, unknown values inside it included, changes neither the
+value nor a gradient, even if it is NaN; an example without a target is not counted, and a count of
+0 comes with a sum of 0.
+
+Masks are bool, True = paid, and may lack trailing axes: a mask [S] holds for whole scenes. `...` in
+a shape stands for any leading axes; the other letters are those of `geode_jax.shapes` (M = queries
+of the detection head, c = categories, k = entries of a top-k list). Boxes `8` are `encode_boxes`.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import logsumexp, xlogy
+from optax.assignment import hungarian_algorithm
+
+from geode_jax.geometry.boxes import encode_boxes, generalized_iou, nearer_code, other_code
+from geode_jax.geometry.correspondence import gather_views, reprojection
+from geode_jax.ops.cross_entropy import Scores
+from geode_jax.shapes import Array
+from geode_jax.sharding import by_scenes
+
+Pair = tuple[jax.Array, jax.Array]
+"""(sum, count) of a loss, float32 scalars."""
+
+TERMS = (
+    "text",
+    "depth_ce",
+    "depth_reg",
+    "depth_kl",
+    "detection",
+    "spatial",
+    "multiview",
+    "feature",
+)
+"""The terms i of eq. 2."""
+
+LOG_VARIANCE_BOUNDS = (-7.0, 7.0)
+"""Bounds of log sigma^2: weights 1 / (2 sigma^2) from 548 (the paper saw up to 450) to 0.0005."""
+
+BOX_L1_WEIGHT, BOX_GIOU_WEIGHT, BOX_CLASS_WEIGHT = 1.0, 2.0, 2.0
+"""Weights inside the detection term and its matching cost; ratios of DETR's size (2005.12872)."""
+
+
+def _masked_sum(loss: jax.Array, mask: jax.Array) -> Pair:
+    return jnp.sum(jnp.where(mask, loss, 0.0)), jnp.sum(mask, dtype=jnp.float32)
+
+
+def _keep(value: Array, mask: jax.Array, fill: float = 0.0) -> jax.Array:
+    """float32 values with `fill` where the mask is False, before anything is computed from them.
+
+    A mask after the computation alone is not enough: 0 * NaN is NaN in a gradient.
+    """
+    value = jnp.asarray(value).astype(jnp.float32)
+    mask = mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
+    return jnp.where(mask, value, fill)
+
+
+def _mask(mask: Array, shape: tuple[int, ...]) -> jax.Array:
+    mask = jnp.asarray(mask, bool)
+    return jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)
+
+
+# Text (Sec. III-D.1)
+
+
+def cross_entropy(logits_X: Array, labels: Array, mask: Array) -> Pair:
+    """Token cross-entropy, Sec. III-D.1; count = paid tokens.
+
+    Args:
+        logits_X: [..., X], any float dtype; the log-sum-exp runs in float32.
+        labels: int [...]; negative labels (-100 by convention) are never paid.
+        mask: [...], True at answer positions only.
+    """
+    mask = _mask(mask, labels.shape) & (labels >= 0)
+    logits_X = _keep(logits_X, mask)
+    labels = jnp.where(mask, labels, 0)
+    picked = jnp.take_along_axis(logits_X, labels[..., None], axis=-1)[..., 0]
+    return _masked_sum(logsumexp(logits_X, axis=-1) - picked, mask)
+
+
+def token_cross_entropy(scores: Scores, paid: Array) -> Array:
+    """The sum alone, for `ops.cross_entropy.token_loss`; the label is the first id listed."""
+    return jnp.sum(_keep(scores.lse_n - scores.listed_nk[:, 0], paid))
+
+
+def distillation(
+    score_k: Array,
+    rest: Array,
+    topk_id_k: Array,
+    topk_logprob_k: Array,
+    mask: Array,
+    temperature: float = 1.0,
+) -> Pair:
+    """The teacher's top-k logits, Sec. III-D.1 and Hinton et al. [12]; count = positions.
+
+    With P and Q the probabilities that teacher and student give to the listed tokens together at
+    temperature 1, and p and q their distributions over these tokens alone at temperature T,
+
+        P T^2 KL(p || q) + P log(P / Q) + (1 - P) log((1 - P) / (1 - Q))
+
+    The first part has the soft targets; T^2 keeps the size of its gradient. It cannot see what the
+    student gives to tokens that are not listed, which the other two hold to what the teacher left
+    over. They are at temperature 1, where that is known: at another it would depend on how the
+    teacher spread it, which nobody stored. So at every T the loss is 0 exactly where the student's
+    probability of every listed token is the teacher's, and how it spreads the rest is free. At T =
+    1 the three add up to the KL over the listed tokens and one bucket for the rest, a lower bound
+    of the full KL; for k = X the first is the full KL at T, the others 0. The paper writes
+    cross-entropy: the same gradient.
+
+    Args:
+        score_k: [..., k], the student's logits of the listed tokens, of `ops.cross_entropy`.
+        rest: [...], log-sum-exp of all but the listed, -inf where there are none.
+        topk_id_k: int [..., k], distinct; an entry with a negative id or log-probability -inf is
+            padding.
+        topk_logprob_k: [..., k], normalised over the whole vocabulary at temperature 1.
+        mask: [...]; positions without any entry are not counted.
+        temperature: T > 0, a Python number.
+    """
+    mask = _mask(mask, rest.shape)
+    entry = mask[..., None] & (topk_id_k >= 0) & jnp.isfinite(topk_logprob_k)
+    mask = jnp.any(entry, axis=-1)
+    score_k, logprob_k = _keep(score_k, entry), _keep(topk_logprob_k, entry)
+    # Finite, so that a row without entries stays finite too.
+    teacher_k = jax.nn.log_softmax(jnp.where(entry, logprob_k / temperature, -1e30))
+    student_k = jax.nn.log_softmax(jnp.where(entry, score_k / temperature, -1e30))
+    kl = jnp.sum(jnp.where(entry, jnp.exp(teacher_k) * (teacher_k - student_k), 0.0), axis=-1)
+    # Rounded (float16) log-probabilities may add up to a little more than 1, or to less where there
+    # is nothing else.
+    has_rest = mask & (rest > -jnp.inf)
+    listed = jnp.sum(jnp.where(entry, jnp.exp(logprob_k), 0.0), axis=-1)
+    listed = jnp.where(has_rest, jnp.minimum(listed, 1.0), 1.0)
+    # log Q and log (1 - Q) by the odds: neither cancels where it is close to 0.
+    log_odds = logsumexp(jnp.where(entry, score_k, -1e30), axis=-1) - _keep(rest, has_rest)
+    log_odds = jnp.where(has_rest, log_odds, 0.0)
+    mass = xlogy(listed, listed) + listed * jax.nn.softplus(-log_odds)
+    mass += xlogy(1.0 - listed, 1.0 - listed) + (1.0 - listed) * jax.nn.softplus(log_odds)
+    mass = jnp.where(has_rest, mass, 0.0)
+    return _masked_sum(listed * temperature**2 * kl + mass, mask)
+
+
+# Depth (Sec. III-D.2)
+
+
+def depth_l1(depth: Array, target: Array, mask: Array) -> Pair:
+    """|depth - target| in metres over known pixels (target > 0), Sec. III-D.2; count = pixels."""
+    mask = _mask(mask, target.shape) & (target > 0)
+    return _masked_sum(jnp.abs(_keep(depth, mask) - _keep(target, mask)), mask)
+
+
+def depth_bin_centres(bins: int, near: float = 0.3, far: float = 10.0) -> jax.Array:
+    """[B] centres in metres, evenly spaced in log depth from `near` to `far`, both included."""
+    return jnp.asarray(np.geomspace(near, far, bins), jnp.float32)
+
+
+def expected_depth(logits_B: Array, centres_B: Array) -> jax.Array:
+    """Depth in metres [...] of a distribution over bins: exp of the expected log centre.
+
+    The mean is taken in log depth, where the bins are even: it inverts `assign_bins` exactly, which
+    the mean of the metric centres would not. For probabilities pass their logarithm.
+    """
+    prob_B = jax.nn.softmax(jnp.asarray(logits_B).astype(jnp.float32), axis=-1)
+    return jnp.exp(jnp.sum(prob_B * jnp.log(centres_B), axis=-1))
+
+
+def assign_bins(depth: Array, centres_B: Array) -> jax.Array:
+    """Depth [...] (metres, > 0) as weights [..., B] of its two neighbouring centres, in log depth.
+
+    Depths beyond the first or last centre belong to it alone.
+    """
+    bin_B = jnp.arange(centres_B.shape[0], dtype=jnp.float32)
+    position = jnp.interp(jnp.log(depth), jnp.log(centres_B), bin_B)
+    return jnp.maximum(1.0 - jnp.abs(position[..., None] - bin_B), 0.0)
+
+
+def depth_bin_ce(logits_B: Array, target: Array, mask: Array, centres_B: Array) -> Pair:
+    """Cross-entropy over depth bins, Sec. III-D.2; count = known pixels (target > 0).
+
+    Args:
+        logits_B: [..., B].
+        target: [...] metres; becomes the soft assignment of `assign_bins`.
+        mask: [...].
+        centres_B: increasing metres, of `depth_bin_centres`.
+    """
+    mask = _mask(mask, target.shape) & (target > 0)
+    weight_B = jax.lax.stop_gradient(assign_bins(_keep(target, mask, 1.0), centres_B))
+    log_prob_B = jax.nn.log_softmax(_keep(logits_B, mask), axis=-1)
+    return _masked_sum(-jnp.sum(weight_B * log_prob_B, axis=-1), mask)
+
+
+def depth_bin_kl(logits_B: Array, teacher_probs_B: Array, mask: Array) -> Pair:
+    """KL(teacher || student) over depth bins, Sec. III-D.2; count = pixels the teacher knows.
+
+    Args:
+        logits_B: [..., B].
+        teacher_probs_B: [..., B]; normalised here (they may come in float16), and a row that is 0
+            throughout is no target.
+        mask: [...].
+    """
+    mask = _mask(mask, teacher_probs_B.shape[:-1])
+    mask &= jnp.sum(_keep(teacher_probs_B, mask), axis=-1) > 0
+    prob_B = _keep(teacher_probs_B, mask, 1.0)
+    prob_B = jax.lax.stop_gradient(prob_B / jnp.sum(prob_B, axis=-1, keepdims=True))
+    log_prob_B = jax.nn.log_softmax(_keep(logits_B, mask), axis=-1)
+    return _masked_sum(jnp.sum(xlogy(prob_B, prob_B) - prob_B * log_prob_B, axis=-1), mask)
+
+
+# Detection (Sec. III-D.2)
+
+
+def match(cost_NM: Array, mask_N: Array) -> jax.Array:
+    """The cheapest one-to-one assignment of boxes to queries (Hungarian, optax.assignment).
+
+    Args:
+        cost_NM: [..., N, M]; entries that are not finite count as very expensive.
+        mask_N: [..., N], False = padding, whose cost is a constant larger than any real
+            difference, so that padding takes no query from a box where boxes outnumber queries.
+
+    Returns:
+        int32 [..., N]: the query of each box; -1 for padding and for boxes left over when N > M.
+    """
+    N = cost_NM.shape[-2]
+    mask_NM = jnp.broadcast_to(jnp.asarray(mask_N, bool)[..., None], cost_NM.shape)
+    # The search never ends on infinities, and loses ties to rounding on huge numbers.
+    cost = jnp.where(mask_NM & jnp.isfinite(cost_NM), cost_NM, 1e4).astype(jnp.float32)
+    cost = jnp.clip(cost, -1e4, 1e4)
+    low = jnp.min(cost, axis=(-2, -1), keepdims=True, where=mask_NM, initial=1e4)
+    high = jnp.max(cost, axis=(-2, -1), keepdims=True, where=mask_NM, initial=-1e4)
+    padding = N * jnp.maximum(high - low, 0.0) + 1.0
+    cost = jax.lax.stop_gradient(jnp.where(mask_NM, cost - low, padding))
+
+    def assign(cost_NM, mask_N):
+        box, query = hungarian_algorithm(cost_NM)
+        query_N = jnp.full(N, -1, jnp.int32).at[box].set(query.astype(jnp.int32))
+        return jnp.where(mask_N, query_N, -1)
+
+    for _ in cost_NM.shape[:-2]:
+        assign = jax.vmap(assign)
+    return assign(cost, mask_NM[..., 0])
+
+
+def _focal(logits: jax.Array, target: jax.Array | float, alpha: float, gamma: float) -> jax.Array:
+    """Sigmoid focal loss of each logit; target 0 or 1."""
+    signed = jnp.where(jnp.asarray(target) > 0, logits, -logits)
+    weight = jnp.where(jnp.asarray(target) > 0, alpha, 1.0 - alpha)
+    log_prob = jax.nn.log_sigmoid(signed)
+    return -weight * jnp.exp(gamma * jax.nn.log_sigmoid(-signed)) * log_prob
+
+
+def focal_loss(
+    class_logits_SMc: Array,
+    target_SM: Array,
+    known_S: Array,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> Pair:
+    """Sigmoid focal loss (1708.02002) over queries and categories, Sec. III-D.2.
+
+    Args:
+        class_logits_SMc: one binary decision per category; no object = all of them negative.
+        target_SM: int category of each query, -1 = no object.
+        known_S: scenes whose boxes are all known.
+        alpha: weight of the positive decisions.
+        gamma: exponent that fades decisions already made.
+
+    Returns:
+        The sum over all decisions of known scenes; count = their objects, at least 1 a known scene,
+        so that an empty room still teaches silence.
+    """
+    known = _mask(known_S, target_SM.shape[:1])
+    one_hot = jax.nn.one_hot(target_SM, class_logits_SMc.shape[-1])
+    loss_SMc = _focal(_keep(class_logits_SMc, known), one_hot, alpha, gamma)
+    total, _ = _masked_sum(jnp.sum(loss_SMc, axis=(1, 2)), known)
+    objects = jnp.maximum(jnp.sum(target_SM >= 0, axis=1), 1)
+    return total, jnp.sum(jnp.where(known, objects, 0), dtype=jnp.float32)
+
+
+def _box_distance(boxes_8: jax.Array, target_8: jax.Array) -> jax.Array:
+    def to_code(code_8):
+        l1 = jnp.sum(jnp.abs(boxes_8 - code_8), axis=-1)
+        straight = 0.5 + 0.5 * code_8[..., 7]  # cos^2 of the yaw that the overlap takes as 0
+        overlap = straight * generalized_iou(boxes_8, code_8)
+        overlap += (1.0 - straight) * generalized_iou(other_code(boxes_8), other_code(code_8))
+        return BOX_L1_WEIGHT * l1 + BOX_GIOU_WEIGHT * (1.0 - overlap)
+
+    return nearer_code(to_code, target_8)
+
+
+def _encode_known(target_boxes_N7: Array, mask_N: jax.Array) -> jax.Array:
+    # Padding is zeros, whose log size is -inf: 1 everywhere is a harmless box.
+    return encode_boxes(_keep(target_boxes_N7, mask_N, 1.0))
+
+
+def box_loss(boxes_N8: Array, target_boxes_N7: Array, mask_N: Array) -> Pair:
+    """Localization loss of matched boxes, Sec. III-D.2; count = boxes.
+
+    L1 over the code of `encode_boxes` (metres, log size, doubled angle) plus 1 - generalized IoU of
+    the boxes without their yaw (`generalized_iou`), with the weights of the matching cost. Of a
+    box's two codes the nearer counts (`geometry.boxes.nearer_code`). Along which of the world's axes its
+    length lies, for the overlap, is a mean of the two by the squared cosine of the yaw that is left
+    out, so nothing jumps where a box turns, and both codes of a prediction cost the same.
+
+    Args:
+        boxes_N8: predictions [..., N, 8], encoded.
+        target_boxes_N7: [..., N, 7] in the order of the predictions.
+        mask_N: [..., N].
+    """
+    mask = _mask(mask_N, target_boxes_N7.shape[:-1])
+    target = _encode_known(target_boxes_N7, mask)
+    return _masked_sum(_box_distance(_keep(boxes_N8, mask), target), mask)
+
+
+class Detection(NamedTuple):
+    """Two (sum, count) pairs and the match, int32 [S, N]: the query of each box or -1."""
+
+    classes: Pair
+    boxes: Pair
+    query_SN: jax.Array
+
+
+def detection(
+    class_logits_SMc: Array,
+    boxes_SM8: Array,
+    target_boxes_SN7: Array,
+    target_labels_SN: Array,
+    known_S: Array,
+) -> Detection:
+    """Set prediction of 3D boxes, Sec. III-D.2: Hungarian matching, focal and box loss.
+
+    The matching cost is the box loss plus, for the category of the box, the focal loss of saying
+    yes minus that of saying no (Deformable DETR, 2010.04159); it is a constant to autodiff.
+
+    Args:
+        class_logits_SMc: of M queries.
+        boxes_SM8: code of `encode_boxes`.
+        target_boxes_SN7: world frame, metres.
+        target_labels_SN: int category, -1 = no box.
+        known_S: scenes whose boxes are all known; others pay nothing.
+    """
+    known = _mask(known_S, target_labels_SN.shape[:1])
+    mask_SN = known[:, None] & (target_labels_SN >= 0)
+    boxes_SM8, logits_SMc = _keep(boxes_SM8, known), _keep(class_logits_SMc, known)
+    target_SN8 = _encode_known(target_boxes_SN7, mask_SN)
+    label_SN = jnp.where(mask_SN, target_labels_SN, 0)
+    logits_SMN = jnp.take_along_axis(logits_SMc, label_SN[:, None, :], axis=2, mode="clip")
+    yes_minus_no = _focal(logits_SMN, 1.0, 0.25, 2.0) - _focal(logits_SMN, 0.0, 0.25, 2.0)
+    cost_SNM = _box_distance(boxes_SM8[:, None], target_SN8[:, :, None])
+    cost_SNM += BOX_CLASS_WEIGHT * jnp.swapaxes(yes_minus_no, 1, 2)
+    query_SN = by_scenes(match, cost_SNM, mask_SN)
+    matched = query_SN >= 0
+    # Unmatched boxes write to a column past the end, which is dropped.
+    S, M = class_logits_SMc.shape[:2]
+    column = jnp.where(matched, query_SN, M)
+    target_SM = jnp.full((S, M), -1, jnp.int32)
+    target_SM = target_SM.at[jnp.arange(S)[:, None], column].set(label_SN, mode="drop")
+    return Detection(
+        classes=focal_loss(logits_SMc, target_SM, known),
+        boxes=box_loss(take_matched(boxes_SM8, query_SN), target_boxes_SN7, matched),
+        query_SN=query_SN,
+    )
+
+
+def take_matched(value_SM: Array, query_SN: Array) -> jax.Array:
+    """What the matched query says about each box: [S, M, ...] -> [S, N, ...] (query 0 for -1)."""
+    return jax.vmap(lambda value, query: value[query])(value_SM, jnp.maximum(query_SN, 0))
+
+
+# Spatial and multi-view terms (Sec. III-D.2 and III-D.3)
+
+
+def spatial_features(student_SVPF: Array, teacher_SVPF: Array, mask: Array) -> Pair:
+    """First term of eq. 1: squared L2 distance to the teacher's features; count = cells (v, i, j).
+
+    Args:
+        student_SVPF: the student's projected features.
+        teacher_SVPF: a constant to autodiff.
+        mask: [S, V, P].
+    """
+    return _squared_distance(student_SVPF, teacher_SVPF, mask)
+
+
+def _squared_distance(student_F: Array, teacher_F: Array, mask: Array) -> Pair:
+    mask = _mask(mask, student_F.shape[:-1])
+    teacher_F = jax.lax.stop_gradient(_keep(teacher_F, mask))
+    return _masked_sum(jnp.sum(jnp.square(_keep(student_F, mask) - teacher_F), axis=-1), mask)
+
+
+def _inverse_norm(x_F: jax.Array) -> jax.Array:
+    # Bounded, so that a zero vector has a finite gradient.
+    return jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x_F), axis=-1), 1e-8))
+
+
+def cross_view(
+    student_SVPF: Array, index_SVVP: Array, mask_SVVP: Array, *, literal_sign: bool = False
+) -> Pair:
+    """Second term of eq. 1, cross-view consistency of the student's features; count = pairs.
+
+    The paper adds lambda * sim(F^(v1), F^(v2)) over pairs of views and says that this "enforces
+    cross-view consistency". Minimising a similarity does the opposite, and cells at equal (i, j) of
+    two views show different places. So ours is 1 - cosine over the cells that show the same place
+    (`correspondences`).
+
+    Args:
+        student_SVPF: the student's projected features.
+        index_SVVP: of `correspondences`.
+        mask_SVVP: of `correspondences`.
+        literal_sign: pay + cosine over the same pairs, the sign as the paper prints it.
+    """
+
+    # One target view at a time, its gathered features recomputed for the gradient: all pairs of
+    # views at once would hold V times the features.
+    @jax.checkpoint
+    def to_view(total, b):
+        feature_SPF, index_SVP, mask_SVP = b
+        there = jax.vmap(lambda f, i: f.at[i].get(mode="clip"))(feature_SPF, index_SVP)
+        here, there = _keep(student_SVPF, mask_SVP), _keep(there, mask_SVP)
+        scale = _inverse_norm(here) * _inverse_norm(there)
+        cosine = jnp.sum(here * there, axis=-1) * scale
+        loss, _ = _masked_sum(cosine if literal_sign else 1.0 - cosine, mask_SVP)
+        return total + loss, None
+
+    mask_SVVP = jnp.asarray(mask_SVVP, bool)
+    views = (
+        jnp.moveaxis(jnp.asarray(student_SVPF), 1, 0),
+        jnp.moveaxis(jnp.asarray(index_SVVP), 2, 0),
+        jnp.moveaxis(mask_SVVP, 2, 0),
+    )
+    total, _ = jax.lax.scan(to_view, jnp.zeros((), jnp.float32), views)
+    return total, jnp.sum(mask_SVVP, dtype=jnp.float32)
+
+
+def multi_view_consistency(
+    depth_SVP: Array,
+    extrinsic_SV34: Array,
+    intrinsic_SV33: Array,
+    grid: tuple[int, int],
+    index_SVVP: Array,
+    mask_SVVP: Array,
+) -> Pair:
+    """L2 "consistency of student predictions across views", Sec. III-D.2; count = pairs of cells.
+
+    The depth predicted at a patch of view a is unprojected with camera a and moved into camera b;
+    its z must be the depth predicted at the patch of b that shows the same place. Both predictions
+    receive gradients. Square metres.
+
+    Args:
+        depth_SVP: predicted metres.
+        extrinsic_SV34: camera-from-world.
+        intrinsic_SV33: pixels of the patch grid.
+        grid: (gh, gw).
+        index_SVVP: of `correspondences`, from known geometry.
+        mask_SVVP: of `correspondences`.
+    """
+    mask = jnp.asarray(mask_SVVP, bool)
+    slope, offset = reprojection(extrinsic_SV34, intrinsic_SV33, grid)
+    here = _keep(jnp.broadcast_to(depth_SVP[:, :, None, :], mask.shape), mask)
+    moved = here * slope + offset[..., None]
+    there = _keep(gather_views(depth_SVP, index_SVVP), mask)
+    return _masked_sum(jnp.square(moved - there), mask)
+
+
+def binary_kl(logit: Array, prob: Array, mask: Array) -> Pair:
+    """KL(Bernoulli(prob) || Bernoulli(sigmoid(logit))), Sec. III-D.2; count = entries.
+
+    "KL on left/right and above/below distributions", and the four relations alike. For a hard
+    target (0 or 1) this is the binary cross-entropy.
+    """
+    mask = _mask(mask, logit.shape)
+    logit = _keep(logit, mask)
+    prob = jax.lax.stop_gradient(_keep(prob, mask))
+    negative_entropy = xlogy(prob, prob) + xlogy(1.0 - prob, 1.0 - prob)
+    return _masked_sum(negative_entropy + jax.nn.softplus(logit) - prob * logit, mask)
+
+
+def feature_alignment(
+    *,
+    detection: tuple[Array, Array, Array] | None = None,
+    spatial: tuple[Array, Array, Array] | None = None,
+    depth: tuple[Array, Array, Array] | None = None,
+) -> dict[str, Pair]:
+    """Squared L2 between student and teacher, Sec. III-D.2; one pair for each part that is given.
+
+    "Feature-alignment of detector probabilities, spatial distributions, and depth hints"; every
+    part is (student, teacher, mask).
+
+    Args:
+        detection: class probabilities [S, N, c] of each box (the student's through `take_matched`),
+            mask [S, N]; count = boxes.
+        spatial: probabilities [S, Q, R] of the relations, mask alike; count = entries.
+        depth: metres [S, V, P], compared in log depth; the student's is positive (`expected_depth`
+            of its bins), cells where the teacher's is 0 are unknown; mask alike; count = cells.
+    """
+    pairs = {}
+    if detection is not None:
+        pairs["detection"] = _squared_distance(*detection)
+    if spatial is not None:
+        student, teacher, mask = spatial
+        pairs["spatial"] = _squared_distance(student[..., None], teacher[..., None], mask)
+    if depth is not None:
+        student, teacher, mask = depth
+        mask = _mask(mask, student.shape) & (teacher > 0)
+        student, teacher = jnp.log(_keep(student, mask, 1.0)), jnp.log(_keep(teacher, mask, 1.0))
+        pairs["depth"] = _squared_distance(student[..., None], teacher[..., None], mask)
+    return pairs
+
+
+# Totals (Sec. III-D.4)
+
+
+def mean(pair: Pair) -> jax.Array:
+    """sum / count, 0 for an empty pair. To be taken after microbatches and devices are added up."""
+    total, count = pair
+    return jnp.where(count > 0, total, 0.0) / jnp.where(count > 0, count, 1.0)
+
+
+def combine(pairs: Sequence[Pair], weights: Sequence[float] | None = None) -> Pair:
+    """Several losses as one term of eq. 2: (weighted sum of means, 1), or (0, 0) if all are empty.
+
+    For terms that Sec. III-D.2 makes of several losses whose counts count different things, such as
+    detection's classes and boxes. Like `mean`, for pairs that are already added up.
+    """
+    weights = (1.0,) * len(pairs) if weights is None else weights
+    total = jnp.zeros((), jnp.float32)
+    present = jnp.zeros((), bool)
+    for pair, weight in zip(pairs, weights, strict=True):
+        total += weight * mean(pair)
+        present |= pair[1] > 0
+    return total, present.astype(jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def bounded(value: Array, low: float, high: float) -> jax.Array:
+    """clip(value, low, high) that cannot get stuck.
+
+    The gradient passes inside the bounds, and outside of them wherever descent (a step against the
+    gradient) leads back in; only a push further out is stopped. With the plain clip a parameter
+    that one step carried past a bound would stay there for good. Only the whole gradient knows its
+    sign: parts of it must not be taken one by one and added up.
+    """
+    return jnp.clip(value, low, high)
+
+
+def _bounded_forward(value, low, high):
+    return jnp.clip(value, low, high), value
+
+
+def _bounded_backward(low, high, value, gradient):
+    outward = ((value >= high) & (gradient < 0)) | ((value <= low) & (gradient > 0))
+    return (jnp.where(outward, 0.0, gradient),)
+
+
+bounded.defvjp(_bounded_forward, _bounded_backward)
+
+
+def uncertainty_total(
+    terms: Mapping[str, Pair],
+    log_variance: Mapping[str, Array],
+    bounds: tuple[float, float] = LOG_VARIANCE_BOUNDS,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Eq. 2: sum of L_i / (2 sigma_i^2) + log sigma_i over the terms that have a target [29].
+
+    With s = log sigma^2, each term is exp(-s) L / 2 + s / 2. A term with count 0 pays neither
+    part: with nothing to weigh, log sigma alone would run to its bound. s is bounded by `bounded`.
+
+    Args:
+        terms: (sum, count) by name, counts already added up over microbatches and devices.
+        log_variance: the scalar parameter s of each term; never under weight decay.
+        bounds: (low, high) of s.
+
+    Returns:
+        The total and, for the log, each term's weight 1 / (2 sigma^2), a constant to autodiff.
+
+    Raises:
+        KeyError: a term has no log-variance.
+    """
+    total = jnp.zeros((), jnp.float32)
+    weights = {}
+    for name, pair in terms.items():
+        s = bounded(log_variance[name], *bounds)
+        weight = 0.5 * jnp.exp(-s)
+        total += jnp.where(pair[1] > 0, weight * mean(pair) + 0.5 * s, 0.0)
+        weights[name] = jax.lax.stop_gradient(weight)
+    return total, weights
+
+
+def static_total(
+    terms: Mapping[str, Pair], weights: Mapping[str, float]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The ablation of eq. 2 with fixed weights: sum of weight_i * L_i, and the weights.
+
+    Raises:
+        KeyError: a term has no weight.
+    """
+    used = {name: jnp.asarray(weights[name], jnp.float32) for name in terms}
+    total = sum((used[name] * mean(pair) for name, pair in terms.items()), jnp.float32(0.0))
+    return total, used

@@ -1,0 +1,202 @@
+"""The end of a run: scores beside their baselines, `summary.json`, `report.html`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from geode_jax.evaluate import scores as scoring
+from geode_jax.evaluate.evaluator import Evaluation
+from geode_jax.evaluate.metrics.text import answer_rows, with_reference
+from geode_jax.evaluate.report.page import depth_colours, write_report
+from geode_jax.exports import Export
+from geode_jax.measure.cost import measure_speed, parameter_counts, peak_memory
+from geode_jax.runs.summary import REPORT, SUMMARY, end, kept_answers, missing, write_predictions
+from geode_jax.runtime.distributed import is_main
+from geode_jax.sources.rooms.scene import render, scene_from_id
+from geode_jax.training.metrics import read_metrics
+from geode_jax.training.step import TrainState
+
+PICTURE = 240
+"""Side in pixels of a rendered view in the report."""
+
+
+def evaluate_and_report(
+    run,
+    state: TrainState,
+    workdir: Path,
+    train: dict,
+    losses: dict[str, float],
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Scores of the test split: the model, the model without its vision, and frequency.
+
+    An interrupted call goes on where it stood. `summary.json` is written last.
+
+    Args:
+        run: a `runs.build.Run`.
+        state: the parameters to judge.
+        workdir: receives `summary.json`, `predictions.jsonl` and `report.html`.
+        train: facts about the training, for the summary.
+        losses: of `state` on the val split, as `Evaluator.losses` gives them.
+        check: called between batches; may raise, to leave.
+
+    Returns:
+        The summary.
+    """
+    config, pipeline = run.config, run.pipelines["test"]
+    reference, scenes = config.eval.reference, config.eval.test_scenes
+
+    def answer(name: str, label: str, **settings) -> Evaluation:
+        kept = kept_answers(workdir, name)
+        return run.evaluator.run(
+            state, pipeline, scenes, label=label, kept=kept, check=check, **settings
+        )
+
+    model = answer("model", "test", heads=True)
+    blind = answer("vision_removed", "vision removed", vision=False)
+    asked = [dict(p) for p in model.predictions]
+    frequency = scoring.frequency_baseline(run.train_records(), asked, reference)
+    columns = {"model": model.predictions, "vision_removed": blind.predictions}
+    columns["frequency"] = frequency
+    scores = {name: scoring.score(p, reference) for name, p in columns.items()}
+    scores["model"] |= model.depth.result() | model.detection.result()
+    scores["model"] |= {
+        f"percent_of_teacher/{k}": v for k, v in scoring.percent_of_teacher(asked).items()
+    }
+    scores["model"] |= {"val_loss": losses["val/loss"]}
+    if "val/text" in losses:
+        scores["model"] |= {"val_text_loss": losses["val/text"]}
+    efficiency = _efficiency(run, state)
+    notes = _notes(run)
+    summary = {
+        "scores": scores,
+        "train": train | peak_memory(),
+        "efficiency": efficiency,
+        "reference": reference,
+        "test_scenes": min(scenes, len(model.scenes)),
+        "notes": notes,
+        "remarks": _score_notes(run.export),
+    }
+    if is_main():
+        write_predictions(workdir, model.predictions)
+        write_report(
+            workdir / REPORT,
+            title=f"{config.system}: {workdir.name}",
+            config_text=json.dumps(config.to_dict(), indent=1),
+            metrics_rows=read_metrics(workdir / "metrics.jsonl"),
+            scores=scores,
+            examples=_examples(run.export, model, reference, config.eval.examples),
+            depth_examples=_depth_examples(run, model),
+            efficiency=efficiency | {"training_seconds": train["seconds"], "steps": train["steps"]},
+            notes=notes,
+            score_notes=summary["remarks"],
+        )
+    return end(workdir, summary)
+
+
+def show(summary: dict[str, Any], workdir: Path) -> None:
+    """Prints what a run has come to, when it ends and whenever it is started again."""
+    if not any(summary.get("scores", {}).values()):
+        raise missing(workdir, "scores")
+    print(scoring.score_table(summary["scores"], summary.get("remarks")))
+    print("\n".join(f"note: {note}" for note in summary.get("notes", ())))
+    if (workdir / REPORT).exists():
+        print(f"report: {workdir / REPORT}", flush=True)
+    else:
+        print(f"report: {REPORT} is missing; delete {SUMMARY} to have it written again", flush=True)
+
+
+def _notes(run) -> list[str]:
+    """What a reader must know to trust the scores."""
+    notes = [
+        "vision removed: the same model without any view. The true blind baseline is a run of its "
+        "own: vision=off.",
+        "frequency: the most common training answer of each kind of question.",
+    ]
+    if run.export.manifest["producer"]["project"] == "geode_jax rooms":
+        notes.append(
+            "rooms are synthetic, their vision tokens a fixed function of the true geometry: "
+            "nothing here compares with the papers' numbers."
+        )
+    dropped = {k: n for k, n in run.pipelines["test"].dropped.items() if n}
+    if dropped:
+        listed = ", ".join(f"{n} x {k}" for k, n in sorted(dropped.items()))
+        notes.append(f"left out of the test: {listed}.")
+    return notes
+
+
+def _score_notes(export: Export) -> dict[str, str]:
+    if not export.manifest["tokens_contain_depth"]:
+        return {}
+    remark = "input contains depth"
+    return {key: remark for key in ("depth_rmse", "depth_mae", "depth_delta1")}
+
+
+def _efficiency(run, state: TrainState) -> dict[str, float]:
+    """Table IV's columns for this machine: size, time per answer, memory."""
+    student = jax.tree.leaves(state.params["student"])
+    _, batch = next(iter(run.pipelines["test"].eval_batches(run.config.data.scenes_per_batch)))
+    asked = int(np.sum(np.asarray(batch.answer_length_SQ) > 0))
+    speed = measure_speed(lambda: run.evaluator.answer_batch(state, batch), asked)
+    return parameter_counts(student) | speed | peak_memory()
+
+
+def _examples(export: Export, model: Evaluation, reference: str, count: int) -> list[dict]:
+    """Answers of different kinds from different scenes, with the first view as it looks."""
+    chosen, kinds, seen = [], set(), set()
+    for record in model.predictions:
+        if record["kind"] not in kinds and record["scene_id"] not in seen:
+            chosen.append(record)
+            kinds.add(record["kind"])
+            seen.add(record["scene_id"])
+    rest = [r for r in model.predictions if r["scene_id"] not in seen]
+    chosen = (chosen + rest)[:count]
+    if not chosen:
+        return []
+    chosen = with_reference(chosen, reference)
+    rows = answer_rows(chosen, reference)
+    images = {r["scene_id"]: view_images(export, r["scene_id"]) for r in chosen}
+    examples = []
+    for record, row in zip(chosen, rows, strict=True):
+        image = images[record["scene_id"]]
+        metrics = {k: v for k, v in row.items() if isinstance(v, float)}
+        example = dict(record) | {"metrics": metrics}
+        examples.append(example if image is None else example | {"image": image[0]})
+    return examples
+
+
+def view_images(export: Export, scene_id: str) -> np.ndarray | None:
+    """Pictures [V, H, W, 3] uint8 of a scene: stored ones, rendered rooms, else None."""
+    stored = export.read_scene(scene_id, ["images"]).get("images")
+    if stored is not None:
+        return stored
+    try:
+        scene = scene_from_id(scene_id)
+    except ValueError:
+        return None
+    return render(scene, PICTURE, PICTURE)["rgb"]
+
+
+def _depth_examples(run, model: Evaluation, count: int = 3) -> list[dict]:
+    """First views with their true and predicted depth."""
+    examples = []
+    for scene_id, predicted in list(model.depth_maps.items())[:count]:
+        target = run.export.read_scene(scene_id, ["target/depth"]).get("target/depth")
+        if target is None:
+            continue
+        image = view_images(run.export, scene_id)
+        if image is None:
+            image = depth_colours(target, float(target.min()), float(target.max()))
+        examples.append(
+            {
+                "image": image[0],
+                "target": target[0],
+                "prediction": predicted[0],
+                "caption": scene_id,
+            }
+        )
+    return examples

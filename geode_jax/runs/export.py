@@ -1,0 +1,57 @@
+"""The export of a run: where it lies; rooms and RGB-D folders are made into one."""
+
+import zlib
+from pathlib import Path
+
+import ml_collections
+
+from geode_jax.errors import UserError
+from geode_jax.exports import Export
+from geode_jax.runtime.lock import beside, locked
+from geode_jax.sources.rgbd.export import VERSION as RGBD_VERSION
+from geode_jax.sources.rgbd.export import make_rgbd_export
+from geode_jax.sources.rooms.export import PRODUCER, make_rooms
+
+
+def prepare_export(data: ml_collections.ConfigDict) -> Path:
+    """The folder of the export; rooms and real RGB-D folders are made where they are missing."""
+    folder = export_folder(data)
+    makes = data.rgbd or data.export == "rooms"
+    if makes and not (folder / "manifest.json").exists():
+        with locked(beside(folder), str(folder), wait=True):
+            if not (folder / "manifest.json").exists():  # made while this process waited
+                _make_export(data, folder)
+    elif data.export == "rooms" and not data.rgbd:
+        producer = Export(folder).manifest["producer"]
+        if producer != PRODUCER:
+            raise UserError(
+                f"{folder}: made by {producer['commit']}, this is {PRODUCER['commit']}; delete it"
+            )
+    return folder
+
+
+def _make_export(data: ml_collections.ConfigDict, folder: Path) -> None:
+    if data.rgbd:
+        make_rgbd_export(
+            data.rgbd,
+            folder,
+            intrinsic=tuple(data.rgbd_intrinsic) or None,
+            depth_scale=data.rgbd_depth_scale,
+        )
+    else:
+        make_rooms(folder, scenes=data.rooms_scenes, seed=data.rooms_seed, images=data.rooms_images)
+
+
+def export_folder(data: ml_collections.ConfigDict) -> Path:
+    """Where the export of a run lies, or will."""
+    if data.rgbd:
+        source = Path(data.rgbd).resolve()
+        what = f"{RGBD_VERSION} {source} {tuple(data.rgbd_intrinsic)} {data.rgbd_depth_scale}"
+        # Folders of the same name, other options, another converter: other exports.
+        return Path(data.root) / f"rgbd_{source.name}_{zlib.crc32(what.encode()):08x}"
+    if data.export == "rooms":
+        pictures = f"_i{data.rooms_images}" if data.rooms_images else ""
+        return Path(data.root) / f"rooms_{data.rooms_scenes}_s{data.rooms_seed}{pictures}"
+    if not data.export:
+        raise UserError("config: data.export: this size trains on your export; name its folder")
+    return Path(data.export)

@@ -1,0 +1,134 @@
+"""What makes two runs the same: a folder continues its own run and refuses another."""
+
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from geode_jax.data.tokens import Tokenizer, load_tokenizer
+from geode_jax.errors import UserError
+from geode_jax.exports import Export
+from geode_jax.runs.config import flat, is_begun, load_config, plain
+from geode_jax.runs.export import export_folder
+from geode_jax.sealed import checksum
+from geode_jax.training.checkpoint import find_model
+from geode_jax.training.checkpoint_files import read_metadata, refuse_others, stored_made_with
+
+MAY_CHANGE = ("mesh", "data/workers", "data/root", "data/on_bad_scene", "eval/examples",
+              "eval/test_scenes", "train/checkpoint_every",
+              "train/checkpoint_minutes")  # fmt: skip
+"""Fields that a resumed run may change: they do not touch what is learned."""
+
+
+_PLACES = ("data/export", "data/rgbd", "tokenizer", "init_from", "eval/blind")
+"""Fields that name files, which may move."""
+
+
+def made_with(
+    config: ml_collections.ConfigDict, tokenizer: Tokenizer | None, export: Export | None = None
+) -> dict[str, str]:
+    """Checksums of what belongs to a checkpoint; stored with it (`training.checkpoint_files.Metadata`)."""
+    left_out = (*MAY_CHANGE, *_PLACES)
+    learned = {n: x for n, x in flat(plain(config)).items() if n not in left_out}
+    return (
+        {"configuration": checksum(learned)}
+        | (_tokenizer_made(tokenizer) if tokenizer else {})
+        | (export_made(export) if export else {})
+    )
+
+
+_TELLS_NOTHING = ("producer", "notes", "created")
+"""Fields of a manifest that the content of an export does not depend on."""
+
+
+def export_made(export: Export) -> dict[str, str]:
+    """The export's content, wherever it lies: the sha256 of all its files are in its manifest."""
+    manifest = export.manifest
+    content = {name: value for name, value in manifest.items() if name not in _TELLS_NOTHING}
+    scenes, questions = len(manifest["scenes"]), manifest["questions"]["count"]
+    return {"export": f"{scenes} scenes, {questions} questions, checksum {checksum(content)}"}
+
+
+def refuse_another_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Refuse to mix two runs in one folder.
+
+    What the configuration names by its place may have moved: its content counts, where a
+    checkpoint knows it.
+
+    Raises:
+        UserError: the folder holds a run of another configuration, or on another export.
+        ExportError: the export is damaged.
+    """
+    if not is_begun(workdir):
+        return
+    before, stored = load_config(workdir), stored_made_with(workdir)
+    old, new = flat(before.to_dict()), flat(plain(config))
+    for name in sorted(old.keys() | new.keys()):
+        was, now = old.get(name), new.get(name)
+        if name in MAY_CHANGE or was == now or (name in _PLACES and _same_place(was, now)):
+            continue
+        if name in ("data/export", "data/rgbd") and was and now and "export" in stored:
+            continue  # compared below
+        shared = name == "tokenizer" and was and now and config.system == "hidden_cot"
+        if shared and _tokenizer_made(load_tokenizer(now)).items() <= stored.items():
+            continue
+        raise UserError(
+            f"{workdir}: holds a run with {name} = {was}, not {now}; use another --workdir, or "
+            "delete this one"
+        )
+    folder = export_folder(config.data)
+    if "export" in stored and (folder / "manifest.json").exists():
+        here = export_made(Export(folder))
+        if here["export"] != stored["export"]:
+            raise UserError(
+                f"{workdir}: holds a run on another export ({stored['export']}) than {folder} "
+                f"({here['export']}); put the run's own there, or use another --workdir"
+            )
+
+
+def _same_place(was: Any, now: Any) -> bool:
+    """Whether two texts name one file or folder."""
+    both = isinstance(was, str) and isinstance(now, str) and was and now
+    return bool(both) and Path(was).resolve() == Path(now).resolve()
+
+
+def same_run(config: ml_collections.ConfigDict, workdir: Path) -> bool:
+    """Whether a run that `refuse_another_run` lets pass has just this configuration."""
+    old, new = flat(load_config(workdir).to_dict()), flat(plain(config))
+    for name in _PLACES:
+        old.pop(name, None)
+        new.pop(name, None)
+    return old == new
+
+
+def _tokenizer_made(tokenizer: Tokenizer) -> dict[str, str]:
+    ids = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id)
+    return {"tokenizer": checksum([tokenizer.sha256, *ids])}
+
+
+def open_run(workdir: Path) -> tuple[ml_collections.ConfigDict, Path]:
+    """The configuration of a run and the folder of its model, which belong together.
+
+    Raises:
+        UserError: the folder is no run, it has no checkpoint, or one of the two is damaged.
+    """
+    config, folder = load_config(workdir), find_model(workdir)
+    stored = read_metadata(folder).made_with
+    refuse_others(str(folder), stored, made_with(config, None))
+    return config, folder
+
+
+def load_run_tokenizer(folder: str | Path, checkpoint: Path) -> Tokenizer:
+    """The tokenizer of a run, found to be the one that its checkpoint was trained with.
+
+    Args:
+        folder: of the tokenizer.
+        checkpoint: from `open_run`.
+
+    Raises:
+        UserError: it is missing, damaged or another.
+    """
+    tokenizer = load_tokenizer(folder)
+    stored = read_metadata(checkpoint).made_with
+    refuse_others(str(checkpoint), stored, _tokenizer_made(tokenizer))
+    return tokenizer

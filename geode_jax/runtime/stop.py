@@ -1,0 +1,141 @@
+"""SIGTERM and Ctrl-C: a run saves what it has, says so, and ends within seconds.
+
+Python runs signal handlers in the main thread, between two of its own instructions: never while XLA
+compiles there. A thread hears of a signal at once, and ends the process where the main thread does
+not come to it and nothing would be lost.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+
+from geode_jax.runtime.distributed import Vote
+
+GRACE_SECONDS = 5
+"""So long may the main thread take to leave by itself, where nothing would be lost."""
+
+TOGETHER_SECONDS = 60
+"""The same for one of several processes, which first meets the others to agree on the end."""
+
+AGAIN_SECONDS = 1
+"""A second Ctrl-C after so long is meant: it does not wait for anything to be saved."""
+
+_NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+
+
+class Stopped(SystemExit):
+    """A signal ends the process, with the exit status that shells have for it."""
+
+    def __init__(self, signum: int, done: str):
+        """Args:
+        signum: which signal.
+        done: what became of the work, for the user.
+        """
+        super().__init__(128 + signum)
+        self.line = f"stopped by {_NAMES[signum]} {done}; the same command resumes"
+
+
+class Stop:
+    """Listens for SIGTERM and Ctrl-C; a context manager of the main thread.
+
+    A signal raises `Stopped` in the main thread, but within `deferred`, whose code asks by itself.
+    One of several processes never leaves so: the others would wait for it where processes meet.
+
+    Attributes:
+        asked: the signal that came; 0: none yet.
+        unsaved: whether steps would be lost if the process ended now.
+    """
+
+    def __init__(self):
+        self.asked = 0
+        self.unsaved = False
+        self._deferred = 0
+        self._since = 0.0
+        self._left = threading.Event()
+
+    def __enter__(self):
+        self._read, self._write = os.pipe()
+        for end in (self._read, self._write):
+            os.set_blocking(end, end == self._read)
+        self._before = {number: signal.signal(number, self._hear) for number in _NAMES}
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._watcher = threading.Thread(target=self._watch, daemon=True, name="signals")
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_):
+        self._left.set()
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._write)
+        self._watcher.join()
+        os.close(self._read)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within, a signal is only noted in `asked`."""
+        self._deferred += 1
+        try:
+            yield
+        finally:
+            self._deferred -= 1
+
+    def _hear(self, signum: int, _) -> None:
+        self.asked = self.asked or signum
+        if not self._deferred and jax.process_count() == 1:
+            raise Stopped(signum, "before its end, nothing is lost")
+
+    def _watch(self) -> None:
+        """Runs in a thread of its own: reads the numbers of signals, as they come."""
+        while number := os.read(self._read, 1):
+            if number[0] not in _NAMES:
+                continue
+            first = not self._since
+            if first:
+                self._since = time.monotonic()
+                threading.Thread(target=self._end, args=(number[0],), daemon=True).start()
+            elif number[0] == signal.SIGINT and time.monotonic() - self._since > AGAIN_SECONDS:
+                self._leave(number[0], "twice, nothing more is saved")
+
+    def _end(self, signum: int) -> None:
+        """Ends the process if the main thread does not, as soon as nothing would be lost."""
+        grace = TOGETHER_SECONDS if jax.distributed.is_initialized() else GRACE_SECONDS
+        while not self._left.wait(grace):
+            if not self.unsaved:
+                self._leave(signum, "before its end, nothing is lost")
+
+    def _leave(self, signum: int, done: str) -> None:
+        stopped = Stopped(signum, done)
+        for child in multiprocessing.active_children():
+            child.kill()
+        print(stopped.line, flush=True)
+        sys.stderr.flush()
+        os._exit(stopped.code)
+
+
+class Ballot:
+    """Asks all processes of a run, over and over, whether one of them shall stop."""
+
+    def __init__(self, stop: Stop, mesh: jax.sharding.Mesh):
+        self._stop = stop
+        self._vote = Vote(mesh, 1) if jax.process_count() > 1 else None
+
+    def check(self) -> None:
+        """To be called by all processes alike, at moments when they may be stopped.
+
+        Raises:
+            Stopped: a signal came, to any of them.
+        """
+        asked = self._stop.asked
+        if self._vote is not None:
+            asked = self._vote.cast(bool(asked))[0] and (asked or signal.SIGTERM)
+        if asked:
+            raise Stopped(asked, "before its end, nothing is lost")

@@ -1,0 +1,168 @@
+"""From a data set's texts to the fields of a question: options, values, units.
+
+Data sets made for VSI-Bench store its whole prompt; the contract stores the question and the
+options, and `exports.prompts` puts the prompt together again.
+"""
+
+import re
+from typing import Any
+
+from geode_jax.data.control import BASE_UNIT
+from geode_jax.exports import NUMERIC_KINDS, question_rules, units
+from geode_jax.exports.kinds import VSI_CHOICE_KINDS
+from geode_jax.exports.prompts import CHOICE_POST_PROMPT, NUMERIC_POST_PROMPT, PRE_PROMPT
+from geode_jax.sources.datasets.questions import MisfitError
+from geode_jax.targets import plausible
+
+NO_VALUE = "no_value"
+"""Beside the fields of a question: why its answer, though a number is asked for, has no value."""
+
+_MEDIA_TAG = re.compile(r"<(?:image|video)>\s*")
+_PLACEHOLDER = re.compile(r"<[A-Za-z_][\w-]*>")
+_OPTION = re.compile(r"\(?([A-Z])[.):]\s*(\S.*)")
+
+
+def text_of(value: Any, what: str) -> str:
+    """A text, stripped.
+
+    Raises:
+        MisfitError: it is none, or empty.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise MisfitError(f"has no {what}")
+    return value.strip()
+
+
+def read_prompt(text: str) -> tuple[str, list[str]]:
+    """Question and options ("A. chair") of a prompt, without the words around them.
+
+    Raises:
+        MisfitError: no question is left, or it has a placeholder for something that is not text.
+    """
+    lines = [line.strip() for line in _MEDIA_TAG.sub("", text).split("\n")]
+    around = ("", PRE_PROMPT, NUMERIC_POST_PROMPT, CHOICE_POST_PROMPT)
+    lines = [line for line in lines if line not in around]
+    options: list[str] = []
+    while lines and (found := _OPTION.fullmatch(lines[-1])):
+        options.insert(0, f"{found[1]}. {found[2]}")
+        del lines[-1]
+    letters = [option[0] for option in options]
+    if letters != [chr(ord("A") + i) for i in range(len(options))] or len(options) == 1:
+        raise MisfitError("has options that are not A, B, ...")
+    if lines and options and lines[-1] in ("Options:", "Options"):
+        del lines[-1]
+    question = text_of("\n".join(lines), "question")
+    if _PLACEHOLDER.search(question):
+        raise MisfitError("has a placeholder in its question")
+    return question, options
+
+
+def question_fields(
+    kind: str, question: str, answer: str, options: list[str] | None = None
+) -> dict[str, Any]:
+    """The fields of a question with its answer.
+
+    Args:
+        kind: the project's name of the task, or the data set's own.
+        question: without the words of a prompt.
+        answer: as the data set has it: a text, a number, an option or its letter.
+        options: "A. chair" and so on.
+
+    Returns:
+        `kind`, `question`, `answer` and where they apply `options`, `value` and `unit`. An answer
+        with options is the letter. The value of a number stands in the unit that the answer names,
+        else in the one that the question asks for, else in that of the kind. Where none of them is
+        clear, or the number is none that a room has, there is no value, and `NO_VALUE` says why. A
+        kind of VSI-Bench that is answered in words is another task: `<kind>_open`.
+
+    Raises:
+        MisfitError: the answer is none of the options, or two of them have the same letter.
+    """
+    fields: dict[str, Any] = {"kind": kind, "question": question, "answer": answer}
+    if options:
+        if fault := question_rules.options_fault(options):
+            raise MisfitError(f"has {fault[0]} of which {fault[1]}")
+        return fields | {"options": options, "answer": _letter(answer, options)}
+    try:
+        measured = _measured(kind, question, answer)
+    except units.UnclearUnitError as unclear:
+        fields[NO_VALUE] = str(unclear)
+    else:
+        if measured:
+            return fields | {"value": measured.number, "unit": measured.unit}
+    if kind in VSI_CHOICE_KINDS or kind in NUMERIC_KINDS:
+        fields["kind"] = f"{kind}_open"
+    return fields
+
+
+def referenced(
+    kind: str, question: str, answers: Any, options: list[str] | None = None
+) -> dict[str, Any]:
+    """`question_fields` of the first answer, and `answers`, all of them if several.
+
+    An answer that is there twice stays twice: CIDEr is a mean over the references.
+
+    Raises:
+        MisfitError: there are no answers, or the first is none of the options.
+    """
+    if not isinstance(answers, list) or not answers:
+        raise MisfitError("has no answers")
+    texts = [text_of(answer, "answer") for answer in answers]
+    fields = question_fields(kind, question, texts[0], options)
+    return fields | ({"answers": texts} if len(texts) > 1 and not options else {})
+
+
+def _letter(answer: str, options: list[str]) -> str:
+    found = _OPTION.fullmatch(answer)
+    said = (found[1] if found else answer.rstrip(".")).strip()
+    for option in options:
+        if said in (option[0], option) or answer.lower() == option[3:].lower():
+            return option[0]
+    quantity = _in_base_units(answer)
+    if quantity:
+        same = [option[0] for option in options if _in_base_units(option[3:]) == quantity]
+        if len(same) == 1:
+            return same[0]
+    raise MisfitError("has an answer that is none of its options")
+
+
+def _in_base_units(text: str) -> tuple[str, float] | None:
+    """Dimension and size of a number with a unit, so that "1.9 m" and "190 cm" are the same."""
+    quantity = units.read_quantity(text)
+    if quantity is None or quantity.unit is None:
+        return None
+    unit = units.UNITS[quantity.unit]
+    return unit.dimension, float(f"{quantity.number * unit.base:.9g}")
+
+
+def _measured(kind: str, question: str, answer: str) -> units.Quantity | None:
+    """An answer's number and its unit, None where nothing tells that it measures something.
+
+    Raises:
+        UnclearUnitError: there is no number although the kind asks for one; its unit is unclear, or
+            of another quantity than is asked for; or it is one that no room has.
+    """
+    usual = units.KIND_UNITS.get(kind)
+    asked, unclear = None, None
+    try:
+        asked = units.asked_unit(question, units.UNITS[usual].dimension if usual else None)
+    except units.UnclearUnitError as error:
+        unclear = error
+    quantity = units.read_quantity(answer, asked)
+    if quantity is None:
+        if kind in NUMERIC_KINDS:
+            raise units.UnclearUnitError("its answer is no single number in a known unit")
+        return None
+    if unclear and quantity.unit is None:
+        raise unclear
+    if unclear is None and not (asked or usual):
+        return None
+    named = [name for name in (quantity.unit, asked, usual) if name]
+    if len({units.UNITS[name].dimension for name in named}) > 1:
+        raise units.UnclearUnitError("its answer is in a unit of another quantity")
+    unit = named[0]
+    if unit not in BASE_UNIT:
+        return None  # an angle is words
+    if not plausible(quantity.number, units.UNITS[unit].dimension, BASE_UNIT[unit]):
+        raise units.UnclearUnitError("its number is one that no room has")
+    return units.Quantity(quantity.number, unit)

@@ -1,0 +1,52 @@
+"""Data sets with thoughts before the answer: SSR-CoT and ViCA-Thinking."""
+
+import re
+from pathlib import Path
+
+from geode_jax.sources.datasets import Report, Request
+from geode_jax.sources.datasets.answers import question_fields, read_prompt, text_of
+from geode_jax.sources.datasets.conversations import media_of, turns_of
+from geode_jax.sources.datasets.questions import Asked, Layout, MisfitError, make_questions
+
+_THOUGHTS = re.compile(r"\W*thoughts?\b", re.IGNORECASE)
+_ANSWER = re.compile(r"\bfinal answer\b", re.IGNORECASE)
+_AROUND = " \n\r\t:*#_<>/"  # of a heading
+
+
+def ssr_cot(request: Request) -> Report:
+    """SSR-CoT: `ssr-cot.jsonl` with `question`, `rationale`, `answer`, `image_path`."""
+    return make_questions(Layout("ssr-cot", {"all": ("ssr-cot.jsonl",)}, _ssr_cot_record), request)
+
+
+def _ssr_cot_record(record: dict, path: Path) -> Asked:
+    question, options = read_prompt(text_of(record.get("question"), "question"))
+    answer = text_of(record.get("answer"), "answer")
+    rationale = text_of(record.get("rationale"), "rationale")
+    fields = question_fields("ssr_cot", question, answer, options)
+    return Asked(
+        text_of(record.get("image_path"), "image_path"), [fields | {"rationale": rationale}]
+    )
+
+
+def vica_thinking(request: Request) -> Report:
+    """ViCA-Thinking-2.68K: `*.json` or `*.jsonl` with `video` and `conversations`.
+
+    Upstream documents "Thoughts" before a "Final Answer", not the names of the fields: this reads
+    those of ViCA-322K, unverified on the data itself, and refuses a file that does not match.
+    """
+    parts = {"all": ("*.jsonl", "*.json")}
+    return make_questions(Layout("vica-thinking", parts, _vica_thinking_record), request)
+
+
+def _vica_thinking_record(record: dict, path: Path) -> Asked:
+    questions = []
+    for said, (reply, *_) in turns_of(record):
+        opened, closed = _THOUGHTS.match(reply), _ANSWER.search(reply)
+        if not opened or not closed:
+            raise MisfitError("has no 'Thoughts' before a 'Final Answer'")
+        thoughts = reply[opened.end() : closed.start()].strip(_AROUND)
+        question, options = read_prompt(said)
+        answer = text_of(reply[closed.end() :].strip(_AROUND), "answer")
+        fields = question_fields("vica_thinking", question, answer, options)
+        questions.append(fields | {"rationale": text_of(thoughts, "thoughts")})
+    return Asked(media_of(record), questions)

@@ -1,0 +1,402 @@
+"""ScanNet on disk as an export: a scene a scan.
+
+Layout that is read, ScanNet's own:
+
+    scans/<id>/<id>.sens                    or color/ depth/ pose/ intrinsic/ beside or below it
+    scans/<id>/<id>.txt                     axisAlignment, 16 numbers; without it: the identity
+    scans/<id>/<id>_vh_clean_2.ply          these three together, or none (a test scan)
+    scans/<id>/<id>_vh_clean_2.0.010000.segs.json
+    scans/<id>/<id>.aggregation.json
+    scannetv2_train.txt, scannetv2_val.txt, scannetv2_test.txt    where there is one, they decide
+
+The world frame is that of the axis alignment: metres, z up, walls along x and y. A box is the
+axis-aligned one around an instance's vertices, yaw 0. Views are spread evenly over the frames that
+have a pose. Of the boxes those stay that the views show; the others are counted, and nothing is
+asked about a category of which one is not shown. A room of which one scan must not be trained on
+is not trained on at all. What stands in for `vggt/tokens` is made from the measured depth and the
+colour, as for RGB-D folders (`sources`): the tokens contain depth. Pictures are square.
+"""
+
+import dataclasses
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from geode_jax.errors import UserError
+from geode_jax.exports import SPLITS, files
+from geode_jax.sources.datasets import Report, Request
+from geode_jax.sources.datasets.ply import read_vertices
+from geode_jax.sources.datasets.scene_export import Scene, exclude_from_training, write_scenes
+from geode_jax.sources.questions.asker import SeenRoom
+from geode_jax.sources.rgbd.folder import open_folder
+from geode_jax.sources.rgbd.frame import Frame, frame_arrays, read_frame
+from geode_jax.sources.rgbd.sens import open_sens
+from geode_jax.sources.rgbd.sequence import Dropped, RgbdSequence, rigid
+from geode_jax.sources.rooms.scene import GRID, MIN_RAYS, PIXELS
+from geode_jax.sources.splits import split_places
+
+VERSION = 1
+"""Of what an export holds; changes when this converter changes."""
+NO_OBJECTS = frozenset({"wall", "floor", "ceiling", "remove", "object", "unknown"})
+"""Labels of what is no object that one could ask about."""
+IMAGE_SIDE = 448
+CELL = 0.1
+"""Edge in metres of the cells in which the floor is measured."""
+VOXEL = 0.08
+"""Edge in metres of the voxels by which a measured point finds its instance."""
+LARGEST = 400.0
+"""Metres from one end of a scan's mesh to the other, at most; any more is damage."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """What is known of a scan's surfaces, world frame.
+
+    Attributes:
+        vertices: [n, 3] of the mesh.
+        instance: [n] row of `geometry.boxes` of each vertex, -1 = none.
+        names: of the instances.
+        boxes: [N, 7].
+        lost: names of further instances, of which no box could be made.
+    """
+
+    vertices: np.ndarray
+    instance: np.ndarray
+    names: tuple[str, ...]
+    boxes: np.ndarray
+    lost: tuple[str, ...]
+
+
+def prepare(request: Request) -> Report:
+    """Makes the export; see the module's docstring.
+
+    Raises:
+        UserError: nothing there is in the layout, or no scan can be used.
+        ExportError: the export cannot be written.
+    """
+    if request.parts:
+        raise UserError("--part: ScanNet has none")
+    if request.scenes:
+        raise UserError("--scenes: ScanNet has scenes of its own")
+    scans = request.root / "scans"
+    found = sorted(p.name for p in scans.glob("*") if p.is_dir())
+    if not found:
+        raise UserError(f"{scans}: no scan: <id>/<id>.sens and its neighbours are looked for")
+    report = Report()
+    rooms = {scan: _room(scan) for scan in found}
+    splits = exclude_from_training(_splits(request, rooms, report), rooms, request, report)
+    labels: set[str] = set()
+    for scan in splits:
+        try:
+            labels.update(label for label, _ in _groups(scans / scan) if label not in NO_OBJECTS)
+        except UserError:
+            continue  # the scan itself is refused with this line, later
+    categories = sorted(labels)
+    return write_scenes(
+        request,
+        splits,
+        lambda scan: make_scene(scans / scan, request, categories),
+        report,
+        source=lambda scan: scans / scan,
+        producer={
+            "project": "geode_jax ScanNet",
+            "commit": f"scannet version {VERSION}",
+            "weights": "none: tokens are a fixed function of the measured depth and the colour",
+            "licence": "ScanNet Terms of Use: not to be passed on",
+        },
+        categories=categories,
+        tokens_contain_depth=True,
+        notes="ScanNet scans, axis-aligned. No VGGT: the tokens are a fixed function of the "
+        "measured depth and the colour, so they CONTAIN THE DEPTH that depth metrics score. Boxes "
+        "are axis-aligned, of the instances that the views show.",
+    )
+
+
+def _splits(request: Request, rooms: dict[str, str], report: Report) -> dict[str, str]:
+    """Scan -> split, by ScanNet's lists where there is one; else scans of a room stay together.
+
+    The lists name more scans than a disk may have; these are counted.
+
+    Args:
+        request: of which root the lists are.
+        rooms: the rooms of the scans that there are.
+        report: gets what is dropped.
+
+    Raises:
+        UserError: a scan, or two scans of a room, are in different lists; or no list names a scan
+            that is there.
+    """
+    lists = {s: request.root / f"scannetv2_{s}.txt" for s in SPLITS}
+    lists = {split: path for split, path in lists.items() if path.is_file()}
+    if not lists:
+        places = split_places(rooms.values(), request.seed)
+        return {scan: places[room] for scan, room in rooms.items()}
+    listed: dict[str, tuple[str, str]] = {}  # room -> the split and the scan that is listed for it
+    splits: dict[str, str] = {}
+    for split, path in lists.items():
+        entries = files.read_list(path)
+        for where, (scan,) in entries:
+            other, before = listed.setdefault(_room(scan), (split, scan))
+            if other != split:
+                same = "" if scan == before else f", as {before}, of the same room"
+                raise UserError(f"{where}: {scan} is in the list of {other} too{same}")
+            splits[scan] = split
+        absent = sum(scan not in rooms for _, (scan,) in entries)
+        if absent:
+            which = "every entry" if absent == len(entries) else "entry"
+            report.dropped[f"{which} of {path.name}: no such scan in scans/"] += absent
+    kept = {scan: splits[scan] for scan in rooms if scan in splits}
+    if not kept:
+        names = ", ".join(path.name for path in lists.values())
+        raise UserError(f"{request.root}: {names}: none of the scans in scans/ is listed")
+    if len(kept) < len(rooms):
+        report.dropped["scene: in no scannetv2_*.txt"] += len(rooms) - len(kept)
+    return kept
+
+
+def _room(scan: str) -> str:
+    """The room of scene0000_01, which scene0000_00 is a scan of too."""
+    return scan.partition("_")[0]
+
+
+def make_scene(folder: Path, request: Request, categories: list[str]) -> Scene:
+    """One scan.
+
+    Args:
+        folder: `scans/<id>`.
+        request: how many views, and their grid.
+        categories: of the export.
+
+    Raises:
+        UserError: something of it is damaged, or it has no usable frame.
+    """
+    world, sequence, dropped = read_alignment(folder), open_frames(folder), Counter()
+    if world is None:
+        world = np.eye(4)
+        dropped["alignment: none of a scan, taken as it stands"] += 1
+    frames = _chosen_frames(sequence, request, world, dropped)
+    if not frames:
+        why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise UserError(f"no usable frame ({why})")
+    arrays = frame_arrays(sequence, frames)
+    # Without the scan's own name: what many scans have in common is counted.
+    notes = (note.replace(f"{folder}/", "") for note in sequence.notes)
+    corrected = tuple(note.replace(folder.name, "<id>") for note in notes)
+    labels = read_labels(folder, world)
+    if labels is None:
+        return Scene(arrays, None, dropped, corrected)
+    rays = _rays(labels, frames)
+    shown = np.flatnonzero(rays.sum(0) >= MIN_RAYS)
+    hidden = set(range(len(labels.names))) - set(shown.tolist())
+    dropped["box: shown by no view"] += len(hidden)
+    dropped["box: no vertex, or flat"] += len(labels.lost)
+    names = tuple(labels.names[n] for n in shown)
+    arrays["target/boxes"] = labels.boxes[shown].astype(np.float32)
+    arrays["target/labels"] = np.array([categories.index(n) for n in names], np.int32)
+    room, floor = measure_room(labels.vertices)
+    seen = SeenRoom(
+        scene_id=folder.name,
+        room=room,
+        floor=floor,
+        names=names,
+        boxes=labels.boxes[shown],
+        rays=rays[:, shown],
+        vague=frozenset(labels.lost) | {labels.names[n] for n in hidden},
+        pairs=(),
+        extrinsic=arrays["camera/extrinsic"],
+        larger={},
+        typical={},
+    )
+    return Scene(arrays, seen if names else None, +dropped, corrected)
+
+
+# --------------------------------------------------------------------------------------- frames
+
+
+def open_frames(folder: Path) -> RgbdSequence:
+    """The frames of a scan: of its `.sens`, or of the folders that were extracted from it.
+
+    Raises:
+        UserError: neither is there, or what is there cannot be read.
+    """
+    sens = folder / f"{folder.name}.sens"
+    return open_sens(sens) if os.path.lexists(sens) else open_folder(folder)
+
+
+def read_alignment(folder: Path) -> np.ndarray | None:
+    """The rigid motion [4, 4] from a scan's own frame to the axis-aligned one; None: not known.
+
+    Raises:
+        UserError: `<id>.txt` has an axisAlignment that is none.
+    """
+    path = folder / f"{folder.name}.txt"
+    if not os.path.lexists(path):
+        return None
+    text = files.read_text(path)
+    found = re.search(r"^\s*axisAlignment\s*=(.*)$", text, re.MULTILINE)
+    if not found:
+        return None
+    try:
+        return rigid(np.array([float(word) for word in found[1].split()]).reshape(4, 4))
+    except (ValueError, Dropped):
+        raise UserError(f"{path}: axisAlignment must be the 16 numbers of a rigid motion") from None
+
+
+def _chosen_frames(
+    sequence: RgbdSequence, request: Request, world: np.ndarray, dropped: Counter
+) -> list[Frame]:
+    """Frames spread evenly over those that have a pose; for a broken one, its neighbour."""
+    tracked = []
+    for name in sequence.names:
+        try:
+            sequence.read_pose(name)
+            tracked.append(name)
+        except Dropped as reason:
+            dropped[f"frame: {reason}"] += 1
+    frames = []
+    for part in np.array_split(tracked, min(request.views, len(tracked)) or 1):
+        middle = len(part) // 2
+        for n in sorted(range(len(part)), key=lambda n: abs(n - middle)):
+            try:
+                grid = request.patch_grid
+                frame = read_frame(sequence, str(part[n]), grid, IMAGE_SIDE, world, square=True)
+                frames.append(frame)
+                break
+            except Dropped as reason:
+                dropped[f"frame: {reason}"] += 1
+    return frames
+
+
+# --------------------------------------------------------------------------------------- labels
+
+
+def _groups(folder: Path) -> list[tuple[str, list]]:
+    """(label, segments) of a scan's instances; empty where it has no aggregation."""
+    path = folder / f"{folder.name}.aggregation.json"
+    if not os.path.lexists(path):
+        return []
+    groups = files.read_json_object(path).get("segGroups")
+    if not isinstance(groups, list):
+        raise UserError(f"{path}: no segGroups")
+    found = []
+    for group in groups:
+        label = group.get("label") if isinstance(group, dict) else None
+        segments = group.get("segments") if isinstance(group, dict) else None
+        if not isinstance(label, str) or not isinstance(segments, list):
+            raise UserError(f"{path}: a group must have a label and segments")
+        found.append((" ".join(label.lower().split()) or "unknown", segments))
+    return found
+
+
+def read_labels(folder: Path, world: np.ndarray) -> Labels | None:
+    """A scan's instances in the aligned frame; None where it has no labels.
+
+    Objects are the groups whose label is not in `NO_OBJECTS`, with a vertex and an extent along
+    every axis.
+
+    Args:
+        folder: `scans/<id>`.
+        world: of `read_alignment`.
+
+    Raises:
+        UserError: one of the three files is missing or damaged, or they do not belong together.
+    """
+    groups = _groups(folder)
+    if not groups:
+        return None
+    mesh = folder / f"{folder.name}_vh_clean_2.ply"
+    vertices = read_vertices(mesh) @ world[:3, :3].T + world[:3, 3]
+    extent = np.ptp(vertices, axis=0).max() if len(vertices) else 0.0
+    if not 0 < extent <= LARGEST:
+        raise UserError(f"{mesh}: a mesh of {extent:.3g} m; must be more than 0, at most {LARGEST}")
+    path = folder / f"{folder.name}_vh_clean_2.0.010000.segs.json"
+    segments = _whole_numbers(path, "segIndices", files.read_json_object(path).get("segIndices"))
+    if len(segments) != len(vertices):
+        rule = f"{len(segments)} segIndices for {len(vertices)} vertices of the mesh"
+        raise UserError(f"{path}: {rule}")
+    ids, segments = np.unique(segments, return_inverse=True)
+    instance = np.full(len(vertices), -1)
+    names, boxes, lost = [], [], []
+    for label, own in groups:
+        if label in NO_OBJECTS:
+            continue
+        own = np.isin(ids, _whole_numbers(path, f"segments of {label}", own))[segments]
+        points = vertices[own]
+        size = np.ptp(points, axis=0) if len(points) else np.zeros(3)
+        if (size <= 0).any():
+            lost.append(label)
+            continue
+        instance[own] = len(names)
+        names.append(label)
+        boxes.append([*(points.min(0) + size / 2), *size, 0.0])
+    return Labels(vertices, instance, tuple(names), np.array(boxes).reshape(-1, 7), tuple(lost))
+
+
+def _whole_numbers(path: Path, what: str, values) -> np.ndarray:
+    """Numbers [n] int64 from JSON, none negative."""
+    try:
+        array = np.array(values)
+    except (ValueError, OverflowError):
+        array = np.array(None)
+    if array.ndim != 1 or (array.size and array.dtype.kind != "i") or (array < 0).any():
+        raise UserError(f"{path}: {what} must be a list of whole numbers")
+    return array.astype(np.int64)
+
+
+def _rays(labels: Labels, frames: list[Frame]) -> np.ndarray:
+    """Measured points [V, N] of every instance in every view, counted as for a room's picture.
+
+    A point belongs to the instance that has most vertices in its voxel, and a view has as many
+    points as a picture of the rooms has pixels.
+    """
+    count = len(labels.names)
+    low = labels.vertices.min(0)
+    keys, owner = _voxel_owners(labels, low)
+    rays = np.zeros((len(frames), count), np.int64)
+    for view, frame in enumerate(frames):
+        points = frame.view.surface
+        points = points[(points >= low).all(-1)]
+        key = _voxel_keys(points, low)
+        place = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
+        hit = owner[place[keys[place] == key]]
+        shown = np.bincount(hit[hit >= 0], minlength=count)
+        rays[view] = np.round(shown * (GRID * PIXELS) ** 2 / max(1, len(frame.view.surface)))
+    return rays
+
+
+def _voxel_keys(points: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """One number for the voxel of each point [n, 3]; two kilometres are as far as they reach."""
+    x, y, z = np.clip((points - low) / VOXEL, 0, (1 << 15) - 1).astype(np.int64).T
+    return x << 30 | y << 15 | z
+
+
+def _voxel_owners(labels: Labels, low: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keys [k], sorted, of the mesh's voxels, and the row [k] that most of their vertices have."""
+    rows = len(labels.names) + 1  # and none
+    pairs = _voxel_keys(labels.vertices, low) * rows + labels.instance + 1
+    pairs, votes = np.unique(pairs, return_counts=True)
+    pairs = pairs[np.lexsort([votes, pairs // rows])]
+    keys, owner = pairs // rows, pairs % rows - 1
+    last = np.append(keys[1:] != keys[:-1], True)  # of a voxel the one with most votes
+    return keys[last], owner[last]
+
+
+def measure_room(vertices: np.ndarray) -> tuple[np.ndarray, float]:
+    """Extent x, y, z in metres of a mesh [n, 3], and the square metres of its floor.
+
+    The floor is what lies between walls both along x and along y: corners that are missing do not
+    count, the space under furniture does.
+    """
+    cells = np.round((vertices[:, :2] - vertices[:, :2].min(0)) / CELL).astype(np.int64)
+    covered = np.zeros(cells.max(0) + 1, bool)
+    covered[tuple(cells.T)] = True
+    between = np.ones_like(covered)
+    for axis in (0, 1):
+        behind = np.logical_or.accumulate(covered, axis)
+        ahead = np.flip(np.logical_or.accumulate(np.flip(covered, axis), axis), axis)
+        between &= behind & ahead
+    squares = between[1:, 1:] & between[1:, :-1] & between[:-1, 1:] & between[:-1, :-1]
+    return np.ptp(vertices, axis=0), float(squares.sum() * CELL**2)

@@ -1,0 +1,125 @@
+"""ScanQA and SQA3D: questions about ScanNet's scans, in the files that their authors give.
+
+`--part train`, `val` or `test` takes one split. A scene's split is the export's: a training
+question about a held-out scene is dropped and counted, and so is an evaluation question about a
+training scene. Where the data sets tell objects or the place of the asker, it is not kept: ids of
+objects mean nothing without the scan's segments, and a pose is not what a model may see.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from geode_jax.errors import UserError
+from geode_jax.exports import files
+from geode_jax.sources.datasets import Report, Request
+from geode_jax.sources.datasets.answers import referenced, text_of
+from geode_jax.sources.datasets.questions import (
+    Asked,
+    Layout,
+    MisfitError,
+    UnansweredError,
+    make_questions,
+)
+
+_SITUATED = ("what", "is", "how", "can", "which")
+"""SQA3D reports accuracy by how the question begins ("What's" too); all others are "other"."""
+
+
+def scanqa(request: Request) -> Report:
+    """ScanQA v1.0: `ScanQA_v1.0_{train,val,test_w_obj,test_wo_obj}.json`, below `qa/` or not.
+
+    The test files have no answers: their questions are counted as dropped.
+    """
+    parts = {"train": "train", "val": "val", "test": "test_w*_obj"}
+    folders = ("", "qa/", "data/qa/")
+    return make_questions(
+        Layout(
+            "scanqa",
+            {
+                part: tuple(f"{folder}ScanQA_v1.0_{name}.json" for folder in folders)
+                for part, name in parts.items()
+            },
+            _scanqa_record,
+            parts_are_splits=True,
+        ),
+        request,
+    )
+
+
+def _scanqa_record(record: dict, path: Path) -> Asked:
+    question = text_of(record.get("question"), "question")
+    scene = text_of(record.get("scene_id"), "scene_id")
+    own = text_of(record.get("question_id"), "question_id")
+    for name in ("object_ids", "object_id"):  # the file and its documentation differ
+        ids = record.get(name, [])
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            raise MisfitError(f"has {name} that are no numbers")
+    if "answers" not in record:
+        raise UnansweredError
+    return Asked(scene, [referenced("scanqa", question, record["answers"])], own)
+
+
+def sqa3d(request: Request) -> Report:
+    """SQA3D v1: pairs of `v1_balanced_{questions,sqa_annotations}_{split}_scannetv2.json`.
+
+    The situation stands before the question. Kinds are `sqa3d_what`, `_is`, `_how`, `_can`,
+    `_which` and `_other`, by which the benchmark reports.
+    """
+    folders = ("", "balanced/", "sqa_task/balanced/")
+    return make_questions(
+        Layout(
+            "sqa3d",
+            {
+                split: tuple(f"{f}v1_balanced_questions_{split}_scannetv2.json" for f in folders)
+                for split in ("train", "val", "test")
+            },
+            _sqa3d_record,
+            _sqa3d_records,
+            parts_are_splits=True,
+        ),
+        request,
+    )
+
+
+def _sqa3d_records(path: Path) -> Iterator[Any]:
+    """Every question with its annotation under "annotation", None without one."""
+    beside = path.with_name(path.name.replace("_questions_", "_sqa_annotations_"))
+    questions = _list_of(path, "questions")
+    annotations = {}
+    for annotation in _list_of(beside, "annotations"):
+        if isinstance(annotation, dict) and isinstance(annotation.get("question_id"), int | str):
+            annotations[annotation["question_id"]] = annotation
+    for question in questions:
+        if isinstance(question, dict) and isinstance(question.get("question_id"), int | str):
+            found = annotations.get(question["question_id"])
+            yield {**question, "annotation": found}
+        else:
+            yield MisfitError("has no question_id")
+
+
+def _list_of(path: Path, key: str) -> list:
+    content = files.read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get(key), list):
+        raise UserError(f"{path}: not in the layout of sqa3d: it has no list {key!r}")
+    return content[key]
+
+
+def _sqa3d_record(record: dict, path: Path) -> Asked:
+    question = text_of(record.get("question"), "question")
+    situation = text_of(record.get("situation"), "situation")
+    scene = text_of(record.get("scene_id"), "scene_id")
+    annotation = record["annotation"]
+    if annotation is None:
+        raise UnansweredError
+    if annotation.get("scene_id") != scene:
+        raise MisfitError("has an annotation of another scene")
+    answers = annotation.get("answers")
+    if not isinstance(answers, list) or not all(isinstance(a, dict) for a in answers):
+        raise MisfitError("has no list of answers")
+    begin = next((word for word in _SITUATED if question.lower().startswith(word)), "other")
+    kind = f"sqa3d_{begin}"
+    fields = referenced(kind, question, [answer.get("answer") for answer in answers])
+    return Asked(
+        scene, [fields | {"question": f"{situation} {question}"}], str(record["question_id"])
+    )

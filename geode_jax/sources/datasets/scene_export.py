@@ -1,0 +1,221 @@
+"""Scenes on their way into an export: one after the other, each made once.
+
+What questions and the report need of a scene is noted in `.made` of the new export until all scenes
+are there; then come the questions, which look at all of them, and the manifest. The same request
+goes on where an interrupted one stood, and ends at the same content.
+"""
+
+import dataclasses
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from geode_jax import exports
+from geode_jax.errors import UserError
+from geode_jax.exports import made_from
+from geode_jax.exports.scene_names import Exclusion
+from geode_jax.runtime.bars import progress_bar
+from geode_jax.sources.datasets import Report, Request
+from geode_jax.sources.questions.asker import SeenRoom
+from geode_jax.sources.questions.measured import BoxQuestioner
+from geode_jax.sources.rgbd.sequence import Dropped
+from geode_jax.sources.stand_ins import TOKEN_WIDTH
+
+_MADE = ".made"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What a source makes of one scene.
+
+    Attributes:
+        arrays: tensors of the contract.
+        seen: what questions are made from; None where nothing is labelled.
+        dropped: reasons of what is not in it -> how many.
+        corrected: what was read otherwise than it stands there.
+    """
+
+    arrays: dict[str, np.ndarray]
+    seen: SeenRoom | None
+    dropped: Counter[str]
+    corrected: tuple[str, ...] = ()
+
+
+def exclude_from_training(
+    splits: dict[str, str], places: Mapping[str, str], request: Request, report: Report
+) -> dict[str, str]:
+    """Scene -> split without the scenes that must not be trained on, which are counted.
+
+    Args:
+        splits: of the scenes that would be in the export.
+        places: of all scenes that there are: what must not be divided, such as the room of a scan.
+        request: of which `exclude` names scenes; what else is in their places is left out as well.
+        report: gets what is dropped.
+
+    Raises:
+        UserError: an entry of the list names none of the scenes, and `request` does not allow it.
+    """
+    exclusion = Exclusion(request.exclude)
+    excluded = {place for scene, place in places.items() if exclusion.covers(scene, place)}
+    exclusion.check(str(request.root), request.allow_missing, report.dropped)
+    kept = {s: p for s, p in splits.items() if p != "train" or places[s] not in excluded}
+    lost = len(splits) - len(kept)
+    if lost:
+        report.dropped["scene: would be trained on, is on the list of scenes to exclude"] += lost
+    return kept
+
+
+def write_scenes(
+    request: Request,
+    splits: dict[str, str],
+    make: Callable[[str], Scene],
+    report: Report,
+    *,
+    source: Callable[[str], Any],
+    producer: dict[str, str],
+    categories: Sequence[str],
+    tokens_contain_depth: bool,
+    notes: str,
+) -> Report:
+    """Makes the export of a source of scenes.
+
+    Args:
+        request: what the user wants.
+        splits: scene -> split, in the export's order.
+        make: a scene; a UserError or Dropped leaves the scene out and is counted.
+        report: gets what is kept and dropped.
+        source: what a scene is made from, as `exports.made_from.fingerprint` takes it: a scene
+            that an interrupted call made from something else is made anew.
+        producer, categories, tokens_contain_depth, notes: see `exports.ExportWriter`.
+
+    Returns:
+        `report`.
+
+    Raises:
+        UserError: no scene is left.
+        ExportError: the folder cannot be written, or holds something else.
+    """
+    names = sorted(name for entry in request.exclude for name in entry.fields)
+    excluded = zlib.crc32("\n".join(names).encode())
+    asked = f"{request.views} views, seed {request.seed}, {len(splits)} scenes"
+    writer = exports.ExportWriter(
+        request.out,
+        producer={**producer, "request": f"{asked}, excluded {excluded:08x}"},
+        dtype="float16",
+        scale="metric",
+        token_width=TOKEN_WIDTH,
+        patch_grid=request.patch_grid,
+        tokens_contain_depth=tokens_contain_depth,
+        categories=categories,
+        notes=notes,
+        resume=True,
+    )
+    with writer:
+        sources = {scene_id: made_from.fingerprint(source(scene_id)) for scene_id in splits}
+        finished = _unchanged(writer, sources)
+        written: dict[str, dict] = {}
+        watch = exports.cameras.Watch(metric=True)
+        for scene_id, split in progress_bar(splits.items(), desc="scenes", unit="scene"):
+            try:
+                if scene_id not in finished:
+                    made_from.note(writer, scene_id, sources[scene_id])
+                note = _make_once(writer, finished, scene_id, split, make, watch)
+            except (UserError, Dropped) as error:
+                of_all = isinstance(error, Dropped)  # a reason that many have, counted as one
+                report.dropped[f"scene{'' if of_all else ' ' + scene_id}: {error}"] += 1
+                continue
+            written[scene_id] = note | {"split": split}
+            report.dropped.update(note["dropped"])
+            report.corrected.update(note.get("corrected", ()))
+        if not written:
+            first = next(iter(report.dropped), "there is none")
+            raise UserError(f"{request.root}: no scene is left; {first}")
+        report.kept["scenes"] = len(written)
+        report.warnings += watch.lines()
+        _add_questions(writer, written, request.seed, report)
+        shutil.rmtree(writer.folder / _MADE)
+    return report
+
+
+def _unchanged(writer: exports.ExportWriter, sources: Mapping[str, str]) -> dict[str, dict]:
+    """The entries of scenes that were made before, from what is there now; said."""
+    changed = made_from.changed(writer, sources)
+    for scene_id in changed:
+        made_from.forget(writer, scene_id)
+    finished = {s: entry for s, entry in writer.finished().items() if s in sources}
+    if finished:
+        print(f"{len(finished)} of {len(sources)} scenes were made before", flush=True)
+    if changed:
+        print(f"{len(changed)} scenes are made anew: their sources have changed", flush=True)
+    return finished
+
+
+def _make_once(
+    writer: exports.ExportWriter,
+    finished: dict[str, dict],
+    scene_id: str,
+    split: str,
+    make: Callable[[str], Scene],
+    watch: exports.cameras.Watch,
+) -> dict:
+    """The note of a scene, which is made, watched and added where it is not finished already."""
+    path = writer.folder / _MADE / f"{scene_id}.json"
+    if scene_id in finished:
+        note = exports.files.read_json_object(path)
+        writer.register(finished[scene_id] | {"split": split})  # the lists may have changed
+        return note
+    scene = make(scene_id)
+    seen = None if scene.seen is None else _plain(scene.seen)
+    note = {"seen": seen, "dropped": scene.dropped, "corrected": scene.corrected}
+    # First the note: where the scene is finished, it is whole.
+    exports.files.write_json(path, note, indent=None)
+    writer.add_scene(scene_id, scene.arrays, split=split)
+    watch.add(scene.arrays)
+    return exports.files.read_json_object(path)
+
+
+def _add_questions(
+    writer: exports.ExportWriter, written: dict[str, dict], seed: int, report: Report
+) -> None:
+    """Asks about the scenes, in their order."""
+    seen = {scene_id: _seen(note["seen"]) for scene_id, note in written.items() if note["seen"]}
+    trained = [room for s, room in seen.items() if written[s]["split"] == "train"]
+    questioner = BoxQuestioner(trained, seed)
+    for scene_id, room in progress_bar(seen.items(), desc="questions", unit="scene"):
+        records = questioner.ask(scene_id, room)
+        writer.add_questions(records)
+        report.kept["questions"] += len(records)
+
+
+_ARRAYS = ("room", "boxes", "rays", "extrinsic")
+
+
+def _plain(seen: SeenRoom) -> dict:
+    """A room as JSON has it; `larger` and `typical` are the data set's, not the room's."""
+    facts = {name: np.asarray(getattr(seen, name)).tolist() for name in _ARRAYS}
+    return {
+        **facts,
+        "scene_id": seen.scene_id,
+        "floor": seen.floor,
+        "names": seen.names,
+        "vague": sorted(seen.vague),
+    }
+
+
+def _seen(facts: dict) -> SeenRoom:
+    arrays = {name: np.array(facts[name]) for name in _ARRAYS}
+    arrays["boxes"] = arrays["boxes"].reshape(-1, 7)
+    return SeenRoom(
+        **arrays,
+        scene_id=facts["scene_id"],
+        floor=facts["floor"],
+        names=tuple(facts["names"]),
+        vague=frozenset(facts["vague"]),
+        pairs=(),
+        larger={},
+        typical={},
+    )

@@ -1,0 +1,317 @@
+"""RGB-D sequences on disk: which frames there are, their cameras, poses and images.
+
+Layouts that are read (names are frame numbers, any number of digits):
+
+    color/N.jpg|png   depth/N.png|pgm   16 bit, 0 = missing; JPG and PNG are the same, and other
+                                        pictures of colour are read too
+    pose/N.txt                          4x4 camera-to-world, as ScanNet exports have it
+    or pose.txt                         a row "tx ty tz qx qy qz qw" per frame, camera-to-world
+    intrinsic/intrinsic_depth.txt, intrinsic/intrinsic_color.txt    3x3 or 4x4
+
+Colour is turned as its orientation flag says (`exports.pictures`) where the sizes prove that depth
+belongs to the picture as it is shown then: upright, say, where the stored picture lies. Other flags
+beside depth, which has none, are refused: nothing says whether depth was turned. An intrinsic that
+belongs to pictures of another size is brought to these where that is sure, and refused otherwise
+(`rgbd_sequence.of_one_view`).
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from geode_jax.errors import UserError
+from geode_jax.exports import files, pictures
+from geode_jax.sources.rgbd.sequence import (
+    Dropped,
+    Given,
+    of_one_view,
+    pose_of_row,
+    rigid,
+    same_shape,
+    to_metres,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RgbdFolder:
+    """An RGB-D sequence on disk, not yet decoded.
+
+    Attributes:
+        folder: the one that holds `color` and `depth`.
+        names: of all frames, in the order of the sequence.
+        depth_size: (width, height) of the depth images.
+        depth_intrinsic: [3, 3] at that size, pixel centres at integers.
+        color_size: (width, height) of the colour images as they are shown.
+        color_intrinsic: [3, 3] at that size; None = the depth camera's, scaled.
+        mirrored: the folder's fy is negative, see `read_pose`.
+        depth_scale: stored value of one metre.
+        pose_rows: name -> row of pose.txt; None where poses have files of their own.
+        color, depth: name -> image.
+        notes: what was corrected on reading, a line each.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    depth_size: tuple[int, int]
+    depth_intrinsic: np.ndarray
+    color_size: tuple[int, int]
+    color_intrinsic: np.ndarray | None
+    mirrored: bool
+    depth_scale: float
+    pose_rows: dict[str, list[float]] | None
+    color: dict[str, Path]
+    depth: dict[str, Path]
+    notes: tuple[str, ...] = ()
+
+    def read_pose(self, name: str) -> np.ndarray:
+        """World-from-camera [4, 4], OpenCV axes, rotation exactly orthonormal.
+
+        Raises:
+            Dropped: missing, not finite, not a rigid motion.
+        """
+        if self.pose_rows is None:
+            path = self.folder / "pose" / f"{name}.txt"
+            if not path.is_file():
+                raise Dropped("no pose")
+            numbers = _numbers(path)
+            if numbers is None or len(numbers) != 16:
+                raise Dropped("unreadable pose")
+            pose = np.array(numbers).reshape(4, 4)
+        else:
+            pose = pose_of_row(self.pose_rows[name])
+        pose = rigid(pose)
+        if self.mirrored:
+            # Camera axes x right, y up, z forward (ICL-NUIM) see a mirrored world. Mirroring
+            # camera and world along y gives OpenCV axes and the world as it was.
+            pose = np.diag([1, -1, 1, 1]) @ pose @ np.diag([1, -1, 1, 1])
+        return pose
+
+    def read_depth(self, name: str) -> np.ndarray:
+        """Depth [height, width] float32 metres, 0 = missing (the value 65535 too).
+
+        Raises:
+            Dropped: missing, unreadable, not 16 bit, of another size, without any depth.
+        """
+        if name not in self.depth:
+            raise Dropped("no depth image")
+        try:
+            stored = pictures.read_depth(self.depth[name])
+        except UserError as error:
+            raise _dropped("depth", error) from None
+        if stored.shape != self.depth_size[::-1]:
+            raise Dropped("depth image of another size")
+        return to_metres(stored, self.depth_scale)
+
+    def read_color(self, name: str) -> Image.Image:
+        """The colour image, RGB, as it is shown.
+
+        Raises:
+            Dropped: missing, unreadable, of another size, or with an orientation flag that
+                depth does not confirm.
+        """
+        if name not in self.color:
+            raise Dropped("no colour image")
+        try:
+            flag = pictures.orientation(self.color[name])
+            image = pictures.read_picture(self.color[name])
+        except UserError as error:
+            raise _dropped("colour", error) from None
+        if image.size != self.color_size:
+            raise Dropped("colour image of another size")
+        if not _turned_as_depth(image.size, flag, self.depth_size):
+            raise Dropped("colour image with an orientation flag that depth does not confirm")
+        return image
+
+
+_COLOR, _DEPTH = pictures.ENDINGS, (".png", ".pgm")
+
+
+def _dropped(what: str, error: UserError) -> Dropped:
+    """Why an image is dropped, in words that are the same for all that have the same fault."""
+    rule = getattr(error, "rule", "")
+    return Dropped(f"{what} image {rule}" if rule else f"unreadable {what} image")
+
+
+def open_folder(
+    folder: str | Path,
+    intrinsic: tuple[float, float, float, float] | None = None,
+    depth_scale: float = 1000.0,
+) -> RgbdFolder:
+    """Finds out what a folder holds.
+
+    Args:
+        folder: one with `color` and `depth`, or with a single such folder up to two levels below.
+        intrinsic: (fx, fy, cx, cy) in pixels of the depth image, instead of the folder's own.
+        depth_scale: stored value of one metre.
+
+    Raises:
+        UserError: the folder is missing or has no such layout, or its camera is unknown.
+    """
+    root = _find_root(Path(folder))
+    color, depth = _files(root / "color", _COLOR), _files(root / "depth", _DEPTH)
+    stems = {*color, *depth, *_files(root / "pose", (".txt",))}
+    names = tuple(sorted(stems, key=lambda name: (int(name), name)))
+    if not names:
+        raise UserError(f"{root}: no frame: names in color/ and depth/ must be numbers")
+    if not (np.isfinite(depth_scale) and depth_scale > 0):
+        raise UserError(f"{root}: depth_scale must be positive, is {depth_scale}")
+    if (root / "pose").is_dir():
+        rows = None
+    else:
+        rows = _read_pose_rows(root / "pose.txt", names)
+    size = _size(root / "depth", names, depth)
+    color_size = _size(root / "color", names, color, beside=size)
+    depth_k, color_k, notes = _read_cameras(root, size, color_size, intrinsic)
+    mirrored = bool(depth_k[1, 1] < 0)
+    color_k = None if color_k is None else np.abs(color_k)
+    return RgbdFolder(
+        root,
+        names,
+        size,
+        np.abs(depth_k),
+        color_size,
+        color_k,
+        mirrored,
+        depth_scale,
+        rows,
+        color,
+        depth,
+        tuple(notes),
+    )
+
+
+def _find_root(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    for level in ([folder], folder.glob("*"), folder.glob("*/*")):
+        found = sorted(p for p in level if (p / "color").is_dir() and (p / "depth").is_dir())
+        if len(found) > 1:
+            raise UserError(f"{folder}: holds {len(found)} RGB-D folders; name one: {found[0]}")
+        if found:
+            return found[0]
+    raise UserError(f"{folder}: no RGB-D folder: color/ and depth/ are needed")
+
+
+def _numbers(path: Path) -> list[float] | None:
+    """All numbers of a text file; None where it cannot be read as numbers."""
+    try:
+        return [float(word) for word in files.read_text(path).split()]
+    except ValueError:  # UserError too
+        return None
+
+
+def _files(folder: Path, types: Sequence[str]) -> dict[str, Path]:
+    """Frame -> its file; of two with one name, that of the type which stands first."""
+    found = [p for p in sorted(folder.glob("*")) if p.stem.isdecimal() and p.is_file()]
+    of_type = ([p for p in found if p.suffix.lower() == t] for t in reversed(types))
+    return {path.stem: path for paths in of_type for path in paths}
+
+
+def _size(
+    folder: Path,
+    names: Sequence[str],
+    images: dict[str, Path],
+    beside: tuple[int, int] | None = None,
+) -> tuple[int, int]:
+    """(width, height) that most of the images have, as they are shown.
+
+    Args:
+        folder: of the images.
+        names: of the frames.
+        images: frame -> image.
+        beside: size of the depth images. Images whose flag these cannot confirm do not count.
+
+    Raises:
+        UserError: there is no readable image, or none that is turned as depth is.
+    """
+    sizes: Counter = Counter()
+    flags: Counter = Counter()
+    for name in names[:: max(1, len(names) // 32)]:
+        with contextlib.suppress(KeyError, UserError):  # the frame's own fate will tell
+            size, flag = pictures.shown_size(images[name]), pictures.orientation(images[name])
+            if beside is None or _turned_as_depth(size, flag, beside):
+                sizes[size] += 1
+            else:
+                flags[flag] += 1
+    if not sizes and flags:
+        flag = flags.most_common(1)[0][0]
+        raise UserError(
+            f"{folder}: pictures have the orientation flag {flag} and depth has none: nothing says "
+            "whether depth was turned; turn the pictures' pixels, and remove the flag"
+        )
+    if not sizes:
+        raise UserError(f"{folder}: no readable image")
+    return sizes.most_common(1)[0][0]
+
+
+def _turned_as_depth(size: tuple[int, int], flag: int, depth: tuple[int, int]) -> bool:
+    """Whether a picture has no flag, or lies or stands as depth does thanks to it."""
+    if flag == 1:
+        return True
+    lying = [width > height for width, height in (size, depth)]
+    square = any(same_shape(sides, sides[::-1]) for sides in (size, depth))
+    return flag >= 5 and lying[0] == lying[1] and not square
+
+
+def _read_cameras(root: Path, size: tuple[int, int], color_size: tuple[int, int], given) -> tuple:
+    """Intrinsics of depth and of colour (or None), and what was corrected; fy keeps its sign."""
+    if given is not None:
+        fx, fy, cx, cy = given
+        matrix = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
+        found = (Given("intrinsic given", matrix, size), None)
+    else:
+        found = tuple(
+            _read_intrinsic(root / "intrinsic" / f"intrinsic_{kind}.txt", image_size)
+            for kind, image_size in (("depth", size), ("color", color_size))
+        )
+    if found == (None, None):
+        raise UserError(
+            f"{root}: camera unknown: neither intrinsic/intrinsic_depth.txt is there nor was an "
+            "intrinsic (fx, fy, cx, cy) given"
+        )
+    if None not in found and found[0].matrix[1, 1] * found[1].matrix[1, 1] < 0:
+        raise UserError(f"{found[1].where}: fy has another sign than that of depth")
+    return of_one_view(*found, (size, color_size))
+
+
+def _read_intrinsic(path: Path, size: tuple[int, int]) -> Given | None:
+    if not os.path.lexists(path):  # a link to nothing is not taken for no camera
+        return None
+    numbers = _numbers(path)
+    if numbers is None or len(numbers) not in (9, 16):
+        raise UserError(f"{path}: must be a 3x3 or 4x4 matrix")
+    side = 3 if len(numbers) == 9 else 4
+    matrix = np.array(numbers).reshape(side, side)
+    (fx, _, cx), (_, fy, cy) = matrix[0, :3], matrix[1, :3]
+    pinhole = np.eye(side)
+    pinhole[:2, :3] = [[fx, 0, cx], [0, fy, cy]]
+    if not np.abs(matrix - pinhole).max() <= SKEW * max(abs(fx), 1):
+        raise UserError(f"{path}: must be fx 0 cx, 0 fy cy, 0 0 1 row by row, as of a pinhole")
+    return Given(str(path), pinhole[:3, :3], size)
+
+
+SKEW = 1e-3
+"""Of an intrinsic, as a share of the focal length; what is larger is another kind of matrix."""
+
+
+def _read_pose_rows(path: Path, names: Sequence[str]) -> dict[str, list[float]]:
+    """Rows of pose.txt by frame; row k belongs to the k-th name."""
+    if not path.is_file():
+        raise UserError(f"{path.parent}: no poses: neither pose/ nor pose.txt")
+    try:
+        lines = files.read_text(path).splitlines()
+        rows = [[float(word) for word in line.split()] for line in lines]
+    except ValueError:  # UserError too
+        raise UserError(f"{path}: not rows of numbers") from None
+    rows = [row for row in rows if row]
+    if any(len(row) != 7 for row in rows):
+        raise UserError(f"{path}: rows must be tx ty tz qx qy qz qw")
+    if len(rows) != len(names):
+        raise UserError(f"{path}: {len(rows)} rows for {len(names)} frames")
+    return dict(zip(names, rows, strict=True))

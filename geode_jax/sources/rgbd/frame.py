@@ -1,0 +1,241 @@
+"""A frame of an RGB-D sequence as arrays of the contract."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from geode_jax.sources.rgbd.questions import PLACES, SeenView
+from geode_jax.sources.rgbd.sequence import RgbdSequence, resized
+from geode_jax.sources.rooms.raycast import luminance
+from geode_jax.sources.stand_ins import patch_tokens
+
+SLOPE_UNIT = 0.1
+"""Change of luminance per pixel that counts as texture slope 1."""
+
+
+ONE_SURFACE = 0.03
+"""Depths that differ by less than this share are taken to lie on one surface."""
+
+
+STEADY = 0.05
+"""Largest spread of depth around a place, relative to its median (10th to 90th percentile)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """What the export keeps of a frame. Cells are 2 x 2 to a patch, the pixels of the depth map.
+
+    Attributes:
+        depth: [2 gh, 2 gw] float32 metres at the cells' centres, 0 = missing.
+        points, normals: [2 gh, 2 gw, 3], world frame; normals face the camera; 0 = unknown.
+        tokens: [gh * gw, TOKEN_WIDTH].
+        image: [H, W, 3] uint8 over the depth camera's field of view.
+        view: what questions are made from.
+    """
+
+    depth: np.ndarray
+    points: np.ndarray
+    normals: np.ndarray
+    tokens: np.ndarray
+    image: np.ndarray
+    view: SeenView
+
+
+def read_frame(
+    source: RgbdSequence,
+    name: str,
+    patch_grid: tuple[int, int],
+    image_side: int,
+    world: np.ndarray | None = None,
+    square: bool = False,
+) -> Frame:
+    """Decodes and measures one frame.
+
+    Args:
+        source: the sequence.
+        name: of the frame.
+        patch_grid: (gh, gw).
+        image_side: longer side of the picture, about; never larger than the colour image.
+        world: [4, 4], a rigid motion from the sequence's world frame to the one that is wanted.
+        square: the picture shows the same, squeezed into a square, as InternViT gets its frames.
+
+    Raises:
+        Dropped: it cannot be used.
+    """
+    pose = source.read_pose(name)
+    pose = pose if world is None else world @ pose
+    depth, color = source.read_depth(name), source.read_color(name)
+    height, width = depth.shape
+    rows, columns = 2 * patch_grid[0], 2 * patch_grid[1]
+    lens = _Lens(depth, source.depth_intrinsic, pose)
+    # A cell's depth comes from the middle of the cell alone: a mean over the cell would mix what
+    # is near and what is far.
+    reach = max(1, min(width, height) // 160)
+    v, u = _centres(rows, height), _centres(columns, width)
+    cell_depth, points = lens.see(v[:, None], u[None, :], reach)
+    normals = _normals(lens, v[:, None], u[None, :], reach, max(2, width // 80))
+    _, patch_points = lens.see(
+        _centres(patch_grid[0], height)[:, None], _centres(patch_grid[1], width)[None, :], reach
+    )
+    image = _aligned_image(source, color, (rows, columns), image_side, square)
+    colour, contrast, slopes = _texture(image, rows, columns)
+    tokens = patch_tokens(
+        *(a[None] for a in (points, cell_depth, normals, colour, contrast, slopes, patch_points))
+    )
+    step = max(1, width // 64)
+    _, surface = lens.see(
+        np.arange(step // 2, height, step)[:, None], np.arange(step // 2, width, step)[None, :], 0
+    )
+    seen = SeenView(pose, _places(lens), surface[surface.any(-1)])
+    return Frame(
+        cell_depth.astype(np.float32), points.astype(np.float32), normals, tokens[0], image, seen
+    )
+
+
+def _centres(cells: int, size: int) -> np.ndarray:
+    """Pixel positions [cells] of the middles of equal cells."""
+    return (np.arange(cells) + 0.5) * size / cells - 0.5
+
+
+class _Lens:
+    """Depth at positions of one frame's depth image, and the points that it shows."""
+
+    def __init__(self, depth: np.ndarray, intrinsic: np.ndarray, pose: np.ndarray):
+        self.depth, self.intrinsic, self.pose = depth, intrinsic, pose
+
+    def window(self, v, u, reach: int) -> np.ndarray:
+        """Depths of the pixels around positions, up to `reach` away: [..., pixels]."""
+        height, width = self.depth.shape
+        rows, columns = _around(v, reach, height), _around(u, reach, width)
+        window = self.depth[rows[..., :, None], columns[..., None, :]]
+        return window.reshape(*window.shape[:-2], -1)
+
+    def see(self, v, u, reach: int) -> tuple[np.ndarray, np.ndarray]:
+        """Median depth [...] of the windows at positions and the world points [..., 3] there.
+
+        Where less than half of a window is known: 0 and the origin. Where an edge runs between
+        the two middle depths of an even number, the median is the lower: never between surfaces.
+        """
+        window = self.window(v, u, reach)
+        known = (window > 0).sum(-1)
+        ordered = np.sort(np.where(window > 0, window, np.inf), axis=-1)
+        ordered = np.where(known[..., None] > 0, ordered, 0)
+        low, high = (
+            np.take_along_axis(ordered, np.maximum(known - k, 0)[..., None] // 2, axis=-1)[..., 0]
+            for k in (1, 0)
+        )
+        depth = np.where(high < (1 + ONE_SURFACE) * low, low + (high - low) / 2, low)
+        depth = np.where(2 * known >= window.shape[-1], depth, 0).astype(np.float64)
+        (fx, _, cx), (_, fy, cy), _ = self.intrinsic
+        camera = np.stack([(u - cx) / fx * depth, (v - cy) / fy * depth, depth], axis=-1)
+        world = camera @ self.pose[:3, :3].T + self.pose[:3, 3]
+        return depth, np.where(depth[..., None] > 0, world, 0)
+
+
+def _around(position, reach: int, size: int) -> np.ndarray:
+    """Pixels [..., n] that lie evenly around positions [...], clipped to the image.
+
+    Cells of an even size have their centres between two pixels: then n is even.
+    """
+    position = np.asarray(position, np.float64)
+    between = reach > 0 and bool((position % 1 == 0.5).all())
+    first = position - reach + 0.5 if between else np.floor(position + 0.5) - reach
+    pixels = first[..., None].astype(int) + np.arange(2 * reach + (not between))
+    return np.clip(pixels, 0, size - 1)
+
+
+def _normals(lens: _Lens, v, u, reach: int, step: int) -> np.ndarray:
+    """Unit normals [..., 3] facing the camera, from the four points `step` pixels around."""
+    (left, a), (right, b) = lens.see(v, u - step, reach), lens.see(v, u + step, reach)
+    (upper, c), (lower, d) = lens.see(v - step, u, reach), lens.see(v + step, u, reach)
+    normal = np.cross(d - c, b - a)  # y down x x right = -z: towards the camera
+    length = np.linalg.norm(normal, axis=-1)
+    known = (np.minimum(np.minimum(left, right), np.minimum(upper, lower)) > 0) & (length > 0)
+    normal = normal / np.where(known, length, 1)[..., None]
+    return np.where(known[..., None], normal, 0).astype(np.float32)
+
+
+def _places(lens: _Lens) -> dict[str, np.ndarray]:
+    """Points of the places around which the depth is known and steady."""
+    height, width = lens.depth.shape
+    reach = max(2, width // 80)
+    places = {}
+    for name, (across, down) in PLACES.items():
+        v, u = down * height - 0.5, across * width - 0.5
+        window = lens.window(v, u, reach)
+        known = window[window > 0]
+        if len(known) < 0.9 * len(window):
+            continue
+        low, middle, high = np.percentile(known, (10, 50, 90))
+        if high - low <= STEADY * middle:
+            places[name] = lens.see(v, u, reach)[1]
+    return places
+
+
+def _aligned_image(
+    source: RgbdSequence, color: Image.Image, cells: tuple[int, int], side: int, square: bool
+) -> np.ndarray:
+    """Colour over exactly the depth camera's field of view; black where colour saw nothing.
+
+    Sides are multiples of the cells, so that cells are whole pixels.
+    """
+    k_depth, (width, height) = source.depth_intrinsic, source.depth_size
+    k_color = source.color_intrinsic
+    if k_color is None:
+        k_color = resized(k_depth, source.depth_size, color.size)
+    scale = min(1.0, side / max(width, height), max(color.size) / max(width, height))
+    wanted = ((width, cells[1]), (height, cells[0]))
+    if square:
+        wanted = ((max(width, height), math.lcm(*cells)),) * 2
+    out = [max(1, round(n * scale / c)) * c for n, c in wanted]
+    image = Image.new("RGB", tuple(out))
+    source_box, target_box = [], []
+    for axis, (size, limit) in enumerate(zip((width, height), color.size, strict=True)):
+        # Edges of the depth image as rays, and those as positions between the colour's pixels.
+        rays = (np.array([-0.5, size - 0.5]) - k_depth[axis, 2]) / k_depth[axis, axis]
+        edges = rays * k_color[axis, axis] + k_color[axis, 2] + 0.5
+        inside = np.clip(edges, 0, limit)
+        spans = np.round((inside - edges[0]) / (edges[1] - edges[0]) * out[axis]).astype(int)
+        source_box.append(inside)
+        target_box.append(spans)
+    (left, right), (upper, lower) = target_box
+    if right > left and lower > upper:
+        box = tuple(float(source_box[axis][end]) for end in (0, 1) for axis in (0, 1))
+        part = color.resize((right - left, lower - upper), Image.Resampling.BILINEAR, box=box)
+        image.paste(part, (int(left), int(upper)))
+    return np.asarray(image)
+
+
+def _texture(image: np.ndarray, rows: int, columns: int) -> tuple[np.ndarray, ...]:
+    """Mean colour, standard deviation and mean absolute slopes of the luminance of every cell."""
+    height, width = image.shape[:2]
+    colour = image.astype(np.float32) / 255
+    light = luminance(colour)
+    slopes = np.abs(np.stack([np.gradient(light, axis=1), np.gradient(light, axis=0)], axis=-1))
+
+    def cells(pixels):
+        tiles = pixels.reshape(rows, height // rows, columns, width // columns, -1)
+        return tiles.swapaxes(1, 2).reshape(rows, columns, -1, tiles.shape[-1])
+
+    return cells(colour).mean(2), cells(light).std(2)[..., 0], cells(slopes).mean(2) / SLOPE_UNIT
+
+
+def frame_arrays(source: RgbdSequence, frames: Sequence[Frame]) -> dict[str, np.ndarray]:
+    """A scene's tensors of its views, as `exports` names them."""
+    poses = np.array([frame.view.world_from_camera for frame in frames])
+    rotation = poses[:, :3, :3].swapaxes(1, 2)
+    extrinsic = np.concatenate([rotation, -rotation @ poses[:, :3, 3:]], axis=2)
+    depth = np.array([frame.depth for frame in frames])
+    intrinsic = resized(source.depth_intrinsic, source.depth_size, depth.shape[:0:-1])
+    return {
+        "vggt/tokens": np.array([frame.tokens for frame in frames]),
+        "vggt/depth": depth,
+        "vggt/points": np.array([frame.points for frame in frames]),
+        "camera/extrinsic": extrinsic.astype(np.float32),
+        "camera/intrinsic": np.repeat(intrinsic[None], len(frames), 0).astype(np.float32),
+        "images": np.array([frame.image for frame in frames]),
+        "target/depth": depth.copy(),
+    }

@@ -1,0 +1,406 @@
+"""Checkpoints: the latest two for resuming, the best one for using. Orbax v1, asynchronous, atomic.
+
+Every process writes its own shards; a run may go on with another mesh and another number of
+processes. Beside the position stand a fingerprint of every array and a checksum of all that, so
+that a file that was damaged later is seen whenever it is read; whoever resumes uses the checkpoint
+before.
+
+    WORKDIR/checkpoints/latest/<step>   training state + position
+    WORKDIR/checkpoints/best/<step>     the model's parameters at the best validation loss
+
+The position is the global step (the data order is a pure function of it) plus the few numbers the
+loop carries: no iterator is ever pickled.
+"""
+
+import errno
+import itertools
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from geode_jax.errors import UserError
+from geode_jax.runtime.distributed import is_main, main_first
+from geode_jax.sealed import seal, unseal
+from geode_jax.training.checkpoint_files import (
+    Unreadable,
+    checked,
+    fingerprint,
+    first_line,
+    has_metadata,
+    open_checkpoint,
+    read_quietly,
+    refuse_others,
+    shapes_of,
+    silence_failed_reads,
+    step_folders,
+)
+from geode_jax.training.step import TrainState
+
+logging.getLogger("absl").setLevel(logging.WARNING)
+# Its threads log a traceback, one after the other, before the error is raised here.
+logging.getLogger("absl").addFilter(
+    lambda record: not (record.exc_info and "orbax" in record.pathname)
+)
+
+
+class _WhenAsked:
+    """Save decision: the loop decides, Orbax does as told."""
+
+    def should_save(self, step, previous_steps, *, context) -> bool:
+        del step, previous_steps, context
+        return True
+
+
+def _checkpointer(folder: Path, keep: int) -> ocp.training.Checkpointer:
+    return ocp.training.Checkpointer(
+        folder,
+        save_decision_policy=_WhenAsked(),
+        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        cleanup_tmp_directories=True,
+    )
+
+
+class Checkpoints:
+    """Saves and restores a run; use as a context manager, so that writes are finished.
+
+    Raises:
+        UserError: a checkpoint could not be written (disk full, say); the ones before it stay.
+    """
+
+    def __init__(self, workdir: Path, made_with: Mapping[str, str] | None = None):
+        """Args:
+        workdir: of the run.
+        made_with: what a checkpoint belongs to -> its checksum, as of `runs.build.made_with`; one
+            that names other checksums is refused.
+        """
+        self._folder = workdir.absolute() / "checkpoints"
+        self._made_with = dict(made_with or {})
+        self._open()
+
+    def _open(self) -> None:
+        silence_failed_reads()
+        for kind in ("latest", "best"):
+            self._put_unreadable_aside(kind)
+        self._latest = _checkpointer(self._folder / "latest", _KEPT["latest"])
+        self._best = _checkpointer(self._folder / "best", _KEPT["best"])
+
+    def _put_unreadable_aside(self, kind: str) -> None:
+        """Of checkpoints whose metadata Orbax, which reads all of it at once, would fail at."""
+        with main_first(f"unreadable {kind} {next(_OPENED)}"):
+            folders = step_folders(self._folder.parent, kind)
+            readable = {int(folder.name) for folder in folders if has_metadata(folder)}
+            damaged = [folder for folder in folders if int(folder.name) not in readable]
+            if damaged and not readable:
+                raise UserError(f"{self._folder / kind}: every checkpoint is damaged")
+            # A process that was killed while it deleted a checkpoint, which newer ones replace,
+            # leaves some of its files.
+            kept = sorted(readable)[-_KEPT[kind] :]
+            half_deleted = [
+                folder
+                for folder in damaged
+                if len(kept) == _KEPT[kind] and int(folder.name) < kept[0]
+            ]
+            damaged = [folder for folder in damaged if folder not in half_deleted]
+            if is_main():
+                for folder in half_deleted:
+                    shutil.rmtree(folder, ignore_errors=True)
+                for folder in damaged:
+                    print(f"{folder}: damaged", flush=True)
+                    _rename_damaged(folder)
+                if damaged:
+                    newest = max(
+                        int(folder.name) for folder in step_folders(self._folder.parent, kind)
+                    )
+                    print(f"going on from step {newest} instead", flush=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is not None and kind is not SystemExit and jax.process_count() > 1:
+            return  # the others may wait elsewhere, and all end: `runtime.distributed.ends_together`
+        try:
+            self.finish()
+        finally:
+            self._latest.close()
+            self._best.close()
+
+    def save(self, state: TrainState, position: dict[str, Any]) -> None:
+        """Save the training state at its step, in the background."""
+        self._save(self._latest, int(position["step"]), state, position)
+
+    def save_best(self, state: TrainState, position: dict[str, Any]) -> None:
+        """Save the model's parameters as the best so far, in the background."""
+        model = {"params": state.params, "frozen": state.frozen}
+        self._save(self._best, int(position["step"]), model, position)
+
+    def _save(self, checkpointer, step: int, tree, position: dict[str, Any]) -> None:
+        if any(c.step == step for c in checkpointer.checkpoints):
+            return  # a resumed run passes this step again with the same state
+        self.finish()
+        # A copy: the loop goes on counting in `position` while this is being written.
+        own = {"made_with": self._made_with, "fingerprint": fingerprint(tree)}
+        metadata = seal({**position, **own})
+        try:
+            checkpointer.save_checkpointables_async(step, {"state": tree}, custom_metadata=metadata)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._failure(error) from error
+
+    def finish(self) -> None:
+        """Finish background writes; a failure of theirs surfaces here."""
+        try:
+            self._latest.wait()
+            self._best.wait()
+        except Exception as error:  # Orbax re-raises whatever its writer thread met
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> UserError:
+        silence_failed_reads()
+        reason = first_line(error)
+        for known in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)):
+            if known in str(error):  # TensorStore says much before it
+                reason = known
+        return UserError(
+            f"{self._folder}: the checkpoint could not be written ({reason}); earlier ones are "
+            "intact"
+        )
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The latest undamaged training state, sharded as `like`, and its position.
+
+        Returns:
+            None at the start.
+
+        Raises:
+            UserError: all are damaged, or of another configuration.
+        """
+        return self._restore("latest", like)
+
+    def restore_best(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """`like` with the best parameters, and their position; None if none was saved."""
+        found = self._restore("best", {"params": like.params, "frozen": like.frozen})
+        if found is None:
+            return None
+        model, position = found
+        return TrainState(like.step, model["params"], model["frozen"], like.opt_state), position
+
+    def _restore(self, kind: str, like) -> tuple[Any, dict[str, Any]] | None:
+        self.finish()
+        checkpointer = {"latest": self._latest, "best": self._best}[kind]
+        steps = sorted((c.step for c in checkpointer.checkpoints), reverse=True)
+        damaged: list[int] = []
+        found = None
+        for step in steps:
+            found = self._load(checkpointer, step, like)
+            if found is not None:
+                break
+            damaged.append(step)
+            print(f"{self._folder / kind / str(step)}: damaged", flush=True)
+        if damaged and found is None:
+            raise UserError(f"{self._folder / kind}: every checkpoint is damaged")
+        if damaged:
+            self._put_aside(kind, damaged)
+            print(f"going on from step {found[1]['step']} instead", flush=True)
+        return found
+
+    def _put_aside(self, kind: str, steps: list[int]) -> None:
+        """Renames them, so that their steps can be saved again."""
+        self._latest.close()
+        self._best.close()
+        with main_first(f"damaged {kind} {steps}"):
+            if is_main():
+                for step in steps:
+                    _rename_damaged(self._folder / kind / str(step))
+        self._open()
+
+    def _load(self, checkpointer, step: int, like) -> tuple[Any, dict[str, Any]] | None:
+        """A checkpoint and its position; None where it is damaged, for any process."""
+        state, metadata = None, None
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        )
+        fits = True
+        try:
+            stored = read_quietly(checkpointer.checkpointables_metadata, step)
+            metadata = checked(stored.custom_metadata, step)
+            shapes = shapes_of(stored.metadata["state"])
+            fits = not shapes or shapes == shapes_of(abstract)
+            if shapes and fits:
+                wanted = {"state": abstract}
+                state = read_quietly(checkpointer.load_checkpointables, step, wanted)["state"]
+        except (Unreadable, KeyError, TypeError, AttributeError) as error:
+            print(f"{self._folder}: step {step}: {first_line(error)}", flush=True)
+        if not fits:
+            raise UserError(
+                f"{self._folder}: the checkpoint of step {step} does not fit this "
+                "configuration (another model size or optimizer?); use another --workdir"
+            )
+        whole = state is not None and metadata is not None
+        if not np.all(multihost_utils.process_allgather(np.array(whole))):
+            return None
+        refuse_others(f"{self._folder}: step {step}", metadata.made_with, self._made_with)
+        return (state, metadata.position) if metadata.fingerprint == fingerprint(state) else None
+
+
+_KEPT = {"latest": 2, "best": 1}
+"""How many checkpoints of a kind are kept."""
+_OPENED = itertools.count()
+
+
+def _rename_damaged(folder: Path) -> None:
+    """To `damaged_STEP`, or the next free name after it."""
+    names = (f"damaged_{folder.name}", *(f"damaged_{folder.name}_{n}" for n in range(2, 1000)))
+    folder.rename(next(p for n in names if not (p := folder.with_name(n)).exists()))
+
+
+def find_model(workdir: Path) -> Path:
+    """The folder of a run's best checkpoint, or of its latest where none was best yet.
+
+    Raises:
+        UserError: there is none.
+    """
+    for kind in ("best", "latest"):
+        if steps := step_folders(workdir, kind):
+            return max(steps, key=lambda path: int(path.name))
+    raise UserError(f"{workdir}: no checkpoint yet; training has not come to its first one")
+
+
+def save_model(folder: Path, params: dict[str, jax.Array]) -> None:
+    """Writes parameters as a checkpoint that `load_model` reads.
+
+    Raises:
+        UserError: it could not be written.
+    """
+    model = {"params": params}
+    metadata = seal({"fingerprint": fingerprint(model)})
+    try:
+        ocp.save_checkpointables(folder.absolute(), {"state": model}, custom_metadata=metadata)
+    except OSError as error:
+        raise UserError(f"{folder}: the checkpoint could not be written ({error})") from error
+
+
+def stored_dtypes(folder: Path) -> dict[str, Any]:
+    """The dtypes of what `save_model` wrote, by name; empty where it is damaged."""
+    try:
+        params = _stored(open_checkpoint(folder))["params"]
+        return {name: stored.dtype for name, stored in params.items()}
+    except (Unreadable, KeyError, TypeError, AttributeError):
+        return {}  # `load_model` says it
+
+
+def load_model(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
+    """The model of a checkpoint, to be used; nothing is written, the run may still be going on.
+
+    Args:
+        folder: from `find_model`, or of `save_model`.
+        like: "params" and "frozen" with `jax.ShapeDtypeStruct` leaves that have shardings.
+
+    Raises:
+        UserError: the checkpoint cannot be read, is damaged, or is one of another model.
+    """
+    try:
+        opened = open_checkpoint(folder)
+        stored = _stored(opened)
+        if shapes_of({name: stored[name] for name in like}) != shapes_of(like):
+            raise ValueError("other shapes")
+        return _load_state(folder, like, opened)
+    except (Unreadable, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder}: damaged, or a checkpoint of another model ({first_line(error)})"
+        ) from error
+
+
+def load_leaves(
+    folder: Path, like: Sequence[tuple[tuple, nnx.Variable]]
+) -> list[tuple[tuple, nnx.Variable]]:
+    """Variables by their path, from wherever a checkpoint has them, trainable or frozen there.
+
+    Args:
+        folder: from `find_model`.
+        like: paths and variables, as of `nnx.to_flat_state`; shapes and shardings are theirs.
+
+    Raises:
+        UserError: the checkpoint cannot be read, is damaged, lacks a path or has it in another
+            shape.
+    """
+    try:
+        opened = open_checkpoint(folder)
+        stored = _stored(opened)
+    except (Unreadable, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: damaged, or no checkpoint") from error
+    wanted: dict[str, Any] = {}
+    for path, variable in like:
+        keys = [*map(str, path), "value"]
+        place = next((p for p in ("params", "frozen") if _at(stored.get(p), keys)), None)
+        name = ".".join(keys[:-1])
+        if place is None:
+            raise UserError(f"{folder}: its model has no {name}")
+        there = _at(stored[place], keys)
+        if tuple(there.shape) != variable.shape:
+            shape = tuple(there.shape)
+            raise UserError(f"{folder}: {name} is {shape} there and {variable.shape} here")
+        node = wanted
+        for key in (place, *keys[:-1]):
+            node = node.setdefault(key, {})
+        sharding = variable.get_value().sharding
+        node["value"] = jax.ShapeDtypeStruct(there.shape, there.dtype, sharding=sharding)
+    try:
+        loaded = _load_state(folder, wanted, opened)
+    except Unreadable as error:
+        raise UserError(f"{folder}: damaged ({first_line(error)})") from error
+    found = []
+    for path, variable in like:
+        keys = [*map(str, path), "value"]
+        value = next(v for p in loaded if (v := _at(loaded[p], keys)) is not None)
+        found.append((path, variable.replace(value.astype(variable.get_value().dtype))))
+    return found
+
+
+def _stored(opened: Any) -> Any:
+    """The tree that a checkpoint holds, of shapes and dtypes; errors as of `read_quietly`."""
+    stored = opened.metadata["state"]
+    if stored is None:  # Orbax goes on without what it cannot read
+        raise Unreadable("no metadata")
+    return stored
+
+
+def _load_state(folder: Path, like: Any, opened: Any) -> Any:
+    """A part of a checkpoint's tree, found to have the values that were saved.
+
+    Raises:
+        Unreadable: the files are damaged.
+    """
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True  # a run's latest also holds the optimizer's state
+    with context:
+        loaded = read_quietly(ocp.load_checkpointables, folder.absolute(), {"state": like})["state"]
+    metadata = opened.custom_metadata
+    if metadata is None and not folder.name.isdecimal():
+        return loaded  # a pretrained model, converted before it got a fingerprint
+    if folder.name.isdecimal():
+        stored = checked(metadata, int(folder.name)).fingerprint
+    else:
+        unsealed = unseal(metadata) if isinstance(metadata, dict) else None
+        if unsealed is None:
+            raise Unreadable("its fingerprint is not what was stored")
+        stored = unsealed["fingerprint"]
+    # As a bag: a part of the tree has no place of its own in the list.
+    if Counter(fingerprint(loaded)) - Counter(stored):
+        raise Unreadable("its values are not what was stored")
+    return loaded
+
+
+def _at(tree: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree

@@ -1,0 +1,86 @@
+"""The order of GEODE's runs, what each starts from, and Table 4 of what they scored."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from geode_jax.cli import stages
+from geode_jax.cli.stages import BLIND, ROWS, command, main, plan, table4, train
+from geode_jax.errors import UserError
+
+
+def test_every_run_starts_from_one_that_ends_before_it():
+    runs = plan(Path("runs"), 0, tuple(ROWS.values()))
+    for i, run in enumerate(runs):
+        assert run.start is None if i == 0 else run.start in [r.folder for r in runs[:i]]
+    assert len({run.folder for run in runs}) == len(runs) == 8
+    starts = {run.arg: run.start.name for run in runs if run.stage == "joint"}
+    # A row without the module shares the stages before the module's.
+    assert starts == {
+        "vision=off": "geode_align", "": "geode_drm", "drh=off": "geode_drm",
+        "drm=off": "geode_align", "drm=off,drh=off": "geode_align",
+    }  # fmt: skip
+
+
+def test_seeds_share_nothing_and_geode_is_part_of_table_4():
+    first, second = (plan(Path("runs"), seed, tuple(ROWS.values())) for seed in (0, 1))
+    assert not {run.folder for run in first} & {run.folder for run in second}
+    assert all(run.start is None or "seed_1" in run.start.parts for run in second)
+    whole = plan(Path("runs"), 0, ("",))
+    assert set(whole) <= set(plan(Path("runs"), 0, tuple(ROWS.values())))
+
+
+@pytest.mark.parametrize("run", plan(Path("runs"), 1, tuple(ROWS.values())))
+def test_a_command_names_a_config_that_there_is(run):
+    argv = command(run, 1, ["--config.train.steps=3"])
+    assert argv[1:3] == ["-m", "geode_jax.main"] and argv[-1] == "--config.train.steps=3"
+    path, _, arg = argv[3].removeprefix("--config=").partition(":")
+    config = importlib.import_module(path.removesuffix(".py").replace("/", ".")).get_config(arg)
+    assert config.system == f"geode_{run.stage}" == Path(path).stem
+    assert config.loss.vision == (arg != BLIND)
+    assert f"--config.eval.blind={run.folder.parent / 'geode_joint-vision=off'}" in argv
+    assert f"--config.init_from={run.start or ''}" in argv and f"--workdir={run.folder}" in argv
+
+
+def says(text: str, status: int = 0) -> list[str]:
+    return [sys.executable, "-c", f"import sys; print({text!r}); sys.exit({status})"]
+
+
+def test_a_failed_run_ends_all(tmp_path, monkeypatch, capfd):
+    fails = {"align": 3}
+    monkeypatch.setattr(
+        stages, "command", lambda run, seed, rest: says(f"its {run.stage}", fails.get(run.stage, 0))
+    )
+    with pytest.raises(SystemExit) as ended:
+        train(plan(tmp_path, 0, ("",)), 0, [])
+    assert ended.value.code == 3
+    lines = capfd.readouterr().out.splitlines()
+    assert lines.count("its align") == lines.count("its pretrain") == 1 and "its drm" not in lines
+    fails["align"] = 0
+    train(plan(tmp_path, 0, ("",)), 0, [])
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("its")]
+    assert lines == ["its pretrain", "its align", "its joint", "its drm", "its joint"]
+
+
+def test_table_4_is_of_all_seeds(tmp_path):
+    for seed in (0, 1):
+        joint = [run for run in plan(tmp_path, seed, tuple(ROWS.values())) if run.stage == "joint"]
+        for i, run in enumerate(joint):
+            run.folder.mkdir(parents=True)
+            model = {"overall": 10.0 * i + seed, "per_type": {"room_size_estimation": 1.0 + i}}
+            frequency = {"overall": 33.0, "per_type": {}}
+            summary = {"vsi": {"model": model, "frequency": frequency}}
+            (run.folder / "summary.json").write_text(json.dumps(summary))
+    rows = table4(tmp_path, [0, 1])
+    assert set(rows) == {*ROWS, "blind", "frequency"}
+    assert rows["both"]["seed 0"]["overall"] == 40 and rows["both"]["seed 1"]["overall"] == 41
+    assert rows["both"]["mean"] == {"overall": 40.5, "per_type": {"room_size_estimation": 5.0}}
+    assert rows["blind"]["mean"]["overall"] == 0.5 and rows["frequency"]["mean"]["overall"] == 33
+
+
+def test_seeds_are_numbers():
+    with pytest.raises(UserError, match="--seeds: one,two"):
+        main(["table4", "--seeds=one,two"])

@@ -1,0 +1,191 @@
+"""What a configuration asks for, before anything is trained."""
+
+import dataclasses
+import functools
+import importlib
+import math
+from types import SimpleNamespace
+
+import jax
+import ml_collections
+import pytest
+from flax import nnx
+
+from configs.hidden_cot import get_config
+from geode_jax.data.scene_arrays import SceneShapes
+from geode_jax.errors import UserError
+from geode_jax.exports import Export
+from geode_jax.runs import build, systems
+from geode_jax.runs.config import check_config, rules
+from geode_jax.runs.data import make_pipelines, prepare_tokenizer
+from geode_jax.runs.export import export_folder, prepare_export
+from geode_jax.sharding import abstract_model, make_mesh, spec
+from tests.helpers.runs import tiny_rooms
+
+
+def test_rooms_with_pictures_are_another_export():
+    data = get_config("laptop").data
+    assert export_folder(data).name == "rooms_8000_s0"
+    with data.unlocked():
+        data.rooms_images = 32
+    assert export_folder(data).name == "rooms_8000_s0_i32"
+
+
+def test_rooms_are_made_with_the_pictures_asked_for(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(build, "make_rooms", lambda *args, **kwargs: made.append((args, kwargs)))
+    data = get_config("laptop").data
+    with data.unlocked():
+        data.update(root=str(tmp_path), rooms_images=32)
+    folder = prepare_export(data)
+    assert made == [((folder,), {"scenes": 8000, "seed": 0, "images": 32})]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("rooms_images", -1, "data.rooms_images: -1 is not at least 0"),
+        ("vision", "images", "data.vision: images is not what the student sees"),
+    ],
+)
+def test_what_the_data_cannot_be_is_refused_by_name(field, value, said):
+    config = get_config("laptop")
+    check_config(config)
+    with config.unlocked():
+        config.data[field] = value
+    with pytest.raises(UserError, match=said):
+        check_config(config)
+
+
+def test_the_students_tokenizer_learns_nothing_of_boxes(tmp_path):
+    config, export = get_config("laptop"), Export(tiny_rooms(tmp_path / "rooms"))
+    assert any(record["kind"] == "object_box" for record in export.questions())
+    tokenizer = prepare_tokenizer(config, export, tmp_path)
+    assert tokenizer.unk_id in tokenizer.encode("What is the 3D bounding box of the bed?")
+    pipelines = make_pipelines(config, export, tokenizer)
+    for split, pipeline in pipelines.items():
+        ids = set(export.scene_ids(split))
+        boxes = [r for r in export.questions() if r["scene_id"] in ids and "box" in r]
+        assert pipeline.dropped == {"kind object_box": len(boxes)} and boxes
+        for records, _ in pipeline.eval_batches():
+            assert not any("box" in record for row in records for record in row)
+
+
+# --- GEODE ----------------------------------------------------------------------------------------
+
+CLIP = SceneShapes(
+    views=32, grid=(37, 37), token_width=0, depth_ratio=1, boxes=64, vision="images",
+    image=(448, 448), points=2048, point_width=512,
+)  # fmt: skip
+"""Scenes as of VGGT at 518 and InternViT at 448 pixels, with Sonata's features."""
+WIDE = dataclasses.replace(CLIP, image=(480, 640))
+
+
+def geode_objective(stage: str, arg: str, shapes: SceneShapes, **changes):
+    config = importlib.import_module(f"configs.geode_{stage}").get_config(arg)
+    with config.unlocked():
+        config.update_from_flattened_dict({"init_from": "run"} | changes)
+    check_config(config)
+    tokenizer = SimpleNamespace(vocab_size=151_676, id_of={"<REG>": 7, "<3DBBOX>": 8}.__getitem__)
+    export = SimpleNamespace(categories=["chair", "table"])
+    pipeline = SimpleNamespace(shapes=shapes)
+    return systems.make_objective(config, export, tokenizer, pipeline)
+
+
+@pytest.mark.parametrize(("stage", "shapes"), [("align", CLIP), ("drm", WIDE), ("joint", CLIP)])
+def test_geode_of_the_papers_size(stage, shapes):
+    objective = geode_objective(stage, "full", shapes)
+    state = nnx.state(abstract_model(objective.build, make_mesh()))
+    sizes: dict[tuple, int] = {}
+    for path, variable in nnx.to_flat_state(state):
+        part = path[:2] if path[0] == "vlm" else path[:1]
+        sizes[part] = sizes.get(part, 0) + math.prod(variable.shape)
+    assert sizes[("vlm", "decoder")] == 1_543_714_304
+    assert sizes[("vlm", "vision")] == 304_012_288
+    assert sizes[("vlm", "projector")] == 8_662_016
+    assert set(sizes) == {*(("vlm", p) for p in ("decoder", "vision", "projector")),
+                          ("drm",), ("drh",)}  # fmt: skip
+    # On a large mesh every device holds its part alone.
+    mesh = {"data": 2, "fsdp": 16, "model": 4}
+    whole = [v for _, v in nnx.to_flat_state(state)
+             if not any(spec(v.get_metadata("out_sharding"), v.shape, mesh))]  # fmt: skip
+    assert sum(math.prod(v.shape) for v in whole) < 0.002 * sum(sizes.values())
+    learned = nnx.filter_state(state, objective.trainable)
+    own = {"align": 8_662_016, "drm": sizes["drm",],
+           "joint": 8_662_016 + 1_543_714_304 + sizes["drh",]}  # fmt: skip
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(learned)) == own[stage]
+
+
+@pytest.mark.parametrize(
+    ("stage", "arg", "shapes", "changes", "said"),
+    [
+        ("align", "full", CLIP, {"init_from": ""}, "init_from: '' is not a run or folders"),
+        ("drm", "drm=off", CLIP, {}, "model.drm.on: False is not what geode_drm trains"),
+        ("drm", "full,drm_frames=8", CLIP, {}, "model.drm.frames: the export has points without"),
+        ("drm", "full", CLIP, {"loss.layout_weight": 1.0}, "layout_weight: 1.0 is not 0 without"),
+        ("drm", "full", CLIP, {"model.drm.condition_on_question": True}, "questions_per_scene: 4"),
+        ("joint", "full", CLIP, {"model.vision.patch_size": 64}, "a picture of 448 x 448 .* even"),
+        ("pretrain", "", CLIP, {"model.vision.patch_size": 14}, "32 x 32 patches, .* 37 x 37"),
+        ("pretrain", "", CLIP, {"data.vision": "internvit/tokens"}, "is not what geode_pretrain"),
+        ("align", "", WIDE, {}, "model.vision.image_size: 0 .* 640 x 480 pixels are no square"),
+    ],
+)
+def test_what_geode_cannot_be_is_refused_by_name(stage, arg, shapes, changes, said):
+    with pytest.raises(UserError, match=said) as caught:
+        geode_objective(stage, arg, shapes, **changes)
+    assert "\n" not in str(caught.value)
+
+
+# --- Every rule of a configuration ----------------------------------------------------------------
+
+BAD = (
+    -2, 0, 1, 3, 7, 0.5, 1.5, float("nan"), "", "nothing", "scanqa=-1", "images", "vggt/tokens",
+    (), (1, 2), (9, 9, -9), (3, 1), [99], ["nothing"], False,
+)  # fmt: skip
+"""Values of which at least one breaks any rule."""
+
+
+def changed(system: str, name: str, value) -> ml_collections.ConfigDict:
+    """The system's own configuration with one field changed, of whatever type."""
+    stage = "hidden_cot" if system == "hidden_cot" else system
+    config = importlib.import_module(f"configs.{stage}").get_config("").to_dict()
+    if system != "geode_pretrain" and "init_from" in config:
+        config["init_from"] = "run"
+    *parents, last = name.split(".")
+    functools.reduce(lambda part, key: part[key], parents, config)[last] = value
+    return ml_collections.ConfigDict(config)
+
+
+@pytest.mark.parametrize("system", systems.SYSTEMS)
+def test_every_rule_can_be_broken_and_is_then_named(system):
+    check_config(changed(system, "seed", 0))
+    unbroken = set()
+    for names, _, _ in rules(system):
+        for name in names.split():
+            if not any(refusal(system, name, value) for value in BAD):
+                unbroken.add(name)
+    # They hang on other fields: `test_what_geode_cannot_be_is_refused_by_name`.
+    assert unbroken <= {"init_from", "model.drm.on", "data.questions_per_scene"}
+
+
+def refusal(system: str, name: str, value) -> bool:
+    """Whether a value of a field is refused by its name."""
+    try:
+        check_config(changed(system, name, value))
+    except UserError as error:
+        return str(error).startswith(f"config: {name}: ")
+    return False
+
+
+@pytest.mark.parametrize("name", ["data", "train.steps", "model.layers", "mesh"])
+def test_a_missing_field_is_named(name):
+    config = changed("hidden_cot", "seed", 0).to_dict()
+    *parents, last = name.split(".")
+    del functools.reduce(lambda part, key: part[key], parents, config)[last]
+    with pytest.raises(UserError, match=f"config: {name}.*: missing"):
+        check_config(ml_collections.ConfigDict(config))
+
+
+def test_an_unknown_system_is_refused():
+    with pytest.raises(UserError, match="config: system: 'student' is not one of hidden_cot"):
+        check_config(changed("hidden_cot", "system", "student"))
