@@ -14,7 +14,7 @@ import numpy as np
 from geode_jax.exports.contract import LARGEST_FEATURE, LARGEST_PLACE
 
 LOG_VALUES = (math.log(0.01), 11.0)
-"""Logarithms of the numbers of questions, in base units (`control.BASE_UNIT`): 0.01 to 59,874."""
+"""Logarithms of the numbers of questions, in base units (`units.BASE_UNIT`): 0.01 to 59,874."""
 
 MOST_VALUES = {"length": 100.0, "area": 5000.0, "count": 1000.0}
 """Dimension -> the largest number of a question, in its base unit (metres, square metres, items),

@@ -59,7 +59,7 @@ def tiny_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def geode_runs(tmp_path_factory):
-    """Finished runs of GEODE's stages: pretrain, drm, joint (`tests.helpers.runs.TinyRun`); read only."""
+    """Finished runs of GEODE's stages: pretrain, drm, joint (`helpers.runs.TinyRun`); read only."""
     from tests.helpers.runs import make_tiny_geode_runs
 
     return make_tiny_geode_runs(tmp_path_factory.mktemp("geode"))

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geode_jax import targets
-from geode_jax.data.control import BASE_UNIT, NoNumberError, number_of
+from geode_jax.data.control import NoNumberError, number_of
 from geode_jax.data.scene_arrays import SceneShapes, batch_rows
-from geode_jax.exports.units import UNITS
+from geode_jax.exports.units import BASE_UNIT, UNITS
 from geode_jax.geometry.boxes import decode_boxes, encode_boxes
 from geode_jax.models.task_heads import GAP_FLOOR
 from geode_jax.objectives import losses

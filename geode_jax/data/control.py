@@ -5,19 +5,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from geode_jax.exports import NUMERIC_KINDS, units
+from geode_jax.exports.units import BASE_UNIT
 from geode_jax.targets import LOG_VALUES, held_boxes, plausible
 
 REG, BOX = "<REG>", "<3DBBOX>"
 """The tokens: a number, a box. The state at one of them is regressed, see `models.drh`."""
-
-BASE_UNIT = {
-    name: unit.base
-    for name, unit in units.UNITS.items()
-    if unit.dimension in ("length", "area", "count")
-}
-"""What one of a unit is in the unit that is regressed: metres, square metres, items. VSI-Bench asks
-for sizes in centimetres and for distances in metres: without this, one hundredth of a size would
-weigh as much as a distance. Angles are not regressed: they may be 0, which has no logarithm."""
 
 
 class NoNumberError(ValueError):

@@ -7,6 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from geode_jax.evaluate.metrics import spatial as spatial_metrics
 from geode_jax.evaluate.metrics import text as text_metrics
+from geode_jax.exports.kinds import (
+    KINDS,
+    RELATION_KINDS,
+    SENTENCE,
+    VSI_CHOICE_KINDS,
+    VSI_NUMERIC_KINDS,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,26 +37,15 @@ _TEACHER = "Percent of teacher"
 
 ROWS = (
     Row("spatial_accuracy", "spatial accuracy (mean)", _SPATIAL),
-    Row("proximity", "proximity", _SPATIAL),
-    Row("contact", "contact", _SPATIAL),
-    Row("size_comparison", "size comparison", _SPATIAL),
-    Row("orientation", "orientation", _SPATIAL),
+    *(Row(kind, KINDS[kind].label, _SPATIAL) for kind in RELATION_KINDS),
     Row("mra", "mean relative accuracy (mean)", _VSI),
     Row("metric_mra", "mean relative accuracy without counting", _VSI),
-    Row("object_counting", "object counting (MRA)", _VSI),
-    Row("object_abs_distance", "absolute distance (MRA)", _VSI),
-    Row("object_size_estimation", "object size (MRA)", _VSI),
-    Row("room_size_estimation", "room size (MRA)", _VSI),
-    Row("object_rel_distance", "relative distance", _VSI),
+    *(Row(kind, KINDS[kind].label, _VSI) for kind in VSI_NUMERIC_KINDS),
     Row("object_rel_direction", "relative direction (mean)", _VSI),
-    Row("object_rel_direction_easy", "relative direction, easy", _VSI),
-    Row("object_rel_direction_medium", "relative direction, medium", _VSI),
-    Row("object_rel_direction_hard", "relative direction, hard", _VSI),
-    Row("route_planning", "route planning", _VSI),
-    Row("obj_appearance_order", "appearance order", _VSI),
+    *(Row(kind, KINDS[kind].label, _VSI) for kind in VSI_CHOICE_KINDS),
     Row("vsi_overall", "VSI-Bench overall (macro)", _VSI),
     Row("vsi_tasks", "VSI-Bench tasks present (of 8)", _VSI, better="", bounded=False),
-    Row("scene_description", "scene description (ROUGE-1 F)", _OTHER),
+    *(Row(name, kind.label, _OTHER) for name, kind in KINDS.items() if kind.form == SENTENCE),
     Row("rouge1", "ROUGE-1 F", _TEXT),
     Row("rouge1_precision", "ROUGE-1 precision", _TEXT),
     Row("rouge1_recall", "ROUGE-1 recall", _TEXT),
@@ -91,7 +87,7 @@ PERCENT_PREFIX = "percent_of_teacher/"
 """Prefix of a score's key where it stands as "% of teacher" beside the others."""
 
 PERCENT_KEYS = (
-    *("spatial_accuracy", "proximity", "contact", "size_comparison", "orientation", "mra"),
+    *("spatial_accuracy", *RELATION_KINDS, "mra"),
     *("rouge1", "rougeL", "bleu1", "meteor"),
 )
 """The scores that Sec. IV-B prints as "% of teacher", and the numbers' MRA."""

@@ -28,7 +28,6 @@ from typing import Any
 from geode_jax import __version__
 from geode_jax.errors import UserError
 from geode_jax.evaluate.metrics.spatial import (
-    NUMERIC_KINDS,
     add_mean,
     letter_accuracy,
     number_accuracy,
@@ -42,10 +41,16 @@ from geode_jax.evaluate.row_files import (
 )
 from geode_jax.evaluate.scores import frequency_baseline, row_of
 from geode_jax.exports import files, prompts
-from geode_jax.exports.kinds import CHOICE_KINDS, DIRECTION_KINDS, VSI_TASKS
+from geode_jax.exports.kinds import (
+    DIRECTION_KINDS,
+    KINDS,
+    VSI_CHOICE_KINDS,
+    VSI_NUMERIC_KINDS,
+    VSI_TASKS,
+)
 
-QUESTION_TYPES = (*NUMERIC_KINDS, *CHOICE_KINDS)
-CHOICE_TASKS = tuple(task for task in VSI_TASKS if task not in NUMERIC_KINDS)
+QUESTION_TYPES = (*VSI_NUMERIC_KINDS, *VSI_CHOICE_KINDS)
+CHOICE_TASKS = tuple(task for task in VSI_TASKS if task not in VSI_NUMERIC_KINDS)
 
 _LABELS = {"na": "number tasks (NA)", "mca": "choice tasks (MCA)"}
 
@@ -79,10 +84,10 @@ def question_score(row: dict) -> float:
     Raises:
       ValueError: the question type is not VSI-Bench's.
     """
-    if row["question_type"] in NUMERIC_KINDS:
+    if row["question_type"] in VSI_NUMERIC_KINDS:
         # Of the truth the official code takes all, white space included; of an answer one word.
         return number_accuracy(row["prediction"], row["ground_truth"].strip())
-    if row["question_type"] in CHOICE_KINDS:
+    if row["question_type"] in VSI_CHOICE_KINDS:
         return letter_accuracy(row["prediction"], row["ground_truth"])
     raise ValueError(f"question_type: {row['question_type']!r} is none of VSI-Bench")
 
@@ -108,7 +113,7 @@ def averages(per_type: Mapping[str, float]) -> dict[str, Any]:
     add_mean(scores, "object_rel_direction", DIRECTION_KINDS)
     add_mean(scores, "overall", VSI_TASKS)
     add_mean(scores, "mca", CHOICE_TASKS)
-    add_mean(scores, "na", NUMERIC_KINDS)
+    add_mean(scores, "na", VSI_NUMERIC_KINDS)
     shown = ("overall", "mca", "na", *VSI_TASKS)
     return {
         **{key: scores[key] for key in shown if key in scores},
@@ -133,7 +138,9 @@ def frequency_score(rows: Iterable[dict]) -> dict[str, Any]:
 
 def random_score(rows: Iterable[dict]) -> dict[str, Any]:
     """What an option picked at random scores in the mean; a number has no such baseline."""
-    choices = [row for row in rows if row["question_type"] in CHOICE_KINDS and row.get("options")]
+    choices = [
+        row for row in rows if row["question_type"] in VSI_CHOICE_KINDS and row.get("options")
+    ]
     return averages(_per_type(choices, lambda row: 1 / len(row["options"])))
 
 
@@ -149,7 +156,7 @@ def check_question(row: dict, where: str) -> None:
     kind, truth, options = (row.get(key) for key in ("question_type", "ground_truth", "options"))
     one_of = f"one of {', '.join(QUESTION_TYPES)}"
     require(kind in QUESTION_TYPES, row, "question_type", one_of, where)
-    if kind in NUMERIC_KINDS:
+    if kind in VSI_NUMERIC_KINDS:
         require(_is_positive(truth), row, "ground_truth", "a positive number as a string", where)
         return
     if options is not None:
@@ -319,8 +326,8 @@ def table(scores: Mapping[str, Mapping[str, Any]]) -> str:
     Args:
       scores: column ("model", "frequency", ...) to the keys of `averages`.
     """
-    choices = ("object_rel_distance", "object_rel_direction", *CHOICE_KINDS[1:])
-    keys = ("overall", "na", *NUMERIC_KINDS, "mca", *choices)
+    choices = dict.fromkeys(name for kind in VSI_CHOICE_KINDS for name in (KINDS[kind].task, kind))
+    keys = ("overall", "na", *VSI_NUMERIC_KINDS, "mca", *choices)
     lines = [["", *scores]]
     for key in keys:
         values = [(column | column["per_type"]).get(key) for column in scores.values()]

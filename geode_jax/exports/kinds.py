@@ -1,6 +1,73 @@
-"""Kinds of questions: which have a number for an answer, which an option, which a relation."""
+"""Kinds of questions: the one table from which units, prompts, metrics and labels are derived.
+
+A new kind that an export may carry needs no row: its questions are scored by their own fields. A
+row gives a kind an answer form, a unit, a benchmark task and a label in tables.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
+
+NUMBER, OPTION, RELATION, BOX, SENTENCE, TEXT = (
+    *("number", "option", "relation", "box", "sentence", "text"),
+)
+"""Forms of an answer: a number with a unit, an option's letter, one of two or three words that
+name a relation, a 3D box, one descriptive sentence, other text."""
+
+
+class Kind(NamedTuple):
+    """One kind of question.
+
+    Attributes:
+        form: of the answer, one of the six above.
+        label: of its score in tables; "" where it has no row of its own.
+        unit: of the answer where neither question nor answer names one; a key of `units.UNITS`.
+        task: the task of VSI-Bench (Yang et al., 2024, Table 1) that it counts towards.
+    """
+
+    form: str
+    label: str = ""
+    unit: str = ""
+    task: str = ""
+
+
+_DIRECTION = "object_rel_direction"
+
+KINDS: dict[str, Kind] = {
+    # Hidden-CoT paper, Sec. IV-B, "Specialized 3D Spatial Reasoning".
+    "proximity": Kind(RELATION, "proximity"),
+    "contact": Kind(RELATION, "contact"),
+    "size_comparison": Kind(RELATION, "size comparison"),
+    "orientation": Kind(RELATION, "orientation"),
+    # VSI-Bench.
+    "object_counting": Kind(NUMBER, "object counting (MRA)", "items", "object_counting"),
+    "object_abs_distance": Kind(NUMBER, "absolute distance (MRA)", "m", "object_abs_distance"),
+    "object_size_estimation": Kind(NUMBER, "object size (MRA)", "cm", "object_size_estimation"),
+    "room_size_estimation": Kind(NUMBER, "room size (MRA)", "m2", "room_size_estimation"),
+    "object_rel_distance": Kind(OPTION, "relative distance", task="object_rel_distance"),
+    "object_rel_direction_easy": Kind(OPTION, "relative direction, easy", task=_DIRECTION),
+    "object_rel_direction_medium": Kind(OPTION, "relative direction, medium", task=_DIRECTION),
+    "object_rel_direction_hard": Kind(OPTION, "relative direction, hard", task=_DIRECTION),
+    "route_planning": Kind(OPTION, "route planning", task="route_planning"),
+    "obj_appearance_order": Kind(OPTION, "appearance order", task="obj_appearance_order"),
+    # Rooms.
+    "scene_description": Kind(SENTENCE, "scene description (ROUGE-1 F)"),
+    "object_box": Kind(BOX),
+    # RGB-D folders.
+    "surface_distance": Kind(NUMBER, unit="m"),
+    "nearer_view": Kind(TEXT),
+    "camera_motion": Kind(NUMBER, unit="m"),
+    "space_size": Kind(NUMBER, unit="m"),
+    "left_right": Kind(TEXT),
+    "above_below": Kind(TEXT),
+    # Data sets.
+    "scanqa": Kind(TEXT),
+    "caption": Kind(TEXT),
+    "instruction": Kind(TEXT),
+    "ssr_cot": Kind(TEXT),
+    "vica_thinking": Kind(TEXT),
+    **{f"sqa3d_{word}": Kind(TEXT) for word in ("what", "is", "how", "can", "which", "other")},
+}
 
 RELATIONS = (
     "left_right",
@@ -14,66 +81,26 @@ RELATIONS = (
 spatial head has one output for each, in this order."""
 
 
-NUMERIC_KINDS = (
-    "object_counting",
-    "object_abs_distance",
-    "object_size_estimation",
-    "room_size_estimation",
-    "surface_distance",
-    "camera_motion",
-    "space_size",
-)
+def _of(form: str, *, benchmark: bool = False) -> tuple[str, ...]:
+    return tuple(
+        name for name, kind in KINDS.items() if kind.form == form and (kind.task or not benchmark)
+    )
+
+
+NUMERIC_KINDS = _of(NUMBER)
 """Kinds whose answer is a number: they carry `value`, or an answer that reads as a number."""
 
-
-VSI_NUMERIC_KINDS = frozenset(
-    {
-        "object_counting",
-        "object_abs_distance",
-        "object_size_estimation",
-        "room_size_estimation",
-    }
-)
+VSI_NUMERIC_KINDS = _of(NUMBER, benchmark=True)
 """VSI-Bench types answered by a number."""
 
-
-VSI_CHOICE_KINDS = frozenset(
-    {
-        "object_rel_distance",
-        "object_rel_direction_easy",
-        "object_rel_direction_medium",
-        "object_rel_direction_hard",
-        "route_planning",
-        "obj_appearance_order",
-    }
-)
+VSI_CHOICE_KINDS = _of(OPTION, benchmark=True)
 """VSI-Bench types answered by an option's letter."""
 
+RELATION_KINDS = _of(RELATION)
+"""The four relations; their mean is the Hidden-CoT paper's spatial accuracy (Sec. IV-B)."""
 
-RELATION_KINDS = ("proximity", "contact", "size_comparison", "orientation")
-"""Sec. IV-B, "Specialized 3D Spatial Reasoning"; their mean is the paper's spatial accuracy."""
+DIRECTION_KINDS = tuple(name for name, kind in KINDS.items() if kind.task == _DIRECTION)
+"""VSI-Bench reports the mean of these as one task."""
 
-
-DIRECTION_KINDS = (
-    "object_rel_direction_easy",
-    "object_rel_direction_medium",
-    "object_rel_direction_hard",
-)
-
-
-CHOICE_KINDS = ("object_rel_distance", *DIRECTION_KINDS, "route_planning", "obj_appearance_order")
-
-
-TEXT_KINDS = ("scene_description",)
-
-
-VSI_TASKS = (
-    "object_counting",
-    "object_abs_distance",
-    "object_size_estimation",
-    "room_size_estimation",
-    "object_rel_distance",
-    "object_rel_direction",
-    "route_planning",
-    "obj_appearance_order",
-)
+VSI_TASKS = tuple(dict.fromkeys(kind.task for kind in KINDS.values() if kind.task))
+"""The eight tasks of VSI-Bench, in the order of its tables."""

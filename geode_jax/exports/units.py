@@ -17,6 +17,7 @@ import re
 from typing import NamedTuple
 
 from .foreign_measures import foreign_measure
+from .kinds import KINDS
 
 
 class Unit(NamedTuple):
@@ -61,14 +62,15 @@ UNITS: dict[str, Unit] = {
 }
 """All units by the names that records have for them."""
 
-KIND_UNITS = {
-    "object_counting": "items",
-    "object_abs_distance": "m",
-    "object_size_estimation": "cm",
-    "room_size_estimation": "m2",
-    **dict.fromkeys(("surface_distance", "camera_motion", "space_size"), "m"),
+BASE_UNIT = {
+    name: unit.base for name, unit in UNITS.items() if unit.dimension in ("length", "area", "count")
 }
-"""The unit of a kind of question where the question names none; the first four are VSI-Bench's."""
+"""What one of a unit is in the unit that is regressed: metres, square metres, items. VSI-Bench asks
+for sizes in centimetres and for distances in metres: without this, one hundredth of a size would
+weigh as much as a distance. Angles are not regressed: they may be 0, which has no logarithm."""
+
+KIND_UNITS = {name: kind.unit for name, kind in KINDS.items() if kind.unit}
+"""The unit of a kind of question where the question names none."""
 
 
 class UnclearUnitError(ValueError):

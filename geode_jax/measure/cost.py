@@ -11,7 +11,7 @@ import numpy as np
 
 
 def parameter_counts(parameters: Any) -> dict[str, int]:
-    """`measure.parameters` and `bytes` of a pytree of arrays (abstract ones too, as from `eval_shape`)."""
+    """Count (`parameters`) and `bytes` of a pytree of arrays, or of shapes as from `eval_shape`."""
     leaves = jax.tree.leaves(parameters)
     sizes = [int(np.prod(leaf.shape)) for leaf in leaves]
     widths = [np.dtype(leaf.dtype).itemsize for leaf in leaves]

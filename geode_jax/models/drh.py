@@ -41,5 +41,5 @@ class Drh(nnx.Module):
         return self.scalar(self.norm(hidden_D)).astype(jnp.float32)[..., 0]
 
     def boxes(self, hidden_D: Array) -> jax.Array:
-        """States at `<3DBBOX>` [..., D] -> box codes [..., 8], see `geometry.boxes.encode_boxes`."""
+        """States at `<3DBBOX>` [..., D] -> box codes [..., 8] (`geometry.boxes.encode_boxes`)."""
         return self.box(self.norm(hidden_D)).astype(jnp.float32)

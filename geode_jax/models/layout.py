@@ -33,8 +33,8 @@ def _box_codes(batch: Batch) -> jax.Array:
 def layout_facts(batch: Batch, categories: int) -> jax.Array:
     """Facts [S, c, 14 + V] of every category, about 1 in size.
 
-    Whether it is there; how many / 3; mean box code of its boxes (`geometry.boxes.encode_boxes`); in each
-    view the share of the patches that show it, times 8, at most 1; and, the same for all
+    Whether it is there; how many / 3; mean box code of its boxes (`boxes.encode_boxes`); in
+    each view the share of the patches that show it, times 8, at most 1; and, the same for all
     categories, the extent of what is seen, its largest and smallest x and y / 4.
     """
     label = jnp.asarray(batch.target_labels_SN)
@@ -81,7 +81,8 @@ class LayoutEncoder(nnx.Module):
         Of a category with boxes it is the mean over them of that to a column which has the box's
         own code for the mean code: as far as the state goes, a constant more than the difference
         to the column itself. So it can be told of every box which of its two codes is meant
-        (`geometry.boxes.nearer_code`), or the difference would jump where a box turns through 45 degrees.
+        (`geometry.boxes.nearer_code`), or the difference would jump where a box turns through 45
+        degrees.
 
         The columns that the decoder learned to read are of the code that `encode_boxes` gives, and
         away from 45 degrees they alone are meant: to the difference to the column of the other

@@ -25,10 +25,10 @@ import optax
 from flax import nnx
 
 from geode_jax import ranges
-from geode_jax.data.control import BASE_UNIT, answer_unit
+from geode_jax.data.control import answer_unit
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
-from geode_jax.exports.units import write_number
+from geode_jax.exports.units import BASE_UNIT, write_number
 from geode_jax.geometry.boxes import decode_boxes, encode_boxes, nearer_code
 from geode_jax.models.drh import decode_values, encode_values
 from geode_jax.models.generate import Sampling, before_end, generate

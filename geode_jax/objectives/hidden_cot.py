@@ -3,7 +3,8 @@
 What each term of eq. 2 is made of (* = not in the paper, ours):
 
 text        cross-entropy on the answer; where a teacher answered, KL to its top-k logits at a
-            temperature and of the probability it left to all other tokens (`objectives.losses.distillation`)
+            temperature and of the probability it left to all other tokens
+            (`objectives.losses.distillation`)
 depth_ce, depth_reg, depth_kl
             bin cross-entropy, L1 of the expected depth, KL to the teacher's bins
 detection   focal + box loss of matched queries;

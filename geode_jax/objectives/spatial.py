@@ -44,7 +44,7 @@ def huber(prediction: Array, target: Array, mask: Array) -> losses.Pair:
 
 
 def huber_box(codes_8: Array, boxes_7: Array, mask: Array) -> losses.Pair:
-    """`huber` of box codes to the nearer code of boxes of positive size, `geometry.boxes.nearer_code`."""
+    """`huber` of box codes to the nearer code of boxes of positive size (`boxes.nearer_code`)."""
     mask = jnp.asarray(mask)
     codes_8 = jnp.where(mask[..., None], codes_8, 0.0)
     loss = nearer_code(lambda code: _huber(codes_8 - code), encode_boxes(boxes_7))

@@ -102,7 +102,7 @@ class Run:
         return abstract_batch(self.config, self.data, sharding)
 
     def parameters(self) -> dict[str, int]:
-        """How many: `measure.parameters`, and of them `trainable`."""
+        """How many: `parameters`, and of them `trainable`."""
         learned = parameter_counts(self.state.params)["parameters"]
         return {
             "parameters": learned + parameter_counts(self.state.frozen)["parameters"],

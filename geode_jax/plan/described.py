@@ -1,8 +1,8 @@
 """Data that is not there, described: what a `full` export looks like, without one at hand.
 
 A model's and a batch's shapes come from three things that only data have: an export, a tokenizer
-and a pipeline. `Described` stands where these stand (`runs.systems.make_objective`); its sizes are the
-upstream models' own, or named here as assumed.
+and a pipeline. `Described` stands where these stand (`runs.systems.make_objective`); its sizes are
+the upstream models' own, or named here as assumed.
 """
 
 import dataclasses

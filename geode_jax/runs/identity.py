@@ -27,7 +27,7 @@ _PLACES = ("data/export", "data/rgbd", "tokenizer", "init_from", "eval/blind")
 def made_with(
     config: ml_collections.ConfigDict, tokenizer: Tokenizer | None, export: Export | None = None
 ) -> dict[str, str]:
-    """Checksums of what belongs to a checkpoint; stored with it (`training.checkpoint_files.Metadata`)."""
+    """Checksums of what belongs to a checkpoint; stored with it (`checkpoint_files.Metadata`)."""
     left_out = (*MAY_CHANGE, *_PLACES)
     learned = {n: x for n, x in flat(plain(config)).items() if n not in left_out}
     return (

@@ -128,7 +128,7 @@ class Checkpoints:
 
     def __exit__(self, kind, *_):
         if kind is not None and kind is not SystemExit and jax.process_count() > 1:
-            return  # the others may wait elsewhere, and all end: `runtime.distributed.ends_together`
+            return  # the others may wait elsewhere, and all end: `distributed.ends_together`
         try:
             self.finish()
         finally:

@@ -315,7 +315,7 @@ def _merged(old: Mapping, new: Mapping) -> dict:
 def import_folder(source: Path, out: Path) -> nnx.Module:
     """Makes a checkpoint of our own from a Hugging Face folder; returns the model.
 
-    `out` gets `config.json`, the checkpoint in `measure.parameters`, and whatever stood beside the weights,
+    `out` gets `config.json`, the checkpoint in `parameters`, and whatever stood beside the weights,
     such as the tokenizer.
 
     Raises:

@@ -157,7 +157,7 @@ def _export() -> Path:
 
 
 def _build_to_shapes(config, workdir: Path) -> None:
-    """What `runs.build` does, without a number: the objective, the model's shapes, the optimizer."""
+    """What `runs.build` does, without a number: objective, the model's shapes, optimizer."""
     from geode_jax.exports import Export
     from geode_jax.runs import systems
     from geode_jax.runs.data import make_pipelines, prepare_tokenizer

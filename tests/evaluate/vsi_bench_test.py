@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from geode_jax import __version__
 from geode_jax.errors import UserError
-from geode_jax.evaluate import vsi_bench
+from geode_jax.evaluate import row_files, vsi_bench
 from geode_jax.evaluate.row_files import read_rows
 from geode_jax.exports.kinds import VSI_TASKS
 
@@ -407,7 +407,7 @@ def test_predictions_alone_ask_for_the_dataset(files):
 def test_a_parquet_file_that_unpacks_to_much_is_refused(files, monkeypatch, shared):
     """1 MB in every row: said once for all (a dictionary), or compressed."""
     dataset, _ = files
-    monkeypatch.setattr(vsi_bench, "MAX_UNPACKED_BYTES", 1 << 23)
+    monkeypatch.setattr(row_files, "MAX_UNPACKED_BYTES", 1 << 23)
     rows = [QUESTIONS[0] | {"id": i, "more": "a" * 10**6} for i in range(20)]
     table = pyarrow.Table.from_pylist(rows)
     parquet = dataset.with_suffix(".parquet")

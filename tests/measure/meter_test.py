@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from geode_jax import train
-from geode_jax.measure import meter as utilisation
+from geode_jax.measure import meter as metering
 from geode_jax.measure.chips import CHIPS
 from geode_jax.training.metrics import read_metrics
 from tests.helpers.runs import tiny_config
@@ -19,7 +19,7 @@ from tests.helpers.runs import tiny_config
 def clock(monkeypatch):
     """Time that passes only where a test says so."""
     now = types.SimpleNamespace(seconds=100.0)
-    monkeypatch.setattr(utilisation.time, "monotonic", lambda: now.seconds)
+    monkeypatch.setattr(metering.time, "monotonic", lambda: now.seconds)
     return now
 
 
@@ -45,9 +45,9 @@ def step(meter, clock, batch, waits: float, computes: float, inside=lambda: None
 
 def test_a_step_is_measured_without_what_lies_between(monkeypatch, clock, batch):
     chip = CHIPS["h100"]
-    monkeypatch.setattr(utilisation, "chip_of", lambda _: chip)
+    monkeypatch.setattr(metering, "chip_of", lambda _: chip)
     devices = [object()] * 4
-    meter = utilisation.Meter(flops=int(chip.flops), devices=devices, share=0.5)
+    meter = metering.Meter(flops=int(chip.flops), devices=devices, share=0.5)
     assert step(meter, clock, batch, 5, 50) == {}  # it compiles
     row = step(meter, clock, batch, 0.5, 1.5)
     assert row["speed/step_seconds"] == 2 and row["speed/input_wait"] == 0.25
@@ -61,7 +61,7 @@ def test_a_step_is_measured_without_what_lies_between(monkeypatch, clock, batch)
 
 
 def test_an_unknown_device_has_no_utilisation(clock, batch):
-    meter = utilisation.Meter(flops=10**9, devices=jax.devices(), share=1.0)
+    meter = metering.Meter(flops=10**9, devices=jax.devices(), share=1.0)
     for _ in range(2):
         row = step(meter, clock, batch, 1, 1)
     assert row and "speed/mfu" not in row
@@ -69,7 +69,7 @@ def test_an_unknown_device_has_no_utilisation(clock, batch):
 
 
 def test_a_step_that_compiles_anew_is_warned_of(clock, batch, capsys):
-    meter = utilisation.Meter(flops=0, devices=jax.devices(), share=1.0)
+    meter = metering.Meter(flops=0, devices=jax.devices(), share=1.0)
     double = jax.jit(lambda x: x * 2)
     sizes = [3, 3, 3, 4]
     for n in sizes:
@@ -98,7 +98,7 @@ def test_a_profile_is_left(tiny_run, tmp_path, capsys):
 
 
 def test_too_few_steps_for_a_profile(tmp_path, capsys):
-    utilisation.Profile(tmp_path, False, first=0).close()
+    metering.Profile(tmp_path, False, first=0).close()
     assert not capsys.readouterr().out
-    utilisation.Profile(tmp_path, True, first=0).close()
+    metering.Profile(tmp_path, True, first=0).close()
     assert "profile: none" in capsys.readouterr().out

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from geode_jax.data.control import BASE_UNIT
+from geode_jax.exports.units import BASE_UNIT
 from geode_jax.geometry.boxes import encode_boxes
 from geode_jax.models.drh import Drh, decode_values, encode_values
 from geode_jax.objectives.geode import box_loss, value_loss

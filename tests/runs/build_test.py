@@ -16,6 +16,7 @@ from geode_jax.data.scene_arrays import SceneShapes
 from geode_jax.errors import UserError
 from geode_jax.exports import Export
 from geode_jax.runs import build, systems
+from geode_jax.runs import export as run_export
 from geode_jax.runs.config import check_config, rules
 from geode_jax.runs.data import make_pipelines, prepare_tokenizer
 from geode_jax.runs.export import export_folder, prepare_export
@@ -33,7 +34,9 @@ def test_rooms_with_pictures_are_another_export():
 
 def test_rooms_are_made_with_the_pictures_asked_for(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(build, "make_rooms", lambda *args, **kwargs: made.append((args, kwargs)))
+    monkeypatch.setattr(
+        run_export, "make_rooms", lambda *args, **kwargs: made.append((args, kwargs))
+    )
     data = get_config("laptop").data
     with data.unlocked():
         data.update(root=str(tmp_path), rooms_images=32)

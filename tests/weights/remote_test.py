@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from geode_jax.data.control import BASE_UNIT
 from geode_jax.errors import UserError
-from geode_jax.exports.units import UNITS, write_number
+from geode_jax.exports.units import BASE_UNIT, UNITS, write_number
 from geode_jax.models.drm import DrmConfig
 from geode_jax.models.geode import Geode, GeodeConfig
 from geode_jax.models.internvl import InternVLConfig

@@ -19,22 +19,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from geode_jax.evaluate.metrics import text as text_metrics
-from geode_jax.exports import NUMERIC_KINDS as ALL_NUMERIC
 from geode_jax.exports.kinds import (
-    CHOICE_KINDS,
     DIRECTION_KINDS,
+    KINDS,
+    NUMERIC_KINDS,
     RELATION_KINDS,
-    TEXT_KINDS,
+    SENTENCE,
+    VSI_CHOICE_KINDS,
+    VSI_NUMERIC_KINDS,
     VSI_TASKS,
 )
-
-NUMERIC_KINDS = (
-    "object_counting",
-    "object_abs_distance",
-    "object_size_estimation",
-    "room_size_estimation",
-)
-
 
 _CONFIDENCES = np.linspace(0.5, 0.95, 10)
 
@@ -95,12 +89,13 @@ def rule(record: dict) -> str:
     kind = record["kind"]
     if kind in RELATION_KINDS:
         return "relation"
-    if kind in TEXT_KINDS:
+    if kind in KINDS and KINDS[kind].form == SENTENCE:
         return "text"
-    if kind in NUMERIC_KINDS:
+    if kind in VSI_NUMERIC_KINDS:
         return "number"
     has_value = record.get("value") is not None
-    if kind in CHOICE_KINDS or (record.get("options") and not (has_value and kind in ALL_NUMERIC)):
+    chooses = record.get("options") and not (has_value and kind in NUMERIC_KINDS)
+    if kind in VSI_CHOICE_KINDS or chooses:
         return "letter"
     return "number" if has_value else "relation"
 

@@ -7,10 +7,10 @@ options, and `exports.prompts` puts the prompt together again.
 import re
 from typing import Any
 
-from geode_jax.data.control import BASE_UNIT
 from geode_jax.exports import NUMERIC_KINDS, question_rules, units
 from geode_jax.exports.kinds import VSI_CHOICE_KINDS
 from geode_jax.exports.prompts import CHOICE_POST_PROMPT, NUMERIC_POST_PROMPT, PRE_PROMPT
+from geode_jax.exports.units import BASE_UNIT
 from geode_jax.sources.datasets.questions import MisfitError
 from geode_jax.targets import plausible
 

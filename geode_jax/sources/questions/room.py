@@ -106,7 +106,3 @@ _KINDS = (
     ("scene_description", 1, _description),
     ("object_box", 6, object_box),
 )
-
-
-KINDS = tuple(kind for kind, _, _ in _KINDS)
-"""Of all questions about rooms, in the order in which they are made."""

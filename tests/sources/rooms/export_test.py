@@ -266,7 +266,7 @@ def test_size_priors_overlap():
 @pytest.mark.parametrize("side", [112, 32])
 def test_images_on_request(tmp_path, monkeypatch, side):
     rendered, render = [], rooms_scene.render
-    monkeypatch.setattr(rooms, "render", lambda *args: rendered.append(args) or render(*args))
+    monkeypatch.setattr(rooms_scene, "render", lambda *args: rendered.append(args) or render(*args))
     rooms.make_rooms(tmp_path / "e", scenes=1, images=side, workers=1, progress=False)
     assert len(rendered) == (side != 32)  # of 32 x 32 pixels the rays are cast already
     export = exports.Export(tmp_path / "e")
