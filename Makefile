@@ -4,7 +4,7 @@
 ## make table4      its four rows on two seeds: with and without rationale module, regression head
 ## make test        format and lint checks, then the fast tests; ARGS="-k pattern"
 ## make test-slow   the tests that take minutes
-## make lint        ruff format and ruff check alone
+## make lint        format, lint, types and layers alone
 ## make docs        the documentation as a site in site/, without network
 ## make campaign    damaged inputs for every reader, by the thousand; ARGS="--inputs 10000 --seed 1"
 ## make bench       measure against what else there is, half an hour; BENCHMARKS.md
@@ -70,6 +70,7 @@ docs: $(VENV)/.installed-docs
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
+	$(VENV)/bin/lint-imports
 
 $(VENV)/.installed: pyproject.toml
 	@echo "Installing geode_jax for Python $(VERSION) into $(VENV) (once; a few minutes)"
