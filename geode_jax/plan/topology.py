@@ -63,7 +63,7 @@ def parse_topology(text: str) -> Topology:
     chip = CHIPS.get(ALIASES.get(name, name))
     if chip is None:
         raise UserError(f"--topology: {name}: no such chip; there are {', '.join(CHIPS)}")
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+    if not re.fullmatch(r"[1-9]\d{0,8}(x[1-9]\d{0,8})*", shape):
         raise UserError(f"--topology: {text}: no shape; as in v5e:4x4, v5p:4x4x4, h100:2x8")
     sizes = tuple(int(size) for size in shape.split("x"))
     axes = chip.torus_axes or 2
