@@ -309,13 +309,14 @@ class TestExamples:
         assert (float(total), float(count)) == (2.0, 2.0)
 
     def test_a_question_kind(self):
-        questions = importlib.import_module("geode_jax.sources.questions.asker")
-        rooms = importlib.import_module("geode_jax.sources.rooms.export")
+        questions = importlib.import_module("geode_jax.sources.questions.relations")
+        arrays = importlib.import_module("geode_jax.sources.rooms.arrays")
+        scene = importlib.import_module("geode_jax.sources.rooms.scene")
         names = dict(vars(questions))
-        exec(self.block("def _taller"), names)
-        seen = rooms.seen_room(*rooms.make_and_observe(0, 0))
+        exec(self.block("def taller"), names)
+        seen = arrays.seen_room(*scene.make_and_observe(0, 0))
         random = np.random.default_rng(0)
-        drafts = list(names["_taller"](questions._Asker(seen, random, random)))
+        drafts = list(names["taller"](questions.Asker(seen, random, random)))
         assert drafts
         for draft in drafts:
             heights = {item["name"]: item["box"][5] for item in draft["objects"]}

@@ -116,7 +116,7 @@ def test_what_cannot_be_started_is_one_line(arguments, words):
 
 PROGRAM = """
 import sys, jax, jax.numpy as jnp, numpy as np
-from geode_jax import distributed
+from geode_jax.runtime import distributed
 address, count, number = (argument.partition("=")[2] for argument in sys.argv[1:])
 distributed.initialize(address, int(count), int(number))
 mesh = jax.make_mesh((jax.device_count(),), ("x",))

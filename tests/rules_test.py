@@ -22,7 +22,7 @@ LINES = [
 RULES = {
     # what is searched: names of the files that may have it
     r"\bImage\.open\(": {"pictures.py"},
-    r"(?<!files)\.(read_text|read_bytes)\(": {"scaling.py"},
+    r"(?<!files)\.(read_text|read_bytes)\(": set(),
     r"(?<!files)\.(write_text|write_bytes)\(": set(),
     r"os\.replace\(|mkdtemp\(|NamedTemporaryFile\(|\bsave_file\(": {"files.py"},
     r"Path\.home\(|expanduser\(|XDG_CACHE_HOME": {"user_cache.py"},

@@ -198,7 +198,7 @@ class GeodeStage:
         Returns:
             `tokens` [S, Q, A]; with a regression head, what it reads at each of them, whether it
             is a control token or not: `values` [S, Q, A], codes as of `drh.encode_values`, and
-            `geometry.boxes` [S, Q, A, 7].
+            `boxes` [S, Q, A, 7].
         """
         generated = generate(
             model.vlm.decoder,

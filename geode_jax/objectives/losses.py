@@ -305,7 +305,8 @@ def box_loss(boxes_N8: Array, target_boxes_N7: Array, mask_N: Array) -> Pair:
     the boxes without their yaw (`generalized_iou`), with the weights of the matching cost. Of a
     box's two codes the nearer counts (`geometry.boxes.nearer_code`). Along which of the world's
     axes its length lies, for the overlap, is a mean of the two by the squared cosine of the yaw
-    that is left out, so nothing jumps where a box turns, and both codes of a prediction cost the same.
+    that is left out, so nothing jumps where a box turns, and both codes of a prediction cost the
+    same.
 
     Args:
         boxes_N8: predictions [..., N, 8], encoded.

@@ -133,12 +133,12 @@ def _geode(config) -> tuple[SceneShapes, int, int]:
 
 def _rooms(config) -> tuple[SceneShapes, int, int]:
     """As `sources.rooms.export` makes them; some 300 words."""
-    from geode_jax.sources.rooms import export as rooms
+    from geode_jax.sources.rooms.layout import CATEGORIES, VIEWS
 
-    classes, side = len(rooms.CATEGORIES), config.data.rooms_images
+    classes, side = len(CATEGORIES), config.data.rooms_images
     student = config.system == "hidden_cot"
     shapes = SceneShapes(
-        views=rooms.VIEWS,
+        views=VIEWS,
         grid=(GRID, GRID),
         token_width=TOKEN_WIDTH if student else 0,
         depth_ratio=config.model.get("depth_cells", 1),

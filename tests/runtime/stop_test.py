@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = """
 import hashlib, signal, sys, threading, time
-from geode_jax import stop as stopping
+from geode_jax.runtime import stop as stopping
 from geode_jax.errors import reported
 stopping.GRACE_SECONDS = 0.3
 
@@ -56,7 +56,7 @@ def test_a_signal_ends_the_process_with_one_line(doing, number, code, said):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).resolve().parent.parent,
+        cwd=Path(__file__).resolve().parents[2],
     ) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)

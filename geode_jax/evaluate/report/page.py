@@ -41,12 +41,12 @@ def write_report(
       path: of the HTML file.
       title: of the run.
       config_text: the configuration as text, shown folded.
-      metrics_rows: rows of `training.metrics.jsonl`: `step` and any of `loss`, `loss/<term>`,
+      metrics_rows: rows of `metrics.jsonl`: `step` and any of `loss`, `loss/<term>`,
         `weight/<term>` or `sigma/<term>`, `val/<score>`; a row need not have them all.
       scores: column ("model", "vision_removed", "frequency") to scores; the first is the one that
         is drawn as a bar, the others as marks on it.
       examples: question records with `prediction`, and optionally `image` [H, W, 3] uint8,
-        `thinking_tokens` (list of str), `training.metrics` (name to number).
+        `thinking_tokens` (list of str), `metrics` (name to number).
       depth_examples: `image` [H, W, 3] uint8, `target` and `prediction` [h, w] metres (0 or
         non-finite is unknown), optionally `caption`.
       efficiency: name to number or text, see `_quantity` for the units that names imply.

@@ -57,7 +57,7 @@ class Labels:
 
     Attributes:
         vertices: [n, 3] of the mesh.
-        instance: [n] row of `geometry.boxes` of each vertex, -1 = none.
+        instance: [n] row of `boxes` of each vertex, -1 = none.
         names: of the instances.
         boxes: [N, 7].
         lost: names of further instances, of which no box could be made.
