@@ -394,3 +394,18 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
     for page in pages:
         loaded = r"<(?:link[^>]*rel=\"?stylesheet[^>]*href|script[^>]*src|img[^>]*src)=\"?(https?:)"
         assert not re.search(loaded, page.read_text()), f"{page.name} loads from the network"
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """The first run of the tutorials, 60 rooms and 120 steps: about three minutes of CPU."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    monkeypatch.setenv("NOTEBOOK_FOLDER", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    notebook = nbformat.read(DOCS / "tutorials" / "first_run.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "committed with its outputs"
+    nbclient.NotebookClient(notebook, timeout=1200).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 2  # a room, and the loss
+    assert (tmp_path / "run" / "report.html").exists()
