@@ -22,7 +22,7 @@ LINES = [
 RULES = {
     # what is searched: names of the files that may have it
     r"\bImage\.open\(": {"pictures.py"},
-    r"(?<!files)\.(read_text|read_bytes)\(": {"scaling.py"},
+    r"(?<!files)\.(read_text|read_bytes)\(": set(),
     r"(?<!files)\.(write_text|write_bytes)\(": set(),
     r"os\.replace\(|mkdtemp\(|NamedTemporaryFile\(|\bsave_file\(": {"files.py"},
     r"Path\.home\(|expanduser\(|XDG_CACHE_HOME": {"user_cache.py"},
@@ -33,6 +33,10 @@ RULES = {
     r"\bjax\.devices\(\)": {"devices.py"},
     r"\bos\.link\(|\bshutil\.copy": {"contract.py", "writer.py"},
     r"- encode_boxes\(": set(),
+    r"\bml_collections\b|\bConfigDict\b": {"config.py", "config_file.py", "train.py", "main.py"},
+    r"(?<!--)(?<!self\.)\bconfig\.(data|model|loss|optimizer|train|eval)\.\w": set(),
+    r"(==|!=|\bin) \W*(hidden_cot|geode_(pretrain|align|drm|joint))\b": set(),
+    r"\bsystem(\.name)? (==|!=|in|not in) ": set(),
 }
 
 
