@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -60,7 +61,7 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
         with _loading(_file_of(argv)):
             rest = values(argv)
         # A file that is not there is an error only where the configuration is used.
-        config = values["config"].value
+        config: Any = values["config"].value
         if not (config.system and isinstance(config, ml_collections.ConfigDict)):
             raise UserError("config: get_config returns no configuration of a system")
         return rest

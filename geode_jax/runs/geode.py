@@ -229,11 +229,12 @@ def _make_objective(
     """Returns the objective of a stage, its sizes filled in from the data."""
     model, shapes = settings.model, pipeline.shapes
     side = _picture_side(model.vision, shapes, stage)
-    decoder = _fields(model.decoder)
+    decoder, vision = _fields(model.decoder), _fields(model.vision)
+    vision["image_size"] = side
     rows = decoder.pop("vocab_size") or tokenizer.vocab_size
     width = model.decoder.width // model.decoder.heads
     vlm = InternVLConfig(
-        vision=VitConfig(**_fields(model.vision) | {"image_size": side}),
+        vision=VitConfig(**vision),
         decoder=DecoderConfig(vocab_size=rows, head_width=width, **decoder),
     )
     if model.drm.on and model.drm.frames and not shapes.point_frames:
