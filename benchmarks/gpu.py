@@ -48,6 +48,7 @@ from geode_jax.ops.cross_entropy import token_loss
 from geode_jax.ops.selective_scan import selective_scan
 from geode_jax.plan.compiled import make_run
 from geode_jax.plan.topology import Topology, devices_of, parse_topology
+from geode_jax.runs.config import make_settings
 from geode_jax.sharding import make_mesh
 
 NEVER = -1
@@ -317,7 +318,7 @@ class Rows:
 
     def L1(self) -> Row:
         config = hidden_cot.get_config("laptop" if self.small else "full")
-        run = make_run(config, self.devices, (1, 1, 1), 1)
+        run = make_run(make_settings(config), self.devices, (1, 1, 1), 1)
         objective = run.objective
         model = nnx.merge(run.graph, run.state.params, run.state.frozen)
         graph, state = nnx.split(nnx.eval_shape(with_decoding, model))

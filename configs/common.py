@@ -1,9 +1,13 @@
-"""What every config shares: reading the argument after the colon."""
+"""What the configs share: the argument after the colon, defaults of fields, the laptop's rooms."""
+
+from typing import Any
+
+import ml_collections
 
 from geode_jax.errors import UserError
 
 
-def parse_arg(arg: str | None, switches: dict[str, tuple]) -> dict[str, object]:
+def parse_arg(arg: str | None, switches: dict[str, tuple]) -> dict[str, Any]:
     """`"full,thinking=0"` -> {"size": "full", "thinking": 0, ...} with defaults filled in.
 
     Args:
@@ -38,3 +42,75 @@ def parse_arg(arg: str | None, switches: dict[str, tuple]) -> dict[str, object]:
                 raise UserError(f"config: {name}={text}: not a {allowed.__name__}") from None
         values[name] = value
     return values
+
+
+RUN = {
+    "mesh": (1, -1, 1),  # data, fsdp, model; -1 = the remaining devices
+    "tokenizer": "",  # a Hugging Face tokenizer folder; "" trains one on the questions
+}
+
+DATA = {
+    "root": "data",  # where rooms and converted RGB-D folders are kept
+    "export": "",
+    "rooms_scenes": 8000,
+    "rooms_seed": 0,
+    "rooms_images": 0,  # side in pixels of the rooms' pictures; 0 = none
+    "rgbd": "",
+    "rgbd_intrinsic": (),  # fx, fy, cx, cy where the folder has no intrinsic/
+    "rgbd_depth_scale": 1000.0,  # depth values a metre
+    "vision": "",
+    "scenes_per_batch": 1,
+    "questions_per_scene": 1,
+    "question_length": 0,  # 0 = the longest of the training split
+    "answer_length": 0,
+    "max_boxes": 64,
+    "rows_per_scene": 1,  # packed text rows of a scene and their length
+    "row_length": 1024,
+    "workers": 1,
+    "on_bad_scene": "stop",
+    "kind_weights": {},
+    "mixture": "",  # weights of data sets, as scanqa=2,vsi590k=0.5
+    "fraction": 1.0,  # of the training questions of every data set and kind
+}
+
+OPTIMIZER = {
+    "name": "adamw",
+    "learning_rate": 1e-4,
+    "weight_decay": 0.01,
+    "warmup_steps": 100,
+    "final_fraction": 0.0,
+    "clip_norm": 1.0,
+}
+
+TRAIN = {
+    "steps": 0,  # 0 = epochs
+    "epochs": 1,
+    "microbatches": 1,
+    "eval_every": 1000,
+    "checkpoint_every": 500,
+    "checkpoint_minutes": 15,  # and as often as that; 0 = by steps alone
+    "patience": 0,  # evaluations without a better validation loss; 0 = never stop early
+    "max_skipped": 20,  # non-finite steps in a row
+}
+
+EVAL = {
+    "reference": "truth",
+    "val_scenes": 100,
+    "test_scenes": 100,
+    "examples": 10,
+}
+
+
+def on_rooms(config: ml_collections.ConfigDict) -> None:
+    """Changes a configuration to train on embedded rooms, on two CPU cores."""
+    config.data.update(
+        {
+            "export": "rooms",
+            "scenes_per_batch": 8,
+            "max_boxes": 12,
+            "rows_per_scene": 3,
+            "row_length": 64,
+        }
+    )
+    config.optimizer.update({"name": "muon", "learning_rate": 5e-3, "warmup_steps": 50})
+    config.eval.val_scenes = 32

@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from configs.common import parse_arg
+from configs.common import DATA, EVAL, OPTIMIZER, RUN, TRAIN, on_rooms, parse_arg
 from geode_jax.errors import UserError
 
 SWITCHES = {
@@ -41,9 +41,7 @@ def stage_config(stage: str, arg: str, laptop: dict) -> ml_collections.ConfigDic
     if switch["size"] == "laptop":
         small(config)
         config.init_from = START[stage]
-        for name, value in laptop.items():
-            section, _, field = name.rpartition(".")
-            (config[section] if section else config)[field] = value
+        config.update_from_flattened_dict(laptop)
     elif stage == "pretrain":
         raise UserError(
             "config: geode_pretrain: full starts from pretrained weights, not from this"
@@ -64,31 +62,8 @@ def base(stage: str) -> ml_collections.ConfigDict:
             "system": f"geode_{stage}",
             "seed": 0,
             "init_from": "",  # a run, or pretrained folders with commas between, see start.py
-            "mesh": (1, -1, 1),  # data, fsdp, model; -1 = the remaining devices
-            "tokenizer": "",  # a Hugging Face tokenizer folder; "" trains one on the questions
-            "data": {
-                "root": "data",
-                "export": "",
-                "rooms_scenes": 8000,
-                "rooms_seed": 0,
-                "rooms_images": 0,
-                "rgbd": "",
-                "rgbd_intrinsic": (),
-                "rgbd_depth_scale": 1000.0,
-                "vision": "images",
-                "scenes_per_batch": 1,
-                "questions_per_scene": 4,
-                "question_length": 0,  # 0 = the longest of the training split
-                "answer_length": 0,
-                "max_boxes": 64,
-                "rows_per_scene": 1,
-                "row_length": 2048,
-                "workers": 1,
-                "on_bad_scene": "stop",
-                "kind_weights": {},
-                "mixture": "",  # weights of data sets, as scanqa=2,vsi590k=0.5
-                "fraction": 1.0,  # of the training questions of every data set and kind
-            },
+            **RUN,
+            "data": DATA | {"vision": "images", "questions_per_scene": 4, "row_length": 2048},
             "model": {
                 "decoder": {
                     "vocab_size": 151_936,  # 0 = the tokenizer's
@@ -136,31 +111,10 @@ def base(stage: str) -> ml_collections.ConfigDict:
                 "spatial_weight": 1.0,
                 "vision": True,
             },
-            "optimizer": {
-                "name": "adamw",
-                "learning_rate": 1e-4,
-                "weight_decay": 0.01,
-                "warmup_steps": 100,
-                "final_fraction": 0.0,
-                "clip_norm": 1.0,
-            },
-            "train": {
-                "steps": 0,  # 0 = epochs
-                "epochs": 1,
-                "microbatches": 1,
-                "eval_every": 1000,
-                "checkpoint_every": 500,
-                "checkpoint_minutes": 15,  # and as often as that; 0 = by steps alone
-                "patience": 0,
-                "max_skipped": 20,
-            },
-            "eval": {
-                "reference": "truth",
-                "val_scenes": 100,
-                "test_scenes": 100,
-                "examples": 10,
-                "blind": "runs/geode_joint-vision=off",  # a run shown beside, where it is there
-            },
+            "optimizer": OPTIMIZER,
+            "train": TRAIN,
+            # A run without vision, shown beside where it is there.
+            "eval": EVAL | {"blind": "runs/geode_joint-vision=off"},
         }
     )
 
@@ -185,18 +139,8 @@ questions."""
 
 def small(config: ml_collections.ConfigDict) -> None:
     """Embedded rooms on two CPU cores."""
-    config.data.update(
-        {
-            "export": "rooms",
-            "rooms_scenes": 5000,
-            "rooms_images": 32,
-            "scenes_per_batch": 8,
-            "questions_per_scene": 24,
-            "max_boxes": 12,
-            "rows_per_scene": 3,
-            "row_length": 64,
-        }
-    )
+    on_rooms(config)
+    config.data.update({"rooms_scenes": 5000, "rooms_images": 32, "questions_per_scene": 24})
     config.data.kind_weights = KINDS
     config.model.decoder.update(
         {
@@ -225,6 +169,4 @@ def small(config: ml_collections.ConfigDict) -> None:
     config.model.drm.update({"width": 96, "heads": 4, "layers": 1, "bands": 6})
     config.model.drh_width = 128
     config.model.stand_ins = True
-    config.optimizer.update({"name": "muon", "learning_rate": 5e-3, "warmup_steps": 50})
     config.train.update({"eval_every": 600, "checkpoint_every": 200})
-    config.eval.update({"val_scenes": 32, "test_scenes": 100})

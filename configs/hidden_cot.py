@@ -43,7 +43,7 @@ e.g. `:thinking=0,drop=depth` is one row of Table II. Any field: `--config.train
 
 import ml_collections
 
-from configs.common import parse_arg
+from configs.common import DATA, EVAL, OPTIMIZER, RUN, TRAIN, on_rooms, parse_arg
 from geode_jax.errors import UserError
 from geode_jax.objectives.hidden_cot import GROUPS
 from geode_jax.objectives.losses import TERMS
@@ -93,31 +93,8 @@ def base() -> ml_collections.ConfigDict:
         {
             "system": "hidden_cot",
             "seed": 0,
-            "mesh": (1, -1, 1),  # data, fsdp, model; -1 = the remaining devices
-            "tokenizer": "",  # a Hugging Face tokenizer folder; "" trains one on the questions
-            "data": {
-                "root": "data",  # where rooms and converted RGB-D folders are kept
-                "export": "",
-                "rooms_scenes": 8000,
-                "rooms_seed": 0,
-                "rooms_images": 0,  # side in pixels of the rooms' pictures; 0 = none
-                "rgbd": "",
-                "rgbd_intrinsic": (),  # fx, fy, cx, cy where the folder has no intrinsic/
-                "rgbd_depth_scale": 1000.0,  # depth values a metre
-                "vision": "vggt/tokens",
-                "scenes_per_batch": 1,
-                "questions_per_scene": 1,
-                "question_length": 0,  # 0 = the longest of the training split
-                "answer_length": 0,
-                "max_boxes": 64,
-                "rows_per_scene": 1,  # packed text rows of a scene and their length
-                "row_length": 1024,
-                "workers": 1,
-                "on_bad_scene": "stop",
-                "kind_weights": {},
-                "mixture": "",  # weights of data sets, as scanqa=2,vsi590k=0.5
-                "fraction": 1.0,  # of the training questions of every data set and kind
-            },
+            **RUN,
+            "data": DATA | {"vision": "vggt/tokens"},
             "model": {
                 "width": 2048,
                 "layers": 24,
@@ -145,30 +122,9 @@ def base() -> ml_collections.ConfigDict:
                 "vision": True,
                 "log_variance_bounds": (-7.0, 7.0),
             },
-            "optimizer": {
-                "name": "adamw",
-                "learning_rate": 1e-4,
-                "weight_decay": 0.01,
-                "warmup_steps": 100,
-                "final_fraction": 0.0,
-                "clip_norm": 1.0,
-            },
-            "train": {
-                "steps": 0,  # 0 = epochs
-                "epochs": 5,
-                "microbatches": 1,
-                "eval_every": 1000,
-                "checkpoint_every": 500,
-                "checkpoint_minutes": 15,  # and as often as that; 0 = by steps alone
-                "patience": 5,  # evaluations without a better text loss; 0 = never stop early
-                "max_skipped": 20,  # non-finite steps in a row
-            },
-            "eval": {
-                "reference": "teacher",  # the paper scores against the teacher
-                "val_scenes": 100,
-                "test_scenes": 100,
-                "examples": 10,
-            },
+            "optimizer": OPTIMIZER,
+            "train": TRAIN | {"epochs": 5, "patience": 5},
+            "eval": EVAL | {"reference": "teacher"},  # the paper scores against the teacher
         }
     )
 
@@ -191,16 +147,8 @@ def small() -> ml_collections.ConfigDict:
 def laptop() -> ml_collections.ConfigDict:
     """Embedded rooms on two CPU cores."""
     config = base()
-    config.data.update(
-        {
-            "export": "rooms",
-            "scenes_per_batch": 8,
-            "questions_per_scene": 16,
-            "max_boxes": 12,
-            "rows_per_scene": 3,
-            "row_length": 64,
-        }
-    )
+    on_rooms(config)
+    config.data.questions_per_scene = 16
     # Multiple choice with its four options is long; one such question costs three short ones.
     config.data.kind_weights = {
         "object_rel_distance": 0.25,
@@ -228,9 +176,8 @@ def laptop() -> ml_collections.ConfigDict:
     )
     config.loss.temperature = 1.0
     config.loss.log_variance_bounds = (-2.0, 4.0)
-    config.optimizer.update({"name": "muon", "learning_rate": 5e-3, "warmup_steps": 50})
     config.train.update({"steps": 1200, "eval_every": 300, "checkpoint_every": 300, "patience": 0})
-    config.eval.update({"reference": "truth", "val_scenes": 32, "test_scenes": 200})
+    config.eval.update({"reference": "truth", "test_scenes": 200})
     return config
 
 

@@ -1,6 +1,5 @@
 """Train a system: python -m geode_jax.main --config=configs/hidden_cot.py [--workdir=DIR]."""
 
-import itertools
 import os
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from geode_jax.errors import UserError, refuse_undecodable, reported
+from geode_jax.runs.config_file import parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE[:ARGUMENTS], see configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder; default runs/<system>[-arguments].")
@@ -52,56 +52,9 @@ def run() -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """absl's parsing; whatever goes wrong with a flag or in the configuration is one line."""
+    """Parses the flags; an error in a flag or in the configuration is one line."""
     refuse_undecodable(argv)
-    try:
-        _check_file(argv)
-        rest = flags.FLAGS(argv)
-        # A file that is not there is an error only where the configuration is looked at.
-        _ = _CONFIG.value.system
-        return rest
-    except UserError as error:
-        raise _of_config(error) from error
-    except OSError as error:
-        raise UserError(f"config: {_last_line(error)}") from error
-    except flags.Error as error:
-        if "Error whilst parsing config file" in str(error):
-            raise _of_config(error) from error
-        first = str(error).strip().splitlines()[0]
-        last = _last_line(error)
-        raise UserError(first if first == last else f"{first} {last}") from error
-    except AttributeError as error:
-        while error.args and isinstance(error.args[0], Exception):
-            error = error.args[0]  # ml_collections wraps a KeyError that knows similar names
-        reason = error.args[0] if error.args else error
-        raise UserError(f"config: no such field: {reason}") from error
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a configuration is a program, and may raise or end at will
-        raise UserError(f"config: {type(error).__name__}: {error}") from error
-
-
-def _check_file(argv: list[str]) -> None:
-    """Raises a UserError where the configuration is no file: a pipe waits, a device never ends."""
-    for argument, after in itertools.pairwise([*argv, ""]):
-        name, equals, value = argument.partition("=")
-        if name.lstrip("-") == "config" and name.startswith("-"):
-            path = (value if equals else after).partition(":")[0]
-            if os.path.exists(path) and not os.path.isfile(path):
-                raise UserError(f"--config: {path}: not a regular file")
-
-
-def _of_config(error: BaseException) -> UserError:
-    """What a configuration raised: ml_collections and absl wrap it in a text with a traceback."""
-    while error.__context__ is not None:
-        error = error.__context__
-    if isinstance(error, UserError):
-        return error
-    return UserError(f"config: {type(error).__name__}: {_last_line(error)}")
-
-
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[-1].strip()
+    return parse_flags(argv, flags.FLAGS)
 
 
 if __name__ == "__main__":

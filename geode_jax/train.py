@@ -18,13 +18,12 @@ from geode_jax.measure.cost import peak_memory
 from geode_jax.measure.flops import model_flops
 from geode_jax.measure.meter import Meter, Profile
 from geode_jax.measure.parameters import parameter_table
-from geode_jax.results import geode
-from geode_jax.results import student as final
+from geode_jax.results.systems import results_of
 from geode_jax.runs.build import Run, build
-from geode_jax.runs.config import check_config, load_config, plain, save_config
+from geode_jax.runs.config import load_settings, make_settings, save_settings
 from geode_jax.runs.identity import made_with, refuse_another_run, same_run
+from geode_jax.runs.settings import Settings
 from geode_jax.runs.summary import SUMMARY, lost_files, read_summary
-from geode_jax.runs.systems import GEODE_STAGES
 from geode_jax.runtime.distributed import Vote, is_main
 from geode_jax.runtime.lock import LOCK, locked
 from geode_jax.runtime.process import keep_compiled_programs, keep_freed_memory
@@ -34,12 +33,6 @@ from geode_jax.training.checkpoint import Checkpoints
 from geode_jax.training.checkpoint_files import has_model
 from geode_jax.training.metrics import MetricsWriter, progress
 from geode_jax.training.step import TrainState, make_train_step
-
-END = {
-    "hidden_cot": (final.evaluate_and_report, final.show),
-    **dict.fromkeys(GEODE_STAGES, (geode.evaluate_stage, geode.show)),
-}
-"""Of each system: what scores a finished training, and what prints that."""
 
 SLOW_INPUT = 0.1
 """Share of a step's time that waits for data, from which on the bar says so."""
@@ -68,35 +61,32 @@ def train_and_evaluate(
     """
     try:
         with Stop() as stop:
-            return _run(config, workdir, stop, profile)
+            return _run(make_settings(config), workdir, stop, profile)
     except Stopped as stopped:
         print(stopped.line, flush=True)
         raise
 
 
-def _run(
-    config: ml_collections.ConfigDict, workdir: Path, stop: Stop, profile: bool
-) -> dict[str, Any]:
-    check_config(config)
+def _run(settings: Settings, workdir: Path, stop: Stop, profile: bool) -> dict[str, Any]:
     keep_compiled_programs()
     keep_freed_memory()
-    finish, show = END[config.system]
-    ended = _ended(config, workdir)
+    results = results_of(settings)
+    ended = _ended(settings, workdir)
     if ended is not None:
         again = f"delete {workdir / SUMMARY} to evaluate the run again"
         print(f"ended before: these are its scores; {again}", flush=True)
-        show(ended, workdir)
+        results.show(ended, workdir)
         return ended
     lock = locked(workdir / LOCK, str(workdir), must=True)  # of all processes of the run
     with lock if is_main() else contextlib.nullcontext():
-        refuse_another_run(config, workdir)  # which may have begun meanwhile
+        refuse_another_run(settings, workdir)  # which may have begun meanwhile
         print(f"building: {workdir}", flush=True)
-        run = build(config, workdir)
+        run = build(settings, workdir)
         (workdir / SUMMARY).unlink(missing_ok=True)  # of another configuration
-        save_config(config, workdir)
+        save_settings(settings, workdir)
         _describe(run)
         told = dict(run.pipelines["train"].dropped)
-        own = made_with(config, run.tokenizer, run.export)
+        own = made_with(settings, run.tokenizer, run.export)
         with jax.set_mesh(run.mesh), Checkpoints(workdir, own) as checkpoints:
             state, position = _train(run, workdir, checkpoints, stop, profile)
             state, best = checkpoints.restore_best(state) or (state, position)
@@ -106,7 +96,7 @@ def _run(
             else:
                 print("best checkpoint: none, the last step is evaluated", flush=True)
             losses = best["best"] or run.evaluator.losses(
-                state, run.pipelines["val"], config.eval.val_scenes
+                state, run.pipelines["val"], settings.eval.val_scenes
             )
             train_facts = {
                 "seconds": round(position["seconds"], 1),
@@ -118,21 +108,21 @@ def _run(
                 **peak_memory(),
             }
             with stop.deferred():
-                summary = finish(
+                summary = results.finish(
                     run, state, workdir, train_facts, losses, Ballot(stop, run.mesh).check
                 )
-        show(summary, workdir)
+        results.show(summary, workdir)
         return summary
 
 
-def _ended(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any] | None:
+def _ended(settings: Settings, workdir: Path) -> dict[str, Any] | None:
     """The summary of a run that has ended with just this configuration."""
-    refuse_another_run(config, workdir)
-    if not (workdir / SUMMARY).exists() or not same_run(config, workdir):
+    refuse_another_run(settings, workdir)
+    if not (workdir / SUMMARY).exists() or not same_run(settings, workdir):
         return None
     summary = read_summary(workdir)
-    if is_main() and load_config(workdir).to_dict() != plain(config):
-        save_config(config, workdir)  # its export has moved
+    if is_main() and load_settings(workdir).values != settings.values:
+        save_settings(settings, workdir)  # its export has moved
     lost = lost_files(workdir, summary)
     if lost and has_model(workdir):
         print(f"{workdir}: evaluated again: {'; '.join(lost)}", flush=True)
@@ -155,8 +145,8 @@ def _train(
     Returns:
         The last state, and its position.
     """
-    train = run.config.train
-    scenes = run.config.data.scenes_per_batch
+    train = run.settings.train
+    scenes = run.settings.data.scenes_per_batch
     state = run.state
     position = {
         "step": 0,
@@ -218,7 +208,10 @@ def _train(
                     stop.unsaved = False
                 try:
                     values = run.evaluator.losses(
-                        state, run.pipelines["val"], run.config.eval.val_scenes, check=ballot.check
+                        state,
+                        run.pipelines["val"],
+                        run.settings.eval.val_scenes,
+                        check=ballot.check,
                     )
                 except Stopped:
                     save()
@@ -253,9 +246,9 @@ def _train(
 def _step_flops(run: Run) -> int:
     """Model FLOPs of a step of this run."""
     scene = run.pipelines["train"].batch(0, slice(0, 1))
-    scenes = run.config.data.scenes_per_batch
+    scenes = run.settings.data.scenes_per_batch
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((scenes, *x.shape[1:]), x.dtype), scene)
-    microbatches = run.config.train.microbatches
+    microbatches = run.settings.train.microbatches
     return model_flops(run.objective, lambda _: run.optimizer, run.mesh, batch, microbatches)
 
 
@@ -264,11 +257,11 @@ class _Log:
 
     def __init__(self, run: Run, workdir: Path, position: dict[str, Any], meter: Meter):
         self._position, self._meter = position, meter
-        self._max_skipped = run.config.train.max_skipped
+        self._max_skipped = run.settings.train.max_skipped
         self._pending = None
         self._writer = MetricsWriter(workdir, position["step"], position.get("metrics"))
         self._bar = progress(run.steps, position["step"], "step", "training")
-        data = run.config.data
+        data = run.settings.data
         self._samples = data.scenes_per_batch * data.questions_per_scene
 
     def __enter__(self):
@@ -379,7 +372,7 @@ def _describe(run: Run) -> None:
     if run.mesh.size > 1:
         sizes = ", ".join(f"{size} {name}" for name, size in run.mesh.shape.items())
         print(f"devices: {run.mesh.size} ({sizes}) of {jax.process_count()} process(es)")
-    scenes = batch.scenes_per_batch // run.config.train.microbatches
+    scenes = batch.scenes_per_batch // run.settings.train.microbatches
     parts = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     if batch_sharding(run.mesh, scenes).is_fully_replicated and parts > 1:
         print(

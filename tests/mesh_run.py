@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from geode_jax.runs import build
+from geode_jax.runs.config import make_settings
 from geode_jax.sharding import make_mesh, rows_of_process, shard_batch
 from geode_jax.training.step import make_train_step
 from tests.helpers.runs import tiny_config, tiny_geode_config
@@ -32,7 +33,7 @@ def spread(x: jax.Array) -> list:
 
 def measure(config, workdir: Path) -> dict:
     """Losses, answers and shardings of a run on the mesh that `runs.build` makes."""
-    run = build.build(config, workdir)
+    run = build.build(make_settings(config), workdir)
     state, mesh = run.state, run.mesh
     params = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(state.params)}
     found = {
@@ -47,7 +48,7 @@ def measure(config, workdir: Path) -> dict:
             step = step or train_step.lower(state, batch).compile()
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
-        heads = config.system == "hidden_cot"
+        heads = run.settings.system.has_thinking_tokens
         seen = run.evaluator.run(state, run.pipelines["test"], 2, heads=heads)
         found["val"] = run.evaluator.losses(state, run.pipelines["val"], 2)
     workdir.with_suffix(".hlo").write_text(step.as_text())

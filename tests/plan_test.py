@@ -1,5 +1,6 @@
 """The plan: data described as it is, compiled text read right, bounds by hand, errors in a line."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -25,7 +26,10 @@ from geode_jax.plan.compiled import Program, Run, make_run, missing_memory
 from geode_jax.plan.described import abstract_batch, describe
 from geode_jax.plan.hlo import Collective, Module, mesh_axes, shape_bytes
 from geode_jax.plan.topology import TARGETS, devices_of, parse_topology
+from geode_jax.runs.config import make_settings
+from geode_jax.runs.config_file import read_settings
 from geode_jax.runs.data import make_pipelines, prepare_tokenizer
+from geode_jax.runs.settings import Settings
 from tests.helpers.runs import tiny_config, tiny_geode_config, tiny_rooms
 
 # --- Chips and topologies -------------------------------------------------------------------------
@@ -97,31 +101,33 @@ def test_a_missing_compiler_is_one_line_with_the_remedy(topology, remedy, monkey
 
 def test_configurations_are_read_with_their_arguments_and_changes():
     changes = ["train.microbatches=2", "model.remat=dots", "mesh=(1, 2, -1)"]
-    config = command.read_config("configs/hidden_cot.py:full,thinking=4", changes)
-    assert config.model.thinking_tokens == 4
-    assert (config.train.microbatches, config.model.remat) == (2, "dots")
-    assert tuple(config.mesh) == (1, 2, -1)
+    settings = read_settings("configs/hidden_cot.py:full,thinking=4", changes, scenes=4)
+    assert settings.model.thinking_tokens == 4
+    assert (settings.train.microbatches, settings.model.remat) == (2, "dots")
+    assert (settings.mesh, settings.data.scenes_per_batch) == ((1, 2, -1), 4)
 
 
 @pytest.mark.parametrize(
     ("text", "changes", "said"),
     [
-        ("configs/nothing.py", [], "no such file"),
+        ("configs/nothing.py", [], "No such file"),
         ("configs/hidden_cot.py:huge", [], "size=huge"),
-        ("configs/common.py", [], "AttributeError"),
-        ("configs/hidden_cot.py", ["model.depth=3"], "model.depth=3: no such field"),
-        ("configs/hidden_cot.py", ["seed=many"], "seed=many: no such field, or not"),
+        ("configs/common.py", [], "has no attribute 'get_config'"),
+        ("configs/hidden_cot.py", ["model.depth=3"], "config: no such field: 'depth'"),
+        ("configs/hidden_cot.py", ["seed=many"], "--config.seed=many"),
+        ("configs/hidden_cot.py", ["seed"], "--set: seed: is not FIELD=VALUE"),
+        ("configs/hidden_cot.py", ["train.epochs=0"], "config: train.epochs: 0 is not at least 1"),
     ],
 )
 def test_configurations_that_cannot_be_read(text, changes, said):
     with pytest.raises(UserError, match=said):
-        command.read_config(text, changes)
+        read_settings(text, changes)
 
 
 def test_a_configuration_that_ends_the_process_is_one_line(tmp_path):
     (tmp_path / "ends.py").write_text("raise GeneratorExit\n")
     with pytest.raises(UserError, match="GeneratorExit"):
-        command.read_config(str(tmp_path / "ends.py"))
+        read_settings(str(tmp_path / "ends.py"))
 
 
 @pytest.mark.parametrize("system", ["hidden_cot", "geode_joint"])
@@ -130,20 +136,23 @@ def test_described_rooms_have_the_shapes_of_real_ones(system, tmp_path):
     images = 32 if system == "geode_joint" else 0
     folder = tiny_rooms(tmp_path / "rooms", images=images)
     if system == "hidden_cot":
-        config = tiny_config(folder)
+        settings = make_settings(tiny_config(folder))
     else:
-        config = tiny_geode_config("joint", folder)
+        settings = make_settings(tiny_geode_config("joint", folder))
     export = Export(folder)
-    tokenizer = prepare_tokenizer(config, export, tmp_path)
-    real = make_pipelines(config, export, tokenizer)["train"]
-    with config.unlocked():
-        config.data.export = "rooms"
-        config.data.rooms_images = images
-        config.data.question_length = real.config.question_length
-        config.data.answer_length = real.config.answer_length
-    data = describe(config)
+    tokenizer = prepare_tokenizer(settings, export, tmp_path)
+    real = make_pipelines(settings, export, tokenizer)["train"]
+    rooms = dataclasses.replace(
+        settings.data,
+        export="rooms",
+        rooms_images=images,
+        question_length=real.config.question_length,
+        answer_length=real.config.answer_length,
+    )
+    settings = dataclasses.replace(settings, data=rooms)
+    data = describe(settings)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    described, batch = abstract_batch(config, data, sharding), real.batch(0)
+    described, batch = abstract_batch(settings, data, sharding), real.batch(0)
     points = batch.coord_SG3.shape[1]
     for name, x in vars(batch).items():
         own = getattr(described, name)
@@ -154,36 +163,36 @@ def test_described_rooms_have_the_shapes_of_real_ones(system, tmp_path):
 
 
 def test_full_sizes_are_the_upstream_models():
-    config = student("full")
-    data = describe(config)
-    batch = abstract_batch(config, data, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    settings = make_settings(student("full"))
+    data = describe(settings)
+    batch = abstract_batch(settings, data, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     assert batch.vision_SVPC.shape == (1, 8, 37 * 37, 2048)
     assert batch.vision_SVPC.dtype == jnp.bfloat16
     assert batch.packed_SMR.shape == (1, 1, 1024)
     assert batch.topk_id_SQAk.shape == (1, 1, 64, 64)
-    config = geode("full")
-    data = describe(config)
-    batch = abstract_batch(config, data, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    settings = make_settings(geode("full"))
+    data = describe(settings)
+    batch = abstract_batch(settings, data, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     assert batch.image_SVhw3.shape == (1, 16, 448, 448, 3)
     assert batch.point_SGC.shape == (1, 1024, 512)
     assert data.id_of("<REG>") != data.id_of("<3DBBOX>")
-    assert max(data.id_of("<REG>"), data.id_of("<3DBBOX>")) < config.model.decoder.vocab_size
+    assert max(data.id_of("<REG>"), data.id_of("<3DBBOX>")) < settings.model.decoder.vocab_size
 
 
 def test_a_run_knows_its_steps_parameters_and_what_no_batch_can_do_without():
-    run = make_run(student("full"), jax.devices()[:1], scenes=4)
+    run = make_run(make_settings(student("full")), jax.devices()[:1], scenes=4)
     assert run.steps == 5 * 1600 // 4
     counts = run.parameters()
     assert counts["parameters"] == counts["trainable"] == 1_387_658_442
     # Parameters and two moments in float32; counters besides.
     assert run.state_bytes() == pytest.approx(12 * counts["parameters"], rel=1e-5)
-    joint = make_run(geode("full"), jax.devices()[:1])
+    joint = make_run(make_settings(geode("full")), jax.devices()[:1])
     assert joint.parameters()["trainable"] < joint.parameters()["parameters"]
 
 
 def test_a_mesh_that_does_not_multiply_is_refused():
     with pytest.raises(UserError, match=r"--mesh: .*does not multiply to the 1 devices"):
-        make_run(student("laptop"), jax.devices()[:1], (3, 5, 1))
+        make_run(make_settings(student("laptop")), jax.devices()[:1], (3, 5, 1))
 
 
 # --- Reading compiled programs --------------------------------------------------------------------
@@ -518,7 +527,7 @@ def test_the_largest_batch_is_searched_for(planned, monkeypatch):
     sizes = []
 
     def step(run):
-        sizes.append(run.config.data.scenes_per_batch)
+        sizes.append(run.settings.data.scenes_per_batch)
         return program(peak=(5 + 3 * sizes[-1]) * 10**9)
 
     monkeypatch.setattr(Run, "state_bytes", lambda _: 5 * 10**9)
@@ -585,13 +594,13 @@ def test_every_marker_is_in_the_document():
 # --- The compilers --------------------------------------------------------------------------------
 
 
-def tiny(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def tiny(config: ml_collections.ConfigDict) -> Settings:
     """Rooms, described; a step that compiles in half a minute."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.data.export = "rooms"
         config.optimizer.name = "adamw"
-    return config
+    return make_settings(config)
 
 
 @pytest.mark.slow
@@ -600,8 +609,8 @@ def test_a_plan_is_compiled_for_hardware_that_is_not_there(topology, package, tm
     modules = {"libtpu": "libtpu", "cuda13": "jax_cuda13_plugin"}
     if importlib.util.find_spec(modules[package]) is None:
         pytest.skip(f"{modules[package]} is not installed: extra plan")
-    config = tiny(tiny_config(tmp_path))
-    facts = command.plan(config, topology, (1, 2, 2), 4)
+    settings = tiny(tiny_config(tmp_path))
+    facts = command.plan(settings.with_scenes(4), topology, (1, 2, 2))
     assert facts["fits"]
     assert facts["mesh"] == {"data": 1, "fsdp": 2, "model": 2}
     assert facts["hbm_peak_bytes"] < facts["hbm_bytes"]

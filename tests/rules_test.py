@@ -33,6 +33,10 @@ RULES = {
     r"\bjax\.devices\(\)": {"devices.py"},
     r"\bos\.link\(|\bshutil\.copy": {"contract.py", "writer.py"},
     r"- encode_boxes\(": set(),
+    r"\bml_collections\b|\bConfigDict\b": {"config.py", "config_file.py", "train.py", "main.py"},
+    r"(?<!--)(?<!self\.)\bconfig\.(data|model|loss|optimizer|train|eval)\.\w": set(),
+    r"(==|!=|\bin) \W*(hidden_cot|geode_(pretrain|align|drm|joint))\b": set(),
+    r"\bsystem(\.name)? (==|!=|in|not in) ": set(),
 }
 
 

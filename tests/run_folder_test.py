@@ -9,7 +9,7 @@ import pytest
 
 from geode_jax.errors import UserError
 from geode_jax.exports.files import read_json_object, write_json
-from geode_jax.runs.config import load_config
+from geode_jax.runs.config import load_settings, make_settings
 from geode_jax.runs.trained import open_trained
 from geode_jax.train import _ended, _is_best, train_and_evaluate
 
@@ -31,7 +31,7 @@ def test_an_export_that_moved_is_the_same(tiny_run, tmp_path, capsys):
     config = started(tiny_run, tmp_path / "run", f"{moved}/")
     assert train_and_evaluate(config, tmp_path / "run") == tiny_run.summary
     assert "ended before" in capsys.readouterr().out
-    assert load_config(tmp_path / "run").data.export == f"{moved}/"
+    assert load_settings(tmp_path / "run").data.export == f"{moved}/"
 
 
 def test_another_export_at_the_same_place_is_refused(tiny_run, tmp_path, capsys):
@@ -59,7 +59,7 @@ def test_an_ended_run_says_what_is_gone(tiny_run, tmp_path, capsys):
     shutil.copytree(tiny_run.workdir, workdir)
     (workdir / "report.html").unlink()
     (workdir / "predictions.jsonl").write_text("damaged")
-    assert _ended(config, workdir) is None  # it is evaluated again
+    assert _ended(make_settings(config), workdir) is None  # it is evaluated again
     out = capsys.readouterr().out
     assert "report.html is missing" in out and "predictions.jsonl is not what was written" in out
     shutil.rmtree(workdir / "checkpoints")

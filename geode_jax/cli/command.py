@@ -153,15 +153,17 @@ def _scenes(arguments: argparse.Namespace) -> None:
 
 def _ask(arguments: argparse.Namespace) -> None:
     from geode_jax.results.predict import Predictor
-    from geode_jax.runs.config import load_config
+    from geode_jax.runs.config import load_settings
 
     if arguments.question is None and arguments.options:
         raise UserError("--options: belong to a --question")
     if arguments.diagnostic and arguments.json:
         raise UserError("--diagnostic: --json has the thinking tokens already")
-    system = load_config(arguments.workdir).system
-    if arguments.diagnostic and system != "hidden_cot":
-        raise UserError(f"--diagnostic: thinking tokens are the student's, this run is {system}")
+    system = load_settings(arguments.workdir).system
+    if arguments.diagnostic and not system.has_thinking_tokens:
+        raise UserError(
+            f"--diagnostic: thinking tokens are the student's, this run is {system.name}"
+        )
     sampling = _sampling(arguments)
     predictor = Predictor(arguments.workdir, rationale=arguments.rationale, int8=arguments.int8)
     if arguments.question is None:
@@ -345,13 +347,13 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from geode_jax.plan.command import plan, read_config, table
+    from geode_jax.plan.command import plan, table
+    from geode_jax.runs.config_file import read_settings
 
     facts = plan(
-        read_config(arguments.config, arguments.set),
+        read_settings(arguments.config, arguments.set, arguments.batch),
         arguments.topology,
         arguments.mesh,
-        arguments.batch,
         search=arguments.search_batch,
         decode=not arguments.train_only,
         say=lambda line: print(line, file=sys.stderr, flush=True),
@@ -536,7 +538,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=_positive, metavar="N", help="scenes; default the config's")
     add("--search-batch", action="store_true", help="plan with the largest batch that fits")
     add("--train-only", action="store_true", help="leave out the answering")
-    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="of the config; repeats")
+    text = "a field of the config, as train.steps=500; repeats"
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help=text)
     add("--json", action="store_true", help="one JSON object")
     return parser
 

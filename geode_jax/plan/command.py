@@ -1,65 +1,22 @@
 """`geode-jax plan`: a configuration on a topology, as numbers and as text."""
 
-import ast
-import contextlib
-import importlib.util
-import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import ml_collections
-
-from geode_jax.errors import UserError
 from geode_jax.plan.bounds import Bounds, network_seconds
 from geode_jax.plan.compiled import Program, Run, make_run
 from geode_jax.plan.topology import Topology, devices_of, parse_topology
+from geode_jax.runs.settings import Settings
 
 TRIALS = 8
 """Compilations that a search for the largest batch may take."""
 
 
-def read_config(text: str, changes: Sequence[str] = ()) -> ml_collections.ConfigDict:
-    """`FILE[:ARGUMENTS]`, with `FIELD=VALUE` changes.
-
-    Raises:
-        UserError: no such file or field, or the configuration refuses its arguments.
-    """
-    file, _, argument = text.partition(":")
-    path = Path(file).resolve()
-    if not path.is_file():
-        raise UserError(f"--config: {file}: no such file")
-    sys.path.insert(0, str(path.parent.parent))  # configs import each other from there
-    try:
-        spec = importlib.util.spec_from_file_location(f"plan_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        config = module.get_config(argument)
-    except (UserError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # a configuration is a program, and may raise or end at will
-        raise UserError(f"--config: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
-    if not isinstance(config, ml_collections.ConfigDict) or "system" not in config:
-        raise UserError(f"--config: {file}: get_config gives no configuration of a system")
-    for change in changes:
-        name, _, value = change.partition("=")
-        with contextlib.suppress(ValueError, SyntaxError):  # a word stays one
-            value = ast.literal_eval(value)
-        try:
-            config.update_from_flattened_dict({name: value})
-        except (KeyError, AttributeError, TypeError, ValueError):
-            raise UserError(f"--set: {change}: no such field, or not a value of it") from None
-    return config
-
-
 def plan(
-    config: ml_collections.ConfigDict,
+    settings: Settings,
     topology: str,
-    mesh: Sequence[int] | None = None,
-    scenes: int | None = None,
+    mesh: tuple[int, int, int] | None = None,
     *,
     search: bool = False,
     decode: bool = True,
@@ -68,10 +25,9 @@ def plan(
     """What `--json` prints; keys as in docs/SCALING.md.
 
     Args:
-        config: of a file in `configs`.
+        settings: of the run.
         topology: such as "v5p:4x4x4".
         mesh: sizes of data, fsdp, model, one of them maybe -1; None: the configuration's.
-        scenes: of a batch; None: the configuration's.
         search: find the largest batch that fits, and plan with it.
         decode: compile the answering, too.
         say: told what is going on.
@@ -83,11 +39,11 @@ def plan(
     devices = devices_of(where)
 
     def planned(count: int | None) -> tuple[Run, Program]:
-        run = make_run(config, devices, mesh, count)
-        say(f"compiling the training step, {run.config.data.scenes_per_batch} scenes a batch ...")
+        run = make_run(settings, devices, mesh, count)
+        say(f"compiling the training step, {run.settings.data.scenes_per_batch} scenes a batch ...")
         return run, run.train_step()
 
-    run, program = planned(scenes)
+    run, program = planned(None)
     largest = None
     if search:
         run, program, largest = _search(planned, run, program, where)
@@ -111,9 +67,9 @@ def _search(
 
     Where not even the smallest does, that one and 0.
     """
-    unit, room = run.shards * run.config.train.microbatches, where.chip.hbm_bytes
-    count = max(1, run.config.data.scenes_per_batch // unit)
-    if run.config.data.scenes_per_batch != count * unit:
+    unit, room = run.shards * run.settings.train.microbatches, where.chip.hbm_bytes
+    count = max(1, run.settings.data.scenes_per_batch // unit)
+    if run.settings.data.scenes_per_batch != count * unit:
         run, program = planned(count * unit)
     tried, best = {0: run.state_bytes()}, None
     while len(tried) <= TRIALS:
@@ -148,10 +104,10 @@ def next_count(tried: dict[int, int], room: int) -> int:
 
 
 def _facts(run: Run, where: Topology) -> dict[str, Any]:
-    data, shapes = run.config.data, run.data.shapes
+    data, shapes = run.settings.data, run.data.shapes
     tokens = data.scenes_per_batch * data.rows_per_scene * data.row_length
     return {
-        "system": run.config.system,
+        "system": run.settings.system.name,
         "topology": where.name,
         "chip": where.chip.name,
         "devices": where.size,
@@ -224,7 +180,7 @@ def _step_facts(run: Run, program: Program, where: Topology) -> dict[str, Any]:
     if program.refused:
         return out | {"flops_per_step": program.flops, "bound": None, "step_seconds": None}
     bounds = _bounds(run, program, where)
-    data, steps = run.config.data, run.steps
+    data, steps = run.settings.data, run.steps
     tokens = data.scenes_per_batch * data.rows_per_scene * data.row_length
     hours = bounds.seconds * steps / 3600
     return (
@@ -257,7 +213,7 @@ def _decode_facts(run: Run, program: Program, where: Topology) -> dict[str, Any]
         return out
     tokens = run.data.answer_length
     bounds = _bounds(run, program, where, tokens * run.decoder_bytes() // where.size)
-    questions = run.config.data.scenes_per_batch * run.config.data.questions_per_scene
+    questions = run.settings.data.scenes_per_batch * run.settings.data.questions_per_scene
     return (
         out
         | _work_facts(program, bounds)

@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import jax
-import ml_collections
 import numpy as np
+import optax
 from flax import nnx
 
 from geode_jax.errors import UserError
@@ -19,10 +19,9 @@ from geode_jax.measure.flops import count_flops, model_flops
 from geode_jax.objectives.base import Objective
 from geode_jax.plan.described import Described, abstract_batch, describe
 from geode_jax.plan.hlo import Collective, Module
-from geode_jax.runs import systems
-from geode_jax.runs.config import check_config
+from geode_jax.runs.settings import Settings
 from geode_jax.sharding import batch_sharding, make_mesh, replicated
-from geode_jax.training.optimizer import OptimizerConfig, make_optimizer
+from geode_jax.training.optimizer import make_optimizer
 from geode_jax.training.step import TrainState, blueprint, make_train_step
 
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
@@ -67,20 +66,20 @@ class Run:
     """A configuration's steps on a mesh, as shapes.
 
     Attributes:
-        config: with `data.scenes_per_batch` as planned.
+        settings: with `data.scenes_per_batch` as planned.
         data: described.
         objective, mesh: as of a run.
         make_optimizer: of the parameters.
         state: blueprint.
     """
 
-    config: ml_collections.ConfigDict
+    settings: Settings
     data: Described
     objective: Objective
     mesh: jax.sharding.Mesh
     make_optimizer: Callable
     graph: nnx.GraphDef
-    optimizer: object
+    optimizer: optax.GradientTransformation
     state: TrainState
     compiler: str
     compiler_options: dict[str, bool]
@@ -88,7 +87,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Of the whole training."""
-        train, scenes = self.config.train, self.config.data.scenes_per_batch
+        train, scenes = self.settings.train, self.settings.data.scenes_per_batch
         return train.steps or train.epochs * max(1, self.data.scenes // scenes)
 
     @property
@@ -98,8 +97,8 @@ class Run:
 
     def batch(self):
         """The shapes of a batch, laid out as `sharding.shard_batch` does."""
-        sharding = batch_sharding(self.mesh, self.config.data.scenes_per_batch)
-        return abstract_batch(self.config, self.data, sharding)
+        sharding = batch_sharding(self.mesh, self.settings.data.scenes_per_batch)
+        return abstract_batch(self.settings, self.data, sharding)
 
     def parameters(self) -> dict[str, int]:
         """How many: `parameters`, and of them `trainable`."""
@@ -122,14 +121,12 @@ class Run:
         decoders = []
         for part in (self.state.params, self.state.frozen):
             decoders += [leaf for path, leaf in nnx.to_flat_state(part) if "decoder" in path]
-        model = self.config.model
-        dtype = model.dtype if "dtype" in model else model.decoder.dtype
-        width = 2 if dtype in ("bfloat16", "float16") else 4
+        width = 2 if self.settings.dtype in ("bfloat16", "float16") else 4
         return width * sum(int(np.prod(leaf.shape)) for leaf in decoders)
 
     def model_flops(self) -> int:
         """Of a training step."""
-        micro = self.config.train.microbatches
+        micro = self.settings.train.microbatches
         return model_flops(self.objective, self.make_optimizer, self.mesh, self.batch(), micro)
 
     def train_step(self) -> Program:
@@ -139,7 +136,7 @@ class Run:
             self.graph,
             self.optimizer,
             self.state,
-            self.config.train.microbatches,
+            self.settings.train.microbatches,
         )
         return self._compiled(step, 1)
 
@@ -188,15 +185,15 @@ class Run:
 
 
 def make_run(
-    config: ml_collections.ConfigDict,
+    settings: Settings,
     devices: Sequence,
-    mesh: Sequence[int] | None = None,
+    mesh: tuple[int, int, int] | None = None,
     scenes: int | None = None,
 ) -> Run:
     """A configuration as it would run on these devices.
 
     Args:
-        config: of a file in `configs`.
+        settings: of the run.
         devices: of `topology.devices_of`.
         mesh: sizes of data, fsdp, model; None: the configuration's.
         scenes: of a batch; None: the configuration's.
@@ -204,31 +201,27 @@ def make_run(
     Raises:
         UserError: a field that breaks its rule, or a mesh that does not fit the devices.
     """
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.data.scenes_per_batch = scenes or config.data.scenes_per_batch
-        if not config.get("init_from", "-"):
-            config.init_from = "-"  # what a stage starts from has no part in shapes
-    check_config(config)
+    if scenes:
+        settings = settings.with_scenes(scenes)
     try:
-        mesh = make_mesh(tuple(mesh or config.mesh), list(devices))
+        planned_mesh = make_mesh(mesh or settings.mesh, list(devices))
     except ValueError as error:
         raise UserError(f"--mesh: {error}") from None
-    data = describe(config)
-    objective = systems.make_objective(config, data, data, data)
-    optimizer_config = OptimizerConfig(steps=100, **config.optimizer.to_dict())
+    data = describe(settings)
+    objective = settings.system.make_objective(settings, data, data, data)
+    optimizer_config = settings.optimizer.over(100)
 
     def optimizer_of(params):
         return make_optimizer(optimizer_config, params)
 
-    graph, optimizer, state = blueprint(objective, optimizer_of, mesh)
+    graph, optimizer, state = blueprint(objective, optimizer_of, planned_mesh)
     platform = devices[0].platform
     package = {"tpu": "libtpu", "gpu": "jax-cuda13-pjrt"}.get(platform, "jaxlib")
     return Run(
-        config,
+        settings,
         data,
         objective,
-        mesh,
+        planned_mesh,
         optimizer_of,
         graph,
         optimizer,

@@ -1,26 +1,31 @@
 """Data that is not there, described: what a `full` export looks like, without one at hand.
 
 A model's and a batch's shapes come from three things that only data have: an export, a tokenizer
-and a pipeline. `Described` stands where these stand (`runs.systems.make_objective`); its sizes are
-the upstream models' own, or named here as assumed.
+and a pipeline. `Described` stands in for all three (`runs.settings.System.make_objective`); its
+sizes are the upstream models' own, or named here as assumed.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 
+from geode_jax.data.control import BOX
 from geode_jax.data.question_arrays import add_teacher_logits, lay_out_questions, stack_questions
-from geode_jax.data.scene_arrays import SceneShapes, empty_rows
-from geode_jax.runs import systems
+from geode_jax.data.scene_arrays import GEODE_VISION, SceneShapes, empty_rows
+from geode_jax.data.tokens import Tokenizer
+from geode_jax.runs.geode import GeodeSettings
+from geode_jax.runs.settings import Settings
+from geode_jax.runs.student import StudentSettings
 from geode_jax.shapes import Batch
 from geode_jax.sources.rooms.arrays import DEPTH_BINS
+from geode_jax.sources.rooms.layout import CATEGORIES, VIEWS
 from geode_jax.sources.rooms.scene import GRID
 from geode_jax.sources.stand_ins import TOKEN_WIDTH
 
-VGGT = {"grid": (37, 37), "width": 2048}
+VGGT_GRID, VGGT_WIDTH = (37, 37), 2048
 """VGGT-1B on squares of 518 pixels in patches of 14: the tokens of a view."""
 CLIP_WIDTH = 1024
 """LLaVA-3D's patch features (CLIP ViT-L/14)."""
@@ -49,126 +54,160 @@ class Described:
     answer_length: int
     scenes: int
 
-    # What `stack_questions` asks of a tokenizer; no text is ever read.
-    pad_id = bos_id = eos_id = 0
+    eos_id = 0
 
     def encode(self, text: str) -> list[int]:
         """One token, as a category's noun mostly is."""
         del text
         return [0]
 
+    def id_of(self, token: str) -> int:
+        """The last rows are the control tokens'."""
+        return self.vocab_size - 1 - (token == BOX)
+
+
+class _NoText(Tokenizer):
+    """The tokenizer of a batch without questions: it never reads a text."""
+
+    pad_id = bos_id = eos_id = 0
+
+    def __init__(self):
+        pass
+
     def encode_with_ends(self, texts: Sequence[str]) -> list:
-        """There are no texts."""
+        """Returns nothing, of no texts."""
         return [([], []) for _ in texts]
 
     encode_answers = encode_with_ends
 
-    def id_of(self, token: str) -> int:
-        """The last rows are the control tokens'."""
-        return self.vocab_size - 1 - (token == systems.BOX)
+
+class Assumed(NamedTuple):
+    """What is assumed of the real scenes that a system trains on.
+
+    Attributes:
+        shapes: of a batch's scenes.
+        vocab_size: tokens of the tokenizer.
+        question_length, answer_length: tokens, where the configuration leaves them to the data.
+        scenes: of the training split.
+    """
+
+    shapes: SceneShapes
+    vocab_size: int
+    question_length: int
+    answer_length: int
+    scenes: int
 
 
-def describe(config: ml_collections.ConfigDict) -> Described:
-    """The data of a configuration.
+REAL_CATEGORIES = 20
+"""ScanNet's benchmark."""
+
+
+def describe(settings: Settings) -> Described:
+    """Returns the data of a configuration.
 
     Laptop sizes train on rooms, which are what they are. Others train on an export of real scenes:
     eight views of a scene for the student (what `geode-jax prepare` takes by default), sixteen for
-    GEODE (Table 2); 20 categories (ScanNet's benchmark); the teacher's features and its 64 best
-    logits; 1,024 points. Questions and answers are as long as in the student's `small` (96 and 64
-    tokens); VSI-Bench's answers are 16 tokens at most. An epoch is the paper's 80 % of 2,000
-    samples, or the 590,000 questions of VSI-590k at `data.questions_per_scene` a visit.
+    GEODE (Table 2); 20 categories; the teacher's features and its 64 best logits; 1,024 points.
+    Questions and answers are as long as in the student's `small` (96 and 64 tokens); VSI-Bench's
+    answers are 16 tokens at most. An epoch is the paper's 80 % of 2,000 samples, or the 590,000
+    questions of VSI-590k at `data.questions_per_scene` a visit.
     """
-    data, rooms = config.data, config.data.export == "rooms" or bool(config.data.rgbd)
-    student = config.system == "hidden_cot"
-    make = _rooms if rooms else _student if student else _geode
-    shapes, vocabulary, categories = make(config)
-    scenes = 1600 if student else -(-590_000 // data.questions_per_scene)
+    data, assumed = settings.data, _ASSUMED[type(settings)](settings)
+    shapes, vocabulary, categories = assumed.shapes, assumed.vocab_size, REAL_CATEGORIES
+    rooms = data.export == "rooms" or bool(data.rgbd)
+    if rooms:
+        shapes, vocabulary, categories = _rooms(settings)
     return Described(
         shapes=shapes,
         categories=[f"category {i}" for i in range(categories)],
         vocab_size=vocabulary,
-        question_length=data.question_length or (96 if student else 256),
-        answer_length=data.answer_length or (64 if student else 16),
-        scenes=data.rooms_scenes if rooms else scenes,
+        question_length=data.question_length or assumed.question_length,
+        answer_length=data.answer_length or assumed.answer_length,
+        scenes=data.rooms_scenes if rooms else assumed.scenes,
     )
 
 
-def _student(config) -> tuple[SceneShapes, int, int]:
-    data = config.data
+def _student(settings: StudentSettings) -> Assumed:
+    data = settings.data
     vggt = data.vision == "vggt/tokens"
     shapes = SceneShapes(
         views=8,
-        grid=VGGT["grid"],
-        token_width=VGGT["width"] if vggt else CLIP_WIDTH,
-        camera_width=VGGT["width"] if vggt else 0,
+        grid=VGGT_GRID,
+        token_width=VGGT_WIDTH if vggt else CLIP_WIDTH,
+        camera_width=VGGT_WIDTH if vggt else 0,
         token_dtype="bfloat16" if vggt else "float32",
-        depth_ratio=config.model.depth_cells,
+        depth_ratio=settings.depth_ratio,
         boxes=data.max_boxes,
         features=CLIP_WIDTH,
-        topk=64 if config.loss.logits else 0,
+        topk=64 if settings.teacher_logits else 0,
         vision=data.vision,
     )
-    return shapes, LLAMA_ROWS, 20
+    return Assumed(shapes, LLAMA_ROWS, question_length=96, answer_length=64, scenes=1600)
 
 
-def _geode(config) -> tuple[SceneShapes, int, int]:
-    vision, tokens = config.model.vision, config.data.vision == "internvit/tokens"
+def _geode(settings: GeodeSettings) -> Assumed:
+    data, vision = settings.data, settings.model.vision
+    tokens = data.vision == "internvit/tokens"
     side = vision.image_size or 448
     shapes = SceneShapes(
         views=16,
-        grid=VGGT["grid"],
+        grid=VGGT_GRID,
         token_width=vision.width if tokens else 0,
         view_tokens=(side // vision.patch_size) ** 2 + 1 if tokens else 0,
         token_dtype="bfloat16" if tokens else "float32",
         depth_ratio=1,
-        boxes=config.data.max_boxes,
-        vision=config.data.vision,
+        boxes=data.max_boxes,
+        vision=data.vision,
         image=(0, 0) if tokens else (side, side),
         points=1024,
         point_width=SONATA_WIDTH,
         point_frames=True,
     )
-    return shapes, QWEN_TOKENS + 2, 20
+    visits = -(-590_000 // data.questions_per_scene)
+    return Assumed(shapes, QWEN_TOKENS + 2, question_length=256, answer_length=16, scenes=visits)
 
 
-def _rooms(config) -> tuple[SceneShapes, int, int]:
-    """As `sources.rooms.export` makes them; some 300 words."""
-    from geode_jax.sources.rooms.layout import CATEGORIES, VIEWS
+_ASSUMED: Mapping[type[Settings], Callable[[Any], Assumed]] = {
+    StudentSettings: _student,
+    GeodeSettings: _geode,
+}
+"""The class of a system's settings -> the real scenes that it trains on."""
 
-    classes, side = len(CATEGORIES), config.data.rooms_images
-    student = config.system == "hidden_cot"
+
+def _rooms(settings: Settings) -> tuple[SceneShapes, int, int]:
+    """Returns shapes as `sources.rooms.export` makes them, some 300 words, and the categories."""
+    data, classes = settings.data, len(CATEGORIES)
+    pictures = data.vision in GEODE_VISION
     shapes = SceneShapes(
         views=VIEWS,
         grid=(GRID, GRID),
-        token_width=TOKEN_WIDTH if student else 0,
-        depth_ratio=config.model.get("depth_cells", 1),
-        boxes=config.data.max_boxes,
+        token_width=0 if pictures else TOKEN_WIDTH,
+        depth_ratio=settings.depth_ratio,
+        boxes=data.max_boxes,
         categories=classes,
         features=classes + 1,
         depth_bins=DEPTH_BINS,
-        vision=config.data.vision,
-        token_dtype="float16" if student else "float32",
-        image=(0, 0) if student else (side, side),
-        points=0 if student else 96,
-        point_width=0 if student else 10,
-        point_frames=not student,
+        vision=data.vision,
+        token_dtype="float32" if pictures else "float16",
+        image=(data.rooms_images, data.rooms_images) if pictures else (0, 0),
+        points=96 if pictures else 0,
+        point_width=10 if pictures else 0,
+        point_frames=pictures,
     )
     return shapes, 300, classes
 
 
-def abstract_batch(
-    config: ml_collections.ConfigDict, data: Described, sharding: jax.sharding.Sharding
-) -> Batch:
-    """The shapes of a batch of `data.scenes_per_batch` scenes, laid out by `sharding`.
+def abstract_batch(settings: Settings, data: Described, sharding: jax.sharding.Sharding) -> Batch:
+    """Returns the shapes of a batch of `data.scenes_per_batch` scenes, laid out by `sharding`.
 
     Made by the pipeline's own functions from a scene without anything and no question.
     """
-    own = config.data
-    nothing = stack_questions([], data, data.question_length, data.answer_length, "answer")
+    own = settings.data
+    nothing = stack_questions([], _NoText(), data.question_length, data.answer_length, "answer")
     add_teacher_logits(nothing, {}, np.zeros(0, int), data.shapes.topk)
     columns = own.rows_per_scene, own.row_length
     rows = empty_rows(data.shapes) | lay_out_questions(
-        nothing, [], {}, own.questions_per_scene, *columns, data.pad_id
+        nothing, [], {}, own.questions_per_scene, *columns, _NoText.pad_id
     )
 
     def shape(row: np.ndarray) -> jax.ShapeDtypeStruct:
@@ -177,4 +216,5 @@ def abstract_batch(
         )
 
     names = [field.name for field in dataclasses.fields(Batch)]
-    return Batch(**{name: shape(rows[name.rsplit("_", 1)[0]]) for name in names})
+    batch = Batch(**{name: rows[name.rsplit("_", 1)[0]] for name in names})
+    return jax.tree.map(shape, batch)

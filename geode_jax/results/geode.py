@@ -2,14 +2,20 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from flax import nnx
 
+from geode_jax.errors import UserError
 from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate import vsi_bench
 from geode_jax.evaluate.metrics.detection import oriented_iou
 from geode_jax.measure.cost import peak_memory
+from geode_jax.models.geode import Geode
+from geode_jax.objectives.geode import GeodeStage
+from geode_jax.runs.build import Run
+from geode_jax.runs.settings import Settings
 from geode_jax.runs.summary import (
     PREDICTIONS,
     SUMMARY,
@@ -19,12 +25,13 @@ from geode_jax.runs.summary import (
     read_predictions,
     write_predictions,
 )
+from geode_jax.runs.trained import Trained
 from geode_jax.runtime.distributed import is_main
 from geode_jax.training.step import TrainState
 
 
 def evaluate_stage(
-    run,
+    run: Run,
     state: TrainState,
     workdir: Path,
     train: dict,
@@ -36,7 +43,7 @@ def evaluate_stage(
     An interrupted call goes on where it stood. `summary.json` is written last.
 
     Args:
-        run: a `runs.build.Run`.
+        run: the finished run.
         state: the parameters to judge.
         workdir: receives the files.
         train: facts about the training, for the summary.
@@ -47,11 +54,12 @@ def evaluate_stage(
         The summary.
     """
     summary = {"val": dict(losses), "train": train | peak_memory()}
-    if run.config.system == "geode_joint":
+    if not run.settings.system.learns_rationales:
         summary |= _answers(run, state, workdir, check)
     else:
-        val, scenes = run.pipelines["val"], run.config.eval.val_scenes
-        for name, vision in (("empty", "none"), ("shuffled", "other")):
+        val, scenes = run.pipelines["val"], run.settings.eval.val_scenes
+        others: dict[str, Literal["none", "other"]] = {"empty": "none", "shuffled": "other"}
+        for name, vision in others.items():
             other = run.evaluator.losses(state, val, scenes, vision, check=check)
             summary["val"] |= {f"val/text_prefix_{name}": other["val/text"]}
     return end(workdir, summary)
@@ -68,8 +76,10 @@ def show(summary: dict[str, Any], workdir: Path) -> None:
     print(f"summary: {workdir / SUMMARY}", flush=True)
 
 
-def _answers(run, state: TrainState, workdir: Path, check: Callable[[], None]) -> dict[str, Any]:
-    pipeline, scenes = run.pipelines["test"], run.config.eval.test_scenes
+def _answers(
+    run: Run, state: TrainState, workdir: Path, check: Callable[[], None]
+) -> dict[str, Any]:
+    pipeline, scenes = run.pipelines["test"], run.settings.eval.test_scenes
 
     def answer(name: str, label: str, **settings) -> list[dict]:
         kept = kept_answers(workdir, name)
@@ -79,11 +89,11 @@ def _answers(run, state: TrainState, workdir: Path, check: Callable[[], None]) -
 
     columns = {"model": answer("model", "test")}
     asked = [dict(record) for record in columns["model"]]
-    blind = Path(run.config.eval.blind) / PREDICTIONS
-    if blind.exists() and run.config.loss.vision:
+    blind = Path(run.settings.eval.blind) / PREDICTIONS
+    if blind.exists() and run.settings.loss.vision:
         said = {record["id"]: record for record in read_predictions(blind)}
         columns["blind"] = [said[record["id"]] for record in asked if record["id"] in said]
-    elif run.config.loss.vision:
+    elif run.settings.loss.vision:
         # A model that learned blind says more, where there is one.
         columns["vision_removed"] = answer("vision_removed", "vision removed", vision=False)
     columns["frequency"] = scoring.frequency_baseline(run.train_records(), asked)
@@ -118,3 +128,38 @@ def box_scores(predictions: list[dict]) -> dict[str, float]:
         distance.append(float(np.linalg.norm(box[0, :3] - true[0, :3])))
     scores = {"box_iou": overlap / len(asked), "boxes_answered": len(found) / len(asked)}
     return scores | ({"box_centre_error": float(np.mean(distance))} if distance else {})
+
+
+# --- Publishing -----------------------------------------------------------------------------------
+
+
+def refuse_to_publish(settings: Settings, workdir: Path, part: str | None) -> None:
+    """Refuses the whole model of a stage that reads true boxes.
+
+    Args:
+        settings: of the run.
+        workdir: of the run.
+        part: of the model; None: all of it.
+
+    Raises:
+        UserError: see above.
+    """
+    if settings.system.reads_true_boxes and not part:
+        raise UserError(
+            f"{workdir}: {settings.system.name} reads true boxes instead of a room; export a later "
+            "stage, or --part decoder"
+        )
+
+
+def published(model: nnx.Module, part: str | None) -> nnx.Module:
+    """Returns a GEODE, or its decoder alone."""
+    assert isinstance(model, Geode)
+    return model.vlm.decoder if part else model
+
+
+def entries(trained: Trained) -> dict[str, Any]:
+    """Returns what `config.json` has of a run beside the model's sizes."""
+    assert isinstance(trained.objective, GeodeStage)
+    reg, box = trained.pipeline.config.controls or (None, None)
+    parts = list(trained.objective.parts())
+    return {"prefix": parts, "reg_token_id": reg, "box_token_id": box}

@@ -110,7 +110,7 @@ class Predictor:
         self._trained = trained = open_trained(self.workdir, rationale=rationale)
         self.export, self.step = trained.export, int(trained.state.step)
         self._pipeline, self._tokenizer = trained.pipeline, trained.tokenizer
-        self._records = open_question_records(self.export, trained.config.data.on_bad_scene)
+        self._records = open_question_records(self.export, trained.settings.data.on_bad_scene)
         writes = trained.pipeline.config.answer_field == "rationale"
         self.truth_field = "rationale" if writes else "answer"
         self._int8 = int8
@@ -176,7 +176,7 @@ class Predictor:
         """The question record that `answer` puts to the model; arguments and errors as there."""
         if not question.strip():
             raise UserError("question: empty")
-        record = {"scene_id": scene_id, "kind": "", "question": question}
+        record: dict[str, Any] = {"scene_id": scene_id, "kind": "", "question": question}
         for own in self.questions(scene_id):
             if own["question"].split() == question.split():
                 record |= _kept(own, "kind", "question", "options", "unit")

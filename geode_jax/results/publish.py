@@ -1,22 +1,21 @@
 """From a trained run to a Hugging Face folder that runs without JAX."""
 
 from pathlib import Path
+from typing import Any
 
-import ml_collections
 from flax import nnx
 
 from geode_jax.errors import UserError
 from geode_jax.exports.files import read_json_object, write_json
 from geode_jax.results.card import write_card
-from geode_jax.runs.config import load_config
+from geode_jax.results.systems import results_of
+from geode_jax.runs.config import load_settings
+from geode_jax.runs.settings import Settings
 from geode_jax.runs.start import pretrained_folders
 from geode_jax.runs.summary import read_summary
 from geode_jax.runs.trained import Trained, open_trained
 from geode_jax.weights.convert import write_model
 from geode_jax.weights.files import CONFIG, SHARD_BYTES
-
-PARTS = ("decoder",)
-"""What of a GEODE can be exported alone."""
 
 
 def export_run(
@@ -34,45 +33,34 @@ def export_run(
         UserError, ExportError: it is no run, has no checkpoint, its export is not here, its system
             has no such part or no modelling file, or `out` is not empty.
     """
-    config = load_config(workdir)
-    system = config.system
-    if part and system == "hidden_cot":
-        raise UserError("--part: the student's decoder attends to its scene; export the whole")
-    if system == "geode_pretrain" and not part:
-        raise UserError(
-            f"{workdir}: geode_pretrain reads true boxes instead of a room; export a later stage, "
-            "or --part decoder"
-        )
-    if system == "hidden_cot" and not config.loss.vision:
-        raise UserError(f"{workdir}: a blind baseline sees no scene; there is nothing to export")
+    settings = load_settings(workdir)
+    results = results_of(settings)
+    results.refuse(settings, workdir, part)
     trained = open_trained(workdir)
     model = nnx.merge(trained.graph, trained.state.params, trained.state.frozen)
-    if system == "hidden_cot":
-        model = model.student
-    elif part == "decoder":
-        model = model.vlm.decoder
+    model = results.published(model, part)
     write_model(
         model,
         out,
-        like=_entries(trained, whole=not part),
+        like=_entries(trained, None if part else results.entries(trained)),
         add=lambda folder: _add(trained, workdir, folder, part),
         shard_bytes=shard_bytes,
     )
     return model
 
 
-def _entries(trained: Trained, *, whole: bool) -> dict:
-    """What `config.json` says of a run beside the model's sizes."""
-    tokenizer, settings = trained.tokenizer, trained.pipeline.config
+def _entries(trained: Trained, own: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns what `config.json` has of a run beside the model's sizes.
+
+    Args:
+        trained: the run.
+        own: its system's entries; None for a part.
+    """
+    tokenizer = trained.tokenizer
     entries = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in _SPECIAL}
-    if not whole:
+    if own is None:
         return entries
-    entries["answer_length"] = settings.answer_length
-    if trained.config.system == "hidden_cot":
-        return entries | {"vision": settings.vision}
-    reg, box = settings.controls or (None, None)
-    parts = list(trained.objective.parts())
-    return entries | {"prefix": parts, "reg_token_id": reg, "box_token_id": box}
+    return entries | {"answer_length": trained.pipeline.config.answer_length} | own
 
 
 _SPECIAL = ("bos", "eos", "pad")
@@ -89,24 +77,24 @@ def _add(trained: Trained, workdir: Path, folder: Path, part: str | None) -> Non
     write_card(
         folder / "README.md",
         name=workdir.resolve().name,
-        system=trained.config.system + (f" ({part})" if part else ""),
+        system=trained.settings.system.name + (f" ({part})" if part else ""),
         auto_class="AutoModelForCausalLM" if part else "AutoModel",
         manifest=trained.export.manifest,
-        origins=_origins(trained.config),
+        origins=_origins(trained.settings),
         summary=read_summary(workdir),
         step=int(trained.state.step),
     )
 
 
-def _origins(config: ml_collections.ConfigDict) -> list[str]:
-    """Names of the pretrained models at the start of the runs that led to this one."""
-    start = config.get("init_from", "")
+def _origins(settings: Settings) -> list[str]:
+    """Returns the names of the pretrained models from which the runs before this one started."""
+    start = settings.init_from
     if not start:
         return []
     try:
         folders = pretrained_folders(start)
         if not folders:
-            return _origins(load_config(Path(start)))
+            return _origins(load_settings(Path(start)))
     except UserError:  # whose model it is cannot be said then
         return [f"{start} (not here)"]
     return [

@@ -7,14 +7,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
+from geode_jax.errors import UserError
 from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate.evaluator import Evaluation
 from geode_jax.evaluate.metrics.text import answer_rows, with_reference
 from geode_jax.evaluate.report.page import depth_colours, write_report
 from geode_jax.exports import Export
 from geode_jax.measure.cost import measure_speed, parameter_counts, peak_memory
+from geode_jax.objectives.hidden_cot import HiddenCoTModel
+from geode_jax.runs.build import Run
+from geode_jax.runs.settings import Settings
 from geode_jax.runs.summary import REPORT, SUMMARY, end, kept_answers, missing, write_predictions
+from geode_jax.runs.trained import Trained
 from geode_jax.runtime.distributed import is_main
 from geode_jax.sources.rooms.scene import render, scene_from_id
 from geode_jax.training.metrics import read_metrics
@@ -25,7 +31,7 @@ PICTURE = 240
 
 
 def evaluate_and_report(
-    run,
+    run: Run,
     state: TrainState,
     workdir: Path,
     train: dict,
@@ -37,7 +43,7 @@ def evaluate_and_report(
     An interrupted call goes on where it stood. `summary.json` is written last.
 
     Args:
-        run: a `runs.build.Run`.
+        run: the finished run.
         state: the parameters to judge.
         workdir: receives `summary.json`, `predictions.jsonl` and `report.html`.
         train: facts about the training, for the summary.
@@ -47,8 +53,8 @@ def evaluate_and_report(
     Returns:
         The summary.
     """
-    config, pipeline = run.config, run.pipelines["test"]
-    reference, scenes = config.eval.reference, config.eval.test_scenes
+    settings, pipeline = run.settings, run.pipelines["test"]
+    reference, scenes = settings.eval.reference, settings.eval.test_scenes
 
     def answer(name: str, label: str, **settings) -> Evaluation:
         kept = kept_answers(workdir, name)
@@ -85,11 +91,11 @@ def evaluate_and_report(
         write_predictions(workdir, model.predictions)
         write_report(
             workdir / REPORT,
-            title=f"{config.system}: {workdir.name}",
-            config_text=json.dumps(config.to_dict(), indent=1),
+            title=f"{settings.system.name}: {workdir.name}",
+            config_text=json.dumps(settings.values, indent=1),
             metrics_rows=read_metrics(workdir / "metrics.jsonl"),
             scores=scores,
-            examples=_examples(run.export, model, reference, config.eval.examples),
+            examples=_examples(run.export, model, reference, settings.eval.examples),
             depth_examples=_depth_examples(run, model),
             efficiency=efficiency | {"training_seconds": train["seconds"], "steps": train["steps"]},
             notes=notes,
@@ -110,7 +116,42 @@ def show(summary: dict[str, Any], workdir: Path) -> None:
         print(f"report: {REPORT} is missing; delete {SUMMARY} to have it written again", flush=True)
 
 
-def _notes(run) -> list[str]:
+# --- Publishing -----------------------------------------------------------------------------------
+
+
+def refuse_to_publish(settings: Settings, workdir: Path, part: str | None) -> None:
+    """Refuses a part of a student, and a student that sees no scene.
+
+    Args:
+        settings: of the run.
+        workdir: of the run.
+        part: of the model; None: all of it.
+
+    Raises:
+        UserError: see above.
+    """
+    if part:
+        raise UserError("--part: the student's decoder attends to its scene; export the whole")
+    if not settings.loss.vision:
+        raise UserError(f"{workdir}: a blind baseline sees no scene; there is nothing to export")
+
+
+def published(model: nnx.Module, part: str | None) -> nnx.Module:
+    """Returns the student without the log-variances of its losses."""
+    del part
+    assert isinstance(model, HiddenCoTModel)
+    return model.student
+
+
+def entries(trained: Trained) -> dict[str, Any]:
+    """Returns what `config.json` has of a run beside the model's sizes."""
+    return {"vision": trained.pipeline.config.vision}
+
+
+# --- Parts of the report --------------------------------------------------------------------------
+
+
+def _notes(run: Run) -> list[str]:
     """What a reader must know to trust the scores."""
     notes = [
         "vision removed: the same model without any view. The true blind baseline is a run of its "
@@ -136,10 +177,10 @@ def _score_notes(export: Export) -> dict[str, str]:
     return {key: remark for key in ("depth_rmse", "depth_mae", "depth_delta1")}
 
 
-def _efficiency(run, state: TrainState) -> dict[str, float]:
+def _efficiency(run: Run, state: TrainState) -> dict[str, float]:
     """Table IV's columns for this machine: size, time per answer, memory."""
     student = jax.tree.leaves(state.params["student"])
-    _, batch = next(iter(run.pipelines["test"].eval_batches(run.config.data.scenes_per_batch)))
+    _, batch = next(iter(run.pipelines["test"].eval_batches(run.settings.data.scenes_per_batch)))
     asked = int(np.sum(np.asarray(batch.answer_length_SQ) > 0))
     speed = measure_speed(lambda: run.evaluator.answer_batch(state, batch), asked)
     return parameter_counts(student) | speed | peak_memory()
@@ -181,7 +222,7 @@ def view_images(export: Export, scene_id: str) -> np.ndarray | None:
     return render(scene, PICTURE, PICTURE)["rgb"]
 
 
-def _depth_examples(run, model: Evaluation, count: int = 3) -> list[dict]:
+def _depth_examples(run: Run, model: Evaluation, count: int = 3) -> list[dict]:
     """First views with their true and predicted depth."""
     examples = []
     for scene_id, predicted in list(model.depth_maps.items())[:count]:

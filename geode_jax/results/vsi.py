@@ -14,9 +14,9 @@ from geode_jax.data.settings import measure_lengths
 from geode_jax.errors import UserError
 from geode_jax.evaluate import vsi_bench
 from geode_jax.exports import Export, files
-from geode_jax.runs import systems
-from geode_jax.runs.config import load_config
+from geode_jax.runs.config import load_settings
 from geode_jax.runs.data import test_split
+from geode_jax.runs.geode import with_rationale_module
 from geode_jax.runs.trained import Trained, open_trained
 from geode_jax.runtime.lock import beside, locked
 from geode_jax.sources.rooms import export as rooms
@@ -47,10 +47,10 @@ def evaluate_run(
         UserError, ExportError: the run cannot be asked, the export does not fit its model or has
             no such question, or one that cannot be scored, or `out` cannot be written.
     """
-    config = load_config(workdir)
-    if systems.answer_field(config) == "rationale":
+    system = load_settings(workdir).system
+    if system.learns_rationales:
         raise UserError(
-            f"{workdir}: a {config.system} run writes rationales; VSI-Bench wants answers"
+            f"{workdir}: a {system.name} run writes rationales; VSI-Bench wants answers"
         )
     if not out.parent.is_dir() or out.is_dir():  # before the model works for nothing
         raise UserError(f"--out: {out}: its folder is missing, or it is a directory itself")
@@ -137,11 +137,12 @@ def _notes(
     trained: Trained, workdir: Path, export: Export, pipeline: Pipeline, spatio: int | None
 ) -> list[str]:
     notes = [
-        f"model: {trained.config.system}, {workdir}, step {trained.state.step}",
+        f"model: {trained.settings.system.name}, {workdir}, step {trained.state.step}",
         "vision removed: the same model without any view",
     ]
     if spatio is not None:
-        notes.append(f"rationale tokens: the first {spatio} of {trained.config.model.drm.slots}")
+        slots = with_rationale_module(trained.settings, "--spatio", workdir).model.drm.slots
+        notes.append(f"rationale tokens: the first {spatio} of {slots}")
     if pipeline.split != "test":
         notes.append(f"the export has no test split; these are questions of {pipeline.split}")
     if export.manifest["producer"]["project"] == rooms.PRODUCER["project"]:

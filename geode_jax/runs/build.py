@@ -1,4 +1,4 @@
-"""From a configuration to the pieces of a run; the one place that reads a ConfigDict's sections."""
+"""From settings to the pieces of a run."""
 
 import dataclasses
 import functools
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import ml_collections
 import numpy as np
+import optax
 from flax import nnx
 
 from geode_jax.data.pipeline import Pipeline
@@ -19,17 +19,15 @@ from geode_jax.exports import Export
 from geode_jax.models.geode import encode_frames
 from geode_jax.models.vit import InternViT
 from geode_jax.objectives.base import Objective
-from geode_jax.objectives.geode import learned_parts
-from geode_jax.runs import systems
-from geode_jax.runs.config import check_config
 from geode_jax.runs.data import make_pipelines, prepare_tokenizer
 from geode_jax.runs.export import prepare_export
 from geode_jax.runs.identity import open_run
+from geode_jax.runs.settings import Settings, refusal
 from geode_jax.runs.start import pretrained_folders, start_from_pretrained, start_from_run
 from geode_jax.runtime.distributed import main_first
 from geode_jax.sharding import make_mesh, replicated
 from geode_jax.training.checkpoint_files import has_checkpoint
-from geode_jax.training.optimizer import OptimizerConfig, make_optimizer
+from geode_jax.training.optimizer import make_optimizer
 from geode_jax.training.step import TrainState, init_state
 
 
@@ -37,14 +35,14 @@ from geode_jax.training.step import TrainState, init_state
 class Run:
     """Everything `train` needs and `ask` shares with it."""
 
-    config: ml_collections.ConfigDict
+    settings: Settings
     export: Export
     tokenizer: Tokenizer
     pipelines: dict[str, Pipeline]  # train, val, test
     objective: Objective
     mesh: jax.sharding.Mesh
     graph: nnx.GraphDef
-    optimizer: object
+    optimizer: optax.GradientTransformation
     state: TrainState  # freshly initialised
     steps: int
 
@@ -55,64 +53,70 @@ class Run:
 
     def train_records(self) -> Iterator[dict]:
         """The questions of the training split, which the frequency baseline knows."""
-        return open_question_records(self.export, self.config.data.on_bad_scene).of_split("train")
+        return open_question_records(self.export, self.settings.data.on_bad_scene).of_split("train")
 
 
-def build(config: ml_collections.ConfigDict, workdir: Path) -> Run:
-    """Data, tokenizer, model and optimizer of a run.
+def build(settings: Settings, workdir: Path) -> Run:
+    """Returns the data, tokenizer, model and optimizer of a run.
+
+    The parameters come from the first of these that there is:
+    1. a checkpoint in `workdir`: the training loop restores it, and `init_from` is not read;
+    2. pretrained folders in `init_from`: they fill the parts that they hold;
+    3. a run in `init_from`: the parts that have learned there are taken over;
+    4. nothing: all parts start from random numbers, as do the parts that 2 and 3 do not fill.
 
     Args:
-        config: of a file in `configs`.
+        settings: of the run.
         workdir: keeps the tokenizer, which must not change between a run and its resumption.
 
     Raises:
         UserError, ExportError: anything the user can mend, in one line.
     """
-    check_config(config)
-    init_from = "" if has_checkpoint(workdir) else config.get("init_from", "")
+    system = settings.system
+    if not (settings.init_from or system.starts_fresh):
+        words = "a run or folders of pretrained models, from which this stage starts"
+        raise refusal("init_from", "", words)
+    init_from = "" if has_checkpoint(workdir) else settings.init_from
     pretrained = pretrained_folders(init_from)
     learned = _learned(Path(init_from)) if init_from and not pretrained else frozenset()
-    freezes_drm = config.system == "geode_joint" and config.model.drm.on and config.loss.vision
-    if init_from and freezes_drm and "drm" not in learned:
-        raise UserError(
-            f"config: init_from: the rationale module has not learned in {init_from}; "
-            "start from a geode_drm run, or with :drm=off"
-        )
-    mesh = _mesh(config)
-    with main_first("data"):  # what it makes, the other processes find
-        export = Export(prepare_export(config.data))
-        tokenizer = prepare_tokenizer(config, export, workdir)
-        pipelines = make_pipelines(config, export, tokenizer)
+    if init_from:
+        system.check_start(settings, learned)
+    if pretrained and system.pretrained_sizes is None:
+        raise UserError(f"config: init_from: {system.name} starts from no pretrained model")
+    mesh = _mesh(settings)
+    with main_first("data"):  # the other processes find what process 0 makes
+        export = Export(prepare_export(settings.data))
+        tokenizer = prepare_tokenizer(settings, export, workdir)
+        pipelines = make_pipelines(settings, export, tokenizer)
     train = pipelines["train"]
-    steps = config.train.steps or config.train.epochs * train.steps_per_epoch
-    objective = systems.make_objective(config, export, tokenizer, train)
-    optimizer_config = OptimizerConfig(steps=steps, **config.optimizer.to_dict())
+    steps = settings.train.steps or settings.train.epochs * train.steps_per_epoch
+    objective = system.make_objective(settings, export, tokenizer, train)
+    optimizer_config = settings.optimizer.over(steps)
     graph, optimizer, state = init_state(
-        objective, functools.partial(make_optimizer, optimizer_config), config.seed, mesh
+        objective, functools.partial(make_optimizer, optimizer_config), settings.seed, mesh
     )
-    if pretrained:
-        sizes = objective.config.model
-        longest = systems.longest_row(sizes, train)
-        state = start_from_pretrained(state, pretrained, sizes.vlm, mesh, longest)
+    if pretrained and system.pretrained_sizes:
+        sizes, longest = system.pretrained_sizes(objective, train)
+        state = start_from_pretrained(state, pretrained, sizes, mesh, longest)
     elif init_from:
         state = start_from_run(state, Path(init_from), learned)
-    if config.data.vision == "internvit/tokens":
+    if settings.data.vision == "internvit/tokens":
         _check_tokens(nnx.merge(graph, state.params, state.frozen).vlm.vision, export, mesh)
     return Run(
-        config, export, tokenizer, pipelines, objective, mesh, graph, optimizer, state, steps
+        settings, export, tokenizer, pipelines, objective, mesh, graph, optimizer, state, steps
     )
 
 
 def _learned(run: Path) -> frozenset[str]:
-    """The parts that a run has learned which a stage of GEODE starts from.
+    """Returns the parts that have learned in a run.
 
     Raises:
-        UserError: there is no such run.
+        UserError: there is no such run, or none can start from it.
     """
     system = open_run(run)[0].system
-    if system not in systems.GEODE_STAGES:
-        raise UserError(f"config: init_from: {run} is a {system} run, not a stage of GEODE")
-    return learned_parts(systems.GEODE_STAGES[system])
+    if not system.learned:
+        raise UserError(f"config: init_from: {run} is a {system.name} run, not a stage of GEODE")
+    return system.learned
 
 
 _TOKENS_TOLERANCE = 0.05
@@ -140,9 +144,9 @@ def _check_tokens(encoder: InternViT, export: Export, mesh: jax.sharding.Mesh) -
         )
 
 
-def _mesh(config) -> jax.sharding.Mesh:
+def _mesh(settings: Settings) -> jax.sharding.Mesh:
     try:
-        return make_mesh(tuple(config.mesh))
+        return make_mesh(settings.mesh)
     except UserError:
         raise
     except ValueError as error:

@@ -3,17 +3,16 @@
 import zlib
 from pathlib import Path
 
-import ml_collections
-
 from geode_jax.errors import UserError
 from geode_jax.exports import Export
+from geode_jax.runs.settings import DataSettings
 from geode_jax.runtime.lock import beside, locked
 from geode_jax.sources.rgbd.export import VERSION as RGBD_VERSION
 from geode_jax.sources.rgbd.export import make_rgbd_export
 from geode_jax.sources.rooms.export import PRODUCER, make_rooms
 
 
-def prepare_export(data: ml_collections.ConfigDict) -> Path:
+def prepare_export(data: DataSettings) -> Path:
     """The folder of the export; rooms and real RGB-D folders are made where they are missing."""
     folder = export_folder(data)
     makes = data.rgbd or data.export == "rooms"
@@ -30,23 +29,23 @@ def prepare_export(data: ml_collections.ConfigDict) -> Path:
     return folder
 
 
-def _make_export(data: ml_collections.ConfigDict, folder: Path) -> None:
+def _make_export(data: DataSettings, folder: Path) -> None:
     if data.rgbd:
         make_rgbd_export(
             data.rgbd,
             folder,
-            intrinsic=tuple(data.rgbd_intrinsic) or None,
+            intrinsic=data.rgbd_intrinsic or None,
             depth_scale=data.rgbd_depth_scale,
         )
     else:
         make_rooms(folder, scenes=data.rooms_scenes, seed=data.rooms_seed, images=data.rooms_images)
 
 
-def export_folder(data: ml_collections.ConfigDict) -> Path:
+def export_folder(data: DataSettings) -> Path:
     """Where the export of a run lies, or will."""
     if data.rgbd:
         source = Path(data.rgbd).resolve()
-        what = f"{RGBD_VERSION} {source} {tuple(data.rgbd_intrinsic)} {data.rgbd_depth_scale}"
+        what = f"{RGBD_VERSION} {source} {data.rgbd_intrinsic} {data.rgbd_depth_scale}"
         # Folders of the same name, other options, another converter: other exports.
         return Path(data.root) / f"rgbd_{source.name}_{zlib.crc32(what.encode()):08x}"
     if data.export == "rooms":

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import ml_collections
-
 from geode_jax.data.tokens import Tokenizer, load_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.exports import Export
-from geode_jax.runs.config import flat, is_begun, load_config, plain
+from geode_jax.runs.config import flat, is_begun, load_settings
 from geode_jax.runs.export import export_folder
+from geode_jax.runs.settings import Settings
 from geode_jax.sealed import checksum
 from geode_jax.training.checkpoint import find_model
 from geode_jax.training.checkpoint_files import read_metadata, refuse_others, stored_made_with
@@ -25,11 +24,11 @@ _PLACES = ("data/export", "data/rgbd", "tokenizer", "init_from", "eval/blind")
 
 
 def made_with(
-    config: ml_collections.ConfigDict, tokenizer: Tokenizer | None, export: Export | None = None
+    settings: Settings, tokenizer: Tokenizer | None, export: Export | None = None
 ) -> dict[str, str]:
     """Checksums of what belongs to a checkpoint; stored with it (`checkpoint_files.Metadata`)."""
     left_out = (*MAY_CHANGE, *_PLACES)
-    learned = {n: x for n, x in flat(plain(config)).items() if n not in left_out}
+    learned = {n: x for n, x in flat(settings.values).items() if n not in left_out}
     return (
         {"configuration": checksum(learned)}
         | (_tokenizer_made(tokenizer) if tokenizer else {})
@@ -49,7 +48,7 @@ def export_made(export: Export) -> dict[str, str]:
     return {"export": f"{scenes} scenes, {questions} questions, checksum {checksum(content)}"}
 
 
-def refuse_another_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
+def refuse_another_run(settings: Settings, workdir: Path) -> None:
     """Refuse to mix two runs in one folder.
 
     What the configuration names by its place may have moved: its content counts, where a
@@ -61,22 +60,27 @@ def refuse_another_run(config: ml_collections.ConfigDict, workdir: Path) -> None
     """
     if not is_begun(workdir):
         return
-    before, stored = load_config(workdir), stored_made_with(workdir)
-    old, new = flat(before.to_dict()), flat(plain(config))
+    before, stored = load_settings(workdir), stored_made_with(workdir)
+    old, new = flat(before.values), flat(settings.values)
     for name in sorted(old.keys() | new.keys()):
         was, now = old.get(name), new.get(name)
         if name in MAY_CHANGE or was == now or (name in _PLACES and _same_place(was, now)):
             continue
         if name in ("data/export", "data/rgbd") and was and now and "export" in stored:
             continue  # compared below
-        shared = name == "tokenizer" and was and now and config.system == "hidden_cot"
-        if shared and _tokenizer_made(load_tokenizer(now)).items() <= stored.items():
+        if (
+            name == "tokenizer"
+            and was
+            and now
+            and settings.system.tokenizer.shares_folder
+            and _tokenizer_made(load_tokenizer(now)).items() <= stored.items()
+        ):
             continue
         raise UserError(
             f"{workdir}: holds a run with {name} = {was}, not {now}; use another --workdir, or "
             "delete this one"
         )
-    folder = export_folder(config.data)
+    folder = export_folder(settings.data)
     if "export" in stored and (folder / "manifest.json").exists():
         here = export_made(Export(folder))
         if here["export"] != stored["export"]:
@@ -92,9 +96,9 @@ def _same_place(was: Any, now: Any) -> bool:
     return bool(both) and Path(was).resolve() == Path(now).resolve()
 
 
-def same_run(config: ml_collections.ConfigDict, workdir: Path) -> bool:
+def same_run(settings: Settings, workdir: Path) -> bool:
     """Whether a run that `refuse_another_run` lets pass has just this configuration."""
-    old, new = flat(load_config(workdir).to_dict()), flat(plain(config))
+    old, new = flat(load_settings(workdir).values), flat(settings.values)
     for name in _PLACES:
         old.pop(name, None)
         new.pop(name, None)
@@ -106,16 +110,16 @@ def _tokenizer_made(tokenizer: Tokenizer) -> dict[str, str]:
     return {"tokenizer": checksum([tokenizer.sha256, *ids])}
 
 
-def open_run(workdir: Path) -> tuple[ml_collections.ConfigDict, Path]:
+def open_run(workdir: Path) -> tuple[Settings, Path]:
     """The configuration of a run and the folder of its model, which belong together.
 
     Raises:
         UserError: the folder is no run, it has no checkpoint, or one of the two is damaged.
     """
-    config, folder = load_config(workdir), find_model(workdir)
+    settings, folder = load_settings(workdir), find_model(workdir)
     stored = read_metadata(folder).made_with
-    refuse_others(str(folder), stored, made_with(config, None))
-    return config, folder
+    refuse_others(str(folder), stored, made_with(settings, None))
+    return settings, folder
 
 
 def load_run_tokenizer(folder: str | Path, checkpoint: Path) -> Tokenizer:

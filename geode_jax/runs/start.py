@@ -142,4 +142,5 @@ def _described(model: nnx.Module) -> list[tuple[tuple[str, ...], Any]]:
     """Parts of a model with their configurations, as `InternVLConfig` names them."""
     if isinstance(model, InternVL):
         return [(("vision",), model.config.vision), (("decoder",), model.config.decoder)]
+    assert isinstance(model, Decoder | InternViT)
     return [(PLACE[type(model)][1:], model.config)]

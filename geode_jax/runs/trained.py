@@ -1,12 +1,10 @@
 """The model of a run's checkpoint, ready to answer on this machine's devices."""
 
-import copy
 import dataclasses
 import sys
 from pathlib import Path
 
 import jax
-import ml_collections
 import numpy as np
 from flax import nnx
 
@@ -16,11 +14,12 @@ from geode_jax.errors import UserError
 from geode_jax.evaluate.evaluator import Evaluator
 from geode_jax.exports import Export
 from geode_jax.objectives.base import Objective
-from geode_jax.runs.config import load_config
+from geode_jax.runs.config import load_settings
 from geode_jax.runs.data import pipeline_config
 from geode_jax.runs.export import export_folder
+from geode_jax.runs.geode import as_stage_1, with_rationale_module, with_slots
 from geode_jax.runs.identity import export_made, load_run_tokenizer, open_run
-from geode_jax.runs.systems import make_objective
+from geode_jax.runs.settings import Settings
 from geode_jax.runtime.process import keep_compiled_programs, keep_freed_memory
 from geode_jax.sharding import abstract_model, make_mesh
 from geode_jax.training.checkpoint import load_model
@@ -33,7 +32,7 @@ class Trained:
     """A run's model with all that answering needs; neither optimizer nor training data.
 
     Attributes:
-        config: the run's.
+        settings: the run's.
         export: that it was trained on.
         tokenizer: of the run.
         pipeline: of the export's train split: lengths and sizes are those of training.
@@ -44,7 +43,7 @@ class Trained:
         evaluator: compiled with the first batch.
     """
 
-    config: ml_collections.ConfigDict
+    settings: Settings
     export: Export
     tokenizer: Tokenizer
     pipeline: Pipeline
@@ -61,7 +60,7 @@ def open_run_export(workdir: Path) -> Export:
     Raises:
         UserError, ExportError: no run was started in this folder, or its export is not here.
     """
-    folder = export_folder(load_config(workdir).data)
+    folder = export_folder(load_settings(workdir).data)
     if not folder.is_dir():
         raise UserError(
             f"{folder}: not here, and {workdir} was trained on it; ask from the folder where "
@@ -92,16 +91,14 @@ def open_trained(
     """
     keep_compiled_programs()
     keep_freed_memory()
-    config = load_config(workdir)
+    settings = load_settings(workdir)
     if rationale:
-        _check_rationale(config, "--rationale", workdir)
+        with_rationale_module(settings, "--rationale", workdir)
     if slots is not None:
-        _check_rationale(config, "--spatio", workdir)
-        if slots > config.model.drm.slots:
-            raise UserError(
-                f"--spatio {slots}: {workdir} has {config.model.drm.slots} rationale tokens"
-            )
-    config, checkpoint = open_run(workdir)
+        there = with_rationale_module(settings, "--spatio", workdir).model.drm.slots
+        if slots > there:
+            raise UserError(f"--spatio {slots}: {workdir} has {there} rationale tokens")
+    settings, checkpoint = open_run(workdir)
     export = open_run_export(workdir)
     try:
         refuse_others(str(export.folder), read_metadata(checkpoint).made_with, export_made(export))
@@ -109,38 +106,21 @@ def open_trained(
         if same_export:
             raise
         print(f"warning: {error}", file=sys.stderr, flush=True)
-    # GEODE adds its control tokens to a tokenizer folder, and keeps the result with the run.
-    shared = config.tokenizer if config.system == "hidden_cot" else ""
+    system = settings.system
+    # A system that adds tokens to a tokenizer folder keeps the result with the run.
+    shared = settings.tokenizer if system.tokenizer.shares_folder else ""
     tokenizer = load_run_tokenizer(shared or workdir / "tokenizer", checkpoint)
-    asked = _as_stage_1(config) if rationale else config
+    asked = as_stage_1(settings) if rationale else settings
     pipeline = Pipeline(export, tokenizer, pipeline_config(asked, export, tokenizer), "train")
     mesh = make_mesh()
     # Which parameters learned, as the checkpoint has them, is of the run's own stage.
-    learned = make_objective(config, export, tokenizer, pipeline)
+    learned = system.make_objective(settings, export, tokenizer, pipeline)
     graph, params, frozen = nnx.split(abstract_model(learned.build, mesh), learned.trainable, ...)
     model = load_model(checkpoint, {"params": params, "frozen": frozen})
-    state = TrainState(np.int32(checkpoint.name), model["params"], model["frozen"], ())
-    objective = make_objective(asked, export, tokenizer, pipeline)
+    step = np.array(int(checkpoint.name), np.int32)
+    state = TrainState(step, model["params"], model["frozen"], ())
+    objective = asked.system.make_objective(asked, export, tokenizer, pipeline)
     if slots is not None:
-        objective = dataclasses.replace(
-            objective, config=dataclasses.replace(objective.config, slots=slots)
-        )
+        objective = with_slots(objective, slots)
     evaluator = Evaluator(objective, graph, tokenizer, mesh)
-    return Trained(config, export, tokenizer, pipeline, objective, mesh, graph, state, evaluator)
-
-
-def _check_rationale(config: ml_collections.ConfigDict, option: str, workdir: Path) -> None:
-    if config.system not in ("geode_drm", "geode_joint"):
-        raise UserError(f"{option}: needs a geode_drm or geode_joint run, not {config.system}")
-    if not config.model.drm.on:
-        raise UserError(f"{option}: the model of {workdir} has no rationale module (drm=off)")
-
-
-def _as_stage_1(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The configuration of a run as if its model stood in stage 1."""
-    if config.system == "geode_drm":
-        return config
-    config = copy.deepcopy(config)
-    config.system = "geode_drm"
-    config.data.answer_length = 0  # measured anew: rationales are longer than answers
-    return config
+    return Trained(settings, export, tokenizer, pipeline, objective, mesh, graph, state, evaluator)

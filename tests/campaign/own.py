@@ -51,9 +51,10 @@ def _write_run(folder: Path) -> None:
 def _built():
     """The run with its state, as a process has it that resumes."""
     from geode_jax.runs.build import build
+    from geode_jax.runs.config import make_settings
     from tests.helpers.runs import tiny_config
 
-    return build(tiny_config(_tiny_run() / "rooms"), _tiny_run() / "run")
+    return build(make_settings(tiny_config(_tiny_run() / "rooms")), _tiny_run() / "run")
 
 
 def _bits_of(tree: Any) -> list[str]:
@@ -64,11 +65,11 @@ def _bits_of(tree: Any) -> list[str]:
 
 def _config(folder: Path) -> list:
     """What the configuration says of what was learned; the rest may be another."""
-    from geode_jax.runs.config import flat, plain
+    from geode_jax.runs.config import flat
     from geode_jax.runs.identity import _PLACES, MAY_CHANGE, open_run
 
-    config, checkpoint = open_run(folder / "run")
-    values = flat(plain(config))
+    settings, checkpoint = open_run(folder / "run")
+    values = flat(settings.values)
     kept = {name: x for name, x in values.items() if name not in (*MAY_CHANGE, *_PLACES)}
     return [checkpoint.name, json.dumps(kept, sort_keys=True)]
 
@@ -120,7 +121,7 @@ def _write_latest(folder: Path) -> None:
 def _made_with() -> dict[str, str]:
     from geode_jax.runs.identity import made_with
 
-    return made_with(_built().config, _built().tokenizer)
+    return made_with(_built().settings, _built().tokenizer)
 
 
 def _restore(folder: Path) -> dict:
@@ -161,12 +162,12 @@ def _export_run(folder: Path) -> Any:
 
 def _write_end(folder: Path) -> None:
     """A finished run's folder without checkpoints, which a finished run does not read."""
-    from geode_jax.runs.config import save_config
+    from geode_jax.runs.config import make_settings, save_settings
     from geode_jax.runs.summary import end, write_predictions
     from tests.helpers.runs import tiny_config
 
     run = folder / "run"
-    save_config(tiny_config("nowhere"), run)
+    save_settings(make_settings(tiny_config("nowhere")), run)
     asked = {"kind": "object_counting", "answer": "4"}
     records = [{"id": f"q{n}", "prediction": f"{n} chairs"} | asked for n in range(3)]
     write_predictions(run, records)

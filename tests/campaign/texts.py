@@ -98,11 +98,11 @@ CONFIGS = ("hidden_cot", "geode_pretrain", "geode_drm", "geode_joint", "geode_al
 
 @functools.cache
 def _fields(name: str) -> list[str]:
-    from geode_jax.plan.command import read_config
     from geode_jax.runs.config import flat
+    from geode_jax.runs.config_file import read_settings
 
-    config = read_config(f"configs/{name}.py")
-    return [field.replace("/", ".") for field in flat(config.to_dict())]
+    values = read_settings(f"configs/{name}.py").values
+    return [field.replace("/", ".") for field in flat(values)]
 
 
 _INTACT = bytes(range(64))
@@ -132,11 +132,13 @@ def _read_flags(folder: Path) -> list:
         argument = draw.choice(("", "", "", ":thinking=2", ":drm=off", f":{draw.choice(WILD)}"))
     _parse([f"--config=configs/{name}.py{argument}", *changed])
     config = main._CONFIG.value
-    from geode_jax.runs.config import check_config
+    from geode_jax.runs.config import make_settings
 
-    check_config(config)
+    make_settings(config)
     config.data.export = str(_export())
-    _build_to_shapes(config, folder / "run")
+    if "init_from" in config:
+        config.init_from = ""  # what is there plays no part here
+    _build_to_shapes(make_settings(config), folder / "run")
     return changed
 
 
@@ -156,30 +158,26 @@ def _export() -> Path:
     return shared("tiny_rooms", lambda folder: tiny_rooms(folder / "rooms", images=32)) / "rooms"
 
 
-def _build_to_shapes(config, workdir: Path) -> None:
+def _build_to_shapes(settings, workdir: Path) -> None:
     """What `runs.build` does, without a number: objective, the model's shapes, optimizer."""
     from geode_jax.exports import Export
-    from geode_jax.runs import systems
     from geode_jax.runs.data import make_pipelines, prepare_tokenizer
     from geode_jax.sharding import make_mesh
-    from geode_jax.training.optimizer import OptimizerConfig, make_optimizer
+    from geode_jax.training.optimizer import make_optimizer
     from geode_jax.training.step import blueprint
 
-    if config.system != "hidden_cot":
-        config.init_from = ""  # what is there plays no part here
-    export = Export(config.data.export)
-    tokenizer = prepare_tokenizer(config, export, workdir)
-    pipelines = make_pipelines(config, export, tokenizer)
-    steps = config.train.steps or config.train.epochs * pipelines["train"].steps_per_epoch
-    objective = systems.make_objective(config, export, tokenizer, pipelines["train"])
-    optimizer = OptimizerConfig(steps=steps, **config.optimizer.to_dict())
+    export = Export(settings.data.export)
+    tokenizer = prepare_tokenizer(settings, export, workdir)
+    pipelines = make_pipelines(settings, export, tokenizer)
+    steps = settings.train.steps or settings.train.epochs * pipelines["train"].steps_per_epoch
+    objective = settings.system.make_objective(settings, export, tokenizer, pipelines["train"])
+    optimizer = settings.optimizer.over(steps)
     blueprint(objective, functools.partial(make_optimizer, optimizer), make_mesh())
 
 
 def _read_changes(folder: Path) -> list:
     """`geode-jax plan --set FIELD=VALUE`."""
-    from geode_jax.plan.command import read_config
-    from geode_jax.runs.config import check_config
+    from geode_jax.runs.config_file import read_settings
 
     draw = _drawn(folder)
     name, changes = "hidden_cot", []
@@ -187,7 +185,7 @@ def _read_changes(folder: Path) -> list:
         name = draw.choice(CONFIGS)
         field = draw.choice((*_fields(name), "nothing", "", "model", "model.", "train.steps.x"))
         changes = [f"{field}{draw.choice(('=', '=', '', '=='))}{draw.choice(WILD)}"]
-    check_config(read_config(f"configs/{name}.py", changes))
+    read_settings(f"configs/{name}.py", changes)
     return changes
 
 
@@ -228,7 +226,7 @@ def _write_program(folder: Path) -> None:
 
 def _read_program(folder: Path) -> list:
     from geode_jax import main
-    from geode_jax.runs.config import check_config
+    from geode_jax.runs.config import make_settings
 
     draw = _drawn(folder)
     program = folder / "program.py"
@@ -242,7 +240,7 @@ def _read_program(folder: Path) -> list:
             raise
         return []
     _parse([f"--config={program}"])
-    check_config(main._CONFIG.value)
+    make_settings(main._CONFIG.value)
     return [main._CONFIG.value.train.steps]
 
 

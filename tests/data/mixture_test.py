@@ -17,7 +17,7 @@ from geode_jax.data.settings import PipelineConfig
 from geode_jax.data.tokens import Tokenizer, train_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, ExportWriter
-from geode_jax.runs.config import check_config
+from geode_jax.runs.config import make_settings
 from tests.helpers.exports import HEADER, TOKEN_WIDTH
 from tests.helpers.runs import tiny_config
 
@@ -194,12 +194,12 @@ def test_fractions_are_checked(fraction, tmp_path, config):
     with whole.unlocked():
         whole.data.fraction = fraction
     with pytest.raises(UserError, match=r"data\.fraction"):
-        check_config(whole)
+        make_settings(whole)
     with whole.unlocked():
         whole.data.update(fraction=0.1, mixture="scanqa=2,")
-        check_config(whole)
+        make_settings(whole)
         whole.data.mixture = "scanqa"
     with pytest.raises(UserError, match=r"data\.mixture: 'scanqa'"):
-        check_config(whole)
+        make_settings(whole)
     with pytest.raises(UserError, match="fraction"):
         dataclasses.replace(config, fraction=fraction)

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 from flax import nnx
 
 from geode_jax import train
 from geode_jax.models.layers import param
+from geode_jax.runs.settings import TrainSettings
 from geode_jax.runtime.stop import Stop
 from geode_jax.sharding import make_mesh
 from geode_jax.training import checkpoint, metrics
@@ -131,12 +131,14 @@ def main(workdir: Path, steps: int) -> None:
     make = functools.partial(make_optimizer, config)
     graph, optimizer, state = init_state(line, make, 0, mesh)
     run = types.SimpleNamespace(
-        config=ml_collections.ConfigDict({
-            "train": {"microbatches": 1, "eval_every": 2 * EVERY, "checkpoint_every": EVERY,
-                      "checkpoint_minutes": 0, "patience": 0, "max_skipped": 1},
-            "data": {"scenes_per_batch": 4, "questions_per_scene": 1},
-            "eval": {"val_scenes": 1},
-        }),
+        settings=types.SimpleNamespace(
+            train=TrainSettings(
+                steps=steps, epochs=1, microbatches=1, eval_every=2 * EVERY,
+                checkpoint_every=EVERY, checkpoint_minutes=0, patience=0, max_skipped=1,
+            ),
+            data=types.SimpleNamespace(scenes_per_batch=4, questions_per_scene=1),
+            eval=types.SimpleNamespace(val_scenes=1),
+        ),
         objective=line, graph=graph, optimizer=optimizer, state=state, mesh=mesh, steps=steps,
         pipelines={"train": Pipeline(), "val": None},
         # Better every time, so that a best checkpoint is written every time.

@@ -11,12 +11,13 @@ from flax import nnx
 
 from configs import hidden_cot
 from geode_jax.plan.compiled import make_run
+from geode_jax.runs.config import make_settings
 from geode_jax.sharding import replicated
 
 
 def main() -> None:
     """Counts them in the entry computation and in all others, which are loops' and their like."""
-    run = make_run(hidden_cot.get_config("laptop"), jax.devices(), (1, 8, 1), 8)
+    run = make_run(make_settings(hidden_cot.get_config("laptop")), jax.devices(), (1, 8, 1), 8)
 
     def answer(state, batch):
         model = nnx.merge(run.graph, state.params, state.frozen)

@@ -14,6 +14,7 @@ from configs import geode_drm
 from geode_jax import sharding
 from geode_jax.ops.selective_scan import selective_scan
 from geode_jax.plan.compiled import KERNEL, make_run
+from geode_jax.runs.config import make_settings
 from tests.ops.attention_compile_run import COLLECTIVE, MESHES
 
 
@@ -62,7 +63,7 @@ def main() -> None:
         found[f"{name} full"] = call(mesh, 2048, 3072, 16)
         found[f"{name} odd"] = call(mesh, 77, 200, 4)
         if "step" not in found:
-            run = make_run(geode_drm.get_config(), devices, shape, 8)
+            run = make_run(make_settings(geode_drm.get_config()), devices, shape, 8)
             found["step"] = {"kernels": run.train_step().kernels}
     print(json.dumps(found))
 

@@ -25,6 +25,7 @@ from geode_jax.objectives.geode import GeodeStage
 from geode_jax.results.predict import Predictor
 from geode_jax.results.vsi import evaluate_run
 from geode_jax.runs import build
+from geode_jax.runs.config import make_settings
 from geode_jax.runs.trained import open_trained
 from geode_jax.sources.rooms.export import make_rooms
 from geode_jax.weights import save_pretrained
@@ -352,13 +353,14 @@ def test_what_a_stage_cannot_start_from_is_one_line(
     with config.unlocked():
         config.model.drm.update(changes)
     with pytest.raises(UserError, match=said) as caught:
-        build.build(config, tmp_path / "run")
+        build.build(make_settings(config), tmp_path / "run")
     assert "\n" not in str(caught.value)
 
 
 def test_a_blind_model_starts_before_the_rationale_module(geode_runs, tmp_path):
     export, start = geode_runs["pretrain"].export, geode_runs["pretrain"].workdir
-    run = build.build(tiny_geode_config("joint", export, start, "vision=off"), tmp_path / "run")
+    settings = make_settings(tiny_geode_config("joint", export, start, "vision=off"))
+    run = build.build(settings, tmp_path / "run")
     learned, found = flat(open_trained(start).state.params), flat(run.state.params)
     shared = [path for path in learned if path in found]
     assert shared and not any("drm" in path for path in shared)
@@ -369,9 +371,8 @@ def test_a_blind_model_starts_before_the_rationale_module(geode_runs, tmp_path):
 def test_a_stage_starts_from_pretrained_folders(geode_runs, tmp_path):
     """A decoder and a vision encoder of Hugging Face, and their tokenizer."""
     export, before = geode_runs["pretrain"].export, geode_runs["pretrain"].workdir
-    vlm = build.build(
-        tiny_geode_config("pretrain", export), tmp_path / "a"
-    ).objective.config.model.vlm
+    settings = make_settings(tiny_geode_config("pretrain", export))
+    vlm = build.build(settings, tmp_path / "a").objective.config.model.vlm
     grown = load_tokenizer(before / "tokenizer").with_tokens(INTERNVL_TOKENS).vocab_size
     sizes = dataclasses.replace(vlm.decoder, vocab_size=grown)
     models = {
@@ -385,8 +386,8 @@ def test_a_stage_starts_from_pretrained_folders(geode_runs, tmp_path):
         config.tokenizer = str(before / "tokenizer")
     joint = tiny_geode_config("joint", export, config.init_from)
     with pytest.raises(UserError, match=r"the rationale module has not learned in .*decoder,"):
-        build.build(joint, tmp_path / "c")
-    run = build.build(config, tmp_path / "b")
+        build.build(make_settings(joint), tmp_path / "c")
+    run = build.build(make_settings(config), tmp_path / "b")
     assert run.tokenizer.vocab_size == grown
     state = flat(run.state.frozen)
     for name, model in models.items():

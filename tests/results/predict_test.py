@@ -14,6 +14,7 @@ from geode_jax.errors import UserError
 from geode_jax.exports import Export, units
 from geode_jax.models.generate import Sampling
 from geode_jax.results.predict import Answer, Predictor
+from geode_jax.runs.config import make_settings
 from geode_jax.runs.data import pipeline_config
 from geode_jax.runs.trained import open_run_export
 
@@ -55,10 +56,10 @@ def test_answers_are_those_of_the_evaluation(predictor, tiny_run):
 
 
 def test_a_single_question_is_batched_as_the_evaluation_batches_it(tiny_run):
-    export, config = Export(tiny_run.export), tiny_run.config
+    export, settings = Export(tiny_run.export), make_settings(tiny_run.config)
     tokenizer = load_tokenizer(tiny_run.workdir / "tokenizer")
     one = dataclasses.replace(
-        pipeline_config(config, export, tokenizer),
+        pipeline_config(settings, export, tokenizer),
         scenes_per_batch=1,
         questions_per_scene=1,
         kind_weights={},

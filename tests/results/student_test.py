@@ -12,6 +12,7 @@ from geode_jax.evaluate.evaluator import Evaluator
 from geode_jax.results import student
 from geode_jax.runs import summary
 from geode_jax.runs.build import build
+from geode_jax.runs.config import make_settings
 from geode_jax.train import train_and_evaluate
 from geode_jax.training.checkpoint import Checkpoints
 
@@ -27,7 +28,7 @@ def unfinished(tiny_run, tmp_path):
     shutil.copytree(tiny_run.workdir, workdir)
     for name in ("summary.json", "predictions.jsonl", "report.html"):
         (workdir / name).unlink()
-    run = build(tiny_run.config, workdir)
+    run = build(make_settings(tiny_run.config), workdir)
     with jax.set_mesh(run.mesh), Checkpoints(workdir) as checkpoints:
         state, position = checkpoints.restore_best(run.state)
         yield workdir, run, state, position

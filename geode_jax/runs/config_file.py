@@ -1,0 +1,130 @@
+"""Files of configurations and the flags that override their fields; errors are one line.
+
+`python -m geode_jax.main --config=FILE[:ARGUMENTS] --config.train.steps=500` and
+`geode-jax plan --config FILE[:ARGUMENTS] --set train.steps=500` read them in the same way.
+"""
+
+import contextlib
+import itertools
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from geode_jax.errors import UserError
+from geode_jax.runs.config import make_settings
+from geode_jax.runs.settings import Settings
+
+
+def read_settings(text: str, changes: Sequence[str] = (), scenes: int | None = None) -> Settings:
+    """Returns the settings of a configuration.
+
+    Args:
+        text: `FILE[:ARGUMENTS]`.
+        changes: `FIELD=VALUE`, as `train.steps=500`.
+        scenes: of a batch; None: the configuration's.
+
+    Raises:
+        UserError: there is no such file or field, a value is of another type or breaks its rule,
+            or the configuration refuses its arguments.
+    """
+    for change in changes:
+        if not change.partition("=")[0] or "=" not in change:
+            raise UserError(f"--set: {change}: is not FIELD=VALUE")
+    if scenes is not None:
+        changes = [*changes, f"data.scenes_per_batch={scenes}"]
+    argv = ["plan", f"--config={text}", *(f"--config.{change}" for change in changes)]
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
+    parse_flags(argv, values)
+    return make_settings(config.value)
+
+
+def parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
+    """Parses a command line with a flag `config`; returns the arguments that are no flags.
+
+    Args:
+        argv: program and arguments.
+        values: the flags, of which `config` is defined by `config_flags`.
+
+    Raises:
+        UserError: anything that is wrong with a flag or in the configuration.
+    """
+    try:
+        _check_file(argv)
+        with _loading(_file_of(argv)):
+            rest = values(argv)
+        # A file that is not there is an error only where the configuration is used.
+        config: Any = values["config"].value
+        if not (config.system and isinstance(config, ml_collections.ConfigDict)):
+            raise UserError("config: get_config returns no configuration of a system")
+        return rest
+    except UserError as error:
+        raise _of_config(error) from error
+    except OSError as error:
+        raise UserError(f"config: {_last_line(error)}") from error
+    except flags.Error as error:
+        if "Error whilst parsing config file" in str(error):
+            raise _of_config(error) from error
+        first = str(error).strip().splitlines()[0]
+        last = _last_line(error)
+        raise UserError(first if first == last else f"{first} {last}") from error
+    except AttributeError as error:
+        cause: object = error
+        while isinstance(cause, Exception) and cause.args and isinstance(cause.args[0], Exception):
+            cause = cause.args[0]  # ml_collections wraps a KeyError that knows similar names
+        reason = cause.args[0] if isinstance(cause, Exception) and cause.args else cause
+        raise UserError(f"config: no such field: {reason}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a configuration is a program, and may raise or end at will
+        raise UserError(f"config: {type(error).__name__}: {error}") from error
+
+
+def _file_of(argv: Sequence[str]) -> Path | None:
+    """Returns the file that the flag `config` names."""
+    for argument, after in itertools.pairwise([*argv, ""]):
+        name, equals, value = argument.partition("=")
+        if name.lstrip("-") == "config" and name.startswith("-"):
+            return Path((value if equals else after).partition(":")[0])
+    return None
+
+
+def _check_file(argv: Sequence[str]) -> None:
+    """Raises a UserError where the configuration is no file: a pipe waits, a device never ends."""
+    path = _file_of(argv)
+    if path is not None and os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"--config: {path}: not a regular file")
+
+
+@contextlib.contextmanager
+def _loading(file: Path | None) -> Iterator[None]:
+    """Lets a configuration import its neighbours as `configs.NAME`, wherever the folder lies."""
+    folder = str(file.resolve().parent.parent) if file else ""
+    sys.modules.pop("config_config", None)  # ml_collections loads the next file into the same one,
+    sys.path.append(folder)
+    try:
+        with warnings.catch_warnings():  # by a function that Python is about to drop
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        sys.path.remove(folder)
+
+
+def _of_config(error: BaseException) -> UserError:
+    """Returns what a configuration raised: ml_collections and absl wrap it in a long text."""
+    while error.__context__ is not None:
+        error = error.__context__
+    if isinstance(error, UserError):
+        return error
+    return UserError(f"config: {type(error).__name__}: {_last_line(error)}")
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[-1].strip()
