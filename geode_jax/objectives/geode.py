@@ -33,6 +33,7 @@ from geode_jax.geometry.boxes import decode_boxes, encode_boxes, nearer_code
 from geode_jax.models.drh import decode_values, encode_values
 from geode_jax.models.generate import Sampling, before_end, generate
 from geode_jax.models.geode import Geode, GeodeConfig, Part, Prefix
+from geode_jax.models.internvl import InternVLConfig
 from geode_jax.models.layout import LayoutEncoder
 from geode_jax.models.packed import pick
 from geode_jax.objectives import losses
@@ -105,11 +106,11 @@ class GeodeStageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GeodeStage:
-    """The `training.step.Objective` of one stage."""
+    """The `Objective` of one stage."""
 
     config: GeodeStageConfig
 
-    judge = "loss"  # its weights are fixed
+    selection_metric = "loss"  # its weights are fixed
 
     @property
     def trainable(self):
@@ -121,17 +122,17 @@ class GeodeStage:
         """All parts, frozen ones too."""
         return Geode(self.config.model, rngs=rngs)
 
-    def parts(self, *, vision: bool = True) -> tuple[Part, ...]:
-        """What stands before the text; nothing without vision."""
+    def prefix_parts(self) -> tuple[Part, ...]:
+        """Returns the names of the parts before the text; none for the blind baseline."""
         c = self.config
-        if not (c.vision and vision):
+        if not c.vision:
             return ()
         return tuple(p for p in PREFIX[c.stage] if p != "spatio" or c.model.drm is not None)
 
     def terms(self, model: Geode, batch: Batch) -> Terms:
         """All losses of the stage as (sum, count)."""
         c = self.config
-        prefix = model.prefix(batch, self.parts())
+        prefix = model.prefix(batch, self.prefix_parts())
         hidden = model.read(batch, prefix)
         A = batch.answer_SQA.shape[-1]
         paid = jnp.arange(A) < jnp.asarray(batch.answer_length_SQ)[..., None]
@@ -176,19 +177,47 @@ class GeodeStage:
         return jnp.sum(jnp.where(known_S, 1 - cosine_S, 0.0)), jnp.sum(known_S, dtype=jnp.float32)
 
     @property
-    def looks_before_asked(self) -> bool:
-        """Unless the rationale module reads the question."""
+    def internvl(self) -> InternVLConfig:
+        """Sizes of the vision encoder and the decoder."""
+        return self.config.model.vlm
+
+    def prefix_length(self, views: int) -> int:
+        """Returns the number of positions of all parts together, whichever a stage uses."""
+        c = self.config.model
+        visual = views * (c.vlm.vision.grid // 2) ** 2
+        return c.categories + (c.drm.slots if c.drm else 0) + visual
+
+    def with_slots(self, slots: int) -> "GeodeStage":
+        """Returns the stage whose answers see only the first `slots` rationale tokens (Table 3)."""
+        return GeodeStage(dataclasses.replace(self.config, slots=slots))
+
+    def hub_config(self) -> dict[str, Any]:
+        """Returns `prefix`, the names of the parts before the text, and ids of control tokens."""
+        reg, box = self.config.controls or (None, None)
+        return {
+            "prefix": list(self.prefix_parts()),
+            "reg_token_id": reg,
+            "box_token_id": box,
+        }
+
+    @property
+    def caches_scene(self) -> bool:
+        """False if the rationale module reads the question."""
         drm = self.config.model.drm
         return drm is None or not drm.condition_on_question
 
-    def look(self, model: Geode, batch: Batch) -> Prefix:
-        """What the questions of a scene share."""
-        return model.prefix(batch, self.parts(), self.config.slots)
+    def encode_scene(self, model: Geode, batch: Batch) -> Prefix:
+        """Returns what the questions of a scene share."""
+        return model.prefix(batch, self.prefix_parts(), self.config.slots)
+
+    def predict_scene(self, model: Geode, batch: Batch) -> None:
+        """Returns None: GEODE has no dense heads."""
+        del model, batch
 
     def answer(
         self,
         model: Geode,
-        prefix: Prefix,
+        encoded: Prefix,
         batch: Batch,
         eos_id: int,
         sampling: Sampling | None = None,
@@ -202,13 +231,13 @@ class GeodeStage:
         """
         generated = generate(
             model.vlm.decoder,
-            prefix.keys,
+            encoded.keys,
             batch.question_SQL,
             batch.question_length_SQ,
             max_new_tokens=batch.answer_SQA.shape[-1],
             eos_id=eos_id,
             states=model.drh is not None,
-            prefix_length_S=prefix.length_S,
+            prefix_length_S=encoded.length_S,
             sampling=sampling,
         )
         out = {"tokens": generated.tokens_SQA}
@@ -217,14 +246,14 @@ class GeodeStage:
             out["boxes"] = decode_boxes(model.drh.boxes(generated.hidden_SQAD))
         return out
 
-    def say(
+    def decode_answer(
         self,
-        out: dict[str, np.ndarray],
+        answers: Mapping[str, np.ndarray],
         place: tuple[int, int],
         record: Mapping[str, Any],
         tokenizer: Tokenizer,
     ) -> dict[str, Any]:
-        """An answer of `answer` as text, in which a value stands for its control token.
+        """Returns one answer as text, in which a value stands for its control token.
 
         Returns:
             `prediction`; `predicted_value` (in the unit of `control.answer_unit`) or
@@ -233,17 +262,17 @@ class GeodeStage:
         reg, box = self.config.controls or (-1, -1)
         said, text, words = {}, "", []
         unit = answer_unit(record)
-        for i, token in enumerate(before_end(out["tokens"][place], tokenizer.eos_id)):
+        for i, token in enumerate(before_end(answers["tokens"][place], tokenizer.eos_id)):
             if token not in (reg, box):
                 words.append(token)
                 continue
             text, words = text + tokenizer.decode(words), []
             if token == reg:
-                value = decode_values(out["values"][*place, i], BASE_UNIT.get(unit, 1.0))
+                value = decode_values(answers["values"][*place, i], BASE_UNIT.get(unit, 1.0))
                 said["predicted_value"] = float(value)
                 text += f" {write_number(said['predicted_value'], record.get('unit'))}"
             else:
-                said["predicted_box"] = [round(float(x), 4) for x in out["boxes"][*place, i]]
+                said["predicted_box"] = [round(float(x), 4) for x in answers["boxes"][*place, i]]
                 text += " " + " ".join(f"{x:.2f}" for x in said["predicted_box"])
         return {"prediction": (text + tokenizer.decode(words)).strip()} | said
 

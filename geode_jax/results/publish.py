@@ -70,9 +70,7 @@ def _entries(trained: Trained, *, whole: bool) -> dict:
     entries["answer_length"] = settings.answer_length
     if trained.config.system == "hidden_cot":
         return entries | {"vision": settings.vision}
-    reg, box = settings.controls or (None, None)
-    parts = list(trained.objective.parts())
-    return entries | {"prefix": parts, "reg_token_id": reg, "box_token_id": box}
+    return entries | trained.objective.hub_config()
 
 
 _SPECIAL = ("bos", "eos", "pad")

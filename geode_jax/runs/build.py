@@ -91,9 +91,10 @@ def build(config: ml_collections.ConfigDict, workdir: Path) -> Run:
         objective, functools.partial(make_optimizer, optimizer_config), config.seed, mesh
     )
     if pretrained:
-        sizes = objective.config.model
-        longest = systems.longest_row(sizes, train)
-        state = start_from_pretrained(state, pretrained, sizes.vlm, mesh, longest)
+        if objective.internvl is None:
+            raise UserError(f"config: init_from: {config.system} starts from no pretrained model")
+        longest = systems.longest_row(objective, train)
+        state = start_from_pretrained(state, pretrained, objective.internvl, mesh, longest)
     elif init_from:
         state = start_from_run(state, Path(init_from), learned)
     if config.data.vision == "internvit/tokens":

@@ -130,12 +130,10 @@ def _picture_side(vision: ml_collections.ConfigDict, shapes: SceneShapes, stage:
     return side
 
 
-def longest_row(sizes: GeodeConfig, pipeline: Pipeline) -> int:
-    """Most positions that a row of a GEODE stage has: prefix, question, answer."""
-    slots = sizes.drm.slots if sizes.drm else 0
-    visual = pipeline.shapes.views * (sizes.vlm.vision.grid // 2) ** 2
+def longest_row(objective: Objective, pipeline: Pipeline) -> int:
+    """Most positions that a row of a run has: prefix, question, answer."""
     text = pipeline.config.question_length + pipeline.config.answer_length
-    return sizes.categories + slots + visual + text
+    return objective.prefix_length(pipeline.shapes.views) + text
 
 
 def _geode_stage(config, export: Export, tokenizer: Tokenizer, pipeline: Pipeline) -> GeodeStage:

@@ -37,7 +37,7 @@ class Trained:
         export: that it was trained on.
         tokenizer: of the run.
         pipeline: of the export's train split: lengths and sizes are those of training.
-        objective: asks the model and says its answers.
+        objective: runs the model and decodes its answers.
         mesh: this machine's devices, whatever the run trained on.
         graph: structure of the model.
         state: the parameters.
@@ -122,9 +122,7 @@ def open_trained(
     state = TrainState(np.int32(checkpoint.name), model["params"], model["frozen"], ())
     objective = make_objective(asked, export, tokenizer, pipeline)
     if slots is not None:
-        objective = dataclasses.replace(
-            objective, config=dataclasses.replace(objective.config, slots=slots)
-        )
+        objective = objective.with_slots(slots)
     evaluator = Evaluator(objective, graph, tokenizer, mesh)
     return Trained(config, export, tokenizer, pipeline, objective, mesh, graph, state, evaluator)
 
