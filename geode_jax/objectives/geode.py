@@ -37,9 +37,8 @@ from geode_jax.models.internvl import InternVLConfig
 from geode_jax.models.layout import LayoutEncoder
 from geode_jax.models.packed import pick
 from geode_jax.objectives import losses
-from geode_jax.objectives.base import Terms
-from geode_jax.objectives.losses import Pair
-from geode_jax.objectives.spatial import asked_terms
+from geode_jax.objectives.base import Pair, Terms
+from geode_jax.objectives.spatial import spatial_head_terms
 from geode_jax.objectives.text import text_term
 from geode_jax.shapes import Array, Batch
 
@@ -78,7 +77,7 @@ class GeodeStageConfig:
     layout_weight: of E_spatio's squared distance to the layout's columns, stage drm.
     rationale_weight: of `rationale_alignment`, stage drm.
     patch_weight: of the patches' categories, stage pretrain.
-    spatial_weight: of what the question is about, `spatial.asked_terms`, stage pretrain.
+    spatial_weight: of what the question is about, `spatial.spatial_head_terms`, stage pretrain.
     vision: False trains the blind baseline: nothing stands before the text.
     controls: ids of `<REG>` and `<3DBBOX>`, where the regression head answers.
     slots: so many of the rationale tokens does an answer see (Table 3); None: all.
@@ -147,7 +146,7 @@ class GeodeStage:
             asked = model.spatial_head(
                 pick(hidden, batch.encoding_column_SQ), pick(hidden, batch.object_column_SQO)
             )
-            terms |= {f"spatial/{k}": term for k, term in asked_terms(asked, batch).items()}
+            terms |= {f"spatial/{k}": term for k, term in spatial_head_terms(asked, batch).items()}
         if c.stage == "drm" and c.layout_weight:
             terms["layout"] = layout_alignment(prefix.spatio_SMD, model.layout, batch)
         if c.stage == "drm" and c.rationale_weight:
@@ -155,13 +154,15 @@ class GeodeStage:
         if c.stage == "joint" and model.drh is not None:
             # The state where the control token, an answer's first, is the input.
             state_SQD = states_SQAD[:, :, 1]
-            terms["values"] = value_loss(
+            terms["values"] = value_regression(
                 model.drh.values(state_SQD), batch.value_SQ, batch.base_unit_SQ, batch.value_mask_SQ
             )
-            terms["boxes"] = box_loss(model.drh.boxes(state_SQD), batch.box_SQ7, batch.box_mask_SQ)
+            terms["boxes"] = box_regression(
+                model.drh.boxes(state_SQD), batch.box_SQ7, batch.box_mask_SQ
+            )
         return terms
 
-    def _rationale_alignment(self, model: Geode, batch: Batch, prefix: Prefix, paid) -> losses.Pair:
+    def _rationale_alignment(self, model: Geode, batch: Batch, prefix: Prefix, paid) -> Pair:
         """1 - cosine of the mean of E_spatio and that of its rationales' embeddings (Sec. 2.1.2).
 
         The frozen text encoder is the frozen decoder, which reads the rationales with nothing
@@ -174,7 +175,7 @@ class GeodeStage:
         embedding = jax.lax.stop_gradient(jnp.where(known_S[:, None], own, 1.0))
         spatio = jnp.mean(prefix.spatio_SMD.astype(jnp.float32), axis=1)
         cosine_S = optax.losses.cosine_similarity(spatio, embedding, epsilon=1e-6)
-        return jnp.sum(jnp.where(known_S, 1 - cosine_S, 0.0)), jnp.sum(known_S, dtype=jnp.float32)
+        return losses.masked_sum(1 - cosine_S, known_S)
 
     @property
     def internvl(self) -> InternVLConfig:
@@ -291,30 +292,30 @@ class GeodeStage:
         return losses.static_total(terms, {name: weights[name.split("/")[0]] for name in terms})
 
 
-def layout_alignment(spatio_SMD: Array, layout: LayoutEncoder, batch: Batch) -> losses.Pair:
-    """`LayoutEncoder.distance` of E_spatio; count = slots.
+def layout_alignment(spatio_SMD: Array, layout: LayoutEncoder, batch: Batch) -> Pair:
+    """`LayoutEncoder.distance` of E_spatio, in scenes whose boxes are known; count = slots.
 
-    The first slots are to the first categories, whichever of them are more. Of scenes whose boxes
-    are known.
+    Slot i is compared with category i; further slots or categories are left out.
     """
     error_SM = layout.distance(spatio_SMD, batch)
     known_SM = jnp.broadcast_to(jnp.asarray(batch.boxes_known_S)[:, None], error_SM.shape)
-    return jnp.sum(jnp.where(known_SM, error_SM, 0.0)), jnp.sum(known_SM, dtype=jnp.float32)
+    return losses.masked_sum(error_SM, known_SM)
 
 
-def value_loss(codes: Array, values: Array, base_unit: Array, mask: Array) -> Pair:
-    """Eq. 6 on values: squared error of the codes as (sum, count) where `mask`."""
-    target = encode_values(jnp.where(mask, values, 1.0), base_unit)
-    error = jnp.where(mask, codes - target, 0.0)
-    return jnp.sum(jnp.square(error)), jnp.sum(mask, dtype=jnp.float32)
+def value_regression(codes: Array, values: Array, base_unit: Array, mask: Array) -> Pair:
+    """Eq. 6 on values: squared error of the codes of `drh.encode_values`; count = values."""
+    mask = jnp.asarray(mask)
+    target = encode_values(losses.keep(values, mask, 1.0), base_unit)
+    return losses.masked_sum(jnp.square(jnp.where(mask, codes - target, 0.0)), mask)
 
 
-def box_loss(codes_8: Array, boxes_7: Array, mask: Array) -> Pair:
-    """Eq. 6 on boxes: squared error to the nearer code of each, `geometry.boxes.nearer_code`.
+def box_regression(codes_8: Array, boxes_7: Array, mask: Array) -> Pair:
+    """Eq. 6 on boxes: squared error to the nearer of a box's two codes; count = boxes.
 
-    As (sum, count) where `mask`.
+    The codes are those of `geometry.boxes.encode_boxes`, see `geometry.boxes.nearer_code`.
     """
-    codes_8 = jnp.where(mask[..., None], codes_8, 0.0)
-    target = encode_boxes(jnp.where(mask[..., None], boxes_7, 1.0))
-    error = nearer_code(lambda code: jnp.sum(jnp.square(codes_8 - code), axis=-1), target)
-    return jnp.sum(jnp.where(mask, error, 0.0)), jnp.sum(mask, dtype=jnp.float32)
+    mask = jnp.asarray(mask)
+    codes_8 = losses.keep(codes_8, mask)
+    target_8 = encode_boxes(losses.keep(boxes_7, mask, 1.0))
+    error = nearer_code(lambda code_8: jnp.sum(jnp.square(codes_8 - code_8), axis=-1), target_8)
+    return losses.masked_sum(error, mask)

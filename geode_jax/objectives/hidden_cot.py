@@ -39,7 +39,7 @@ from geode_jax.models.layers import param
 from geode_jax.models.student import Scene, Student, StudentConfig, StudentOutput
 from geode_jax.objectives import losses
 from geode_jax.objectives.base import ScenePrediction, Terms
-from geode_jax.objectives.spatial import asked_terms
+from geode_jax.objectives.spatial import spatial_head_terms
 from geode_jax.objectives.text import text_term
 from geode_jax.shapes import Array, Batch, without_vision
 
@@ -280,9 +280,7 @@ def depth_terms(out: StudentOutput, batch: Batch, literal_cross_view: bool = Fal
         teacher_depth = losses.expected_depth(
             jnp.log(jnp.asarray(batch.teacher_depth_bins_SVPB) + 1e-9), centres
         )
-        terms["feature/depth"] = losses.feature_alignment(
-            depth=(patch_depth, teacher_depth, taught)
-        )["depth"]
+        terms["feature/depth"] = losses.log_depth_distance(patch_depth, teacher_depth, taught)
     if out.features_SVPF is not None:
         terms["spatial/cross_view"] = losses.cross_view(
             out.features_SVPF, index, visible, literal_sign=literal_cross_view
@@ -312,29 +310,25 @@ def detection_terms(out: StudentOutput, batch: Batch) -> Terms:
     if batch.teacher_detection_SNc.shape[-1]:
         taught = (found.query_SN >= 0) & jnp.asarray(batch.teacher_detection_mask_S)[:, None]
         probabilities = jax.nn.sigmoid(out.detection.class_logits_SMc)
-        terms["feature/detection"] = losses.feature_alignment(
-            detection=(
-                losses.take_matched(probabilities, found.query_SN),
-                batch.teacher_detection_SNc,
-                taught,
-            )
-        )["detection"]
+        terms["feature/detection"] = losses.squared_distance(
+            losses.take_matched(probabilities, found.query_SN), batch.teacher_detection_SNc, taught
+        )
     return terms
 
 
 def spatial_terms(out: StudentOutput, batch: Batch) -> Terms:
     """Eq. 1's features, relations, and what the question is about, Sec. III-D.2 and III-D.3."""
-    terms = {f"spatial/{name}": term for name, term in asked_terms(out.spatial, batch).items()}
-    terms["feature/spatial"] = losses.feature_alignment(
-        spatial=(
-            jax.nn.sigmoid(out.spatial.relations_SQR),
-            batch.teacher_relations_SQR,
-            batch.teacher_relations_mask_SQR,
-        )
-    )["spatial"]
+    terms = {
+        f"spatial/{name}": term for name, term in spatial_head_terms(out.spatial, batch).items()
+    }
+    terms["feature/spatial"] = losses.squared_distance(
+        jax.nn.sigmoid(out.spatial.relations_SQR)[..., None],
+        batch.teacher_relations_SQR[..., None],
+        batch.teacher_relations_mask_SQR,
+    )
     if out.features_SVPF is not None:
         mask = jnp.asarray(batch.teacher_features_mask_S)[:, None] & batch.view_mask_SV
-        terms["spatial/features"] = losses.spatial_features(
+        terms["spatial/features"] = losses.squared_distance(
             out.features_SVPF, batch.teacher_features_SVPF, mask
         )
     return terms
