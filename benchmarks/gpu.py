@@ -325,7 +325,8 @@ class Rows:
 
         def answer(state, batch):
             model = nnx.merge(graph, state)
-            return objective.answer(model, objective.look(model, batch), batch, NEVER)["tokens"]
+            encoded = objective.encode_scene(model, batch)
+            return objective.answer(model, encoded, batch, NEVER)["tokens"]
 
         plain = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), (state, run.batch()))
         return Row("an answer of the full student", answer, 15_330.0, plain, "ms", None, None)

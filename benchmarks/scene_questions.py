@@ -39,7 +39,7 @@ def measure(predictor: Predictor, rounds: int) -> list[dict]:
     scene_id = predictor.export.scene_ids("test")[0]
     own = [record["question"] for record in predictor.questions(scene_id)]
     asked = [own[i % len(own)] for i in range(QUESTIONS)]
-    look, answer, parameters = predictor._compiled
+    encode_scene, answer, parameters = predictor._compiled
     pipeline = predictor._pipeline
     scene = pipeline.one_scene(scene_id)
     records = [predictor.record(scene_id, question) for question in asked]
@@ -59,11 +59,11 @@ def measure(predictor: Predictor, rounds: int) -> list[dict]:
             predictor.answer(scene_id, question)
 
     with jax.set_mesh(predictor._trained.mesh):
-        looked = look(parameters, batches[0])
+        encoded = encode_scene(parameters, batches[0])
 
         def given():
             for batch in batches:
-                jax.device_get(answer(parameters, looked, batch, None))
+                jax.device_get(answer(parameters, encoded, batch, None))
 
         shape = [QUESTIONS]
         rows = []

@@ -219,7 +219,7 @@ def _train(
                 log.flush()
                 log.write(step, values)
                 position["evaluated"], stop.unsaved = step, True
-                if _is_best(values, run.objective.judge, position, train.patience):
+                if _is_best(values, run.objective.selection_metric, position, train.patience):
                     checkpoints.save_best(state, position)
             done = step >= run.steps or position["stopped_early"]
             due = is_main() and 0 < every <= time.monotonic() - saved
@@ -323,7 +323,9 @@ class _Log:
             )
 
 
-def _is_best(values: dict[str, float], judge: str, position: dict[str, Any], patience: int) -> bool:
+def _is_best(
+    values: dict[str, float], metric: str, position: dict[str, Any], patience: int
+) -> bool:
     """Updates the early-stopping counters; a loss that is not finite is never best.
 
     The loss that the objective names decides. Where nothing of it is paid (the student's text with
@@ -332,7 +334,7 @@ def _is_best(values: dict[str, float], judge: str, position: dict[str, Any], pat
     Raises:
         UserError: the position, of a checkpoint, lacks that loss: it is damaged.
     """
-    name = f"val/{judge}" if f"val/{judge}" in values else "val/loss"
+    name = f"val/{metric}" if f"val/{metric}" in values else "val/loss"
     if position["best"] and name not in position["best"]:
         raise UserError(
             f"checkpoint: the position of step {position['step']} has no {name} of best"

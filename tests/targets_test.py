@@ -16,8 +16,7 @@ from geode_jax.exports.units import BASE_UNIT, UNITS
 from geode_jax.geometry.boxes import decode_boxes, encode_boxes
 from geode_jax.models.task_heads import GAP_FLOOR
 from geode_jax.objectives import losses
-from geode_jax.objectives.geode import box_loss, value_loss
-from geode_jax.objectives.spatial import huber
+from geode_jax.objectives.geode import box_regression, value_regression
 
 ANY = st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False, width=32)
 # Numbers of rooms, and any at all; both ends of every domain among them.
@@ -38,11 +37,11 @@ def loss_and_gradient(dtype, values, bases, value_mask, boxes, box_mask, depth):
         held = jnp.where(box_mask[:, None], boxes, 1.0)
         gaps = jnp.linalg.norm(held[:, :3] - held[:1, :3], axis=-1)
         pairs = [
-            value_loss(codes[:, 0], values, bases, value_mask),
-            box_loss(codes, boxes, box_mask),
+            value_regression(codes[:, 0], values, bases, value_mask),
+            box_regression(codes, boxes, box_mask),
             losses.box_loss(codes, boxes, box_mask),
-            huber(codes, encode_boxes(held), box_mask),
-            huber(codes[:, :1], jnp.log(gaps + GAP_FLOOR)[:, None], box_mask),
+            losses.huber(codes, encode_boxes(held), box_mask),
+            losses.huber(codes[:, :1], jnp.log(gaps + GAP_FLOOR)[:, None], box_mask),
             losses.depth_l1(codes[:, 0], depth, depth > 0),
             losses.depth_bin_ce(codes, depth, depth > 0, CENTRES),
         ]

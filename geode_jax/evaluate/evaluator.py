@@ -17,7 +17,7 @@ from geode_jax.evaluate.answered import Answered
 from geode_jax.evaluate.metrics.depth import DepthMetrics
 from geode_jax.evaluate.metrics.detection import DetectionMetrics
 from geode_jax.exports import Export
-from geode_jax.objectives.base import Objective
+from geode_jax.objectives.base import Objective, ScenePrediction
 from geode_jax.sealed import checksum
 from geode_jax.shapes import Batch, without_vision
 from geode_jax.sharding import replicated, rows_of_process, shard_batch
@@ -31,7 +31,7 @@ class Evaluation:
     """What a model said about a split.
 
     Attributes:
-        predictions: question records with what `Objective.say` adds, `prediction` at least.
+        predictions: question records with the fields that `Objective.decode_answer` adds.
         depth: a student's errors over all pixels.
         detection: boxes found, over the scenes whose boxes are known.
         depth_maps: scene id -> predicted depth [V, h, w], metres, of the first scenes.
@@ -78,12 +78,14 @@ class Evaluator:
 
         def answers(state, batch):
             model = model_of(state)
-            return objective.answer(model, objective.look(model, batch), batch, tokenizer.eos_id)
+            return objective.answer(
+                model, objective.encode_scene(model, batch), batch, tokenizer.eos_id
+            )
 
         def heads(state, batch):
             true = (batch.target_depth_SVhw, batch.view_mask_SV, batch.boxes_known_S)
             boxes = (batch.target_boxes_SN7, batch.target_labels_SN)
-            return objective.perceive(model_of(state), batch), (*true, *boxes)
+            return objective.predict_scene(model_of(state), batch), (*true, *boxes)
 
         # Every process fetches all that is said: each of them scores it.
         whole = functools.partial(jax.jit, out_shardings=replicated(mesh))
@@ -160,11 +162,14 @@ class Evaluator:
                 done: dict[str, Any] = {"predictions": [], "scenes": []}
                 for row, own in enumerate(records):
                     for column, record in enumerate(own):
-                        said = self._objective.say(answers, (row, column), record, self._tokenizer)
-                        done["predictions"].append(record | said)
+                        answer = self._objective.decode_answer(
+                            answers, (row, column), record, self._tokenizer
+                        )
+                        done["predictions"].append(record | answer)
                 if heads:
-                    measured = jax.device_get(self._heads(state, shown))
-                    done["scenes"] = list(_judged(records, out.scenes, *measured))
+                    predicted, true = jax.device_get(self._heads(state, shown))
+                    if predicted is not None:
+                        done["scenes"] = list(_judged(records, out.scenes, predicted, true))
                 answered.keep(done)
                 out.take(done)
                 bar.update(len(done["predictions"]))
@@ -191,10 +196,10 @@ class Evaluator:
 
 
 def _judged(
-    records: list[list[dict]], before: set[str], said: tuple, true: tuple
+    records: list[list[dict]], before: set[str], predicted: ScenePrediction, true: tuple
 ) -> Iterator[dict[str, Any]]:
     """Depth and boxes of the scenes of a batch, each once, as JSON holds them."""
-    depth, boxes, labels, scores = said
+    depth, boxes, labels, scores = predicted
     true_depth, seen, boxes_known, true_boxes, true_labels = true
     judged = set(before)
     for row, own in enumerate(records):

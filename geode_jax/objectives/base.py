@@ -1,68 +1,141 @@
-"""What training asks of an objective."""
+"""The interface between a system's losses and answers, and the code that trains and runs it."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from flax import nnx
+from flax.nnx import filterlib
 
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.models.generate import Sampling
+from geode_jax.models.internvl import InternVLConfig
 from geode_jax.shapes import Array, Batch
 
-Terms = dict[str, tuple[Array, Array]]
-"""Loss name -> (sum, count) over the examples that carry its target."""
+Pair = tuple[Array, Array]
+"""One loss as (sum, count) over the examples that carry its target; both are float32 scalars."""
+
+Terms = dict[str, Pair]
+"""Loss name -> (sum, count)."""
+
+ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 
-class Objective(Protocol):
-    """What differs between the systems; see `objectives/`.
+class ScenePrediction(NamedTuple):
+    """Output of the dense heads, for a batch of scenes with M detected objects each.
 
     Attributes:
-        judge: the validation loss whose lowest value is of the best checkpoint.
+        depth_SVhw: metres.
+        boxes_SM7: boxes of the objects, as in `geometry.boxes`.
+        categories_SM: index of each object's most probable category.
+        probability_SM: probability of that category.
     """
 
-    judge: str
+    depth_SVhw: Array
+    boxes_SM7: Array
+    categories_SM: Array
+    probability_SM: Array
 
-    def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The model with freshly initialised parameters."""
+
+class TrainingObjective(Protocol[ModelT]):
+    """The part of `Objective` that the training step uses."""
+
+    @property
+    def trainable(self) -> filterlib.Filter:
+        """nnx filter of the trained parameters; the others get no gradient and no moments."""
+        ...
+
+    def build(self, rngs: nnx.Rngs) -> ModelT:
+        """Returns the model with freshly initialised parameters."""
+        ...
+
+    def terms(self, model: ModelT, batch: Batch) -> Terms:
+        """Returns every loss as (sum, count)."""
+        ...
+
+    def total(self, model: ModelT, terms: Terms) -> tuple[Array, dict]:
+        """Returns the total loss and, for the log, the weights of its terms.
+
+        The total is linear in the sums of `terms`, which are those of a whole batch.
+        """
+        ...
+
+
+class Objective(TrainingObjective[ModelT], Protocol[ModelT]):
+    """What differs between the systems: one class of each module beside this one implements it."""
+
+    @property
+    def selection_metric(self) -> str:
+        """Name of the validation loss that selects the best checkpoint."""
         ...
 
     @property
-    def trainable(self) -> Any:
-        """nnx filter of the parameters that learn; the others get no gradient and no moments."""
+    def internvl(self) -> InternVLConfig | None:
+        """Sizes of the model's InternVL, which pretrained weights can fill; None if it has none."""
         ...
 
-    def terms(self, model: nnx.Module, batch: Batch) -> Terms:
-        """Every loss as (sum, count)."""
+    def prefix_length(self, views: int) -> int:
+        """Returns the largest number of positions before a question, in scenes of `views` views."""
         ...
 
-    def total(self, model: nnx.Module, terms: Terms) -> tuple[Array, dict]:
-        """The loss of a whole batch's `terms`, linear in their sums, and weights for the log."""
+    def with_slots(self, slots: int) -> "Objective[ModelT]":
+        """Returns the objective whose answers see only the first `slots` rationale tokens.
+
+        Raises:
+            UserError: the model has no rationale tokens, or fewer.
+        """
         ...
 
     @property
-    def looks_before_asked(self) -> bool:
-        """Whether `look` does without the questions, so that it serves whatever is asked later."""
+    def caches_scene(self) -> bool:
+        """True if `encode_scene` does not depend on the questions.
+
+        Its result can then be cached per scene.
+        """
         ...
 
-    def look(self, model: nnx.Module, batch: Batch) -> Any:
-        """What the questions of a scene share, for `answer`."""
+    def encode_scene(self, model: ModelT, batch: Batch) -> Any:
+        """Returns what all questions of a scene share, an argument of `answer`."""
         ...
 
     def answer(
         self,
-        model: nnx.Module,
-        looked: Any,
+        model: ModelT,
+        encoded: Any,
         batch: Batch,
         eos_id: int,
         sampling: Sampling | None = None,
     ) -> dict[str, Array]:
-        """Answers to the batch's questions, greedy without `sampling`: `tokens` [S, Q, A], and
-        what `say` reads."""
+        """Generates answers to the batch's questions.
+
+        Args:
+            model: of `build`.
+            encoded: `encode_scene` of the same batch.
+            batch: its answers only set the largest length, A.
+            eos_id: token that ends an answer.
+            sampling: None decodes greedily.
+
+        Returns:
+            `tokens` [S, Q, A], and further arrays that `decode_answer` reads.
+        """
         ...
 
-    def say(
-        self, out: dict, place: tuple[int, int], record: Mapping[str, Any], tokenizer: Tokenizer
+    def decode_answer(
+        self,
+        answers: Mapping[str, Any],
+        place: tuple[int, int],
+        record: Mapping[str, Any],
+        tokenizer: Tokenizer,
     ) -> dict[str, Any]:
-        """What `answer`, fetched, says to the question of a record that stands at (row, column):
-        `prediction` and whatever goes with it."""
+        """Returns one generated answer as text: `prediction`, and fields of the system's own.
+
+        Args:
+            answers: of `answer`, as NumPy arrays.
+            place: (row, column) of the question in the batch.
+            record: the question's record.
+            tokenizer: of the run.
+        """
+        ...
+
+    def predict_scene(self, model: ModelT, batch: Batch) -> ScenePrediction | None:
+        """Returns what the dense heads predict; None if the model has no such heads."""
         ...

@@ -33,12 +33,12 @@ from geode_jax.geometry.boxes import decode_boxes, encode_boxes, nearer_code
 from geode_jax.models.drh import decode_values, encode_values
 from geode_jax.models.generate import Sampling, before_end, generate
 from geode_jax.models.geode import Geode, GeodeConfig, Part, Prefix
+from geode_jax.models.internvl import InternVLConfig
 from geode_jax.models.layout import LayoutEncoder
 from geode_jax.models.packed import pick
 from geode_jax.objectives import losses
-from geode_jax.objectives.base import Terms
-from geode_jax.objectives.losses import Pair
-from geode_jax.objectives.spatial import asked_terms
+from geode_jax.objectives.base import Pair, Terms
+from geode_jax.objectives.spatial import spatial_head_terms
 from geode_jax.objectives.text import text_term
 from geode_jax.shapes import Array, Batch
 
@@ -77,7 +77,7 @@ class GeodeStageConfig:
     layout_weight: of E_spatio's squared distance to the layout's columns, stage drm.
     rationale_weight: of `rationale_alignment`, stage drm.
     patch_weight: of the patches' categories, stage pretrain.
-    spatial_weight: of what the question is about, `spatial.asked_terms`, stage pretrain.
+    spatial_weight: of what the question is about, `spatial.spatial_head_terms`, stage pretrain.
     vision: False trains the blind baseline: nothing stands before the text.
     controls: ids of `<REG>` and `<3DBBOX>`, where the regression head answers.
     slots: so many of the rationale tokens does an answer see (Table 3); None: all.
@@ -105,11 +105,11 @@ class GeodeStageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GeodeStage:
-    """The `training.step.Objective` of one stage."""
+    """The `Objective` of one stage."""
 
     config: GeodeStageConfig
 
-    judge = "loss"  # its weights are fixed
+    selection_metric = "loss"  # its weights are fixed
 
     @property
     def trainable(self):
@@ -121,17 +121,17 @@ class GeodeStage:
         """All parts, frozen ones too."""
         return Geode(self.config.model, rngs=rngs)
 
-    def parts(self, *, vision: bool = True) -> tuple[Part, ...]:
-        """What stands before the text; nothing without vision."""
+    def prefix_parts(self) -> tuple[Part, ...]:
+        """Returns the names of the parts before the text; none for the blind baseline."""
         c = self.config
-        if not (c.vision and vision):
+        if not c.vision:
             return ()
         return tuple(p for p in PREFIX[c.stage] if p != "spatio" or c.model.drm is not None)
 
     def terms(self, model: Geode, batch: Batch) -> Terms:
         """All losses of the stage as (sum, count)."""
         c = self.config
-        prefix = model.prefix(batch, self.parts())
+        prefix = model.prefix(batch, self.prefix_parts())
         hidden = model.read(batch, prefix)
         A = batch.answer_SQA.shape[-1]
         paid = jnp.arange(A) < jnp.asarray(batch.answer_length_SQ)[..., None]
@@ -146,7 +146,7 @@ class GeodeStage:
             asked = model.spatial_head(
                 pick(hidden, batch.encoding_column_SQ), pick(hidden, batch.object_column_SQO)
             )
-            terms |= {f"spatial/{k}": term for k, term in asked_terms(asked, batch).items()}
+            terms |= {f"spatial/{k}": term for k, term in spatial_head_terms(asked, batch).items()}
         if c.stage == "drm" and c.layout_weight:
             terms["layout"] = layout_alignment(prefix.spatio_SMD, model.layout, batch)
         if c.stage == "drm" and c.rationale_weight:
@@ -154,13 +154,15 @@ class GeodeStage:
         if c.stage == "joint" and model.drh is not None:
             # The state where the control token, an answer's first, is the input.
             state_SQD = states_SQAD[:, :, 1]
-            terms["values"] = value_loss(
+            terms["values"] = value_regression(
                 model.drh.values(state_SQD), batch.value_SQ, batch.base_unit_SQ, batch.value_mask_SQ
             )
-            terms["boxes"] = box_loss(model.drh.boxes(state_SQD), batch.box_SQ7, batch.box_mask_SQ)
+            terms["boxes"] = box_regression(
+                model.drh.boxes(state_SQD), batch.box_SQ7, batch.box_mask_SQ
+            )
         return terms
 
-    def _rationale_alignment(self, model: Geode, batch: Batch, prefix: Prefix, paid) -> losses.Pair:
+    def _rationale_alignment(self, model: Geode, batch: Batch, prefix: Prefix, paid) -> Pair:
         """1 - cosine of the mean of E_spatio and that of its rationales' embeddings (Sec. 2.1.2).
 
         The frozen text encoder is the frozen decoder, which reads the rationales with nothing
@@ -173,22 +175,53 @@ class GeodeStage:
         embedding = jax.lax.stop_gradient(jnp.where(known_S[:, None], own, 1.0))
         spatio = jnp.mean(prefix.spatio_SMD.astype(jnp.float32), axis=1)
         cosine_S = optax.losses.cosine_similarity(spatio, embedding, epsilon=1e-6)
-        return jnp.sum(jnp.where(known_S, 1 - cosine_S, 0.0)), jnp.sum(known_S, dtype=jnp.float32)
+        return losses.masked_sum(1 - cosine_S, known_S)
 
     @property
-    def looks_before_asked(self) -> bool:
-        """Unless the rationale module reads the question."""
+    def internvl(self) -> InternVLConfig:
+        """Sizes of the vision encoder and the decoder."""
+        return self.config.model.vlm
+
+    def prefix_length(self, views: int) -> int:
+        """Returns the number of positions of all parts together, whichever a stage uses."""
+        c = self.config.model
+        visual = views * (c.vlm.vision.grid // 2) ** 2
+        return c.categories + (c.drm.slots if c.drm else 0) + visual
+
+    def with_slots(self, slots: int) -> "GeodeStage":
+        """Returns the stage whose answers see only the first `slots` rationale tokens (Table 3)."""
+        return GeodeStage(dataclasses.replace(self.config, slots=slots))
+
+    def hub_config(self) -> dict[str, Any]:
+        """Returns entries of an exported `config.json` that are not sizes of the model.
+
+        They are `prefix`, the names of the parts before the text, and ids of control tokens.
+        """
+        reg, box = self.config.controls or (None, None)
+        return {
+            "prefix": list(self.prefix_parts()),
+            "reg_token_id": reg,
+            "box_token_id": box,
+        }
+
+    @property
+    def caches_scene(self) -> bool:
+        """False if the rationale module reads the question."""
         drm = self.config.model.drm
         return drm is None or not drm.condition_on_question
 
-    def look(self, model: Geode, batch: Batch) -> Prefix:
-        """What the questions of a scene share."""
-        return model.prefix(batch, self.parts(), self.config.slots)
+    def encode_scene(self, model: Geode, batch: Batch) -> Prefix:
+        """Returns what the questions of a scene share."""
+        return model.prefix(batch, self.prefix_parts(), self.config.slots)
+
+    def predict_scene(self, model: Geode, batch: Batch) -> None:
+        """Returns None: GEODE has no dense heads."""
+        del model, batch
 
     def answer(
         self,
         model: Geode,
-        prefix: Prefix,
+        encoded: Prefix,
         batch: Batch,
         eos_id: int,
         sampling: Sampling | None = None,
@@ -202,13 +235,13 @@ class GeodeStage:
         """
         generated = generate(
             model.vlm.decoder,
-            prefix.keys,
+            encoded.keys,
             batch.question_SQL,
             batch.question_length_SQ,
             max_new_tokens=batch.answer_SQA.shape[-1],
             eos_id=eos_id,
             states=model.drh is not None,
-            prefix_length_S=prefix.length_S,
+            prefix_length_S=encoded.length_S,
             sampling=sampling,
         )
         out = {"tokens": generated.tokens_SQA}
@@ -217,14 +250,14 @@ class GeodeStage:
             out["boxes"] = decode_boxes(model.drh.boxes(generated.hidden_SQAD))
         return out
 
-    def say(
+    def decode_answer(
         self,
-        out: dict[str, np.ndarray],
+        answers: Mapping[str, np.ndarray],
         place: tuple[int, int],
         record: Mapping[str, Any],
         tokenizer: Tokenizer,
     ) -> dict[str, Any]:
-        """An answer of `answer` as text, in which a value stands for its control token.
+        """Returns one answer as text, in which a value stands for its control token.
 
         Returns:
             `prediction`; `predicted_value` (in the unit of `control.answer_unit`) or
@@ -233,17 +266,17 @@ class GeodeStage:
         reg, box = self.config.controls or (-1, -1)
         said, text, words = {}, "", []
         unit = answer_unit(record)
-        for i, token in enumerate(before_end(out["tokens"][place], tokenizer.eos_id)):
+        for i, token in enumerate(before_end(answers["tokens"][place], tokenizer.eos_id)):
             if token not in (reg, box):
                 words.append(token)
                 continue
             text, words = text + tokenizer.decode(words), []
             if token == reg:
-                value = decode_values(out["values"][*place, i], BASE_UNIT.get(unit, 1.0))
+                value = decode_values(answers["values"][*place, i], BASE_UNIT.get(unit, 1.0))
                 said["predicted_value"] = float(value)
                 text += f" {write_number(said['predicted_value'], record.get('unit'))}"
             else:
-                said["predicted_box"] = [round(float(x), 4) for x in out["boxes"][*place, i]]
+                said["predicted_box"] = [round(float(x), 4) for x in answers["boxes"][*place, i]]
                 text += " " + " ".join(f"{x:.2f}" for x in said["predicted_box"])
         return {"prediction": (text + tokenizer.decode(words)).strip()} | said
 
@@ -262,30 +295,30 @@ class GeodeStage:
         return losses.static_total(terms, {name: weights[name.split("/")[0]] for name in terms})
 
 
-def layout_alignment(spatio_SMD: Array, layout: LayoutEncoder, batch: Batch) -> losses.Pair:
-    """`LayoutEncoder.distance` of E_spatio; count = slots.
+def layout_alignment(spatio_SMD: Array, layout: LayoutEncoder, batch: Batch) -> Pair:
+    """`LayoutEncoder.distance` of E_spatio, in scenes whose boxes are known; count = slots.
 
-    The first slots are to the first categories, whichever of them are more. Of scenes whose boxes
-    are known.
+    Slot i is compared with category i; further slots or categories are left out.
     """
     error_SM = layout.distance(spatio_SMD, batch)
     known_SM = jnp.broadcast_to(jnp.asarray(batch.boxes_known_S)[:, None], error_SM.shape)
-    return jnp.sum(jnp.where(known_SM, error_SM, 0.0)), jnp.sum(known_SM, dtype=jnp.float32)
+    return losses.masked_sum(error_SM, known_SM)
 
 
-def value_loss(codes: Array, values: Array, base_unit: Array, mask: Array) -> Pair:
-    """Eq. 6 on values: squared error of the codes as (sum, count) where `mask`."""
-    target = encode_values(jnp.where(mask, values, 1.0), base_unit)
-    error = jnp.where(mask, codes - target, 0.0)
-    return jnp.sum(jnp.square(error)), jnp.sum(mask, dtype=jnp.float32)
+def value_regression(codes: Array, values: Array, base_unit: Array, mask: Array) -> Pair:
+    """Eq. 6 on values: squared error of the codes of `drh.encode_values`; count = values."""
+    mask = jnp.asarray(mask)
+    target = encode_values(losses.keep(values, mask, 1.0), base_unit)
+    return losses.masked_sum(jnp.square(jnp.where(mask, codes - target, 0.0)), mask)
 
 
-def box_loss(codes_8: Array, boxes_7: Array, mask: Array) -> Pair:
-    """Eq. 6 on boxes: squared error to the nearer code of each, `geometry.boxes.nearer_code`.
+def box_regression(codes_8: Array, boxes_7: Array, mask: Array) -> Pair:
+    """Eq. 6 on boxes: squared error to the nearer of a box's two codes; count = boxes.
 
-    As (sum, count) where `mask`.
+    The codes are those of `geometry.boxes.encode_boxes`, see `geometry.boxes.nearer_code`.
     """
-    codes_8 = jnp.where(mask[..., None], codes_8, 0.0)
-    target = encode_boxes(jnp.where(mask[..., None], boxes_7, 1.0))
-    error = nearer_code(lambda code: jnp.sum(jnp.square(codes_8 - code), axis=-1), target)
-    return jnp.sum(jnp.where(mask, error, 0.0)), jnp.sum(mask, dtype=jnp.float32)
+    mask = jnp.asarray(mask)
+    codes_8 = losses.keep(codes_8, mask)
+    target_8 = encode_boxes(losses.keep(boxes_7, mask, 1.0))
+    error = nearer_code(lambda code_8: jnp.sum(jnp.square(codes_8 - code_8), axis=-1), target_8)
+    return losses.masked_sum(error, mask)

@@ -38,8 +38,8 @@ from geode_jax.models.generate import Sampling, before_end, generate
 from geode_jax.models.layers import param
 from geode_jax.models.student import Scene, Student, StudentConfig, StudentOutput
 from geode_jax.objectives import losses
-from geode_jax.objectives.base import Terms
-from geode_jax.objectives.spatial import asked_terms
+from geode_jax.objectives.base import ScenePrediction, Terms
+from geode_jax.objectives.spatial import spatial_head_terms
 from geode_jax.objectives.text import text_term
 from geode_jax.shapes import Array, Batch, without_vision
 
@@ -103,14 +103,15 @@ class HiddenCoTModel(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class HiddenCoT:
-    """The `training.step.Objective` of the Hidden-CoT student."""
+    """The `Objective` of the Hidden-CoT student."""
 
     config: HiddenCoTConfig
 
     trainable = nnx.Param
-    # Eq. 2's own value moves with the uncertainties: two evaluations of it do not compare.
-    judge = "text"
-    looks_before_asked = True
+    # The value of eq. 2 moves with the learned uncertainties, so two evaluations do not compare.
+    selection_metric = "text"
+    caches_scene = True
+    internvl = None
 
     def build(self, rngs: nnx.Rngs) -> HiddenCoTModel:
         """The student and its log-variances."""
@@ -132,14 +133,23 @@ class HiddenCoT:
             terms |= spatial_terms(out, batch)
         return {name: pair for name, pair in terms.items() if term_of(name) in self.config.terms}
 
-    def look(self, model: HiddenCoTModel, batch: Batch) -> Scene:
-        """What the questions of a scene share."""
+    def prefix_length(self, views: int) -> int:
+        """Returns the number of positions before a question, whatever the number of views."""
+        del views
+        return self.config.student.prefix_length
+
+    def with_slots(self, slots: int) -> "HiddenCoT":
+        """Raises: the student has no rationale tokens."""
+        raise UserError(f"slots: {slots}: the hidden_cot student has no rationale tokens")
+
+    def encode_scene(self, model: HiddenCoTModel, batch: Batch) -> Scene:
+        """Returns what the questions of a scene share."""
         return model.student.look(self.prepare(batch))
 
     def answer(
         self,
         model: HiddenCoTModel,
-        scene: Scene,
+        encoded: Scene,
         batch: Batch,
         eos_id: int,
         sampling: Sampling | None = None,
@@ -154,34 +164,33 @@ class HiddenCoT:
         student = model.student
         generated = generate(
             student.decoder,
-            scene.prefix,
+            encoded.prefix,
             batch.question_SQL,
             batch.question_length_SQ,
             max_new_tokens=batch.answer_SQA.shape[-1],
             eos_id=eos_id,
             prompt_prefix=student.config.vision_prefix,
-            seen=scene.seen,
-            seen_length_S=scene.seen_length_S,
+            seen=encoded.seen,
+            seen_length_S=encoded.seen_length_S,
             sampling=sampling,
         )
-        thinking = jnp.argmax(student.thinking_logits(scene), axis=-1)
+        thinking = jnp.argmax(student.thinking_logits(encoded), axis=-1)
         return {"tokens": generated.tokens_SQA, "thinking": thinking}
 
-    def say(
+    def decode_answer(
         self,
-        out: dict[str, np.ndarray],
+        answers: Mapping[str, np.ndarray],
         place: tuple[int, int],
         record: Mapping[str, Any],
         tokenizer: Tokenizer,
     ) -> dict[str, Any]:
-        """An answer of `answer` as text: `prediction` and `thinking_tokens` (K strings)."""
-        words = [tokenizer.decode([i]) for i in out["thinking"][place[0]]]
-        text = tokenizer.decode(before_end(out["tokens"][place], tokenizer.eos_id))
+        """Returns one answer as text: `prediction` and `thinking_tokens` (K strings)."""
+        words = [tokenizer.decode([i]) for i in answers["thinking"][place[0]]]
+        text = tokenizer.decode(before_end(answers["tokens"][place], tokenizer.eos_id))
         return {"prediction": text.strip(), "thinking_tokens": words}
 
-    def perceive(self, model: HiddenCoTModel, batch: Batch) -> tuple[Array, ...]:
-        """What the heads see: depth [S, V, h, w] in metres, and of M detected objects boxes
-        [S, M, 7], categories [S, M] and their probabilities [S, M]."""
+    def predict_scene(self, model: HiddenCoTModel, batch: Batch) -> ScenePrediction:
+        """Returns the depth and the objects that the task heads predict."""
         student = model.student
         scene = student.look(self.prepare(batch))
         S, V, P, D = scene.z_SVPD.shape
@@ -189,7 +198,7 @@ class HiddenCoT:
         centres = losses.depth_bin_centres(logits.shape[-1])
         found = student.detection_head(scene.z_SVPD.reshape(S, V * P, D), scene.seen_length_S)
         probability = jax.nn.sigmoid(found.class_logits_SMc)
-        return (
+        return ScenePrediction(
             losses.expected_depth(logits.astype(jnp.float32), centres),
             decode_boxes(found.boxes_SMb),
             jnp.argmax(probability, axis=-1),
@@ -267,9 +276,7 @@ def depth_terms(out: StudentOutput, batch: Batch, literal_cross_view: bool = Fal
         teacher_depth = losses.expected_depth(
             jnp.log(jnp.asarray(batch.teacher_depth_bins_SVPB) + 1e-9), centres
         )
-        terms["feature/depth"] = losses.feature_alignment(
-            depth=(patch_depth, teacher_depth, taught)
-        )["depth"]
+        terms["feature/depth"] = losses.log_depth_distance(patch_depth, teacher_depth, taught)
     if out.features_SVPF is not None:
         terms["spatial/cross_view"] = losses.cross_view(
             out.features_SVPF, index, visible, literal_sign=literal_cross_view
@@ -299,29 +306,25 @@ def detection_terms(out: StudentOutput, batch: Batch) -> Terms:
     if batch.teacher_detection_SNc.shape[-1]:
         taught = (found.query_SN >= 0) & jnp.asarray(batch.teacher_detection_mask_S)[:, None]
         probabilities = jax.nn.sigmoid(out.detection.class_logits_SMc)
-        terms["feature/detection"] = losses.feature_alignment(
-            detection=(
-                losses.take_matched(probabilities, found.query_SN),
-                batch.teacher_detection_SNc,
-                taught,
-            )
-        )["detection"]
+        terms["feature/detection"] = losses.squared_distance(
+            losses.take_matched(probabilities, found.query_SN), batch.teacher_detection_SNc, taught
+        )
     return terms
 
 
 def spatial_terms(out: StudentOutput, batch: Batch) -> Terms:
     """Eq. 1's features, relations, and what the question is about, Sec. III-D.2 and III-D.3."""
-    terms = {f"spatial/{name}": term for name, term in asked_terms(out.spatial, batch).items()}
-    terms["feature/spatial"] = losses.feature_alignment(
-        spatial=(
-            jax.nn.sigmoid(out.spatial.relations_SQR),
-            batch.teacher_relations_SQR,
-            batch.teacher_relations_mask_SQR,
-        )
-    )["spatial"]
+    terms = {
+        f"spatial/{name}": term for name, term in spatial_head_terms(out.spatial, batch).items()
+    }
+    terms["feature/spatial"] = losses.squared_distance(
+        jax.nn.sigmoid(out.spatial.relations_SQR)[..., None],
+        batch.teacher_relations_SQR[..., None],
+        batch.teacher_relations_mask_SQR,
+    )
     if out.features_SVPF is not None:
         mask = jnp.asarray(batch.teacher_features_mask_S)[:, None] & batch.view_mask_SV
-        terms["spatial/features"] = losses.spatial_features(
+        terms["spatial/features"] = losses.squared_distance(
             out.features_SVPF, batch.teacher_features_SVPF, mask
         )
     return terms

@@ -1,14 +1,14 @@
-"""The losses of the Hidden-CoT paper, Sec. III-D: pure functions, each citing what it implements.
+"""The losses of the Hidden-CoT paper (Sec. III-D) as pure functions, each with its source.
 
-Every loss returns `(sum, count)`, two float32 scalars: they add up over microbatches and devices,
-and only then is a mean taken (`mean`, `combine`) and the means are balanced (`uncertainty_total`,
-`static_total`). Whatever a mask leaves out, unknown values inside it included, changes neither the
-value nor a gradient, even if it is NaN; an example without a target is not counted, and a count of
-0 comes with a sum of 0.
+Every loss returns `(sum, count)`, two float32 scalars. Both are added up over microbatches and
+devices; then means are taken (`mean`, `combine`) and weighted (`uncertainty_total`, eq. 2, or
+`static_total`). Masked values change neither the loss nor a gradient, even if they are NaN. An
+example without a target is not counted; a count of 0 comes with a sum of 0.
 
-Masks are bool, True = paid, and may lack trailing axes: a mask [S] holds for whole scenes. `...` in
-a shape stands for any leading axes; the other letters are those of `geode_jax.shapes` (M = queries
-of the detection head, c = categories, k = entries of a top-k list). Boxes `8` are `encode_boxes`.
+Masks are bool, True = counted, and may lack trailing axes: a mask [S] holds for whole scenes. `...`
+in a shape stands for any leading axes; the other letters are those of `geode_jax.shapes` (M =
+queries of the detection head, c = categories, k = entries of a top-k list). Arrays `8` are boxes as
+encoded by `geometry.boxes.encode_boxes`.
 """
 
 import functools
@@ -23,40 +23,32 @@ from optax.assignment import hungarian_algorithm
 
 from geode_jax.geometry.boxes import encode_boxes, generalized_iou, nearer_code, other_code
 from geode_jax.geometry.correspondence import gather_views, reprojection
+from geode_jax.objectives.base import Pair
 from geode_jax.ops.cross_entropy import Scores
 from geode_jax.shapes import Array
 from geode_jax.sharding import by_scenes
 
-Pair = tuple[jax.Array, jax.Array]
-"""(sum, count) of a loss, float32 scalars."""
-
 TERMS = (
-    "text",
-    "depth_ce",
-    "depth_reg",
-    "depth_kl",
-    "detection",
-    "spatial",
-    "multiview",
-    "feature",
-)
+    "text", "depth_ce", "depth_reg", "depth_kl", "detection", "spatial", "multiview", "feature",
+)  # fmt: skip
 """The terms i of eq. 2."""
 
 LOG_VARIANCE_BOUNDS = (-7.0, 7.0)
 """Bounds of log sigma^2: weights 1 / (2 sigma^2) from 548 (the paper saw up to 450) to 0.0005."""
 
 BOX_L1_WEIGHT, BOX_GIOU_WEIGHT, BOX_CLASS_WEIGHT = 1.0, 2.0, 2.0
-"""Weights inside the detection term and its matching cost; ratios of DETR's size (2005.12872)."""
+"""Weights in the detection term and in its matching cost, of the order of DETR's (2005.12872)."""
 
 
-def _masked_sum(loss: jax.Array, mask: jax.Array) -> Pair:
+def masked_sum(loss: jax.Array, mask: jax.Array) -> Pair:
+    """Returns the sum of the entries where the mask is True, and their count."""
     return jnp.sum(jnp.where(mask, loss, 0.0)), jnp.sum(mask, dtype=jnp.float32)
 
 
-def _keep(value: Array, mask: jax.Array, fill: float = 0.0) -> jax.Array:
-    """float32 values with `fill` where the mask is False, before anything is computed from them.
+def keep(value: Array, mask: jax.Array, fill: float = 0.0) -> jax.Array:
+    """Returns the values as float32, with `fill` where the mask, which may lack axes, is False.
 
-    A mask after the computation alone is not enough: 0 * NaN is NaN in a gradient.
+    Masking the loss alone is not enough: in the gradient, 0 * NaN is NaN.
     """
     value = jnp.asarray(value).astype(jnp.float32)
     mask = mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
@@ -72,23 +64,28 @@ def _mask(mask: Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def cross_entropy(logits_X: Array, labels: Array, mask: Array) -> Pair:
-    """Token cross-entropy, Sec. III-D.1; count = paid tokens.
+    """Token cross-entropy, Sec. III-D.1; count = tokens.
 
     Args:
         logits_X: [..., X], any float dtype; the log-sum-exp runs in float32.
-        labels: int [...]; negative labels (-100 by convention) are never paid.
-        mask: [...], True at answer positions only.
+        labels: int [...]; negative labels (-100 by convention) are not counted.
+        mask: [...].
     """
     mask = _mask(mask, labels.shape) & (labels >= 0)
-    logits_X = _keep(logits_X, mask)
+    logits_X = keep(logits_X, mask)
     labels = jnp.where(mask, labels, 0)
     picked = jnp.take_along_axis(logits_X, labels[..., None], axis=-1)[..., 0]
-    return _masked_sum(logsumexp(logits_X, axis=-1) - picked, mask)
+    return masked_sum(logsumexp(logits_X, axis=-1) - picked, mask)
 
 
-def token_cross_entropy(scores: Scores, paid: Array) -> Array:
-    """The sum alone, for `ops.cross_entropy.token_loss`; the label is the first id listed."""
-    return jnp.sum(_keep(scores.lse_n - scores.listed_nk[:, 0], paid))
+def token_cross_entropy(scores: Scores, mask: Array) -> Array:
+    """`cross_entropy` for `ops.cross_entropy.token_loss`: the sum alone, of N tokens.
+
+    Args:
+        scores: whose first listed id is the label.
+        mask: [N].
+    """
+    return jnp.sum(keep(scores.lse_n - scores.listed_nk[:, 0], jnp.asarray(mask)))
 
 
 def distillation(
@@ -99,51 +96,52 @@ def distillation(
     mask: Array,
     temperature: float = 1.0,
 ) -> Pair:
-    """The teacher's top-k logits, Sec. III-D.1 and Hinton et al. [12]; count = positions.
+    """Distillation of the teacher's top-k logits, Sec. III-D.1 and Hinton et al. [12].
 
-    With P and Q the probabilities that teacher and student give to the listed tokens together at
-    temperature 1, and p and q their distributions over these tokens alone at temperature T,
+    P and Q are the total probabilities that teacher and student give to the k listed tokens at
+    temperature 1; p and q are their distributions over these tokens alone at temperature T. A
+    position's loss is
 
         P T^2 KL(p || q) + P log(P / Q) + (1 - P) log((1 - P) / (1 - Q))
 
-    The first part has the soft targets; T^2 keeps the size of its gradient. It cannot see what the
-    student gives to tokens that are not listed, which the other two hold to what the teacher left
-    over. They are at temperature 1, where that is known: at another it would depend on how the
-    teacher spread it, which nobody stored. So at every T the loss is 0 exactly where the student's
-    probability of every listed token is the teacher's, and how it spreads the rest is free. At T =
-    1 the three add up to the KL over the listed tokens and one bucket for the rest, a lower bound
-    of the full KL; for k = X the first is the full KL at T, the others 0. The paper writes
-    cross-entropy: the same gradient.
+    T^2 keeps the size of the first part's gradient. The other parts hold the student's probability
+    of unlisted tokens to the teacher's. They are at temperature 1, since at another they would
+    depend on the teacher's unlisted logits, which are not stored. At every T the loss is 0 exactly
+    where teacher and student agree on every listed token. At T = 1 it is the KL over the listed
+    tokens and one bucket for the rest, a lower bound of the full KL; for k = X it is T^2 times the
+    full KL at T. The paper writes cross-entropy, which has the same gradient.
 
     Args:
         score_k: [..., k], the student's logits of the listed tokens, of `ops.cross_entropy`.
-        rest: [...], log-sum-exp of all but the listed, -inf where there are none.
+        rest: [...], log-sum-exp of the unlisted logits, -inf where there are none.
         topk_id_k: int [..., k], distinct; an entry with a negative id or log-probability -inf is
             padding.
         topk_logprob_k: [..., k], normalised over the whole vocabulary at temperature 1.
         mask: [...]; positions without any entry are not counted.
         temperature: T > 0, a Python number.
+
+    Returns:
+        The sum; count = positions.
     """
     mask = _mask(mask, rest.shape)
     entry = mask[..., None] & (topk_id_k >= 0) & jnp.isfinite(topk_logprob_k)
     mask = jnp.any(entry, axis=-1)
-    score_k, logprob_k = _keep(score_k, entry), _keep(topk_logprob_k, entry)
+    score_k, logprob_k = keep(score_k, entry), keep(topk_logprob_k, entry)
     # Finite, so that a row without entries stays finite too.
     teacher_k = jax.nn.log_softmax(jnp.where(entry, logprob_k / temperature, -1e30))
     student_k = jax.nn.log_softmax(jnp.where(entry, score_k / temperature, -1e30))
     kl = jnp.sum(jnp.where(entry, jnp.exp(teacher_k) * (teacher_k - student_k), 0.0), axis=-1)
-    # Rounded (float16) log-probabilities may add up to a little more than 1, or to less where there
-    # is nothing else.
+    # Rounded (float16) probabilities may add up to more than 1, or to less where all are listed.
     has_rest = mask & (rest > -jnp.inf)
     listed = jnp.sum(jnp.where(entry, jnp.exp(logprob_k), 0.0), axis=-1)
     listed = jnp.where(has_rest, jnp.minimum(listed, 1.0), 1.0)
-    # log Q and log (1 - Q) by the odds: neither cancels where it is close to 0.
-    log_odds = logsumexp(jnp.where(entry, score_k, -1e30), axis=-1) - _keep(rest, has_rest)
+    # log Q and log(1 - Q) from the odds Q / (1 - Q): exact also where they are close to 0.
+    log_odds = logsumexp(jnp.where(entry, score_k, -1e30), axis=-1) - keep(rest, has_rest)
     log_odds = jnp.where(has_rest, log_odds, 0.0)
     mass = xlogy(listed, listed) + listed * jax.nn.softplus(-log_odds)
     mass += xlogy(1.0 - listed, 1.0 - listed) + (1.0 - listed) * jax.nn.softplus(log_odds)
     mass = jnp.where(has_rest, mass, 0.0)
-    return _masked_sum(listed * temperature**2 * kl + mass, mask)
+    return masked_sum(listed * temperature**2 * kl + mass, mask)
 
 
 # Depth (Sec. III-D.2)
@@ -152,28 +150,28 @@ def distillation(
 def depth_l1(depth: Array, target: Array, mask: Array) -> Pair:
     """|depth - target| in metres over known pixels (target > 0), Sec. III-D.2; count = pixels."""
     mask = _mask(mask, target.shape) & (target > 0)
-    return _masked_sum(jnp.abs(_keep(depth, mask) - _keep(target, mask)), mask)
+    return masked_sum(jnp.abs(keep(depth, mask) - keep(target, mask)), mask)
 
 
 def depth_bin_centres(bins: int, near: float = 0.3, far: float = 10.0) -> jax.Array:
-    """[B] centres in metres, evenly spaced in log depth from `near` to `far`, both included."""
+    """Returns centres [B] in metres, evenly spaced in log depth from `near` to `far` inclusive."""
     return jnp.asarray(np.geomspace(near, far, bins), jnp.float32)
 
 
 def expected_depth(logits_B: Array, centres_B: Array) -> jax.Array:
-    """Depth in metres [...] of a distribution over bins: exp of the expected log centre.
+    """Returns the depth [...] in metres of a distribution over bins: exp of the mean log centre.
 
-    The mean is taken in log depth, where the bins are even: it inverts `assign_bins` exactly, which
-    the mean of the metric centres would not. For probabilities pass their logarithm.
+    In log depth the bins are even, so this inverts `assign_bins` exactly; a mean in metres would
+    not. For probabilities pass their logarithm.
     """
     prob_B = jax.nn.softmax(jnp.asarray(logits_B).astype(jnp.float32), axis=-1)
     return jnp.exp(jnp.sum(prob_B * jnp.log(centres_B), axis=-1))
 
 
 def assign_bins(depth: Array, centres_B: Array) -> jax.Array:
-    """Depth [...] (metres, > 0) as weights [..., B] of its two neighbouring centres, in log depth.
+    """Returns weights [..., B] of the two centres nearest to a depth [...] > 0, in log depth.
 
-    Depths beyond the first or last centre belong to it alone.
+    A depth beyond the first or last centre has weight 1 on that centre.
     """
     bin_B = jnp.arange(centres_B.shape[0], dtype=jnp.float32)
     position = jnp.interp(jnp.log(depth), jnp.log(centres_B), bin_B)
@@ -185,50 +183,50 @@ def depth_bin_ce(logits_B: Array, target: Array, mask: Array, centres_B: Array) 
 
     Args:
         logits_B: [..., B].
-        target: [...] metres; becomes the soft assignment of `assign_bins`.
+        target: [...] metres, turned into the weights of `assign_bins`.
         mask: [...].
         centres_B: increasing metres, of `depth_bin_centres`.
     """
     mask = _mask(mask, target.shape) & (target > 0)
-    weight_B = jax.lax.stop_gradient(assign_bins(_keep(target, mask, 1.0), centres_B))
-    log_prob_B = jax.nn.log_softmax(_keep(logits_B, mask), axis=-1)
-    return _masked_sum(-jnp.sum(weight_B * log_prob_B, axis=-1), mask)
+    weight_B = jax.lax.stop_gradient(assign_bins(keep(target, mask, 1.0), centres_B))
+    log_prob_B = jax.nn.log_softmax(keep(logits_B, mask), axis=-1)
+    return masked_sum(-jnp.sum(weight_B * log_prob_B, axis=-1), mask)
 
 
 def depth_bin_kl(logits_B: Array, teacher_probs_B: Array, mask: Array) -> Pair:
-    """KL(teacher || student) over depth bins, Sec. III-D.2; count = pixels the teacher knows.
+    """KL(teacher || student) over depth bins, Sec. III-D.2; count = pixels with a teacher.
 
     Args:
         logits_B: [..., B].
-        teacher_probs_B: [..., B]; normalised here (they may come in float16), and a row that is 0
-            throughout is no target.
+        teacher_probs_B: [..., B], normalised here because float16 rounds them; a row of zeros is no
+            target.
         mask: [...].
     """
     mask = _mask(mask, teacher_probs_B.shape[:-1])
-    mask &= jnp.sum(_keep(teacher_probs_B, mask), axis=-1) > 0
-    prob_B = _keep(teacher_probs_B, mask, 1.0)
+    mask &= jnp.sum(keep(teacher_probs_B, mask), axis=-1) > 0
+    prob_B = keep(teacher_probs_B, mask, 1.0)
     prob_B = jax.lax.stop_gradient(prob_B / jnp.sum(prob_B, axis=-1, keepdims=True))
-    log_prob_B = jax.nn.log_softmax(_keep(logits_B, mask), axis=-1)
-    return _masked_sum(jnp.sum(xlogy(prob_B, prob_B) - prob_B * log_prob_B, axis=-1), mask)
+    log_prob_B = jax.nn.log_softmax(keep(logits_B, mask), axis=-1)
+    return masked_sum(jnp.sum(xlogy(prob_B, prob_B) - prob_B * log_prob_B, axis=-1), mask)
 
 
 # Detection (Sec. III-D.2)
 
 
 def match(cost_NM: Array, mask_N: Array) -> jax.Array:
-    """The cheapest one-to-one assignment of boxes to queries (Hungarian, optax.assignment).
+    """Assigns boxes to queries one to one at the lowest total cost (Hungarian algorithm).
 
     Args:
-        cost_NM: [..., N, M]; entries that are not finite count as very expensive.
-        mask_N: [..., N], False = padding, whose cost is a constant larger than any real
-            difference, so that padding takes no query from a box where boxes outnumber queries.
+        cost_NM: [..., N, M]; entries that are not finite are replaced by 1e4.
+        mask_N: [..., N], False = padding. Padding costs more than any real difference, so that it
+            takes no query from a box where boxes outnumber queries.
 
     Returns:
         int32 [..., N]: the query of each box; -1 for padding and for boxes left over when N > M.
     """
     N = cost_NM.shape[-2]
     mask_NM = jnp.broadcast_to(jnp.asarray(mask_N, bool)[..., None], cost_NM.shape)
-    # The search never ends on infinities, and loses ties to rounding on huge numbers.
+    # The algorithm does not end on infinities; huge costs would round real differences away.
     cost = jnp.where(mask_NM & jnp.isfinite(cost_NM), cost_NM, 1e4).astype(jnp.float32)
     cost = jnp.clip(cost, -1e4, 1e4)
     low = jnp.min(cost, axis=(-2, -1), keepdims=True, where=mask_NM, initial=1e4)
@@ -247,7 +245,7 @@ def match(cost_NM: Array, mask_N: Array) -> jax.Array:
 
 
 def _focal(logits: jax.Array, target: jax.Array | float, alpha: float, gamma: float) -> jax.Array:
-    """Sigmoid focal loss of each logit; target 0 or 1."""
+    """Sigmoid focal loss of each logit, -alpha_t (1 - p_t)^gamma log p_t (1708.02002, eq. 5)."""
     signed = jnp.where(jnp.asarray(target) > 0, logits, -logits)
     weight = jnp.where(jnp.asarray(target) > 0, alpha, 1.0 - alpha)
     log_prob = jax.nn.log_sigmoid(signed)
@@ -266,26 +264,28 @@ def focal_loss(
     Args:
         class_logits_SMc: one binary decision per category; no object = all of them negative.
         target_SM: int category of each query, -1 = no object.
-        known_S: scenes whose boxes are all known.
+        known_S: scenes whose boxes are all known; the others are not counted.
         alpha: weight of the positive decisions.
-        gamma: exponent that fades decisions already made.
+        gamma: exponent that reduces the weight of decisions that are already right.
 
     Returns:
-        The sum over all decisions of known scenes; count = their objects, at least 1 a known scene,
-        so that an empty room still teaches silence.
+        The sum over all decisions; count = objects, at least 1 per scene, so that an empty room
+        counts too.
     """
     known = _mask(known_S, target_SM.shape[:1])
     one_hot = jax.nn.one_hot(target_SM, class_logits_SMc.shape[-1])
-    loss_SMc = _focal(_keep(class_logits_SMc, known), one_hot, alpha, gamma)
-    total, _ = _masked_sum(jnp.sum(loss_SMc, axis=(1, 2)), known)
+    loss_SMc = _focal(keep(class_logits_SMc, known), one_hot, alpha, gamma)
+    total, _ = masked_sum(jnp.sum(loss_SMc, axis=(1, 2)), known)
     objects = jnp.maximum(jnp.sum(target_SM >= 0, axis=1), 1)
     return total, jnp.sum(jnp.where(known, objects, 0), dtype=jnp.float32)
 
 
 def _box_distance(boxes_8: jax.Array, target_8: jax.Array) -> jax.Array:
+    """The sum of `box_loss` for each pair of encoded boxes."""
+
     def to_code(code_8):
         l1 = jnp.sum(jnp.abs(boxes_8 - code_8), axis=-1)
-        straight = 0.5 + 0.5 * code_8[..., 7]  # cos^2 of the yaw that the overlap takes as 0
+        straight = 0.5 + 0.5 * code_8[..., 7]  # cos^2 of the yaw, which the overlap leaves out
         overlap = straight * generalized_iou(boxes_8, code_8)
         overlap += (1.0 - straight) * generalized_iou(other_code(boxes_8), other_code(code_8))
         return BOX_L1_WEIGHT * l1 + BOX_GIOU_WEIGHT * (1.0 - overlap)
@@ -294,19 +294,20 @@ def _box_distance(boxes_8: jax.Array, target_8: jax.Array) -> jax.Array:
 
 
 def _encode_known(target_boxes_N7: Array, mask_N: jax.Array) -> jax.Array:
-    # Padding is zeros, whose log size is -inf: 1 everywhere is a harmless box.
-    return encode_boxes(_keep(target_boxes_N7, mask_N, 1.0))
+    # Padding is zeros, whose log size is -inf; a box of ones has finite codes.
+    return encode_boxes(keep(target_boxes_N7, mask_N, 1.0))
 
 
 def box_loss(boxes_N8: Array, target_boxes_N7: Array, mask_N: Array) -> Pair:
-    """Localization loss of matched boxes, Sec. III-D.2; count = boxes.
+    """Localisation loss of matched boxes, Sec. III-D.2; count = boxes.
 
-    L1 over the code of `encode_boxes` (metres, log size, doubled angle) plus 1 - generalized IoU of
-    the boxes without their yaw (`generalized_iou`), with the weights of the matching cost. Of a
-    box's two codes the nearer counts (`geometry.boxes.nearer_code`). Along which of the world's
-    axes its length lies, for the overlap, is a mean of the two by the squared cosine of the yaw
-    that is left out, so nothing jumps where a box turns, and both codes of a prediction cost the
-    same.
+        BOX_L1_WEIGHT |box - target|_1 + BOX_GIOU_WEIGHT (1 - GIoU(box, target))
+
+    L1 is over the codes of `encode_boxes` (metres, log size, doubled angle); the nearer of the
+    target's two codes counts (`geometry.boxes.nearer_code`). GIoU is that of the boxes without
+    their yaw (`generalized_iou`): a mean of both ways to lay a box's length along the world's axes,
+    weighted by the squared cosine of the yaw that is left out. So the loss is continuous where a
+    box turns, and both codes of a prediction cost the same.
 
     Args:
         boxes_N8: predictions [..., N, 8], encoded.
@@ -315,11 +316,11 @@ def box_loss(boxes_N8: Array, target_boxes_N7: Array, mask_N: Array) -> Pair:
     """
     mask = _mask(mask_N, target_boxes_N7.shape[:-1])
     target = _encode_known(target_boxes_N7, mask)
-    return _masked_sum(_box_distance(_keep(boxes_N8, mask), target), mask)
+    return masked_sum(_box_distance(keep(boxes_N8, mask), target), mask)
 
 
 class Detection(NamedTuple):
-    """Two (sum, count) pairs and the match, int32 [S, N]: the query of each box or -1."""
+    """The two losses, and the query of each box (int32, -1 for none)."""
 
     classes: Pair
     boxes: Pair
@@ -335,25 +336,25 @@ def detection(
 ) -> Detection:
     """Set prediction of 3D boxes, Sec. III-D.2: Hungarian matching, focal and box loss.
 
-    The matching cost is the box loss plus, for the category of the box, the focal loss of saying
-    yes minus that of saying no (Deformable DETR, 2010.04159); it is a constant to autodiff.
+    The matching cost is the box loss plus BOX_CLASS_WEIGHT times the difference that the box makes
+    to the focal loss of its category (Deformable DETR, 2010.04159). It gets no gradient.
 
     Args:
         class_logits_SMc: of M queries.
-        boxes_SM8: code of `encode_boxes`.
+        boxes_SM8: encoded boxes of the queries.
         target_boxes_SN7: world frame, metres.
         target_labels_SN: int category, -1 = no box.
-        known_S: scenes whose boxes are all known; others pay nothing.
+        known_S: scenes whose boxes are all known; the others are not counted.
     """
     known = _mask(known_S, target_labels_SN.shape[:1])
     mask_SN = known[:, None] & (target_labels_SN >= 0)
-    boxes_SM8, logits_SMc = _keep(boxes_SM8, known), _keep(class_logits_SMc, known)
+    boxes_SM8, logits_SMc = keep(boxes_SM8, known), keep(class_logits_SMc, known)
     target_SN8 = _encode_known(target_boxes_SN7, mask_SN)
     label_SN = jnp.where(mask_SN, target_labels_SN, 0)
     logits_SMN = jnp.take_along_axis(logits_SMc, label_SN[:, None, :], axis=2, mode="clip")
-    yes_minus_no = _focal(logits_SMN, 1.0, 0.25, 2.0) - _focal(logits_SMN, 0.0, 0.25, 2.0)
+    difference_SMN = _focal(logits_SMN, 1.0, 0.25, 2.0) - _focal(logits_SMN, 0.0, 0.25, 2.0)
     cost_SNM = _box_distance(boxes_SM8[:, None], target_SN8[:, :, None])
-    cost_SNM += BOX_CLASS_WEIGHT * jnp.swapaxes(yes_minus_no, 1, 2)
+    cost_SNM += BOX_CLASS_WEIGHT * jnp.swapaxes(difference_SMN, 1, 2)
     query_SN = by_scenes(match, cost_SNM, mask_SN)
     matched = query_SN >= 0
     # Unmatched boxes write to a column past the end, which is dropped.
@@ -369,32 +370,44 @@ def detection(
 
 
 def take_matched(value_SM: Array, query_SN: Array) -> jax.Array:
-    """What the matched query says about each box: [S, M, ...] -> [S, N, ...] (query 0 for -1)."""
+    """Returns the matched query's value for each box, [S, N, ...] (query 0 where there is none)."""
     return jax.vmap(lambda value, query: value[query])(value_SM, jnp.maximum(query_SN, 0))
 
 
 # Spatial and multi-view terms (Sec. III-D.2 and III-D.3)
 
 
-def spatial_features(student_SVPF: Array, teacher_SVPF: Array, mask: Array) -> Pair:
-    """First term of eq. 1: squared L2 distance to the teacher's features; count = cells (v, i, j).
+def squared_distance(student_F: Array, teacher_F: Array, mask: Array) -> Pair:
+    """|student - teacher|^2 over the last axis; count = True entries of the mask.
+
+    With features F_s and F_t of cells (v, i, j) it is the first term of eq. 1; with probabilities
+    the "feature-alignment of detector probabilities, spatial distributions", Sec. III-D.2.
 
     Args:
-        student_SVPF: the student's projected features.
-        teacher_SVPF: a constant to autodiff.
-        mask: [S, V, P].
+        student_F: [..., F].
+        teacher_F: [..., F], which gets no gradient.
+        mask: [...].
     """
-    return _squared_distance(student_SVPF, teacher_SVPF, mask)
-
-
-def _squared_distance(student_F: Array, teacher_F: Array, mask: Array) -> Pair:
     mask = _mask(mask, student_F.shape[:-1])
-    teacher_F = jax.lax.stop_gradient(_keep(teacher_F, mask))
-    return _masked_sum(jnp.sum(jnp.square(_keep(student_F, mask) - teacher_F), axis=-1), mask)
+    teacher_F = jax.lax.stop_gradient(keep(teacher_F, mask))
+    return masked_sum(jnp.sum(jnp.square(keep(student_F, mask) - teacher_F), axis=-1), mask)
+
+
+def log_depth_distance(student: Array, teacher: Array, mask: Array) -> Pair:
+    """Squared difference of log depths, Sec. III-D.2's alignment of "depth hints"; count = cells.
+
+    Args:
+        student: [...] metres > 0, such as `expected_depth` of bins.
+        teacher: [...] metres, 0 where unknown, which gets no gradient.
+        mask: [...].
+    """
+    mask = _mask(mask, student.shape) & (teacher > 0)
+    logs = (jnp.log(keep(depth, mask, 1.0))[..., None] for depth in (student, teacher))
+    return squared_distance(*logs, mask)
 
 
 def _inverse_norm(x_F: jax.Array) -> jax.Array:
-    # Bounded, so that a zero vector has a finite gradient.
+    # The bound keeps the gradient of a zero vector finite.
     return jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x_F), axis=-1), 1e-8))
 
 
@@ -403,28 +416,26 @@ def cross_view(
 ) -> Pair:
     """Second term of eq. 1, cross-view consistency of the student's features; count = pairs.
 
-    The paper adds lambda * sim(F^(v1), F^(v2)) over pairs of views and says that this "enforces
-    cross-view consistency". Minimising a similarity does the opposite, and cells at equal (i, j) of
-    two views show different places. So ours is 1 - cosine over the cells that show the same place
-    (`correspondences`).
+    The paper adds lambda * sim(F^(v1), F^(v2)) over pairs of views, which "enforces cross-view
+    consistency". Minimising a similarity does the opposite, and cells at equal (i, j) of two views
+    show different places. So this is 1 - cosine over the cells that show the same place.
 
     Args:
         student_SVPF: the student's projected features.
-        index_SVVP: of `correspondences`.
-        mask_SVVP: of `correspondences`.
-        literal_sign: pay + cosine over the same pairs, the sign as the paper prints it.
+        index_SVVP, mask_SVVP: of `correspondences`.
+        literal_sign: + cosine over the same pairs, the sign that the paper prints.
     """
 
-    # One target view at a time, its gathered features recomputed for the gradient: all pairs of
-    # views at once would hold V times the features.
+    # All pairs of views at once would need V times the features' memory. So one target view at a
+    # time, and its gathered features are recomputed for the gradient.
     @jax.checkpoint
     def to_view(total, b):
         feature_SPF, index_SVP, mask_SVP = b
         there = jax.vmap(lambda f, i: f.at[i].get(mode="clip"))(feature_SPF, index_SVP)
-        here, there = _keep(student_SVPF, mask_SVP), _keep(there, mask_SVP)
+        here, there = keep(student_SVPF, mask_SVP), keep(there, mask_SVP)
         scale = _inverse_norm(here) * _inverse_norm(there)
         cosine = jnp.sum(here * there, axis=-1) * scale
-        loss, _ = _masked_sum(cosine if literal_sign else 1.0 - cosine, mask_SVP)
+        loss, _ = masked_sum(cosine if literal_sign else 1.0 - cosine, mask_SVP)
         return total + loss, None
 
     mask_SVVP = jnp.asarray(mask_SVVP, bool)
@@ -447,85 +458,70 @@ def multi_view_consistency(
 ) -> Pair:
     """L2 "consistency of student predictions across views", Sec. III-D.2; count = pairs of cells.
 
-    The depth predicted at a patch of view a is unprojected with camera a and moved into camera b;
-    its z must be the depth predicted at the patch of b that shows the same place. Both predictions
-    receive gradients. Square metres.
+    The depth predicted at a patch of view a is unprojected with camera a and moved into camera b.
+    The loss is the squared difference, in m^2, of its z and the depth predicted at the patch of b
+    that shows the same place. Both predictions get gradients.
 
     Args:
         depth_SVP: predicted metres.
         extrinsic_SV34: camera-from-world.
         intrinsic_SV33: pixels of the patch grid.
         grid: (gh, gw).
-        index_SVVP: of `correspondences`, from known geometry.
-        mask_SVVP: of `correspondences`.
+        index_SVVP, mask_SVVP: of `correspondences`, from known geometry.
     """
     mask = jnp.asarray(mask_SVVP, bool)
     slope, offset = reprojection(extrinsic_SV34, intrinsic_SV33, grid)
-    here = _keep(jnp.broadcast_to(depth_SVP[:, :, None, :], mask.shape), mask)
+    here = keep(jnp.broadcast_to(depth_SVP[:, :, None, :], mask.shape), mask)
     moved = here * slope + offset[..., None]
-    there = _keep(gather_views(depth_SVP, index_SVVP), mask)
-    return _masked_sum(jnp.square(moved - there), mask)
+    there = keep(gather_views(depth_SVP, index_SVVP), mask)
+    return masked_sum(jnp.square(moved - there), mask)
 
 
 def binary_kl(logit: Array, prob: Array, mask: Array) -> Pair:
     """KL(Bernoulli(prob) || Bernoulli(sigmoid(logit))), Sec. III-D.2; count = entries.
 
-    "KL on left/right and above/below distributions", and the four relations alike. For a hard
-    target (0 or 1) this is the binary cross-entropy.
+    "KL on left/right and above/below distributions"; used for the four relations too. For a target
+    of 0 or 1 this is the binary cross-entropy.
     """
     mask = _mask(mask, logit.shape)
-    logit = _keep(logit, mask)
-    prob = jax.lax.stop_gradient(_keep(prob, mask))
+    logit = keep(logit, mask)
+    prob = jax.lax.stop_gradient(keep(prob, mask))
     negative_entropy = xlogy(prob, prob) + xlogy(1.0 - prob, 1.0 - prob)
-    return _masked_sum(negative_entropy + jax.nn.softplus(logit) - prob * logit, mask)
+    return masked_sum(negative_entropy + jax.nn.softplus(logit) - prob * logit, mask)
 
 
-def feature_alignment(
-    *,
-    detection: tuple[Array, Array, Array] | None = None,
-    spatial: tuple[Array, Array, Array] | None = None,
-    depth: tuple[Array, Array, Array] | None = None,
-) -> dict[str, Pair]:
-    """Squared L2 between student and teacher, Sec. III-D.2; one pair for each part that is given.
+def huber(prediction_F: Array, target_F: Array, mask: Array) -> Pair:
+    """Huber loss (delta 1) summed over the last axis; count = True entries of the mask [...]."""
+    mask = jnp.asarray(mask)
+    return masked_sum(_huber(jnp.where(mask[..., None], prediction_F - target_F, 0.0)), mask)
 
-    "Feature-alignment of detector probabilities, spatial distributions, and depth hints"; every
-    part is (student, teacher, mask).
 
-    Args:
-        detection: class probabilities [S, N, c] of each box (the student's through `take_matched`),
-            mask [S, N]; count = boxes.
-        spatial: probabilities [S, Q, R] of the relations, mask alike; count = entries.
-        depth: metres [S, V, P], compared in log depth; the student's is positive (`expected_depth`
-            of its bins), cells where the teacher's is 0 are unknown; mask alike; count = cells.
-    """
-    pairs = {}
-    if detection is not None:
-        pairs["detection"] = _squared_distance(*detection)
-    if spatial is not None:
-        student, teacher, mask = spatial
-        pairs["spatial"] = _squared_distance(student[..., None], teacher[..., None], mask)
-    if depth is not None:
-        student, teacher, mask = depth
-        mask = _mask(mask, student.shape) & (teacher > 0)
-        student, teacher = jnp.log(_keep(student, mask, 1.0)), jnp.log(_keep(teacher, mask, 1.0))
-        pairs["depth"] = _squared_distance(student[..., None], teacher[..., None], mask)
-    return pairs
+def huber_box(boxes_8: Array, target_boxes_7: Array, mask: Array) -> Pair:
+    """`huber` of encoded boxes to the nearer code (`geometry.boxes.nearer_code`) of the targets."""
+    mask = jnp.asarray(mask)
+    boxes_8, target_8 = keep(boxes_8, mask), _encode_known(target_boxes_7, mask)
+    return masked_sum(nearer_code(lambda code_8: _huber(boxes_8 - code_8), target_8), mask)
+
+
+def _huber(error_F: Array) -> jax.Array:
+    size = jnp.abs(error_F)
+    return jnp.sum(jnp.where(size < 1, 0.5 * error_F**2, size - 0.5), axis=-1)
 
 
 # Totals (Sec. III-D.4)
 
 
 def mean(pair: Pair) -> jax.Array:
-    """sum / count, 0 for an empty pair. To be taken after microbatches and devices are added up."""
+    """Returns sum / count, 0 for an empty pair; for sums over all microbatches and devices."""
     total, count = pair
     return jnp.where(count > 0, total, 0.0) / jnp.where(count > 0, count, 1.0)
 
 
 def combine(pairs: Sequence[Pair], weights: Sequence[float] | None = None) -> Pair:
-    """Several losses as one term of eq. 2: (weighted sum of means, 1), or (0, 0) if all are empty.
+    """Returns several losses as one term of eq. 2: (weighted sum of means, 1), (0, 0) if all empty.
 
-    For terms that Sec. III-D.2 makes of several losses whose counts count different things, such as
-    detection's classes and boxes. Like `mean`, for pairs that are already added up.
+    For the terms of Sec. III-D.2 whose losses count different things, as the classes and boxes of
+    detection; for sums over all microbatches and devices, as in `mean`.
     """
     weights = (1.0,) * len(pairs) if weights is None else weights
     total = jnp.zeros((), jnp.float32)
@@ -537,13 +533,12 @@ def combine(pairs: Sequence[Pair], weights: Sequence[float] | None = None) -> Pa
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def bounded(value: Array, low: float, high: float) -> jax.Array:
-    """clip(value, low, high) that cannot get stuck.
+def bounded(value: jax.Array, low: float, high: float) -> jax.Array:
+    """clip(value, low, high) whose gradient leads back inside the bounds.
 
-    The gradient passes inside the bounds, and outside of them wherever descent (a step against the
-    gradient) leads back in; only a push further out is stopped. With the plain clip a parameter
-    that one step carried past a bound would stay there for good. Only the whole gradient knows its
-    sign: parts of it must not be taken one by one and added up.
+    The gradient is 0 only where a descent step would move `value` further out. With a plain clip, a
+    parameter that one step carried past a bound would stay there. The rule depends on the sign of
+    the whole gradient: do not add up gradients of parts of a loss.
     """
     return jnp.clip(value, low, high)
 
@@ -567,16 +562,16 @@ def uncertainty_total(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Eq. 2: sum of L_i / (2 sigma_i^2) + log sigma_i over the terms that have a target [29].
 
-    With s = log sigma^2, each term is exp(-s) L / 2 + s / 2. A term with count 0 pays neither
-    part: with nothing to weigh, log sigma alone would run to its bound. s is bounded by `bounded`.
+    With s = log sigma^2 a term is exp(-s) L / 2 + s / 2. A term with count 0 is left out, since
+    s / 2 alone would drive s to its bound. s is bounded by `bounded`.
 
     Args:
-        terms: (sum, count) by name, counts already added up over microbatches and devices.
-        log_variance: the scalar parameter s of each term; never under weight decay.
+        terms: (sum, count) by name, of all microbatches and devices.
+        log_variance: the scalar parameter s of each term, without weight decay.
         bounds: (low, high) of s.
 
     Returns:
-        The total and, for the log, each term's weight 1 / (2 sigma^2), a constant to autodiff.
+        The total and, for the log, each term's weight 1 / (2 sigma^2) without gradient.
 
     Raises:
         KeyError: a term has no log-variance.
@@ -594,7 +589,7 @@ def uncertainty_total(
 def static_total(
     terms: Mapping[str, Pair], weights: Mapping[str, float]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The ablation of eq. 2 with fixed weights: sum of weight_i * L_i, and the weights.
+    """Returns the ablation of eq. 2 with fixed weights, sum of w_i L_i, and the weights.
 
     Raises:
         KeyError: a term has no weight.

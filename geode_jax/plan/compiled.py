@@ -145,8 +145,8 @@ class Run:
 
         def answer(state, batch):
             model = nnx.merge(self.graph, state.params, state.frozen)
-            looked = self.objective.look(model, batch)
-            return self.objective.answer(model, looked, batch, self.data.eos_id)
+            encoded = self.objective.encode_scene(model, batch)
+            return self.objective.answer(model, encoded, batch, self.data.eos_id)
 
         step = jax.jit(answer, out_shardings=replicated(self.mesh))
         return self._compiled(step, self.data.answer_length)

@@ -160,6 +160,4 @@ def published(model: nnx.Module, part: str | None) -> nnx.Module:
 def entries(trained: Trained) -> dict[str, Any]:
     """Returns what `config.json` has of a run beside the model's sizes."""
     assert isinstance(trained.objective, GeodeStage)
-    reg, box = trained.pipeline.config.controls or (None, None)
-    parts = list(trained.objective.parts())
-    return {"prefix": parts, "reg_token_id": reg, "box_token_id": box}
+    return trained.objective.hub_config()

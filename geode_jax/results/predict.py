@@ -70,13 +70,13 @@ class _Scene:
         scene_id: its name.
         records: its own questions.
         arrays: as the model reads them.
-        looked: what its questions share, once one was asked.
+        encoded: what its questions share, once the first was asked.
     """
 
     scene_id: str
     records: list[dict]
     arrays: OneScene
-    looked: Any = None
+    encoded: Any = None
 
 
 class Predictor:
@@ -150,17 +150,17 @@ class Predictor:
             UserError: unknown scene, or options are needed.
         """
         record = self.record(scene_id, question, options)
-        look, answer, parameters = self._compiled
+        encode_scene, answer, parameters = self._compiled
         scene = self._scene(scene_id)
         batch = self._pipeline.one_question(record, scene.arrays)
         with jax.set_mesh(self._trained.mesh):
-            looked = scene.looked
-            if looked is None:
-                looked = look(parameters, batch)
-            if self._trained.objective.looks_before_asked:
-                scene.looked = looked
-            answers = jax.device_get(answer(parameters, looked, batch, sampling))
-        said = self._trained.objective.say(answers, (0, 0), record, self._tokenizer)
+            encoded = scene.encoded
+            if encoded is None:
+                encoded = encode_scene(parameters, batch)
+            if self._trained.objective.caches_scene:
+                scene.encoded = encoded
+            answers = jax.device_get(answer(parameters, encoded, batch, sampling))
+        said = self._trained.objective.decode_answer(answers, (0, 0), record, self._tokenizer)
         box, thinking = said.get("predicted_box"), said.get("thinking_tokens")
         value = said.get("predicted_value")
         return Answer(
@@ -211,7 +211,7 @@ class Predictor:
 
     @functools.cached_property
     def _compiled(self) -> tuple[Callable, Callable, nnx.State]:
-        """Looking at a scene, answering about it, and the parameters for both."""
+        """Encoding a scene, answering about it, and the parameters for both."""
         trained, eos_id = self._trained, self._tokenizer.eos_id
         objective = trained.objective
         model = nnx.merge(trained.graph, trained.state.params, trained.state.frozen)
@@ -219,14 +219,14 @@ class Predictor:
             ready = jax.jit(functools.partial(with_decoding, int8=self._int8))(model)
         graph, parameters = nnx.split(ready)
 
-        def look(parameters, batch):
-            return objective.look(nnx.merge(graph, parameters), batch)
+        def encode_scene(parameters, batch):
+            return objective.encode_scene(nnx.merge(graph, parameters), batch)
 
-        def answer(parameters, looked, batch, sampling):
-            return objective.answer(nnx.merge(graph, parameters), looked, batch, eos_id, sampling)
+        def answer(parameters, encoded, batch, sampling):
+            return objective.answer(nnx.merge(graph, parameters), encoded, batch, eos_id, sampling)
 
         whole = replicated(trained.mesh)
-        return jax.jit(look), jax.jit(answer, out_shardings=whole), parameters
+        return jax.jit(encode_scene), jax.jit(answer, out_shardings=whole), parameters
 
     @functools.cached_property
     def _kinds(self) -> dict[str, dict]:

@@ -81,8 +81,6 @@ def build(settings: Settings, workdir: Path) -> Run:
     learned = _learned(Path(init_from)) if init_from and not pretrained else frozenset()
     if init_from:
         system.check_start(settings, learned)
-    if pretrained and system.pretrained_sizes is None:
-        raise UserError(f"config: init_from: {system.name} starts from no pretrained model")
     mesh = _mesh(settings)
     with main_first("data"):  # the other processes find what process 0 makes
         export = Export(prepare_export(settings.data))
@@ -95,9 +93,12 @@ def build(settings: Settings, workdir: Path) -> Run:
     graph, optimizer, state = init_state(
         objective, functools.partial(make_optimizer, optimizer_config), settings.seed, mesh
     )
-    if pretrained and system.pretrained_sizes:
-        sizes, longest = system.pretrained_sizes(objective, train)
-        state = start_from_pretrained(state, pretrained, sizes, mesh, longest)
+    if pretrained:
+        if objective.internvl is None:
+            raise UserError(f"config: init_from: {system.name} starts from no pretrained model")
+        text = train.config.question_length + train.config.answer_length
+        longest = objective.prefix_length(train.shapes.views) + text
+        state = start_from_pretrained(state, pretrained, objective.internvl, mesh, longest)
     elif init_from:
         state = start_from_run(state, Path(init_from), learned)
     if settings.data.vision == "internvit/tokens":

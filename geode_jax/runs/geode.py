@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from geode_jax.data.control import BOX, REG
-from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.scene_arrays import GEODE_VISION, SceneShapes
 from geode_jax.errors import UserError
 from geode_jax.models.decoder import REMAT, DecoderConfig
@@ -16,7 +15,6 @@ from geode_jax.models.drm import DrmConfig
 from geode_jax.models.geode import GeodeConfig
 from geode_jax.models.internvl import INTERNVL_TOKENS, InternVLConfig
 from geode_jax.models.vit import VitConfig
-from geode_jax.objectives.base import Objective
 from geode_jax.objectives.geode import GeodeStage, GeodeStageConfig, Stage, learned_parts
 from geode_jax.runs.settings import (
     Dtype,
@@ -310,15 +308,6 @@ def _check_last_start(settings: GeodeSettings, learned: frozenset[str]) -> None:
         )
 
 
-def _pretrained_sizes(objective: GeodeStage, pipeline: Pipeline) -> tuple[InternVLConfig, int]:
-    """Returns the sizes of InternVL, and the most positions of a row: prefix, question, answer."""
-    sizes = objective.config.model
-    slots = sizes.drm.slots if sizes.drm else 0
-    visual = pipeline.shapes.views * (sizes.vlm.vision.grid // 2) ** 2
-    text = pipeline.config.question_length + pipeline.config.answer_length
-    return sizes.vlm, sizes.categories + slots + visual + text
-
-
 # --- Rationales -----------------------------------------------------------------------------------
 
 
@@ -339,13 +328,6 @@ def with_rationale_module(settings: Settings, option: str, workdir: Path) -> Geo
     if not settings.model.drm.on:
         raise UserError(f"{option}: the model of {workdir} has no rationale module (drm=off)")
     return settings
-
-
-def with_slots(objective: Objective, slots: int) -> GeodeStage:
-    """Returns a stage's objective whose answers see so many of the rationale tokens (Table 3)."""
-    assert isinstance(objective, GeodeStage)  # of `with_rationale_module`
-    config = dataclasses.replace(objective.config, slots=slots)
-    return dataclasses.replace(objective, config=config)
 
 
 def as_stage_1(settings: Settings) -> Settings:
@@ -375,7 +357,6 @@ def _stage_system(stage: Stage, *rules: Rule) -> System[GeodeSettings]:
         learned=learned_parts(stage),
         check_start=_check_last_start if last else lambda *_: None,
         starts_fresh=stage == "pretrain",
-        pretrained_sizes=_pretrained_sizes,
         has_controls=lambda s: last and s.model.drh_width > 0,
         reads_true_boxes=stage == "pretrain",
     )

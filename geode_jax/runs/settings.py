@@ -12,10 +12,8 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, T
 
 from geode_jax.data.control import BOX, REG
 from geode_jax.data.mixture import parse_mixture
-from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.scene_arrays import SceneShapes
 from geode_jax.errors import UserError
-from geode_jax.models.internvl import InternVLConfig
 from geode_jax.objectives.base import Objective
 from geode_jax.training.optimizer import OptimizerConfig
 
@@ -355,8 +353,6 @@ class System(Generic[S]):
         check_start: raises a UserError if `learned`, of where a run starts from, lacks a part that
             must have learned.
         starts_fresh: False if a run must start from another run or from pretrained folders.
-        pretrained_sizes: returns, of an objective and a pipeline, the sizes of the parts that
-            pretrained folders fill, and the most positions of a row of text.
         has_controls: returns whether control tokens stand for numbers and boxes.
         has_thinking_tokens: answers come with decoded thinking tokens.
         reads_true_boxes: true boxes stand before its text, so the model cannot be published.
@@ -371,7 +367,6 @@ class System(Generic[S]):
     learned: frozenset[str] = frozenset()
     check_start: Callable[[S, frozenset[str]], None] = lambda *_: None
     starts_fresh: bool = True
-    pretrained_sizes: Callable[[Any, Pipeline], tuple[InternVLConfig, int]] | None = None
     has_controls: Callable[[S], bool] = lambda _: False
     has_thinking_tokens: bool = False
     reads_true_boxes: bool = False

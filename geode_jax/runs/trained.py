@@ -17,7 +17,7 @@ from geode_jax.objectives.base import Objective
 from geode_jax.runs.config import load_settings
 from geode_jax.runs.data import pipeline_config
 from geode_jax.runs.export import export_folder
-from geode_jax.runs.geode import as_stage_1, with_rationale_module, with_slots
+from geode_jax.runs.geode import as_stage_1, with_rationale_module
 from geode_jax.runs.identity import export_made, load_run_tokenizer, open_run
 from geode_jax.runs.settings import Settings
 from geode_jax.runtime.process import keep_compiled_programs, keep_freed_memory
@@ -36,7 +36,7 @@ class Trained:
         export: that it was trained on.
         tokenizer: of the run.
         pipeline: of the export's train split: lengths and sizes are those of training.
-        objective: asks the model and says its answers.
+        objective: runs the model and decodes its answers.
         mesh: this machine's devices, whatever the run trained on.
         graph: structure of the model.
         state: the parameters.
@@ -121,6 +121,6 @@ def open_trained(
     state = TrainState(step, model["params"], model["frozen"], ())
     objective = asked.system.make_objective(asked, export, tokenizer, pipeline)
     if slots is not None:
-        objective = with_slots(objective, slots)
+        objective = objective.with_slots(slots)
     evaluator = Evaluator(objective, graph, tokenizer, mesh)
     return Trained(settings, export, tokenizer, pipeline, objective, mesh, graph, state, evaluator)

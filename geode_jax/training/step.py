@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from geode_jax.objectives.base import Objective
+from geode_jax.objectives.base import TrainingObjective
 from geode_jax.shapes import Array, Batch
 from geode_jax.sharding import abstract_model, placed, shardings
 
@@ -37,7 +37,7 @@ Blueprint = tuple[nnx.GraphDef, optax.GradientTransformation, TrainState]
 
 
 def blueprint(
-    objective: Objective,
+    objective: TrainingObjective,
     make_optimizer: Callable[[nnx.State], optax.GradientTransformation],
     mesh: jax.sharding.Mesh,
 ) -> Blueprint:
@@ -54,7 +54,7 @@ def blueprint(
 
 
 def init_state(
-    objective: Objective,
+    objective: TrainingObjective,
     make_optimizer: Callable[[nnx.State], optax.GradientTransformation],
     seed: int,
     mesh: jax.sharding.Mesh,
@@ -81,7 +81,7 @@ def init_state(
 
 
 def make_train_step(
-    objective: Objective,
+    objective: TrainingObjective,
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     like: TrainState,

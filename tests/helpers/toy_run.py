@@ -47,7 +47,7 @@ POINTS = {
 class Line:
     """Learns y = W x; its loss is random enough that every step counts."""
 
-    judge = "text"
+    selection_metric = "text"
     trainable = nnx.Param
 
     def build(self, rngs):

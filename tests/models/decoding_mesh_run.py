@@ -21,8 +21,8 @@ def main() -> None:
 
     def answer(state, batch):
         model = nnx.merge(run.graph, state.params, state.frozen)
-        looked = run.objective.look(model, batch)
-        return run.objective.answer(model, looked, batch, run.data.eos_id)
+        encoded = run.objective.encode_scene(model, batch)
+        return run.objective.answer(model, encoded, batch, run.data.eos_id)
 
     with jax.set_mesh(run.mesh):
         step = jax.jit(answer, out_shardings=replicated(run.mesh))

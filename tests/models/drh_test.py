@@ -7,7 +7,7 @@ import pytest
 from geode_jax.exports.units import BASE_UNIT
 from geode_jax.geometry.boxes import encode_boxes
 from geode_jax.models.drh import Drh, decode_values, encode_values
-from geode_jax.objectives.geode import box_loss, value_loss
+from geode_jax.objectives.geode import box_regression, value_regression
 from geode_jax.targets import LOG_VALUES
 from tests.helpers.tiny_models import materialize
 
@@ -31,7 +31,7 @@ def test_value_loss_is_the_squared_relative_error_of_what_is_masked_in():
     values = np.array([2.0, 200.0, 5.0], np.float32)
     base = np.array([1.0, 0.01, 1.0], np.float32)
     codes = encode_values(np.array([2.2, 200.0, 1.0], np.float32), base)
-    total, count = value_loss(codes, values, base, np.array([True, True, False]))
+    total, count = value_regression(codes, values, base, np.array([True, True, False]))
     assert count == 2
     np.testing.assert_allclose(total, np.log(1.1) ** 2, rtol=1e-4)
 
@@ -40,13 +40,15 @@ def test_box_loss_is_zero_for_any_name_of_the_box():
     box = np.array([1.0, -2.0, 0.5, 1.6, 0.8, 0.9, 0.3], np.float32)
     turned = np.array([1.0, -2.0, 0.5, 0.8, 1.6, 0.9, 0.3 + np.pi / 2], np.float32)
     code = encode_boxes(box)[None]
-    total, count = box_loss(code, turned[None], np.array([True]))
+    total, count = box_regression(code, turned[None], np.array([True]))
     assert count == 1
     np.testing.assert_allclose(total, 0.0, atol=1e-9)
     moved = box.copy()
     moved[0] += 0.5
-    np.testing.assert_allclose(box_loss(code, moved[None], np.array([True]))[0], 0.25, rtol=1e-5)
-    assert box_loss(code, moved[None], np.array([False])) == (0.0, 0.0)
+    np.testing.assert_allclose(
+        box_regression(code, moved[None], np.array([True]))[0], 0.25, rtol=1e-5
+    )
+    assert box_regression(code, moved[None], np.array([False])) == (0.0, 0.0)
 
 
 def test_the_head_reads_the_state():

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.scipy.special import logsumexp
 from PIL import Image
 
+from geode_jax.errors import UserError
 from geode_jax.exports import units
 from geode_jax.geometry.boxes import decode_boxes
 from geode_jax.models.drh import decode_values
@@ -158,7 +159,7 @@ def test_without_views_nothing_stands_before_the_text(model, batch):
     blind = dataclasses.replace(batch, view_mask_SV=np.zeros_like(batch.view_mask_SV))
     alone = read(model, batch, (), None)
     np.testing.assert_allclose(read(model, blind, ("spatio", "visual"), None), alone, atol=1e-5)
-    assert stage("joint", vision=False).parts() == ()
+    assert stage("joint", vision=False).prefix_parts() == ()
 
 
 def test_fewer_rationale_tokens_are_the_first_ones(model, batch):
@@ -229,8 +230,20 @@ def test_patches_of_another_size_take_the_export_patch_at_their_centre():
 
 def test_without_the_module_only_visual_tokens_stand_there():
     without = dataclasses.replace(MODEL, drm=None)
-    assert stage("joint", model=without).parts() == ("visual",)
-    assert stage("joint").parts() == ("spatio", "visual")
+    assert stage("joint", model=without).prefix_parts() == ("visual",)
+    assert stage("joint").prefix_parts() == ("spatio", "visual")
+
+
+def test_positions_before_a_question_are_those_of_all_parts():
+    assert stage("drm").prefix_length(VIEWS) == 3 + 3 + VIEWS * 1
+    without = dataclasses.replace(MODEL, drm=None)
+    assert stage("drm", model=without).prefix_length(VIEWS) == 3 + VIEWS
+
+
+def test_an_objective_of_fewer_rationale_tokens():
+    assert stage("joint").with_slots(2) == stage("joint", slots=2)
+    with pytest.raises(UserError, match="slots: 4 of 3 rationale tokens"):
+        stage("joint").with_slots(4)
 
 
 # --- What is paid ---------------------------------------------------------------------------------
@@ -276,13 +289,15 @@ def test_patches_of_no_category_are_the_last_class(model, batch):
 def test_a_value_is_read_where_its_control_token_is_the_input(model, batch):
     """What training reads at an answer's first token is what the head says of a generated one."""
     objective = stage("joint")
-    out = jax.jit(lambda m, b: objective.answer(m, objective.look(m, b), b, EOS_ID))(model, batch)
+    out = jax.jit(lambda m, b: objective.answer(m, objective.encode_scene(m, b), b, EOS_ID))(
+        model, batch
+    )
     # The same tokens as if they were the answers.
     packed = batch.packed_SMR.reshape(2, -1).copy()
     column = batch.answer_column_SQA[:, :2, 1]
     np.put_along_axis(packed, column, np.asarray(out["tokens"][:, :2, 0]), axis=1)
     forced = dataclasses.replace(batch, packed_SMR=packed.reshape(batch.packed_SMR.shape))
-    state = pick(read(model, forced, objective.parts(), None), column)
+    state = pick(read(model, forced, objective.prefix_parts(), None), column)
     np.testing.assert_allclose(out["values"][:, :2, 0], model.drh.values(state), atol=1e-4)
     boxes = decode_boxes(model.drh.boxes(state))
     np.testing.assert_allclose(out["boxes"][:, :2, 0], boxes, rtol=1e-3, atol=1e-4)
@@ -390,13 +405,13 @@ def test_values_stand_for_their_control_tokens():
         "values": np.full((1, 2, 5), np.log(1.234)),
         "boxes": np.arange(70.0).reshape(1, 2, 5, 7),
     }
-    said = stage("joint").say(out, (0, 0), {"kind": "x", "unit": "cm"}, Words())
+    said = stage("joint").decode_answer(out, (0, 0), {"kind": "x", "unit": "cm"}, Words())
     assert said["prediction"].startswith("w5 123 w6 21.00 22.00")
     assert said["predicted_box"] == [21, 22, 23, 24, 25, 26, 27]
     np.testing.assert_allclose(said["predicted_value"], 123.4, rtol=1e-5)
-    assert stage("joint").say(out, (0, 1), {"kind": "x"}, Words()) == {"prediction": ""}
+    assert stage("joint").decode_answer(out, (0, 1), {"kind": "x"}, Words()) == {"prediction": ""}
     words = {"tokens": tokens}
-    text = stage("joint", controls=None).say(words, (0, 0), {"kind": "x"}, Words())
+    text = stage("joint", controls=None).decode_answer(words, (0, 0), {"kind": "x"}, Words())
     assert text == {"prediction": "w5 w21 w6 w22"}
 
 

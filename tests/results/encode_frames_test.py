@@ -99,7 +99,7 @@ def test_what_cannot_be_encoded_is_refused(geode_runs, tmp_path):
     blind = tiny_rooms(tmp_path / "rooms")
     with pytest.raises(UserError, match="has no images to encode"):
         encode_export(run.workdir, blind, tmp_path / "out")
-    config = open_trained(run.workdir).objective.config.model.vlm.decoder
+    config = open_trained(run.workdir).objective.internvl.decoder
     save_pretrained(materialize(lambda rngs: Decoder(config, rngs=rngs)), tmp_path / "decoder")
     with pytest.raises(UserError, match=r"--weights: .* is a Decoder, which has no InternViT"):
         encode_export(tmp_path / "decoder", run.export, tmp_path / "out2")

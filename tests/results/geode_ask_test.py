@@ -177,7 +177,7 @@ def test_the_rationale_is_what_stage_1_says_behind_the_same_tokens(run, geode_ru
     stage_1 = Predictor(geode_runs["drm"].workdir)
     same = Predictor(geode_runs["drm"].workdir, rationale=True)
     joint = Predictor(geode_runs["joint"].workdir, rationale=True)
-    assert joint._trained.objective.parts() == ("spatio",)
+    assert joint._trained.objective.prefix_parts() == ("spatio",)
     assert joint._pipeline.config.answer_length == stage_1._pipeline.config.answer_length
     assert joint.truth_field == stage_1.truth_field == "rationale"
     scene_id = stage_1.export.scene_ids("test")[0]
@@ -372,7 +372,7 @@ def test_a_stage_starts_from_pretrained_folders(geode_runs, tmp_path):
     """A decoder and a vision encoder of Hugging Face, and their tokenizer."""
     export, before = geode_runs["pretrain"].export, geode_runs["pretrain"].workdir
     settings = make_settings(tiny_geode_config("pretrain", export))
-    vlm = build.build(settings, tmp_path / "a").objective.config.model.vlm
+    vlm = build.build(settings, tmp_path / "a").objective.internvl
     grown = load_tokenizer(before / "tokenizer").with_tokens(INTERNVL_TOKENS).vocab_size
     sizes = dataclasses.replace(vlm.decoder, vocab_size=grown)
     models = {

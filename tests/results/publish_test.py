@@ -122,7 +122,7 @@ def compare(trained: Trained, folder: Path, home: Path, arrays: dict, logits) ->
                 np.testing.assert_array_equal(
                     said["tokens"][place], answers["tokens"][place][:length]
                 )
-                text = trained.objective.say(answers, place, record, trained.tokenizer)
+                text = trained.objective.decode_answer(answers, place, record, trained.tokenizer)
                 assert texts[row][column] == text["prediction"]
                 if "values" in said:
                     codes = np.clip(answers["values"][place][:length], np.log(0.01), 11)
@@ -166,7 +166,7 @@ def test_a_geode_answers_without_jax_and_comes_back(torch, geode_runs, tmp_path)
     workdir, out, middle = geode_runs["joint"].workdir, tmp_path / "geode", tmp_path / "middle"
     export(workdir, out)
     trained = open_trained(workdir)
-    logits = geode_logits(trained.objective.parts())
+    logits = geode_logits(trained.objective.prefix_parts())
     assert compare(trained, out, tmp_path, GEODE_ARRAYS, logits) >= QUESTIONS
     main(["convert", "import", "--source", str(out), "--out", str(middle)])
     same_parameters(trained, middle)

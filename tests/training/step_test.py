@@ -13,7 +13,6 @@ from flax import nnx
 from geode_jax.models.layers import param
 from geode_jax.objectives import losses
 from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig
-from geode_jax.objectives.spatial import huber
 from geode_jax.objectives.text import text_term
 from geode_jax.sharding import make_mesh
 from geode_jax.training.optimizer import NEVER, OptimizerConfig, make_optimizer
@@ -69,7 +68,7 @@ class FewTerms(HiddenCoT):
         return {
             "text": text_term(student.decoder, hidden, batch, self.config.temperature),
             "spatial/relations": losses.binary_kl(*relations),
-            "spatial/value": huber(*value),
+            "spatial/value": losses.huber(*value),
             "depth_kl": losses.depth_bin_kl(scene.z_SVPD[..., : depth[0].shape[-1]], *depth),
         }
 

@@ -146,7 +146,7 @@ def test_the_students_twin_computes_what_the_student_computes(torch, trained, ba
         student = model.student
         out = OBJECTIVE.answer(model, student.look(batch), batch, EOS_ID)
         logits = student.decoder.logits(student.read(student.look(batch), batch)[0])
-        return logits, out["tokens"], out["thinking"], OBJECTIVE.perceive(model, batch)
+        return logits, out["tokens"], out["thinking"], OBJECTIVE.predict_scene(model, batch)
 
     for shown in (batch, without_vision(batch)):
         logits, tokens, thinking, heads = ours(trained, shown)
@@ -211,13 +211,13 @@ def test_geodes_twin_computes_what_geode_computes(torch, batch, tmp_path, config
     write_model(model, tmp_path / "out", like=ENTRIES | {"prefix": list(parts)})
     twin = loaded(GeodeModel, tmp_path / "out")
     objective = GeodeStage(GeodeStageConfig(config, stage="joint", vision=bool(parts)))
-    assert objective.parts() == parts
+    assert objective.prefix_parts() == parts
 
     @jax.jit
     def ours(model, batch):
         states = model.read(batch, model.prefix(batch, parts))
         logits = model.vlm.decoder.logits(pick(states, batch.answer_column_SQA))
-        return logits, objective.answer(model, objective.look(model, batch), batch, EOS_ID)
+        return logits, objective.answer(model, objective.encode_scene(model, batch), batch, EOS_ID)
 
     logits, out = ours(model, batch)
     prompts, mask, answers = text_of(torch, batch)
