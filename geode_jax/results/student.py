@@ -11,7 +11,8 @@ import numpy as np
 from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate.evaluator import Evaluation
 from geode_jax.evaluate.metrics.text import answer_rows, with_reference
-from geode_jax.evaluate.report.page import depth_colours, write_report
+from geode_jax.evaluate.report.charts import depth_colours
+from geode_jax.evaluate.report.page import write_report
 from geode_jax.exports import Export
 from geode_jax.measure.cost import measure_speed, parameter_counts, peak_memory
 from geode_jax.runs.summary import REPORT, SUMMARY, end, kept_answers, missing, write_predictions
