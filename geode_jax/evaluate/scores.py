@@ -1,12 +1,14 @@
 """All scores of a run under one set of keys, the frequency baseline, and the table they make."""
 
 import dataclasses
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from geode_jax.evaluate.metrics import spatial as spatial_metrics
 from geode_jax.evaluate.metrics import text as text_metrics
+from geode_jax.evaluate.text_table import text_table
 from geode_jax.exports.kinds import (
     KINDS,
     RELATION_KINDS,
@@ -223,19 +225,15 @@ def score_table(
             marks.append(notes[row.key])
         return f"  {row.label}" + (f" ({', '.join(marks)})" if marks else "")
 
-    cells = [[format_score(column.get(row.key), row) for column in scores.values()] for row in rows]
-    first = max(len(label(row)) for row in rows)
-    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+    lines: list[list[str]] = []
+    for group, grouped in itertools.groupby(rows, key=lambda row: row.group):
+        lines.append([group])
+        for row in grouped:
+            cells = (format_score(column.get(row.key), row) for column in scores.values())
+            lines.append([label(row), *cells])
+    return text_table(lines, ["", *titles])
 
-    def line(left: str, values: Sequence[str]) -> str:
-        padded = (value.rjust(width) for value, width in zip(values, widths, strict=True))
-        return "  ".join([left.ljust(first), *padded])
 
-    lines = [line("", titles), "-" * (first + sum(widths) + 2 * len(widths))]
-    group = None
-    for row, values in zip(rows, cells, strict=True):
-        if row.group != group:
-            group = row.group
-            lines.append(group)
-        lines.append(line(label(row), values))
-    return "\n".join(lines)
+def loss_table(losses: Mapping[str, float]) -> str:
+    """Returns losses by name as an aligned text table."""
+    return text_table([[name, f"{loss:.3f}"] for name, loss in sorted(losses.items())])

@@ -28,6 +28,7 @@ from geode_jax.evaluate.metrics.coco import coco_scores, exact_match
 from geode_jax.evaluate.metrics.text import references
 from geode_jax.evaluate.row_files import RowFile, check_prediction, of_no_question, read_rows
 from geode_jax.evaluate.scores import frequency_baseline
+from geode_jax.evaluate.text_table import text_table
 from geode_jax.exports import files
 
 LABELS = {
@@ -176,10 +177,5 @@ def table(scores: Mapping[str, Mapping[str, float]]) -> str:
     """Scores side by side with one decimal."""
     keys = list(next(iter(scores.values())))
     labels = {key: LABELS.get(key) or f"EM@1, {key.removeprefix('em1/')}" for key in keys}
-    first = max(map(len, labels.values()))
-    widths = [max(11, 2 + len(name)) for name in scores]
-    lines = [["", *scores]]
-    lines += [[labels[key], *(f"{column[key]:.1f}" for column in scores.values())] for key in keys]
-    return "\n".join(
-        label.ljust(first) + "".join(map(str.rjust, cells, widths)) for label, *cells in lines
-    )
+    rows = [[labels[key], *(f"{column[key]:.1f}" for column in scores.values())] for key in keys]
+    return text_table(rows, ["", *scores])

@@ -40,6 +40,7 @@ from geode_jax.evaluate.row_files import (
     require,
 )
 from geode_jax.evaluate.scores import frequency_baseline, row_of
+from geode_jax.evaluate.text_table import text_table
 from geode_jax.exports import files, prompts
 from geode_jax.exports.kinds import (
     DIRECTION_KINDS,
@@ -328,13 +329,9 @@ def table(scores: Mapping[str, Mapping[str, Any]]) -> str:
     """
     choices = dict.fromkeys(name for kind in VSI_CHOICE_KINDS for name in (KINDS[kind].task, kind))
     keys = ("overall", "na", *VSI_NUMERIC_KINDS, "mca", *choices)
-    lines = [["", *scores]]
+    rows = []
     for key in keys:
         values = [(column | column["per_type"]).get(key) for column in scores.values()]
         cells = ("-" if value is None else f"{value:.1f}" for value in values)
-        lines.append([_LABELS.get(key) or row_of(key).label, *cells])
-    first = max(len(line[0]) for line in lines)
-    widths = [max(11, 2 + len(name)) for name in scores]
-    return "\n".join(
-        label.ljust(first) + "".join(map(str.rjust, cells, widths)) for label, *cells in lines
-    )
+        rows.append([_LABELS.get(key) or row_of(key).label, *cells])
+    return text_table(rows, ["", *scores])

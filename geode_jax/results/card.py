@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from geode_jax.evaluate import vsi_bench
-from geode_jax.evaluate.scores import score_table
+from geode_jax.evaluate.scores import loss_table, score_table
 from geode_jax.exports import files
 
 
@@ -154,7 +154,7 @@ def _scores(summary: Mapping[str, Any]) -> str:
     if "scores" in summary:
         blocks.append(score_table(summary["scores"]))
     if not blocks and "val" in summary:
-        blocks.append("\n".join(f"{k:<28}{v:8.3f}" for k, v in sorted(summary["val"].items())))
+        blocks.append(loss_table(summary["val"]))
     notes = "".join(f"\n- {note}" for note in summary.get("notes", ()))
     if not blocks:
         return "The run has not been scored."

@@ -62,7 +62,7 @@ def show(summary: dict[str, Any], workdir: Path) -> None:
     if "vsi" in summary:
         print(vsi_bench.table(summary["vsi"]))
     elif "val" in summary:
-        print("\n".join(f"{name:<28}{x:8.3f}" for name, x in sorted(summary["val"].items())))
+        print(scoring.loss_table(summary["val"]))
     else:
         raise missing(workdir, "val")
     print(f"summary: {workdir / SUMMARY}", flush=True)
