@@ -168,7 +168,7 @@ class Evaluator:
                         done["predictions"].append(record | said)
                 if heads:
                     measured = jax.device_get(self._heads(state, shown))
-                    done["scenes"] = list(_judged(records, out.scenes, *measured))
+                    done["scenes"] = list(_measured_scenes(records, out.scenes, *measured))
                 finished.append(done)
                 out.add(done)
                 bar.update(len(done["predictions"]))
@@ -194,22 +194,22 @@ class Evaluator:
         return shard_batch(batch, self._mesh, pipeline.config.scenes_per_batch)
 
 
-def _judged(
-    records: list[list[dict]], before: set[str], said: tuple, true: tuple
+def _measured_scenes(
+    records: list[list[dict]], before: set[str], predicted: tuple, target: tuple
 ) -> Iterator[dict[str, Any]]:
     """Yields the depth errors and boxes of each new scene of a batch, in JSON's types."""
-    depth, boxes, labels, scores = said
-    true_depth, seen, boxes_known, true_boxes, true_labels = true
-    judged = set(before)
+    depth, boxes, labels, scores = predicted
+    true_depth, seen, boxes_known, true_boxes, true_labels = target
+    measured = set(before)
     for row, own in enumerate(records):
         scene_id = own[0]["scene_id"] if own else None
-        if scene_id is None or scene_id in judged:
+        if scene_id is None or scene_id in measured:
             continue  # a row without a scene, or the scene's second row
-        measured = DepthMetrics.measure(depth[row], true_depth[row], seen[row][:, None, None])
-        scene = {"scene_id": scene_id, "depth": measured}
-        if len(judged) < MAX_DEPTH_MAPS:
+        errors = DepthMetrics.measure(depth[row], true_depth[row], seen[row][:, None, None])
+        scene = {"scene_id": scene_id, "depth": errors}
+        if len(measured) < MAX_DEPTH_MAPS:
             scene["depth_map"] = depth[row].astype(np.float32).tolist()
-        judged.add(scene_id)
+        measured.add(scene_id)
         if boxes_known[row]:
             found = (boxes, labels, scores, true_boxes, true_labels)
             scene["boxes"] = [np.asarray(x[row]).tolist() for x in found]

@@ -2,9 +2,9 @@
 
 A box is (centre xyz, size xyz, yaw about z in radians), world frame, metres: 7 numbers.
 Matching and AP follow PASCAL VOC (2010 on) as ScanNet detectors report them: predictions of a
-class, best score first, each claim the box of highest IoU of their class in their scene; a box
-claimed twice makes the second a false positive; AP is the area under the precision envelope. An IoU
-of just the threshold counts, as in VOC's own code; the Python versions of it ask for more.
+class, best score first, each claim the box of highest IoU of their class in their scene; the second
+claim of a box is a false positive; AP is the area under the precision envelope. An IoU equal to the
+threshold counts, as in VOC's own code; the Python versions of that code need a larger one.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ _LARGEST = 1e300
 
 def _usable(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns boxes [..., 7] with unusable ones as zeros, and [...] bool: which are usable."""
-    usable = (np.abs(boxes) <= _LARGEST).all(-1)
+    usable = np.all(np.abs(boxes) <= _LARGEST, axis=-1)
     return np.where(usable[..., None], boxes, 0.0), usable
 
 
@@ -80,10 +80,10 @@ class _Scene:
 
 
 class DetectionMetrics:
-    """Accumulates detections scene by scene."""
+    """Accumulates detections over scenes."""
 
     def __init__(self, score_threshold: float = 0.5):
-        """Precision, recall and F1 use the detections of at least this score; AP uses all."""
+        """Sets the least score of the detections in precision, recall and F1; AP uses all."""
         self.score_threshold = score_threshold
         self._scenes: list[_Scene] = []
         self._detections: list[tuple[float, int, int, int]] = []  # (score, label, scene, row)
@@ -92,14 +92,13 @@ class DetectionMetrics:
         """Adds one scene whose boxes are all known.
 
         Args:
-          boxes: [M, 7] predicted. Their sizes may be 0 or less: such a box matches nothing.
+          boxes: [M, 7] predicted; a box with a size of 0 or less matches nothing.
           labels: [M] int predicted category.
           scores: [M] confidence.
           target_boxes: [N, 7]; `target_labels` -1 is padding.
           target_labels: [N] int category.
         """
-        boxes = np.asarray(boxes, np.float64).reshape(-1, 7).copy()
-        boxes[:, 3:6] = np.maximum(boxes[:, 3:6], 0.0)
+        boxes = np.asarray(boxes, np.float64).reshape(-1, 7)
         labels = np.asarray(labels, int).reshape(-1)
         target_boxes = np.asarray(target_boxes, np.float64).reshape(-1, 7)
         target_labels = np.asarray(target_labels, int).reshape(-1)
@@ -114,7 +113,7 @@ class DetectionMetrics:
             self._detections.append((float(score), int(labels[row]), index, row))
 
     def _true_positives(self, detections, threshold: float) -> np.ndarray:
-        """[len(detections)] bool, for detections in descending order of score."""
+        """Returns [len(detections)] bool, for detections in descending order of score."""
         claimed = [np.zeros(len(scene.labels), bool) for scene in self._scenes]
         hits = np.zeros(len(detections), bool)
         for i, (_, _, index, row) in enumerate(detections):
@@ -128,14 +127,16 @@ class DetectionMetrics:
         return hits
 
     def result(self) -> dict[str, float]:
-        """`detection_precision_25`, `_recall_25`, `_f1_25`, `detection_map_25`, and the same at 50.
+        """Returns `detection_precision_25`, `_recall_25`, `_f1_25` and `_map_25`, the same at 50.
 
-        mAP is the mean over the categories that have at least one box. Empty when there is none.
+        mAP is the mean over the categories that have at least one true box. The result is empty
+        without a true box.
         """
         labels = np.concatenate([scene.labels for scene in self._scenes] or [np.zeros(0, int)])
         if not labels.size:
             return {}
-        # Stable: equal scores stay in the order they came, so the result is deterministic.
+        # The sort is stable: detections of equal score keep their order, so that the result is
+        # deterministic.
         ordered = sorted(self._detections, key=lambda detection: -detection[0])
         confident = [item for item in ordered if item[0] >= self.score_threshold]
         scores = {}
@@ -161,7 +162,7 @@ class DetectionMetrics:
 
 
 def average_precision(hits: np.ndarray, boxes: int) -> float:
-    """Area under the precision envelope (PASCAL VOC 2010 on, all points).
+    """Returns the area under the precision envelope (PASCAL VOC 2010 on, all points).
 
     Args:
       hits: [n] bool, detections in descending order of score.
