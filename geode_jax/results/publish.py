@@ -1,4 +1,4 @@
-"""From a trained run to a Hugging Face folder that runs without JAX."""
+"""Exports a trained run as a Hugging Face folder that runs without JAX."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from geode_jax.weights.convert import write_model
 from geode_jax.weights.files import CONFIG, SHARD_BYTES
 
 PARTS = ("decoder",)
-"""What of a GEODE can be exported alone."""
+"""Parts of a GEODE that can be exported alone."""
 
 
 def export_run(
@@ -31,8 +31,8 @@ def export_run(
         shard_bytes: see `files.write_folder`.
 
     Raises:
-        UserError, ExportError: it is no run, has no checkpoint, its export is not here, its system
-            has no such part or no modelling file, or `out` is not empty.
+        UserError, ExportError: `workdir` is no run or has no checkpoint, its export is missing, its
+            system has no such part or no modelling file, or `out` is not empty.
     """
     config = load_config(workdir)
     system = config.system
@@ -62,7 +62,7 @@ def export_run(
 
 
 def _entries(trained: Trained, *, whole: bool) -> dict:
-    """What `config.json` says of a run beside the model's sizes."""
+    """Returns the entries of `config.json` besides the sizes of the model."""
     tokenizer, settings = trained.tokenizer, trained.pipeline.config
     entries = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in _SPECIAL}
     if not whole:
@@ -99,7 +99,7 @@ def _add(trained: Trained, workdir: Path, folder: Path, part: str | None) -> Non
 
 
 def _origins(config: ml_collections.ConfigDict) -> list[str]:
-    """Names of the pretrained models at the start of the runs that led to this one."""
+    """Returns the names of the pretrained models that this run or its predecessors started from."""
     start = config.get("init_from", "")
     if not start:
         return []
@@ -107,7 +107,7 @@ def _origins(config: ml_collections.ConfigDict) -> list[str]:
         folders = pretrained_folders(start)
         if not folders:
             return _origins(load_config(Path(start)))
-    except UserError:  # whose model it is cannot be said then
+    except UserError:  # the folder is gone, so the name of its model is unknown
         return [f"{start} (not here)"]
     return [
         read_json_object(folder / CONFIG).get("_name_or_path") or folder.name for folder in folders
