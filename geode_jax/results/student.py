@@ -60,14 +60,15 @@ def evaluate_and_report(
 
     model = answer("model", "test", heads=True)
     blind = answer("vision_removed", "vision removed", vision=False)
-    asked = [dict(p) for p in model.predictions]
-    frequency = scoring.frequency_baseline(run.train_records(), asked, reference)
+    answered = [dict(p) for p in model.predictions]
+    frequency = scoring.frequency_baseline(run.train_records(), answered, reference)
     columns = {"model": model.predictions, "vision_removed": blind.predictions}
     columns["frequency"] = frequency
     scores = {name: scoring.score(p, reference) for name, p in columns.items()}
     scores["model"] |= model.depth.result() | model.detection.result()
     scores["model"] |= {
-        f"percent_of_teacher/{k}": v for k, v in scoring.percent_of_teacher(asked).items()
+        f"{scoring.PERCENT_PREFIX}{key}": value
+        for key, value in scoring.percent_of_teacher(answered).items()
     }
     scores["model"] |= {"val_loss": losses["val/loss"]}
     if "val/text" in losses:
@@ -137,8 +138,8 @@ def _efficiency(run, state: TrainState) -> dict[str, float]:
     """Returns the columns of Table IV for this machine: size, time per answer, memory."""
     student = jax.tree.leaves(state.params["student"])
     _, batch = next(iter(run.pipelines["test"].eval_batches(run.config.data.scenes_per_batch)))
-    asked = int(np.sum(np.asarray(batch.answer_length_SQ) > 0))
-    speed = measure_speed(lambda: run.evaluator.answer_batch(state, batch), asked)
+    questions = int(np.sum(np.asarray(batch.answer_length_SQ) > 0))
+    speed = measure_speed(lambda: run.evaluator.answer_batch(state, batch), questions)
     return parameter_counts(student) | speed | peak_memory()
 
 

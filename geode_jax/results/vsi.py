@@ -60,9 +60,9 @@ def evaluate_run(
 
 def _evaluate(workdir: Path, out: Path, export: Path | None, spatio: int | None) -> dict[str, Any]:
     trained = open_trained(workdir, slots=spatio, same_export=export is None)
-    asked = trained.export if export is None else Export(export)
-    split = test_split(asked)
-    pipeline = _pipeline(trained, asked, split)
+    source = trained.export if export is None else Export(export)
+    split = test_split(source)
+    pipeline = _pipeline(trained, source, split)
     with jax.set_mesh(trained.mesh):
         answered = {
             name: trained.evaluator.run(trained.state, pipeline, None, vision=seen, label=label)
@@ -75,8 +75,8 @@ def _evaluate(workdir: Path, out: Path, export: Path | None, spatio: int | None)
     predictions = out.with_name(f"{out.stem}_predictions.jsonl")
     data = "".join(json.dumps(row) + "\n" for row in columns["model"]).encode()
     files.write_bytes(predictions, data)
-    manifest = asked.folder / "manifest.json"
-    producer = asked.manifest["producer"]
+    manifest = source.folder / "manifest.json"
+    producer = source.manifest["producer"]
     result = vsi_bench.result(
         columns,
         dataset={
@@ -89,7 +89,7 @@ def _evaluate(workdir: Path, out: Path, export: Path | None, spatio: int | None)
         },
         frames=pipeline.shapes.views,
         decoding="greedy",
-        notes=_notes(trained, workdir, asked, pipeline, spatio),
+        notes=_notes(trained, workdir, source, pipeline, spatio),
     )
     write_json(out, result)
     return result
@@ -99,8 +99,8 @@ def _pipeline(trained: Trained, export: Export, split: str) -> Pipeline:
     """Returns a pipeline of all benchmark questions of any length, in batches of the run's size."""
     usual = trained.pipeline.config
     records = open_question_records(export, usual.on_bad_scene)
-    asked = (record for scene_id in records.scene_ids(split) for record in records.read(scene_id))
-    for row in vsi_bench.rows_of({**record, "prediction": ""} for record in asked):
+    questions = (record for scene in records.scene_ids(split) for record in records.read(scene))
+    for row in vsi_bench.rows_of({**record, "prediction": ""} for record in questions):
         vsi_bench.check_question(row, f"{export.folder}: question {row['id']}")
     lengths = measure_lengths(
         export,
@@ -112,14 +112,14 @@ def _pipeline(trained: Trained, export: Export, split: str) -> Pipeline:
     )
     if not lengths:
         raise UserError(f"{export.folder}: split {split} has no question of VSI-Bench")
-    question = max(usual.question_length, lengths["all"].question_max)
-    answer = max(usual.answer_length, lengths["all"].answer_max)
+    question_length = max(usual.question_length, lengths["all"].question_max)
+    answer_length = max(usual.answer_length, lengths["all"].answer_max)
     config = dataclasses.replace(
         usual.asking_all(),
         export=str(export.folder),
-        question_length=question,
-        answer_length=answer,
-        row_length=max(usual.row_length, question + answer),
+        question_length=question_length,
+        answer_length=answer_length,
+        row_length=max(usual.row_length, question_length + answer_length),
         answer_field="answer",
     )
     pipeline = Pipeline(export, trained.tokenizer, config, split, vsi_bench.QUESTION_TYPES)
