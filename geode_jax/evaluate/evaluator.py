@@ -1,4 +1,4 @@
-"""Runs a model over a split: losses, generated answers; a student's depth and boxes too."""
+"""Evaluates a model over a split: losses and generated answers; a student's depth and boxes."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from flax import nnx
 from geode_jax import __version__
 from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.tokens import Tokenizer
-from geode_jax.evaluate.answered import Answered
+from geode_jax.evaluate.finished_batches import FinishedBatches
 from geode_jax.evaluate.metrics.depth import DepthMetrics
 from geode_jax.evaluate.metrics.detection import DetectionMetrics
 from geode_jax.exports import Export
@@ -28,14 +28,14 @@ from geode_jax.training.step import TrainState
 
 @dataclasses.dataclass
 class Evaluation:
-    """What a model said about a split.
+    """The answers of a model to the questions of a split, and its depth and boxes.
 
     Attributes:
         predictions: question records with the fields that `Objective.decode_answer` adds.
-        depth: a student's errors over all pixels.
-        detection: boxes found, over the scenes whose boxes are known.
-        depth_maps: scene id -> predicted depth [V, h, w], metres, of the first scenes.
-        scenes: ids of those whose depth and boxes were judged.
+        depth: errors of a student's depth over all valid pixels.
+        detection: a student's boxes, in the scenes whose boxes are known.
+        depth_maps: scene id -> predicted depth [V, h, w] in metres, of the first scenes.
+        scenes: ids of the scenes whose depth and boxes were measured.
     """
 
     predictions: list[dict]
@@ -44,8 +44,8 @@ class Evaluation:
     depth_maps: dict[str, np.ndarray]
     scenes: set[str] = dataclasses.field(default_factory=set)
 
-    def take(self, batch: dict[str, Any]) -> None:
-        """Adds a batch, as `Evaluator.run` measures it and `Answered` keeps it."""
+    def add(self, batch: dict[str, Any]) -> None:
+        """Adds a batch in the form in which `FinishedBatches` stores it."""
         self.predictions += batch["predictions"]
         for scene in batch["scenes"]:
             self.scenes.add(scene["scene_id"])
@@ -56,13 +56,16 @@ class Evaluation:
                 self.detection.update(*scene["boxes"])
 
 
-DEPTH_MAPS = 16
-"""Of so many scenes, at most, the predicted depth is kept: the report shows a few."""
+MAX_DEPTH_MAPS = 16
+"""Most scenes whose predicted depth is stored: the report shows a few."""
 
 
 class Evaluator:
-    """Compiled evaluation of one objective; parameters are arguments, so that one compile serves
-    the run, its best checkpoint, and the model with its vision removed."""
+    """Compiled evaluation of one objective.
+
+    The parameters are arguments: one compilation serves the run, its best checkpoint, and the model
+    with its vision removed.
+    """
 
     def __init__(self, objective: Objective, graph: nnx.GraphDef, tokenizer: Tokenizer, mesh):
         self._objective, self._tokenizer, self._mesh = objective, tokenizer, mesh
@@ -87,7 +90,7 @@ class Evaluator:
             boxes = (batch.target_boxes_SN7, batch.target_labels_SN)
             return objective.predict_scene(model_of(state), batch), (*true, *boxes)
 
-        # Every process fetches all that is said: each of them scores it.
+        # Every process scores all answers, so each needs all of them.
         whole = functools.partial(jax.jit, out_shardings=replicated(mesh))
         self._terms, self._total = whole(terms), whole(total)
         self._answers, self._heads = whole(answers), whole(heads)
@@ -101,14 +104,15 @@ class Evaluator:
         *,
         check: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
-        """Validation losses: `val/loss` (eq. 2), `val/text` and every `val/<term>/<part>`.
+        """Returns validation losses: `val/loss` (eq. 2), `val/text`, every `val/<term>/<part>`.
 
         Args:
-            state: whose parameters are judged.
+            state: the parameters.
             pipeline: of the split.
-            scenes: how many of its scenes.
-            vision: what a scene's questions stand behind: the scene, nothing, or another scene.
-            check: called before every batch; may raise, to leave.
+            scenes: number of scenes.
+            vision: what precedes the questions of a scene: "own" its own vision tokens, "none"
+                nothing, "other" the vision tokens of another scene.
+            check: called before every batch; may raise to interrupt.
         """
         sums: dict[str, tuple] = {}
         rows = rows_of_process(self._mesh, pipeline.config.scenes_per_batch)
@@ -135,26 +139,26 @@ class Evaluator:
         kept: Path | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> Evaluation:
-        """Generated answers to all questions of `scenes` scenes.
+        """Generates answers to all questions of `scenes` scenes.
 
         Args:
-            state: whose parameters answer.
+            state: the parameters.
             pipeline: of the split.
-            scenes: how many of its scenes; None: all.
+            scenes: number of scenes; None: all.
             vision: False removes every view from the same model (a cheap blind baseline).
-            heads: also depth maps and boxes.
+            heads: True to measure depth maps and boxes too.
             label: of the progress bar.
-            kept: file of finished batches, with which an interrupted call goes on.
-            check: called before every batch; may raise, to leave.
+            kept: file of finished batches, from which an interrupted call continues.
+            check: called before every batch; may raise to interrupt.
         """
         out = Evaluation([], DepthMetrics(), DetectionMetrics(), {})
-        of = None if kept is None else self._identity(state, pipeline, scenes, vision, heads)
-        with Answered(kept, of) as answered:
-            for batch in answered.before:
-                out.take(batch)
+        same = None if kept is None else self._identity(state, pipeline, scenes, vision, heads)
+        with FinishedBatches(kept, same) as finished:
+            for batch in finished.earlier:
+                out.add(batch)
             bar = progress(None, len(out.predictions), " questions", label)
             rows = rows_of_process(self._mesh, pipeline.config.scenes_per_batch)
-            first = len(answered.before)
+            first = len(finished.earlier)
             for records, batch in pipeline.eval_batches(scenes, rows=rows, first=first):
                 check()
                 shown = self._place(batch if vision else without_vision(batch), pipeline)
@@ -167,17 +171,19 @@ class Evaluator:
                         )
                         done["predictions"].append(record | answer)
                 if heads:
-                    predicted, true = jax.device_get(self._heads(state, shown))
+                    predicted, target = jax.device_get(self._heads(state, shown))
                     if predicted is not None:
-                        done["scenes"] = list(_judged(records, out.scenes, predicted, true))
-                answered.keep(done)
-                out.take(done)
+                        done["scenes"] = list(
+                            _measured_scenes(records, out.scenes, predicted, target)
+                        )
+                finished.append(done)
+                out.add(done)
                 bar.update(len(done["predictions"]))
             bar.close()
         return out
 
     def _identity(self, state: TrainState, pipeline: Pipeline, *settings) -> str:
-        """A checksum of all that the answers depend on."""
+        """Returns a checksum of everything that the answers depend on."""
         model = fingerprint({"params": state.params, "frozen": state.frozen})
         manifest = Export(pipeline.config.export).manifest
         asked = [pipeline.split, repr(pipeline.config), manifest["scenes"], manifest["questions"]]
@@ -185,7 +191,7 @@ class Evaluator:
         return checksum([__version__, model, *asked, *ids, *settings])
 
     def answer_batch(self, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
-        """What `Objective.answer` gives for a whole host batch, on the device."""
+        """Returns the result of `Objective.answer` for a whole host batch, on the device."""
         scenes = len(batch.view_mask_SV)
         rows = rows_of_process(self._mesh, scenes)
         own = jax.tree.map(lambda x: x[rows], batch)
@@ -195,22 +201,22 @@ class Evaluator:
         return shard_batch(batch, self._mesh, pipeline.config.scenes_per_batch)
 
 
-def _judged(
-    records: list[list[dict]], before: set[str], predicted: ScenePrediction, true: tuple
+def _measured_scenes(
+    records: list[list[dict]], before: set[str], predicted: ScenePrediction, target: tuple
 ) -> Iterator[dict[str, Any]]:
-    """Depth and boxes of the scenes of a batch, each once, as JSON holds them."""
+    """Yields the depth errors and boxes of each new scene of a batch, in JSON's types."""
     depth, boxes, labels, scores = predicted
-    true_depth, seen, boxes_known, true_boxes, true_labels = true
-    judged = set(before)
+    true_depth, seen, boxes_known, true_boxes, true_labels = target
+    measured = set(before)
     for row, own in enumerate(records):
         scene_id = own[0]["scene_id"] if own else None
-        if scene_id is None or scene_id in judged:
+        if scene_id is None or scene_id in measured:
             continue  # a row without a scene, or the scene's second row
-        measured = DepthMetrics.measure(depth[row], true_depth[row], seen[row][:, None, None])
-        scene = {"scene_id": scene_id, "depth": measured}
-        if len(judged) < DEPTH_MAPS:
+        errors = DepthMetrics.measure(depth[row], true_depth[row], seen[row][:, None, None])
+        scene = {"scene_id": scene_id, "depth": errors}
+        if len(measured) < MAX_DEPTH_MAPS:
             scene["depth_map"] = depth[row].astype(np.float32).tolist()
-        judged.add(scene_id)
+        measured.add(scene_id)
         if boxes_known[row]:
             found = (boxes, labels, scores, true_boxes, true_labels)
             scene["boxes"] = [np.asarray(x[row]).tolist() for x in found]

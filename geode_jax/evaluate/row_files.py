@@ -1,9 +1,9 @@
-"""Files of rows: a benchmark's questions, a model's predictions."""
+"""Reading files of rows: the questions of a benchmark, the predictions of a model."""
 
 import dataclasses
 import hashlib
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,15 @@ class RowFile:
     Attributes:
       path: of the file.
       sha256: of its bytes.
-      rows: the rows under their ids as text, in order.
+      rows: id as text -> row, in order.
     """
 
     path: Path
     sha256: str
     rows: dict[str, dict]
 
-    def named(self) -> dict[str, str]:
-        """What a result file says of this file."""
+    def source(self) -> dict[str, str]:
+        """Returns the name and checksum of this file, for a result file."""
         return {"file": str(self.path), "sha256": self.sha256}
 
 
@@ -35,10 +35,10 @@ def read_rows(path: Path, *checks: Callable[[dict, str], None]) -> RowFile:
 
     Args:
       path: of the file.
-      checks: each gets a row and where it stands, and raises what is wrong with it.
+      checks: each is called with a row and its place, and raises UserError for a bad row.
 
     Raises:
-      UserError: `FILE:LINE: field: rule` (parquet: `FILE: row N`, from 0), or there is no row.
+      UserError: `FILE:LINE: field: rule` (parquet: `FILE: row N`, from 0), or there are no rows.
     """
     data = files.read_bytes(path)
     rows = {}
@@ -58,7 +58,7 @@ def read_rows(path: Path, *checks: Callable[[dict, str], None]) -> RowFile:
 
 
 def _parsed(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:
-    """Where each row stands, and the row."""
+    """Yields the place of each row in the file, and the row."""
     if path.suffix == ".parquet":
         for number, row in enumerate(_parquet_rows(path, data)):
             yield f"{path}: row {number}", row
@@ -70,37 +70,37 @@ def _parsed(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:
 
 
 MAX_UNPACKED_BYTES = 1 << 28
-"""Most bytes that the rows of a parquet file may have: some 300 KB can say billions."""
+"""Most bytes of the rows of a parquet file: 300 KB of compressed data can become billions."""
 
 
 def _parquet_rows(path: Path, data: bytes) -> Iterator[dict]:
-    import pyarrow.parquet  # takes a while, and most files are JSON lines
+    import pyarrow.parquet  # a slow import, and most files are JSON lines
 
     too_large = UserError(f"{path}: unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         values = sum(g.column(i).num_values for g in groups for i in range(g.num_columns))
-        bytes_said = sum(group.total_byte_size for group in groups)
-        if max(bytes_said, 8 * values) > MAX_UNPACKED_BYTES:
+        declared_bytes = sum(group.total_byte_size for group in groups)
+        if max(declared_bytes, 8 * values) > MAX_UNPACKED_BYTES:
             raise too_large
         unpacked = 0
         for batch in file.iter_batches(batch_size=16):
             for row in batch.to_pylist():
-                # What a file says of its size counts a value once that all rows share.
+                # The declared size counts a value that all rows share only once.
                 unpacked += _weight(row)
                 if unpacked > MAX_UNPACKED_BYTES:
                     raise too_large
                 yield row
     except UserError:
         raise
-    # ValueError: texts that are not UTF-8, dates that there are not.
+    # ValueError: texts that are not UTF-8, impossible dates.
     except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:
         raise UserError(f"{path}: not parquet: {error}") from None
 
 
 def _weight(value: Any) -> int:
-    """About the bytes of a row."""
+    """Returns the approximate number of bytes of a row."""
     if isinstance(value, str | bytes):
         return 8 + len(value)
     if isinstance(value, dict):
@@ -109,13 +109,14 @@ def _weight(value: Any) -> int:
 
 
 def require(good: bool, row: dict, field: str, rule: str, where: str) -> None:
+    """Raises the UserError `where: field: must be rule, is ...` unless `good`."""
     if not good:
         found = f"is {reprlib.repr(row[field])}" if field in row else "is missing"
         raise UserError(f"{where}: {field}: must be {rule}, {found}")
 
 
 def check_prediction(row: dict, where: str) -> None:
-    """Checks the field that a model gives.
+    """Checks the field that comes from a model.
 
     Raises:
       UserError: `where: field: rule`.
@@ -123,11 +124,11 @@ def check_prediction(row: dict, where: str) -> None:
     require(isinstance(row.get("prediction"), str), row, "prediction", "a string", where)
 
 
-def of_no_question(asked: RowFile, said: dict[str, RowFile]) -> list[str]:
-    """A line for every file that has answers to no question of `asked`."""
-    others = {file.path: len(file.rows.keys() - asked.rows.keys()) for file in said.values()}
+def unmatched_notes(questions: RowFile, predictions: Iterable[RowFile]) -> list[str]:
+    """Returns a note for every file with predictions that belong to none of the questions."""
+    others = {file.path: len(file.rows.keys() - questions.rows.keys()) for file in predictions}
     return [
-        f"{path}: {count} predictions are of no question of {asked.path}"
+        f"{path}: {count} predictions belong to no question of {questions.path}"
         for path, count in others.items()
         if count
     ]

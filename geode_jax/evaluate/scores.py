@@ -1,12 +1,14 @@
-"""All scores of a run under one set of keys, the frequency baseline, and the table they make."""
+"""All scores of a run under one set of keys, their table, and the frequency baseline."""
 
 import dataclasses
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from geode_jax.evaluate.metrics import spatial as spatial_metrics
 from geode_jax.evaluate.metrics import text as text_metrics
+from geode_jax.evaluate.text_table import text_table
 from geode_jax.exports.kinds import (
     KINDS,
     RELATION_KINDS,
@@ -18,13 +20,21 @@ from geode_jax.exports.kinds import (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """How one score is shown."""
+    """How one score is shown in tables and in the report.
+
+    Attributes:
+      key: of the score.
+      label: in tables.
+      group: heading under which it stands.
+      better: "higher", "lower", or "" where neither is better.
+      bounded: True for scores in [0, 1].
+    """
 
     key: str
     label: str
     group: str
-    better: str = "higher"  # "higher", "lower" or "" where neither is better
-    bounded: bool = True  # in [0, 1]
+    better: str = "higher"
+    bounded: bool = True
 
 
 _SPATIAL = "Spatial relations"
@@ -81,16 +91,16 @@ ROWS = (
     Row("val_text_loss", "validation loss, text only", _RUN, better="lower", bounded=False),
     Row("questions", "questions scored", _RUN, better="", bounded=False),
 )
-"""Every known score in the order it is shown; a kind that is not listed is shown under its key."""
+"""Every known score in the order of the table; an unknown kind is shown under its key."""
 
 PERCENT_PREFIX = "percent_of_teacher/"
-"""Prefix of a score's key where it stands as "% of teacher" beside the others."""
+"""Prefix of the key of a score that is given as "% of teacher"."""
 
 PERCENT_KEYS = (
     *("spatial_accuracy", *RELATION_KINDS, "mra"),
     *("rouge1", "rougeL", "bleu1", "meteor"),
 )
-"""The scores that Sec. IV-B prints as "% of teacher", and the numbers' MRA."""
+"""The scores that Sec. IV-B prints as "% of teacher", and the MRA of numbers."""
 
 _KNOWN = {row.key: row for row in ROWS}
 
@@ -102,13 +112,13 @@ def frequency_baseline(
 ) -> list[dict]:
     """Answers every question with the most common training answer of its kind.
 
-    Of equally common answers the first in string order is taken, so the result does not depend on
-    the order of the records. A kind that training never saw is answered with "".
+    Ties are broken by string order, so the result does not depend on the order of the records. A
+    kind that does not occur in training is answered with "".
 
     Args:
       train_records: question records.
       eval_records: question records to be answered.
-      reference: whose answers are counted, "truth" or "teacher".
+      reference: the answers to count, "truth" or "teacher".
 
     Returns:
       `eval_records`, copied, each with its "prediction".
@@ -126,9 +136,9 @@ def frequency_baseline(
 
 
 def score(predictions: Sequence[dict], reference: str = "truth") -> dict[str, float]:
-    """Spatial and text scores of generated answers, `ROWS` naming and ordering the keys.
+    """Returns spatial and text scores of generated answers; `ROWS` has their keys.
 
-    What has no question has no key, never a 0. `questions` counts the answers scored. With
+    A score without questions has no key. `questions` is the number of answers scored. With
     reference "teacher" every accuracy is agreement with the teacher, as in the paper.
 
     Args:
@@ -148,12 +158,13 @@ def score(predictions: Sequence[dict], reference: str = "truth") -> dict[str, fl
 
 
 def percent_of_teacher(predictions: Sequence[dict]) -> dict[str, float]:
-    """The paper's "% of teacher": scores against the teacher's answers, times 100.
+    """Returns the paper's "% of teacher": scores against the teacher's answers, times 100.
 
-    Of `PERCENT_KEYS`, those that occur.
+    The teacher scores 100 against itself by definition (Sec. IV-B), except for METEOR, which is
+    below 1 for equal texts.
 
-    The teacher scores 100 against itself by definition (Sec. IV-B), except METEOR, which stays
-    below 1 for equal texts. Empty if no question carries a teacher's answer.
+    Returns:
+      Those of `PERCENT_KEYS` that occur; empty if no question has a teacher's answer.
     """
     if not any(text_metrics.references(record, "teacher") for record in predictions):
         return {}
@@ -162,7 +173,7 @@ def percent_of_teacher(predictions: Sequence[dict]) -> dict[str, float]:
 
 
 def row_of(key: str) -> Row:
-    """How a score is shown; an unknown key is taken for the accuracy of a kind of question.
+    """Returns how a score is shown; an unknown key is the accuracy of a kind of question.
 
     A key may begin with `PERCENT_PREFIX`.
     """
@@ -173,7 +184,7 @@ def row_of(key: str) -> Row:
 
 
 def rows_of(scores: Mapping[str, Mapping[str, float]]) -> list[Row]:
-    """The rows that any of the columns has, in order of `ROWS`, unknown kinds with the others."""
+    """Returns the rows of all scores that occur in any column, in the order of `ROWS`."""
     keys = {key: None for column in scores.values() for key in column}
     rows = [row_of(key) for key in keys]
     groups = [*dict.fromkeys(row.group for row in ROWS), _TEACHER]
@@ -187,7 +198,7 @@ def rows_of(scores: Mapping[str, Mapping[str, float]]) -> list[Row]:
 
 
 def format_score(value: float | None, row: Row) -> str:
-    """A score as text: three decimals, whole numbers as such, "-" where there is none."""
+    """Returns a score as text: three decimals, counts without decimals, "-" for None."""
     if value is None:
         return "-"
     if not math.isfinite(value):
@@ -202,7 +213,7 @@ def format_score(value: float | None, row: Row) -> str:
 def score_table(
     scores: Mapping[str, Mapping[str, float]], notes: Mapping[str, str] | None = None
 ) -> str:
-    """Scores side by side as an aligned text table.
+    """Returns the scores side by side as an aligned text table.
 
     Args:
       scores: column name ("model", "vision_removed", "frequency", ...) to its scores.
@@ -223,19 +234,15 @@ def score_table(
             marks.append(notes[row.key])
         return f"  {row.label}" + (f" ({', '.join(marks)})" if marks else "")
 
-    cells = [[format_score(column.get(row.key), row) for column in scores.values()] for row in rows]
-    first = max(len(label(row)) for row in rows)
-    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+    lines: list[list[str]] = []
+    for group, grouped in itertools.groupby(rows, key=lambda row: row.group):
+        lines.append([group])
+        for row in grouped:
+            cells = (format_score(column.get(row.key), row) for column in scores.values())
+            lines.append([label(row), *cells])
+    return text_table(lines, ["", *titles])
 
-    def line(left: str, values: Sequence[str]) -> str:
-        padded = (value.rjust(width) for value, width in zip(values, widths, strict=True))
-        return "  ".join([left.ljust(first), *padded])
 
-    lines = [line("", titles), "-" * (first + sum(widths) + 2 * len(widths))]
-    group = None
-    for row, values in zip(rows, cells, strict=True):
-        if row.group != group:
-            group = row.group
-            lines.append(group)
-        lines.append(line(label(row), values))
-    return "\n".join(lines)
+def loss_table(losses: Mapping[str, float]) -> str:
+    """Returns losses by name as an aligned text table."""
+    return text_table([[name, f"{loss:.3f}"] for name, loss in sorted(losses.items())])

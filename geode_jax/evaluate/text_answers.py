@@ -1,4 +1,4 @@
-"""Any model's answers to ScanQA or SQA3D: their scores beside those of the most frequent answer.
+"""Scores the answers of any model to ScanQA or SQA3D, beside a frequency baseline.
 
 The questions come from the data set's own file, or from `questions.jsonl` of an export:
 
@@ -9,9 +9,9 @@ The questions come from the data set's own file, or from `questions.jsonl` of an
 | `questions.jsonl` | `id` | `answer` and `answers` |
 
 Predictions are JSON lines with `id` and `prediction`; `predictions.jsonl` of a run is such a file,
-and has the questions too. The id that `geode-jax prepare` gives ("scanqa-val-scene0011-0") stands
-for the data set's own ("val-scene0011-0"). A question without a prediction counts as answered by
-nothing, and is reported.
+and contains the questions too. The ids that `geode-jax prepare` makes ("scanqa-val-scene0011-0")
+are accepted in place of the data set's own ("val-scene0011-0"). A question without a prediction is
+scored as an empty answer, and reported.
 """
 
 import dataclasses
@@ -26,8 +26,9 @@ from geode_jax import __version__
 from geode_jax.errors import UserError
 from geode_jax.evaluate.metrics.coco import coco_scores, exact_match
 from geode_jax.evaluate.metrics.text import references
-from geode_jax.evaluate.row_files import RowFile, check_prediction, of_no_question, read_rows
+from geode_jax.evaluate.row_files import RowFile, check_prediction, read_rows, unmatched_notes
 from geode_jax.evaluate.scores import frequency_baseline
+from geode_jax.evaluate.text_table import text_table
 from geode_jax.exports import files
 
 LABELS = {
@@ -38,14 +39,15 @@ LABELS = {
     "coco_cider": "CIDEr (COCO)",
     "meteor_exact_stem": "METEOR, exact + stem only",
 }
-"""How a score is shown; a kind of question is shown as its EM@1."""
+"""Score key -> label in tables."""
 
 
 def read_questions(path: Path) -> RowFile:
-    """The questions of a file, each with `id`, `kind`, `answer` and `answers`.
+    """Reads the questions of a file, each with `id`, `kind`, `answer` and `answers`.
 
     Raises:
-      UserError: it is none of the files of the module docstring, or a question has no answer.
+      UserError: the file has none of the forms of the module docstring, or a question has no
+        answer.
     """
     if path.suffix == ".jsonl":
         return read_rows(path, _check_question)
@@ -54,7 +56,7 @@ def read_questions(path: Path) -> RowFile:
     situated = isinstance(content, dict) and isinstance(content.get("annotations"), list)
     records = content["annotations"] if situated else content
     if not isinstance(records, list) or not records:
-        raise UserError(f"{path}: is no file of questions of ScanQA, of SQA3D or of an export")
+        raise UserError(f"{path}: must be a file of questions of ScanQA, of SQA3D or of an export")
     rows: dict[str, dict] = {}
     for number, record in enumerate(records):
         where = f"{path}: record {number}"
@@ -77,7 +79,7 @@ def _check_question(row: dict, where: str) -> None:
     for field in ("kind", "answer"):
         if not isinstance(row.get(field), str):
             found = reprlib.repr(row.get(field))
-            raise UserError(f"{where}: {field}: must be a string, is {found}: nothing to score by")
+            raise UserError(f"{where}: {field}: must be a string, is {found}")
     answers = row.get("answers", [])
     if not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
         raise UserError(f"{where}: answers: must be a list of strings")
@@ -91,35 +93,38 @@ def evaluate(
     frames: int | None = None,
     decoding: str | None = None,
 ) -> dict[str, Any]:
-    """Scores a file of predictions, the most frequent answer beside it.
+    """Scores a file of predictions and the frequency baseline.
 
     Args:
-      predictions: rows with `id` and `prediction`; the whole questions where `dataset` is None.
+      predictions: rows with `id` and `prediction`, and the fields of a question if `dataset` is
+        None.
       dataset: the file of questions.
-      revision: of the data set, recorded as it stands, like the next two.
-      frames: that the model saw.
+      revision: of the data set; copied into the result, as are the next two.
+      frames: number of frames that the model saw.
       decoding: how the text was generated.
 
     Returns:
-      What the result file holds: `scores` (column to the keys of `coco_metrics`, and `em1/KIND` of
-      every kind where there are several), `questions`, `missing` (ids without a prediction),
-      `notes`, and the recorded facts, None where not told.
+      The content of the result file: `scores` (column to the keys of `coco.coco_scores`, and
+      `em1/KIND` of every kind if there are several), `questions` (their number), `missing` (ids
+      without a prediction), `notes`, and the copied facts, None where not given.
 
     Raises:
-      UserError: a file breaks its rules, or no prediction is of a question.
+      UserError: a file breaks its rules, or no prediction belongs to a question.
     """
     if dataset is None:
-        asked = answers = read_rows(predictions, _check_question, check_prediction)
+        questions = answers = read_rows(predictions, _check_question, check_prediction)
     else:
-        asked = read_questions(dataset)
-        answers = _own_ids(asked, read_rows(predictions, check_prediction))
-    missing = [key for key in asked.rows if key not in answers.rows]
-    if len(missing) == len(asked.rows):
+        questions = read_questions(dataset)
+        answers = _with_own_ids(questions, read_rows(predictions, check_prediction))
+    missing = [key for key in questions.rows if key not in answers.rows]
+    if len(missing) == len(questions.rows):
         first = reprlib.repr(missing[0])
-        raise UserError(f"{predictions}: no prediction of a question of {dataset}, such as {first}")
+        raise UserError(
+            f"{predictions}: no prediction for a question of {dataset}, such as {first}"
+        )
     rows = [
         {**row, "prediction": answers.rows.get(key, {"prediction": ""})["prediction"]}
-        for key, row in asked.rows.items()
+        for key, row in questions.rows.items()
     ]
     notes = [
         *(
@@ -130,16 +135,16 @@ def evaluate(
             if missing
             else []
         ),
-        *of_no_question(asked, {"model": answers}),
-        "frequency: the most common first answer of each kind, over these same questions",
-        "BLEU, ROUGE-L and CIDEr: the COCO formulas on tokens like those of its Java tokenizer",
-        "METEOR: exact and stem matches, without synonyms or paraphrases; not COCO's METEOR 1.5",
+        *unmatched_notes(questions, [answers]),
+        "frequency: the most common first answer of each kind, counted over these same questions",
+        "BLEU, ROUGE-L and CIDEr: the COCO formulas; the tokenizer imitates COCO's Java tokenizer",
+        "METEOR: exact and stem matches, no synonyms or paraphrases; not COCO's METEOR 1.5",
     ]
     return {
         "benchmark": "text",
         "evaluator": f"geode_jax {__version__}",
-        "dataset": asked.named() | {"revision": revision},
-        "predictions": answers.named(),
+        "dataset": questions.source() | {"revision": revision},
+        "predictions": answers.source(),
         "frames": frames,
         "decoding": decoding,
         "questions": len(rows),
@@ -152,15 +157,15 @@ def evaluate(
     }
 
 
-def _own_ids(asked: RowFile, answers: RowFile) -> RowFile:
-    """The answers under the data set's own ids, where they have those of a prepared export."""
-    own = {f"{row['kind']}-{key}": key for key, row in asked.rows.items()}
+def _with_own_ids(questions: RowFile, answers: RowFile) -> RowFile:
+    """Returns the answers with the ids of a prepared export replaced by the data set's own ids."""
+    own = {f"{row['kind']}-{key}": key for key, row in questions.rows.items()}
     rows = {own.get(key, key): row for key, row in answers.rows.items()}
     return dataclasses.replace(answers, rows=rows)
 
 
 def _scores(rows: list[dict]) -> dict[str, float]:
-    """`coco_scores` of answered questions, and EM@1 of every kind where there are several."""
+    """Returns `coco_scores` of answered questions, and EM@1 per kind if there are several kinds."""
     targets = [references(row) for row in rows]
     scores = coco_scores([row["prediction"] for row in rows], targets)
     matched: defaultdict[str, float] = defaultdict(float)
@@ -173,13 +178,12 @@ def _scores(rows: list[dict]) -> dict[str, float]:
 
 
 def table(scores: Mapping[str, Mapping[str, float]]) -> str:
-    """Scores side by side with one decimal."""
+    """Returns the scores side by side as a text table with one decimal.
+
+    Args:
+      scores: column ("model", "frequency") to its scores, with the same keys in every column.
+    """
     keys = list(next(iter(scores.values())))
     labels = {key: LABELS.get(key) or f"EM@1, {key.removeprefix('em1/')}" for key in keys}
-    first = max(map(len, labels.values()))
-    widths = [max(11, 2 + len(name)) for name in scores]
-    lines = [["", *scores]]
-    lines += [[labels[key], *(f"{column[key]:.1f}" for column in scores.values())] for key in keys]
-    return "\n".join(
-        label.ljust(first) + "".join(map(str.rjust, cells, widths)) for label, *cells in lines
-    )
+    rows = [[labels[key], *(f"{column[key]:.1f}" for column in scores.values())] for key in keys]
+    return text_table(rows, ["", *scores])

@@ -1,18 +1,18 @@
-"""VSI-Bench: the official score of a file of predictions, beside its baselines.
+"""VSI-Bench: the official scores of a file of predictions, and baselines.
 
-Answers are read, scored and averaged as by the benchmark's own code, vision-x-nyu/thinking-in-space
-`lmms_eval/tasks/vsibench/utils.py`. Two things differ: a question type without a question is
-reported, where that code crashes or counts 0 (its versions differ), and a truth that is no
-positive number, which an error cannot be divided by, is refused.
+Answers are parsed, scored and averaged as in the benchmark's own code, `lmms_eval/tasks/vsibench/
+utils.py` of vision-x-nyu/thinking-in-space. Two things differ: a question type without questions is
+reported, where that code crashes or counts 0 (its versions differ); and a numeric truth that is not
+positive is refused, since the relative error divides by it.
 
-A row is a question of the dataset, with the answer of a model:
+A row is a question of the dataset with the answer of a model:
 
 | field | |
 |---|---|
-| `id` | whole number or string, by which files are joined |
+| `id` | whole number or string; joins questions and predictions |
 | `question_type` | one of `QUESTION_TYPES` |
-| `ground_truth` | text: an option's letter, or a positive number in items, m, cm or m2 |
-| `options` | of a choice, the lines of the prompt: "A. chair" |
+| `ground_truth` | text: the letter of an option, or a positive number in items, m, cm or m2 |
+| `options` | lines of the prompt of a multiple choice: "A. chair" |
 | `prediction` | the generated text |
 """
 
@@ -35,11 +35,12 @@ from geode_jax.evaluate.metrics.spatial import (
 from geode_jax.evaluate.row_files import (
     RowFile,
     check_prediction,
-    of_no_question,
     read_rows,
     require,
+    unmatched_notes,
 )
 from geode_jax.evaluate.scores import frequency_baseline, row_of
+from geode_jax.evaluate.text_table import text_table
 from geode_jax.exports import files, prompts
 from geode_jax.exports.kinds import (
     DIRECTION_KINDS,
@@ -56,12 +57,12 @@ _LABELS = {"na": "number tasks (NA)", "mca": "choice tasks (MCA)"}
 
 
 def prompt(row: dict) -> str:
-    """The text that the benchmark asks for a row, which is `exports.prompts.prompt`."""
+    """Returns the benchmark's prompt for a row, which is `exports.prompts.prompt`."""
     return prompts.prompt({**row, "kind": row["question_type"]})
 
 
 def rows_of(predictions: Iterable[dict]) -> list[dict]:
-    """Answered question records as rows of the benchmark, its kinds only."""
+    """Returns the question records of the benchmark's kinds, with predictions, as its rows."""
     return [
         {
             "id": record["id"],
@@ -79,13 +80,13 @@ def rows_of(predictions: Iterable[dict]) -> list[dict]:
 
 
 def question_score(row: dict) -> float:
-    """Accuracy (choice) or mean relative accuracy (number) of one row, in [0, 1].
+    """Returns the accuracy (choice) or mean relative accuracy (number) of one row, in [0, 1].
 
     Raises:
-      ValueError: the question type is not VSI-Bench's.
+      ValueError: VSI-Bench has no such question type.
     """
     if row["question_type"] in VSI_NUMERIC_KINDS:
-        # Of the truth the official code takes all, white space included; of an answer one word.
+        # The official code parses the first word of an answer, but the whole truth.
         return number_accuracy(row["prediction"], row["ground_truth"].strip())
     if row["question_type"] in VSI_CHOICE_KINDS:
         return letter_accuracy(row["prediction"], row["ground_truth"])
@@ -93,21 +94,21 @@ def question_score(row: dict) -> float:
 
 
 def score(rows: Iterable[dict]) -> dict[str, Any]:
-    """The benchmark's scores of answered questions, 0 to 100; keys as in `averages`."""
+    """Returns the benchmark's scores of answered questions, 0 to 100; keys as in `averages`."""
     return averages(_per_type(rows, question_score))
 
 
 def averages(per_type: Mapping[str, float]) -> dict[str, Any]:
-    """The benchmark's averages of the scores of its ten question types.
+    """Returns the benchmark's averages of the scores of its ten question types.
 
-    What has no question has no key, never a 0; every mean is over what is there.
+    A type or task without questions has no key, and is left out of the means.
 
     Returns:
       `overall`: unweighted mean of the eight tasks (Table 1).
-      `mca`, `na`: the same of the four choice tasks and of the four number tasks (Table 3).
-      The tasks, `VSI_TASKS`; `object_rel_direction` is the mean of easy, medium and hard.
-      `per_type`: `per_type`.
-      `missing`: the question types that are not there, [] for the whole benchmark.
+      `mca`, `na`: the same over the four choice tasks and the four number tasks (Table 3).
+      Every task of `VSI_TASKS`; `object_rel_direction` is the mean of easy, medium and hard.
+      `per_type`: the argument.
+      `missing`: the question types that do not occur, [] for the whole benchmark.
     """
     scores = dict(per_type)
     add_mean(scores, "object_rel_direction", DIRECTION_KINDS)
@@ -123,7 +124,7 @@ def averages(per_type: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _per_type(rows: Iterable[dict], value: Callable[[dict], float]) -> dict[str, float]:
-    """Mean of `value` over the rows of each question type, in percent."""
+    """Returns the mean of `value` over the rows of each question type, in percent."""
     found = defaultdict(list)
     for row in rows:
         found[row["question_type"]].append(value(row))
@@ -131,13 +132,13 @@ def _per_type(rows: Iterable[dict], value: Callable[[dict], float]) -> dict[str,
 
 
 def frequency_score(rows: Iterable[dict]) -> dict[str, Any]:
-    """The benchmark's frequency baseline: the most common truth of a type answers all of it."""
+    """Returns the score of answering every question with the most common truth of its type."""
     records = [{**row, "kind": row["question_type"], "answer": row["ground_truth"]} for row in rows]
     return score(frequency_baseline(records, records))
 
 
 def random_score(rows: Iterable[dict]) -> dict[str, Any]:
-    """What an option picked at random scores in the mean; a number has no such baseline."""
+    """Returns the expected score of options picked at random; numbers have no such baseline."""
     choices = [
         row for row in rows if row["question_type"] in VSI_CHOICE_KINDS and row.get("options")
     ]
@@ -148,7 +149,7 @@ def random_score(rows: Iterable[dict]) -> dict[str, Any]:
 
 
 def check_question(row: dict, where: str) -> None:
-    """Checks the fields that the dataset gives.
+    """Checks the fields that come from the dataset.
 
     Raises:
       UserError: `where: field: rule`.
@@ -160,8 +161,8 @@ def check_question(row: dict, where: str) -> None:
         require(_is_positive(truth), row, "ground_truth", "a positive number as a string", where)
         return
     if options is not None:
-        good = isinstance(options, list) and options and all(isinstance(o, str) for o in options)
-        require(good, row, "options", "a list of strings", where)
+        good = isinstance(options, list) and all(isinstance(o, str) for o in options)
+        require(good and bool(options), row, "options", "a list of strings", where)
     letters = list(ascii_uppercase[: len(options) if options else None])
     good = isinstance(truth, str) and truth.upper() in letters
     require(good, row, "ground_truth", f"a letter from A to {letters[-1]}", where)
@@ -176,18 +177,18 @@ def _is_positive(text: Any) -> bool:
 
 def _check_carries_truth(row: dict, where: str) -> None:
     if "ground_truth" not in row:
-        raise UserError(f"{where}: ground_truth: is missing; --dataset names the file that has it")
+        raise UserError(f"{where}: ground_truth: is missing; give the file of truths as --dataset")
 
 
-def _kept(questions: RowFile, ids: Path, allow_missing: bool) -> tuple[RowFile, int]:
-    """The questions whose ids a list has, and how many of its entries are no id of them.
+def _selected(questions: RowFile, ids: Path, allow_missing: bool) -> tuple[RowFile, int]:
+    """Returns the questions whose ids are listed, and the number of entries that match no question.
 
     Raises:
-      UserError: there is such an entry, and they are not allowed; or every entry is such.
+      UserError: an entry matches no question and `allow_missing` is False, or no entry matches.
     """
     if ids.name == "pruned_ids.txt":
         raise UserError(
-            f"{ids}: the dataset's list of what VSI-Bench-Debiased removes; give the ids that stay"
+            f"{ids}: lists the questions that VSI-Bench-Debiased removes; give the ids that stay"
         )
     entries = files.read_list(ids)
     rows = {key: questions.rows[key] for _, (key,) in entries if key in questions.rows}
@@ -200,7 +201,11 @@ def _kept(questions: RowFile, ids: Path, allow_missing: bool) -> tuple[RowFile, 
 
 
 def _answered(questions: RowFile, answers: RowFile) -> list[dict]:
-    """The questions with their predictions, whatever else the file of predictions has."""
+    """Returns the questions with their predictions; other predictions are ignored.
+
+    Raises:
+      UserError: a question has no prediction.
+    """
     absent = [key for key in questions.rows if key not in answers.rows]
     if absent:
         raise UserError(
@@ -213,7 +218,7 @@ def _answered(questions: RowFile, answers: RowFile) -> list[dict]:
     ]
 
 
-# --- The whole ------------------------------------------------------------------------------------
+# --- Evaluation -----------------------------------------------------------------------------------
 
 
 def evaluate(
@@ -227,43 +232,47 @@ def evaluate(
     frames: int | None = None,
     decoding: str | None = None,
 ) -> dict[str, Any]:
-    """Scores a file of predictions, the baselines beside it, and all that a number depends on.
+    """Scores a file of predictions and the baselines, and records what the scores depend on.
 
     Args:
-      predictions: rows with `id` and `prediction`; the whole rows where `dataset` is None.
-      dataset: the dataset's own rows; each needs a prediction, other predictions are left out.
-      debiased_ids: a list of ids: only these questions count.
-      allow_missing: entries of that list that are no question's id are a note, not refused.
+      predictions: rows with `id` and `prediction`, and the fields of a question if `dataset` is
+        None.
+      dataset: the rows of the dataset, each with a prediction; other predictions are ignored.
+      debiased_ids: file of the ids of the questions that count; None: all count.
+      allow_missing: True to note entries of `debiased_ids` that match no question, not refuse them.
       blind: rows with `id` and `prediction` of a model that saw no frames.
-      revision: of the dataset, recorded as it stands, like the next two.
-      frames: that the model saw of each video.
+      revision: of the dataset; copied into the result, as are the next two.
+      frames: number of frames of each video that the model saw.
       decoding: how the text was generated.
 
     Returns:
-      What the result file holds: `scores` (column to the keys of `averages`), `questions` (how
-      many), `notes` (what a reader must know), and the recorded facts, None where not told.
+      The content of the result file: `scores` (column to the keys of `averages`), `questions`
+      (their number), `notes` for the reader, and the copied facts, None where not given.
 
     Raises:
       UserError: a file breaks its rules.
     """
     if dataset is None:
         checks = (_check_carries_truth, check_question, check_prediction)
-        asked = answers = read_rows(predictions, *checks)
+        questions = answers = read_rows(predictions, *checks)
     else:
-        asked = read_rows(dataset, check_question)
+        questions = read_rows(dataset, check_question)
         answers = read_rows(predictions, check_prediction)
-    said = {"model": answers} | ({"blind": read_rows(blind, check_prediction)} if blind else {})
-    questions, notes = asked, of_no_question(asked, said)
+    columns = {"model": answers}
+    if blind:
+        columns["blind"] = read_rows(blind, check_prediction)
+    source = questions.source() | {"revision": revision}
+    notes = unmatched_notes(questions, columns.values())
     if debiased_ids:
-        questions, missing = _kept(asked, debiased_ids, allow_missing)
+        questions, missing = _selected(questions, debiased_ids, allow_missing)
         if missing:
-            notes.append(f"{debiased_ids}: {missing} entries are no id of {asked.path}")
+            notes.append(f"{debiased_ids}: {missing} entries are no id of {source['file']}")
 
     return result(
-        {name: _answered(questions, file) for name, file in said.items()},
-        dataset=asked.named() | {"revision": revision},
-        debiased_ids=questions.named() if debiased_ids else None,
-        predictions={name: file.named() for name, file in said.items()},
+        {name: _answered(questions, file) for name, file in columns.items()},
+        dataset=source,
+        debiased_ids=questions.source() if debiased_ids else None,
+        predictions={name: file.source() for name, file in columns.items()},
         frames=frames,
         decoding=decoding,
         notes=notes,
@@ -280,13 +289,13 @@ def result(
     decoding: str | None,
     notes: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """What a result file holds: scores of every column and of the baselines, and recorded facts.
+    """Returns the content of a result file: scores of columns and baselines, and recorded facts.
 
     Args:
-      columns: "model" and what stands beside it, to the same rows with their predictions.
-      dataset, predictions, debiased_ids: files, as of `RowFile.named`.
+      columns: "model" and any other column to the same rows with its own predictions.
+      dataset, predictions, debiased_ids: files, as `RowFile.source` describes them.
       frames, decoding: as in `evaluate`.
-      notes: what a reader must know beside what the scores tell.
+      notes: further notes for the reader.
     """
     rows = columns["model"]
     scores = {name: score(answered) for name, answered in columns.items()}
@@ -304,8 +313,8 @@ def result(
         "notes": [
             *_missing(scores["model"]),
             *notes,
-            "frequency: the most common truth of each question type, over these same questions",
-            "random: an option at random; numbers have none",
+            "frequency: the most common truth of each question type among these same questions",
+            "random: the expected score of a random option; numbers have no such baseline",
         ],
     }
 
@@ -315,26 +324,22 @@ def _missing(model: dict[str, Any]) -> list[str]:
         return []
     tasks = sum(task in model for task in VSI_TASKS)
     return [
-        f"means are over what is there, {tasks} of the {len(VSI_TASKS)} tasks: no question is "
+        f"the means are over {tasks} of the {len(VSI_TASKS)} tasks: there are no questions of "
         f"{', '.join(model['missing'])}"
     ]
 
 
 def table(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """Scores side by side, 0 to 100 with one decimal, "-" where there is none.
+    """Returns the scores side by side as a text table, 0 to 100, "-" where a score is missing.
 
     Args:
       scores: column ("model", "frequency", ...) to the keys of `averages`.
     """
     choices = dict.fromkeys(name for kind in VSI_CHOICE_KINDS for name in (KINDS[kind].task, kind))
     keys = ("overall", "na", *VSI_NUMERIC_KINDS, "mca", *choices)
-    lines = [["", *scores]]
+    rows = []
     for key in keys:
         values = [(column | column["per_type"]).get(key) for column in scores.values()]
         cells = ("-" if value is None else f"{value:.1f}" for value in values)
-        lines.append([_LABELS.get(key) or row_of(key).label, *cells])
-    first = max(len(line[0]) for line in lines)
-    widths = [max(11, 2 + len(name)) for name in scores]
-    return "\n".join(
-        label.ljust(first) + "".join(map(str.rjust, cells, widths)) for label, *cells in lines
-    )
+        rows.append([_LABELS.get(key) or row_of(key).label, *cells])
+    return text_table(rows, ["", *scores])

@@ -1,4 +1,4 @@
-"""The model card of an exported run: use, scores, data, and whose terms it inherits."""
+"""The model card of an exported run: use, scores, data, and the licence terms it inherits."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from geode_jax.evaluate import vsi_bench
-from geode_jax.evaluate.scores import score_table
+from geode_jax.evaluate.scores import loss_table, score_table
 from geode_jax.exports import files
 
 
 class Term(NamedTuple):
-    """A row of the licence matrix.
+    """A row of the licence table.
 
     Attributes:
-        pattern: finds the asset in the names of what a run comes from, whatever their case.
-        asset: what it is.
-        licence: as its owners state it.
-        identifier: of the Hub for a model with these terms; "" where they ask nothing of a model.
+        pattern: regular expression that matches the names of the asset, up to case.
+        asset: name of the model or data set.
+        licence: its licence, as its owners state it.
+        identifier: the Hub's identifier for a model under these terms; "" if the terms do not
+            extend to models.
     """
 
     pattern: str
@@ -28,7 +29,7 @@ class Term(NamedTuple):
 
 _GATED = "gated, not to be redistributed"
 
-MATRIX = (
+LICENCE_TERMS = (
     Term(r"llava.?3d", "LLaVA-3D", "CC BY-NC-SA 4.0", "cc-by-nc-sa-4.0"),
     Term(r"scanqa", "ScanQA", "CC BY-NC-SA 3.0", "cc-by-nc-sa-3.0"),
     Term(r"vggt", "VGGT-1B weights", "CC-BY-NC-4.0; a commercial checkpoint is gated",
@@ -41,22 +42,22 @@ MATRIX = (
     Term(r"qwen2\.?5.?1\.5b", "Qwen2.5-1.5B", "Apache-2.0", ""),
     Term(r"intern(vit|vl)", "InternViT", "MIT", ""),
 )  # fmt: skip
-"""The strictest first. Not legal advice."""
+"""The licence table, strictest terms first. Not legal advice."""
 
 
 def inherited(producer: Mapping[str, str], origins: Sequence[str]) -> tuple[str, list[Term]]:
-    """What a model derives from.
+    """Finds the licence terms that a model inherits.
 
     Args:
         producer: of the export's manifest.
         origins: names of the pretrained models that the run started from.
 
     Returns:
-        The Hub's identifier of the licence that these leave, and the rows of the matrix. A model
-        of synthetic rooms alone inherits nothing.
+        The Hub's identifier of the resulting licence, and the matching rows of the licence table. A
+        model that was trained on synthetic rooms alone inherits no terms.
     """
     names = " ".join([*producer.values(), *origins])
-    found = [term for term in MATRIX if re.search(term.pattern, names, re.IGNORECASE)]
+    found = [term for term in LICENCE_TERMS if re.search(term.pattern, names, re.IGNORECASE)]
     bound = [term.identifier for term in found if term.identifier]
     if bound:
         return bound[0], found
@@ -75,17 +76,17 @@ def write_card(
     summary: Mapping[str, Any],
     step: int,
 ) -> None:
-    """Writes a README.md.
+    """Writes the model card, a README.md.
 
     Args:
         path: of the file.
         name: of the run.
-        system: of its configuration.
-        auto_class: of transformers, that loads the folder.
-        manifest: of the export that it was trained on.
-        origins: names of the pretrained models that it started from.
-        summary: content of `summary.json`; empty where the run has not ended.
-        step: of training.
+        system: name of the system in the run's configuration.
+        auto_class: name of the class of transformers that loads the folder.
+        manifest: of the export that the run was trained on.
+        origins: names of the pretrained models that the run started from.
+        summary: content of `summary.json`; empty if the run has not ended.
+        step: training step of the checkpoint.
     """
     producer = manifest["producer"]
     identifier, found = inherited(producer, origins)
@@ -120,7 +121,7 @@ A `{system}` model trained with geode_jax, step {step}.
 
 ## Licence
 
-What it derives from, and the terms as their owners state them. {_verdict(identifier, found)}
+What the model derives from, and the terms as their owners state them. {_verdict(identifier, found)}
 
 | asset | licence |
 |---|---|
@@ -154,7 +155,7 @@ def _scores(summary: Mapping[str, Any]) -> str:
     if "scores" in summary:
         blocks.append(score_table(summary["scores"]))
     if not blocks and "val" in summary:
-        blocks.append("\n".join(f"{k:<28}{v:8.3f}" for k, v in sorted(summary["val"].items())))
+        blocks.append(loss_table(summary["val"]))
     notes = "".join(f"\n- {note}" for note in summary.get("notes", ()))
     if not blocks:
         return "The run has not been scored."
@@ -165,5 +166,5 @@ def _verdict(identifier: str, found: Sequence[Term]) -> str:
     if "-nc" in identifier:
         return "The model is for non-commercial use."
     if identifier == "other":
-        return "Their terms bind the model."
+        return "These terms apply to the model."
     return "The model inherits no terms from the data." if not found else ""

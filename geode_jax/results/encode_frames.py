@@ -1,6 +1,6 @@
-"""InternViT's hidden states of an export's frames, made once: stages that freeze it need no more.
+"""Stores InternViT's hidden states of all frames of an export, for stages that freeze InternViT.
 
-They stand in `internvit/tokens`, bfloat16, the class token first.
+The array `internvit/tokens` has them in bfloat16, the class token first.
 """
 
 from pathlib import Path
@@ -20,15 +20,15 @@ from geode_jax.runtime.bars import progress_bar
 from geode_jax.weights.convert import load_pretrained
 
 TOKENS = "internvit/tokens"
-_FRAMES = 8
-"""Encoded at a time."""
+_FRAMES_PER_BATCH = 8
+"""Number of frames that are encoded at a time."""
 
 
 def open_encoder(source: Path) -> InternViT:
-    """The vision encoder of a GEODE run, or of a pretrained InternViT or InternVL.
+    """Returns the vision encoder of a GEODE run, or of a pretrained InternViT or InternVL.
 
     Raises:
-        UserError: there is none.
+        UserError: the model has no InternViT.
     """
     if is_pretrained(source):
         model = load_pretrained(source)
@@ -45,9 +45,9 @@ def open_encoder(source: Path) -> InternViT:
 
 
 def encode_export(source: Path, export: Path, out: Path) -> None:
-    """Writes an export anew with the hidden states of all its frames.
+    """Copies an export and adds the hidden states of all its frames.
 
-    The same call goes on where an interrupted one stood.
+    Repeating an interrupted call continues with the next scene.
 
     Args:
         source: see `open_encoder`.
@@ -75,9 +75,11 @@ def encode_export(source: Path, export: Path, out: Path) -> None:
             if "images" not in stored:
                 raise UserError(f"{export}: scene {scene_id} has no images to encode")
             frames = stored["images"]
-            # Whole batches alone: the encoder is compiled once.
-            padded = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % _FRAMES, 0)])
-            made = [encode(state, part) for part in padded.reshape(-1, _FRAMES, *frames.shape[1:])]
+            # The last batch is padded to the full size: the encoder is compiled once.
+            padding = np.repeat(frames[-1:], -len(frames) % _FRAMES_PER_BATCH, axis=0)
+            padded = np.concatenate([frames, padding])
+            batches = padded.reshape(-1, _FRAMES_PER_BATCH, *frames.shape[1:])
+            made = [encode(state, batch) for batch in batches]
             tokens = np.concatenate([np.asarray(x) for x in made])[: len(frames)]
             teacher = {n[8:]: array for n, array in stored.items() if n.startswith("teacher/")}
             arrays = {n: array for n, array in stored.items() if not n.startswith("teacher/")}

@@ -1,4 +1,4 @@
-"""The end of a GEODE stage: the VSI-Bench table of the last, the rationale losses of the others."""
+"""Scores of a finished GEODE stage: VSI-Bench for the last stage, rationale losses for others."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,17 +38,17 @@ def evaluate_stage(
     losses: dict[str, float],
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Scores of a finished stage; writes `predictions.jsonl` of the last stage, and `summary.json`.
+    """Scores a finished stage; writes `summary.json`, and `predictions.jsonl` of the last stage.
 
-    An interrupted call goes on where it stood. `summary.json` is written last.
+    An interrupted call continues with the next batch. `summary.json` is written last.
 
     Args:
         run: the finished run.
-        state: the parameters to judge.
+        state: the parameters.
         workdir: receives the files.
         train: facts about the training, for the summary.
-        losses: of `state` on the val split, as `Evaluator.losses` gives them.
-        check: called between batches; may raise, to leave.
+        losses: of `state` on the val split, from `Evaluator.losses`.
+        check: called between batches; may raise to interrupt.
 
     Returns:
         The summary.
@@ -66,11 +66,11 @@ def evaluate_stage(
 
 
 def show(summary: dict[str, Any], workdir: Path) -> None:
-    """Prints what a run has come to, when it ends and whenever it is started again."""
+    """Prints the results of a run, at its end and whenever it is started again."""
     if "vsi" in summary:
         print(vsi_bench.table(summary["vsi"]))
     elif "val" in summary:
-        print("\n".join(f"{name:<28}{x:8.3f}" for name, x in sorted(summary["val"].items())))
+        print(scoring.loss_table(summary["val"]))
     else:
         raise missing(workdir, "val")
     print(f"summary: {workdir / SUMMARY}", flush=True)
@@ -88,15 +88,15 @@ def _answers(
         ).predictions
 
     columns = {"model": answer("model", "test")}
-    asked = [dict(record) for record in columns["model"]]
+    questions = [dict(record) for record in columns["model"]]
     blind = Path(run.settings.eval.blind) / PREDICTIONS
     if blind.exists() and run.settings.loss.vision:
-        said = {record["id"]: record for record in read_predictions(blind)}
-        columns["blind"] = [said[record["id"]] for record in asked if record["id"] in said]
+        predictions = {record["id"]: record for record in read_predictions(blind)}
+        columns["blind"] = [predictions[q["id"]] for q in questions if q["id"] in predictions]
     elif run.settings.loss.vision:
-        # A model that learned blind says more, where there is one.
+        # The cheap baseline, where no model was trained without vision.
         columns["vision_removed"] = answer("vision_removed", "vision removed", vision=False)
-    columns["frequency"] = scoring.frequency_baseline(run.train_records(), asked)
+    columns["frequency"] = scoring.frequency_baseline(run.train_records(), questions)
     vsi = {
         name: vsi_bench.score(vsi_bench.rows_of(predictions))
         for name, predictions in columns.items()
@@ -113,20 +113,23 @@ def _answers(
 
 
 def box_scores(predictions: list[dict]) -> dict[str, float]:
-    """Of the questions for a box: mean IoU, mean distance of the centres in metres, share answered.
+    """Returns the scores of the questions for a box.
 
-    A question that no box answers counts IoU 0 and is left out of the distance.
+    Returns:
+        `box_iou`: mean IoU; a question without a predicted box counts 0.
+        `boxes_answered`: share of the questions with a predicted box.
+        `box_centre_error`: mean distance of the centres in metres, over the predicted boxes.
     """
-    asked = [r for r in predictions if r["kind"] == "object_box"]
-    if not asked:
+    questions = [r for r in predictions if r["kind"] == "object_box"]
+    if not questions:
         return {}
-    found = [r for r in asked if "predicted_box" in r]
+    found = [r for r in questions if "predicted_box" in r]
     overlap, distance = 0.0, []
     for record in found:
         box, true = (np.array([record[key]]) for key in ("predicted_box", "box"))
         overlap += float(oriented_iou(box, true)[0, 0])
         distance.append(float(np.linalg.norm(box[0, :3] - true[0, :3])))
-    scores = {"box_iou": overlap / len(asked), "boxes_answered": len(found) / len(asked)}
+    scores = {"box_iou": overlap / len(questions), "boxes_answered": len(found) / len(questions)}
     return scores | ({"box_centre_error": float(np.mean(distance))} if distance else {})
 
 

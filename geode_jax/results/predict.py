@@ -1,8 +1,9 @@
-"""A trained run that answers questions, on the path by which the evaluation answers them."""
+"""Answers questions with a trained run, by the same code as the evaluation."""
 
 import dataclasses
 import functools
 import re
+import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,22 @@ from geode_jax.models.generate import Sampling
 from geode_jax.runs.trained import open_trained
 from geode_jax.sharding import replicated
 
-_WORDINGS_OF = 200
-"""So many scenes' questions teach which wording belongs to which kind of question."""
+_WORDING_SCENES = 200
+"""Number of training scenes whose questions map wordings to kinds of questions."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the model says.
+    """An answer of the model.
 
     Attributes:
-        text: the words; a value, in its question's unit, or a box stands for its control token.
-        kind: of the question, "" where its wording is none of the export's.
-        value, box: GEODE's, of the last control token of each, where there is one.
-        unit: of the value, where the question has one.
-        thinking_tokens: the student's K, decoded (Sec. V-d, Fig. 4); None of other systems.
+        text: the answer; each control token is replaced by its value, in the question's unit, or
+            by its box.
+        kind: of the question, "" if the export has no question of this wording.
+        value, box: GEODE's regressed value and box of the last such control token; None without.
+        unit: of the value, None if the question has none.
+        thinking_tokens: the student's K thinking tokens, decoded (Sec. V-d, Fig. 4); None for other
+            systems.
     """
 
     text: str
@@ -46,12 +49,12 @@ class Answer:
 
     @property
     def shown(self) -> str:
-        """The text, with its unit where the whole of it is a value."""
+        """The text, followed by the unit if the text is nothing but the value."""
         alone = self.value is not None and self.text == units.write_number(self.value, self.unit)
         return f"{self.text} {self.unit}" if alone and self.unit else self.text
 
     def facts(self) -> dict[str, Any]:
-        """What there is of it, for JSON, under the names of a run's `predictions.jsonl`."""
+        """Returns the fields that are not None, under the names of a run's `predictions.jsonl`."""
         more = {
             "predicted_value": self.value,
             "unit": self.unit,
@@ -64,13 +67,13 @@ class Answer:
 
 @dataclasses.dataclass
 class _Scene:
-    """The scene that was asked about last.
+    """The scene of the last question.
 
     Attributes:
         scene_id: its name.
-        records: its own questions.
-        arrays: as the model reads them.
-        encoded: what its questions share, once the first was asked.
+        records: the questions that the export has of the scene.
+        arrays: the arrays of the scene in the form that the model reads.
+        encoded: what its questions share, once the first was answered.
     """
 
     scene_id: str
@@ -80,18 +83,18 @@ class _Scene:
 
 
 class Predictor:
-    """The best checkpoint of a run (the latest where none was best yet), ready to be asked.
+    """Answers questions with the best checkpoint of a run (the latest, if none is best yet).
 
-    Needs neither optimizer nor training data beyond the export's own files. The answering is
-    compiled once, with the first question; one longer than any in training compiles again. What a
-    scene's questions share is computed with the first of them, and kept until another scene is
-    asked about.
+    It needs no optimizer, and no training data beyond the export's own files. The functions are
+    compiled with the first question; a question longer than any in training compiles again. The
+    results that all questions of a scene share are computed with the first question of the scene,
+    and kept until a question about another scene.
 
     Attributes:
         workdir: of the run.
-        export: the scenes that can be asked about.
-        truth_field: of a question's record, what the model was taught to say.
-        step: of training at which the checkpoint was made.
+        export: with the scenes.
+        truth_field: field of a question record that the model was trained to predict.
+        step: training step of the checkpoint.
     """
 
     def __init__(self, workdir: str | Path, *, rationale: bool = False, int8: bool = False):
@@ -99,12 +102,12 @@ class Predictor:
 
         Args:
             workdir: of the run, which may still be training.
-            rationale: answer with GEODE's rationales, which a run of stage 1 does anyway.
-            int8: round the decoder's matrices to a byte a number, see `models.decoding`.
+            rationale: True to answer with GEODE's rationales, which a run of stage 1 always does.
+            int8: True to round the decoder's matrices to 8-bit integers, see `models.decoding`.
 
         Raises:
-            UserError, ExportError: it is no run, has no checkpoint, its export is not here, or
-                its model learned no rationales.
+            UserError, ExportError: `workdir` is no run or has no checkpoint, its export is missing,
+                or its model was not trained on rationales.
         """
         self.workdir = Path(workdir)
         self._trained = trained = open_trained(self.workdir, rationale=rationale)
@@ -117,13 +120,13 @@ class Predictor:
         self._last: _Scene | None = None
 
     def questions(self, scene_id: str) -> list[dict]:
-        """The question records that the export has of a scene.
+        """Returns the question records that the export has of a scene.
 
-        Without control tokens, those that are answered by a box are left out: nothing else can say
-        one.
+        Questions for a box are left out if the model has no control tokens, since it cannot answer
+        them.
 
         Raises:
-            UserError: unknown scene.
+            UserError: the export has no such scene.
         """
         return list(self._scene(scene_id).records)
 
@@ -134,20 +137,20 @@ class Predictor:
         options: Sequence[str] | None = None,
         sampling: Sampling | None = None,
     ) -> Answer:
-        """The model's answer.
+        """Answers a question about a scene.
 
-        A question worded like one of the export's is put as that one was in training: with its
-        kind's prompt (`exports.prompts`) and in its unit, a question of the scene itself also with
+        A question with the wording of one in the export gets the prompt of its kind
+        (`exports.prompts`) and its unit, as in training; a question of the scene itself also gets
         its options.
 
         Args:
             scene_id: any scene of the export.
-            question: one or more sentences; how they are broken into lines plays no part.
+            question: one or more sentences; line breaks do not matter.
             options: of a multiple choice, "A. chair" or just "chair".
-            sampling: None: greedy.
+            sampling: settings of random decoding; None: greedy decoding.
 
         Raises:
-            UserError: unknown scene, or options are needed.
+            UserError: the export has no such scene, or the kind of question needs options.
         """
         record = self.record(scene_id, question, options)
         encode_scene, answer, parameters = self._compiled
@@ -173,9 +176,9 @@ class Predictor:
         )
 
     def record(self, scene_id: str, question: str, options: Sequence[str] | None = None) -> dict:
-        """The question record that `answer` puts to the model; arguments and errors as there."""
+        """Returns the question record that `answer` gives to the model; see `answer`."""
         if not question.strip():
-            raise UserError("question: empty")
+            raise UserError("question: must not be empty")
         record: dict[str, Any] = {"scene_id": scene_id, "kind": "", "question": question}
         for own in self.questions(scene_id):
             if own["question"].split() == question.split():
@@ -190,13 +193,13 @@ class Predictor:
         return record
 
     def unknown_words(self, text: str) -> list[str]:
-        """Words and signs of a text that the run's tokenizer has no id for, in order."""
+        """Returns words and signs of a text, in order, that the run's tokenizer has no id for."""
         words = dict.fromkeys(re.findall(r"[^\W\d_]+|[^\w\s]", text))
         unknown = self._tokenizer.unk_id
         return [word for word in words if unknown in self._tokenizer.encode(" " + word)]
 
     def _scene(self, scene_id: str) -> _Scene:
-        """All there is of a scene; that of the last one is kept."""
+        """Returns a scene with its questions; the last scene is kept in memory."""
         if self._last is None or self._last.scene_id != scene_id:
             if scene_id not in self.export.scene_ids():
                 raise UserError(
@@ -230,18 +233,18 @@ class Predictor:
 
     @functools.cached_property
     def _kinds(self) -> dict[str, dict]:
-        """Wording -> kind of question, and its unit where it has one."""
-        scenes = self._records.scene_ids("train")[:_WORDINGS_OF]
+        """Wording -> kind of question, and its unit if it has one."""
+        scenes = self._records.scene_ids("train")[:_WORDING_SCENES]
         records = (record for scene_id in scenes for record in self._records.read(scene_id))
         return {
             self._wording(record["question"]): _kept(record, "kind", "unit") for record in records
         }
 
     def _wording(self, question: str) -> str:
-        """The question without what is particular to it: categories and numbers."""
+        """Returns the question with `#` in place of categories and numbers, in lower case."""
         nouns = sorted(map(re.escape, self.export.categories), key=len, reverse=True)
-        particular = "|".join([*(rf"\b{noun}\b" for noun in nouns), r"\d+(?:\.\d+)?"])
-        return " ".join(re.sub(particular, "#", question, flags=re.IGNORECASE).lower().split())
+        replaced = "|".join([*(rf"\b{noun}\b" for noun in nouns), r"\d+(?:\.\d+)?"])
+        return " ".join(re.sub(replaced, "#", question, flags=re.IGNORECASE).lower().split())
 
 
 def _kept(record: dict, *fields: str) -> dict:
@@ -249,20 +252,20 @@ def _kept(record: dict, *fields: str) -> dict:
 
 
 def _lettered(options: Sequence[str]) -> list[str]:
-    """Options with their letters.
+    """Returns options with their letters.
 
     Raises:
-        UserError: more than there are letters, an empty one, or letters that some already have and
-            that are not A, B, ...
+        UserError: there are more options than letters, an option is empty, or some options have
+            letters and these are not A, B, ... in order.
     """
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    letters = string.ascii_uppercase
     if len(options) > len(letters):
-        raise UserError(f"options: {len(options)}, at most {len(letters)}: each has a letter")
+        raise UserError(f"options: must be at most {len(letters)}, are {len(options)}")
     if empty := [i for i, option in enumerate(options, 1) if not option.strip()]:
-        raise UserError(f"options: number {empty[0]} is empty")
+        raise UserError(f"options: number {empty[0]} must not be empty")
     own = [re.match(r"\(?([A-Z])[.):](?:\s|$)", option) for option in options]
     if not any(own):
         return [f"{letter}. {option}" for letter, option in zip(letters, options, strict=False)]
     if [found and found[1] for found in own] != list(letters[: len(options)]):
-        raise UserError("options: some have letters, and they are not A, B, ... in order")
+        raise UserError("options: their letters must be A, B, ... in order, or none may have one")
     return list(options)

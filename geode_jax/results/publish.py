@@ -1,4 +1,4 @@
-"""From a trained run to a Hugging Face folder that runs without JAX."""
+"""Exports a trained run as a Hugging Face folder that runs without JAX."""
 
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ def export_run(
         shard_bytes: see `files.write_folder`.
 
     Raises:
-        UserError, ExportError: it is no run, has no checkpoint, its export is not here, its system
-            has no such part or no modelling file, or `out` is not empty.
+        UserError, ExportError: `workdir` is no run or has no checkpoint, its export is missing, its
+            system has no such part or no modelling file, or `out` is not empty.
     """
     settings = load_settings(workdir)
     results = results_of(settings)
@@ -87,7 +87,7 @@ def _add(trained: Trained, workdir: Path, folder: Path, part: str | None) -> Non
 
 
 def _origins(settings: Settings) -> list[str]:
-    """Returns the names of the pretrained models from which the runs before this one started."""
+    """Returns the names of the pretrained models that this run or its predecessors started from."""
     start = settings.init_from
     if not start:
         return []
@@ -95,7 +95,7 @@ def _origins(settings: Settings) -> list[str]:
         folders = pretrained_folders(start)
         if not folders:
             return _origins(load_settings(Path(start)))
-    except UserError:  # whose model it is cannot be said then
+    except UserError:  # the folder is gone, so the name of its model is unknown
         return [f"{start} (not here)"]
     return [
         read_json_object(folder / CONFIG).get("_name_or_path") or folder.name for folder in folders

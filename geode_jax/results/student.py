@@ -13,10 +13,12 @@ from geode_jax.errors import UserError
 from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate.evaluator import Evaluation
 from geode_jax.evaluate.metrics.text import answer_rows, with_reference
-from geode_jax.evaluate.report.page import depth_colours, write_report
+from geode_jax.evaluate.report.charts import depth_colours
+from geode_jax.evaluate.report.page import write_report
 from geode_jax.exports import Export
 from geode_jax.measure.cost import measure_speed, parameter_counts, peak_memory
 from geode_jax.objectives.hidden_cot import HiddenCoTModel
+from geode_jax.results.notes import left_out_notes, synthetic_notes
 from geode_jax.runs.build import Run
 from geode_jax.runs.settings import Settings
 from geode_jax.runs.summary import REPORT, SUMMARY, end, kept_answers, missing, write_predictions
@@ -26,7 +28,7 @@ from geode_jax.sources.rooms.scene import render, scene_from_id
 from geode_jax.training.metrics import read_metrics
 from geode_jax.training.step import TrainState
 
-PICTURE = 240
+PICTURE_SIDE = 240
 """Side in pixels of a rendered view in the report."""
 
 
@@ -38,17 +40,17 @@ def evaluate_and_report(
     losses: dict[str, float],
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Scores of the test split: the model, the model without its vision, and frequency.
+    """Scores the model, the model without vision and the frequency baseline on the test split.
 
-    An interrupted call goes on where it stood. `summary.json` is written last.
+    An interrupted call continues with the next batch. `summary.json` is written last.
 
     Args:
         run: the finished run.
-        state: the parameters to judge.
+        state: the parameters.
         workdir: receives `summary.json`, `predictions.jsonl` and `report.html`.
         train: facts about the training, for the summary.
-        losses: of `state` on the val split, as `Evaluator.losses` gives them.
-        check: called between batches; may raise, to leave.
+        losses: of `state` on the val split, from `Evaluator.losses`.
+        check: called between batches; may raise to interrupt.
 
     Returns:
         The summary.
@@ -64,14 +66,15 @@ def evaluate_and_report(
 
     model = answer("model", "test", heads=True)
     blind = answer("vision_removed", "vision removed", vision=False)
-    asked = [dict(p) for p in model.predictions]
-    frequency = scoring.frequency_baseline(run.train_records(), asked, reference)
+    answered = [dict(p) for p in model.predictions]
+    frequency = scoring.frequency_baseline(run.train_records(), answered, reference)
     columns = {"model": model.predictions, "vision_removed": blind.predictions}
     columns["frequency"] = frequency
     scores = {name: scoring.score(p, reference) for name, p in columns.items()}
     scores["model"] |= model.depth.result() | model.detection.result()
     scores["model"] |= {
-        f"percent_of_teacher/{k}": v for k, v in scoring.percent_of_teacher(asked).items()
+        f"{scoring.PERCENT_PREFIX}{key}": value
+        for key, value in scoring.percent_of_teacher(answered).items()
     }
     scores["model"] |= {"val_loss": losses["val/loss"]}
     if "val/text" in losses:
@@ -105,7 +108,7 @@ def evaluate_and_report(
 
 
 def show(summary: dict[str, Any], workdir: Path) -> None:
-    """Prints what a run has come to, when it ends and whenever it is started again."""
+    """Prints the results of a run, at its end and whenever it is started again."""
     if not any(summary.get("scores", {}).values()):
         raise missing(workdir, "scores")
     print(scoring.score_table(summary["scores"], summary.get("remarks")))
@@ -113,7 +116,10 @@ def show(summary: dict[str, Any], workdir: Path) -> None:
     if (workdir / REPORT).exists():
         print(f"report: {workdir / REPORT}", flush=True)
     else:
-        print(f"report: {REPORT} is missing; delete {SUMMARY} to have it written again", flush=True)
+        print(
+            f"report: {REPORT} is missing; delete {SUMMARY} and start the run again to write it",
+            flush=True,
+        )
 
 
 # --- Publishing -----------------------------------------------------------------------------------
@@ -152,22 +158,14 @@ def entries(trained: Trained) -> dict[str, Any]:
 
 
 def _notes(run: Run) -> list[str]:
-    """What a reader must know to trust the scores."""
-    notes = [
-        "vision removed: the same model without any view. The true blind baseline is a run of its "
-        "own: vision=off.",
-        "frequency: the most common training answer of each kind of question.",
+    """Returns what a reader must know to trust the scores."""
+    return [
+        "vision removed: the same model without any view; the true blind baseline is a run that is "
+        "trained with vision=off",
+        "frequency: the most common training answer of each kind of question",
+        *synthetic_notes(run.export),
+        *left_out_notes(run.pipelines["test"].dropped),
     ]
-    if run.export.manifest["producer"]["project"] == "geode_jax rooms":
-        notes.append(
-            "rooms are synthetic, their vision tokens a fixed function of the true geometry: "
-            "nothing here compares with the papers' numbers."
-        )
-    dropped = {k: n for k, n in run.pipelines["test"].dropped.items() if n}
-    if dropped:
-        listed = ", ".join(f"{n} x {k}" for k, n in sorted(dropped.items()))
-        notes.append(f"left out of the test: {listed}.")
-    return notes
 
 
 def _score_notes(export: Export) -> dict[str, str]:
@@ -178,16 +176,16 @@ def _score_notes(export: Export) -> dict[str, str]:
 
 
 def _efficiency(run: Run, state: TrainState) -> dict[str, float]:
-    """Table IV's columns for this machine: size, time per answer, memory."""
+    """Returns the columns of Table IV for this machine: size, time per answer, memory."""
     student = jax.tree.leaves(state.params["student"])
     _, batch = next(iter(run.pipelines["test"].eval_batches(run.settings.data.scenes_per_batch)))
-    asked = int(np.sum(np.asarray(batch.answer_length_SQ) > 0))
-    speed = measure_speed(lambda: run.evaluator.answer_batch(state, batch), asked)
+    questions = int(np.sum(np.asarray(batch.answer_length_SQ) > 0))
+    speed = measure_speed(lambda: run.evaluator.answer_batch(state, batch), questions)
     return parameter_counts(student) | speed | peak_memory()
 
 
 def _examples(export: Export, model: Evaluation, reference: str, count: int) -> list[dict]:
-    """Answers of different kinds from different scenes, with the first view as it looks."""
+    """Returns answers of different kinds from different scenes, each with its first view."""
     chosen, kinds, seen = [], set(), set()
     for record in model.predictions:
         if record["kind"] not in kinds and record["scene_id"] not in seen:
@@ -211,7 +209,7 @@ def _examples(export: Export, model: Evaluation, reference: str, count: int) -> 
 
 
 def view_images(export: Export, scene_id: str) -> np.ndarray | None:
-    """Pictures [V, H, W, 3] uint8 of a scene: stored ones, rendered rooms, else None."""
+    """Returns images [V, H, W, 3] uint8 of a scene, stored or rendered; None if it has none."""
     stored = export.read_scene(scene_id, ["images"]).get("images")
     if stored is not None:
         return stored
@@ -219,11 +217,11 @@ def view_images(export: Export, scene_id: str) -> np.ndarray | None:
         scene = scene_from_id(scene_id)
     except ValueError:
         return None
-    return render(scene, PICTURE, PICTURE)["rgb"]
+    return render(scene, PICTURE_SIDE, PICTURE_SIDE)["rgb"]
 
 
 def _depth_examples(run: Run, model: Evaluation, count: int = 3) -> list[dict]:
-    """First views with their true and predicted depth."""
+    """Returns the first views of some scenes with their true and predicted depth."""
     examples = []
     for scene_id, predicted in list(model.depth_maps.items())[:count]:
         target = run.export.read_scene(scene_id, ["target/depth"]).get("target/depth")

@@ -1,4 +1,4 @@
-"""VSI-Bench by a run's own model: predicted over an export and scored in one go."""
+"""Answers VSI-Bench questions of an export with the model of a run, and scores the answers."""
 
 import dataclasses
 import hashlib
@@ -14,45 +14,45 @@ from geode_jax.data.settings import measure_lengths
 from geode_jax.errors import UserError
 from geode_jax.evaluate import vsi_bench
 from geode_jax.exports import Export, files
+from geode_jax.results.notes import left_out_notes, synthetic_notes
 from geode_jax.runs.config import load_settings
 from geode_jax.runs.data import test_split
 from geode_jax.runs.geode import with_rationale_module
 from geode_jax.runs.trained import Trained, open_trained
 from geode_jax.runtime.lock import beside, locked
-from geode_jax.sources.rooms import export as rooms
 from geode_jax.training.metrics import write_json
 
 _SIZES = ("grid", "token_width", "view_tokens", "camera_width", "image", "point_width")
-"""Fields of `SceneShapes` that a model's parameters depend on."""
+"""Fields of `SceneShapes` that determine shapes of a model's parameters."""
 
 
 def evaluate_run(
     workdir: Path, out: Path, *, export: Path | None = None, spatio: int | None = None
 ) -> dict[str, Any]:
-    """Asks a run's best checkpoint the benchmark's questions of a test split, and scores them.
+    """Answers the benchmark's questions of a test split with a run's best checkpoint, and scores.
 
-    Greedy; beside the model, the same model with its vision removed, frequency and random.
+    Decoding is greedy. The baselines are the same model without vision, frequency and random.
 
     Args:
         workdir: of the run.
-        out: receives the result; `OUT_predictions.jsonl` beside it the rows that
-            `vsi_bench.evaluate` gives the same scores.
-        export: folder with the questions; None: the run's own.
-        spatio: so many of the rationale tokens are seen (Table 3); None: all.
+        out: result file; `OUT_predictions.jsonl` beside it gets the rows, which
+            `vsi_bench.evaluate` can score again.
+        export: folder with the questions; None: the export of the run.
+        spatio: number of rationale tokens that the decoder sees (Table 3); None: all.
 
     Returns:
-        The result, as of `vsi_bench.result`.
+        The result, in the form of `vsi_bench.result`.
 
     Raises:
-        UserError, ExportError: the run cannot be asked, the export does not fit its model or has
-            no such question, or one that cannot be scored, or `out` cannot be written.
+        UserError, ExportError: the run cannot be opened, the export does not fit its model, has no
+            question of the benchmark or one that cannot be scored, or `out` cannot be written.
     """
     system = load_settings(workdir).system
     if system.learns_rationales:
         raise UserError(
-            f"{workdir}: a {system.name} run writes rationales; VSI-Bench wants answers"
+            f"{workdir}: a {system.name} run writes rationales; VSI-Bench needs answers"
         )
-    if not out.parent.is_dir() or out.is_dir():  # before the model works for nothing
+    if not out.parent.is_dir() or out.is_dir():  # before the model runs in vain
         raise UserError(f"--out: {out}: its folder is missing, or it is a directory itself")
     with locked(beside(out), f"--out: {out}"):
         return _evaluate(workdir, out, export, spatio)
@@ -60,9 +60,9 @@ def evaluate_run(
 
 def _evaluate(workdir: Path, out: Path, export: Path | None, spatio: int | None) -> dict[str, Any]:
     trained = open_trained(workdir, slots=spatio, same_export=export is None)
-    asked = trained.export if export is None else Export(export)
-    split = test_split(asked)
-    pipeline = _pipeline(trained, asked, split)
+    source = trained.export if export is None else Export(export)
+    split = test_split(source)
+    pipeline = _pipeline(trained, source, split)
     with jax.set_mesh(trained.mesh):
         answered = {
             name: trained.evaluator.run(trained.state, pipeline, None, vision=seen, label=label)
@@ -72,11 +72,11 @@ def _evaluate(workdir: Path, out: Path, export: Path | None, spatio: int | None)
             )
         }
     columns = {name: vsi_bench.rows_of(found.predictions) for name, found in answered.items()}
-    said = out.with_name(f"{out.stem}_predictions.jsonl")
+    predictions = out.with_name(f"{out.stem}_predictions.jsonl")
     data = "".join(json.dumps(row) + "\n" for row in columns["model"]).encode()
-    files.write_bytes(said, data)
-    manifest = asked.folder / "manifest.json"
-    producer = asked.manifest["producer"]
+    files.write_bytes(predictions, data)
+    manifest = source.folder / "manifest.json"
+    producer = source.manifest["producer"]
     result = vsi_bench.result(
         columns,
         dataset={
@@ -84,21 +84,23 @@ def _evaluate(workdir: Path, out: Path, export: Path | None, spatio: int | None)
             "sha256": hashlib.sha256(files.read_bytes(manifest)).hexdigest(),
             "revision": f"{producer['project']} {producer['commit']}, split {split}",
         },
-        predictions={"model": {"file": str(said), "sha256": hashlib.sha256(data).hexdigest()}},
+        predictions={
+            "model": {"file": str(predictions), "sha256": hashlib.sha256(data).hexdigest()}
+        },
         frames=pipeline.shapes.views,
         decoding="greedy",
-        notes=_notes(trained, workdir, asked, pipeline, spatio),
+        notes=_notes(trained, workdir, source, pipeline, spatio),
     )
     write_json(out, result)
     return result
 
 
 def _pipeline(trained: Trained, export: Export, split: str) -> Pipeline:
-    """All questions of the benchmark, however long, in batches of the run's size."""
+    """Returns a pipeline of all benchmark questions of any length, in batches of the run's size."""
     usual = trained.pipeline.config
     records = open_question_records(export, usual.on_bad_scene)
-    asked = (record for scene_id in records.scene_ids(split) for record in records.read(scene_id))
-    for row in vsi_bench.rows_of({**record, "prediction": ""} for record in asked):
+    questions = (record for scene in records.scene_ids(split) for record in records.read(scene))
+    for row in vsi_bench.rows_of({**record, "prediction": ""} for record in questions):
         vsi_bench.check_question(row, f"{export.folder}: question {row['id']}")
     lengths = measure_lengths(
         export,
@@ -110,14 +112,14 @@ def _pipeline(trained: Trained, export: Export, split: str) -> Pipeline:
     )
     if not lengths:
         raise UserError(f"{export.folder}: split {split} has no question of VSI-Bench")
-    question = max(usual.question_length, lengths["all"].question_max)
-    answer = max(usual.answer_length, lengths["all"].answer_max)
+    question_length = max(usual.question_length, lengths["all"].question_max)
+    answer_length = max(usual.answer_length, lengths["all"].answer_max)
     config = dataclasses.replace(
         usual.asking_all(),
         export=str(export.folder),
-        question_length=question,
-        answer_length=answer,
-        row_length=max(usual.row_length, question + answer),
+        question_length=question_length,
+        answer_length=answer_length,
+        row_length=max(usual.row_length, question_length + answer_length),
         answer_field="answer",
     )
     pipeline = Pipeline(export, trained.tokenizer, config, split, vsi_bench.QUESTION_TYPES)
@@ -145,14 +147,10 @@ def _notes(
         notes.append(f"rationale tokens: the first {spatio} of {slots}")
     if pipeline.split != "test":
         notes.append(f"the export has no test split; these are questions of {pipeline.split}")
-    if export.manifest["producer"]["project"] == rooms.PRODUCER["project"]:
-        notes.append("rooms are synthetic: nothing here compares with the papers' numbers")
+    # Questions of other kinds and for boxes are no part of the benchmark.
     left_out = {
         reason: count
         for reason, count in pipeline.dropped.items()
-        if count and not reason.startswith(("kind ", "boxes "))
+        if not reason.startswith(("kind ", "boxes "))
     }
-    if left_out:
-        listed = ", ".join(f"{count} x {reason}" for reason, count in sorted(left_out.items()))
-        notes.append(f"left out: {listed}")
-    return notes
+    return notes + synthetic_notes(export) + left_out_notes(left_out)

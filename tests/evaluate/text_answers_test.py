@@ -43,7 +43,7 @@ def test_scores_stand_beside_the_most_frequent_answer(predictions, scanqa, capsy
     assert frequency["em1"] == 50  # brown, of 4
     assert result["missing"] == ["val-3"] and result["questions"] == 4
     assert any("1 of 4 questions have no prediction" in note for note in result["notes"])
-    assert any("1 predictions are of no question" in note for note in result["notes"])
+    assert any("1 predictions belong to no question" in note for note in result["notes"])
     assert set(result["dataset"]) == {"file", "sha256", "revision"}
     assert result["evaluator"].startswith("geode_jax ")
     rows = {line[:26].strip(): line.split()[-2:] for line in printed.splitlines()}
@@ -100,8 +100,8 @@ def test_kinds_have_their_own_rows(tmp_path):
     ("content", "complaint"),
     [
         ("{", "not JSON"),
-        ("{}", "is no file of questions"),
-        ("[]", "is no file of questions"),
+        ("{}", "must be a file of questions"),
+        ("[]", "must be a file of questions"),
         ('[{"question_id": null}]', "record 0: question_id"),
         ('[{"question_id": "a"}]', "record 0: answer: must be a string"),
         ('[{"question_id": "a", "answers": []}]', "record 0: answer"),
@@ -137,5 +137,5 @@ def test_arguments_are_checked(arguments, complaint, predictions, scanqa, capsys
 
 def test_answers_to_other_questions_are_refused(tmp_path, scanqa):
     other = write_lines(tmp_path / "other.jsonl", [{"id": "a", "prediction": "x"}])
-    with pytest.raises(UserError, match="no prediction of a question"):
+    with pytest.raises(UserError, match="no prediction for a question"):
         evaluate(other, dataset=scanqa)

@@ -265,7 +265,7 @@ def test_predictions_are_joined_by_id(files):
     assert (found["frames"], found["decoding"], found["debiased_ids"]) == (32, None, None)
     assert found["evaluator"] == f"geode_jax {__version__}"
     assert found["questions"] == 3
-    assert found["notes"][0].startswith("means are over what is there, 2 of the 8 tasks: no ")
+    assert found["notes"][0].startswith("the means are over 2 of the 8 tasks: there are no ")
     assert "room_size_estimation" in found["notes"][0]
 
 
@@ -303,7 +303,7 @@ def test_debiased_ids_choose_the_questions_of_every_column(files, tmp_path):
     assert found["scores"]["model"]["object_counting"] == 0
     assert found["debiased_ids"] == {"file": str(ids), "sha256": sha256(ids)}
     # Answers outside the choice need not be there, and are not unknown if they are.
-    assert not any("predictions are of no question" in note for note in found["notes"])
+    assert not any("predictions belong to no question" in note for note in found["notes"])
     write_lines(predictions, ANSWERS[::2])
     again = vsi_bench.evaluate(predictions, dataset=dataset, debiased_ids=ids)
     assert again["scores"] == found["scores"]
@@ -325,7 +325,7 @@ def test_blind_stands_beside_and_answers_to_other_questions_are_counted(files, t
     assert list(found["scores"]) == ["model", "blind", "frequency", "random"]
     assert found["scores"]["blind"]["overall"] == 0
     assert found["predictions"]["blind"] == {"file": str(blind), "sha256": sha256(blind)}
-    assert f"{blind}: 2 predictions are of no question of {dataset}" in found["notes"]
+    assert f"{blind}: 2 predictions belong to no question of {dataset}" in found["notes"]
 
 
 def change(index, **fields):
@@ -399,7 +399,9 @@ def test_a_broken_line_is_named(files, line):
 
 def test_predictions_alone_ask_for_the_dataset(files):
     _, predictions = files
-    with pytest.raises(UserError, match=r"answers.jsonl:1: ground_truth: is missing; --dataset"):
+    with pytest.raises(
+        UserError, match=r"answers.jsonl:1: ground_truth: is missing; give the file"
+    ):
         vsi_bench.evaluate(predictions)
 
 
@@ -440,7 +442,7 @@ def test_a_bad_parquet_file_is_refused(files):
     [
         ("ids.txt", "0\n7\n", ": line 2: '7' is no id of .*test.jsonl"),
         ("ids.txt", "\n", ": has no entry"),
-        ("pruned_ids.txt", "0\n", ": the dataset's list of what VSI-Bench-Debiased removes"),
+        ("pruned_ids.txt", "0\n", ": lists the questions that VSI-Bench-Debiased removes"),
     ],
 )
 def test_bad_ids_are_refused(files, tmp_path, name, text, complaint):

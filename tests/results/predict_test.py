@@ -186,14 +186,14 @@ def test_choices_need_options_unless_the_scene_has_them(predictor):
     for options in (["left", "right"], ["A. left", "B. right"]):
         assert predictor.record(scene_id, question, options)["options"] == ["A. left", "B. right"]
     refused = {
-        "27, at most 26": [f"thing {i}" for i in range(27)],
-        "not A, B, ...": ["A. x", "A. y"],
-        "some have letters": ["A. x", "chair"],
-        "letters, and": ["B. x", "A. y"],
-        "number 2 is empty": ["x", " "],
+        "at most 26, are 27": [f"thing {i}" for i in range(27)],
+        "must be A, B, ...": ["A. x", "A. y"],
+        "their letters": ["A. x", "chair"],
+        "none may have one": ["B. x", "A. y"],
+        "number 2 must not be empty": ["x", " "],
     }
-    for said, options in refused.items():
-        with pytest.raises(UserError, match=said):
+    for complaint, options in refused.items():
+        with pytest.raises(UserError, match=complaint):
             predictor.record(scene_id, question, options)
     scene_id, own = easy[0]
     assert predictor.record(scene_id, own["question"])["options"] == own["options"]

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from geode_jax.errors import UserError
-from geode_jax.evaluate import answered
+from geode_jax.evaluate import finished_batches
 from geode_jax.evaluate.evaluator import Evaluator
 from geode_jax.results import student
 from geode_jax.runs import summary
@@ -40,14 +40,14 @@ def test_an_evaluation_killed_anywhere_ends_as_an_undisturbed_one(
     workdir, run, state, position = unfinished
     facts = {"seconds": 1.0, "steps": 3}
     kept_batches = 0
-    keep = answered.Answered.keep
+    keep = finished_batches.FinishedBatches.append
 
     def counted(*arguments):
         nonlocal kept_batches
         keep(*arguments)
         kept_batches += 1
 
-    monkeypatch.setattr(answered.Answered, "keep", counted)
+    monkeypatch.setattr(finished_batches.FinishedBatches, "append", counted)
 
     def killed_at(owner, name: str, call: int) -> None:
         calls, function = 0, getattr(owner, name)
@@ -64,7 +64,9 @@ def test_an_evaluation_killed_anywhere_ends_as_an_undisturbed_one(
             student.evaluate_and_report(run, state, workdir, facts, position["best"])
         assert not (workdir / "summary.json").exists()
 
-    killed_at(answered.Answered, "keep", 3)  # two batches are kept, the third is lost
+    killed_at(
+        finished_batches.FinishedBatches, "append", 3
+    )  # two batches are kept, the third is lost
     kept = workdir / "evaluation" / "model.jsonl"
     assert len(kept.read_bytes().splitlines()) == 1 + 2
     with kept.open("ab") as file:

@@ -1,4 +1,4 @@
-"""Depth errors over valid pixels (Sec. IV-A): RMSE, MAE and the delta < 1.25 share."""
+"""Depth errors over valid pixels (Sec. IV-A): RMSE, MAE and the share with delta < 1.25."""
 
 import numpy as np
 
@@ -7,8 +7,8 @@ class DepthMetrics:
     """Accumulates depth errors over batches, every valid pixel with the same weight.
 
     A pixel is valid where the target is finite and positive (0 is "unknown" in the array contract)
-    and the optional mask says so. A prediction that is not finite is not excused: RMSE and MAE
-    become NaN or infinite, and it fails the delta test, as does a prediction <= 0.
+    and the optional mask is True. A prediction that is not finite counts: RMSE and MAE become NaN
+    or infinite, and it fails the delta test, as does a prediction <= 0.
     """
 
     def __init__(self):
@@ -23,7 +23,7 @@ class DepthMetrics:
 
     @staticmethod
     def measure(prediction, target, mask=None) -> tuple[int, float, float, int]:
-        """The errors of a batch: valid pixels, their sums of e^2 and |e|, those inside delta.
+        """Returns the number of valid pixels, the sums of e^2 and |e|, the number inside delta.
 
         Args:
           prediction: [...] metres (or the export's scene units), any shape.
@@ -31,7 +31,7 @@ class DepthMetrics:
           mask: optional bool, broadcast to that shape; False excludes.
 
         Raises:
-          ValueError: shapes differ (no silent broadcasting).
+          ValueError: the shapes of prediction and target differ.
         """
         prediction = np.asarray(prediction, np.float64)
         target = np.asarray(target, np.float64)
@@ -42,21 +42,24 @@ class DepthMetrics:
             valid &= np.asarray(mask, bool)
         prediction, target = prediction[valid], target[valid]
 
-        with np.errstate(over="ignore"):  # what is too large is infinite, as the class says
+        with np.errstate(over="ignore"):  # errors too large for float64 become infinite
             error = prediction - target
             # max(p/t, t/p) < 1.25 without dividing by a prediction of 0.
             inside = int(np.sum((prediction < 1.25 * target) & (target < 1.25 * prediction)))
             return error.size, float(np.sum(error**2)), float(np.sum(np.abs(error))), inside
 
     def add(self, pixels: int, squared: float, absolute: float, inside: int) -> None:
-        """Adds what `measure` found."""
+        """Adds the results of `measure`."""
         self.pixels += pixels
         self._squared += squared
         self._absolute += absolute
         self._inside += inside
 
     def result(self) -> dict[str, float]:
-        """`depth_rmse`, `depth_mae` (unit of the input), `depth_delta1`; empty without a pixel."""
+        """Returns `depth_rmse`, `depth_mae` (in the unit of the input) and `depth_delta1`.
+
+        The result is empty without a valid pixel.
+        """
         if not self.pixels:
             return {}
         return {

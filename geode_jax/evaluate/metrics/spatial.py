@@ -34,37 +34,37 @@ _CONFIDENCES = np.linspace(0.5, 0.95, 10)
 
 
 def normalise(text: str) -> str:
-    """Lower case, white space collapsed, without a final full stop."""
+    """Returns the text in lower case, white space collapsed, without a final full stop."""
     return " ".join(text.lower().split()).rstrip(".").rstrip()
 
 
 def relation_accuracy(prediction: str, targets: Sequence[str]) -> float:
-    """1.0 if the answer equals one of the references after `normalise`, else 0.0."""
+    """Returns 1.0 if the answer equals one of the references after `normalise`, else 0.0."""
     return float(normalise(prediction) in {normalise(target) for target in targets})
 
 
 def fuzzy_matching(prediction: str) -> str:
-    """VSI-Bench's reading of an answer: up to the first space, without a final full stop.
+    """Returns the text up to the first space, without a final full stop: VSI-Bench's parser.
 
-    Only a space separates: "A. chair" is "A", but "B) chair" is "B)", and a newline separates
-    nothing.
+    Only a space separates words: "A. chair" becomes "A", but "B) chair" becomes "B)", and a newline
+    does not separate.
     """
     return prediction.split(" ")[0].rstrip(".").strip()
 
 
 def letter_accuracy(prediction: str, target: str) -> float:
-    """VSI-Bench multiple choice: 1.0 if the letters are equal, whatever their case."""
+    """Returns VSI-Bench's score of a multiple choice: 1.0 if the letters are equal up to case."""
     return float(fuzzy_matching(prediction).lower() == target.lower())
 
 
 def mean_relative_accuracy(prediction: float, target: float) -> float:
-    """VSI-Bench's MRA: the share of 10 thresholds c with |p - t| / |t| <= 1 - c.
+    """Returns VSI-Bench's MRA: the share of 10 thresholds c with |p - t| / |t| <= 1 - c.
 
     c runs over 0.5, 0.55, ..., 0.95. The benchmark's code has "<=" where its paper writes "<".
 
     Args:
       prediction: may be NaN or infinite, which scores 0.
-      target: a target of 0 divides by zero upstream; here 0 is worth 1.0 if hit exactly, else 0.0.
+      target: a target of 0 scores 1.0 if hit exactly, else 0.0 (upstream divides by zero).
 
     Returns:
       A multiple of 0.1 in [0, 1].
@@ -76,7 +76,7 @@ def mean_relative_accuracy(prediction: float, target: float) -> float:
 
 
 def number_accuracy(prediction: str, target: str) -> float:
-    """MRA of the first word of an answer; what is no number ("three", "1,200") scores 0."""
+    """Returns the MRA of the first word of an answer; 0 if it is no number ("three", "1,200")."""
     try:
         value, truth = float(fuzzy_matching(prediction)), float(fuzzy_matching(target))
     except ValueError:
@@ -85,7 +85,7 @@ def number_accuracy(prediction: str, target: str) -> float:
 
 
 def rule(record: dict) -> str:
-    """Which rule of the module docstring scores this question."""
+    """Returns the name of the rule of the module docstring that scores this question."""
     kind = record["kind"]
     if kind in RELATION_KINDS:
         return "relation"
@@ -101,7 +101,7 @@ def rule(record: dict) -> str:
 
 
 def question_score(record: dict, reference: str = "truth") -> float:
-    """The score in [0, 1] of one prediction by its rule, the best over its references.
+    """Returns the score in [0, 1] of one prediction by its rule, the best over its references.
 
     Raises:
       ValueError: the record has no reference of this sort.
@@ -114,10 +114,10 @@ def question_score(record: dict, reference: str = "truth") -> float:
         case "relation":
             return relation_accuracy(text, targets)
         case "letter":
-            # A teacher may answer "A. chair" where the truth is "A": both are read alike.
+            # A teacher may answer "A. chair" where the truth is "A": both are parsed alike.
             return max(letter_accuracy(text, fuzzy_matching(target)) for target in targets)
         case "number":
-            # A truth in words that VSI-Bench does not read ("1,900 mm") has its value beside it.
+            # VSI-Bench cannot parse some truths ("1,900 mm"); `value` has their number.
             if reference == "truth" and record.get("value") is not None:
                 targets = [*targets, str(record["value"])]
             return max(number_accuracy(text, target) for target in targets)
@@ -126,7 +126,7 @@ def question_score(record: dict, reference: str = "truth") -> float:
 
 
 def per_kind_scores(predictions: Sequence[dict], reference: str = "truth") -> dict[str, float]:
-    """Mean score of each kind of question that occurs, in order of first appearance."""
+    """Returns the mean score of each kind of question, in order of first appearance."""
     found = defaultdict(list)
     for record in text_metrics.with_reference(predictions, reference):
         found[record["kind"]].append(question_score(record, reference))
@@ -134,26 +134,27 @@ def per_kind_scores(predictions: Sequence[dict], reference: str = "truth") -> di
 
 
 def add_mean(scores: dict[str, float], key: str, members: Sequence[str]) -> None:
-    """Sets `key` to the mean of those `members` that occur in `scores`; without any, nothing."""
+    """Sets `key` to the mean of those `members` that occur in `scores`, if any does."""
     values = [scores[member] for member in members if member in scores]
     if values:
         scores[key] = sum(values) / len(values)
 
 
 def spatial_scores(predictions: Sequence[dict], reference: str = "truth") -> dict[str, float]:
-    """Per-kind scores and their summaries; a summary of kinds that do not occur is left out.
+    """Returns per-kind scores and their means; a mean over kinds that do not occur is left out.
 
     Keys besides the kinds:
       `spatial_accuracy`: mean of the accuracies of the four relations (of those that occur).
       `mra`: mean over the numeric kinds of the kind's MRA.
-      `metric_mra`: the same over those that measure something, all but `object_counting`.
+      `metric_mra`: the same without `object_counting`, over the kinds with a unit.
       `object_rel_direction`: mean of its easy, medium and hard accuracies (of those that occur).
-      `vsi_overall`: unweighted mean over the VSI-Bench tasks that occur, and `vsi_tasks`, how many
-        of the eight these are; only with 8 is it the benchmark's overall score (x 100 there).
+      `vsi_overall`: unweighted mean over the VSI-Bench tasks that occur; it is the benchmark's
+        overall score (times 100 there) only if all eight occur.
+      `vsi_tasks`: number of the eight tasks that occur.
 
     Raises:
       ValueError: no predictions.
-      UserError: none has such a reference.
+      UserError: no prediction has such a reference.
     """
     kinds = per_kind_scores(predictions, reference)
     numeric = {record["kind"] for record in predictions if rule(record) == "number"}

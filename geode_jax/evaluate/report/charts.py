@@ -1,19 +1,43 @@
-"""Line charts as inline SVG: no script, no external file, colours from the page's style sheet.
+"""Line charts as SVG for the report, drawn by matplotlib.
 
-A chart uses the CSS classes `line`, `raw`, `dot`, `grid`, `axis`, `tick`, `label` and, for the
-colour of series i, `c<i>` (0 to 7); the page decides what they look like in light and dark.
+A chart is part of the page, and the style sheet of the page gives its colours: wherever matplotlib
+wrote the placeholder of a colour, the SVG refers to a CSS variable instead. So one chart is
+readable on light and on dark paper.
+
+matplotlib is imported where a chart is drawn, since training and inference do not need it.
 """
 
+import atexit
 import dataclasses
-import html
+import functools
+import io
 import math
-from collections.abc import Sequence
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from xml.etree import ElementTree
 
 import numpy as np
 
+from geode_jax.runtime.user_cache import user_cache
+
 COLOURS = 8
-POINTS = 240
-"""At most this many points are drawn per series; longer ones become means of equal stretches."""
+"""Number of colours for curves in the style sheet: `--c0` to `--c7`."""
+MAX_POINTS = 240
+"""Most points that are drawn of one curve; a longer curve becomes the means of equal stretches."""
+
+_CURVE_COLOURS = tuple(f"#c0c0{i:02x}" for i in range(COLOURS))
+_TEXT_COLOUR, _GRID_COLOUR, _PAPER_COLOUR = "#c0c0f0", "#c0c0f1", "#c0c0f2"
+_CSS_COLOURS = {
+    **{placeholder: f"var(--c{i})" for i, placeholder in enumerate(_CURVE_COLOURS)},
+    _TEXT_COLOUR: "var(--soft)",
+    _GRID_COLOUR: "var(--rule)",
+    _PAPER_COLOUR: "var(--paper)",
+}
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 10, 40
+"""Margins around the axes, in pixels: room for the tick labels and for the name of the x axis."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,38 +46,41 @@ class Series:
 
     Attributes:
       name: for the legend.
-      x: [n] steps, ascending.
-      y: [n] values; those that are not finite are not drawn.
+      x: [n] training steps, ascending.
+      y: [n] values; values that are not finite are not drawn.
       colour: index of the colour, 0 to 7.
       style: "line", "raw" (a faint line behind another) or "dots" (a line with its points marked).
     """
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[float] | np.ndarray
+    y: Sequence[float] | np.ndarray
     colour: int = 0
     style: str = "line"
 
 
 def smooth(values: Sequence[float], width: int) -> np.ndarray:
-    """Moving mean over `width` neighbours, narrower at both ends; ignores what is not finite."""
-    values = np.asarray(values, np.float64)
-    finite = np.isfinite(values)
-    kernel = np.ones(min(width, len(values)))
-    total = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
+    """Returns the moving mean over `width` neighbours, fewer at both ends.
+
+    Values that are not finite are left out of the means.
+    """
+    array = np.asarray(values, np.float64)
+    finite = np.isfinite(array)
+    kernel = np.ones(min(width, len(array)))
+    total = np.convolve(np.where(finite, array, 0.0), kernel, mode="same")
     count = np.convolve(finite.astype(np.float64), kernel, mode="same")
     return np.where(count > 0, total / np.maximum(count, 1.0), np.nan)
 
 
-def wants_log(values: Sequence[float]) -> bool:
-    """A logarithmic axis suits positive values that span more than a factor of 20."""
-    values = np.asarray(values, np.float64)
-    values = values[np.isfinite(values)]
-    return bool(values.size and values.min() > 0 and values.max() > 20 * values.min())
+def needs_log_axis(values: Sequence[float]) -> bool:
+    """Returns whether the values are all positive and span more than a factor of 20."""
+    array = np.asarray(values, np.float64)
+    array = array[np.isfinite(array)]
+    return bool(array.size and array.min() > 0 and array.max() > 20 * array.min())
 
 
 def format_number(value: float) -> str:
-    """Up to four significant digits without trailing zeros, as axis and legend show it."""
+    """Returns the number with up to four significant digits, without trailing zeros."""
     if not math.isfinite(value):
         return str(value)
     if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
@@ -64,97 +91,18 @@ def format_number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def linear_ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round values (1, 2, 2.5 or 5 times a power of ten) within [low, high]."""
-    step = (high - low) / max(count, 1)
-    power = 10.0 ** math.floor(math.log10(step))
-    nice = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= step * (1 - 1e-9))
-    first = math.ceil(low / nice - 1e-9)
-    last = math.floor(high / nice + 1e-9)
-    return [round(i * nice, 12) + 0.0 for i in range(first, last + 1)]
-
-
-def log_ticks(low: float, high: float, count: int) -> list[float]:
-    """Powers of ten within [low, high], every n-th of them; 1-2-5 steps if these are too few."""
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    decades = [10.0**e for e in exponents if low <= 10.0**e <= high]
-    if len(decades) >= 3:
-        return decades[:: max(1, math.ceil(len(decades) / (count + 1)))]
-    steps = [m * 10.0**e for e in exponents for m in (1, 2, 5)]
-    return [tick for tick in steps if low <= tick <= high] or linear_ticks(low, high, count)
-
-
-def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if len(x) <= POINTS:
-        return x, y
-    parts = np.array_split(np.arange(len(x)), POINTS)
-    return np.array([x[p].mean() for p in parts]), np.array([y[p].mean() for p in parts])
-
-
-class _Axes:
-    """Maps data to pixels; y may be logarithmic."""
-
-    def __init__(self, x, y, width: int, height: int, left: int, log: bool):
-        self.log = log
-        self.left, self.right, self.top, self.bottom = left, width - 14, 10, height - 24
-        self.x_low, self.x_high = float(np.min(x)), float(np.max(x))
-        if self.x_low == self.x_high:
-            self.x_low, self.x_high = self.x_low - 0.5, self.x_high + 0.5
-        y = np.log10(y) if log else y
-        low, high = float(np.min(y)), float(np.max(y))
-        # A constant still needs an axis around it.
-        margin = 0.06 * (high - low) or (0.1 if log else 0.1 * abs(high) or 1.0)
-        self.y_low, self.y_high = low - margin, high + margin
-
-    def px(self, x):
-        share = (x - self.x_low) / (self.x_high - self.x_low)
-        return self.left + share * (self.right - self.left)
-
-    def py(self, y):
-        y = np.log10(y) if self.log else y
-        return self.bottom - (y - self.y_low) / (self.y_high - self.y_low) * (
-            self.bottom - self.top
-        )
-
-    def y_ticks(self) -> list[float]:
-        count = max(3, (self.bottom - self.top) // 36)
-        if self.log:
-            return log_ticks(10.0**self.y_low, 10.0**self.y_high, count)
-        return linear_ticks(self.y_low, self.y_high, count)
-
-    def x_ticks(self) -> list[float]:
-        return linear_ticks(self.x_low, self.x_high, max(4, (self.right - self.left) // 90))
-
-
-def _grid(axes: _Axes) -> list[str]:
-    parts = []
-    for tick in axes.y_ticks():
-        y = axes.py(tick)
-        parts.append(f'<path class="grid" d="M{axes.left} {y:.1f}H{axes.right}"/>')
-        parts.append(
-            f'<text class="tick" x="{axes.left - 7}" y="{y + 3.5:.1f}" text-anchor="end">'
-            f"{format_number(tick)}</text>"
-        )
-    parts.append(f'<path class="axis" d="M{axes.left} {axes.bottom}H{axes.right}"/>')
-    for tick in axes.x_ticks():
-        x = axes.px(tick)
-        parts.append(
-            f'<path class="axis" d="M{x:.1f} {axes.bottom}v4"/>'
-            f'<text class="tick" x="{x:.1f}" y="{axes.bottom + 16}" text-anchor="middle">'
-            f"{format_number(tick)}</text>"
-        )
-    return parts
-
-
 def line_chart(
-    series: Sequence[Series], *, label: str, width: int = 980, height: int = 300, log: bool = False
+    series: Sequence[Series], *, label: str, width: int = 980, height: int = 310, log: bool = False
 ) -> str:
-    """One SVG with all series on common axes; x is the training step.
+    """Draws all series on common axes, the training step along x.
+
+    The SVG has no ids, no links and no date: several charts can stand in one page, and the same
+    series always give the same text.
 
     Args:
-      series: curves; an empty chart is the empty string.
-      label: what it shows, for readers who cannot see it.
-      width: of the coordinate system; the picture scales with the page.
+      series: curves; without a value to draw the result is the empty string.
+      label: description for readers who cannot see the chart.
+      width: of the chart in pixels; the page may scale it.
       height: likewise.
       log: logarithmic y axis; values <= 0 are then not drawn.
     """
@@ -166,41 +114,156 @@ def line_chart(
             drawn.append((one, *_thin(x[keep], y[keep])))
     if not drawn:
         return ""
-    # From the first to the last step, of which thinning leaves only the middle of a stretch.
-    all_x = np.concatenate([np.asarray(one.x, np.float64) for one, _, _ in drawn])
-    all_y = np.concatenate([y for _, _, y in drawn])
-    axes = _Axes(all_x, all_y, width, height, 52, log)
+    # From the first to the last step: thinning keeps only the middle of a stretch.
+    steps = np.concatenate([np.asarray(one.x, np.float64) for one, _, _ in drawn])
 
-    parts = _grid(axes)
-    for one, x, y in drawn:
-        points = [(f"{axes.px(a):.1f}", f"{axes.py(b):.1f}") for a, b in zip(x, y, strict=True)]
-        colour = f"c{one.colour % COLOURS}"
-        kind = "raw" if one.style == "raw" else "line"
-        path = "L".join(f"{a} {b}" for a, b in points)
-        parts.append(f'<path class="{kind} {colour}" d="M{path}"/>')
-        if one.style == "dots" or len(points) == 1:
-            for (a, b), step, value in zip(points, x, y, strict=True):
-                title = f"{one.name}, step {format_number(step)}: {format_number(value)}"
-                parts.append(
-                    f'<circle class="dot {colour}" cx="{a}" cy="{b}" r="3">'
-                    f"<title>{html.escape(title)}</title></circle>"
-                )
-    scale = ", logarithmic" if log else ""
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label + scale)}">'
-        f"{''.join(parts)}</svg>"
-    )
+    _set_config_folder()
+    from matplotlib import style
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
 
-
-def legend(series: Sequence[Series]) -> str:
-    """Names, colours and last values of the series (`raw` ones belong to another's line)."""
-    items = []
-    for one in series:
-        values = [value for value in one.y if math.isfinite(value)]
-        if one.style == "raw" or not values:
-            continue
-        items.append(
-            f'<li><span class="swatch c{one.colour % COLOURS}"></span>{html.escape(one.name)} '
-            f"<b>{format_number(values[-1])}</b></li>"
+    file, titles = io.BytesIO(), {}
+    # The defaults first: a user's own matplotlibrc must not change the report.
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "geode_jax", "font.family": "DejaVu Sans"}
+    with style.context(["default", settings]):
+        figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+        axes = figure.add_axes(
+            (
+                _LEFT / width,
+                _BOTTOM / height,
+                (width - _LEFT - _RIGHT) / width,
+                (height - _TOP - _BOTTOM) / height,
+            )
         )
-    return f'<ul class="legend">{"".join(items)}</ul>'
+        _style_axes(axes, width, height, log)
+        for i, (one, x, y) in enumerate(drawn):
+            marked = one.style == "dots" or len(x) == 1
+            axes.plot(
+                x,
+                y,
+                color=_CURVE_COLOURS[one.colour % COLOURS],
+                alpha=0.4 if one.style == "raw" else None,
+                linewidth=1.0 if one.style == "raw" else 1.8,
+                solid_capstyle="round",
+                marker="o" if marked else "",
+                markersize=6,
+                markeredgecolor=_PAPER_COLOUR,
+                markeredgewidth=1,
+                clip_on=False,
+                gid=f"series{i}",
+            )
+            if marked:
+                titles[f"series{i}"] = [
+                    f"{one.name}, step {format_number(step)}: {format_number(value)}"
+                    for step, value in zip(x, y, strict=True)
+                ]
+        if steps.min() < steps.max():
+            axes.set_xlim(float(steps.min()), float(steps.max()))
+        _set_y_ticks(axes, max(3, (height - _TOP - _BOTTOM) // 36), log)
+        FigureCanvasSVG(figure).print_svg(file)
+    scale = ", logarithmic" if log else ""
+    return _inline(file.getvalue(), f"{label}{scale}", titles)
+
+
+def depth_colours(depth: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Returns depth [h, w] as colours [h, w, 3] uint8: near is bright, unknown pixels are grey."""
+    _set_config_folder()
+    from matplotlib import colormaps
+
+    known = np.isfinite(depth) & (depth > 0)
+    share = np.clip((high - np.where(known, depth, low)) / max(high - low, 1e-9), 0.0, 1.0)
+    colours = np.round(255.0 * colormaps["viridis"](share)[..., :3])
+    return np.where(known[..., None], colours, 128).astype(np.uint8)
+
+
+@functools.cache
+def _set_config_folder() -> None:
+    """Gives matplotlib a folder for its settings and its cache of fonts.
+
+    matplotlib looks for the folder in the home while it is imported, and warns where it cannot
+    write there; a container may have no home at all.
+    """
+    if os.environ.get("MPLCONFIGDIR"):
+        return
+    folder = user_cache("matplotlib")
+    if folder is None:
+        folder = tempfile.mkdtemp(prefix="geode_jax_matplotlib_")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["MPLCONFIGDIR"] = str(folder)
+
+
+def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if len(x) <= MAX_POINTS:
+        return x, y
+    parts = np.array_split(np.arange(len(x)), MAX_POINTS)
+    return np.array([x[p].mean() for p in parts]), np.array([y[p].mean() for p in parts])
+
+
+def _style_axes(axes, width: int, height: int, log: bool) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.patch.set_visible(False)
+    axes.figure.patch.set_visible(False)
+    axes.spines[["left", "top", "right"]].set_visible(False)
+    axes.spines["bottom"].set(color=_TEXT_COLOUR, linewidth=0.6)
+    axes.set_yscale("log" if log else "linear")
+    axes.margins(x=0, y=0.06)
+    axes.grid(axis="y", color=_GRID_COLOUR, linewidth=1, clip_on=False)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", labelsize=11, labelcolor=_TEXT_COLOUR, color=_TEXT_COLOUR)
+    axes.tick_params(axis="x", length=4, width=0.6)
+    axes.tick_params(axis="y", which="both", length=0, pad=7)
+    axes.set_xlabel("training step", color=_TEXT_COLOUR, fontsize=11, loc="right", labelpad=2)
+    number = FuncFormatter(lambda value, _: format_number(value))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(number)
+    inside = width - _LEFT - _RIGHT
+    axes.xaxis.set_major_locator(MaxNLocator(max(4, inside // 90), steps=[1, 2, 2.5, 5, 10]))
+
+
+def _set_y_ticks(axes, count: int, log: bool) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    linear = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10])
+    if not log:
+        axes.yaxis.set_major_locator(linear)
+        return
+    axes.yaxis.set_minor_locator(NullLocator())
+    low, high = axes.get_ylim()
+    # Powers of ten; 1-2-5 steps where fewer than three powers are inside the range.
+    powers = math.floor(math.log10(high)) - math.ceil(math.log10(low)) + 1
+    locator = LogLocator(subs=(1.0,) if powers >= 3 else (1.0, 2.0, 5.0), numticks=count + 1)
+    inside = [tick for tick in locator.tick_values(low, high) if low <= tick <= high]
+    axes.yaxis.set_major_locator(locator if len(inside) >= 2 else linear)
+
+
+def _inline(svg: bytes, label: str, titles: Mapping[str, Sequence[str]]) -> str:
+    """Returns matplotlib's SVG as an element of an HTML page.
+
+    Ids are unique in a page, so that several charts can have none: a marker that is referred to by
+    its id is repeated instead. A style element would apply to the whole page.
+
+    Args:
+      svg: the file.
+      label: becomes `aria-label`.
+      titles: id of a series -> the tooltip of each of its markers.
+    """
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg.decode()).replace("xlink:href", "href")
+    for placeholder, colour in _CSS_COLOURS.items():
+        text = text.replace(placeholder, colour)
+    root = ElementTree.fromstring(text)
+    shapes = {f"#{path.get('id')}": path.attrib for path in root.iterfind(".//defs/path")}
+    for group in root.iter("g"):
+        tooltips = titles.get(group.get("id", ""), [])
+        for marker, tooltip in zip(group.iter("use"), tooltips, strict=bool(tooltips)):
+            ElementTree.SubElement(marker, "title").text = tooltip
+    for use in root.iter("use"):
+        use.tag = "path"
+        x, y = use.attrib.pop("x"), use.attrib.pop("y")
+        use.attrib.update(d=shapes[use.attrib.pop("href")]["d"], transform=f"translate({x} {y})")
+    for parent in list(root.iter()):
+        parent.attrib.pop("id", None)
+        for child in [child for child in parent if child.tag in ("defs", "metadata")]:
+            parent.remove(child)
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": label}
+    return ElementTree.tostring(root, encoding="unicode")

@@ -1,23 +1,27 @@
-"""The report of a run: one self-contained HTML page without scripts or external files."""
+"""The report of a run: one self-contained HTML page without scripts or external files.
+
+`templates/report.html` has the page, `templates/report.css` how it looks; the functions here make
+the values that the template shows.
+"""
 
 import base64
-import html
 import io
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
+import jinja2
 import numpy as np
 from PIL import Image
 
-from geode_jax.evaluate import scores
+from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate.metrics import spatial
 from geode_jax.evaluate.report import charts
-from geode_jax.evaluate.report.style import STYLE
 from geode_jax.exports import files
 
-_HEADLINES = ("spatial_accuracy", "mra", "rouge1")
+_HEADLINE_KEYS = ("spatial_accuracy", "mra", "rouge1")
 
 
 def write_report(
@@ -27,13 +31,13 @@ def write_report(
     config_text: str,
     metrics_rows: Sequence[Mapping],
     scores: Mapping[str, Mapping[str, float]],
-    examples: Sequence[Mapping],
+    examples: Sequence[dict],
     depth_examples: Sequence[Mapping] = (),
     efficiency: Mapping | None = None,
     notes: Sequence[str] = (),
     score_notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the page, at once or not at all (a crash leaves no half report).
+    """Writes the page, whole or not at all.
 
     All text is escaped. A section with nothing to show is left out.
 
@@ -42,334 +46,245 @@ def write_report(
       title: of the run.
       config_text: the configuration as text, shown folded.
       metrics_rows: rows of `metrics.jsonl`: `step` and any of `loss`, `loss/<term>`,
-        `weight/<term>` or `sigma/<term>`, `val/<score>`; a row need not have them all.
-      scores: column ("model", "vision_removed", "frequency") to scores; the first is the one that
-        is drawn as a bar, the others as marks on it.
+        `weight/<term>` or `sigma/<term>`, `val/<score>`.
+      scores: column ("model", "vision_removed", "frequency") to its scores. The first column is
+        drawn as bars, the others as marks on them.
       examples: question records with `prediction`, and optionally `image` [H, W, 3] uint8,
         `thinking_tokens` (list of str), `metrics` (name to number).
-      depth_examples: `image` [H, W, 3] uint8, `target` and `prediction` [h, w] metres (0 or
+      depth_examples: `image` [H, W, 3] uint8, `target` and `prediction` [h, w] in metres (0 or
         non-finite is unknown), optionally `caption`.
-      efficiency: name to number or text, see `_quantity` for the units that names imply.
-      notes: sentences below the scores: what a reader must know to trust them.
+      efficiency: name to number or text; `_quantity` has the units that names imply.
+      notes: sentences above the scores: what a reader must know to trust them.
       score_notes: score key to a remark beside it, such as "input contains depth".
+
+    Raises:
+      UserError: the file cannot be written.
     """
-    sections = [
-        _header(title, scores),
-        _scores(scores, score_notes or {}, notes),
-        _training(metrics_rows),
-        _examples(examples),
-        _depth(depth_examples),
-        _efficiency(efficiency or {}),
-        _config(config_text),
-    ]
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main></body></html>\n"
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("geode_jax.evaluate.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    path = Path(path)
+    page = environment.get_template("report.html").render(
+        title=title,
+        tiles=_tiles(scores),
+        notes=notes,
+        columns=[_column_title(name) for name in scores],
+        score_groups=_score_groups(scores, score_notes or {}),
+        training=_training(metrics_rows) if metrics_rows else None,
+        examples=[_example(example) for example in examples],
+        depth=[_depth_row(example) for example in depth_examples],
+        efficiency=[(_quantity_label(k), _quantity(k, v)) for k, v in (efficiency or {}).items()],
+        config_text=config_text,
+    )
     files.write_text(path, page)
 
 
-def _text(value) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def _section(title: str, *body: str) -> str:
-    return f"<section><h2>{_text(title)}</h2>{''.join(body)}</section>"
+# --- Scores ---------------------------------------------------------------------------------------
 
 
 def _column_title(name: str) -> str:
-    return scores.COLUMN_TITLES.get(name, name)
+    return scoring.COLUMN_TITLES.get(name, name)
 
 
 def _short_label(key: str) -> str:
-    return scores.row_of(key).label.removesuffix(" (mean)")
+    return scoring.row_of(key).label.removesuffix(" (mean)")
 
 
-def _header(title: str, columns: Mapping[str, Mapping[str, float]]) -> str:
-    """Title, and the two or three figures that matter beside their baselines."""
+def _tiles(columns: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Returns the two or three most important scores, each with its baselines."""
     names = list(columns)
     tiles = []
-    for key in _HEADLINES:
+    for key in _HEADLINE_KEYS:
         if not names or key not in columns[names[0]]:
             continue
-        row = scores.row_of(key)
+        row = scoring.row_of(key)
         others = [
-            f"{_text(_column_title(name))} {scores.format_score(columns[name][key], row)}"
+            f"{_column_title(name)} {scoring.format_score(columns[name][key], row)}"
             for name in names[1:]
             if key in columns[name]
         ]
-        tiles.append(
-            f'<div class="tile"><p>{_text(_short_label(key))}</p>'
-            f"<strong>{scores.format_score(columns[names[0]][key], row)}</strong>"
-            f"<small>{'<br>'.join(others)}</small></div>"
-        )
-    tiles = f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
-    return f"<header><h1>{_text(title)}</h1>{tiles}</header>"
+        value = scoring.format_score(columns[names[0]][key], row)
+        tiles.append({"label": _short_label(key), "value": value, "others": others})
+    return tiles
 
 
-def _share(value: float | None) -> float | None:
-    """Position of a score on a bar from 0 to 1, in percent."""
-    if value is None or not math.isfinite(value):
-        return None
-    return 100.0 * min(max(value, 0.0), 1.0)
+def _score_groups(
+    columns: Mapping[str, Mapping[str, float]], remarks: Mapping[str, str]
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Returns the rows of the table of scores under the names of their groups."""
+
+    def shown(row: scoring.Row) -> dict[str, Any]:
+        values = [column.get(row.key) for column in columns.values()]
+        cells = ["–" if value is None else scoring.format_score(value, row) for value in values]
+        remark = ["lower is better"] if row.better == "lower" else []
+        remark += [remarks[row.key]] if row.key in remarks else []
+        bar = _bar(values) if row.bounded else None
+        return {"label": row.label, "remark": ", ".join(remark), "cells": cells, "bar": bar}
+
+    groups = itertools.groupby(scoring.rows_of(columns), key=lambda row: row.group)
+    return [(group, [shown(row) for row in rows]) for group, rows in groups]
 
 
-def _bar(values: Sequence[float | None]) -> str:
-    """The first value as a bar, the others as marks across it."""
-    first = _share(values[0])
-    fill = "" if first is None else f'<i class="fill" style="width:{first:.1f}%"></i>'
-    marks = [
-        f'<i class="mark m{i}" style="left:{share:.1f}%"></i>'
-        for i, share in enumerate(map(_share, values[1:]), start=1)
-        if share is not None
-    ]
-    return f'<div class="bar">{fill}{"".join(marks)}</div>'
+def _bar(values: Sequence[float | None]) -> list[tuple[str, str]]:
+    """Returns CSS classes and places: the first value as a bar, the others as marks across it."""
+    parts = []
+    for i, value in enumerate(values):
+        if value is not None and math.isfinite(value):
+            percent = 100.0 * min(max(value, 0.0), 1.0)
+            style, side = (f"mark m{i}", "left") if i else ("fill", "width")
+            parts.append((style, f"{side}:{percent:.1f}%"))
+    return parts
 
 
-def _scores(
-    columns: Mapping[str, Mapping[str, float]], remarks: Mapping[str, str], notes: Sequence[str]
-) -> str:
-    rows = scores.rows_of(columns)
-    body = [f"<li>{_text(note)}</li>" for note in notes]
-    notes_list = f'<ul class="notes">{"".join(body)}</ul>' if body else ""
-    if not rows:
-        return _section("Notes", notes_list) if notes_list else ""
-
-    names = list(columns)
-    classes = ["fill", *(f"mark m{i}" for i in range(1, len(names)))]
-    marks = "".join(
-        f'<li><i class="key {style}"></i>{_text(_column_title(name))}</li>'
-        for style, name in zip(classes, names, strict=True)
-    )
-    heads = "".join(f'<th scope="col">{_text(_column_title(name))}</th>' for name in names)
-    lines = []
-    group = None
-    for row in rows:
-        if row.group != group:
-            group = row.group
-            lines.append(
-                f'<tr class="group"><th colspan="{len(names) + 2}" scope="rowgroup">'
-                f"{_text(group)}</th></tr>"
-            )
-        values = [columns[name].get(row.key) for name in names]
-        remark = [remarks[row.key]] if row.key in remarks else []
-        if row.better == "lower":
-            remark.insert(0, "lower is better")
-        small = f" <small>{_text(', '.join(remark))}</small>" if remark else ""
-        cells = "".join(
-            f"<td>{_text(scores.format_score(value, row)) if value is not None else '–'}</td>"
-            for value in values
-        )
-        bar = _bar(values) if row.bounded else ""
-        lines.append(
-            f'<tr><th scope="row">{_text(row.label)}{small}</th>'
-            f'<td class="bars">{bar}</td>{cells}</tr>'
-        )
-    table = (
-        f'<div class="wide"><table class="scores"><thead><tr><th></th>'
-        f'<th class="bars"><ul class="legend">{marks}</ul></th>{heads}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
-    return _section("Scores", notes_list, table)
+# --- Training -------------------------------------------------------------------------------------
 
 
 def _column(rows: Sequence[Mapping], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of the rows that have this key."""
+    """Returns steps and values of the rows that have this key."""
     found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     return [float(step) for step, _ in found], [float(value) for _, value in found]
 
 
-def _smoothed(name: str, x, y, colour: int) -> list[charts.Series]:
-    """A curve as itself, or as a faint trace and its moving mean where it is long."""
+def _smoothed(name: str, x: list[float], y: list[float], colour: int) -> list[charts.Series]:
+    """Returns a short curve itself, of a long one a faint trace and its moving mean."""
     if len(y) < 40:
         return [charts.Series(name, x, y, colour)]
     mean = charts.smooth(y, max(5, len(y) // 40))
     return [charts.Series(name, x, y, colour, "raw"), charts.Series(name, x, mean, colour)]
 
 
-def _figure(title: str, svg: str, legend: str = "", *, log: bool = False) -> str:
-    if not svg:
-        return ""
-    scale = " <small>log scale</small>" if log else ""
-    return f"<figure><figcaption><b>{_text(title)}</b>{scale}{legend}</figcaption>{svg}</figure>"
+def _charts(
+    title: str, series: Sequence[charts.Series], *, log: bool | None = None, **size: int
+) -> list[dict[str, Any]]:
+    """Returns a chart with its title and legend; an empty list where there is nothing to draw.
 
-
-def _chart(title: str, series: Sequence[charts.Series], *, log: bool | None = None, **size) -> str:
-    values = [value for one in series for value in one.y]
-    log = charts.wants_log(values) if log is None else log
+    The legend has the last value of every curve.
+    """
+    if log is None:
+        log = charts.needs_log_axis([value for one in series for value in one.y])
     svg = charts.line_chart(series, label=f"{title} by training step", log=log, **size)
-    return _figure(title, svg, charts.legend(series), log=log)
+    if not svg:
+        return []
+    legend = []
+    for one in series:
+        values = [value for value in one.y if math.isfinite(value)]
+        if values and one.style != "raw":  # a raw curve belongs to the line before it
+            last = charts.format_number(values[-1])
+            name = "last" if one.name == title else one.name
+            legend.append({"name": name, "colour": one.colour % charts.COLOURS, "last": last})
+    return [{"title": title, "log": log, "legend": legend, "svg": svg}]
 
 
 def _keys(rows: Sequence[Mapping], prefix: str) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row if key.startswith(prefix)))
 
 
-def _small_charts(rows: Sequence[Mapping], keys: Sequence[str], style: str) -> str:
-    """One small chart per key, each with its own range but all linear or all logarithmic."""
+def _small_charts(
+    rows: Sequence[Mapping], keys: Sequence[str], *, dots: bool
+) -> list[dict[str, Any]]:
+    """Returns a small chart per key, each with its own range but all linear or all logarithmic."""
     columns = [_column(rows, key) for key in keys]
     values = [value for _, y in columns for value in y if math.isfinite(value)]
-    log = bool(values) and min(values) > 0 and any(charts.wants_log(y) for _, y in columns)
-    figures = []
+    log = bool(values) and min(values) > 0 and any(charts.needs_log_axis(y) for _, y in columns)
+    found = []
     for key, (x, y) in zip(keys, columns, strict=True):
-        name = key.split("/", 1)[1]
-        if style == "dots":
-            series = [charts.Series(_short_label(name), x, y, 0, "dots")]
-        else:
-            series = _smoothed(name, x, y, 0)
-        figures.append(_chart(series[0].name, series, log=log, width=340, height=170))
-    return f'<div class="small">{"".join(figures)}</div>' if any(figures) else ""
+        name = _short_label(key.split("/", 1)[1])
+        series = [charts.Series(name, x, y, 0, "dots")] if dots else _smoothed(name, x, y, 0)
+        found += _charts(name, series, log=log, width=340, height=180)
+    return found
 
 
-def _training(rows: Sequence[Mapping]) -> str:
-    if not rows:
-        return ""
-    x, y = _column(rows, "loss")
-    val_x, val_y = _column(rows, "val/loss")
-    total = [*_smoothed("training", x, y, 0)]
-    if val_y:
-        total.append(charts.Series("validation", val_x, val_y, 1, "dots"))
-    parts = [_chart("Total loss", total)]
-
+def _training(rows: Sequence[Mapping]) -> dict[str, Any]:
+    total = _smoothed("training", *_column(rows, "loss"), 0)
+    val_steps, val_losses = _column(rows, "val/loss")
+    if val_losses:
+        total.append(charts.Series("validation", val_steps, val_losses, 1, "dots"))
+    curves = _charts("Total loss", total)
     for prefix, name in (
         ("weight/", "Uncertainty weights 1 / (2 σ²) over time"),
         ("sigma/", "Uncertainties σ over time"),
     ):
-        keys = _keys(rows, prefix)
         series = [
-            charts.Series(key.removeprefix(prefix), *_column(rows, key), i)
-            for i, key in enumerate(keys)
+            charts.Series(_short_label(key.removeprefix(prefix)), *_column(rows, key), i)
+            for i, key in enumerate(_keys(rows, prefix))
         ]
-        if series:
-            parts.append(_chart(name, series))
-    terms = _small_charts(rows, _keys(rows, "loss/"), "line")
-    if terms:
-        parts += ["<h3>Terms of the loss</h3>", terms]
+        curves += _charts(name, series)
     held_out = [key for key in _keys(rows, "val/") if key != "val/loss"]
-    held_out = _small_charts(rows, held_out, "dots")
-    if held_out:
-        parts += ["<h3>Validation during training</h3>", held_out]
-    return _section("Training", *parts)
+    small = [
+        ("Terms of the loss", _small_charts(rows, _keys(rows, "loss/"), dots=False)),
+        ("Validation during training", _small_charts(rows, held_out, dots=True)),
+    ]
+    return {"curves": curves, "small": small}
 
 
-def _picture(image: np.ndarray, alt: str) -> str:
-    """An [H, W, 3] uint8 image as PNG inside the page."""
+# --- Examples -------------------------------------------------------------------------------------
+
+
+def _png(image: np.ndarray) -> str:
+    """Returns an [H, W, 3] uint8 image as PNG in base64."""
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image, np.uint8)).save(file, "PNG", optimize=True)
-    data = base64.b64encode(file.getvalue()).decode("ascii")
-    return f'<img src="data:image/png;base64,{data}" alt="{_text(alt)}">'
+    return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def _verdict(example: Mapping) -> str:
-    """How the prediction was scored, as a word and a colour."""
+def _grade(example: dict) -> tuple[str, str]:
+    """Returns a CSS class and a text for how the prediction was scored."""
     score = spatial.question_score(example)
     rule = spatial.rule(example)
     if rule in ("relation", "letter"):
-        grade, sign = ("right", "✓") if score == 1.0 else ("wrong", "✗")
-        return f'<span class="{grade}">{sign} {grade}</span>'
+        return ("right", "✓ right") if score == 1.0 else ("wrong", "✗ wrong")
     name = "MRA" if rule == "number" else "ROUGE-1"
     grade = "right" if score >= 0.8 else "wrong" if score < 0.4 else "partly"
-    return f'<span class="{grade}">{name} {score:.2f}</span>'
+    return grade, f"{name} {score:.2f}"
 
 
-def _card(example: Mapping) -> str:
-    image = example.get("image")
-    picture = "" if image is None else _picture(image, "the rendered view")
-    options = "\n".join(example.get("options") or [])
-    question = f"{example['question']}\n{options}" if options else example["question"]
+def _example(example: dict) -> dict[str, Any]:
+    grade, verdict = _grade(example)
     unit = f" {example['unit']}" if example.get("unit") else ""
-    parts = [
-        f'<p class="kind">{_text(example["kind"].replace("_", " "))} {_verdict(example)}</p>',
-        f'<p class="question">{_text(question)}</p>',
-        f"<dl><dt>answer</dt><dd>{_text(example['answer'] + unit)}</dd>",
-        f"<dt>model</dt><dd><b>{_text(example['prediction'])}</b></dd></dl>",
-    ]
-    thinking = example.get("thinking_tokens") or []
-    if thinking:
-        chips = "".join(
-            f'<code title="T{i} = {_text(repr(token))}">{_text(token.strip() or "␣")}</code>'
-            for i, token in enumerate(thinking, start=1)
-        )
-        parts.append(f'<p class="thinking"><span>thinking</span>{chips}</p>')
     metrics = example.get("metrics") or {}
-    if metrics:
-        values = " · ".join(
-            f"{_text(scores.row_of(key).label)} {charts.format_number(float(value))}"
+    return {
+        "image": _png(example["image"]) if example.get("image") is not None else None,
+        "kind": example["kind"].replace("_", " "),
+        "grade": grade,
+        "verdict": verdict,
+        "question": "\n".join([example["question"], *(example.get("options") or [])]),
+        "answer": example["answer"] + unit,
+        "prediction": example["prediction"],
+        "thinking": [
+            {"exact": repr(token), "shown": token.strip() or "␣"}
+            for token in example.get("thinking_tokens") or []
+        ],
+        "metrics": [
+            f"{scoring.row_of(key).label} {charts.format_number(float(value))}"
             for key, value in metrics.items()
-        )
-        parts.append(f'<p class="metrics">{values}</p>')
-    return f'<article class="card">{picture}<div>{"".join(parts)}</div></article>'
+        ],
+    }
 
 
-def _examples(examples: Sequence[Mapping]) -> str:
-    if not examples:
-        return ""
-    lead = ""
-    if any(example.get("thinking_tokens") for example in examples):
-        lead = (
-            "<p>Thinking tokens are decoded here for diagnosis only: the most likely word at each"
-            " of their positions. They are never part of an answer.</p>"
-        )
-    cards = "".join(map(_card, examples))
-    return _section("Answers on held-out scenes", lead, f'<div class="cards">{cards}</div>')
-
-
-# Viridis at nine equal steps (matplotlib's, CC0).
-_VIRIDIS = np.array(
-    [
-        (68, 1, 84),
-        (71, 44, 122),
-        (59, 81, 139),
-        (44, 113, 142),
-        (33, 144, 141),
-        (39, 173, 129),
-        (92, 200, 99),
-        (170, 220, 50),
-        (253, 231, 37),
-    ],
-    np.float64,
-)
-
-
-def depth_colours(depth: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Depth [h, w] as colours [h, w, 3] uint8, near is bright; unknown pixels are grey."""
-    known = np.isfinite(depth) & (depth > 0)
-    share = np.clip((high - np.where(known, depth, low)) / max(high - low, 1e-9), 0.0, 1.0)
-    stops = np.linspace(0.0, 1.0, len(_VIRIDIS))
-    colours = np.stack([np.interp(share, stops, channel) for channel in _VIRIDIS.T], axis=-1)
-    return np.where(known[..., None], np.round(colours), 128).astype(np.uint8)
-
-
-def _depth_row(example: Mapping) -> str:
+def _depth_row(example: Mapping) -> dict[str, Any]:
     target = np.asarray(example["target"], np.float64)
     prediction = np.asarray(example["prediction"], np.float64)
     known = target[np.isfinite(target) & (target > 0)]
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
-    pictures = [
-        ("view", example["image"]),
-        ("true depth", depth_colours(target, low, high)),
-        ("predicted depth", depth_colours(prediction, low, high)),
-    ]
-    figures = "".join(
-        f"<figure>{_picture(image, name)}<figcaption>{name}</figcaption></figure>"
-        for name, image in pictures
-    )
     caption = f"{example['caption']}, " if example.get("caption") else ""
-    text = f"{caption}{low:.2f} m (bright) to {high:.2f} m (dark)"
-    return f'<div class="depth">{figures}<p>{_text(text)}</p></div>'
+    return {
+        "pictures": [
+            ("view", _png(example["image"])),
+            ("true depth", _png(charts.depth_colours(target, low, high))),
+            ("predicted depth", _png(charts.depth_colours(prediction, low, high))),
+        ],
+        "caption": f"{caption}{low:.2f} m (bright) to {high:.2f} m (dark)",
+    }
 
 
-def _depth(examples: Sequence[Mapping]) -> str:
-    return _section("Depth", *map(_depth_row, examples)) if examples else ""
+# --- Efficiency -----------------------------------------------------------------------------------
 
 
-def _quantity(name: str, value) -> str:
-    """A number with the unit that the end of its name implies (bytes, seconds, ms)."""
+def _quantity(name: str, value: float | str) -> str:
+    """Returns a number with the unit that the end of its name implies (bytes, seconds, ms)."""
     if isinstance(value, str):
         return value
     if name.endswith("bytes"):
@@ -386,27 +301,8 @@ def _quantity(name: str, value) -> str:
     return f"{value:,}" if isinstance(value, int) else charts.format_number(float(value))
 
 
-def _efficiency(values: Mapping) -> str:
-    if not values:
-        return ""
-    cells = "".join(
-        f"<div><dt>{_text(_quantity_label(name))}</dt>"
-        f"<dd>{_text(_quantity(name, value))}</dd></div>"
-        for name, value in values.items()
-    )
-    return _section("Efficiency", f'<dl class="quantities">{cells}</dl>')
-
-
 def _quantity_label(name: str) -> str:
     label = name.removesuffix("_bytes").removeprefix("ms_").replace("_", " ")
     if label.endswith(" seconds"):
         return label.removesuffix("seconds") + "time"
     return {"bytes": "size", "per sample": "time per sample"}.get(label, label)
-
-
-def _config(text: str) -> str:
-    if not text:
-        return ""
-    return _section(
-        "Configuration", f"<details><summary>Show</summary><pre>{_text(text)}</pre></details>"
-    )

@@ -1,4 +1,4 @@
-"""Oriented IoU against a Monte Carlo volume, and matching against cases worked by hand."""
+"""IoU of oriented boxes against a Monte Carlo volume, matching against cases worked by hand."""
 
 import warnings
 
@@ -157,3 +157,17 @@ def test_infinite_and_huge_boxes_have_their_right_iou_without_a_warning():
     expected[1, 2] = expected[2, 1] = 0.5
     np.testing.assert_allclose(iou, expected, atol=1e-12)
     assert (scores["detection_recall_25"], scores["detection_precision_25"]) == (1.0, 2 / 3)
+
+
+def test_thin_boxes():
+    """Two walls that cross share next to nothing, and a wall is itself however thin."""
+    for thickness in (1e-3, 1e-9, 1e-100):
+        wall = box(sx=2.0, sy=thickness, yaw=0.3)
+        crossing = box(x=0.1, sx=thickness, sy=2.0, yaw=0.5)
+        assert iou(wall, wall) == pytest.approx(1.0)
+        assert iou(wall, crossing) == pytest.approx(0.0, abs=thickness)
+
+
+def test_a_negative_size_has_no_volume():
+    assert iou(box(sx=-1.0, sy=-1.0), box()) == 0.0
+    assert iou(box(), box(sz=-1.0)) == 0.0
