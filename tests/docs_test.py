@@ -309,13 +309,13 @@ class TestExamples:
         assert (float(total), float(count)) == (2.0, 2.0)
 
     def test_a_question_kind(self):
-        questions = importlib.import_module("geode_jax.sources.questions.asker")
+        relations = importlib.import_module("geode_jax.sources.questions.relations")
         rooms = importlib.import_module("geode_jax.sources.rooms.export")
-        names = dict(vars(questions))
-        exec(self.block("def _taller"), names)
+        names = dict(vars(relations))
+        exec(self.block("def taller"), names)
         seen = rooms.seen_room(*rooms.make_and_observe(0, 0))
         random = np.random.default_rng(0)
-        drafts = list(names["_taller"](questions._Asker(seen, random, random)))
+        drafts = list(names["taller"](relations.Asker(seen, random, random)))
         assert drafts
         for draft in drafts:
             heights = {item["name"]: item["box"][5] for item in draft["objects"]}

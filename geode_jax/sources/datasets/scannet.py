@@ -30,7 +30,7 @@ from geode_jax.exports import SPLITS, files
 from geode_jax.sources.datasets import Report, Request
 from geode_jax.sources.datasets.ply import read_vertices
 from geode_jax.sources.datasets.scene_export import Scene, exclude_from_training, write_scenes
-from geode_jax.sources.questions.asker import SeenRoom
+from geode_jax.sources.questions.seen_room import SeenRoom
 from geode_jax.sources.rgbd.folder import open_folder
 from geode_jax.sources.rgbd.frame import Frame, frame_arrays, read_frame
 from geode_jax.sources.rgbd.sens import open_sens

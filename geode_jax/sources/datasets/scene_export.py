@@ -20,8 +20,8 @@ from geode_jax.exports import made_from
 from geode_jax.exports.scene_names import Exclusion
 from geode_jax.runtime.bars import progress_bar
 from geode_jax.sources.datasets import Report, Request
-from geode_jax.sources.questions.asker import SeenRoom
 from geode_jax.sources.questions.measured import BoxQuestioner
+from geode_jax.sources.questions.seen_room import SeenRoom
 from geode_jax.sources.rgbd.sequence import Dropped
 from geode_jax.sources.stand_ins import TOKEN_WIDTH
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from geode_jax.sources.questions import asker
+from geode_jax.sources.questions import margins
+from geode_jax.sources.questions.seen_room import SeenRoom, pair_relations
 from geode_jax.sources.rooms import layout, raycast
 from geode_jax.sources.rooms.layout import CATEGORIES, VIEWS
 from geode_jax.sources.rooms.scene import GRID, PIXELS, Observation, RoomScene, blocks, by_patch
@@ -114,7 +115,7 @@ def teacher_arrays(scene: RoomScene, seen: Observation) -> dict[str, np.ndarray]
     kind = by_patch(category[seen.pixels.surface] % (classes + 1), GRID)
     share = (kind[..., None] == np.arange(classes + 1)).mean(2)
     bins = soft_depth_bins(seen.patches.depth, DEPTH_BINS)
-    relations = asker.pair_relations(scene.boxes[visible], scene.extrinsic[0])
+    relations = pair_relations(scene.boxes[visible], scene.extrinsic[0])
     return {
         "features": share.reshape(VIEWS, GRID, GRID, classes + 1).astype(np.float16),
         "depth_bins": bins.reshape(VIEWS, GRID, GRID, DEPTH_BINS).astype(np.float16),
@@ -123,12 +124,12 @@ def teacher_arrays(scene: RoomScene, seen: Observation) -> dict[str, np.ndarray]
     }
 
 
-def seen_room(scene: RoomScene, seen: Observation) -> asker.SeenRoom:
+def seen_room(scene: RoomScene, seen: Observation) -> SeenRoom:
     """What questions about the scene are made from."""
     visible = np.flatnonzero(seen.visible)
     row = {int(n): k for k, n in enumerate(visible)}
-    glimpsed = np.flatnonzero(~seen.visible & (seen.rays.sum(0) >= asker.GLIMPSE))
-    return asker.SeenRoom(
+    glimpsed = np.flatnonzero(~seen.visible & (seen.rays.sum(0) >= margins.AMBIGUITY_PIXELS))
+    return SeenRoom(
         scene_id=scene.scene_id,
         room=scene.room,
         floor=float(scene.room[0] * scene.room[1]),

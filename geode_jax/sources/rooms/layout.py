@@ -11,7 +11,7 @@ import functools
 import numpy as np
 
 from geode_jax.geometry.upright_boxes import footprint_gaps, footprints
-from geode_jax.sources.questions import asker
+from geode_jax.sources.questions import margins
 from geode_jax.sources.rooms import raycast
 
 VIEWS = 4
@@ -109,7 +109,7 @@ def typical_lengths() -> dict[str, float]:
 
 @functools.cache
 def larger_prior() -> dict[tuple[str, str], float]:
-    """P(volume of a > volume of b) by category nouns, among pairs that differ by SIZE_RATIO.
+    """P(volume of a > volume of b) by category nouns, among pairs that differ by MIN_VOLUME_RATIO.
 
     By Monte Carlo from the size priors with a fixed seed.
     """
@@ -118,7 +118,7 @@ def larger_prior() -> dict[tuple[str, str], float]:
     volumes = sample_sizes(rng, every).prod(-1).reshape(len(NAMES), -1)
     larger = np.empty((len(NAMES),) * 2)
     for a, volume in enumerate(volumes):
-        larger[a] = (volume >= asker.SIZE_RATIO * volumes).mean(-1)
+        larger[a] = (volume >= margins.MIN_VOLUME_RATIO * volumes).mean(-1)
     prior = larger / np.maximum(larger + larger.T, 1e-9)
     return {(a, b): float(prior[i, j]) for i, a in enumerate(NAMES) for j, b in enumerate(NAMES)}
 
@@ -273,12 +273,12 @@ def furnish(rng, room: np.ndarray) -> tuple[list[RoomObject], list[tuple[int, in
 
 
 def _place_partner(rng, size, placed, clearance, room, anchor: int, touching: bool):
-    """A place that touches the box number `anchor`, or stays room_questions.APART from it."""
+    """A place that touches the box number `anchor`, or stays MIN_SEPARATION from it."""
     box = placed[anchor]
     clearance = clearance.copy()
     if not touching:
-        clearance[anchor] = asker.APART + 0.01
-        near = _next_to(rng, size, box, (asker.APART + 0.02, 0.8))
+        clearance[anchor] = margins.MIN_SEPARATION + 0.01
+        near = _next_to(rng, size, box, (margins.MIN_SEPARATION + 0.02, 0.8))
         wishes = [near, _on_floor(rng, size, room)]
         if rng.random() < 0.5:
             wishes.reverse()

@@ -10,7 +10,8 @@ import pytest
 
 from geode_jax import exports
 from geode_jax.geometry.upright_boxes import box_gaps, footprints
-from geode_jax.sources.questions import asker
+from geode_jax.sources.questions import margins, relations
+from geode_jax.sources.questions.seen_room import pair_relations
 from geode_jax.sources.rooms import arrays as rooms_arrays
 from geode_jax.sources.rooms import export as rooms
 from geode_jax.sources.rooms import layout, raycast
@@ -120,7 +121,7 @@ def test_rooms_hold_their_objects_apart(made):
         for a, b in itertools.combinations(range(len(boxes)), 2):
             if frozenset((a, b)) in planned:
                 gap = gaps[a, b]
-                assert gap <= asker.TOUCHING or gap >= asker.APART
+                assert gap <= margins.MAX_CONTACT_GAP or gap >= margins.MIN_SEPARATION
             else:
                 assert gaps[a, b] > layout.CLEARANCE - 0.005
             # Touching is not overlapping: the solids shrunk by 2 mm have a gap.
@@ -223,7 +224,7 @@ def test_point_tokens_are_the_means_of_occupied_voxels(made):
     tokens = zip(features.astype(np.float32), coord, frame, sorted(own), strict=True)
     for feature, place, view, voxel in tokens:
         rows = own[voxel]
-        views = [row // (len(points) // rooms.VIEWS) for row in rows]
+        views = [row // (len(points) // layout.VIEWS) for row in rows]
         assert views.count(view) == max(map(views.count, views))
         np.testing.assert_allclose(place, points[rows].mean(0), atol=1e-5)
         np.testing.assert_allclose(feature[3:6], normals[rows].mean(0), atol=2e-3)
@@ -235,12 +236,12 @@ def test_point_tokens_are_the_means_of_occupied_voxels(made):
 
 def test_pair_relations_are_image_positions(made):
     scene, _ = made[1]
-    relations = asker.pair_relations(scene.boxes, scene.extrinsic[0])
+    found = pair_relations(scene.boxes, scene.extrinsic[0])
     pose = np.vstack([scene.extrinsic[0], [0, 0, 0, 1]])
     centres = (pose @ np.c_[scene.boxes[:, :3], np.ones(len(scene.boxes))].T).T
     tried = 0
     for a, b in itertools.permutations(range(len(centres)), 2):
-        left, right, above, below = relations[a, b]
+        left, right, above, below = found[a, b]
         assert left + right == pytest.approx(1) and above + below == pytest.approx(1)
         if min(centres[a, 2], centres[b, 2]) <= 0.1:
             assert left == above == 0.5
@@ -251,14 +252,15 @@ def test_pair_relations_are_image_positions(made):
                 assert value == pytest.approx(float(way > 0), abs=0.01)
                 tried += 1
     assert tried > 5
-    np.testing.assert_allclose(np.diagonal(relations[..., 0]), 0.5)
+    np.testing.assert_allclose(np.diagonal(found[..., 0]), 0.5)
 
 
 def test_size_priors_overlap():
     prior = layout.larger_prior()
     pairs = list(itertools.combinations(layout.NAMES, 2))
     assert all(prior[a, b] + prior[b, a] == pytest.approx(1) for a, b in pairs)
-    fair = [pair for pair in pairs if asker.FAIR <= prior[pair] <= 1 - asker.FAIR]
+    least = relations.MIN_ANSWER_PROBABILITY
+    fair = [pair for pair in pairs if least <= prior[pair] <= 1 - least]
     assert len(fair) > 0.75 * len(pairs)
     assert prior["bed", "trash can"] > 0.9
 
