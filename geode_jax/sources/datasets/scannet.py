@@ -35,7 +35,7 @@ from geode_jax.sources.rgbd.folder import open_folder
 from geode_jax.sources.rgbd.frame import Frame, frame_arrays, read_frame
 from geode_jax.sources.rgbd.sens import open_sens
 from geode_jax.sources.rgbd.sequence import Dropped, RgbdSequence, rigid
-from geode_jax.sources.rooms.scene import GRID, MIN_RAYS, PIXELS
+from geode_jax.sources.rooms.scene import GRID, MIN_VISIBLE_PIXELS, PATCH_SIDE
 from geode_jax.sources.splits import split_places
 
 VERSION = 1
@@ -45,7 +45,7 @@ NO_OBJECTS = frozenset({"wall", "floor", "ceiling", "remove", "object", "unknown
 IMAGE_SIDE = 448
 CELL = 0.1
 """Edge in metres of the cells in which the floor is measured."""
-VOXEL = 0.08
+VOXEL_EDGE = 0.08
 """Edge in metres of the voxels by which a measured point finds its instance."""
 LARGEST = 400.0
 """Metres from one end of a scan's mesh to the other, at most; any more is damage."""
@@ -189,7 +189,7 @@ def make_scene(folder: Path, request: Request, categories: list[str]) -> Scene:
     if labels is None:
         return Scene(arrays, None, dropped, corrected)
     rays = _rays(labels, frames)
-    shown = np.flatnonzero(rays.sum(0) >= MIN_RAYS)
+    shown = np.flatnonzero(rays.sum(0) >= MIN_VISIBLE_PIXELS)
     hidden = set(range(len(labels.names))) - set(shown.tolist())
     dropped["box: shown by no view"] += len(hidden)
     dropped["box: no vertex, or flat"] += len(labels.lost)
@@ -363,13 +363,13 @@ def _rays(labels: Labels, frames: list[Frame]) -> np.ndarray:
         place = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
         hit = owner[place[keys[place] == key]]
         shown = np.bincount(hit[hit >= 0], minlength=count)
-        rays[view] = np.round(shown * (GRID * PIXELS) ** 2 / max(1, len(frame.view.surface)))
+        rays[view] = np.round(shown * (GRID * PATCH_SIDE) ** 2 / max(1, len(frame.view.surface)))
     return rays
 
 
 def _voxel_keys(points: np.ndarray, low: np.ndarray) -> np.ndarray:
     """One number for the voxel of each point [n, 3]; two kilometres are as far as they reach."""
-    x, y, z = np.clip((points - low) / VOXEL, 0, (1 << 15) - 1).astype(np.int64).T
+    x, y, z = np.clip((points - low) / VOXEL_EDGE, 0, (1 << 15) - 1).astype(np.int64).T
     return x << 30 | y << 15 | z
 
 

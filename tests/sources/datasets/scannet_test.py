@@ -70,7 +70,7 @@ def write_scan(scans: Path, scan: str, seed: int = 0, sens: bool = True, labels:
     boxes, from_aligned = boxes_of(seed), np.linalg.inv(ALIGNMENT)
     angle = np.linspace(0, 2 * np.pi, FRAMES, endpoint=False)
     spots = np.stack([1.9 * np.cos(angle), 1.5 * np.sin(angle), np.full(FRAMES, 1.5)], -1)
-    cameras = raycast.look(spots, angle + np.pi, np.full(FRAMES, -0.5))
+    cameras = raycast.camera_poses(spots, angle + np.pi, np.full(FRAMES, -0.5))
     rays = raycast.pixel_rays(cameras, K, *SIZE[::-1])
     hits = raycast.cast(boxes, ROOM, spots, rays)
     frames = []

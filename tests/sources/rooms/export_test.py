@@ -17,7 +17,7 @@ from geode_jax.sources.rooms import export as rooms
 from geode_jax.sources.rooms import layout, raycast
 from geode_jax.sources.rooms import scene as rooms_scene
 from geode_jax.sources.rooms.arrays import (
-    VOXEL,
+    VOXEL_EDGE,
     depth_bin_centres,
     point_tokens,
     scene_arrays,
@@ -26,7 +26,7 @@ from geode_jax.sources.rooms.arrays import (
 )
 from geode_jax.sources.rooms.scene import (
     MIN_OBJECTS,
-    MIN_RAYS,
+    MIN_VISIBLE_PIXELS,
     make_and_observe,
     make_scene,
     observe,
@@ -144,7 +144,7 @@ def test_targets_hold_the_visible_objects_only(made):
         arrays, teacher = scene_arrays(scene, seen), teacher_arrays(scene, seen)
         counts = np.bincount(seen.pixels.surface.ravel(), minlength=len(scene.boxes))
         np.testing.assert_array_equal(seen.rays.sum(0), counts[: len(scene.boxes)])
-        assert (counts[: len(scene.boxes)][seen.visible] >= MIN_RAYS).all()
+        assert (counts[: len(scene.boxes)][seen.visible] >= MIN_VISIBLE_PIXELS).all()
         hidden += (~seen.visible).sum()
         assert len(arrays["target/boxes"]) == seen.visible.sum() == len(arrays["target/labels"])
         assert (teacher["detection_probs"].argmax(-1) == arrays["target/labels"]).all()
@@ -154,7 +154,7 @@ def test_targets_hold_the_visible_objects_only(made):
 def test_arrays_are_those_of_one_camera(made):
     scene, seen = made[0]
     arrays, teacher = scene_arrays(scene, seen), teacher_arrays(scene, seen)
-    side = rooms.DEPTH_SIDE
+    side = 2 * rooms_scene.GRID
     picture = rooms_scene.render(scene, side, side)
     np.testing.assert_allclose(picture["depth"], arrays["target/depth"], atol=1e-5)
     category = np.array([item.category for item in scene.objects] + [-1])
@@ -219,7 +219,7 @@ def test_point_tokens_are_the_means_of_occupied_voxels(made):
     normals = seen.cells.normal.reshape(-1, 3)
     own: dict[tuple, list[int]] = {}
     for i, point in enumerate(points):
-        own.setdefault(tuple(int(np.floor(x / VOXEL)) for x in point), []).append(i)
+        own.setdefault(tuple(int(np.floor(x / VOXEL_EDGE)) for x in point), []).append(i)
     assert len(own) == len(coord)
     tokens = zip(features.astype(np.float32), coord, frame, sorted(own), strict=True)
     for feature, place, view, voxel in tokens:
