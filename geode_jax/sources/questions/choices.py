@@ -129,12 +129,13 @@ _TURNS = ("Turn Left", "Turn Right", "Turn Back")
 def _turn_classes(angle: np.ndarray) -> list:
     """Returns the index in _TURNS of the turn by each angle, as nested lists.
 
+    It is -1 for an angle that is small, or close to the boundary of two turns.
+
     Args:
-        angle: degrees, left positive. None stands for an angle that is small, or close to the
-            boundary of two turns.
+        angle: degrees, left positive.
     """
     side = (np.abs(angle) >= 45) & (np.abs(angle) <= 135 - CLASS_MARGIN)
-    classes = np.where(side, (angle < 0).astype(object), None)
+    classes = np.where(side, angle < 0, -1)
     classes[np.abs(angle) >= 135 + CLASS_MARGIN] = 2
     return classes.tolist()
 
@@ -159,7 +160,7 @@ def route_planning(asker: Asker) -> Iterator[dict]:
         else:
             start, faced, stop, goal = rows
             turns = (spot[start][faced][stop], way[start][stop][goal])
-        if None not in turns:
+        if -1 not in turns:
             found.setdefault(turns, []).append(rows)
     while found:
         turns = asker.shuffled(sorted(found))[0]

@@ -33,11 +33,11 @@ class BoxQuestioner:
             seed: of all random draws.
         """
         self._seed = seed
-        sizes: dict[str, list] = {}
+        found: dict[str, list] = {}
         for room in rooms:
             for name, box in zip(room.names, room.boxes, strict=True):
-                sizes.setdefault(name, []).append(box[3:6])
-        sizes = {name: np.array(rows) for name, rows in sizes.items() if len(rows) >= MIN_BOXES}
+                found.setdefault(name, []).append(box[3:6])
+        sizes = {name: np.array(rows) for name, rows in found.items() if len(rows) >= MIN_BOXES}
         self._typical = {name: float(np.median(s.max(-1))) for name, s in sizes.items()}
         rng = np.random.default_rng(seed)
         self._volumes = {

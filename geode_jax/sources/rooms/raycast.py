@@ -57,7 +57,7 @@ def camera_centres(extrinsic: np.ndarray) -> np.ndarray:
 
 
 def pixel_rays(extrinsic: np.ndarray, intrinsic: np.ndarray, height: int, width: int):
-    """Returns world ray directions [V, height * width, 3] through the pixel centres, camera z = 1."""
+    """Returns world ray directions [V, height * width, 3] through pixel centres, camera z = 1."""
     v, u = np.mgrid[:height, :width].reshape(2, -1).astype(np.float64)
     ones = np.ones_like(u)
     pixels = np.stack([u, v, ones], axis=-1)

@@ -147,10 +147,8 @@ def observe(scene: RoomScene, grid: int = GRID) -> Observation:
     origins = raycast.camera_centres(scene.extrinsic)
     hits = raycast.cast(scene.boxes, scene.room, origins, np.concatenate(rays, axis=1))
     ends = np.cumsum([side * side for side in sides])[:-1]
-    parts = zip(
-        *(np.split(getattr(hits, f.name), ends, 1) for f in dataclasses.fields(raycast.Hits)),
-        strict=True,
-    )
+    fields = dataclasses.fields(raycast.Hits)
+    parts = zip(*(np.split(getattr(hits, f.name), ends, 1) for f in fields), strict=True)
     pixels, cells, patches = (raycast.Hits(*part) for part in parts)
     colour, slopes = raycast.shade(pixels, _appearance(scene))
     shows = by_patch(pixels.surface, grid)[..., None] == np.arange(len(scene.objects))
