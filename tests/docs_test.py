@@ -322,11 +322,10 @@ class TestExamples:
             assert draft["answer"] == max(heights, key=heights.get)
 
     def test_a_reader(self, tiny_rooms, tmp_path, monkeypatch):
-        datasets = importlib.import_module("geode_jax.sources.datasets")
+        datasets = importlib.import_module("geode_jax.sources.datasets.prepare")
         module = types.ModuleType("geode_jax.sources.datasets.my_qa")
         exec(self.block("def my_qa"), vars(module))
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setitem(datasets.SOURCES, "my-qa", "my_qa:my_qa")
+        monkeypatch.setitem(datasets.SOURCES, "my-qa", vars(module)["my_qa"])
         scene = exports.Export(tiny_rooms).scene_ids("train")[0]
         asked = [{"scan": scene, "q": "Is it tidy?", "a": "yes"}, {"scan": scene, "q": "And now?"}]
         (tmp_path / "my_qa_train.json").write_text(json.dumps(asked))
