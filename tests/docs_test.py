@@ -309,25 +309,24 @@ class TestExamples:
         assert (float(total), float(count)) == (2.0, 2.0)
 
     def test_a_question_kind(self):
-        questions = importlib.import_module("geode_jax.sources.questions.relations")
+        relations = importlib.import_module("geode_jax.sources.questions.relations")
         arrays = importlib.import_module("geode_jax.sources.rooms.arrays")
         scene = importlib.import_module("geode_jax.sources.rooms.scene")
-        names = dict(vars(questions))
+        names = dict(vars(relations))
         exec(self.block("def taller"), names)
         seen = arrays.seen_room(*scene.make_and_observe(0, 0))
         random = np.random.default_rng(0)
-        drafts = list(names["taller"](questions.Asker(seen, random, random)))
+        drafts = list(names["taller"](relations.Asker(seen, random, random)))
         assert drafts
         for draft in drafts:
             heights = {item["name"]: item["box"][5] for item in draft["objects"]}
             assert draft["answer"] == max(heights, key=heights.get)
 
     def test_a_reader(self, tiny_rooms, tmp_path, monkeypatch):
-        datasets = importlib.import_module("geode_jax.sources.datasets")
+        datasets = importlib.import_module("geode_jax.sources.datasets.prepare")
         module = types.ModuleType("geode_jax.sources.datasets.my_qa")
         exec(self.block("def my_qa"), vars(module))
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setitem(datasets.SOURCES, "my-qa", "my_qa:my_qa")
+        monkeypatch.setitem(datasets.SOURCES, "my-qa", vars(module)["my_qa"])
         scene = exports.Export(tiny_rooms).scene_ids("train")[0]
         asked = [{"scan": scene, "q": "Is it tidy?", "a": "yes"}, {"scan": scene, "q": "And now?"}]
         (tmp_path / "my_qa_train.json").write_text(json.dumps(asked))

@@ -96,7 +96,8 @@ def _rgbd(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from geode_jax.sources.datasets import Request, prepare
+    from geode_jax.sources.datasets import Request
+    from geode_jax.sources.datasets.prepare import prepare
 
     started = time.monotonic()
     exclude = arguments.exclude_scenes

@@ -5,14 +5,14 @@ from collections.abc import Iterable
 import numpy as np
 
 HELD_OUT = 0.15
-"""Share of the frames that each of val and test gets."""
+"""Share of the frames or places in each of val and test."""
 
 
 def split_frames(count: int, views: int) -> dict[str, range]:
-    """Positions of the frames of each split: the end of the sequence is held out.
+    """Returns the positions of each split's frames; the end of the sequence is held out.
 
-    Test exists where val and test can both have `views` frames and train three times as many;
-    otherwise there is only val, with at most half of the frames.
+    There is a test split if val and test can have `views` frames each and train three times as
+    many. Otherwise there is only val, with at most half of the frames.
     """
     held = max(views, round(HELD_OUT * count))
     if count >= 5 * views:
@@ -23,11 +23,13 @@ def split_frames(count: int, views: int) -> dict[str, range]:
 
 
 def split_places(places: Iterable[str], seed: int) -> dict[str, str]:
-    """Place -> split, by chance: HELD_OUT each for val and test, of few places one for val.
+    """Returns place -> split, drawn at random.
+
+    A share of HELD_OUT each goes to val and to test; if there are few places, one goes to val.
 
     Args:
-        places: what must not be divided between splits, such as all scans of a room.
-        seed: of the draw.
+        places: units that must not be divided between splits, such as rooms with several scans.
+        seed: seed of the draw.
     """
     places = sorted(set(places))
     order = np.random.default_rng(seed).permutation(len(places))

@@ -8,25 +8,25 @@ from multiprocessing import resource_tracker
 
 
 @contextlib.contextmanager
-def deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes started meanwhile never hear of Ctrl-C.
+def shielded_from_ctrl_c() -> Iterator[None]:
+    """Context in which processes are started that never receive SIGINT.
 
-    A terminal sends it to all processes of a command. One of them shall answer, not each with a
-    traceback. What does this is a signal mask of this thread: children inherit it. This process
-    hears of it at the end, so that no child is left half started.
+    A terminal sends SIGINT to all processes of a command, but only the main one should answer, not
+    each with a traceback. Children inherit this thread's signal mask, which blocks it. A SIGINT
+    that arrives meanwhile is raised at the end, so that no child is left half started.
     """
-    resource_tracker.ensure_running()  # its start would let SIGINT through again
-    handler, heard = signal.getsignal(signal.SIGINT), []
-    # Another thread may get the signal, and Python then runs the handler in the main one.
-    waits = threading.current_thread() is threading.main_thread() and callable(handler)
-    if waits:
-        signal.signal(signal.SIGINT, lambda *_: heard.append(True))
+    resource_tracker.ensure_running()  # starting it later would unblock SIGINT
+    handler, received = signal.getsignal(signal.SIGINT), []
+    # Another thread may receive the signal; Python then runs the handler in the main thread.
+    deferred = threading.current_thread() is threading.main_thread() and callable(handler)
+    if deferred:
+        signal.signal(signal.SIGINT, lambda *_: received.append(True))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if waits:
+        if deferred:
             signal.signal(signal.SIGINT, handler)
-        if heard:
+        if received:
             signal.raise_signal(signal.SIGINT)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from geode_jax.sources.workers import deaf_to_ctrl_c
+from geode_jax.sources.workers import shielded_from_ctrl_c
 
 
 def report_mask(queue) -> None:
@@ -17,7 +17,7 @@ def report_mask(queue) -> None:
 def test_workers_do_not_hear_of_ctrl_c(method):
     context = multiprocessing.get_context(method)
     queue = context.SimpleQueue()
-    with deaf_to_ctrl_c():
+    with shielded_from_ctrl_c():
         worker = context.Process(target=report_mask, args=(queue,))
         worker.start()
     assert queue.get()
@@ -25,7 +25,7 @@ def test_workers_do_not_hear_of_ctrl_c(method):
 
 
 def test_this_process_hears_of_it_after():
-    with deaf_to_ctrl_c():
+    with shielded_from_ctrl_c():
         pass
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with pytest.raises(KeyboardInterrupt):
@@ -38,7 +38,7 @@ def test_this_process_does_not_hear_of_it_meanwhile():
     over, done = threading.Event(), []
     other = threading.Thread(target=over.wait)
     other.start()
-    with pytest.raises(KeyboardInterrupt), deaf_to_ctrl_c():
+    with pytest.raises(KeyboardInterrupt), shielded_from_ctrl_c():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.2)
         done.append("all that had to be done")

@@ -1,7 +1,7 @@
-"""From a data set's texts to the fields of a question: options, values, units.
+"""Converts a data set's texts to the fields of a question: options, values, units.
 
-Data sets made for VSI-Bench store its whole prompt; the contract stores the question and the
-options, and `exports.prompts` puts the prompt together again.
+Data sets made for VSI-Bench store its whole prompt. The array contract stores the question and the
+options, from which `exports.prompts` composes the prompt.
 """
 
 import re
@@ -15,7 +15,7 @@ from geode_jax.sources.datasets.questions import MisfitError
 from geode_jax.targets import plausible
 
 NO_VALUE = "no_value"
-"""Beside the fields of a question: why its answer, though a number is asked for, has no value."""
+"""Additional key of a question's fields: why an answer that should be a number has no value."""
 
 _MEDIA_TAG = re.compile(r"<(?:image|video)>\s*")
 _PLACEHOLDER = re.compile(r"<[A-Za-z_][\w-]*>")
@@ -23,10 +23,14 @@ _OPTION = re.compile(r"\(?([A-Z])[.):]\s*(\S.*)")
 
 
 def text_of(value: Any, what: str) -> str:
-    """A text, stripped.
+    """Returns a text without surrounding white space.
+
+    Args:
+        value: any JSON value.
+        what: the text's name in messages.
 
     Raises:
-        MisfitError: it is none, or empty.
+        MisfitError: the value is no text, or empty.
     """
     if not isinstance(value, str) or not value.strip():
         raise MisfitError(f"has no {what}")
@@ -34,14 +38,14 @@ def text_of(value: Any, what: str) -> str:
 
 
 def read_prompt(text: str) -> tuple[str, list[str]]:
-    """Question and options ("A. chair") of a prompt, without the words around them.
+    """Returns the question and the options ("A. chair") of a prompt, without VSI-Bench's frame.
 
     Raises:
-        MisfitError: no question is left, or it has a placeholder for something that is not text.
+        MisfitError: no question is left, or it has a placeholder for something other than text.
     """
     lines = [line.strip() for line in _MEDIA_TAG.sub("", text).split("\n")]
-    around = ("", PRE_PROMPT, NUMERIC_POST_PROMPT, CHOICE_POST_PROMPT)
-    lines = [line for line in lines if line not in around]
+    frame = ("", PRE_PROMPT, NUMERIC_POST_PROMPT, CHOICE_POST_PROMPT)
+    lines = [line for line in lines if line not in frame]
     options: list[str] = []
     while lines and (found := _OPTION.fullmatch(lines[-1])):
         options.insert(0, f"{found[1]}. {found[2]}")
@@ -60,23 +64,23 @@ def read_prompt(text: str) -> tuple[str, list[str]]:
 def question_fields(
     kind: str, question: str, answer: str, options: list[str] | None = None
 ) -> dict[str, Any]:
-    """The fields of a question with its answer.
+    """Returns the fields of a question with its answer.
 
     Args:
         kind: the project's name of the task, or the data set's own.
-        question: without the words of a prompt.
-        answer: as the data set has it: a text, a number, an option or its letter.
+        question: without the frame of a prompt.
+        answer: as in the data set: a text, a number, an option or its letter.
         options: "A. chair" and so on.
 
     Returns:
-        `kind`, `question`, `answer` and where they apply `options`, `value` and `unit`. An answer
-        with options is the letter. The value of a number stands in the unit that the answer names,
-        else in the one that the question asks for, else in that of the kind. Where none of them is
-        clear, or the number is none that a room has, there is no value, and `NO_VALUE` says why. A
-        kind of VSI-Bench that is answered in words is another task: `<kind>_open`.
+        `kind`, `question`, `answer` and, where they apply, `options`, `value` and `unit`. An answer
+        with options is the letter. A number's unit is the one that the answer names, else the one
+        that the question names, else that of the kind. If none is clear, or no room can have that
+        number, there is no value, and `NO_VALUE` holds the reason. A VSI-Bench kind with an answer
+        in words is a different task and becomes `<kind>_open`.
 
     Raises:
-        MisfitError: the answer is none of the options, or two of them have the same letter.
+        MisfitError: the answer is not among the options, or two options have the same letter.
     """
     fields: dict[str, Any] = {"kind": kind, "question": question, "answer": answer}
     if options:
@@ -98,12 +102,12 @@ def question_fields(
 def referenced(
     kind: str, question: str, answers: Any, options: list[str] | None = None
 ) -> dict[str, Any]:
-    """`question_fields` of the first answer, and `answers`, all of them if several.
+    """Returns `question_fields` of the first answer, and all of several in `answers`.
 
-    An answer that is there twice stays twice: CIDEr is a mean over the references.
+    Repeated answers are kept, because CIDEr is a mean over the references.
 
     Raises:
-        MisfitError: there are no answers, or the first is none of the options.
+        MisfitError: there are no answers, or the first is not among the options.
     """
     if not isinstance(answers, list) or not answers:
         raise MisfitError("has no answers")
@@ -113,10 +117,11 @@ def referenced(
 
 
 def _letter(answer: str, options: list[str]) -> str:
+    """Returns the letter of the option that an answer names; raises MisfitError if none is."""
     found = _OPTION.fullmatch(answer)
-    said = (found[1] if found else answer.rstrip(".")).strip()
+    named = (found[1] if found else answer.rstrip(".")).strip()
     for option in options:
-        if said in (option[0], option) or answer.lower() == option[3:].lower():
+        if named in (option[0], option) or answer.lower() == option[3:].lower():
             return option[0]
     quantity = _in_base_units(answer)
     if quantity:
@@ -127,7 +132,7 @@ def _letter(answer: str, options: list[str]) -> str:
 
 
 def _in_base_units(text: str) -> tuple[str, float] | None:
-    """Dimension and size of a number with a unit, so that "1.9 m" and "190 cm" are the same."""
+    """Returns dimension and size of a quantity, the same for "1.9 m" and "190 cm"."""
     quantity = units.read_quantity(text)
     if quantity is None or quantity.unit is None:
         return None
@@ -136,11 +141,11 @@ def _in_base_units(text: str) -> tuple[str, float] | None:
 
 
 def _measured(kind: str, question: str, answer: str) -> units.Quantity | None:
-    """An answer's number and its unit, None where nothing tells that it measures something.
+    """Returns an answer's number and unit, None if it is not a measurement.
 
     Raises:
-        UnclearUnitError: there is no number although the kind asks for one; its unit is unclear, or
-            of another quantity than is asked for; or it is one that no room has.
+        UnclearUnitError: the kind needs a number and there is none, its unit is unclear or of
+            another quantity than the question's, or no room can have that number.
     """
     usual = units.KIND_UNITS.get(kind)
     asked, unclear = None, None
@@ -162,7 +167,7 @@ def _measured(kind: str, question: str, answer: str) -> units.Quantity | None:
         raise units.UnclearUnitError("its answer is in a unit of another quantity")
     unit = named[0]
     if unit not in BASE_UNIT:
-        return None  # an angle is words
+        return None  # angles have no base unit and stay words
     if not plausible(quantity.number, units.UNITS[unit].dimension, BASE_UNIT[unit]):
         raise units.UnclearUnitError("its number is one that no room has")
     return units.Quantity(quantity.number, unit)

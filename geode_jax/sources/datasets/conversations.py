@@ -4,8 +4,8 @@
      "conversations": [{"from": "human", "value": "<image>\\nHow many chair(s) are in this room?"},
                        {"from": "gpt", "value": "2"}]}
 
-Every turn of a conversation is a question of its own. Where a set was made for VSI-Bench, its
-question types get that benchmark's names, and so its prompt, if they are the same task.
+Every turn of a conversation becomes a question. Question types that are tasks of VSI-Bench get that
+benchmark's names, and so its prompts.
 """
 
 from pathlib import Path, PurePosixPath
@@ -28,40 +28,41 @@ VICA_KINDS = {
     "object_relative_distance": "object_rel_distance",
     "room_size": "room_size_estimation",
 }
-"""Names of the same task; all others keep the data set's own."""
+"""A data set's question type -> VSI-Bench's name of the same task; others keep their name."""
 
 
 def vsi590k(request: Request) -> Report:
-    """VSI-590K: `vsi_590k.jsonl`. Its questions about lengths come in several units."""
+    """Prepares VSI-590K: `vsi_590k.jsonl`. Its questions about lengths have several units."""
 
     def parse(record: dict, path: Path) -> Asked:
-        kind = _kind(record)
-        return _asked(record, VSI590K_KINDS.get(kind, kind))
+        kind = question_type(record)
+        return conversation_questions(record, VSI590K_KINDS.get(kind, kind))
 
     return make_questions(Layout("vsi590k", {"all": ("vsi_590k.jsonl",)}, parse), request)
 
 
 def vica322k(request: Request) -> Report:
-    """ViCA-322K: `{arkitscenes,scannet,scannetpp}/{base,complex}/TYPE.json`.
+    """Prepares ViCA-322K: `{arkitscenes,scannet,scannetpp}/{base,complex}/TYPE.json`.
 
-    `--part base` or `complex` takes one part.
+    `--part base` or `complex` selects one part.
     """
 
     def parse(record: dict, path: Path) -> Asked:
-        return _asked(record, VICA_KINDS.get(path.stem, path.stem))
+        return conversation_questions(record, VICA_KINDS.get(path.stem, path.stem))
 
     parts = {part: (f"*/{part}/*.json", f"*/{part}/*.jsonl") for part in ("base", "complex")}
     return make_questions(Layout("vica322k", parts, parse), request)
 
 
 def vlm3r(request: Request) -> Report:
-    """VLM-3R-DATA: `vsibench_train/*.json` or `merged_qa_*_train.json`, `vstibench_train/*.json`.
+    """Prepares VLM-3R-DATA.
 
-    `--part vsibench` or `vstibench` takes one part.
+    Files are `vsibench_train/*.json` or `merged_qa_*_train.json`, and `vstibench_train/*.json`.
+    `--part vsibench` or `vstibench` selects one part.
     """
 
     def parse(record: dict, path: Path) -> Asked:
-        return _asked(record, _kind(record))
+        return conversation_questions(record, question_type(record))
 
     parts = {
         "vsibench": ("vsibench_train/*.json", "merged_qa_*_train.json"),
@@ -71,38 +72,40 @@ def vlm3r(request: Request) -> Report:
 
 
 def llava3d(request: Request) -> Report:
-    """LLaVA-3D's instruction data: `*.json`, `video` is a scan's folder or a list of its pictures.
+    """Prepares LLaVA-3D's instruction data: `*.json`.
 
-    The answer may be a list of references. Questions that point at a place by `<boxes>` are dropped
-    and counted.
+    `video` is a scan's folder or a list of its pictures. The answer may be a list of references.
+    Questions that refer to a place by `<boxes>` are dropped and counted.
     """
 
     def parse(record: dict, path: Path) -> Asked:
-        return _asked(record, "instruction")
+        return conversation_questions(record, "instruction")
 
     return make_questions(Layout("llava3d", {"all": ("*.json",)}, parse), request)
 
 
-def _kind(record: dict) -> str:
+def question_type(record: dict) -> str:
+    """Returns a record's question type; raises MisfitError if it has none, or no valid name."""
     kind = text_of(record.get("question_type"), "question_type")
     if not NAME.fullmatch(kind):
         raise MisfitError("has a question_type that is no name")
     return kind
 
 
-def _asked(record: dict, kind: str) -> Asked:
+def conversation_questions(record: dict, kind: str) -> Asked:
+    """Returns the questions of a record, all of the given kind; see `Layout.parse`."""
     questions = []
-    for said, answers in turns_of(record):
-        question, options = read_prompt(said)
+    for prompt, answers in turns_of(record):
+        question, options = read_prompt(prompt)
         questions.append(referenced(kind, question, answers, options))
     return Asked(media_of(record), questions)
 
 
 def media_of(record: dict) -> str:
-    """The path of a record's one video or picture, or the folder that all its pictures are in.
+    """Returns the path of a record's only video or picture, or the folder of all its pictures.
 
     Raises:
-        MisfitError: it has none, both, or pictures of several folders.
+        MisfitError: the record has none, both, or pictures in several folders.
     """
     found = [record[name] for name in ("video", "image") if record.get(name)]
     if len(found) == 1 and isinstance(found[0], str):
@@ -115,22 +118,22 @@ def media_of(record: dict) -> str:
 
 
 def turns_of(record: dict) -> list[tuple[str, list[str]]]:
-    """(what the human says, references of what the model answers), turn by turn.
+    """Returns (the human's prompt, reference answers) of each turn.
 
     Raises:
-        MisfitError: the conversation is none.
+        MisfitError: the record has no conversation of a human and a model.
     """
-    said: list[dict[str, Any]] = record.get("conversations")
-    if not isinstance(said, list) or not all(isinstance(turn, dict) for turn in said):
+    turns: Any = record.get("conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise MisfitError("has no conversations")
-    said = [turn for turn in said if turn.get("from") != "system"]
-    speakers = [turn.get("from") for turn in said]
-    if not said or speakers != ["human", "gpt"] * (len(said) // 2):
+    turns = [turn for turn in turns if turn.get("from") != "system"]
+    speakers = [turn.get("from") for turn in turns]
+    if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
         raise MisfitError("has a conversation that is not human, gpt, human, ...")
-    texts = [turn.get("value") for turn in said]
-    asked = [text_of(text, "question") for text in texts[::2]]
+    texts = [turn.get("value") for turn in turns]
+    prompts = [text_of(text, "question") for text in texts[::2]]
     answers = [text if isinstance(text, list) else [text] for text in texts[1::2]]
     checked = [[text_of(text, "answer") for text in own] for own in answers]
     if not all(checked):
         raise MisfitError("has no answer")
-    return list(zip(asked, checked, strict=True))
+    return list(zip(prompts, checked, strict=True))

@@ -1,16 +1,16 @@
-"""3D-FRONT on disk as an export: a scene a furnished room, seen by cameras of our own.
+"""3D-FRONT as an export; a scene is a furnished room, seen by synthetic cameras.
 
-Layout that is read, 3D-FRONT's own: house files `3D-FRONT/*.json` (or `*.json`), and, where it is
-there, `3D-FUTURE-model/model_info.json`, which knows the categories better than the houses.
+The layout is 3D-FRONT's own: house files `3D-FRONT/*.json` (or `*.json`), and, if it exists,
+`3D-FUTURE-model/model_info.json`, whose categories are more reliable than those of the houses.
 
-A piece of furniture is where a room's child refers to it: metres, y up, rotation a quaternion
-x y z w, position the middle of its bottom; its size along the model's own axes is `size`, else
-`bbox`, times the child's scale. Our world is z up, (x, -z, y), its origin the middle of the room's
+A room's children refer to furniture and give its pose: metres, y up, rotation a quaternion x y z w,
+position the middle of its bottom. The size along the model's own axes is `size`, else `bbox`, times
+the child's scale. The export's world is z up, (x, -z, y), its origin the middle of the room's
 floor. A room is the rectangle around its Floor meshes, as high as its Wall meshes.
 
-No pictures come with 3D-FRONT and nothing of its models is read: the views are ray-cast from the
-boxes, a colour a category, along a camera path inside the room, as those of the embedded rooms
-(`rooms`). The tokens contain depth; nothing measured on these views compares with real ones.
+3D-FRONT has no pictures, and its models are not read. The views are ray-cast from the boxes, one
+colour per category, along a camera path inside the room, as in synthetic rooms (`sources.rooms`).
+The tokens contain depth. Results on these views do not compare with results on real ones.
 """
 
 import colorsys
@@ -37,18 +37,19 @@ from geode_jax.sources.rooms.scene import RoomScene, observe, pictures
 from geode_jax.sources.splits import split_places
 
 VERSION = 1
-"""Of what an export holds; changes when this converter changes."""
+"""Version of an export's content; goes up with every change of this converter."""
 IMAGE_SIDE = 448
-FEWEST = 3
-"""Pieces of furniture that a room has, and that its views show."""
-SMALLEST_ROOM, SMALLEST_PIECE = 1.5, 0.02
-"""Metres along an edge."""
-HEIGHT = 2.6
-"""Metres from floor to ceiling where the walls do not tell, or tell of less than LOWEST."""
-LOWEST = 2.0
-UPRIGHT = 0.02
-"""How far the up of a piece of furniture may lean, as a sine."""
-_PATHS = 8
+"""Side of the pictures, pixels."""
+MIN_PIECES = 3
+"""Least number of pieces of furniture in a room, and of those that its views show."""
+MIN_ROOM_EDGE, MIN_PIECE_EDGE = 1.5, 0.02
+"""Smallest horizontal edge of a room, smallest edge of a piece of furniture, metres."""
+DEFAULT_HEIGHT, MIN_HEIGHT = 2.6, 2.0
+"""Height of a room whose walls are missing or lower than the second number, metres."""
+MAX_TILT = 0.02
+"""Largest sine of the angle between a piece of furniture's upward axis and the world's."""
+_MAX_PATHS = 8
+"""Camera paths that are tried for a room."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +58,8 @@ class FrontRoom:
 
     Attributes:
         house: name of the house's file.
-        size: [3].
-        names: nouns of the furniture.
+        size: [3] metres.
+        names: nouns of the N pieces of furniture.
         boxes: [N, 7].
     """
 
@@ -69,10 +70,10 @@ class FrontRoom:
 
 
 def prepare(request: Request) -> Report:
-    """Makes the export; see the module's docstring.
+    """Writes the export, see the module.
 
     Raises:
-        UserError: nothing there is in the layout, or no room can be used.
+        UserError: the folder is not in the layout, or no room can be used.
         ExportError: the export cannot be written.
     """
     if request.parts:
@@ -96,7 +97,7 @@ def prepare(request: Request) -> Report:
             report.dropped[f"house: {error}"] += 1
     places = split_places((room.house for room in found.values()), request.seed)
     splits = {scene_id: places[room.house] for scene_id, room in found.items()}
-    houses_of = {path.stem: path.stem for path in houses}  # a list may name these, too
+    houses_of = {path.stem: path.stem for path in houses}  # lists may name houses too
     houses_of |= {scene_id: room.house for scene_id, room in found.items()}
     splits = exclude_from_training(splits, houses_of, request, report)
     categories = sorted({name for scene_id in splits for name in found[scene_id].names})
@@ -121,7 +122,7 @@ def prepare(request: Request) -> Report:
 
 
 def _facts(room: FrontRoom) -> list:
-    """All that a room's scene is made from."""
+    """Returns everything that a room's scene is made from."""
     return [room.house, room.size.tolist(), room.names, room.boxes.tolist()]
 
 
@@ -129,10 +130,10 @@ def _facts(room: FrontRoom) -> list:
 
 
 def read_models(path: Path) -> dict[str, str]:
-    """3D-FUTURE's model id -> category; empty where there is no such file.
+    """Returns 3D-FUTURE's model id -> category; empty if there is no such file.
 
     Raises:
-        UserError: it is there and damaged.
+        UserError: the file is damaged.
     """
     if not os.path.lexists(path):
         return {}
@@ -147,12 +148,12 @@ def read_models(path: Path) -> dict[str, str]:
 
 
 def read_house(path: Path, models: dict[str, str], dropped: Counter) -> dict[str, FrontRoom]:
-    """The furnished rooms of a house by their scene ids.
+    """Returns scene id -> furnished room of a house.
 
     Args:
-        path: of its JSON file.
-        models: of `read_models`.
-        dropped: reasons are added to it, of furniture and of rooms.
+        path: the house's JSON file.
+        models: model id -> category, see `read_models`.
+        dropped: gets the counts of dropped furniture and rooms, by reason.
 
     Raises:
         UserError: the file cannot be read, or is no house.
@@ -182,11 +183,12 @@ def read_house(path: Path, models: dict[str, str], dropped: Counter) -> dict[str
 
 
 def _read_room(house: str, children: list, furniture, meshes, models, dropped) -> FrontRoom:
+    """Returns one room of a house; raises Dropped with the reason if it cannot be used."""
     low, high, height = _extent(children, meshes)
     middle, size = (low + high) / 2, high - low
     size = np.array([size[0], size[2], height])
-    if size[:2].min() < SMALLEST_ROOM:
-        raise Dropped(f"less than {SMALLEST_ROOM} m wide")
+    if size[:2].min() < MIN_ROOM_EDGE:
+        raise Dropped(f"less than {MIN_ROOM_EDGE} m wide")
     names, boxes = [], []
     for child in children:
         ref = str(child.get("ref")) if isinstance(child, dict) else None
@@ -203,23 +205,25 @@ def _read_room(house: str, children: list, furniture, meshes, models, dropped) -
             continue
         names.append(name)
         boxes.append(box)
-    if len(boxes) < FEWEST:
-        raise Dropped(f"fewer than {FEWEST} pieces of furniture")
+    if len(boxes) < MIN_PIECES:
+        raise Dropped(f"fewer than {MIN_PIECES} pieces of furniture")
     return FrontRoom(house, size, tuple(names), np.array(boxes))
 
 
 def _extent(children: list, meshes: dict) -> tuple[np.ndarray, np.ndarray, float]:
-    """Corners [3] of the floor, y up, its own height in both, and the height of the walls on it."""
+    """Returns the floor's corners [3], y up, at the floor's height, and the walls' height."""
     floors, walls = [], []
     for child in children:
         mesh = meshes.get(str(child.get("ref"))) if isinstance(child, dict) else None
-        kind = str(mesh.get("type")) if mesh else ""
+        if not mesh:
+            continue
+        kind = str(mesh.get("type"))
         of_kind = floors if "Floor" in kind else walls if "Wall" in kind else None
         if of_kind is None:
             continue
         points = _numbers(mesh.get("xyz"))
         if points is None or not points.size or points.size % 3:
-            continue  # broken meshes are known of; others of the kind may tell
+            continue  # the data set has broken meshes; others of the room may be valid
         try:
             pose, scale = _placed(child)
         except Dropped:
@@ -231,10 +235,11 @@ def _extent(children: list, meshes: dict) -> tuple[np.ndarray, np.ndarray, float
     low, high = floor.min(0), floor.max(0)
     low[1] = high[1]
     height = np.concatenate(walls)[:, 1].max() - high[1] if walls else 0
-    return low, high, float(height) if height >= LOWEST else HEIGHT
+    return low, high, float(height) if height >= MIN_HEIGHT else DEFAULT_HEIGHT
 
 
 def _category(piece: dict, models: dict[str, str]) -> str:
+    """Returns the noun of a piece of furniture; raises Dropped if it has none or is not valid."""
     name = models.get(str(piece.get("jid"))) or _noun(piece.get("category"))
     name = name or _noun(piece.get("title"))
     if piece.get("valid") is not True:
@@ -245,21 +250,21 @@ def _category(piece: dict, models: dict[str, str]) -> str:
 
 
 def _box(child: dict, piece: dict, middle: np.ndarray, room: np.ndarray) -> list[float]:
-    """The box (7,) of a piece of furniture, metres, z up, origin in the middle of the floor."""
+    """Returns the box (7,) of a piece of furniture, metres, z up, origin in the floor's middle."""
     size = _numbers(piece.get("size"), 3)
     size = _numbers(piece.get("bbox"), 3) if size is None else size
     if size is None:
         raise Dropped("no size")
     pose, scale = _placed(child)
-    if pose[1, 1] < np.cos(np.arcsin(UPRIGHT)):
+    if pose[1, 1] < np.cos(np.arcsin(MAX_TILT)):
         raise Dropped("leaning or upside down")
     x, y, z = np.abs(size * scale)
-    if min(x, y, z) < SMALLEST_PIECE or max(x, y, z) > room.max():
+    if min(x, y, z) < MIN_PIECE_EDGE or max(x, y, z) > room.max():
         raise Dropped("without extent, or larger than its room")
     place = pose[:3, 3] - middle
     if (np.abs(place[[0, 2]]) > room[:2] / 2).any() or not -0.1 <= place[1] < room[2]:
         raise Dropped("outside its room")
-    # Half a turn changes no box: yaw in [-pi / 2, pi / 2).
+    # Half a turn does not change a box, so yaw is in [-pi / 2, pi / 2).
     yaw = np.arctan2(pose[0, 2], pose[0, 0])
     yaw = (yaw + np.pi / 2) % np.pi - np.pi / 2
     box = [place[0], -place[2], place[1] + y / 2, x, z, y, yaw]
@@ -267,15 +272,15 @@ def _box(child: dict, piece: dict, middle: np.ndarray, room: np.ndarray) -> list
 
 
 def _placed(child: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Pose [4, 4] and scale [3] of a child, y up."""
+    """Returns the pose [4, 4] and scale [3] of a child, y up."""
     pos, rot, scale = (_numbers(child.get(k), n) for k, n in (("pos", 3), ("rot", 4), ("scale", 3)))
     if pos is None or rot is None or scale is None or not rot.any():
-        raise Dropped("placed by no numbers")
+        raise Dropped("without a valid pose")
     return pose_of_row([*pos, *rot]), scale
 
 
 def _numbers(value, count: int | None = None) -> np.ndarray | None:
-    """A list of finite numbers as [n] float64; None where it is none, or not of `count`."""
+    """Returns a list of finite numbers as [n] float64, None if it is none or n is not `count`."""
     try:
         array = np.array(value, np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -285,7 +290,7 @@ def _numbers(value, count: int | None = None) -> np.ndarray | None:
 
 
 def _noun(name) -> str:
-    """A category in words: of alternatives the first, in small letters."""
+    """Returns a category in lower case, the first of alternatives; "" if it is no text."""
     if not isinstance(name, str):
         return ""
     return " ".join(name.split("/")[0].lower().split())
@@ -297,16 +302,16 @@ def _noun(name) -> str:
 def make_scene(
     scene_id: str, room: FrontRoom, request: Request, categories: tuple[str, ...]
 ) -> Scene:
-    """A room and what cameras on a path through it see.
+    """Returns a room as a scene, seen by cameras on a path through it.
 
     Args:
-        scene_id: name in the export.
-        room: of `read_house`.
-        request: how many views, their grid, and the seed of the path.
-        categories: of the export.
+        scene_id: id in the export.
+        room: the room.
+        request: gives the number of views, their grid, and the seed of the path.
+        categories: the export's categories.
 
     Raises:
-        Dropped: no camera has a place, or none sees enough.
+        Dropped: there is no place for a camera, or no path shows enough furniture.
     """
     rng = np.random.default_rng([request.seed, zlib.crc32(scene_id.encode())])
     objects = tuple(
@@ -314,16 +319,16 @@ def make_scene(
         for k, box in zip(map(categories.index, room.names), room.boxes, strict=True)
     )
     structure = np.array([[0.6, 0.45, 0.3], *[[0.9, 0.9, 0.87]] * (raycast.STRUCTURES - 1)])
-    for _ in range(_PATHS):
+    for _ in range(_MAX_PATHS):
         path = room_layout.walk(rng, room.size, room.boxes, request.views)
         if path is None:
             continue
         scene = RoomScene(scene_id, room.size, objects, structure, *path, nouns=categories)
         seen = observe(scene, request.patch_grid[0])
-        if seen.visible.sum() >= FEWEST:
+        if seen.visible.sum() >= MIN_PIECES:
             break
     else:
-        raise Dropped(f"no path of cameras that see {FEWEST} pieces of furniture")
+        raise Dropped(f"no path of cameras that see {MIN_PIECES} pieces of furniture")
     arrays = scene_arrays(scene, seen)
     arrays["images"] = pictures(scene, seen, IMAGE_SIDE)
     hidden = [name for name, shown in zip(room.names, seen.visible, strict=True) if not shown]
@@ -332,5 +337,5 @@ def make_scene(
 
 
 def _colour(category: int) -> tuple[float, float, float]:
-    """Hues that differ, however many categories there are: steps of the golden ratio."""
+    """Returns the colour of a category; steps of the golden ratio give distinct hues."""
     return colorsys.hsv_to_rgb(category * 0.618034 % 1, 0.65, (0.9, 0.7, 0.5)[category % 3])

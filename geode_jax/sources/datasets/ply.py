@@ -1,4 +1,9 @@
-"""Vertices of PLY meshes, binary little endian."""
+"""Vertices of PLY meshes, binary little endian.
+
+Not read with the package plyfile, because files come from elsewhere: it reads a header without a
+line end into memory character by character (23 s for 20 MB), and cannot skip the faces, which it
+reads one by one unless all have a known number of corners.
+"""
 
 import re
 from pathlib import Path
@@ -18,15 +23,15 @@ _TYPES = {
     **dict.fromkeys(("float", "float32"), "<f4"),
     **dict.fromkeys(("double", "float64"), "<f8"),
 }
-_LONGEST_HEADER = 1 << 16
+_MAX_HEADER_BYTES = 1 << 16
 
 
 def read_vertices(path: str | Path) -> np.ndarray:
-    """Places [n, 3] float64 of a mesh's vertices, in the file's order and unit.
+    """Returns the positions [n, 3] float64 of a mesh's vertices, in the file's order and unit.
 
     Raises:
-        UserError: it cannot be read, is no such PLY, is truncated, or has a vertex that is not
-            finite.
+        UserError: the file cannot be read, is no binary little-endian PLY, is truncated, or has a
+            vertex that is not finite.
     """
     path = Path(path)
     try:
@@ -38,18 +43,18 @@ def read_vertices(path: str | Path) -> np.ndarray:
             vertices = np.fromfile(file, fields, count)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    places = np.stack([vertices[axis].astype(np.float64) for axis in "xyz"], axis=-1)
-    if not np.isfinite(places).all():
+    positions = np.stack([vertices[axis].astype(np.float64) for axis in "xyz"], axis=-1)
+    if not np.isfinite(positions).all():
         raise UserError(f"{path}: a vertex is not finite")
-    return places
+    return positions
 
 
 def _read_header(path: Path, file) -> tuple[int, np.dtype]:
-    """Number of vertices and their fields; the file stands at the first then."""
+    """Returns the number of vertices and their fields; the file is then at the first vertex."""
     lines: list[list[str]] = []
     while not lines or lines[-1] != ["end_header"]:
-        line = file.readline(_LONGEST_HEADER)
-        if not line.endswith(b"\n") or file.tell() > _LONGEST_HEADER:
+        line = file.readline(_MAX_HEADER_BYTES)
+        if not line.endswith(b"\n") or file.tell() > _MAX_HEADER_BYTES:
             raise UserError(f"{path}: not a PLY file: no end_header")
         lines.append(line.decode("latin-1").split())
         if lines[0] != ["ply"]:

@@ -1,8 +1,8 @@
-"""Questions about the scenes of an export: what all sources of questions share.
+"""Writes questions about the scenes of an export; shared by all sources of questions.
 
-A source says where its files lie and what one of their records asks (`Layout`). Here the records
-are read, joined with the scenes, and written behind the questions that the export had. Nothing
-that a record names is ever opened as a path: it only tells which scene is meant.
+A source defines its files and how to parse a record (`Layout`). Here the records are read, joined
+with the scenes, and written after the export's own questions. Names and paths in records identify
+scenes only; they are never opened.
 """
 
 import dataclasses
@@ -20,22 +20,22 @@ from geode_jax.runtime.bars import progress_bar
 from geode_jax.sources.datasets import Report, Request
 
 NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}")
-"""What a name in a record may be; a path is none."""
+"""Valid names in records; paths are not valid."""
 
 
 class UnansweredError(Exception):
-    """A record that fits but has no answer, as in the test files of benchmarks."""
+    """A valid record without an answer, as in the test files of benchmarks."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What one record of a data set asks.
+    """The questions of one record of a data set.
 
     Attributes:
         place: a scene's id, or the path of the video or picture.
-        questions: records of the contract without `id`, `scene_id` and `source`; `no_value` beside
-            their fields says why a number has no value, and is counted, not written.
-        id: the data set's own, where it has one to find an answer by.
+        questions: records of the contract without `id`, `scene_id` and `source`. An additional
+            field `no_value` gives the reason why a number has no value; it is counted, not written.
+        id: the data set's own id, empty if it has none.
     """
 
     place: str
@@ -44,11 +44,11 @@ class Asked:
 
 
 MAX_BYTES = 1 << 33
-"""Largest JSON file of a data set, which is read whole; lines have no such limit."""
+"""Largest JSON file, which is read as a whole; files of JSON lines have no limit."""
 
 
 def _records_of(path: Path) -> Iterator[Any]:
-    """The records of a JSON list, or of JSON lines; a broken line is a `MisfitError`, yielded.
+    """Yields the records of a JSON list or of JSON lines, a `MisfitError` for a broken line.
 
     Raises:
         UserError: the file cannot be read, or is no list of records.
@@ -65,15 +65,16 @@ def _records_of(path: Path) -> Iterator[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a data set lies on disk.
+    """Layout of a data set on disk.
 
     Attributes:
-        source: its name.
-        parts: part -> patterns of its files below the root; the first that matches counts.
-        parse: a record and its file -> what it asks; raises `MisfitError` or `UnansweredError`.
-        records: a file -> its records.
-        parts_are_splits: the parts are the official splits, by which training questions must be
-            about training scenes and all others about held-out ones.
+        source: name of the data set.
+        parts: part -> patterns of its files below the root; the first with a match is used.
+        parse: returns the questions of a record and its file; raises `MisfitError` or
+            `UnansweredError`.
+        records: returns the records of a file.
+        parts_are_splits: whether the parts are official splits. Questions of "train" must then be
+            about training scenes, and all others about held-out scenes.
     """
 
     source: str
@@ -83,11 +84,10 @@ class Layout:
     parts_are_splits: bool = False
 
     def files(self, request: Request) -> list[tuple[str, Path]]:
-        """(part, file) of the parts that were asked for, of all where none was.
+        """Returns (part, file) of the requested parts, by default of all.
 
         Raises:
-            UserError: an unknown part, or a part without a file; without `request.parts` it is
-                enough that one part has files.
+            UserError: a requested part is unknown or has no file, or no part has a file.
         """
         for part in request.parts:
             if part not in self.parts:
@@ -107,9 +107,9 @@ class Layout:
 
 
 def _named(root: Path, pattern: str) -> list[Path]:
-    """What has such a name below a folder; what is no file too, of which reading says so."""
+    """Returns the paths below a folder that match a pattern, also those that are no files."""
     found = sorted(root.glob(pattern))
-    # glob passes over a dangling link where the pattern is a plain name.
+    # glob omits a dangling link if the pattern is a plain name. Reading it gives the message.
     return found or ([root / pattern] if os.path.lexists(root / pattern) else [])
 
 
@@ -117,10 +117,10 @@ def _named(root: Path, pattern: str) -> list[Path]:
 
 
 class Scenes:
-    """The scenes of an export by the names that data sets have for them.
+    """The scenes of an export, found by the names that data sets use for them.
 
-    "scannet/videos/x.mp4" is the scene `scannet_videos_x`, or `scannet_x`, `videos_x`, `x`, the
-    first that there is; "x" alone is `x`, or `scannet_x` if no other data set's `x` is there.
+    "scannet/videos/x.mp4" is the first existing scene of `scannet_videos_x`, `scannet_x`,
+    `videos_x` and `x`. "x" alone is `x`, or `scannet_x` if no other data set has an `x`.
     """
 
     def __init__(self, export: Export, exclusion: Exclusion):
@@ -134,20 +134,20 @@ class Scenes:
         self._exclusion = exclusion
 
     def find(self, place: str) -> str | None:
-        """The scene that is meant, None where the export does not have it.
+        """Returns the scene's id, None if the export does not have it.
 
         Raises:
             MisfitError: `place` is no name or relative path.
-            UserError: files of one name in different folders would be the same scene.
+            UserError: files of the same name in different folders would be the same scene.
         """
         parts = path_parts(place)
-        self._exclusion.covers(place)  # an entry is met, too, where the export lacks its scene
+        self._exclusion.covers(place)  # marks entries as used even without the scene
         if len(parts) == 1:
             return parts[0] if parts[0] in self.split else self._bare.get(parts[0])
         names = ["_".join(parts[i:]) for i in range(len(parts))]
         names.insert(1, f"{parts[0]}_{parts[-1]}")
         scene_id = next((name for name in names if name in self.split), None)
-        if scene_id == parts[-1]:
+        if scene_id is not None and scene_id == parts[-1]:
             before = self._folder.setdefault(scene_id, parts[0])
             if before != parts[0]:
                 raise UserError(
@@ -157,32 +157,32 @@ class Scenes:
         return scene_id
 
     def may_train(self, scene_id: str, place: str) -> bool:
-        """Whether a question about a scene, found under `place`, may be in the export."""
+        """Returns whether a question about a scene, named `place` in its record, is allowed."""
         excluded = self._exclusion.covers(scene_id, place)
         return self.split[scene_id] != "train" or not excluded
 
 
-# --- The whole ------------------------------------------------------------------------------------
+# --- Export ---------------------------------------------------------------------------------------
 
 
 def make_questions(layout: Layout, request: Request) -> Report:
-    """Writes the export with its scenes, its old questions, and those of a data set.
+    """Writes an export with the scenes and questions of another, and those of a data set.
 
-    Scenes of the training split that are excluded are left out.
-
-    The scenes' files are hard links where possible. The folder is an export only when all is
-    written; the same request starts an unfinished one over.
+    Excluded training scenes are left out. The scenes' files are hard links where possible. The
+    folder is a valid export only when everything is written; the same request starts an unfinished
+    one over.
 
     Args:
         layout: the data set.
-        request: what shall be prepared; views and patch grid are those of the scenes.
+        request: the user's arguments; views and patch grid are those of the scenes.
 
     Returns:
-        What was kept and dropped. Ids are `<source>-<the data set's own id>`, or file and number.
+        What was kept and dropped. Ids of questions are `<source>-<id>`, the id being the data set's
+        own, or else file and number.
 
     Raises:
-        UserError: there are no files, a file is not in the layout, or no question fits a scene.
-        ExportError: the export of the scenes breaks the contract, or `out` may not be written.
+        UserError: there are no files, a file is not in the layout, or no question has a scene.
+        ExportError: the export of the scenes is not valid, or `out` cannot be written.
     """
     if request.scenes is None:
         raise UserError(f"--scenes: {layout.source} asks about scenes: name an export of them")
@@ -193,7 +193,7 @@ def make_questions(layout: Layout, request: Request) -> Report:
     report = Report()
     with ExportWriter(request.out, **export.header()) as writer:
         for scene_id in progress_bar(export.scene_ids(), desc="scenes", unit="scene"):
-            # What is not in the new export, no later one made from it can train on.
+            # Exports that are made from the new one must not train on excluded scenes either.
             if scenes.may_train(scene_id, scene_id):
                 writer.adopt_scene(export, scene_id)
                 report.kept["scenes"] += 1
@@ -208,7 +208,7 @@ def make_questions(layout: Layout, request: Request) -> Report:
                 report.dropped["old question: its scene is excluded from training"] += 1
         for part, path in paths:
             _add_file(layout, part, path, request.root, scenes, writer, report)
-        # Only now: an entry may name what a record calls the scene.
+        # Checked last, because entries may also be names that records use.
         where = f"{request.scenes} or {layout.source}"
         exclusion.check(where, request.allow_missing, report.dropped)
         if not report.kept["questions"]:
@@ -245,7 +245,7 @@ def _add_file(
             report.dropped["question: has no answer"] += 1
             continue
         number = len(asked.questions)
-        why = _why_not(layout, part, scenes, scene_id, asked.place)
+        why = _exclusion_reason(layout, part, scenes, scene_id, asked.place)
         if why:
             report.dropped[f"question: {why}"] += number
             continue
@@ -260,6 +260,7 @@ def _add_file(
 
 
 def _parsed(layout: Layout, record: Any, path: Path) -> Asked:
+    """Returns the questions of a record; raises `MisfitError` or `UnansweredError`."""
     if isinstance(record, MisfitError):
         raise record
     if not isinstance(record, dict):
@@ -270,10 +271,10 @@ def _parsed(layout: Layout, record: Any, path: Path) -> Asked:
     return asked
 
 
-def _why_not(
+def _exclusion_reason(
     layout: Layout, part: str, scenes: Scenes, scene_id: str | None, place: str
 ) -> str | None:
-    """Why questions about a scene are left out, None where they are not."""
+    """Returns why questions about a scene are left out, None if they are not."""
     if scene_id is None:
         return "its scene is not in the export"
     split = scenes.split[scene_id]
@@ -285,7 +286,7 @@ def _why_not(
 
 
 def _add(writer: ExportWriter, record: dict, report: Report) -> None:
-    """Adds a question; one that breaks the contract is dropped and counted."""
+    """Adds a question, or drops and counts it if it breaks the contract."""
     no_value = record.pop("no_value", None)
     try:
         writer.add_questions([record])

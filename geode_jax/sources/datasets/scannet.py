@@ -1,20 +1,20 @@
-"""ScanNet on disk as an export: a scene a scan.
+"""ScanNet as an export; a scene is a scan.
 
-Layout that is read, ScanNet's own:
+The layout is ScanNet's own:
 
-    scans/<id>/<id>.sens                    or color/ depth/ pose/ intrinsic/ beside or below it
-    scans/<id>/<id>.txt                     axisAlignment, 16 numbers; without it: the identity
+    scans/<id>/<id>.sens                    or color/ depth/ pose/ intrinsic/ in or below the folder
+    scans/<id>/<id>.txt                     axisAlignment, 16 numbers; the default is the identity
     scans/<id>/<id>_vh_clean_2.ply          these three together, or none (a test scan)
     scans/<id>/<id>_vh_clean_2.0.010000.segs.json
     scans/<id>/<id>.aggregation.json
-    scannetv2_train.txt, scannetv2_val.txt, scannetv2_test.txt    where there is one, they decide
+    scannetv2_train.txt, scannetv2_val.txt, scannetv2_test.txt    the splits, if one exists
 
 The world frame is that of the axis alignment: metres, z up, walls along x and y. A box is the
-axis-aligned one around an instance's vertices, yaw 0. Views are spread evenly over the frames that
-have a pose. Of the boxes those stay that the views show; the others are counted, and nothing is
-asked about a category of which one is not shown. A room of which one scan must not be trained on
-is not trained on at all. What stands in for `vggt/tokens` is made from the measured depth and the
-colour, as for RGB-D folders (`sources`): the tokens contain depth. Pictures are square.
+axis-aligned box of an instance's vertices, yaw 0. Views are spread evenly over the frames that have
+a pose. Boxes that no view shows are dropped and counted, and no question names their categories. If
+one scan of a room is excluded from training, all scans of the room are. Stand-ins for `vggt/tokens`
+are made from the measured depth and the colour, as for RGB-D folders (`rgbd.export`): the tokens
+contain depth. Pictures are square.
 """
 
 import dataclasses
@@ -30,37 +30,38 @@ from geode_jax.exports import SPLITS, files
 from geode_jax.sources.datasets import Report, Request
 from geode_jax.sources.datasets.ply import read_vertices
 from geode_jax.sources.datasets.scene_export import Scene, exclude_from_training, write_scenes
-from geode_jax.sources.questions.asker import SeenRoom
+from geode_jax.sources.questions.seen_room import SeenRoom
 from geode_jax.sources.rgbd.folder import open_folder
 from geode_jax.sources.rgbd.frame import Frame, frame_arrays, read_frame
 from geode_jax.sources.rgbd.sens import open_sens
 from geode_jax.sources.rgbd.sequence import Dropped, RgbdSequence, rigid
-from geode_jax.sources.rooms.scene import GRID, MIN_RAYS, PIXELS
+from geode_jax.sources.rooms.scene import GRID, MIN_VISIBLE_PIXELS, PATCH_SIDE
 from geode_jax.sources.splits import split_places
 
 VERSION = 1
-"""Of what an export holds; changes when this converter changes."""
-NO_OBJECTS = frozenset({"wall", "floor", "ceiling", "remove", "object", "unknown"})
-"""Labels of what is no object that one could ask about."""
+"""Version of an export's content; goes up with every change of this converter."""
+EXCLUDED_LABELS = frozenset({"wall", "floor", "ceiling", "remove", "object", "unknown"})
+"""Labels that are not objects for questions."""
 IMAGE_SIDE = 448
-CELL = 0.1
-"""Edge in metres of the cells in which the floor is measured."""
-VOXEL = 0.08
-"""Edge in metres of the voxels by which a measured point finds its instance."""
-LARGEST = 400.0
-"""Metres from one end of a scan's mesh to the other, at most; any more is damage."""
+"""Side of the pictures, pixels."""
+FLOOR_CELL = 0.1
+"""Edge of the cells in which the floor's area is measured, metres."""
+VOXEL_EDGE = 0.08
+"""Edge of the voxels by which a measured point is assigned to an instance, metres."""
+MAX_MESH_EXTENT = 400.0
+"""Largest extent of a scan's mesh, metres; a larger one is damaged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """What is known of a scan's surfaces, world frame.
+    """Labelled instances of a scan, world frame.
 
     Attributes:
         vertices: [n, 3] of the mesh.
         instance: [n] row of `boxes` of each vertex, -1 = none.
-        names: of the instances.
+        names: labels of the N instances.
         boxes: [N, 7].
-        lost: names of further instances, of which no box could be made.
+        lost: labels of further instances, which have no vertex or are flat.
     """
 
     vertices: np.ndarray
@@ -71,10 +72,10 @@ class Labels:
 
 
 def prepare(request: Request) -> Report:
-    """Makes the export; see the module's docstring.
+    """Writes the export, see the module.
 
     Raises:
-        UserError: nothing there is in the layout, or no scan can be used.
+        UserError: the folder is not in the layout, or no scan can be used.
         ExportError: the export cannot be written.
     """
     if request.parts:
@@ -91,9 +92,11 @@ def prepare(request: Request) -> Report:
     labels: set[str] = set()
     for scan in splits:
         try:
-            labels.update(label for label, _ in _groups(scans / scan) if label not in NO_OBJECTS)
+            labels.update(
+                label for label, _ in _groups(scans / scan) if label not in EXCLUDED_LABELS
+            )
         except UserError:
-            continue  # the scan itself is refused with this line, later
+            continue  # the same error drops the scan when it is made
     categories = sorted(labels)
     return write_scenes(
         request,
@@ -116,25 +119,25 @@ def prepare(request: Request) -> Report:
 
 
 def _splits(request: Request, rooms: dict[str, str], report: Report) -> dict[str, str]:
-    """Scan -> split, by ScanNet's lists where there is one; else scans of a room stay together.
+    """Returns scan -> split: ScanNet's own if there is a list, else drawn, by rooms.
 
-    The lists name more scans than a disk may have; these are counted.
+    Entries of the lists without a scan on disk are counted.
 
     Args:
-        request: of which root the lists are.
-        rooms: the rooms of the scans that there are.
-        report: gets what is dropped.
+        request: its root has the lists.
+        rooms: scan -> room of the scans on disk.
+        report: gets the counts of what is dropped.
 
     Raises:
-        UserError: a scan, or two scans of a room, are in different lists; or no list names a scan
-            that is there.
+        UserError: a scan, or two scans of a room, are in different lists, or no list names a scan
+            on disk.
     """
     lists = {s: request.root / f"scannetv2_{s}.txt" for s in SPLITS}
     lists = {split: path for split, path in lists.items() if path.is_file()}
     if not lists:
         places = split_places(rooms.values(), request.seed)
         return {scan: places[room] for scan, room in rooms.items()}
-    listed: dict[str, tuple[str, str]] = {}  # room -> the split and the scan that is listed for it
+    listed: dict[str, tuple[str, str]] = {}  # room -> split, first scan
     splits: dict[str, str] = {}
     for split, path in lists.items():
         entries = files.read_list(path)
@@ -158,38 +161,38 @@ def _splits(request: Request, rooms: dict[str, str], report: Report) -> dict[str
 
 
 def _room(scan: str) -> str:
-    """The room of scene0000_01, which scene0000_00 is a scan of too."""
+    """Returns the room of a scan: scene0000 for scene0000_00 and scene0000_01."""
     return scan.partition("_")[0]
 
 
 def make_scene(folder: Path, request: Request, categories: list[str]) -> Scene:
-    """One scan.
+    """Returns one scan as a scene.
 
     Args:
         folder: `scans/<id>`.
-        request: how many views, and their grid.
-        categories: of the export.
+        request: gives the number of views and their grid.
+        categories: the export's categories.
 
     Raises:
-        UserError: something of it is damaged, or it has no usable frame.
+        UserError: a file is damaged, or no frame is usable.
     """
     world, sequence, dropped = read_alignment(folder), open_frames(folder), Counter()
     if world is None:
         world = np.eye(4)
-        dropped["alignment: none of a scan, taken as it stands"] += 1
+        dropped["alignment: a scan has none, its own frame is used"] += 1
     frames = _chosen_frames(sequence, request, world, dropped)
     if not frames:
         why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise UserError(f"no usable frame ({why})")
     arrays = frame_arrays(sequence, frames)
-    # Without the scan's own name: what many scans have in common is counted.
+    # The scan's name is removed, so that notes that many scans share are counted together.
     notes = (note.replace(f"{folder}/", "") for note in sequence.notes)
     corrected = tuple(note.replace(folder.name, "<id>") for note in notes)
     labels = read_labels(folder, world)
     if labels is None:
         return Scene(arrays, None, dropped, corrected)
-    rays = _rays(labels, frames)
-    shown = np.flatnonzero(rays.sum(0) >= MIN_RAYS)
+    rays = _pixels_shown(labels, frames)
+    shown = np.flatnonzero(rays.sum(0) >= MIN_VISIBLE_PIXELS)
     hidden = set(range(len(labels.names))) - set(shown.tolist())
     dropped["box: shown by no view"] += len(hidden)
     dropped["box: no vertex, or flat"] += len(labels.lost)
@@ -217,20 +220,20 @@ def make_scene(folder: Path, request: Request, categories: list[str]) -> Scene:
 
 
 def open_frames(folder: Path) -> RgbdSequence:
-    """The frames of a scan: of its `.sens`, or of the folders that were extracted from it.
+    """Returns the frames of a scan, from its `.sens` or from the folders extracted from it.
 
     Raises:
-        UserError: neither is there, or what is there cannot be read.
+        UserError: there is neither, or it cannot be read.
     """
     sens = folder / f"{folder.name}.sens"
     return open_sens(sens) if os.path.lexists(sens) else open_folder(folder)
 
 
 def read_alignment(folder: Path) -> np.ndarray | None:
-    """The rigid motion [4, 4] from a scan's own frame to the axis-aligned one; None: not known.
+    """Returns the rigid motion [4, 4] from a scan's frame to the axis-aligned one, None if unknown.
 
     Raises:
-        UserError: `<id>.txt` has an axisAlignment that is none.
+        UserError: the axisAlignment in `<id>.txt` is not a rigid motion.
     """
     path = folder / f"{folder.name}.txt"
     if not os.path.lexists(path):
@@ -248,7 +251,7 @@ def read_alignment(folder: Path) -> np.ndarray | None:
 def _chosen_frames(
     sequence: RgbdSequence, request: Request, world: np.ndarray, dropped: Counter
 ) -> list[Frame]:
-    """Frames spread evenly over those that have a pose; for a broken one, its neighbour."""
+    """Returns frames spread evenly over those with a pose; a neighbour replaces a broken one."""
     tracked = []
     for name in sequence.names:
         try:
@@ -274,7 +277,7 @@ def _chosen_frames(
 
 
 def _groups(folder: Path) -> list[tuple[str, list]]:
-    """(label, segments) of a scan's instances; empty where it has no aggregation."""
+    """Returns (label, segments) of a scan's instances; empty if it has no aggregation file."""
     path = folder / f"{folder.name}.aggregation.json"
     if not os.path.lexists(path):
         return []
@@ -292,14 +295,14 @@ def _groups(folder: Path) -> list[tuple[str, list]]:
 
 
 def read_labels(folder: Path, world: np.ndarray) -> Labels | None:
-    """A scan's instances in the aligned frame; None where it has no labels.
+    """Returns a scan's instances in the aligned frame, None if it has no labels.
 
-    Objects are the groups whose label is not in `NO_OBJECTS`, with a vertex and an extent along
-    every axis.
+    Instances are the groups whose label is not in `EXCLUDED_LABELS`, and that have a vertex and an
+    extent along every axis.
 
     Args:
         folder: `scans/<id>`.
-        world: of `read_alignment`.
+        world: [4, 4], see `read_alignment`.
 
     Raises:
         UserError: one of the three files is missing or damaged, or they do not belong together.
@@ -310,8 +313,10 @@ def read_labels(folder: Path, world: np.ndarray) -> Labels | None:
     mesh = folder / f"{folder.name}_vh_clean_2.ply"
     vertices = read_vertices(mesh) @ world[:3, :3].T + world[:3, 3]
     extent = np.ptp(vertices, axis=0).max() if len(vertices) else 0.0
-    if not 0 < extent <= LARGEST:
-        raise UserError(f"{mesh}: a mesh of {extent:.3g} m; must be more than 0, at most {LARGEST}")
+    if not 0 < extent <= MAX_MESH_EXTENT:
+        raise UserError(
+            f"{mesh}: a mesh of {extent:.3g} m; must be more than 0, at most {MAX_MESH_EXTENT}"
+        )
     path = folder / f"{folder.name}_vh_clean_2.0.010000.segs.json"
     segments = _whole_numbers(path, "segIndices", files.read_json_object(path).get("segIndices"))
     if len(segments) != len(vertices):
@@ -321,7 +326,7 @@ def read_labels(folder: Path, world: np.ndarray) -> Labels | None:
     instance = np.full(len(vertices), -1)
     names, boxes, lost = [], [], []
     for label, own in groups:
-        if label in NO_OBJECTS:
+        if label in EXCLUDED_LABELS:
             continue
         own = np.isin(ids, _whole_numbers(path, f"segments of {label}", own))[segments]
         points = vertices[own]
@@ -336,7 +341,7 @@ def read_labels(folder: Path, world: np.ndarray) -> Labels | None:
 
 
 def _whole_numbers(path: Path, what: str, values) -> np.ndarray:
-    """Numbers [n] int64 from JSON, none negative."""
+    """Returns a list of non-negative whole numbers from JSON as [n] int64."""
     try:
         array = np.array(values)
     except (ValueError, OverflowError):
@@ -346,11 +351,10 @@ def _whole_numbers(path: Path, what: str, values) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _rays(labels: Labels, frames: list[Frame]) -> np.ndarray:
-    """Measured points [V, N] of every instance in every view, counted as for a room's picture.
+def _pixels_shown(labels: Labels, frames: list[Frame]) -> np.ndarray:
+    """Returns the pixels [V, N] that show every instance, scaled to the size of rooms' pictures.
 
-    A point belongs to the instance that has most vertices in its voxel, and a view has as many
-    points as a picture of the rooms has pixels.
+    A measured point belongs to the instance with most vertices in its voxel.
     """
     count = len(labels.names)
     low = labels.vertices.min(0)
@@ -363,34 +367,34 @@ def _rays(labels: Labels, frames: list[Frame]) -> np.ndarray:
         place = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
         hit = owner[place[keys[place] == key]]
         shown = np.bincount(hit[hit >= 0], minlength=count)
-        rays[view] = np.round(shown * (GRID * PIXELS) ** 2 / max(1, len(frame.view.surface)))
+        rays[view] = np.round(shown * (GRID * PATCH_SIDE) ** 2 / max(1, len(frame.view.surface)))
     return rays
 
 
 def _voxel_keys(points: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """One number for the voxel of each point [n, 3]; two kilometres are as far as they reach."""
-    x, y, z = np.clip((points - low) / VOXEL, 0, (1 << 15) - 1).astype(np.int64).T
+    """Returns one number [n] for the voxel of each point [n, 3], unique within 2 km."""
+    x, y, z = np.clip((points - low) / VOXEL_EDGE, 0, (1 << 15) - 1).astype(np.int64).T
     return x << 30 | y << 15 | z
 
 
 def _voxel_owners(labels: Labels, low: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys [k], sorted, of the mesh's voxels, and the row [k] that most of their vertices have."""
-    rows = len(labels.names) + 1  # and none
+    """Returns sorted keys [k] of the mesh's voxels, and the instance [k] with most vertices."""
+    rows = len(labels.names) + 1  # one more for no instance
     pairs = _voxel_keys(labels.vertices, low) * rows + labels.instance + 1
     pairs, votes = np.unique(pairs, return_counts=True)
     pairs = pairs[np.lexsort([votes, pairs // rows])]
     keys, owner = pairs // rows, pairs % rows - 1
-    last = np.append(keys[1:] != keys[:-1], True)  # of a voxel the one with most votes
+    last = np.append(keys[1:] != keys[:-1], True)  # the instance with most votes in a voxel
     return keys[last], owner[last]
 
 
 def measure_room(vertices: np.ndarray) -> tuple[np.ndarray, float]:
-    """Extent x, y, z in metres of a mesh [n, 3], and the square metres of its floor.
+    """Returns the extent x, y, z of a mesh [n, 3] in metres, and its floor's area in square metres.
 
-    The floor is what lies between walls both along x and along y: corners that are missing do not
-    count, the space under furniture does.
+    The floor is the area between vertices both along x and along y. Missing corners do not count,
+    the space under furniture does.
     """
-    cells = np.round((vertices[:, :2] - vertices[:, :2].min(0)) / CELL).astype(np.int64)
+    cells = np.round((vertices[:, :2] - vertices[:, :2].min(0)) / FLOOR_CELL).astype(np.int64)
     covered = np.zeros(cells.max(0) + 1, bool)
     covered[tuple(cells.T)] = True
     between = np.ones_like(covered)
@@ -399,4 +403,4 @@ def measure_room(vertices: np.ndarray) -> tuple[np.ndarray, float]:
         ahead = np.flip(np.logical_or.accumulate(np.flip(covered, axis), axis), axis)
         between &= behind & ahead
     squares = between[1:, 1:] & between[1:, :-1] & between[:-1, 1:] & between[:-1, :-1]
-    return np.ptp(vertices, axis=0), float(squares.sum() * CELL**2)
+    return np.ptp(vertices, axis=0), float(squares.sum() * FLOOR_CELL**2)

@@ -1,9 +1,9 @@
 """ScanQA and SQA3D: questions about ScanNet's scans, in the files that their authors give.
 
-`--part train`, `val` or `test` takes one split. A scene's split is the export's: a training
-question about a held-out scene is dropped and counted, and so is an evaluation question about a
-training scene. Where the data sets tell objects or the place of the asker, it is not kept: ids of
-objects mean nothing without the scan's segments, and a pose is not what a model may see.
+`--part train`, `val` or `test` selects one split. A scene's split is that of the export: training
+questions about held-out scenes are dropped and counted, and so are evaluation questions about
+training scenes. Object ids and the asker's pose are dropped: ids mean nothing without the scan's
+segments, and a model does not get the pose.
 """
 
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ from geode_jax.sources.datasets.questions import (
 )
 
 _SITUATED = ("what", "is", "how", "can", "which")
-"""SQA3D reports accuracy by how the question begins ("What's" too); all others are "other"."""
+"""First words of questions by which SQA3D reports accuracy ("What's" counts as what)."""
 
 
 def scanqa(request: Request) -> Report:
-    """ScanQA v1.0: `ScanQA_v1.0_{train,val,test_w_obj,test_wo_obj}.json`, below `qa/` or not.
+    """Prepares ScanQA v1.0: `ScanQA_v1.0_{train,val,test_w_obj,test_wo_obj}.json`, also in `qa/`.
 
-    The test files have no answers: their questions are counted as dropped.
+    The test files have no answers; their questions are dropped and counted.
     """
     parts = {"train": "train", "val": "val", "test": "test_w*_obj"}
     folders = ("", "qa/", "data/qa/")
@@ -40,14 +40,15 @@ def scanqa(request: Request) -> Report:
                 part: tuple(f"{folder}ScanQA_v1.0_{name}.json" for folder in folders)
                 for part, name in parts.items()
             },
-            _scanqa_record,
+            scanqa_record,
             parts_are_splits=True,
         ),
         request,
     )
 
 
-def _scanqa_record(record: dict, path: Path) -> Asked:
+def scanqa_record(record: dict, path: Path) -> Asked:
+    """Returns the question of a ScanQA record; see `Layout.parse`."""
     question = text_of(record.get("question"), "question")
     scene = text_of(record.get("scene_id"), "scene_id")
     own = text_of(record.get("question_id"), "question_id")
@@ -61,10 +62,10 @@ def _scanqa_record(record: dict, path: Path) -> Asked:
 
 
 def sqa3d(request: Request) -> Report:
-    """SQA3D v1: pairs of `v1_balanced_{questions,sqa_annotations}_{split}_scannetv2.json`.
+    """Prepares SQA3D v1: `v1_balanced_{questions,sqa_annotations}_{split}_scannetv2.json`.
 
-    The situation stands before the question. Kinds are `sqa3d_what`, `_is`, `_how`, `_can`,
-    `_which` and `_other`, by which the benchmark reports.
+    The situation is put before the question. Kinds are `sqa3d_what`, `_is`, `_how`, `_can`,
+    `_which` and `_other`, by which the benchmark reports accuracy.
     """
     folders = ("", "balanced/", "sqa_task/balanced/")
     return make_questions(
@@ -74,16 +75,16 @@ def sqa3d(request: Request) -> Report:
                 split: tuple(f"{f}v1_balanced_questions_{split}_scannetv2.json" for f in folders)
                 for split in ("train", "val", "test")
             },
-            _sqa3d_record,
-            _sqa3d_records,
+            sqa3d_record,
+            _questions_with_annotations,
             parts_are_splits=True,
         ),
         request,
     )
 
 
-def _sqa3d_records(path: Path) -> Iterator[Any]:
-    """Every question with its annotation under "annotation", None without one."""
+def _questions_with_annotations(path: Path) -> Iterator[Any]:
+    """Yields questions with their annotation (or None) in the field "annotation"."""
     beside = path.with_name(path.name.replace("_questions_", "_sqa_annotations_"))
     questions = _list_of(path, "questions")
     annotations = {}
@@ -105,7 +106,8 @@ def _list_of(path: Path, key: str) -> list:
     return content[key]
 
 
-def _sqa3d_record(record: dict, path: Path) -> Asked:
+def sqa3d_record(record: dict, path: Path) -> Asked:
+    """Returns the question of an SQA3D record with its "annotation"; see `Layout.parse`."""
     question = text_of(record.get("question"), "question")
     situation = text_of(record.get("situation"), "situation")
     scene = text_of(record.get("scene_id"), "scene_id")

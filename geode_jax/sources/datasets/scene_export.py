@@ -1,8 +1,8 @@
-"""Scenes on their way into an export: one after the other, each made once.
+"""Writes the scenes of a source into an export, one after the other.
 
-What questions and the report need of a scene is noted in `.made` of the new export until all scenes
-are there; then come the questions, which look at all of them, and the manifest. The same request
-goes on where an interrupted one stood, and ends at the same content.
+What questions and the report need of a scene is kept in `.made` of the new export until all scenes
+are written. Then come the questions, which depend on all scenes, and the manifest. The same request
+continues an interrupted one and ends with the same content.
 """
 
 import dataclasses
@@ -20,23 +20,23 @@ from geode_jax.exports import made_from
 from geode_jax.exports.scene_names import Exclusion
 from geode_jax.runtime.bars import progress_bar
 from geode_jax.sources.datasets import Report, Request
-from geode_jax.sources.questions.asker import SeenRoom
 from geode_jax.sources.questions.measured import BoxQuestioner
+from geode_jax.sources.questions.seen_room import SeenRoom
 from geode_jax.sources.rgbd.sequence import Dropped
 from geode_jax.sources.stand_ins import TOKEN_WIDTH
 
-_MADE = ".made"
+_NOTES_FOLDER = ".made"
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a source makes of one scene.
+    """One scene, as made by a source.
 
     Attributes:
         arrays: tensors of the contract.
-        seen: what questions are made from; None where nothing is labelled.
-        dropped: reasons of what is not in it -> how many.
-        corrected: what was read otherwise than it stands there.
+        seen: what questions are made from; None if nothing is labelled.
+        dropped: what is missing and why -> count.
+        corrected: corrections on reading.
     """
 
     arrays: dict[str, np.ndarray]
@@ -48,16 +48,17 @@ class Scene:
 def exclude_from_training(
     splits: dict[str, str], places: Mapping[str, str], request: Request, report: Report
 ) -> dict[str, str]:
-    """Scene -> split without the scenes that must not be trained on, which are counted.
+    """Returns `splits` without the training scenes that are excluded, and counts these.
 
     Args:
-        splits: of the scenes that would be in the export.
-        places: of all scenes that there are: what must not be divided, such as the room of a scan.
-        request: of which `exclude` names scenes; what else is in their places is left out as well.
-        report: gets what is dropped.
+        splits: scene -> split of the scenes that would be in the export.
+        places: scene -> place of all existing scenes; a place must not be divided between
+            splits, such as the room of a scan.
+        request: its `exclude` names scenes; all scenes of their places are excluded.
+        report: gets the counts of dropped scenes.
 
     Raises:
-        UserError: an entry of the list names none of the scenes, and `request` does not allow it.
+        UserError: an entry of the list names no scene, and `request` does not allow that.
     """
     exclusion = Exclusion(request.exclude)
     excluded = {place for scene, place in places.items() if exclusion.covers(scene, place)}
@@ -81,15 +82,16 @@ def write_scenes(
     tokens_contain_depth: bool,
     notes: str,
 ) -> Report:
-    """Makes the export of a source of scenes.
+    """Writes the export of a source of scenes.
 
     Args:
-        request: what the user wants.
+        request: the user's arguments.
         splits: scene -> split, in the export's order.
-        make: a scene; a UserError or Dropped leaves the scene out and is counted.
+        make: returns a scene; scenes for which it raises UserError or Dropped are left out and
+            counted.
         report: gets what is kept and dropped.
-        source: what a scene is made from, as `exports.made_from.fingerprint` takes it: a scene
-            that an interrupted call made from something else is made anew.
+        source: returns what a scene is made from, as `exports.made_from.fingerprint` takes it.
+            Scenes that an interrupted call made from something else are made again.
         producer, categories, tokens_contain_depth, notes: see `exports.ExportWriter`.
 
     Returns:
@@ -101,10 +103,10 @@ def write_scenes(
     """
     names = sorted(name for entry in request.exclude for name in entry.fields)
     excluded = zlib.crc32("\n".join(names).encode())
-    asked = f"{request.views} views, seed {request.seed}, {len(splits)} scenes"
+    arguments = f"{request.views} views, seed {request.seed}, {len(splits)} scenes"
     writer = exports.ExportWriter(
         request.out,
-        producer={**producer, "request": f"{asked}, excluded {excluded:08x}"},
+        producer={**producer, "request": f"{arguments}, excluded {excluded:08x}"},
         dtype="float16",
         scale="metric",
         token_width=TOKEN_WIDTH,
@@ -125,8 +127,9 @@ def write_scenes(
                     made_from.note(writer, scene_id, sources[scene_id])
                 note = _make_once(writer, finished, scene_id, split, make, watch)
             except (UserError, Dropped) as error:
-                of_all = isinstance(error, Dropped)  # a reason that many have, counted as one
-                report.dropped[f"scene{'' if of_all else ' ' + scene_id}: {error}"] += 1
+                # A Dropped's reason is shared by many scenes, which are counted together.
+                name = "scene" if isinstance(error, Dropped) else f"scene {scene_id}"
+                report.dropped[f"{name}: {error}"] += 1
                 continue
             written[scene_id] = note | {"split": split}
             report.dropped.update(note["dropped"])
@@ -137,12 +140,12 @@ def write_scenes(
         report.kept["scenes"] = len(written)
         report.warnings += watch.lines()
         _add_questions(writer, written, request.seed, report)
-        shutil.rmtree(writer.folder / _MADE)
+        shutil.rmtree(writer.folder / _NOTES_FOLDER)
     return report
 
 
 def _unchanged(writer: exports.ExportWriter, sources: Mapping[str, str]) -> dict[str, dict]:
-    """The entries of scenes that were made before, from what is there now; said."""
+    """Returns and prints the scenes that were made before from the present sources."""
     changed = made_from.changed(writer, sources)
     for scene_id in changed:
         made_from.forget(writer, scene_id)
@@ -162,16 +165,16 @@ def _make_once(
     make: Callable[[str], Scene],
     watch: exports.cameras.Watch,
 ) -> dict:
-    """The note of a scene, which is made, watched and added where it is not finished already."""
-    path = writer.folder / _MADE / f"{scene_id}.json"
+    """Returns the note of a scene; makes, checks and adds the scene if it is not finished."""
+    path = writer.folder / _NOTES_FOLDER / f"{scene_id}.json"
     if scene_id in finished:
         note = exports.files.read_json_object(path)
         writer.register(finished[scene_id] | {"split": split})  # the lists may have changed
         return note
     scene = make(scene_id)
-    seen = None if scene.seen is None else _plain(scene.seen)
+    seen = None if scene.seen is None else _to_json(scene.seen)
     note = {"seen": seen, "dropped": scene.dropped, "corrected": scene.corrected}
-    # First the note: where the scene is finished, it is whole.
+    # The note is written first, so that a finished scene has a complete note.
     exports.files.write_json(path, note, indent=None)
     writer.add_scene(scene_id, scene.arrays, split=split)
     watch.add(scene.arrays)
@@ -181,8 +184,10 @@ def _make_once(
 def _add_questions(
     writer: exports.ExportWriter, written: dict[str, dict], seed: int, report: Report
 ) -> None:
-    """Asks about the scenes, in their order."""
-    seen = {scene_id: _seen(note["seen"]) for scene_id, note in written.items() if note["seen"]}
+    """Adds the questions about all scenes, in the scenes' order."""
+    seen = {
+        scene_id: _from_json(note["seen"]) for scene_id, note in written.items() if note["seen"]
+    }
     trained = [room for s, room in seen.items() if written[s]["split"] == "train"]
     questioner = BoxQuestioner(trained, seed)
     for scene_id, room in progress_bar(seen.items(), desc="questions", unit="scene"):
@@ -192,10 +197,11 @@ def _add_questions(
 
 
 _ARRAYS = ("room", "boxes", "rays", "extrinsic")
+"""Fields of a SeenRoom that are arrays."""
 
 
-def _plain(seen: SeenRoom) -> dict:
-    """A room as JSON has it; `larger` and `typical` are the data set's, not the room's."""
+def _to_json(seen: SeenRoom) -> dict:
+    """Returns a room as JSON; without `larger` and `typical`, which belong to the data set."""
     facts = {name: np.asarray(getattr(seen, name)).tolist() for name in _ARRAYS}
     return {
         **facts,
@@ -206,7 +212,8 @@ def _plain(seen: SeenRoom) -> dict:
     }
 
 
-def _seen(facts: dict) -> SeenRoom:
+def _from_json(facts: dict) -> SeenRoom:
+    """Returns the room of `_to_json`."""
     arrays = {name: np.array(facts[name]) for name in _ARRAYS}
     arrays["boxes"] = arrays["boxes"].reshape(-1, 7)
     return SeenRoom(

@@ -1,8 +1,8 @@
-"""Questions about scenes of a data set from their labelled boxes: those of the rooms that fit.
+"""The rooms' questions about scenes of a data set, from their labelled boxes.
 
-What the rooms know by construction is measured here: which category is usually larger, and how
-long each usually is, from the boxes of the training scenes. Contact is not asked about: boxes
-around scanned things overlap without touching.
+Rooms know by construction which category is usually larger and how long each usually is. Here both
+are measured on the boxes of the training scenes. Contact is left out: boxes around scanned things
+overlap where the things do not touch.
 """
 
 import dataclasses
@@ -12,60 +12,65 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from geode_jax.sources.questions.asker import SIZE_RATIO, SeenRoom
+from geode_jax.sources.questions.margins import MIN_VOLUME_RATIO
 from geode_jax.sources.questions.room import make_questions
+from geode_jax.sources.questions.seen_room import SeenRoom
 
-ENOUGH = 5
-"""Boxes of a category, or pairs of two, from which on its usual size counts as known."""
-_MOST = 200
-"""Boxes of a category that are compared with those of another."""
+MIN_BOXES = 5
+"""A category's usual size counts as known from this many boxes on."""
+_MAX_COMPARED = 200
+"""At most this many boxes of a category are compared with those of another."""
 
 
 class BoxQuestioner:
-    """Asks about scenes, and knows what words alone would tell of their answers."""
+    """Makes questions about scenes, balanced by the sizes of categories in the training scenes."""
 
     def __init__(self, rooms: Iterable[SeenRoom], seed: int):
-        """Takes the measure of the scenes that are trained on.
+        """Measures the sizes of categories.
 
         Args:
-            rooms: these.
-            seed: of what is drawn.
+            rooms: the training scenes.
+            seed: of all random draws.
         """
         self._seed = seed
-        sizes: dict[str, list] = {}
+        found: dict[str, list] = {}
         for room in rooms:
             for name, box in zip(room.names, room.boxes, strict=True):
-                sizes.setdefault(name, []).append(box[3:6])
-        sizes = {name: np.array(rows) for name, rows in sizes.items() if len(rows) >= ENOUGH}
+                found.setdefault(name, []).append(box[3:6])
+        sizes = {name: np.array(rows) for name, rows in found.items() if len(rows) >= MIN_BOXES}
         self._typical = {name: float(np.median(s.max(-1))) for name, s in sizes.items()}
         rng = np.random.default_rng(seed)
         self._volumes = {
-            name: rng.permutation(s.prod(-1))[:_MOST] for name, s in sorted(sizes.items())
+            name: rng.permutation(s.prod(-1))[:_MAX_COMPARED] for name, s in sorted(sizes.items())
         }
         self._larger: dict[tuple[str, str], float] = {}
 
     def ask(self, scene_id: str, room: SeenRoom) -> list[dict]:
-        """The question records of a scene, a function of the scene, the seed, and the measure."""
+        """Returns the question records of a scene: a function of scene, seed and sizes."""
         for pair in itertools.permutations(sorted(set(room.names)), 2):
             if pair not in self._larger and all(name in self._volumes for name in pair):
                 self._larger[pair] = self._often_larger(*pair)
         room = dataclasses.replace(room, larger=self._larger, typical=self._typical)
         number = zlib.crc32(scene_id.encode())
-        streams = (np.random.default_rng([self._seed, number, stream]) for stream in (1, 2))
+        rng, box_rng = (np.random.default_rng([self._seed, number, stream]) for stream in (1, 2))
         return [
             _located(record) if record["kind"] == "object_box" else record
-            for record in make_questions(room, *streams)
+            for record in make_questions(room, rng, box_rng)
         ]
 
     def _often_larger(self, name: str, other: str) -> float:
-        """P(volume of one > volume of the other), among pairs that differ by SIZE_RATIO."""
+        """Returns P(volume of `name` > volume of `other`), with add-one smoothing.
+
+        Only pairs whose volumes differ by MIN_VOLUME_RATIO count.
+        """
         one, two = self._volumes[name][:, None], self._volumes[other]
-        more, less = (one >= SIZE_RATIO * two).sum(), (two >= SIZE_RATIO * one).sum()
+        more = (one >= MIN_VOLUME_RATIO * two).sum()
+        less = (two >= MIN_VOLUME_RATIO * one).sum()
         return float((more + 1) / (more + less + 2))
 
 
 def _located(record: dict) -> dict:
-    """A question for a box in GEODE's words (Sec. 2.2), answered in the scene's own frame."""
+    """Returns a box question in the words of GEODE (Sec. 2.2), in the scene's own frame."""
     name, (x, y, z, *edges, yaw) = record["objects"][0]["name"], record["box"]
     length, width, height = (round(100 * edge) for edge in edges)
     turned = f", turned by {round(np.degrees(yaw))} degrees" if yaw else ""

@@ -1,41 +1,56 @@
-"""Questions about a relation of two objects: proximity, contact, size, orientation."""
+"""Askers of the Hidden-CoT paper's four relations (Sec. IV): proximity, contact, size, orientation.
+
+A question's `relation` is the probability of the first alternative, 0 or 1 here.
+"""
 
 import itertools
 from collections.abc import Iterator
 
-from geode_jax.sources.questions.asker import APART, FAIR, SIZE_RATIO, TOUCHING, Asker
-from geode_jax.sources.questions.words import _clear, metres, turning
+from geode_jax.sources.questions.asker import Asker
+from geode_jax.sources.questions.margins import (
+    MAX_CONTACT_GAP,
+    MIN_SEPARATION,
+    MIN_VOLUME_RATIO,
+    is_clear,
+)
+from geode_jax.sources.questions.words import metres, turn_sentences
+
+MIN_ANSWER_PROBABILITY = 0.12
+"""A size comparison is not asked where, by the two categories alone, one of the answers is less
+likely than this."""
 
 
-def proximity(ask: Asker) -> Iterator[dict]:
-    triples = itertools.permutations(ask.single, 3)
-    for anchor, a, b in ask.shuffled(triples):
-        near, far = sorted((ask.gaps[anchor, a], ask.gaps[anchor, b]))
+def proximity(asker: Asker) -> Iterator[dict]:
+    """Yields questions about which of two objects is closer to a third."""
+    triples = itertools.permutations(asker.unique, 3)
+    for anchor, a, b in asker.shuffled(triples):
+        near, far = sorted((asker.gaps[anchor, a], asker.gaps[anchor, b]))
         if far - near < 0.3 or far < 1.25 * near:
             continue
-        first = ask.gaps[anchor, a] < ask.gaps[anchor, b]
-        names = [ask.names[n] for n in (anchor, a, b)]
-        winner = names[1] if first else names[2]
+        first = asker.gaps[anchor, a] < asker.gaps[anchor, b]
+        names = [asker.names[n] for n in (anchor, a, b)]
+        closer = names[1] if first else names[2]
         rationale = (
-            f"The {names[1]} is {metres(ask.gaps[anchor, a])} from the {names[0]}. "
-            f"The {names[2]} is {metres(ask.gaps[anchor, b])} from the {names[0]}. "
-            f"So the {winner} is closer."
+            f"The {names[1]} is {metres(asker.gaps[anchor, a])} from the {names[0]}. "
+            f"The {names[2]} is {metres(asker.gaps[anchor, b])} from the {names[0]}. "
+            f"So the {closer} is closer."
         )
         question = f"Which is closer to the {names[0]}, the {names[1]} or the {names[2]}?"
         relation = {"proximity": float(first)}
-        yield ask.draft(question, winner, (anchor, a, b), rationale, relation=relation)
+        yield asker.draft(question, closer, (anchor, a, b), rationale, relation=relation)
 
 
-def contact(ask: Asker) -> Iterator[dict]:
-    for pair in ask.shuffled(ask.seen.pairs):
-        if any(n not in ask.single for n in pair):
+def contact(asker: Asker) -> Iterator[dict]:
+    """Yields questions about whether two objects touch, of the pairs placed for that."""
+    for pair in asker.shuffled(asker.seen.pairs):
+        if any(n not in asker.unique for n in pair):
             continue
-        a, b = ask.shuffled(pair)
-        gap = ask.gaps[a, b]
-        touching = gap <= TOUCHING
-        if not touching and gap < APART:
+        a, b = asker.shuffled(pair)
+        gap = asker.gaps[a, b]
+        touching = gap <= MAX_CONTACT_GAP
+        if not touching and gap < MIN_SEPARATION:
             continue
-        names = ask.names[a], ask.names[b]
+        names = asker.names[a], asker.names[b]
         measured = "no gap" if touching else f"a gap of {metres(gap)}"
         verdict = "touch" if touching else "do not touch"
         rationale = (
@@ -44,44 +59,49 @@ def contact(ask: Asker) -> Iterator[dict]:
         question = f"Is the {names[0]} touching the {names[1]}?"
         answer = "yes" if touching else "no"
         relation = {"contact": float(touching)}
-        yield ask.draft(question, answer, (a, b), rationale, relation=relation)
+        yield asker.draft(question, answer, (a, b), rationale, relation=relation)
 
 
-def size_comparison(ask: Asker) -> Iterator[dict]:
-    volumes = ask.boxes[:, 3:6].prod(-1)
-    for a, b in ask.shuffled(itertools.combinations(ask.single, 2)):
-        a, b = ask.shuffled((a, b))
-        names = ask.names[a], ask.names[b]
+def size_comparison(asker: Asker) -> Iterator[dict]:
+    """Yields questions about which of two objects has the larger volume.
+
+    A question is kept with a probability inversely proportional to how often its two categories
+    have that answer, so that the categories alone do not predict it.
+    """
+    volumes = asker.boxes[:, 3:6].prod(-1)
+    for a, b in asker.shuffled(itertools.combinations(asker.unique, 2)):
+        a, b = asker.shuffled((a, b))
+        names = asker.names[a], asker.names[b]
         ratio = volumes[a] / volumes[b]
-        if max(ratio, 1 / ratio) < SIZE_RATIO:
+        if max(ratio, 1 / ratio) < MIN_VOLUME_RATIO:
             continue
-        likely = ask.seen.larger.get(names, 0.5)
+        likely = asker.seen.larger.get(names, 0.5)
         likely = likely if ratio > 1 else 1 - likely
         rare = min(likely, 1 - likely)
-        if rare < FAIR or ask.rng.random() > rare / likely:
+        if rare < MIN_ANSWER_PROBABILITY or asker.rng.random() > rare / likely:
             continue
-        winner = names[0] if ratio > 1 else names[1]
+        larger = names[0] if ratio > 1 else names[1]
         rationale = (
             f"The {names[0]} has a volume of {volumes[a]:.2f} cubic meters. "
             f"The {names[1]} has a volume of {volumes[b]:.2f} cubic meters. "
-            f"So the {winner} is larger."
+            f"So the {larger} is larger."
         )
         question = f"Which is larger, the {names[0]} or the {names[1]}?"
         relation = {"size_comparison": float(ratio > 1)}
-        yield ask.draft(question, winner, (a, b), rationale, relation=relation)
+        yield asker.draft(question, larger, (a, b), rationale, relation=relation)
 
 
-def orientation(ask: Asker) -> Iterator[dict]:
-    for (stand, face, target), angle in ask.shuffled(ask.triples.items()):
-        if not _clear(abs(angle), (0, 180)):
+def orientation(asker: Asker) -> Iterator[dict]:
+    """Yields questions about the side on which one sees an object when facing another."""
+    for rows, angle in asker.shuffled(asker.triples.items()):
+        if not is_clear(abs(angle), (0, 180)):
             continue
         side = "left" if angle > 0 else "right"
-        names = [ask.names[n] for n in (stand, face, target)]
+        names = [asker.names[n] for n in rows]
         question = (
             f"If I stand by the {names[0]} facing the {names[1]}, "
             f"is the {names[2]} on my left or on my right?"
         )
         relation = {"orientation": float(side == "left")}
-        yield ask.draft(
-            question, side, (stand, face, target), turning(names, angle), relation=relation
-        )
+        rationale = turn_sentences(names, angle)
+        yield asker.draft(question, side, rows, rationale, relation=relation)

@@ -1,20 +1,14 @@
-"""Words and margins that questions share."""
+"""Phrases that questions and rationales share, and the angles they describe."""
+
+from collections.abc import Sequence
 
 import numpy as np
-
-LEFT_RIGHT_MARGIN, MARGIN = 20.0, 10.0
-"""Degrees between a direction and the line ahead or behind; other boundaries of its class."""
-
-
-def wrapped(angle):
-    """The same angle in [-180, 180) degrees."""
-    return (angle + 180) % 360 - 180
-
 
 _NUMBER_WORDS = ("no", "one", "two", "three", "four", "five")
 
 
-def some(name: str, count: int) -> str:
+def with_count(name: str, count: int) -> str:
+    """Returns a noun with its number, such as "a lamp" or "two bookshelves"."""
     if count > 1:
         plural = name[:-1] + "ves" if name.endswith("lf") else name + "s"
         return f"{_NUMBER_WORDS[count] if count < len(_NUMBER_WORDS) else count} {plural}"
@@ -22,14 +16,22 @@ def some(name: str, count: int) -> str:
 
 
 def metres(value: float) -> str:
+    """Returns a length in metres as text, such as "1.3 meters"."""
     return f"{value:.1f} meters"
 
 
-def _clear(angle: float, bounds: tuple[float, ...], margin: float = LEFT_RIGHT_MARGIN) -> bool:
-    return all(abs(angle - bound) >= margin for bound in bounds)
+def wrap_degrees(angle):
+    """Returns the same angle (a number or an array) in [-180, 180) degrees."""
+    return (angle + 180) % 360 - 180
 
 
-def turning(names: list[str], angle: float) -> str:
+def turn_sentences(names: Sequence[str], angle: float) -> str:
+    """Returns the rationale of a turn.
+
+    Args:
+        names: nouns of where one stands, what one faces, and what one turns to.
+        angle: degrees of the turn, left positive.
+    """
     side = "left" if angle > 0 else "right"
     return (
         f"I stand by the {names[0]} and face the {names[1]}. "
@@ -37,9 +39,9 @@ def turning(names: list[str], angle: float) -> str:
     )
 
 
-def compass(here: np.ndarray, there: np.ndarray) -> str:
-    """Main world direction from one box to another, the world's y axis taken as north."""
-    x, y = there[:2] - here[:2]
+def compass_direction(start: np.ndarray, end: np.ndarray) -> str:
+    """Returns the main horizontal direction from one box (7,) to another; the y axis is north."""
+    x, y = end[:2] - start[:2]
     if abs(x) > abs(y):
         return "east" if x > 0 else "west"
     return "north" if y > 0 else "south"

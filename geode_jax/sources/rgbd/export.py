@@ -1,18 +1,18 @@
-"""Real RGB-D folders (`rgbd_folder`) as exports: depth, points, poses, pictures, questions.
+"""RGB-D folders (`rgbd.folder`) as exports: depth, points, poses, pictures, questions.
 
 - Frames that cannot be used are dropped and counted by reason (`Dropped`).
-- The world frame is the folder's own. Gravity is unknown in general, so the direction up, which
-  some questions need, is estimated (`estimate_up`) and told in the manifest's notes.
-- Colour is resampled to the depth camera's field of view, so that picture and depth map of a view
-  show the same; both cameras are taken to stand at the same place with the same axes.
-- A scene is a group of views in random order (so that the views' numbers tell nothing), drawn
-  from a window of the sequence so that they overlap.
-- Splits are by frames: the end of the sequence is held out, first `val`, then `test` (only where
-  each gets a full group), so no frame of a training scene is in another split. The room is the
-  same: this tests new views, not new rooms.
+- The world frame is the folder's own. Gravity is unknown in general, so the upward direction, which
+  some questions need, is estimated (`estimate_up`) and written into the manifest's notes.
+- Colour is resampled to the depth camera's field of view, so that a view's picture and depth map
+  show the same. Both cameras are taken to have the same position and axes.
+- A scene is a group of views, drawn from a window of the sequence so that they overlap, in random
+  order so that the views' numbers carry no information.
+- Splits are by frames: the end of the sequence is held out, first `val`, then `test` (only if each
+  gets a full group), so no frame of a training scene is in another split. The room is the same, so
+  held-out scores measure new views, not new rooms.
 
-No VGGT runs here. What stands in for `vggt/tokens` is a fixed function of the measured depth and
-of the colour (`patch_tokens`), the same as for the rooms: the tokens contain depth.
+No VGGT runs here. A fixed function of the measured depth and the colour stands in for `vggt/tokens`
+(`stand_ins.patch_tokens`), as for synthetic rooms: the tokens contain depth.
 """
 
 import re
@@ -33,23 +33,17 @@ from geode_jax.sources.splits import split_frames
 from geode_jax.sources.stand_ins import TOKEN_WIDTH
 
 VERSION = 1
-"""Of what an export of a folder holds; changes when this converter changes."""
-UP_CONE, UP_WIDTH = np.radians(40), np.radians(10)
-"""How far up may be from the cameras' mean up, and the width of the search for its mode."""
-
-
-# ------------------------------------------------------------------------------------ one frame
-
-
-# ----------------------------------------------------------------------------------- the export
+"""Version of an export's content; goes up with every change of this converter."""
+MAX_UP_ANGLE, UP_MODE_ANGLE = np.radians(40), np.radians(10)
+"""Largest angle between up and the cameras' mean up; radius of the kernel that finds its mode."""
 
 
 def estimate_up(poses: np.ndarray, normals: np.ndarray) -> np.ndarray:
-    """The direction against gravity, a unit vector [3].
+    """Returns the direction against gravity, a unit vector [3].
 
-    Cameras are held roughly upright, so their mean up is near it; floors, tables and ceilings give
-    the rest: the densest direction of the normals (either sign) within UP_CONE of that mean,
-    found by mean shift. Without such surfaces it stays the mean.
+    Cameras are held roughly upright, so it is close to their mean up. Floors, tables and ceilings
+    make it precise: it is the densest direction of the normals (of either sign) within MAX_UP_ANGLE
+    of that mean, found by mean shift. Without such surfaces it is the mean.
 
     Args:
         poses: world-from-camera [n, 4, 4], OpenCV axes.
@@ -59,14 +53,14 @@ def estimate_up(poses: np.ndarray, normals: np.ndarray) -> np.ndarray:
     up /= max(np.linalg.norm(up), 1e-9)
     normals = normals[normals.any(-1)].astype(np.float64)
     normals = normals * np.where(normals @ up < 0, -1, 1)[:, None]
-    level = normals[normals @ up > np.cos(UP_CONE)]
+    level = normals[normals @ up > np.cos(MAX_UP_ANGLE)]
     if len(level) == 0:
         return up
     starts = level[:: max(1, len(level) // 200)]
-    crowd = (starts @ level.T > np.cos(UP_WIDTH)).sum(1)
+    crowd = (starts @ level.T > np.cos(UP_MODE_ANGLE)).sum(1)
     up = starts[np.argmax(crowd)]
     for _ in range(10):
-        up = level[level @ up > np.cos(UP_WIDTH)].mean(0)
+        up = level[level @ up > np.cos(UP_MODE_ANGLE)].mean(0)
         up /= np.linalg.norm(up)
     return up
 
@@ -74,9 +68,9 @@ def estimate_up(poses: np.ndarray, normals: np.ndarray) -> np.ndarray:
 def group_views(
     frames: range, views: int, scenes: int, rng: np.random.Generator
 ) -> list[tuple[int, ...]]:
-    """Up to `scenes` different groups of `views` frames in random order.
+    """Returns up to `scenes` different groups of `views` frames in random order.
 
-    The groups start evenly over the frames; each is drawn from a window of three times its size.
+    The groups start evenly over the frames. Each is drawn from a window of three times its size.
     """
     views = min(views, len(frames))
     groups: dict[tuple[int, ...], None] = {}
@@ -106,7 +100,7 @@ def make_rgbd_export(
     seed: int = 0,
     progress: bool = True,
 ) -> dict:
-    """Converts an RGB-D folder; see the module's docstring.
+    """Writes an export of an RGB-D folder, see the module.
 
     Writes `vggt/tokens`, `vggt/depth`, `vggt/points`, `camera/*`, `images`, `target/depth` and no
     boxes; depth maps are [V, 2 gh, 2 gw].
@@ -114,23 +108,23 @@ def make_rgbd_export(
     Args:
         folder_in: see `open_folder`.
         folder_out: absent, empty, or an unfinished export of the same folder.
-        views_per_scene: V; fewer where a split has fewer frames.
+        views_per_scene: V; splits with fewer frames have fewer.
         patch_grid: (gh, gw).
-        questions_per_scene: at most.
-        scenes_per_frame: how many scenes each split gets for each of its frames.
-        max_frames: longer sequences are thinned out evenly to this many.
-        image_side: longer side of `images`, about.
+        questions_per_scene: largest number of questions.
+        scenes_per_frame: number of scenes per frame of a split.
+        max_frames: longer sequences are thinned out evenly to this many frames.
+        image_side: approximate longer side of `images`.
         intrinsic, depth_scale: see `open_folder`.
-        seed: the content depends on it, on the folder and on the arguments, on nothing else.
-        progress: show a progress bar and the summary on stderr.
+        seed: seed of all random draws. The content depends on the folder and the arguments only.
+        progress: whether to show a progress bar and the summary on stderr.
 
     Returns:
         {"frames": {"found", "thinned_out", "used", "dropped": {reason: count}}, "scenes": {split:
         count}, "questions": {split: {kind: count}}, "up": [x, y, z], "notes": [what was corrected
-        on reading, a line each], "warnings": [what shows wrong cameras, see `cameras.Watch`]}.
+        on reading, a line each], "warnings": [signs of wrong cameras, see `cameras.Watch`]}.
 
     Raises:
-        UserError: the folder is no RGB-D folder or has less than two usable frames.
+        UserError: the folder is no RGB-D folder or has fewer than two usable frames.
         ExportError: the export cannot be written.
     """
     sizes = (views_per_scene, *patch_grid, questions_per_scene, scenes_per_frame, image_side)
@@ -196,7 +190,7 @@ def make_rgbd_export(
 def _read_frames(
     source: RgbdFolder, patch_grid: tuple[int, int], image_side: int, most: int, progress: bool
 ) -> tuple[list[Frame], dict]:
-    """All usable frames of the (thinned out) sequence, and what became of the others."""
+    """Returns all usable frames of the (thinned out) sequence, and the summary's "frames"."""
     names = source.names
     if len(names) > most:
         names = [names[n] for n in np.linspace(0, len(names) - 1, most).round().astype(int)]
@@ -219,7 +213,7 @@ def _read_frames(
 
 
 def _account(summary: dict) -> str:
-    """What became of the frames, and what was corrected, in one line."""
+    """Returns the numbers of frames by their fate, and what was corrected, in one line."""
     frames = summary["frames"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in frames["dropped"].items())
     found = (

@@ -1,18 +1,18 @@
-"""RGB-D sequences on disk: which frames there are, their cameras, poses and images.
+"""RGB-D folders: their frames, cameras, poses and images.
 
-Layouts that are read (names are frame numbers, any number of digits):
+Layouts that are read (N is the frame's number, with any number of digits):
 
-    color/N.jpg|png   depth/N.png|pgm   16 bit, 0 = missing; JPG and PNG are the same, and other
-                                        pictures of colour are read too
+    color/N.jpg|png   depth/N.png|pgm   depth has 16 bits, 0 = missing; upper-case endings and
+                                        other picture formats of colour are read too
     pose/N.txt                          4x4 camera-to-world, as ScanNet exports have it
-    or pose.txt                         a row "tx ty tz qx qy qz qw" per frame, camera-to-world
+    or pose.txt                         one row "tx ty tz qx qy qz qw" per frame, camera-to-world
     intrinsic/intrinsic_depth.txt, intrinsic/intrinsic_color.txt    3x3 or 4x4
 
-Colour is turned as its orientation flag says (`exports.pictures`) where the sizes prove that depth
-belongs to the picture as it is shown then: upright, say, where the stored picture lies. Other flags
-beside depth, which has none, are refused: nothing says whether depth was turned. An intrinsic that
-belongs to pictures of another size is brought to these where that is sure, and refused otherwise
-(`rgbd_sequence.of_one_view`).
+Colour is rotated by its orientation flag (`exports.pictures`) if the sizes prove that depth belongs
+to the rotated picture: depth is in portrait, say, and the stored colour picture in landscape. Other
+flags are refused, because depth has no flag and may or may not have been rotated. An intrinsic for
+pictures of another size is scaled to the pictures if that size is certain, and refused otherwise
+(`intrinsics.of_one_view`).
 """
 
 import contextlib
@@ -27,15 +27,8 @@ from PIL import Image
 
 from geode_jax.errors import UserError
 from geode_jax.exports import files, pictures
-from geode_jax.sources.rgbd.sequence import (
-    Dropped,
-    Given,
-    of_one_view,
-    pose_of_row,
-    rigid,
-    same_shape,
-    to_metres,
-)
+from geode_jax.sources.rgbd.intrinsics import Given, of_one_view, same_shape
+from geode_jax.sources.rgbd.sequence import Dropped, pose_of_row, rigid, to_metres
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +36,15 @@ class RgbdFolder:
     """An RGB-D sequence on disk, not yet decoded.
 
     Attributes:
-        folder: the one that holds `color` and `depth`.
-        names: of all frames, in the order of the sequence.
+        folder: the folder with `color` and `depth`.
+        names: all frames, in the order of the sequence.
         depth_size: (width, height) of the depth images.
         depth_intrinsic: [3, 3] at that size, pixel centres at integers.
-        color_size: (width, height) of the colour images as they are shown.
-        color_intrinsic: [3, 3] at that size; None = the depth camera's, scaled.
-        mirrored: the folder's fy is negative, see `read_pose`.
+        color_size: (width, height) of the colour images after rotation by their flags.
+        color_intrinsic: [3, 3] at that size; None means the depth camera's, scaled.
+        mirrored: whether the folder's fy is negative, see `read_pose`.
         depth_scale: stored value of one metre.
-        pose_rows: name -> row of pose.txt; None where poses have files of their own.
+        pose_rows: name -> row of pose.txt; None if there is a file per pose.
         color, depth: name -> image.
         notes: what was corrected on reading, a line each.
     """
@@ -70,10 +63,10 @@ class RgbdFolder:
     notes: tuple[str, ...] = ()
 
     def read_pose(self, name: str) -> np.ndarray:
-        """World-from-camera [4, 4], OpenCV axes, rotation exactly orthonormal.
+        """Returns world-from-camera [4, 4], OpenCV axes, rotation exactly orthonormal.
 
         Raises:
-            Dropped: missing, not finite, not a rigid motion.
+            Dropped: the pose is missing, unreadable, not finite, or not a rigid motion.
         """
         if self.pose_rows is None:
             path = self.folder / "pose" / f"{name}.txt"
@@ -87,16 +80,17 @@ class RgbdFolder:
             pose = pose_of_row(self.pose_rows[name])
         pose = rigid(pose)
         if self.mirrored:
-            # Camera axes x right, y up, z forward (ICL-NUIM) see a mirrored world. Mirroring
-            # camera and world along y gives OpenCV axes and the world as it was.
+            # With camera axes x right, y up, z forward (ICL-NUIM) the world is mirrored. Mirroring
+            # camera and world along y gives OpenCV axes and the unmirrored world.
             pose = np.diag([1, -1, 1, 1]) @ pose @ np.diag([1, -1, 1, 1])
         return pose
 
     def read_depth(self, name: str) -> np.ndarray:
-        """Depth [height, width] float32 metres, 0 = missing (the value 65535 too).
+        """Returns depth [height, width] float32 metres, 0 = missing (stored as 0 or 65535).
 
         Raises:
-            Dropped: missing, unreadable, not 16 bit, of another size, without any depth.
+            Dropped: the image is missing, unreadable, not of 16 bits, of another size, or without
+                any depth.
         """
         if name not in self.depth:
             raise Dropped("no depth image")
@@ -109,11 +103,11 @@ class RgbdFolder:
         return to_metres(stored, self.depth_scale)
 
     def read_color(self, name: str) -> Image.Image:
-        """The colour image, RGB, as it is shown.
+        """Returns the colour image, RGB, rotated by its orientation flag.
 
         Raises:
-            Dropped: missing, unreadable, of another size, or with an orientation flag that
-                depth does not confirm.
+            Dropped: the image is missing, unreadable, of another size, or has an orientation flag
+                that depth does not confirm.
         """
         if name not in self.color:
             raise Dropped("no colour image")
@@ -124,7 +118,7 @@ class RgbdFolder:
             raise _dropped("colour", error) from None
         if image.size != self.color_size:
             raise Dropped("colour image of another size")
-        if not _turned_as_depth(image.size, flag, self.depth_size):
+        if not _oriented_as_depth(image.size, flag, self.depth_size):
             raise Dropped("colour image with an orientation flag that depth does not confirm")
         return image
 
@@ -133,7 +127,7 @@ _COLOR, _DEPTH = pictures.ENDINGS, (".png", ".pgm")
 
 
 def _dropped(what: str, error: UserError) -> Dropped:
-    """Why an image is dropped, in words that are the same for all that have the same fault."""
+    """Returns the reason for dropping an image; without its path, so that reasons are countable."""
     rule = getattr(error, "rule", "")
     return Dropped(f"{what} image {rule}" if rule else f"unreadable {what} image")
 
@@ -143,7 +137,7 @@ def open_folder(
     intrinsic: tuple[float, float, float, float] | None = None,
     depth_scale: float = 1000.0,
 ) -> RgbdFolder:
-    """Finds out what a folder holds.
+    """Returns the sequence in a folder; reads names, headers and cameras, but no images.
 
     Args:
         folder: one with `color` and `depth`, or with a single such folder up to two levels below.
@@ -151,7 +145,7 @@ def open_folder(
         depth_scale: stored value of one metre.
 
     Raises:
-        UserError: the folder is missing or has no such layout, or its camera is unknown.
+        UserError: the folder is missing or has another layout, or its camera is unknown.
     """
     root = _find_root(Path(folder))
     color, depth = _files(root / "color", _COLOR), _files(root / "depth", _DEPTH)
@@ -199,7 +193,7 @@ def _find_root(folder: Path) -> Path:
 
 
 def _numbers(path: Path) -> list[float] | None:
-    """All numbers of a text file; None where it cannot be read as numbers."""
+    """Returns all numbers of a text file, None if it cannot be read as numbers."""
     try:
         return [float(word) for word in files.read_text(path).split()]
     except ValueError:  # UserError too
@@ -207,7 +201,7 @@ def _numbers(path: Path) -> list[float] | None:
 
 
 def _files(folder: Path, types: Sequence[str]) -> dict[str, Path]:
-    """Frame -> its file; of two with one name, that of the type which stands first."""
+    """Returns frame -> its file; of two files of one frame, that with the earlier type."""
     found = [p for p in sorted(folder.glob("*")) if p.stem.isdecimal() and p.is_file()]
     of_type = ([p for p in found if p.suffix.lower() == t] for t in reversed(types))
     return {path.stem: path for paths in of_type for path in paths}
@@ -219,69 +213,74 @@ def _size(
     images: dict[str, Path],
     beside: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
-    """(width, height) that most of the images have, as they are shown.
+    """Returns the (width, height) that most images have after rotation by their flags.
 
     Args:
-        folder: of the images.
-        names: of the frames.
+        folder: folder of the images, named in messages.
+        names: the frames.
         images: frame -> image.
-        beside: size of the depth images. Images whose flag these cannot confirm do not count.
+        beside: size of the depth images. Images with a flag that it does not confirm are ignored.
 
     Raises:
-        UserError: there is no readable image, or none that is turned as depth is.
+        UserError: no image is readable, or all have flags that depth does not confirm.
     """
     sizes: Counter = Counter()
     flags: Counter = Counter()
     for name in names[:: max(1, len(names) // 32)]:
-        with contextlib.suppress(KeyError, UserError):  # the frame's own fate will tell
+        with contextlib.suppress(KeyError, UserError):  # the frame is dropped when it is read
             size, flag = pictures.shown_size(images[name]), pictures.orientation(images[name])
-            if beside is None or _turned_as_depth(size, flag, beside):
+            if beside is None or _oriented_as_depth(size, flag, beside):
                 sizes[size] += 1
             else:
                 flags[flag] += 1
     if not sizes and flags:
         flag = flags.most_common(1)[0][0]
         raise UserError(
-            f"{folder}: pictures have the orientation flag {flag} and depth has none: nothing says "
-            "whether depth was turned; turn the pictures' pixels, and remove the flag"
+            f"{folder}: pictures have the orientation flag {flag} and depth has none, so it is "
+            "unknown whether depth was rotated; rotate the pictures' pixels and remove the flag"
         )
     if not sizes:
         raise UserError(f"{folder}: no readable image")
     return sizes.most_common(1)[0][0]
 
 
-def _turned_as_depth(size: tuple[int, int], flag: int, depth: tuple[int, int]) -> bool:
-    """Whether a picture has no flag, or lies or stands as depth does thanks to it."""
+def _oriented_as_depth(size: tuple[int, int], flag: int, depth: tuple[int, int]) -> bool:
+    """Returns whether a picture has no flag, or is in depth's orientation thanks to its flag."""
     if flag == 1:
         return True
-    lying = [width > height for width, height in (size, depth)]
-    square = any(same_shape(sides, sides[::-1]) for sides in (size, depth))
-    return flag >= 5 and lying[0] == lying[1] and not square
+    landscape = [width > height for width, height in (size, depth)]
+    square = any(same_shape((width, height), (height, width)) for width, height in (size, depth))
+    return flag >= 5 and landscape[0] == landscape[1] and not square
 
 
-def _read_cameras(root: Path, size: tuple[int, int], color_size: tuple[int, int], given) -> tuple:
-    """Intrinsics of depth and of colour (or None), and what was corrected; fy keeps its sign."""
+def _read_cameras(
+    root: Path,
+    size: tuple[int, int],
+    color_size: tuple[int, int],
+    given: tuple[float, float, float, float] | None,
+) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+    """Returns the intrinsics of depth and colour (or None), and notes; fy keeps its sign."""
     if given is not None:
         fx, fy, cx, cy = given
         matrix = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
-        found = (Given("intrinsic given", matrix, size), None)
+        depth, color = Given("intrinsic given", matrix, size), None
     else:
-        found = tuple(
-            _read_intrinsic(root / "intrinsic" / f"intrinsic_{kind}.txt", image_size)
-            for kind, image_size in (("depth", size), ("color", color_size))
-        )
-    if found == (None, None):
+        folder = root / "intrinsic"
+        depth = _read_intrinsic(folder / "intrinsic_depth.txt", size)
+        color = _read_intrinsic(folder / "intrinsic_color.txt", color_size)
+    if depth is None and color is None:
         raise UserError(
-            f"{root}: camera unknown: neither intrinsic/intrinsic_depth.txt is there nor was an "
-            "intrinsic (fx, fy, cx, cy) given"
+            f"{root}: camera unknown: there is no intrinsic/intrinsic_depth.txt, and no intrinsic "
+            "(fx, fy, cx, cy) was given"
         )
-    if None not in found and found[0].matrix[1, 1] * found[1].matrix[1, 1] < 0:
-        raise UserError(f"{found[1].where}: fy has another sign than that of depth")
-    return of_one_view(*found, (size, color_size))
+    if depth is not None and color is not None and depth.matrix[1, 1] * color.matrix[1, 1] < 0:
+        raise UserError(f"{color.where}: fy has another sign than that of depth")
+    return of_one_view(depth, color, (size, color_size))
 
 
 def _read_intrinsic(path: Path, size: tuple[int, int]) -> Given | None:
-    if not os.path.lexists(path):  # a link to nothing is not taken for no camera
+    """Returns the intrinsic in a file for pictures of a size, None if there is no file."""
+    if not os.path.lexists(path):  # a dangling link is an error, not a missing file
         return None
     numbers = _numbers(path)
     if numbers is None or len(numbers) not in (9, 16):
@@ -291,17 +290,17 @@ def _read_intrinsic(path: Path, size: tuple[int, int]) -> Given | None:
     (fx, _, cx), (_, fy, cy) = matrix[0, :3], matrix[1, :3]
     pinhole = np.eye(side)
     pinhole[:2, :3] = [[fx, 0, cx], [0, fy, cy]]
-    if not np.abs(matrix - pinhole).max() <= SKEW * max(abs(fx), 1):
+    if not np.abs(matrix - pinhole).max() <= MAX_SKEW * max(abs(fx), 1):
         raise UserError(f"{path}: must be fx 0 cx, 0 fy cy, 0 0 1 row by row, as of a pinhole")
     return Given(str(path), pinhole[:3, :3], size)
 
 
-SKEW = 1e-3
-"""Of an intrinsic, as a share of the focal length; what is larger is another kind of matrix."""
+MAX_SKEW = 1e-3
+"""Largest deviation of an intrinsic from a pinhole camera's, as a share of the focal length."""
 
 
 def _read_pose_rows(path: Path, names: Sequence[str]) -> dict[str, list[float]]:
-    """Rows of pose.txt by frame; row k belongs to the k-th name."""
+    """Returns frame -> row of pose.txt; row k belongs to the k-th frame."""
     if not path.is_file():
         raise UserError(f"{path.parent}: no poses: neither pose/ nor pose.txt")
     try:

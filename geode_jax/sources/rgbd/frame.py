@@ -7,30 +7,30 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from geode_jax.sources.rgbd.intrinsics import resized
 from geode_jax.sources.rgbd.questions import PLACES, SeenView
-from geode_jax.sources.rgbd.sequence import RgbdSequence, resized
+from geode_jax.sources.rgbd.sequence import RgbdSequence
 from geode_jax.sources.rooms.raycast import luminance
 from geode_jax.sources.stand_ins import patch_tokens
 
 SLOPE_UNIT = 0.1
-"""Change of luminance per pixel that counts as texture slope 1."""
-
-
-ONE_SURFACE = 0.03
+"""Change of luminance per pixel that corresponds to a texture slope of 1."""
+SAME_SURFACE_RATIO = 0.03
 """Depths that differ by less than this share are taken to lie on one surface."""
-
-
-STEADY = 0.05
-"""Largest spread of depth around a place, relative to its median (10th to 90th percentile)."""
+MAX_DEPTH_SPREAD = 0.05
+"""Largest spread of depth around a place (10th to 90th percentile), relative to its median."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """What the export keeps of a frame. Cells are 2 x 2 to a patch, the pixels of the depth map.
+    """What the export keeps of a frame.
+
+    A cell is a pixel of the exported depth map; a patch has 2 x 2 cells.
 
     Attributes:
         depth: [2 gh, 2 gw] float32 metres at the cells' centres, 0 = missing.
-        points, normals: [2 gh, 2 gw, 3], world frame; normals face the camera; 0 = unknown.
+        points: [2 gh, 2 gw, 3] metres, world frame; 0 = unknown.
+        normals: [2 gh, 2 gw, 3] unit vectors towards the camera, world frame; 0 = unknown.
         tokens: [gh * gw, TOKEN_WIDTH].
         image: [H, W, 3] uint8 over the depth camera's field of view.
         view: what questions are made from.
@@ -52,32 +52,32 @@ def read_frame(
     world: np.ndarray | None = None,
     square: bool = False,
 ) -> Frame:
-    """Decodes and measures one frame.
+    """Returns one frame, decoded and measured.
 
     Args:
         source: the sequence.
-        name: of the frame.
+        name: the frame's name.
         patch_grid: (gh, gw).
-        image_side: longer side of the picture, about; never larger than the colour image.
-        world: [4, 4], a rigid motion from the sequence's world frame to the one that is wanted.
-        square: the picture shows the same, squeezed into a square, as InternViT gets its frames.
+        image_side: approximate longer side of the picture; at most that of the colour image.
+        world: [4, 4] rigid motion from the sequence's world frame to the exported one.
+        square: whether the picture is squeezed into a square, the shape of InternViT's inputs.
 
     Raises:
-        Dropped: it cannot be used.
+        Dropped: the frame cannot be used.
     """
     pose = source.read_pose(name)
     pose = pose if world is None else world @ pose
     depth, color = source.read_depth(name), source.read_color(name)
     height, width = depth.shape
     rows, columns = 2 * patch_grid[0], 2 * patch_grid[1]
-    lens = _Lens(depth, source.depth_intrinsic, pose)
-    # A cell's depth comes from the middle of the cell alone: a mean over the cell would mix what
-    # is near and what is far.
+    sampler = _DepthSampler(depth, source.depth_intrinsic, pose)
+    # A cell's depth comes from the middle of the cell: a mean over the cell would mix near and far
+    # surfaces.
     reach = max(1, min(width, height) // 160)
     v, u = _centres(rows, height), _centres(columns, width)
-    cell_depth, points = lens.see(v[:, None], u[None, :], reach)
-    normals = _normals(lens, v[:, None], u[None, :], reach, max(2, width // 80))
-    _, patch_points = lens.see(
+    cell_depth, points = sampler.at(v[:, None], u[None, :], reach)
+    normals = _normals(sampler, v[:, None], u[None, :], reach, max(2, width // 80))
+    _, patch_points = sampler.at(
         _centres(patch_grid[0], height)[:, None], _centres(patch_grid[1], width)[None, :], reach
     )
     image = _aligned_image(source, color, (rows, columns), image_side, square)
@@ -86,38 +86,39 @@ def read_frame(
         *(a[None] for a in (points, cell_depth, normals, colour, contrast, slopes, patch_points))
     )
     step = max(1, width // 64)
-    _, surface = lens.see(
+    _, surface = sampler.at(
         np.arange(step // 2, height, step)[:, None], np.arange(step // 2, width, step)[None, :], 0
     )
-    seen = SeenView(pose, _places(lens), surface[surface.any(-1)])
+    seen = SeenView(pose, _places(sampler), surface[surface.any(-1)])
     return Frame(
         cell_depth.astype(np.float32), points.astype(np.float32), normals, tokens[0], image, seen
     )
 
 
 def _centres(cells: int, size: int) -> np.ndarray:
-    """Pixel positions [cells] of the middles of equal cells."""
+    """Returns the pixel positions [cells] of the middles of equal cells."""
     return (np.arange(cells) + 0.5) * size / cells - 0.5
 
 
-class _Lens:
-    """Depth at positions of one frame's depth image, and the points that it shows."""
+class _DepthSampler:
+    """Depths and world points at positions of one frame's depth image."""
 
     def __init__(self, depth: np.ndarray, intrinsic: np.ndarray, pose: np.ndarray):
         self.depth, self.intrinsic, self.pose = depth, intrinsic, pose
 
     def window(self, v, u, reach: int) -> np.ndarray:
-        """Depths of the pixels around positions, up to `reach` away: [..., pixels]."""
+        """Returns the depths [..., pixels] of the pixels up to `reach` away from positions."""
         height, width = self.depth.shape
         rows, columns = _around(v, reach, height), _around(u, reach, width)
         window = self.depth[rows[..., :, None], columns[..., None, :]]
         return window.reshape(*window.shape[:-2], -1)
 
-    def see(self, v, u, reach: int) -> tuple[np.ndarray, np.ndarray]:
-        """Median depth [...] of the windows at positions and the world points [..., 3] there.
+    def at(self, v, u, reach: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the median depth [...] of windows at positions, and the world points [..., 3].
 
-        Where less than half of a window is known: 0 and the origin. Where an edge runs between
-        the two middle depths of an even number, the median is the lower: never between surfaces.
+        They are 0 and the origin where less than half of a window is known. Where the two middle
+        depths of an even number lie on different surfaces, the median is the lower of them, so
+        that it is never between surfaces.
         """
         window = self.window(v, u, reach)
         known = (window > 0).sum(-1)
@@ -127,7 +128,7 @@ class _Lens:
             np.take_along_axis(ordered, np.maximum(known - k, 0)[..., None] // 2, axis=-1)[..., 0]
             for k in (1, 0)
         )
-        depth = np.where(high < (1 + ONE_SURFACE) * low, low + (high - low) / 2, low)
+        depth = np.where(high < (1 + SAME_SURFACE_RATIO) * low, low + (high - low) / 2, low)
         depth = np.where(2 * known >= window.shape[-1], depth, 0).astype(np.float64)
         (fx, _, cx), (_, fy, cy), _ = self.intrinsic
         camera = np.stack([(u - cx) / fx * depth, (v - cy) / fy * depth, depth], axis=-1)
@@ -136,9 +137,9 @@ class _Lens:
 
 
 def _around(position, reach: int, size: int) -> np.ndarray:
-    """Pixels [..., n] that lie evenly around positions [...], clipped to the image.
+    """Returns the pixels [..., n] evenly around positions [...], clipped to the image.
 
-    Cells of an even size have their centres between two pixels: then n is even.
+    If all positions are halfway between two pixels, n is even.
     """
     position = np.asarray(position, np.float64)
     between = reach > 0 and bool((position % 1 == 0.5).all())
@@ -147,54 +148,59 @@ def _around(position, reach: int, size: int) -> np.ndarray:
     return np.clip(pixels, 0, size - 1)
 
 
-def _normals(lens: _Lens, v, u, reach: int, step: int) -> np.ndarray:
-    """Unit normals [..., 3] facing the camera, from the four points `step` pixels around."""
-    (left, a), (right, b) = lens.see(v, u - step, reach), lens.see(v, u + step, reach)
-    (upper, c), (lower, d) = lens.see(v - step, u, reach), lens.see(v + step, u, reach)
-    normal = np.cross(d - c, b - a)  # y down x x right = -z: towards the camera
+def _normals(sampler: _DepthSampler, v, u, reach: int, step: int) -> np.ndarray:
+    """Returns unit normals [..., 3] facing the camera, from the four points `step` pixels away."""
+    (left, a), (right, b) = sampler.at(v, u - step, reach), sampler.at(v, u + step, reach)
+    (upper, c), (lower, d) = sampler.at(v - step, u, reach), sampler.at(v + step, u, reach)
+    normal = np.cross(d - c, b - a)  # y (down) times x (right) is -z, towards the camera
     length = np.linalg.norm(normal, axis=-1)
     known = (np.minimum(np.minimum(left, right), np.minimum(upper, lower)) > 0) & (length > 0)
     normal = normal / np.where(known, length, 1)[..., None]
     return np.where(known[..., None], normal, 0).astype(np.float32)
 
 
-def _places(lens: _Lens) -> dict[str, np.ndarray]:
-    """Points of the places around which the depth is known and steady."""
-    height, width = lens.depth.shape
+def _places(sampler: _DepthSampler) -> dict[str, np.ndarray]:
+    """Returns name -> world point of the places around which the depth is known and uniform."""
+    height, width = sampler.depth.shape
     reach = max(2, width // 80)
     places = {}
     for name, (across, down) in PLACES.items():
         v, u = down * height - 0.5, across * width - 0.5
-        window = lens.window(v, u, reach)
+        window = sampler.window(v, u, reach)
         known = window[window > 0]
         if len(known) < 0.9 * len(window):
             continue
         low, middle, high = np.percentile(known, (10, 50, 90))
-        if high - low <= STEADY * middle:
-            places[name] = lens.see(v, u, reach)[1]
+        if high - low <= MAX_DEPTH_SPREAD * middle:
+            places[name] = sampler.at(v, u, reach)[1]
     return places
 
 
 def _aligned_image(
     source: RgbdSequence, color: Image.Image, cells: tuple[int, int], side: int, square: bool
 ) -> np.ndarray:
-    """Colour over exactly the depth camera's field of view; black where colour saw nothing.
+    """Returns the colour image resampled to exactly the depth camera's field of view.
 
-    Sides are multiples of the cells, so that cells are whole pixels.
+    Black where the colour camera saw nothing. Sides are multiples of the cells, so that cells are
+    whole pixels.
     """
     k_depth, (width, height) = source.depth_intrinsic, source.depth_size
     k_color = source.color_intrinsic
     if k_color is None:
         k_color = resized(k_depth, source.depth_size, color.size)
     scale = min(1.0, side / max(width, height), max(color.size) / max(width, height))
-    wanted = ((width, cells[1]), (height, cells[0]))
+    rows, columns = cells
     if square:
-        wanted = ((max(width, height), math.lcm(*cells)),) * 2
-    out = [max(1, round(n * scale / c)) * c for n, c in wanted]
-    image = Image.new("RGB", tuple(out))
+        width = height = max(width, height)
+        rows = columns = math.lcm(*cells)
+    out = (
+        max(1, round(width * scale / columns)) * columns,
+        max(1, round(height * scale / rows)) * rows,
+    )
+    image = Image.new("RGB", out)
     source_box, target_box = [], []
-    for axis, (size, limit) in enumerate(zip((width, height), color.size, strict=True)):
-        # Edges of the depth image as rays, and those as positions between the colour's pixels.
+    for axis, (size, limit) in enumerate(zip(source.depth_size, color.size, strict=True)):
+        # The depth image's edges as rays, then as positions in the colour image.
         rays = (np.array([-0.5, size - 0.5]) - k_depth[axis, 2]) / k_depth[axis, axis]
         edges = rays * k_color[axis, axis] + k_color[axis, 2] + 0.5
         inside = np.clip(edges, 0, limit)
@@ -203,14 +209,16 @@ def _aligned_image(
         target_box.append(spans)
     (left, right), (upper, lower) = target_box
     if right > left and lower > upper:
-        box = tuple(float(source_box[axis][end]) for end in (0, 1) for axis in (0, 1))
-        part = color.resize((right - left, lower - upper), Image.Resampling.BILINEAR, box=box)
+        (x0, x1), (y0, y1) = ((float(a), float(b)) for a, b in source_box)
+        part = color.resize(
+            (right - left, lower - upper), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1)
+        )
         image.paste(part, (int(left), int(upper)))
     return np.asarray(image)
 
 
 def _texture(image: np.ndarray, rows: int, columns: int) -> tuple[np.ndarray, ...]:
-    """Mean colour, standard deviation and mean absolute slopes of the luminance of every cell."""
+    """Returns every cell's mean colour, and its luminance's standard deviation and mean slopes."""
     height, width = image.shape[:2]
     colour = image.astype(np.float32) / 255
     light = luminance(colour)
@@ -224,12 +232,13 @@ def _texture(image: np.ndarray, rows: int, columns: int) -> tuple[np.ndarray, ..
 
 
 def frame_arrays(source: RgbdSequence, frames: Sequence[Frame]) -> dict[str, np.ndarray]:
-    """A scene's tensors of its views, as `exports` names them."""
+    """Returns a scene's tensors of its views, named as in the array contract."""
     poses = np.array([frame.view.world_from_camera for frame in frames])
     rotation = poses[:, :3, :3].swapaxes(1, 2)
     extrinsic = np.concatenate([rotation, -rotation @ poses[:, :3, 3:]], axis=2)
     depth = np.array([frame.depth for frame in frames])
-    intrinsic = resized(source.depth_intrinsic, source.depth_size, depth.shape[:0:-1])
+    _, rows, columns = depth.shape
+    intrinsic = resized(source.depth_intrinsic, source.depth_size, (columns, rows))
     return {
         "vggt/tokens": np.array([frame.tokens for frame in frames]),
         "vggt/depth": depth,

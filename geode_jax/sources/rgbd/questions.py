@@ -1,29 +1,29 @@
-"""Questions about real RGB-D views, measured from their own depth and poses.
+"""Questions about RGB-D views, measured from their own depth and poses.
 
 Places. A question names a place of a view in words: the centre of the view, or the middle of one
-of its quarters and edges, see `PLACES`. A place exists only where the depth is known and steady
-around it; its point is the one at the median depth.
+of its quarters or edges, see `PLACES`. A place exists only if the depth is known and uniform around
+it; its point is the one at the median depth.
 
 Kinds (`KINDS`), their answers, and why the wording alone does not give them away:
 
-surface_distance  metres from the camera's centre to the point, along the ray. Within each place's
-                  wording, near and far surfaces are drawn as often as one another.
-nearer_view       which of two views has the smaller such distance at the same place. Whichever is
-                  nearer is named first as often as second.
+surface_distance  metres from the camera's centre to the point, along the ray. For each place, near
+                  and far surfaces are drawn equally often.
+nearer_view       which of two views has the smaller such distance at the same place. The nearer
+                  one is named first as often as second.
 camera_motion     metres between the centres of two cameras, in a straight line.
 space_size        metres, the longest horizontal extent of the surface that one view or all views
                   show: the largest width over all horizontal directions, each between the 1st and
                   the 99th percentile of the points. Horizontal means orthogonal to `up`.
-left_right        in a camera's view, whether the point at a place of one view lies to the left or
-                  to the right of the point at the same place of another, by the angle about the
-                  camera's y axis; both in front of it and 3 degrees apart.
-above_below       which of two views shows the higher point (along `up`) at the same place, asked
-                  as higher or lower, by 0.1 m or more.
+left_right        whether, in a camera's frame, the point at a place of one view is left or right of
+                  the point at the same place of another view, by the angle about the camera's y
+                  axis. Both are in front of the camera and 3 degrees apart.
+above_below       whether the point at a place of one view is higher or lower (along `up`) than that
+                  of another view, by 0.1 m or more.
 
-The last two, like nearer_view, can be put either way round, and the way is chosen so that of each
-wording (up to the numbers of the views) no answer is ever ahead of the other by more than one.
-Views of a scene should be in random order, so that their numbers carry nothing. What no wording
-can hide is how much a number varies: spaces seen in one room have much the same size.
+Questions of the last two kinds and of nearer_view can be turned around. The direction is chosen
+such that, for each wording (up to the numbers of the views), the counts of the two answers differ
+by at most one. Views of a scene should be in random order, so that their numbers carry no
+information. The range of a number cannot be hidden: spaces seen in one room have similar sizes.
 """
 
 import dataclasses
@@ -47,31 +47,31 @@ PLACES = {
 }
 """Name -> position in the image as fractions of its width and height, from the upper left."""
 
-CLEARLY_NEARER = 0.1
-"""Least relative difference of the distances of a nearer_view question."""
-ASIDE = np.radians(3)
+MIN_DISTANCE_RATIO = 1.1
+"""Least ratio of the two distances of a nearer_view question."""
+MIN_SIDE_ANGLE = np.radians(3)
 """Least angle between the two points of a left_right question."""
-IN_FRONT = 0.2
-"""Least z in metres of these points, in the camera that sees them."""
-CLEARLY_HIGHER = 0.1
+MIN_POINT_DEPTH = 0.2
+"""Least z of these points in the camera's frame, metres."""
+MIN_HEIGHT_DIFFERENCE = 0.1
 """Least difference of heights of an above_below question, metres."""
-LEAST_MOTION = 0.05
-"""Smallest camera motion that is asked about, metres."""
-BIN = 0.1
-"""Width in log distance of the bins that make near and far surfaces alike frequent."""
-SIZES = 2
-"""At most this many space_size questions a scene: they vary least."""
-DIRECTIONS = 18
-"""Horizontal directions over half a turn in which the space is measured."""
+MIN_CAMERA_MOTION = 0.05
+"""Smallest distance of a camera_motion question, metres."""
+LOG_DISTANCE_BIN = 0.1
+"""Width in log distance of the bins by which near and far surfaces become equally frequent."""
+MAX_SPACE_SIZES = 2
+"""Most space_size questions of a scene; their answers vary least."""
+SPACE_DIRECTIONS = 18
+"""Number of horizontal directions, over half a turn, in which a space is measured."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SeenView:
-    """What is known of one view, world frame, metres.
+    """Measurements of one view, world frame, metres.
 
     Attributes:
         world_from_camera: [4, 4], OpenCV axes.
-        places: name of a place where the depth is steady -> its point [3].
+        places: name of a place around which the depth is uniform -> its point [3].
         surface: [M, 3] points of the seen surface, spread evenly over the image.
     """
 
@@ -86,18 +86,18 @@ class SeenView:
 
     @functools.cached_property
     def distances(self) -> dict[str, float]:
-        """Metres from the camera's centre to the points of the places."""
+        """Name of a place -> metres from the camera's centre to its point."""
         return {
             name: float(np.linalg.norm(point - self.centre)) for name, point in self.places.items()
         }
 
     def in_camera(self, point: np.ndarray) -> np.ndarray:
-        """A world point [3] in the camera's frame (x right, y down, z forward)."""
+        """Returns a world point [3] in the camera's frame (x right, y down, z forward)."""
         return self.world_from_camera[:3, :3].T @ (point - self.centre)
 
 
 def space_size(points: np.ndarray, up: np.ndarray) -> float:
-    """Longest horizontal extent of points [M, 3], metres; see `space_size` above.
+    """Returns the longest horizontal extent of points [M, 3], metres; see the kind of this name.
 
     Args:
         points: world frame.
@@ -105,36 +105,36 @@ def space_size(points: np.ndarray, up: np.ndarray) -> float:
     """
     first = np.cross(up, np.eye(3)[np.argmin(np.abs(up))])
     first /= np.linalg.norm(first)
-    angles = np.arange(DIRECTIONS) * np.pi / DIRECTIONS
+    angles = np.arange(SPACE_DIRECTIONS) * np.pi / SPACE_DIRECTIONS
     directions = np.outer(np.cos(angles), first) + np.outer(np.sin(angles), np.cross(up, first))
     low, high = np.percentile(directions @ points.T, (1, 99), axis=1)
     return float((high - low).max())
 
 
 class Questioner:
-    """Asks about the scenes of one split and keeps the answers balanced over all of them."""
+    """Makes questions about the scenes of one split, with answers balanced over all of them."""
 
     def __init__(self, views: Sequence[SeenView], up: np.ndarray, rng: np.random.Generator):
-        """Takes the measure of a split.
+        """Counts the distances of a split.
 
         Args:
-            views: all views that the scenes are made of.
+            views: all views of the split's scenes.
             up: unit vector [3] against gravity, world frame.
-            rng: the only source of chance.
+            rng: source of all random draws.
         """
         self._up, self._rng = up, rng
-        self._answers: Counter = Counter()  # (kind, place, answer) -> times asked
+        self._answers: Counter = Counter()  # (kind, place, answer) -> questions
         self._bins = Counter(
             (name, _bin(distance)) for view in views for name, distance in view.distances.items()
         )
 
     def ask(self, scene_id: str, views: Sequence[SeenView], count: int) -> list[dict]:
-        """At most `count` question records of a scene, the kinds in turn.
+        """Returns question records of a scene, the kinds in turn.
 
         Args:
-            scene_id: of the scene; the records' ids begin with it.
-            views: in the scene's order; view 1 is the first.
-            count: fewer come where the views do not give as many.
+            scene_id: the scene's id; the records' ids begin with it.
+            views: the scene's views in order; view 1 is the first.
+            count: number of records; fewer if the views do not give as many.
         """
         turns = deque((kind, make(self, views)) for kind, make in KINDS.items())
         records = []
@@ -152,7 +152,7 @@ class Questioner:
         return [items[k] for k in self._rng.permutation(len(items))]
 
     def _same_place(self, views: Sequence[SeenView]) -> list[tuple[int, int, str]]:
-        """Places that two views have, (view, other view, place), all in random order."""
+        """Returns (view, other view, place) of places that both views have, in random order."""
         return [
             (*self._shuffled(pair), place)
             for pair, place in self._shuffled(
@@ -162,7 +162,7 @@ class Questioner:
         ]
 
     def _next_answer(self, kind: str, place: str, answers: tuple[str, str]) -> str:
-        """The answer that is behind for this wording, by chance where none is; it is counted."""
+        """Returns and counts the answer that this wording had less often, a random one on a tie."""
         one, other = self._shuffled(answers)
         counts = self._answers
         answer = one if counts[kind, place, one] <= counts[kind, place, other] else other
@@ -172,7 +172,7 @@ class Questioner:
     def _surface_distance(self, views: Sequence[SeenView]) -> Iterator[dict]:
         candidates = [(n, place) for n, view in enumerate(views) for place in view.places]
         rarity = np.array([1 / self._bins[p, _bin(views[n].distances[p])] for n, p in candidates])
-        # Sorting by these keys is drawing without replacement with these weights.
+        # Sorting by these keys draws without replacement, with weights of rarity.
         for k in np.argsort(self._rng.exponential(size=len(candidates)) / rarity):
             n, place = candidates[k]
             point, distance = views[n].in_camera(views[n].places[place]), views[n].distances[place]
@@ -193,7 +193,7 @@ class Questioner:
             near, far = (views[n].distances[place] for n in (a, b))
             if near > far:
                 a, b, near, far = b, a, far, near
-            if far < (1 + CLEARLY_NEARER) * near:
+            if far < MIN_DISTANCE_RATIO * near:
                 continue
             named_first = self._next_answer("nearer_view", place, ("nearer", "farther"))
             one, two = (a, b) if named_first == "nearer" else (b, a)
@@ -209,7 +209,7 @@ class Questioner:
         for a, b in self._shuffled(itertools.combinations(range(len(views)), 2)):
             motion = views[b].in_camera(views[a].centre)
             distance = float(np.linalg.norm(motion))
-            if distance < LEAST_MOTION:
+            if distance < MIN_CAMERA_MOTION:
                 continue
             text = f"{distance:.2f}" if distance < 1 else f"{distance:.1f}"
             question = (
@@ -224,7 +224,7 @@ class Questioner:
             yield _number(question, text, rationale)
 
     def _space_size(self, views: Sequence[SeenView]) -> Iterator[dict]:
-        for n in self._shuffled(range(len(views) + (len(views) > 1)))[:SIZES]:
+        for n in self._shuffled(range(len(views) + (len(views) > 1)))[:MAX_SPACE_SIZES]:
             alone = n < len(views)
             where = f"in view {n + 1}" if alone else "in all views together"
             shown = [views[n]] if alone else views
@@ -241,10 +241,10 @@ class Questioner:
         candidates = itertools.product(self._same_place(views), range(len(views)))
         for (a, b, place), seer in self._shuffled(candidates):
             points = [views[seer].in_camera(views[n].places[place]) for n in (a, b)]
-            if min(point[2] for point in points) < IN_FRONT:
+            if min(point[2] for point in points) < MIN_POINT_DEPTH:
                 continue
             one, two = (np.arctan2(x, z) for x, _, z in points)
-            if abs(one - two) < ASIDE:
+            if abs(one - two) < MIN_SIDE_ANGLE:
                 continue
             side = self._next_answer("left_right", place, ("left", "right"))
             if (side == "left") != (one < two):
@@ -262,7 +262,7 @@ class Questioner:
     def _above_below(self, views: Sequence[SeenView]) -> Iterator[dict]:
         for a, b, place in self._same_place(views):
             rise = float((views[a].places[place] - views[b].places[place]) @ self._up)
-            if abs(rise) < CLEARLY_HIGHER:
+            if abs(rise) < MIN_HEIGHT_DIFFERENCE:
                 continue
             answer = self._next_answer("above_below", place, ("higher", "lower"))
             if (answer == "higher") != (rise > 0):
@@ -278,12 +278,12 @@ class Questioner:
 
 
 def _sideways(angle: float) -> str:
-    """An angle from a camera's axis in words; to the right is positive."""
+    """Returns an angle from a camera's axis in words; to the right is positive."""
     return f"{abs(np.degrees(angle)):.0f} degrees {'left' if angle < 0 else 'right'}"
 
 
 def _bin(distance: float) -> int:
-    return int(np.floor(np.log(distance) / BIN))
+    return int(np.floor(np.log(distance) / LOG_DISTANCE_BIN))
 
 
 def _number(question: str, text: str, rationale: str) -> dict:
@@ -304,4 +304,4 @@ KINDS = {
     "left_right": Questioner._left_right,
     "above_below": Questioner._above_below,
 }
-"""Kind -> what drafts its questions."""
+"""Kind -> method that drafts its questions."""

@@ -5,10 +5,10 @@ four float32 [4, 4]: intrinsic of colour, extrinsic of colour, intrinsic of dept
 depth; int32 compression of colour and of depth; uint32 width and height of colour, then of depth;
 float32 depth_shift; uint64 number of frames. A frame: float32 [4, 4] camera-to-world, uint64 two
 time stamps and the bytes of colour and of depth, then these bytes. What follows the frames
-(inertial data) is not read, nor are the extrinsics, which are the identity in ScanNet: as
-everywhere here, both cameras stand at the same place.
+(inertial data) is not read, nor are the extrinsics, which are the identity in ScanNet: both cameras
+are taken to have the same position and axes.
 
-Only headers are read on opening, of a frame 96 bytes; pictures are decoded on demand.
+Opening a file reads headers only, 96 bytes per frame; pictures are decoded on demand.
 """
 
 import dataclasses
@@ -23,34 +23,35 @@ from PIL import Image
 from geode_jax.errors import UserError
 from geode_jax.exports import files
 from geode_jax.exports.pictures import orientation, read_picture
-from geode_jax.sources.rgbd.sequence import Dropped, Given, of_one_view, rigid, to_metres
+from geode_jax.sources.rgbd.intrinsics import Given, of_one_view
+from geode_jax.sources.rgbd.sequence import Dropped, rigid, to_metres
 
 VERSION = 4
 COLOR = {-1: "unknown", 0: "raw", 1: "png", 2: "jpeg"}
-"""Compressions of colour by their number; png and jpeg are read."""
+"""Number -> compression of colour; png and jpeg are read."""
 DEPTH = {-1: "unknown", 0: "raw_ushort", 1: "zlib_ushort", 2: "occi_ushort"}
-"""Compressions of depth by their number; raw_ushort and zlib_ushort are read."""
+"""Number -> compression of depth; raw_ushort and zlib_ushort are read."""
 
 _CAMERAS, _SIZES, _FRAME = struct.Struct("<64f"), struct.Struct("<2i4IfQ"), struct.Struct("<16f4Q")
-_LONGEST_NAME = 4096
+_MAX_NAME_BYTES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class SensFile:
-    """A `.sens` file; an `RgbdSequence` that holds no open file. Make it by `open_sens`.
+    """A `.sens` file as an `RgbdSequence`, made by `open_sens`; it keeps no file open.
 
     Attributes:
-        path: of the file.
-        sensor: its name.
+        path: the file.
+        sensor: the sensor's name.
         names: "0", "1", ...: the numbers of the frames.
         color_size, depth_size: (width, height).
         color_intrinsic, depth_intrinsic: [3, 3] at these sizes, pixel centres at integers.
-            `rgbd_sequence.resized` takes one to another size.
+            `intrinsics.resized` scales them to other sizes.
         color_format: jpeg or png.
         depth_format: zlib_ushort or raw_ushort.
         depth_scale: stored value of one metre (the file's depth_shift).
         poses: [n, 4, 4] float32 camera-to-world as stored; -inf where tracking was lost.
-        places: [n, 3] int64: where a frame's colour begins, bytes of its colour, of its depth.
+        places: [n, 3] int64: offset of a frame's colour, bytes of its colour, bytes of its depth.
         notes: what was corrected on reading, a line each.
     """
 
@@ -59,7 +60,7 @@ class SensFile:
     names: tuple[str, ...]
     color_size: tuple[int, int]
     depth_size: tuple[int, int]
-    color_intrinsic: np.ndarray
+    color_intrinsic: np.ndarray | None
     depth_intrinsic: np.ndarray
     color_format: str
     depth_format: str
@@ -69,25 +70,25 @@ class SensFile:
     notes: tuple[str, ...] = ()
 
     def read_pose(self, name: str) -> np.ndarray:
-        """World-from-camera [4, 4], OpenCV axes, rotation exactly orthonormal.
+        """Returns world-from-camera [4, 4], OpenCV axes, rotation exactly orthonormal.
 
         Raises:
-            Dropped: not finite (tracking was lost), not a rigid motion.
+            Dropped: the pose is not finite (tracking was lost) or not a rigid motion.
         """
         return rigid(self.poses[int(name)].astype(np.float64))
 
     def read_stored_depth(self, name: str) -> np.ndarray:
-        """Depth [height, width] uint16 as stored, 0 = missing.
+        """Returns depth [height, width] uint16 as stored, 0 = missing.
 
         Raises:
-            Dropped: damaged, or of another size.
+            Dropped: the image is damaged or of another size.
         """
         start, color, size = self.places[int(name)].tolist()
         stored = self._read(start + color, size)
         width, height = self.depth_size
         if self.depth_format == "zlib_ushort":
             unpacker = zlib.decompressobj()
-            try:  # one byte more than there may be: nothing that a file says takes all memory
+            try:  # at most one byte too many, so that a damaged file cannot fill the memory
                 stored = unpacker.decompress(stored, 2 * width * height + 1)
             except zlib.error:
                 raise Dropped("unreadable depth image") from None
@@ -96,18 +97,19 @@ class SensFile:
         return np.frombuffer(stored, "<u2").reshape(height, width)
 
     def read_depth(self, name: str) -> np.ndarray:
-        """Depth [height, width] float32 metres, 0 = missing.
+        """Returns depth [height, width] float32 metres, 0 = missing.
 
         Raises:
-            Dropped: damaged, of another size, without any depth.
+            Dropped: the image is damaged, of another size, or without any depth.
         """
         return to_metres(self.read_stored_depth(name), self.depth_scale)
 
     def read_color(self, name: str) -> Image.Image:
-        """The colour image, RGB.
+        """Returns the colour image, RGB.
 
         Raises:
-            Dropped: damaged, of another size, or with an orientation flag, which depth has not.
+            Dropped: the image is damaged, of another size, or has an orientation flag, which depth
+                cannot have.
         """
         start, size, _ = self.places[int(name)].tolist()
         try:
@@ -128,11 +130,11 @@ class SensFile:
 
 
 def open_sens(path: str | Path) -> SensFile:
-    """Reads the headers of a file and of all its frames.
+    """Returns a file of which the headers have been read, also those of all frames.
 
     Raises:
-        UserError: it cannot be read, is truncated (the line says in which frame), is of another
-            version, is compressed in a way that is not read, or has no possible camera.
+        UserError: the file cannot be read, is truncated (the message names the frame), has another
+            version or compression, or an impossible camera.
     """
     path = Path(path)
     try:
@@ -156,7 +158,7 @@ def _read_headers(path: Path, file, end: int) -> SensFile:
     if version != VERSION:
         raise UserError(f"{path}: version {version} of .sens; {VERSION} is read")
     (length,) = struct.unpack("<Q", take(8, header))
-    if length > _LONGEST_NAME:
+    if length > _MAX_NAME_BYTES:
         raise UserError(f"{path}: not a .sens file: the sensor's name has {length} bytes")
     sensor = take(length, header).decode("utf-8", "replace")
     cameras = np.array(_CAMERAS.unpack(take(_CAMERAS.size, header))).reshape(4, 4, 4)
@@ -169,14 +171,9 @@ def _read_headers(path: Path, file, end: int) -> SensFile:
         raise UserError(f"{path}: depth_shift {scale} is no number of units in a metre")
     if not 0 < min(sizes) <= max(sizes) < 1 << 16:
         raise UserError(f"{path}: images of {sizes} pixels")
-    color_size, depth_size = tuple(sizes[:2]), tuple(sizes[2:])
-    color_given, depth_given = (
-        Given(f"{path}: {what}", k[:3, :3], size)
-        for what, k, size in (
-            ("colour", cameras[0], color_size),
-            ("depth", cameras[2], depth_size),
-        )
-    )
+    color_size, depth_size = (sizes[0], sizes[1]), (sizes[2], sizes[3])
+    color_given = Given(f"{path}: colour", cameras[0, :3, :3], color_size)
+    depth_given = Given(f"{path}: depth", cameras[2, :3, :3], depth_size)
     for one in (color_given, depth_given):
         if not one.matrix[1, 1] > 0:
             raise UserError(
@@ -210,6 +207,7 @@ def _read_headers(path: Path, file, end: int) -> SensFile:
 
 
 def _known(path: Path, what: str, number: int, names: dict[int, str], read) -> str:
+    """Returns the name of a compression; raises UserError if it is not in `read`."""
     name = names.get(number, str(number))
     if name not in read:
         rule = f"{what} is compressed as {name}; read are {' and '.join(read)}"

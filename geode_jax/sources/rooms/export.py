@@ -1,36 +1,12 @@
-"""Rooms: the embedded data set. Deterministic indoor scenes, their exact answers, as an export.
+"""Synthetic rooms as an export, the data set that needs no download.
 
-A scene is a rectangular room with 6 to 10 upright boxes (furniture of 16 categories) seen by a
-camera on a short walk of four views. Scene `index` of seed `seed` is a pure function of these two
-numbers. `make_rooms` writes the array contract of `exports`; nothing here needs JAX.
+A scene is a rectangular room with 6 to 10 upright boxes (furniture of 16 categories), seen by a
+camera in the four views of a short walk. Scene `index` of seed `seed` is a pure function of these
+two numbers. `make_rooms` writes the array contract (`exports`) with the tensors of `arrays.py`, the
+questions of `questions.room`, and, if requested, square pictures of the four views. At 32 pixels a
+side the pictures are the pixels from which the tokens are made. Nothing here needs JAX.
 
-What stands in for a pre-trained vision encoder. `vggt/tokens` [4, 64, 76] is a fixed function of
-what the camera sees. A patch is 4 x 4 pixels of a 32 x 32 image; its 2 x 2 sub-cells, row-major,
-give 13 numbers each:
-
-    point / 4 (world), depth / 4, normal (world), mean colour, contrast, two texture slopes
-
-(point, depth, normal at the sub-cell's centre; the other numbers over its 2 x 2 pixels: mean
-colour in [0, 1], standard deviation of the luminance, mean slopes of `raycast.shade`), followed by
-sin and cos of 2 pi f p for the point p seen at the patch centre, f in `FREQUENCIES`, [3 axes, 4
-frequencies, (sin, cos)]. No identity, category or box enters it.
-
-What stands in for a pre-trained point encoder. `sonata/coord` [G, 3] and `sonata/features`
-[G, 10] are the occupied VOXEL-metre voxels of the points at the sub-cells' centres (1,024 of all
-views): mean place, and mean colour, normal, contrast and texture slopes, and the log of 1 + their
-number / 8. `sonata/frame` [G] is the view that most of a voxel's points are of, the first of
-equals. The places are metres, z up, the room centred in x and y, its floor at 0: what
-`frames.to_sonata_frame` makes of a reconstruction.
-
-The teacher is the exact oracle, not a model: `features` = share of the 16 pixels of a patch per
-category (last column: room surfaces); `depth_bins` = the depth at the patch centre, shared between
-its two neighbours of `depth_bin_centres(16)` linearly in log depth; `detection_probs` = one-hot
-category of each box; `relations` = see `room_questions.pair_relations`.
-
-`images`, where asked for, are square pictures of the four views. At 32 pixels a side they are the
-very pixels of which the tokens are made.
-
-Nothing measured on rooms compares with numbers measured on real scenes.
+Results on rooms do not compare with results on real scenes.
 """
 
 import concurrent.futures.process
@@ -57,40 +33,29 @@ from geode_jax.sources.rooms.scene import (
     seed_and_index,
 )
 from geode_jax.sources.stand_ins import TOKEN_WIDTH
-from geode_jax.sources.workers import deaf_to_ctrl_c
+from geode_jax.sources.workers import shielded_from_ctrl_c
 
-DEPTH_SIDE = 2 * GRID
-"""Side of the depth maps and segmentations."""
 PRODUCER = {
     "project": "geode_jax rooms",
     "commit": "rooms version 6",
     "weights": "none: tokens are a fixed function of the true geometry and colour",
     "licence": "CC0-1.0",
 }
-"""The version changes with anything that the generator makes of a scene id."""
+"""The version goes up with every change of what the generator makes of a scene id."""
 TEST_SEED_OFFSET = 1_000_000
-"""The test split of seed s is made of the first scenes of seed s + this."""
-
-
-# -------------------------------------------------------------------------------------- scenes
-
-
-# --------------------------------------------------------------------------------------- arrays
+"""The test split of seed s has the first scenes of seed s + TEST_SEED_OFFSET."""
 
 
 def questions(scene: RoomScene, seen: Observation) -> list[dict]:
-    """Question records of a scene, drawn from random streams of their own, see `make_questions`."""
+    """Returns the question records of a scene, drawn from two random streams of its own."""
     numbers = seed_and_index(scene.scene_id)
-    streams = (np.random.default_rng([*numbers, stream]) for stream in (1, 2))
-    return make_questions(seen_room(scene, seen), *streams)
-
-
-# --------------------------------------------------------------------------------------- export
+    rng, box_rng = (np.random.default_rng([*numbers, stream]) for stream in (1, 2))
+    return make_questions(seen_room(scene, seen), rng, box_rng)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """What a worker process needs to write one scene."""
+    """Input of a worker process that writes one scene."""
 
     folder: str
     manifest: dict
@@ -101,7 +66,7 @@ class _Job:
 
 
 def _write(job: _Job) -> tuple[dict, list[dict]]:
-    """Makes and writes one scene; returns its manifest entry and its questions."""
+    """Writes one scene; returns its manifest entry and its questions."""
     scene, seen = make_and_observe(job.seed, job.index)
     arrays, teacher = scene_arrays(scene, seen), teacher_arrays(scene, seen)
     if job.images:
@@ -113,7 +78,10 @@ def _write(job: _Job) -> tuple[dict, list[dict]]:
 
 
 def plan_splits(scenes: int, seed: int, test_scenes: int | None) -> list[tuple[int, int, str]]:
-    """(seed, index, split) of every scene: each fifth validates, the test set has its own seed."""
+    """Returns (seed, index, split) of every scene.
+
+    Every fifth scene of `seed` is for validation; test scenes have a seed of their own.
+    """
     if test_scenes is None:
         test_scenes = max(scenes // 16, int(scenes >= 4))
     plan = [(seed, index, "val" if index % 5 == 4 else "train") for index in range(scenes)]
@@ -134,18 +102,19 @@ def make_rooms(
 ) -> None:
     """Writes an export of rooms.
 
-    The content depends on `scenes`, `seed`, `test_scenes` and `images` only, never on `workers`.
+    The content depends on `scenes`, `seed`, `test_scenes` and `images`, not on `workers`.
 
     Args:
         folder: absent, empty, or an unfinished export of rooms.
-        scenes: train and val scenes together, 80 : 20.
-        seed: of train and val; test scenes come from seed + TEST_SEED_OFFSET.
-        test_scenes: scenes // 16 where None, at least 1 from 4 scenes on.
-        images: side in pixels of `images` [4, side, side, 3]; 0 writes none. At 448 they take
-            2.4 MB and about 0.5 s a scene, at GRID * PIXELS = 32 12 kB and no time.
-        workers: processes; all available cores where None. 1 works in this process. More are
-            spawned, so a script that calls this needs the `if __name__ == "__main__"` guard.
-        progress: show a progress bar on stderr.
+        scenes: number of train and val scenes together, 80 : 20.
+        seed: seed of train and val; test scenes have seed + TEST_SEED_OFFSET.
+        test_scenes: number of test scenes; None means scenes // 16, at least 1 from 4 scenes on.
+        images: side in pixels of `images` [4, side, side, 3]; 0 writes none. A side of 448 takes
+            2.4 MB and about 0.5 s a scene, a side of GRID * PATCH_SIDE = 32 takes 12 kB and no
+            time.
+        workers: number of processes; None means all available cores, and 1 means this process.
+            Others are spawned, so a script needs the `if __name__ == "__main__"` guard.
+        progress: whether to show a progress bar on stderr.
 
     Raises:
         ExportError: the folder cannot be written, see `exports.ExportWriter`.
@@ -182,21 +151,21 @@ def make_rooms(
 
 
 def _run(jobs: list[_Job], workers: int):
-    """Results of the jobs in their order."""
+    """Yields the results of the jobs in order."""
     if workers <= 1:
         yield from map(_write, jobs)
         return
-    # Spawn: no fork of a process that may hold threads or an accelerator.
+    # Not fork: this process may hold threads or an accelerator.
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
     try:
-        with deaf_to_ctrl_c():
+        with shielded_from_ctrl_c():
             chunk = max(1, min(32, len(jobs) // (4 * workers)))
             results = pool.map(_write, jobs, chunksize=chunk)
         yield from results
     except concurrent.futures.process.BrokenProcessPool:
         raise UserError(
-            "rooms: a worker was killed, for want of memory perhaps; try fewer --workers"
+            "rooms: a worker was killed, perhaps because memory ran out; try fewer --workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,7 +1,7 @@
-"""Furniture and camera walks of the embedded rooms: categories, sizes, placing, paths.
+"""Furniture and camera walks of synthetic rooms: categories, sizes, places, paths.
 
 Everything is drawn from a numpy Generator, so a scene is a pure function of its seed. Frames and
-boxes as in `raycast`; no box overlaps another, and none is far from what its category may be.
+boxes are those of `raycast`. No box overlaps another, and sizes stay close to their category's.
 """
 
 import colorsys
@@ -11,18 +11,27 @@ import functools
 import numpy as np
 
 from geode_jax.geometry.upright_boxes import footprint_gaps, footprints
-from geode_jax.sources.questions import asker
+from geode_jax.sources.questions import margins
 from geode_jax.sources.rooms import raycast
 
 VIEWS = 4
-MOST_OBJECTS = 10
+"""Views of a synthetic room."""
+MAX_OBJECTS = 10
+"""Largest number of objects in a room."""
 CLEARANCE = 0.08
 """Objects that do not touch are at least this far apart, metres."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Category:
-    """Priors of a category: typical size x, y, z in metres, HSV colour, texture, its period."""
+    """Priors of a category.
+
+    Attributes:
+        name: noun.
+        size: typical x, y, z in metres.
+        hsv: hue, saturation and value in [0, 1].
+        pattern, period: texture, see `raycast.Appearance`; the period in metres.
+    """
 
     name: str
     size: tuple[float, float, float]
@@ -57,7 +66,14 @@ _SIZES = np.array([category.size for category in CATEGORIES])
 
 @dataclasses.dataclass(frozen=True)
 class RoomObject:
-    """One box: category (index into its scene's nouns), RGB albedo, texture, box (7,) in metres."""
+    """A piece of furniture.
+
+    Attributes:
+        category: index into its scene's nouns.
+        colour: RGB albedo in [0, 1].
+        pattern, period, phase: texture, see `raycast.Appearance`.
+        box: (7,) metres and radians.
+    """
 
     category: int
     colour: tuple[float, float, float]
@@ -71,9 +87,10 @@ class RoomObject:
 
 
 def sample_sizes(rng: np.random.Generator, categories: np.ndarray) -> np.ndarray:
-    """A size [k, 3] (x >= y, z) for each of k categories.
+    """Returns a size [k, 3] (x >= y, z) for each of k categories, metres.
 
-    0.6 to 1.6 times the typical size, then 0.83 to 1.2 times per edge, edges 0.4 to 2.4 m.
+    The typical size is scaled by 0.6 to 1.6, then each edge by 0.83 to 1.2; edges stay within 0.4
+    and 2.4 m.
     """
     scale = np.exp(rng.uniform(np.log(0.6), np.log(1.6), (len(categories), 1)))
     jitter = np.exp(rng.uniform(-0.18, 0.18, (len(categories), 3)))
@@ -81,9 +98,9 @@ def sample_sizes(rng: np.random.Generator, categories: np.ndarray) -> np.ndarray
 
 
 def tidy_sizes(size: np.ndarray) -> np.ndarray:
-    """Sizes [..., 3] with the longer horizontal edge first.
+    """Returns sizes [..., 3] with the longer horizontal edge first, in even millimetres.
 
-    In even millimetres: then a centre is a whole millimetre, and text keeps boxes exactly.
+    Then centres are whole millimetres, and boxes written as text are exact.
     """
     size = np.round(size / 0.002) * 0.002
     level = np.sort(size[..., :2], axis=-1)[..., ::-1]
@@ -91,7 +108,10 @@ def tidy_sizes(size: np.ndarray) -> np.ndarray:
 
 
 def sample_room(rng: np.random.Generator) -> np.ndarray:
-    """Size (x, y, z) of a room: edges 3 to 8 m, the area log-uniform in 10 to 56 square metres."""
+    """Returns the size (x, y, z) of a room in metres.
+
+    Edges are 3 to 8 m; the area is log-uniform in 10 to 56 square metres.
+    """
     area = np.exp(rng.uniform(np.log(10), np.log(56)))
     x = np.exp(rng.uniform(np.log(max(3, area / 8)), np.log(min(8, area / 3))))
     return np.round(np.array([x, area / x, rng.uniform(2.4, 3.2)]) / 0.002) * 0.002
@@ -99,7 +119,7 @@ def sample_room(rng: np.random.Generator) -> np.ndarray:
 
 @functools.cache
 def typical_lengths() -> dict[str, float]:
-    """Median of the longest edge by category noun, metres."""
+    """Returns the median of the longest edge by category noun, metres."""
     rng = np.random.default_rng(1)
     return {
         name: float(np.median(sample_sizes(rng, np.full(2_000, category)).max(-1)))
@@ -109,27 +129,28 @@ def typical_lengths() -> dict[str, float]:
 
 @functools.cache
 def larger_prior() -> dict[tuple[str, str], float]:
-    """P(volume of a > volume of b) by category nouns, among pairs that differ by SIZE_RATIO.
+    """Returns P(volume of a > volume of b) by the category nouns (a, b).
 
-    By Monte Carlo from the size priors with a fixed seed.
+    Only pairs whose volumes differ by MIN_VOLUME_RATIO count. Monte Carlo from the size priors,
+    with a fixed seed.
     """
     rng = np.random.default_rng(0)
     every = np.repeat(np.arange(len(NAMES)), 20_000)
     volumes = sample_sizes(rng, every).prod(-1).reshape(len(NAMES), -1)
     larger = np.empty((len(NAMES),) * 2)
     for a, volume in enumerate(volumes):
-        larger[a] = (volume >= asker.SIZE_RATIO * volumes).mean(-1)
+        larger[a] = (volume >= margins.MIN_VOLUME_RATIO * volumes).mean(-1)
     prior = larger / np.maximum(larger + larger.T, 1e-9)
     return {(a, b): float(prior[i, j]) for i, a in enumerate(NAMES) for j, b in enumerate(NAMES)}
 
 
 def _paint(rng: np.random.Generator, category: int, size: np.ndarray, place: np.ndarray):
-    """The object of this category with jittered colour and texture at (x, y, bottom z, yaw)."""
+    """Returns an object at (x, y, bottom z, yaw), its colour and texture jittered."""
     prior = CATEGORIES[category]
     jitter = rng.uniform(-1, 1, 7)
     hue, saturation, value = np.array(prior.hsv) + jitter[:3] * (0.015, 0.1, 0.08)
-    # A box has no front: half a turn changes nothing. Yaw is kept in [-pi / 4, 3 pi / 4), whose
-    # ends are far from the yaws of things along walls.
+    # Half a turn does not change a box. Yaw is kept in [-pi / 4, 3 pi / 4), whose ends are far
+    # from the yaws of objects along walls.
     yaw = (place[3] + np.pi / 4) % np.pi - np.pi / 4
     box = np.round([*place[:2], place[2] + size[2] / 2, *size, 0.0], 3)
     box[6] = round(yaw, 4)
@@ -148,13 +169,14 @@ def _paint(rng: np.random.Generator, category: int, size: np.ndarray, place: np.
 # Candidates are [K, 4]: x, y, bottom z, yaw.
 
 _TRIES = 32
+"""Candidates for the place of an object."""
 
 
 def _on_floor(rng: np.random.Generator, size: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """Half of the candidates anywhere at any yaw, half along a wall."""
+    """Returns candidates on the floor, half of them anywhere at any yaw and half along a wall."""
     draw = rng.random((6, _TRIES))
     spread = draw[:2] - 0.5
-    # Along a wall: a little turned; the outermost corner stays inside by the test of `_place`.
+    # Objects along a wall are turned a little; `_place` rejects those that reach outside.
     wall = (4 * draw[3]).astype(int)
     tilted = (wall % 2) * (np.pi / 2) + 0.2 * (draw[4] - 0.5)
     cos, sin = np.abs(np.cos(tilted)), np.abs(np.sin(tilted))
@@ -174,7 +196,7 @@ def _on_floor(rng: np.random.Generator, size: np.ndarray, room: np.ndarray) -> n
 
 
 def _next_to(rng, size: np.ndarray, anchor: np.ndarray, gaps: tuple[float, float]) -> np.ndarray:
-    """On the floor, faces parallel to those of the box `anchor`, at a gap in this range."""
+    """Returns candidates on the floor, parallel to the box `anchor`, at a gap within `gaps`."""
     side = rng.integers(4, size=_TRIES)
     turned = rng.integers(2, size=_TRIES)
     half = np.where(turned[:, None] == 0, size[:2], size[1::-1]) / 2
@@ -191,7 +213,7 @@ def _next_to(rng, size: np.ndarray, anchor: np.ndarray, gaps: tuple[float, float
 
 
 def _on_top(rng, size: np.ndarray, anchor: np.ndarray) -> np.ndarray:
-    """Standing on the box `anchor`; candidates whose footprint sticks out are left out."""
+    """Returns candidates on top of the box `anchor`, with their footprints inside its own."""
     turn = rng.uniform(-np.pi, np.pi, _TRIES)
     cos, sin = np.abs(np.cos(turn)), np.abs(np.sin(turn))
     reach = np.stack([cos * size[0] + sin * size[1], sin * size[0] + cos * size[1]], 1) / 2
@@ -205,14 +227,14 @@ def _on_top(rng, size: np.ndarray, anchor: np.ndarray) -> np.ndarray:
 
 
 def _place(candidates, size, placed: np.ndarray, clearance: np.ndarray, room) -> np.ndarray | None:
-    """The first candidate inside the room that keeps `clearance` [M] from the boxes `placed`."""
+    """Returns the first candidate in the room that keeps `clearance` [M] from M boxes."""
     if not len(candidates):
         return None
     boxes = candidates[:, [0, 1, 2, 2, 2, 2, 3]]
     boxes[:, 3:6] = size
     corners = footprints(boxes)
-    inside = np.abs(corners.real).max(0) < room[0] / 2 - 0.01
-    inside &= np.abs(corners.imag).max(0) < room[1] / 2 - 0.01
+    inside = np.abs(np.real(corners)).max(0) < room[0] / 2 - 0.01
+    inside &= np.abs(np.imag(corners)).max(0) < room[1] / 2 - 0.01
     inside &= candidates[:, 2] + size[2] < room[2] - 0.1
     if len(placed):
         inside &= (footprint_gaps(boxes, placed) >= clearance).all(1)
@@ -221,21 +243,21 @@ def _place(candidates, size, placed: np.ndarray, clearance: np.ndarray, room) ->
 
 
 def _choose_categories(rng) -> tuple[list[int], list[int]]:
-    """Categories that occur once (5 or 6 of them) and the list of those that occur 2 to 5 times."""
+    """Returns 5 or 6 categories that occur once, and those that occur 2 to 5 times, repeated."""
     order = [int(category) for category in rng.permutation(len(CATEGORIES))]
     repeats = [[3, 2], [4], [5]][int(rng.integers(3))]
     many = [order.pop() for _ in repeats]
-    most = MOST_OBJECTS - sum(repeats)
+    most = MAX_OBJECTS - sum(repeats)
     once = [order.pop() for _ in range(int(rng.integers(5, most + 1)))]
     return once, [c for c, times in zip(many, repeats, strict=True) for _ in range(times)]
 
 
 def furnish(rng, room: np.ndarray) -> tuple[list[RoomObject], list[tuple[int, int]]]:
-    """Objects and contact pairs of a room; fewer objects than wished where the room is full.
+    """Returns the objects and contact pairs of a room; a full room gets fewer objects.
 
-    Single objects are paired off before anything is placed. For each pair a fair coin decides
-    whether its second touches its first (beside it or on top) or stands apart (near or anywhere),
-    so that the categories say nothing about the answer.
+    Single objects are paired before anything is placed. For each pair a fair coin decides whether
+    the second touches the first (beside it or on top) or stands apart (near or anywhere), so that
+    the categories do not predict the answer.
     """
     once, many = _choose_categories(rng)
     coins = [bool(rng.integers(2))]
@@ -246,7 +268,7 @@ def furnish(rng, room: np.ndarray) -> tuple[list[RoomObject], list[tuple[int, in
         plan += [(once[first], None, False), (once[first + 1], first, touching)]
     rest = [(category, None, False) for category in once[len(plan) :] + many]
     plan += [rest[k] for k in rng.permutation(len(rest))]
-    # Things of one category have nearly one size.
+    # Objects of one category have nearly the same size.
     categories = np.array([category for category, _, _ in plan])
     like = (categories == categories[:, None]).argmax(1)
     jitter = rng.uniform(-0.06, 0.06, (len(plan), 3)) * np.isin(categories, many)[:, None]
@@ -273,25 +295,25 @@ def furnish(rng, room: np.ndarray) -> tuple[list[RoomObject], list[tuple[int, in
 
 
 def _place_partner(rng, size, placed, clearance, room, anchor: int, touching: bool):
-    """A place that touches the box number `anchor`, or stays room_questions.APART from it."""
+    """Returns a place that touches box `anchor`, or keeps MIN_SEPARATION from it; None if full."""
     box = placed[anchor]
     clearance = clearance.copy()
     if not touching:
-        clearance[anchor] = asker.APART + 0.01
-        near = _next_to(rng, size, box, (asker.APART + 0.02, 0.8))
-        wishes = [near, _on_floor(rng, size, room)]
+        clearance[anchor] = margins.MIN_SEPARATION + 0.01
+        near = _next_to(rng, size, box, (margins.MIN_SEPARATION + 0.02, 0.8))
+        attempts = [near, _on_floor(rng, size, room)]
         if rng.random() < 0.5:
-            wishes.reverse()
+            attempts.reverse()
     else:
         clearance[anchor] = 0.002
-        wishes = [_next_to(rng, size, box, (0.004, 0.016))]
+        attempts = [_next_to(rng, size, box, (0.004, 0.016))]
         if rng.random() < 0.4:
             clearance_on_top = clearance.copy()
             clearance_on_top[anchor] = -1
             place = _place(_on_top(rng, size, box), size, placed, clearance_on_top, room)
             if place is not None:
                 return place
-    for candidates in wishes:
+    for candidates in attempts:
         place = _place(candidates, size, placed, clearance, room)
         if place is not None:
             return place
@@ -302,10 +324,10 @@ def _place_partner(rng, size, placed, clearance, room, anchor: int, touching: bo
 
 
 def walk(rng, room: np.ndarray, boxes: np.ndarray, views: int = VIEWS):
-    """Extrinsics [views, 3, 4] and field of view of a camera path, or None in a crowded room.
+    """Returns extrinsics [views, 3, 4] and field of view of a camera path; None in a full room.
 
-    Four styles, so that the order in which things come into view varies: around the room looking
-    inwards, turning on one spot, walking across, and a tour from object to object.
+    Paths have four styles, so that the order in which objects come into view varies: around the
+    room facing inwards, turning on one spot, walking across, and a tour from object to object.
     """
     eye, fov = rng.uniform(1.3, 1.7), np.deg2rad(rng.uniform(75, 95))
     free = rng.uniform(-0.5, 0.5, (128, 2)) * (room[:2] - 0.5)
@@ -323,22 +345,25 @@ def walk(rng, room: np.ndarray, boxes: np.ndarray, views: int = VIEWS):
     paths = [_path(rng, style, room, boxes, free, views) for _ in range(_PATHS)]
     spots, yaws = zip(*paths, strict=True)
     positions = np.concatenate([np.array(spots), np.full((_PATHS, views, 1), eye)], axis=-1)
-    paths = raycast.look(positions, np.array(yaws), np.tile(pitches, (_PATHS, 1)))
-    return paths[_most_seen(paths, boxes, fov)], fov
+    paths = raycast.camera_poses(positions, np.array(yaws), np.tile(pitches, (_PATHS, 1)))
+    return paths[_best_path(paths, boxes, fov)], fov
 
 
 _PATHS = 8
-_GLANCE = 7
+"""Camera paths of which the best is taken."""
+_PREVIEW_SIDE = 7
+"""Pixels along a side of the images by which paths are compared."""
 
 
-def _most_seen(paths: np.ndarray, boxes: np.ndarray, fov: float) -> int:
-    """Which of the paths [K, V, 3, 4] shows most objects, by tiny images.
+def _best_path(paths: np.ndarray, boxes: np.ndarray, fov: float) -> int:
+    """Returns the index of the path, of [K, V, 3, 4], that shows most objects.
 
-    An object counts fully from three pixels on; a view in which something comes into sight counts
-    like an object, so that there is an order of appearance to ask about.
+    Tiny images decide. An object counts fully from three pixels on. A view in which a new object
+    appears counts like two objects, so that there is an order of appearance to ask about.
     """
     views = paths.reshape(-1, 3, 4)
-    rays = raycast.pixel_rays(views, raycast.pinhole(fov, _GLANCE, _GLANCE), _GLANCE, _GLANCE)
+    side = _PREVIEW_SIDE
+    rays = raycast.pixel_rays(views, raycast.pinhole(fov, side, side), side, side)
     surface = raycast.first_box(boxes, raycast.camera_centres(views), rays)
     pixels = surface.reshape(*paths.shape[:2], -1, 1) == np.arange(len(boxes))
     pixels = pixels.sum(2)  # [K, V, N]
@@ -348,13 +373,13 @@ def _most_seen(paths: np.ndarray, boxes: np.ndarray, fov: float) -> int:
 
 
 def _path(rng, style: int, room, boxes, free, views: int):
-    """Positions [views, 2] among `free` and headings [views] of one attempt at a camera path."""
-    turn = rng.choice([-1, 1]) * VIEWS / views  # more views turn less from one to the next
+    """Returns positions [views, 2] out of `free`, and headings [views], of a random camera path."""
+    turn = rng.choice([-1, 1]) * VIEWS / views  # the more views, the smaller the turns between
     steps = np.arange(views)
     if style == 0:  # around the room
         angle = rng.uniform(0, 2 * np.pi) + turn * np.deg2rad(rng.uniform(45, 95)) * steps
-        wish = 0.36 * room[:2] * np.stack([np.cos(angle), np.sin(angle)], 1)
-        spots = _nearest(free, wish)
+        target_spots = 0.36 * room[:2] * np.stack([np.cos(angle), np.sin(angle)], 1)
+        spots = _nearest(free, target_spots)
         target = rng.normal(0, 0.12, (views, 2)) * room[:2]
     elif style == 1:  # on one spot
         spots = _nearest(free, free[rng.integers(len(free))] + rng.normal(0, 0.2, (views, 2)))
@@ -374,5 +399,6 @@ def _path(rng, style: int, room, boxes, free, views: int):
     return spots, np.arctan2(delta[:, 1], delta[:, 0])
 
 
-def _nearest(free: np.ndarray, wish: np.ndarray) -> np.ndarray:
-    return free[((free[None] - wish[:, None]) ** 2).sum(-1).argmin(1)]
+def _nearest(free: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Returns the positions out of `free` [n, 2] that are nearest to each of `target` [m, 2]."""
+    return free[((free[None] - target[:, None]) ** 2).sum(-1).argmin(1)]

@@ -1,10 +1,10 @@
 """Rays, oriented boxes and surfaces of a rectangular room, in plain numpy.
 
 Conventions. World: metres, z up, floor at z = 0, origin at the centre of the floor. A box is
-(centre x, y, z, size x, y, z, yaw), yaw in radians about z; every box stands upright, so a box is
-its footprint (a rotated rectangle) times a height interval. A room is (size x, size y, size z).
-Cameras are camera-from-world [V, 3, 4] with OpenCV axes; pixel centres are integers, so the image
-spans [-0.5, width - 0.5]. Ray directions have camera z = 1, hence the ray parameter IS the depth.
+(centre x, y, z, size x, y, z, yaw), yaw in radians about z. Every box stands upright, so it is its
+footprint (a rotated rectangle) times a height interval. A room is (size x, size y, size z).
+Cameras are camera-from-world [V, 3, 4] with OpenCV axes. Pixel centres are integers, so an image
+spans [-0.5, width - 0.5]. Ray directions have camera z = 1, so the ray parameter is the depth.
 
 Dimension key: N boxes, V views, R rays of a view, S = N + 6 surfaces (the boxes, then floor,
 ceiling, and the walls at -x, +x, -y, +y).
@@ -15,31 +15,26 @@ import dataclasses
 import numpy as np
 
 FLOOR, CEILING, WALLS = 0, 1, slice(2, 6)
-"""Positions of the room's own surfaces after the N boxes."""
+"""Indices of the room's own surfaces, counted from the N boxes on."""
 STRUCTURES = 6
+"""Number of the room's own surfaces."""
 
 _LIGHT = (np.array([0.35, 0.25, 0.9]) / np.linalg.norm([0.35, 0.25, 0.9])).astype(np.float32)
 _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 _TINY = np.float32(1e-30)
-"""Stands for a ray's component that is exactly zero."""
-
-
-# ------------------------------------------------------------------------------------- boxes
-
-
-# In the horizontal plane points are complex numbers x + iy: a rotation is one multiplication.
+"""Replaces components of rays that are exactly zero, which cannot be divided by."""
 
 
 # ----------------------------------------------------------------------------------- cameras
 
 
-def look(positions: np.ndarray, yaw: np.ndarray, pitch: np.ndarray) -> np.ndarray:
-    """Camera-from-world [..., 3, 4] of cameras without roll.
+def camera_poses(positions: np.ndarray, yaw: np.ndarray, pitch: np.ndarray) -> np.ndarray:
+    """Returns camera-from-world [..., 3, 4] of cameras without roll.
 
     Args:
-        positions: [..., 3].
+        positions: [..., 3] camera centres.
         yaw: [...] heading in radians, 0 = along x, anticlockwise.
-        pitch: [...] radians, negative looks down.
+        pitch: [...] radians, negative is downwards.
     """
     cos, sin = np.cos(yaw), np.sin(yaw)
     level, up = np.cos(pitch), np.sin(pitch)
@@ -51,18 +46,18 @@ def look(positions: np.ndarray, yaw: np.ndarray, pitch: np.ndarray) -> np.ndarra
 
 
 def pinhole(fov: float, height: int, width: int) -> np.ndarray:
-    """Intrinsic [3, 3] of a horizontal field of view `fov` (radians), square pixels."""
+    """Returns the intrinsic [3, 3] for a horizontal field of view (radians) and square pixels."""
     focal = width / 2 / np.tan(fov / 2)
     return np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1.0]])
 
 
 def camera_centres(extrinsic: np.ndarray) -> np.ndarray:
-    """World positions [V, 3] of cameras [V, 3, 4]."""
+    """Returns the centres [V, 3] of cameras [V, 3, 4] in the world."""
     return -np.einsum("vji,vj->vi", extrinsic[:, :, :3], extrinsic[:, :, 3])
 
 
 def pixel_rays(extrinsic: np.ndarray, intrinsic: np.ndarray, height: int, width: int):
-    """World ray directions with camera z = 1 through all pixel centres, [V, height * width, 3]."""
+    """Returns world ray directions [V, height * width, 3] through pixel centres, camera z = 1."""
     v, u = np.mgrid[:height, :width].reshape(2, -1).astype(np.float64)
     ones = np.ones_like(u)
     pixels = np.stack([u, v, ones], axis=-1)
@@ -75,15 +70,15 @@ def pixel_rays(extrinsic: np.ndarray, intrinsic: np.ndarray, height: int, width:
 
 @dataclasses.dataclass(frozen=True)
 class Hits:
-    """What each ray meets first; all arrays [V, R, ...].
+    """First hit of each ray; all arrays are [V, R, ...].
 
     Attributes:
         depth: camera z of the hit, metres.
-        surface: which surface, 0..N-1 a box, N + k the k-th of the room's six surfaces.
-        normal: unit normal of the face, world frame, towards the camera's side.
-        point: the hit in the world, metres.
-        plane: coordinates on the face in metres (horizontal, vertical; x, y on level faces),
-            in the frame of the box or of the room.
+        surface: index of the surface: 0 to N - 1 for boxes, N + k for the room's k-th surface.
+        normal: [V, R, 3] unit normal of the face, world frame, pointing to the camera's side.
+        point: [V, R, 3] the hit in the world, metres.
+        plane: [V, R, 2] coordinates on the face in metres (horizontal, vertical; x, y on level
+            faces), in the frame of the box or of the room.
     """
 
     depth: np.ndarray
@@ -94,9 +89,10 @@ class Hits:
 
 
 def cast(boxes: np.ndarray, room: np.ndarray, origins: np.ndarray, rays: np.ndarray) -> Hits:
-    """First hit of rays [V, R, 3] from origins [V, 3], which lie in the room and in no box.
+    """Returns the first hits of rays [V, R, 3] from origins [V, 3].
 
-    In float32: micrometres in a room, and half the time of float64.
+    The origins must be inside the room and outside all boxes. Computes in float32, which is
+    precise to micrometres in a room and takes half the time of float64.
     """
     count = len(boxes)
     boxes, room, origins, rays = (a.astype(np.float32) for a in (boxes, room, origins, rays))
@@ -106,7 +102,7 @@ def cast(boxes: np.ndarray, room: np.ndarray, origins: np.ndarray, rays: np.ndar
     depth = np.where(on_box, box_depth, wall_depth)
     face = np.where(on_box, box_axis, wall_axis)
     point = origins[:, None] + depth[..., None] * rays
-    # The room is one more frame, at the world's origin.
+    # The room's surfaces have a frame too, at the world's origin.
     frames = np.concatenate([boxes, np.zeros_like(boxes, shape=(1, 7))])
     frame = np.where(on_box, nearest, count)
     cos, sin = np.cos(frames[:, 6])[frame], np.sin(frames[:, 6])[frame]
@@ -120,15 +116,15 @@ def cast(boxes: np.ndarray, room: np.ndarray, origins: np.ndarray, rays: np.ndar
 
 
 def first_box(boxes: np.ndarray, origins: np.ndarray, rays: np.ndarray) -> np.ndarray:
-    """Index of the first box on each ray, -1 = none, [V, R]: `cast` without the details."""
+    """Returns the index [V, R] of the first box on each ray, -1 where there is none."""
     depth, _, nearest = _enter_boxes(*(a.astype(np.float32) for a in (boxes, origins, rays)))
     return np.where(np.isfinite(depth), nearest, -1)
 
 
 def _enter_boxes(boxes: np.ndarray, origins: np.ndarray, rays: np.ndarray):
-    """Depth (inf = none), axis of the face and index of the first box on each ray, [V, R] each.
+    """Returns the depth (inf = none), the face's axis and the index of the first box, [V, R] each.
 
-    Slab method: in the frame of a box a ray is inside between the last entry into and the first
+    Slab method: in the frame of a box, a ray is inside between the last entry into and the first
     exit from the three pairs of faces.
     """
     if not len(boxes):
@@ -156,8 +152,9 @@ def _enter_boxes(boxes: np.ndarray, origins: np.ndarray, rays: np.ndarray):
 
 
 def _leave_room(room: np.ndarray, origins: np.ndarray, rays: np.ndarray):
-    """Depth, axis and structure (0 floor to 5 wall at +y) where each ray ends, [V, R] each."""
-    low, high = room * np.float32([-0.5, -0.5, 0]), room * np.float32([0.5, 0.5, 1])
+    """Returns depth, axis and room surface (0 floor to 5 wall at +y) of each ray, [V, R] each."""
+    low = room * np.array([-0.5, -0.5, 0], np.float32)
+    high = room * np.array([0.5, 0.5, 1], np.float32)
     x, y, z = (
         (np.where(ray > 0, up, down) - start[:, None]) / np.where(ray == 0, _TINY, ray)
         for ray, down, up, start in zip(np.moveaxis(rays, -1, 0), low, high, origins.T, strict=True)
@@ -169,7 +166,7 @@ def _leave_room(room: np.ndarray, origins: np.ndarray, rays: np.ndarray):
 
 
 def _face_normals(face: np.ndarray, cos: np.ndarray, sin: np.ndarray, rays: np.ndarray):
-    """World normals [V, R, 3] of the faces across local axis `face`, turned against the rays."""
+    """Returns world normals [V, R, 3] of the faces across local axis `face`, against the rays."""
     x = np.where(face == 0, cos, np.where(face == 1, -sin, np.float32(0)))
     y = np.where(face == 0, sin, np.where(face == 1, cos, np.float32(0)))
     z = np.where(face == 2, np.float32(1), np.float32(0))
@@ -181,7 +178,7 @@ def _face_normals(face: np.ndarray, cos: np.ndarray, sin: np.ndarray, rays: np.n
 
 
 def _face_plane(face: np.ndarray, cos: np.ndarray, sin: np.ndarray, offset: np.ndarray):
-    """Coordinates [V, R, 2] on the faces across local axis `face` of world offsets [V, R, 3]."""
+    """Returns coordinates [V, R, 2] on faces across axis `face` of world offsets [V, R, 3]."""
     x = cos * offset[..., 0] + sin * offset[..., 1]
     y = cos * offset[..., 1] - sin * offset[..., 0]
     return np.stack([np.where(face == 0, y, x), np.where(face == 2, y, offset[..., 2])], axis=-1)
@@ -191,7 +188,7 @@ def _face_plane(face: np.ndarray, cos: np.ndarray, sin: np.ndarray, offset: np.n
 
 
 @dataclasses.dataclass(frozen=True)
-class Looks:
+class Appearance:
     """Appearance of the S surfaces.
 
     Attributes:
@@ -208,21 +205,21 @@ class Looks:
     phase: np.ndarray
 
 
-def shade(hits: Hits, looks: Looks) -> tuple[np.ndarray, np.ndarray]:
-    """Colour [V, R, 3] in [0, 1] and texture slopes [V, R, 2] of the hits.
+def shade(hits: Hits, appearance: Appearance) -> tuple[np.ndarray, np.ndarray]:
+    """Returns colour [V, R, 3] in [0, 1] and texture slopes [V, R, 2] of the hits.
 
     Lambert shading with one fixed light plus ambient light. The slopes are the absolute
-    derivatives of the luminance along the two directions of the face, per decimetre: what a
-    camera with more pixels would see around the ray.
+    derivatives of the luminance along the two directions of the face, per decimetre: the texture
+    that a camera with more pixels would see around the ray.
     """
     surface = hits.surface
-    wave = 2 * np.pi / looks.period[surface][..., None]
-    angle = (hits.plane + looks.phase[surface]) * wave
+    wave = 2 * np.pi / appearance.period[surface][..., None]
+    angle = (hits.plane + appearance.phase[surface]) * wave
     cos, sin = np.cos(angle), np.sin(angle)
-    a, b, c = np.moveaxis(looks.pattern[surface], -1, 0)
+    a, b, c = np.moveaxis(appearance.pattern[surface], -1, 0)
     texture = a * cos[..., 0] + b * cos[..., 1] + c * cos[..., 0] * cos[..., 1]
     light = 0.7 + 0.3 * (hits.normal @ _LIGHT)
-    albedo = looks.colour[surface]
+    albedo = appearance.colour[surface]
     colour = albedo * (light * (1 + texture))[..., None]
     slopes = np.stack(
         [(a + c * cos[..., 1]) * sin[..., 0], (b + c * cos[..., 0]) * sin[..., 1]], axis=-1
@@ -232,5 +229,5 @@ def shade(hits: Hits, looks: Looks) -> tuple[np.ndarray, np.ndarray]:
 
 
 def luminance(colour: np.ndarray) -> np.ndarray:
-    """Rec. 601 luminance of colours [..., 3]."""
+    """Returns the Rec. 601 luminance [...] of colours [..., 3]."""
     return colour @ _LUMINANCE

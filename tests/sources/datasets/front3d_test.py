@@ -14,7 +14,8 @@ from geode_jax.errors import UserError
 from geode_jax.exports import Export, validate
 from geode_jax.exports.files import Entry
 from geode_jax.geometry.upright_boxes import footprints
-from geode_jax.sources.datasets import Request, front3d, prepare
+from geode_jax.sources.datasets import Request, front3d
+from geode_jax.sources.datasets.prepare import prepare
 from geode_jax.sources.rooms import raycast
 
 FLOOR = (5.0, 4.0)  # along x and z
@@ -195,7 +196,7 @@ def test_broken_furniture_is_skipped_and_counted_by_reason(tmp_path):
         "furniture: leaning or upside down": 1,
         "furniture: no category": 1,
         "furniture: outside its room": 1,
-        "furniture: placed by no numbers": 1,
+        "furniture: without a valid pose": 1,
         "furniture: not in its house": 1,
     }
     (scene_id,) = Export(tmp_path / "out").scene_ids()

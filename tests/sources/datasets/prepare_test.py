@@ -6,7 +6,8 @@ import pytest
 
 from geode_jax.cli.command import main
 from geode_jax.exports import Export
-from geode_jax.sources.datasets import SOURCES, front3d
+from geode_jax.sources.datasets import front3d
+from geode_jax.sources.datasets.prepare import SOURCES
 from tests.sources.datasets.front3d_test import write_front
 from tests.sources.datasets.scannet_test import write_scan, write_scannet
 

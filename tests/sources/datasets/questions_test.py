@@ -15,20 +15,19 @@ from hypothesis import given
 from geode_jax.cli.command import main
 from geode_jax.data.control import REG, control_of, number_of
 from geode_jax.errors import UserError
-from geode_jax.exports import Export, ExportError, prompts, validate
+from geode_jax.exports import Export, ExportError, ExportWriter, prompts, validate
 from geode_jax.exports.files import Entry, read_list
 from geode_jax.exports.kinds import VSI_CHOICE_KINDS, VSI_NUMERIC_KINDS
 from geode_jax.exports.scene_names import Exclusion, path_parts
 from geode_jax.sources.datasets import (
-    SOURCES,
     Request,
     captions,
     conversations,
-    prepare,
     rationales,
     scannet_questions,
 )
 from geode_jax.sources.datasets.answers import question_fields, read_prompt
+from geode_jax.sources.datasets.prepare import SOURCES, prepare
 from geode_jax.sources.datasets.questions import Asked, MisfitError, Scenes, UnansweredError
 from tests.helpers.exports import write_tiny_export
 from tests.sources.datasets.layouts import Case, cases, talk
@@ -144,17 +143,17 @@ def test_ids_are_names(own, request_of):
 
 
 def test_all_sources_are_covered():
-    own = ("scannet_questions", "conversations", "rationales", "captions")
-    assert {name for name, where in SOURCES.items() if where.split(":")[0] in own} == set(CASES)
+    assert {"scannet", "3d-front", *CASES} == set(SOURCES)
 
 
 # --- Scenes ---------------------------------------------------------------------------------------
 
 
 def test_scenes_are_found_by_the_names_that_data_sets_have(tiny_export):
-    scenes = Scenes(tiny_export, Exclusion())
-    scenes.split = dict.fromkeys(("s1", "scannet_s2", "arkitscenes_s3", "scannet_s3"), "train")
-    scenes._bare = {"s2": "scannet_s2"}
+    export = Export(tiny_export.folder)
+    for i, name in enumerate(("s1", "scannet_s2", "arkitscenes_s3", "scannet_s3")):
+        export.manifest["scenes"][i]["id"] = name
+    scenes = Scenes(export, Exclusion())
     assert scenes.find("s1") == "s1"
     assert scenes.find("scannet/videos/s1.mp4") == "s1"
     assert scenes.find("./scannet/s1.MP4") == "s1"
@@ -211,7 +210,7 @@ def test_what_was_cut_off_is_no_export_and_can_be_done_again(request_of, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("geode_jax.sources.datasets.questions._add", power_cut)
+        patch.setattr(ExportWriter, "add_questions", power_cut)
         with pytest.raises(KeyboardInterrupt):
             prepare("llava3d", request)
     with pytest.raises(ExportError, match="unfinished"):
@@ -347,15 +346,19 @@ def test_what_breaks_the_contract_is_dropped_and_counted(request_of):
 # --- Parsers --------------------------------------------------------------------------------------
 
 PARSERS = {
-    "scanqa": scannet_questions._scanqa_record,
-    "ssr-cot": rationales._ssr_cot_record,
-    "vica-thinking": rationales._vica_thinking_record,
-    "instruction": lambda record, path: conversations._asked(record, "object_counting"),
-    "kind": lambda record, path: conversations._asked(record, conversations._kind(record)),
-    "caption": lambda record, path: captions._caption(
+    "scanqa": scannet_questions.scanqa_record,
+    "ssr-cot": rationales.ssr_cot_record,
+    "vica-thinking": rationales.vica_thinking_record,
+    "instruction": lambda record, path: conversations.conversation_questions(
+        record, "object_counting"
+    ),
+    "kind": lambda record, path: conversations.conversation_questions(
+        record, conversations.question_type(record)
+    ),
+    "caption": lambda record, path: captions.caption_question(
         conversations.media_of(record), conversations.turns_of(record)[0][1][0]
     ),
-    "sqa3d": lambda record, path: scannet_questions._sqa3d_record(
+    "sqa3d": lambda record, path: scannet_questions.sqa3d_record(
         {"annotation": None, "question_id": 1} | record, path
     ),
 }

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from plyfile import PlyData, PlyElement
 
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, validate
 from geode_jax.exports.files import Entry
-from geode_jax.sources.datasets import Request, prepare, scannet
+from geode_jax.sources.datasets import Request, scannet
 from geode_jax.sources.datasets.ply import read_vertices
+from geode_jax.sources.datasets.prepare import prepare
 from geode_jax.sources.rooms import raycast
 from tests.sources.rgbd.sens_test import LOST, encoded, sens_bytes
 
@@ -70,7 +72,7 @@ def write_scan(scans: Path, scan: str, seed: int = 0, sens: bool = True, labels:
     boxes, from_aligned = boxes_of(seed), np.linalg.inv(ALIGNMENT)
     angle = np.linspace(0, 2 * np.pi, FRAMES, endpoint=False)
     spots = np.stack([1.9 * np.cos(angle), 1.5 * np.sin(angle), np.full(FRAMES, 1.5)], -1)
-    cameras = raycast.look(spots, angle + np.pi, np.full(FRAMES, -0.5))
+    cameras = raycast.camera_poses(spots, angle + np.pi, np.full(FRAMES, -0.5))
     rays = raycast.pixel_rays(cameras, K, *SIZE[::-1])
     hits = raycast.cast(boxes, ROOM, spots, rays)
     frames = []
@@ -152,6 +154,18 @@ def test_vertices_are_those_of_the_mesh(tmp_path):
     vertices = np.random.default_rng(0).normal(size=(50, 3)).astype("f4")
     (tmp_path / "a.ply").write_bytes(ply_bytes(vertices))
     np.testing.assert_array_equal(read_vertices(tmp_path / "a.ply"), vertices)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8", "i2"])
+def test_vertices_are_those_that_plyfile_writes(tmp_path, dtype):
+    places = np.arange(60).reshape(20, 3)
+    rows = np.zeros(20, [("nx", "f4"), *((axis, dtype) for axis in "zxy"), ("alpha", "u1")])
+    for k, axis in enumerate("xyz"):
+        rows[axis] = places[:, k]
+    faces = np.array([([0, 1, 2],), ([3, 4, 5, 6],)], [("vertex_indices", object)])
+    elements = [PlyElement.describe(rows, "vertex"), PlyElement.describe(faces, "face")]
+    PlyData(elements, byte_order="<", comments=["made here"]).write(tmp_path / "a.ply")
+    np.testing.assert_array_equal(read_vertices(tmp_path / "a.ply"), places)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +416,7 @@ def test_instances_without_an_extent_are_counted_and_not_asked_about(tmp_path):
 def test_a_scan_without_labels_has_no_boxes_and_no_questions(tmp_path):
     scan_copy(tmp_path, labels=False)
     report = prepare("scannet", Request(tmp_path, tmp_path / "out", views=3))
-    assert report.dropped["alignment: none of a scan, taken as it stands"] == 1
+    assert report.dropped["alignment: a scan has none, its own frame is used"] == 1
     export = Export(tmp_path / "out")
     assert export.manifest["questions"]["count"] == 0
     assert "target/boxes" not in export.scene_shapes("scene0000_00")

@@ -1,7 +1,5 @@
 """RGB-D folders as exports: geometry against the truth, broken frames, splits, real data."""
 
-import functools
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -13,14 +11,14 @@ from scipy.spatial.transform import Rotation
 
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, validate
-from geode_jax.sources.rgbd import export as sources
-from geode_jax.sources.rgbd.export import make_rgbd_export
+from geode_jax.sources.rgbd.export import estimate_up, group_views, make_rgbd_export
 from geode_jax.sources.rgbd.folder import open_folder
 from geode_jax.sources.rgbd.frame import read_frame
 from geode_jax.sources.rgbd.questions import KINDS, PLACES
 from geode_jax.sources.rooms.arrays import tokens
 from geode_jax.sources.rooms.scene import make_and_observe
 from geode_jax.sources.splits import split_frames
+from geode_jax.sources.stand_ins import patch_tokens
 
 # A synthetic hall, y down as in the first camera's frame: x in [-3, 3], y in [-1.5, 1.2] (floor at
 # 1.2), z in [-4, 4]. The world point p has the colour SHADE * (p - LOW).
@@ -218,7 +216,7 @@ def test_tokens_are_the_same_function_as_those_of_rooms():
     cells, grid = (4, 16, 16), (4, 8, 8)
     colour = seen.colour.reshape(4, 16, 2, 16, 2, 3)
     light = colour @ np.array([0.299, 0.587, 0.114])
-    ours = sources.patch_tokens(
+    ours = patch_tokens(
         seen.cells.point.reshape(*cells, 3),
         seen.cells.depth.reshape(cells),
         seen.cells.normal.reshape(*cells, 3),
@@ -267,12 +265,12 @@ def test_splits_are_contiguous_and_complete(count, views):
 
 
 def test_groups_differ_and_overlap():
-    groups = sources.group_views(range(10, 40), 4, 60, np.random.default_rng(0))
+    groups = group_views(range(10, 40), 4, 60, np.random.default_rng(0))
     assert len(groups) == len(set(groups)) == 60
     assert {n for group in groups for n in group} <= set(range(10, 40))
     assert all(max(g) - min(g) < 12 and len(set(g)) == 4 for g in groups)
     assert np.mean([g[0] < g[1] for g in groups]) < 0.75  # no order to tell time by
-    assert len(sources.group_views(range(2), 4, 60, np.random.default_rng(0))) == 2
+    assert len(group_views(range(2), 4, 60, np.random.default_rng(0))) == 2
 
 
 def test_the_seed_decides(small_hall, tmp_path):
@@ -527,76 +525,12 @@ def test_up_is_found_from_level_surfaces():
     slanted = [0.5, -0.8, 0] + 0.01 * random.normal(size=(100, 3))
     normals = np.concatenate([walls, floor, -floor, slanted, np.zeros((50, 3))])
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-9)
-    up = sources.estimate_up(poses, normals @ world.T)
+    up = estimate_up(poses, normals @ world.T)
     assert np.degrees(np.arccos(up @ world @ [0, -1, 0])) < 1
-    alone = sources.estimate_up(poses, np.zeros((4, 3)))
+    alone = estimate_up(poses, np.zeros((4, 3)))
     assert np.degrees(np.arccos(alone @ world @ [0, -1, 0])) < 15
 
 
 def test_up_in_the_hall(hall_export):
     _, summary = hall_export
     assert np.degrees(np.arccos(np.dot(summary["up"], [0, -1, 0]))) < 1
-
-
-# ------------------------------------------------------------------------------------ real data
-
-REAL = {  # options, frames, pairs that overlap (None: all do), largest median error of depth
-    "open3d_livingroom1": ({}, 43, None, 0.003),
-    "slambook2_rgbd/ch5": ({"intrinsic": (518.0, 519.0, 325.5, 253.5)}, 5, None, 0.03),
-    # A negative focal length: the camera's y axis points up, and the world is mirrored (0.17 as
-    # the median error where that is ignored).
-    "slambook2_rgbd/ch12": (
-        {"intrinsic": (481.2, -480.0, 319.5, 239.5), "depth_scale": 5000.0},
-        5,
-        ({0, 1}, {3, 4}),
-        0.03,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_real_views_agree_with_each_other(data_root, tmp_path, name):
-    """A view's points, projected into another view, have the depth that was measured there."""
-    options, count, overlapping, tolerance = REAL[name]
-    if not (data_root / name).is_dir():
-        pytest.skip(f"real data: no folder {data_root / name}")
-    summary = make_rgbd_export(
-        data_root / name,
-        tmp_path / "out",
-        scenes_per_frame=1,
-        questions_per_scene=6,
-        image_side=32,
-        progress=False,
-        **options,
-    )
-    assert summary["frames"] == {"found": count, "thinned_out": 0, "used": count, "dropped": {}}
-    assert summary["warnings"] == validate(tmp_path / "out")["warnings"] == []
-    source = open_folder(data_root / name, **options)
-    poses = np.array([np.linalg.inv(source.read_pose(n))[:3] for n in source.names])
-    stored = functools.cache(
-        lambda n: np.asarray(Image.open(next((source.folder / "depth").glob(f"{n}.*"))))
-    )
-    export, errors = Export(tmp_path / "out"), []
-    for scene_id in export.scene_ids():
-        arrays = export.read_scene(scene_id)
-        extrinsic = arrays["camera/extrinsic"].astype(np.float64)
-        rotation = extrinsic[:, :, :3]
-        identity = np.tile(np.eye(3), (len(rotation), 1, 1))
-        np.testing.assert_allclose(rotation @ rotation.swapaxes(1, 2), identity, atol=1e-6)
-        assert (np.linalg.det(rotation) > 0).all()
-        frames = np.abs(poses[:, None] - extrinsic).max((2, 3)).argmin(0)
-        for a, b in itertools.permutations(range(len(rotation)), 2):
-            if overlapping is not None and {frames[a], frames[b]} not in overlapping:
-                continue
-            measured = stored(source.names[frames[b]]) / source.depth_scale
-            points = arrays["vggt/points"][a][arrays["vggt/depth"][a] > 0]
-            seen = points @ rotation[b].T + extrinsic[b, :, 3]
-            seen = seen[seen[:, 2] > 0.1]
-            u, v, _ = np.round(source.depth_intrinsic @ (seen / seen[:, 2:]).T).astype(int)
-            inside = (u >= 0) & (u < measured.shape[1]) & (v >= 0) & (v < measured.shape[0])
-            there = measured[v[inside], u[inside]]
-            error = np.abs(seen[inside, 2] / np.where(there > 0, there, np.nan) - 1)
-            assert (there > 0).sum() > 40
-            errors.append(np.nanmedian(error))
-    assert len(errors) >= 4
-    assert np.median(errors) < tolerance

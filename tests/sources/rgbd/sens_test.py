@@ -14,8 +14,9 @@ from PIL import Image
 
 from geode_jax.errors import UserError
 from geode_jax.sources.rgbd.folder import open_folder
+from geode_jax.sources.rgbd.intrinsics import resized
 from geode_jax.sources.rgbd.sens import open_sens
-from geode_jax.sources.rgbd.sequence import Dropped, resized
+from geode_jax.sources.rgbd.sequence import Dropped
 
 COLOR_SIZE, DEPTH_SIZE = (24, 16), (12, 8)
 COLOR_K = np.array([[20, 0, 12.5, 0], [0, 21, 7.5, 0], [0, 0, 1, 0], [0, 0, 0, 1]], "f4")

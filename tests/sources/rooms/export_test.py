@@ -10,13 +10,14 @@ import pytest
 
 from geode_jax import exports
 from geode_jax.geometry.upright_boxes import box_gaps, footprints
-from geode_jax.sources.questions import asker
+from geode_jax.sources.questions import margins, relations
+from geode_jax.sources.questions.seen_room import pair_relations
 from geode_jax.sources.rooms import arrays as rooms_arrays
 from geode_jax.sources.rooms import export as rooms
 from geode_jax.sources.rooms import layout, raycast
 from geode_jax.sources.rooms import scene as rooms_scene
 from geode_jax.sources.rooms.arrays import (
-    VOXEL,
+    VOXEL_EDGE,
     depth_bin_centres,
     point_tokens,
     scene_arrays,
@@ -25,7 +26,7 @@ from geode_jax.sources.rooms.arrays import (
 )
 from geode_jax.sources.rooms.scene import (
     MIN_OBJECTS,
-    MIN_RAYS,
+    MIN_VISIBLE_PIXELS,
     make_and_observe,
     make_scene,
     observe,
@@ -120,7 +121,7 @@ def test_rooms_hold_their_objects_apart(made):
         for a, b in itertools.combinations(range(len(boxes)), 2):
             if frozenset((a, b)) in planned:
                 gap = gaps[a, b]
-                assert gap <= asker.TOUCHING or gap >= asker.APART
+                assert gap <= margins.MAX_CONTACT_GAP or gap >= margins.MIN_SEPARATION
             else:
                 assert gaps[a, b] > layout.CLEARANCE - 0.005
             # Touching is not overlapping: the solids shrunk by 2 mm have a gap.
@@ -143,7 +144,7 @@ def test_targets_hold_the_visible_objects_only(made):
         arrays, teacher = scene_arrays(scene, seen), teacher_arrays(scene, seen)
         counts = np.bincount(seen.pixels.surface.ravel(), minlength=len(scene.boxes))
         np.testing.assert_array_equal(seen.rays.sum(0), counts[: len(scene.boxes)])
-        assert (counts[: len(scene.boxes)][seen.visible] >= MIN_RAYS).all()
+        assert (counts[: len(scene.boxes)][seen.visible] >= MIN_VISIBLE_PIXELS).all()
         hidden += (~seen.visible).sum()
         assert len(arrays["target/boxes"]) == seen.visible.sum() == len(arrays["target/labels"])
         assert (teacher["detection_probs"].argmax(-1) == arrays["target/labels"]).all()
@@ -153,7 +154,7 @@ def test_targets_hold_the_visible_objects_only(made):
 def test_arrays_are_those_of_one_camera(made):
     scene, seen = made[0]
     arrays, teacher = scene_arrays(scene, seen), teacher_arrays(scene, seen)
-    side = rooms.DEPTH_SIDE
+    side = 2 * rooms_scene.GRID
     picture = rooms_scene.render(scene, side, side)
     np.testing.assert_allclose(picture["depth"], arrays["target/depth"], atol=1e-5)
     category = np.array([item.category for item in scene.objects] + [-1])
@@ -218,12 +219,12 @@ def test_point_tokens_are_the_means_of_occupied_voxels(made):
     normals = seen.cells.normal.reshape(-1, 3)
     own: dict[tuple, list[int]] = {}
     for i, point in enumerate(points):
-        own.setdefault(tuple(int(np.floor(x / VOXEL)) for x in point), []).append(i)
+        own.setdefault(tuple(int(np.floor(x / VOXEL_EDGE)) for x in point), []).append(i)
     assert len(own) == len(coord)
     tokens = zip(features.astype(np.float32), coord, frame, sorted(own), strict=True)
     for feature, place, view, voxel in tokens:
         rows = own[voxel]
-        views = [row // (len(points) // rooms.VIEWS) for row in rows]
+        views = [row // (len(points) // layout.VIEWS) for row in rows]
         assert views.count(view) == max(map(views.count, views))
         np.testing.assert_allclose(place, points[rows].mean(0), atol=1e-5)
         np.testing.assert_allclose(feature[3:6], normals[rows].mean(0), atol=2e-3)
@@ -235,12 +236,12 @@ def test_point_tokens_are_the_means_of_occupied_voxels(made):
 
 def test_pair_relations_are_image_positions(made):
     scene, _ = made[1]
-    relations = asker.pair_relations(scene.boxes, scene.extrinsic[0])
+    found = pair_relations(scene.boxes, scene.extrinsic[0])
     pose = np.vstack([scene.extrinsic[0], [0, 0, 0, 1]])
     centres = (pose @ np.c_[scene.boxes[:, :3], np.ones(len(scene.boxes))].T).T
     tried = 0
     for a, b in itertools.permutations(range(len(centres)), 2):
-        left, right, above, below = relations[a, b]
+        left, right, above, below = found[a, b]
         assert left + right == pytest.approx(1) and above + below == pytest.approx(1)
         if min(centres[a, 2], centres[b, 2]) <= 0.1:
             assert left == above == 0.5
@@ -251,14 +252,15 @@ def test_pair_relations_are_image_positions(made):
                 assert value == pytest.approx(float(way > 0), abs=0.01)
                 tried += 1
     assert tried > 5
-    np.testing.assert_allclose(np.diagonal(relations[..., 0]), 0.5)
+    np.testing.assert_allclose(np.diagonal(found[..., 0]), 0.5)
 
 
 def test_size_priors_overlap():
     prior = layout.larger_prior()
     pairs = list(itertools.combinations(layout.NAMES, 2))
     assert all(prior[a, b] + prior[b, a] == pytest.approx(1) for a, b in pairs)
-    fair = [pair for pair in pairs if asker.FAIR <= prior[pair] <= 1 - asker.FAIR]
+    least = relations.MIN_ANSWER_PROBABILITY
+    fair = [pair for pair in pairs if least <= prior[pair] <= 1 - least]
     assert len(fair) > 0.75 * len(pairs)
     assert prior["bed", "trash can"] > 0.9
 

@@ -24,7 +24,7 @@ ROOM = np.array([4.2, 5.0, 2.6])
 
 def cameras():
     eyes = np.array([[1.7, -1.9, 1.5], [-1.8, 2.1, 1.4], [0.0, 0.0, 1.6]])
-    return raycast.look(eyes, np.array([2.2, -0.9, 1.1]), np.array([-0.3, -0.4, 0.05]))
+    return raycast.camera_poses(eyes, np.array([2.2, -0.9, 1.1]), np.array([-0.3, -0.4, 0.05]))
 
 
 def box_frame(box):
@@ -106,7 +106,7 @@ def test_depth_unprojects_to_the_point_that_projects_to_the_pixel(hits):
 
 
 def test_cameras_are_opencv():
-    pose = raycast.look(np.array([1.0, 2.0, 1.5]), np.pi / 2, 0.0)  # looks along +y
+    pose = raycast.camera_poses(np.array([1.0, 2.0, 1.5]), np.pi / 2, 0.0)  # looks along +y
     assert np.linalg.det(pose[:, :3]) == pytest.approx(1)
     right, above, ahead = pose @ [2, 2, 1.5, 1], pose @ [1, 2, 2.5, 1], pose @ [1, 4, 1.5, 1]
     np.testing.assert_allclose(right, [1, 0, 0], atol=1e-12)
@@ -138,7 +138,7 @@ def looks(pattern):
     surfaces = len(BOXES) + raycast.STRUCTURES
     colour = np.random.default_rng(0).uniform(0.2, 0.9, (surfaces, 3))
     pattern = np.tile(np.array(pattern, float), (surfaces, 1))
-    return raycast.Looks(colour, pattern, np.full(surfaces, 0.5), np.zeros((surfaces, 2)))
+    return raycast.Appearance(colour, pattern, np.full(surfaces, 0.5), np.zeros((surfaces, 2)))
 
 
 def test_slopes_are_derivatives_of_the_luminance(hits):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from geode_jax.errors import UserError
-from geode_jax.sources.rgbd.sequence import Given, of_one_view
+from geode_jax.sources.rgbd.intrinsics import Given, of_one_view
 
 SCANNET_COLOR = (1169.621, 1167.105, 646.295, 489.927)
 SCANNET_DEPTH = (577.871, 577.871, 319.5, 239.5)

@@ -1,0 +1,43 @@
+"""The table of data sets, and the one function that prepares any of them."""
+
+from collections.abc import Callable
+
+from geode_jax.errors import UserError
+from geode_jax.sources.datasets import (
+    Report,
+    Request,
+    captions,
+    conversations,
+    front3d,
+    rationales,
+    scannet,
+    scannet_questions,
+)
+
+SOURCES: dict[str, Callable[[Request], Report]] = {
+    "scannet": scannet.prepare,
+    "3d-front": front3d.prepare,
+    "scanqa": scannet_questions.scanqa,
+    "sqa3d": scannet_questions.sqa3d,
+    "vsi590k": conversations.vsi590k,
+    "vica322k": conversations.vica322k,
+    "vlm3r": conversations.vlm3r,
+    "llava3d": conversations.llava3d,
+    "ssr-cot": rationales.ssr_cot,
+    "vica-thinking": rationales.vica_thinking,
+    "cambrian-alignment": captions.cambrian_alignment,
+    "s-mit": captions.s_mit,
+}
+"""Name of a data set -> function that writes its export."""
+
+
+def prepare(source: str, request: Request) -> Report:
+    """Writes the export of a data set; the same request continues an interrupted one.
+
+    Raises:
+        UserError: `source` is not in the table, or the data set is not in its layout.
+        ExportError: the export cannot be written.
+    """
+    if source not in SOURCES:
+        raise UserError(f"--source: {source!r} is none of {', '.join(SOURCES)}")
+    return SOURCES[source](request)
