@@ -11,7 +11,7 @@ import numpy as np
 from geode_jax.data.control import BOX, REG, NoNumberError, control_of, number_of
 from geode_jax.data.packing import lay_out
 from geode_jax.data.tokens import Tokenizer
-from geode_jax.exports import RELATIONS
+from geode_jax.exports.kinds import CANDIDATES, KINDS, RELATIONS, ROUTE
 from geode_jax.exports.prompts import prompt
 from geode_jax.geometry.upright_boxes import box_gaps
 from geode_jax.shapes import MAX_OBJECTS
@@ -118,7 +118,7 @@ def stack_questions(
             found = re.search(rf"\b{re.escape(item['name'])}\b", texts[i])
             if found and names.count(item["name"]) == 1:
                 arrays["object_place"][i, j] = bisect.bisect_left(ends, found.end())
-        turn = _ROUTE_TURN.get(len(objects)) if record["kind"] == "route_planning" else _TURN
+        turn = _ROUTE_TURN.get(len(objects)) if _roles(record) == ROUTE else _TURN
         if turn and max(turn) < len(objects) and (arrays["object_place"][i, [*turn]] >= 0).all():
             angle = _turn([objects[j] for j in turn])
             if angle is not None:
@@ -139,6 +139,12 @@ def stack_questions(
     return arrays
 
 
+def _roles(record: Mapping[str, Any]) -> str:
+    """What the named objects of a question are, see `kinds.Kind.objects`."""
+    kind = KINDS.get(record["kind"])
+    return kind.objects if kind else ""
+
+
 def _anchor_first(record: Mapping[str, Any]) -> list[dict]:
     """The objects a question names, the one that distances are measured from first.
 
@@ -146,7 +152,7 @@ def _anchor_first(record: Mapping[str, Any]) -> list[dict]:
     record has it.
     """
     objects = list(record.get("objects", ()))
-    if record["kind"] == "object_rel_distance":
+    if _roles(record) == CANDIDATES:
         options = {option.split(". ", 1)[-1] for option in record.get("options", ())}
         objects.sort(key=lambda item: item["name"] in options)
     return objects

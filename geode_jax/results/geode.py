@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from geode_jax.data.control import BOX, control_of
 from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate import vsi_bench
 from geode_jax.evaluate.metrics.detection import oriented_iou
@@ -92,7 +93,7 @@ def _answers(run, state: TrainState, workdir: Path, check: Callable[[], None]) -
         for name, predictions in columns.items()
     }
     scores = {
-        name: scoring.score([r for r in predictions if r["kind"] != "object_box"])
+        name: scoring.score([r for r in predictions if control_of(r) != BOX])
         for name, predictions in columns.items()
     }
     for name in columns.keys() - {"frequency"}:
@@ -107,7 +108,7 @@ def box_scores(predictions: list[dict]) -> dict[str, float]:
 
     A question that no box answers counts IoU 0 and is left out of the distance.
     """
-    asked = [r for r in predictions if r["kind"] == "object_box"]
+    asked = [r for r in predictions if control_of(r) == BOX]
     if not asked:
         return {}
     found = [r for r in asked if "predicted_box" in r]
