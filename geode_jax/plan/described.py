@@ -133,7 +133,7 @@ def _geode(config) -> tuple[SceneShapes, int, int]:
 
 def _rooms(config) -> tuple[SceneShapes, int, int]:
     """As `sources.rooms.export` makes them; some 300 words."""
-    from geode_jax.sources.rooms import export as rooms
+    from geode_jax.sources.rooms import layout as rooms
 
     classes, side = len(rooms.CATEGORIES), config.data.rooms_images
     student = config.system == "hidden_cot"
@@ -176,5 +176,4 @@ def abstract_batch(
             (own.scenes_per_batch, *row.shape), row.dtype, sharding=sharding
         )
 
-    names = [field.name for field in dataclasses.fields(Batch)]
-    return Batch(**{name: shape(rows[name.rsplit("_", 1)[0]]) for name in names})
+    return Batch(**{name: shape(row) for name, row in rows.items()})
