@@ -121,3 +121,11 @@ def test_half_precision_is_read_as_it_is(dtype):
     assert targets.held_depth(stored).tolist() == [False, False, True, True, False, False]
     assert targets.held_features(stored)
     assert targets.held_places(stored.reshape(2, 3)).tolist() == [True, False]
+
+
+def test_the_published_pytorch_code_has_the_same_depth_bins():
+    """The code of an exported model stands alone, so it has the bins' range again."""
+    pytest.importorskip("torch")
+    from geode_jax.weights.remote import modeling_hidden_cot as remote
+
+    assert (remote.NEAREST, remote.FARTHEST) == targets.BIN_RANGE

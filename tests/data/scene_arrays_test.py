@@ -18,6 +18,7 @@ from geode_jax.data.scene_arrays import (
     scene_tensors,
 )
 from geode_jax.errors import UserError
+from geode_jax.exports import files
 from tests.helpers.exports import (
     CELL,
     GRID,
@@ -37,6 +38,15 @@ WITH_IMAGES = SceneShapes(
     views=3, grid=GRID, token_width=0, depth_ratio=2, boxes=5, vision="images", image=IMAGE,
     points=6, point_width=POINT_WIDTH, point_frames=True,
 )  # fmt: skip
+
+
+def with_scene(export, *tensors):
+    """The export with one more scene, `other`."""
+    manifest = export.manifest
+    entry = exports.write_scene(export.folder, "other", *tensors, split="val", manifest=manifest)
+    manifest["scenes"].append(entry)
+    files.write_json(export.folder / "manifest.json", manifest)
+    return exports.Export(export.folder)
 
 
 @pytest.fixture
@@ -139,7 +149,7 @@ def test_teacher_arrays_reach_the_patch_grid(scene):
     np.testing.assert_allclose(rows["teacher_depth_bins_SVPB"][:2].sum(-1), 1, atol=1e-6)
     assert (rows["teacher_detection_SNc"][:4] == scene["teacher/detection_probs"]).all()
     for name in ("features", "depth_bins", "detection"):
-        assert rows[f"teacher_{name}_mask"]
+        assert rows[f"teacher_{name}_mask_S"]
 
 
 def test_absent_arrays_keep_the_shapes_and_clear_the_masks(scene):
@@ -242,10 +252,7 @@ def test_the_student_sees_neither_images_nor_points(scene, vision):
 def test_images_or_points_of_different_size_are_refused(tmp_path, name, shape, said):
     export = write_geode_export(tmp_path / "export", train=2, val=0)
     tensors = {name: np.ones(shape, np.uint8 if name == "images" else np.float32)}
-    entry = exports.write_scene(
-        export.folder, "other", tensors, split="val", manifest=export.manifest
-    )
-    export.manifest["scenes"].append(entry)
+    export = with_scene(export, tensors)
     with pytest.raises(UserError, match=f"scene other: {said}"):
         export_sizes(export, "images")
     assert export_sizes(export).image == (0, 0)  # the student does not mind
@@ -305,9 +312,6 @@ def test_teachers_of_different_width_are_refused(tmp_path):
     export = write_tiny_export(tmp_path / "export", train=5, val=0)
     arrays, teacher = tiny_scene(np.random.default_rng(0), 2, 3)
     teacher["features"] = teacher["features"][..., :4]
-    entry = exports.write_scene(
-        export.folder, "other", arrays, teacher, split="train", manifest=export.manifest
-    )
-    export.manifest["scenes"].append(entry)
+    export = with_scene(export, arrays, teacher)
     with pytest.raises(UserError, match="scene other: tensor teacher/features: width 4"):
         export_sizes(export)

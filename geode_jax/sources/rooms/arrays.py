@@ -7,17 +7,13 @@ from geode_jax.sources.rooms import layout, raycast
 from geode_jax.sources.rooms.layout import CATEGORIES, VIEWS
 from geode_jax.sources.rooms.scene import GRID, PIXELS, Observation, RoomScene, blocks, by_patch
 from geode_jax.sources.stand_ins import patch_tokens
+from geode_jax.targets import depth_bin_centres
 
 DEPTH_BINS = 16
 
 
 VOXEL = 0.75
 """Edge of a point token's voxel, metres: furniture of half a metre and more has one or more."""
-
-
-def depth_bin_centres(bins: int, near: float = 0.3, far: float = 10.0) -> np.ndarray:
-    """Centres [bins] of log-spaced depth bins, metres."""
-    return np.geomspace(near, far, bins)
 
 
 def soft_depth_bins(depth: np.ndarray, bins: int) -> np.ndarray:
