@@ -207,11 +207,11 @@ def batch_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str,
     camera = camera if camera is not None else np.zeros((0, 0))
     rows["camera_SVC"] = _padded(camera, (V, shapes.camera_width), dtype)
     depth = tensors.get("vggt/depth")
-    hint = _patch_mean(depth, shapes.grid) if depth is not None else np.zeros((v_own, gh, gw))
+    hint = patch_mean(depth, shapes.grid) if depth is not None else np.zeros((v_own, gh, gw))
     rows["depth_hint_SVP"] = _padded(hint.reshape(v_own, P), (V, P))
     rows |= _camera_rows(tensors, shapes, v_own) | _seen_rows(tensors, shapes, v_own)
     target = tensors.get("target/depth", np.zeros((0, gh, gw)))
-    rows["target_depth_SVhw"] = _padded(_patch_mean(target, (gh * r, gw * r)), (V, gh * r, gw * r))
+    rows["target_depth_SVhw"] = _padded(patch_mean(target, (gh * r, gw * r)), (V, gh * r, gw * r))
 
     boxes = tensors.get("target/boxes", np.zeros((0, 7)))
     labels = tensors.get("target/labels", np.full(len(boxes), -1))
@@ -221,7 +221,7 @@ def batch_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str,
     rows["target_labels_SN"] = _padded(labels[:n], (n,), np.int32, fill=-1)
     rows["boxes_known_S"] = np.array("target/boxes" in tensors and len(boxes) <= n and held.all())
     segments = tensors.get("target/segmentation", np.full((0, gh, gw), -1))
-    segments = _patch_majority(segments, shapes.grid).reshape(-1, P)
+    segments = patch_majority(segments, shapes.grid).reshape(-1, P)
     rows["target_segmentation_SVP"] = _padded(segments, (V, P), np.int32, fill=-2)
     return rows | _teacher_rows(tensors, shapes)
 
@@ -253,7 +253,7 @@ def _teacher_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[s
     features = features.reshape(-1, P, shapes.features) if features.size else features[:, 0]
     bins = tensors.get("teacher/depth_bins", none)
     if bins.size:
-        bins = _patch_mean(np.asarray(bins, np.float32), shapes.grid, known=np.isfinite(bins))
+        bins = patch_mean(np.asarray(bins, np.float32), shapes.grid, known=np.isfinite(bins))
         bins = (bins / bins.sum(-1, keepdims=True)).reshape(-1, P, shapes.depth_bins)
     else:
         bins = bins[:, 0]
@@ -342,7 +342,7 @@ def _starts(size: int, cells: int) -> np.ndarray:
     return np.clip(first, 0, size - 1)
 
 
-def _patch_mean(values, cells: tuple[int, int], known=None) -> np.ndarray:
+def patch_mean(values, cells: tuple[int, int], known=None) -> np.ndarray:
     """Mean over the known pixels of every cell: [V, h, w, ...] -> [V, *cells, ...]; 0 = none known.
 
     Args:
@@ -363,7 +363,7 @@ def _patch_mean(values, cells: tuple[int, int], known=None) -> np.ndarray:
     return total(np.where(known, values, 0)) / np.maximum(count, 1)
 
 
-def _patch_majority(labels: np.ndarray, cells: tuple[int, int]) -> np.ndarray:
+def patch_majority(labels: np.ndarray, cells: tuple[int, int]) -> np.ndarray:
     """The label most pixels of a cell have: [V, h, w] -> [V, *cells] int32; ties avoid -1."""
     v, h, w = labels.shape
     # More cells than pixels: repeat the pixels first.

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from geode_jax import exports
 from geode_jax.data.scene_arrays import (
     SceneShapes,
-    _patch_majority,
-    _patch_mean,
     batch_rows,
     empty_rows,
     export_sizes,
+    patch_majority,
+    patch_mean,
     scene_tensors,
 )
 from geode_jax.errors import UserError
@@ -272,8 +272,8 @@ def test_pooling_of_any_size_against_loops(h, w, rows, columns, seed):
     random = np.random.default_rng(seed)
     labels = random.integers(-1, 3, (1, h, w))
     values = random.uniform(0.1, 1, (1, h, w)) * (random.random((1, h, w)) < 0.7)
-    mean = _patch_mean(values, (rows, columns))[0]
-    majority = _patch_majority(labels, (rows, columns))[0]
+    mean = patch_mean(values, (rows, columns))[0]
+    majority = patch_majority(labels, (rows, columns))[0]
     for i in range(rows):
         for j in range(columns):
             # A pixel belongs to the cell that its centre lies in.
@@ -293,8 +293,8 @@ def test_pooling_of_any_size_against_loops(h, w, rows, columns, seed):
 
 def test_more_cells_than_pixels_repeats_the_nearest():
     values = np.array([[[1.0, 2.0]]])
-    assert _patch_mean(values, (2, 4))[0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
-    assert _patch_majority(values.astype(int), (2, 4))[0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
+    assert patch_mean(values, (2, 4))[0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
+    assert patch_majority(values.astype(int), (2, 4))[0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
 
 
 def test_export_sizes_come_from_the_headers(tiny_export, tmp_path):
