@@ -36,6 +36,15 @@ MOST_FEATURE = LARGEST_FEATURE
 """Largest feature of a teacher, whose squared distance is learned."""
 
 
+BIN_RANGE = (0.3, 10.0)
+"""Centres of the nearest and the farthest depth bin, metres."""
+
+
+def depth_bin_centres(bins: int) -> np.ndarray:
+    """Centres [bins] of the depth bins, metres, float64: evenly spaced in log depth."""
+    return np.geomspace(*BIN_RANGE, bins)
+
+
 def plausible(value: float, dimension: str, base: float) -> bool:
     """Whether a room can have such a measure.
 

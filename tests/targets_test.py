@@ -95,15 +95,15 @@ def test_a_box_that_no_code_holds_is_masked_and_counted(place, number):
     tensors = {"vggt/tokens": np.ones((1, 1, 2), np.float32), "target/boxes": boxes}
     tensors |= {"target/labels": np.zeros(2, np.int32), "target/depth": np.ones((1, 2, 2), "f4")}
     assert targets.left_out(tensors) == {}
-    assert batch_rows(tensors, shapes)["boxes_known"]
+    assert batch_rows(tensors, shapes)["boxes_known_S"]
     boxes[1, place] = number
     tensors["target/depth"][0, 0] = 1e30, 1e-30
     tensors["vggt/points"] = np.full((1, 2, 2, 3), 1e20, np.float32)
     tensors["teacher/features"] = np.full((1, 1, 1, 2), -1e20, np.float32)
     rows = batch_rows(tensors, shapes)
-    assert rows["target_labels"].tolist() == [0, -1] and not rows["boxes_known"]
-    assert rows["target_depth"].item() == 1  # the mean of what is known
-    assert not rows["points_mask"].any() and not rows["points"].any()
+    assert rows["target_labels_SN"].tolist() == [0, -1] and not rows["boxes_known_S"]
+    assert rows["target_depth_SVhw"].item() == 1  # the mean of what is known
+    assert not rows["points_mask_SVP"].any() and not rows["points_SVP3"].any()
     assert all(np.isfinite(row).all() for row in rows.values())
     assert targets.left_out(tensors) == {
         "pixel of target/depth beyond 0.001 to 1000": 2,
@@ -120,3 +120,11 @@ def test_half_precision_is_read_as_it_is(dtype):
     assert targets.held_depth(stored).tolist() == [False, False, True, True, False, False]
     assert targets.held_features(stored)
     assert targets.held_places(stored.reshape(2, 3)).tolist() == [True, False]
+
+
+def test_the_published_pytorch_code_has_the_same_depth_bins():
+    """The code of an exported model stands alone, so it has the bins' range again."""
+    pytest.importorskip("torch")
+    from geode_jax.weights.remote import modeling_hidden_cot as remote
+
+    assert (remote.NEAREST, remote.FARTHEST) == targets.BIN_RANGE

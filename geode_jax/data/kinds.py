@@ -1,27 +1,24 @@
-"""Names of kinds that a configuration may use: those of `exports.kinds`, and the export's own."""
+"""Check of the kinds of questions that a configuration names."""
 
 import difflib
 from collections.abc import Iterable
 
 from geode_jax.errors import UserError
-from geode_jax.exports.kinds import KINDS, NUMERIC_KINDS, VSI_CHOICE_KINDS
-
-KNOWN = {*KINDS, *(f"{kind}_open" for kind in (*NUMERIC_KINDS, *VSI_CHOICE_KINDS))}
-"""VSI-590K asks some tasks of VSI-Bench without options: such kinds end in `_open`."""
+from geode_jax.exports.kinds import KINDS
 
 
 def check_known(names: Iterable[str], own: Iterable[str], where: str) -> None:
-    """Refuses what is the name of no kind.
+    """Refuses a name that is no kind of question.
 
     Args:
-        names: those of a configuration.
+        names: the names in a configuration.
         own: the kinds of the export.
-        where: begins the message, such as `data: kind_weights`.
+        where: beginning of the message, such as `data: kind_weights`.
 
     Raises:
-        UserError: a name is neither in `KNOWN` nor in the export.
+        UserError: a name is neither in `KINDS` nor a kind of the export.
     """
-    known = sorted(KNOWN | set(own))
+    known = sorted({*KINDS, *own})
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)

@@ -73,10 +73,12 @@ def lay_out(
         pad_id: fills what is left.
 
     Returns:
-        `packed` [M, R] ids; `packed_position` [M, R] position in its segment; `packed_start` [M, R]
-        first column of its segment (past itself for padding, which so sees no text);
-        `packed_answer` [M, R] whether it is bos or A, and so sees T; `answer_column` [Q, La] flat
-        column that predicts each answer token; `encoding_column` [Q] that of Q's last token.
+        Rows of one scene under the names of the fields of `Batch`, without the axis S:
+        `packed_SMR` [M, R] ids; `packed_position_SMR` [M, R] position in its segment;
+        `packed_start_SMR` [M, R] first column of its segment (for padding the column after itself,
+        so that padding sees no text); `packed_answer_SMR` [M, R] True for bos and answer tokens,
+        which see T; `answer_column_SQA` [Q, La] flat column that predicts each answer token;
+        `encoding_column_SQ` [Q] flat column of the last token of Q.
     """
     size = rows * columns
     tokens = np.full(size, pad_id, np.int32)
@@ -96,10 +98,10 @@ def lay_out(
         encoding_column[slot] = bos - 1
     shape = (rows, columns)
     return {
-        "packed": tokens.reshape(shape),
-        "packed_position": position.reshape(shape),
-        "packed_start": start.reshape(shape),
-        "packed_answer": of_answer.reshape(shape),
-        "answer_column": answer_column,
-        "encoding_column": encoding_column,
+        "packed_SMR": tokens.reshape(shape),
+        "packed_position_SMR": position.reshape(shape),
+        "packed_start_SMR": start.reshape(shape),
+        "packed_answer_SMR": of_answer.reshape(shape),
+        "answer_column_SQA": answer_column,
+        "encoding_column_SQ": encoding_column,
     }

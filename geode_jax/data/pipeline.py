@@ -5,7 +5,6 @@ Scenes are read straight from the export's safetensors, questions from the Array
 with `iterate(k, ...)`, with any number of workers, and gets the same batches.
 """
 
-import dataclasses
 import functools
 import itertools
 import threading
@@ -362,8 +361,8 @@ class Pipeline:
         arrays, config = self._question_arrays(scene), self.config
         return pack(
             candidates,
-            arrays["question_length"],
-            arrays["answer_length"],
+            arrays["question_length_SQ"],
+            arrays["answer_length_SQ"],
             config.rows_per_scene,
             config.row_length,
             config.questions_per_scene,
@@ -371,7 +370,7 @@ class Pipeline:
         )
 
     def _question_rows(self, scene: int, placed: list[tuple], tensors) -> dict[str, np.ndarray]:
-        """Q questions of a scene, padded with empty ones, without shape suffixes."""
+        """Rows of Q questions of a scene; see `lay_out_questions`."""
         config = self.config
         return lay_out_questions(
             self._question_arrays(scene),
@@ -411,7 +410,7 @@ class Pipeline:
         columns, pad_id = length + answer, tokenizer.pad_id
         questions = lay_out_questions(arrays, [(0, 0)], scene.tensors, 1, 1, columns, pad_id)
         rows = {name: array[None] for name, array in questions.items()}
-        return Batch(**_suffixed(scene.rows | rows))
+        return Batch(**scene.rows, **rows)
 
     # --- Iterating --------------------------------------------------------------------------------
 
@@ -516,15 +515,7 @@ class Pipeline:
                 yield own, make
 
 
-_FIELD_NAMES = {field.name.rsplit("_", 1)[0]: field.name for field in dataclasses.fields(Batch)}
-
-
-def _suffixed(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Names with the shape suffixes of `Batch`."""
-    return {_FIELD_NAMES[name]: array for name, array in arrays.items()}
-
-
 def _stacked(rows: Sequence[tuple[dict, dict]]) -> Batch:
     """Rows of scenes and of their questions as one batch."""
     scenes, questions = zip(*rows, strict=True)
-    return Batch(**_suffixed(stack_rows(scenes) | stack_rows(questions)))
+    return Batch(**stack_rows(scenes), **stack_rows(questions))

@@ -11,7 +11,7 @@ import numpy as np
 from geode_jax.data.control import BOX, REG, NoNumberError, control_of, number_of
 from geode_jax.data.packing import lay_out
 from geode_jax.data.tokens import Tokenizer
-from geode_jax.exports import RELATIONS
+from geode_jax.exports.kinds import CANDIDATES, KINDS, RELATIONS, ROUTE
 from geode_jax.exports.prompts import prompt
 from geode_jax.geometry.upright_boxes import box_gaps
 from geode_jax.shapes import MAX_OBJECTS
@@ -43,13 +43,14 @@ def stack_questions(
     answer_field: str,
     controls: tuple[int, int] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Question records as arrays [n, ...], named as the question fields of `Batch`.
+    """Returns n question records as arrays [n, ...] under the names of the fields of `Batch`.
 
-    The objects are in the record's order, but the one that distances are measured from is the
-    first. Beside them, of every object: `object_place` [n, O], the place in the question of the
-    last token of its name, where the text has it first, and `object_row` [n, O], its row of
-    `target/boxes`; and of the record's first two: `pair` [n, 2], their rows. -1 where unknown, and,
-    but for `object_row`, of names that stand for several objects of the record.
+    Objects are in the record's order, except that the object that distances are measured from
+    comes first. Three arrays are not in `Batch`: `object_place` [n, O], position in the question
+    of the last token of an object's name, at its first occurrence; `object_row` [n, O], row of the
+    object in `target/boxes`; `pair` [n, 2], the rows of the record's first two objects. Unknown
+    entries are -1, and so are those of `object_place` and `pair` for a name that several objects
+    of the record share.
 
     Args:
         records: n question records whose prompts and answers fit.
@@ -60,28 +61,28 @@ def stack_questions(
     """
     n, lq, la = len(records), question_length, answer_length
     arrays = {
-        "question": np.full((n, lq), tokenizer.pad_id, np.int32),
-        "question_length": np.zeros(n, np.int32),
-        "answer": np.full((n, la), tokenizer.pad_id, np.int32),
-        "answer_length": np.zeros(n, np.int32),
-        "objects": np.zeros((n, MAX_OBJECTS, 7), np.float32),
-        "objects_mask": np.zeros((n, MAX_OBJECTS), bool),
-        "gaps": np.zeros((n, MAX_OBJECTS), np.float32),
-        "angle": np.zeros((n, 2), np.float32),
-        "angle_mask": np.zeros(n, bool),
+        "question_SQL": np.full((n, lq), tokenizer.pad_id, np.int32),
+        "question_length_SQ": np.zeros(n, np.int32),
+        "answer_SQA": np.full((n, la), tokenizer.pad_id, np.int32),
+        "answer_length_SQ": np.zeros(n, np.int32),
+        "objects_SQO7": np.zeros((n, MAX_OBJECTS, 7), np.float32),
+        "objects_mask_SQO": np.zeros((n, MAX_OBJECTS), bool),
+        "gaps_SQO": np.zeros((n, MAX_OBJECTS), np.float32),
+        "angle_SQ2": np.zeros((n, 2), np.float32),
+        "angle_mask_SQ": np.zeros(n, bool),
         "pair": np.full((n, 2), -1, np.int32),
         "object_place": np.full((n, MAX_OBJECTS), -1, np.int32),
         "object_row": np.full((n, MAX_OBJECTS), -1, np.int32),
-        "relations": np.zeros((n, len(RELATIONS)), np.float32),
-        "relations_mask": np.zeros((n, len(RELATIONS)), bool),
-        "value": np.zeros(n, np.float32),
-        "value_mask": np.zeros(n, bool),
-        "base_unit": np.ones(n, np.float32),
-        "box": np.zeros((n, 7), np.float32),
-        "box_mask": np.zeros(n, bool),
-        "topk_id": np.zeros((n, la, 0), np.int32),
-        "topk_logprob": np.zeros((n, la, 0), np.float32),
-        "topk_mask": np.zeros((n, la), bool),
+        "relations_SQR": np.zeros((n, len(RELATIONS)), np.float32),
+        "relations_mask_SQR": np.zeros((n, len(RELATIONS)), bool),
+        "value_SQ": np.zeros(n, np.float32),
+        "value_mask_SQ": np.zeros(n, bool),
+        "base_unit_SQ": np.ones(n, np.float32),
+        "box_SQ7": np.zeros((n, 7), np.float32),
+        "box_mask_SQ": np.zeros(n, bool),
+        "topk_id_SQAk": np.zeros((n, la, 0), np.int32),
+        "topk_logprob_SQAk": np.zeros((n, la, 0), np.float32),
+        "topk_mask_SQA": np.zeros((n, la), bool),
     }
     texts = [prompt(record) for record in records]
     prompts = tokenizer.encode_with_ends(texts)
@@ -100,11 +101,11 @@ def stack_questions(
     for i, record in enumerate(records):
         ids, ends = prompts[i]
         ids = [*ids, tokenizer.bos_id]
-        arrays["question"][i, lq - len(ids) :] = ids
-        arrays["question_length"][i] = len(ids)
+        arrays["question_SQL"][i, lq - len(ids) :] = ids
+        arrays["question_length_SQ"][i] = len(ids)
         ids = [*answers[i], tokenizer.eos_id]
-        arrays["answer"][i, : len(ids)] = ids
-        arrays["answer_length"][i] = len(ids)
+        arrays["answer_SQA"][i, : len(ids)] = ids
+        arrays["answer_length_SQ"][i] = len(ids)
         objects = _anchor_first(record)[:MAX_OBJECTS]
         names = [item["name"] for item in record.get("objects", ())]
         for j, item in enumerate(record.get("objects", ())[:2]):
@@ -113,30 +114,36 @@ def stack_questions(
         for j, item in enumerate(objects):
             arrays["object_row"][i, j] = item.get("index", -1)
             if _is_held(item):
-                arrays["objects"][i, j] = item["box"]
-                arrays["objects_mask"][i, j] = True
+                arrays["objects_SQO7"][i, j] = item["box"]
+                arrays["objects_mask_SQO"][i, j] = True
             found = re.search(rf"\b{re.escape(item['name'])}\b", texts[i])
             if found and names.count(item["name"]) == 1:
                 arrays["object_place"][i, j] = bisect.bisect_left(ends, found.end())
-        turn = _ROUTE_TURN.get(len(objects)) if record["kind"] == "route_planning" else _TURN
+        turn = _ROUTE_TURN.get(len(objects)) if _roles(record) == ROUTE else _TURN
         if turn and max(turn) < len(objects) and (arrays["object_place"][i, [*turn]] >= 0).all():
             angle = _turn([objects[j] for j in turn])
             if angle is not None:
-                arrays["angle"][i], arrays["angle_mask"][i] = angle, True
+                arrays["angle_SQ2"][i], arrays["angle_mask_SQ"][i] = angle, True
         if objects and _is_held(objects[0]):
             own = {j: rows[tuple(o["box"])] for j, o in enumerate(objects) if _is_held(o)}
-            arrays["gaps"][i, [*own]] = gaps[own[0], [*own.values()]]
+            arrays["gaps_SQO"][i, [*own]] = gaps[own[0], [*own.values()]]
         for name, probability in record.get("relation", {}).items():
-            arrays["relations"][i, RELATIONS.index(name)] = probability
-            arrays["relations_mask"][i, RELATIONS.index(name)] = True
+            arrays["relations_SQR"][i, RELATIONS.index(name)] = probability
+            arrays["relations_mask_SQR"][i, RELATIONS.index(name)] = True
         if control_of(record) == REG:
             with contextlib.suppress(NoNumberError):  # counted where the questions were chosen
-                arrays["value"][i], arrays["base_unit"][i] = number_of(record)
-                arrays["value_mask"][i] = True
+                arrays["value_SQ"][i], arrays["base_unit_SQ"][i] = number_of(record)
+                arrays["value_mask_SQ"][i] = True
         if controls and "box" in record and held_boxes(record["box"]):
-            arrays["box"][i] = record["box"]
-            arrays["box_mask"][i] = True
+            arrays["box_SQ7"][i] = record["box"]
+            arrays["box_mask_SQ"][i] = True
     return arrays
+
+
+def _roles(record: Mapping[str, Any]) -> str:
+    """What the named objects of a question are, see `kinds.Kind.objects`."""
+    kind = KINDS.get(record["kind"])
+    return kind.objects if kind else ""
 
 
 def _anchor_first(record: Mapping[str, Any]) -> list[dict]:
@@ -146,7 +153,7 @@ def _anchor_first(record: Mapping[str, Any]) -> list[dict]:
     record has it.
     """
     objects = list(record.get("objects", ()))
-    if record["kind"] == "object_rel_distance":
+    if _roles(record) == CANDIDATES:
         options = {option.split(". ", 1)[-1] for option in record.get("options", ())}
         objects.sort(key=lambda item: item["name"] in options)
     return objects
@@ -185,20 +192,20 @@ def add_teacher_logits(
         rows: [n] number of every question among the scene's, in the order of questions.jsonl.
         topk: k.
     """
-    n, la = arrays["answer"].shape
-    arrays["topk_id"] = np.zeros((n, la, topk), np.int32)
-    arrays["topk_logprob"] = np.zeros((n, la, topk), np.float32)
+    n, la = arrays["answer_SQA"].shape
+    arrays["topk_id_SQAk"] = np.zeros((n, la, topk), np.int32)
+    arrays["topk_logprob_SQAk"] = np.zeros((n, la, topk), np.float32)
     if "teacher/topk_id" not in tensors:
         return
     question = tensors["teacher/answer_question"]
     for i, row in enumerate(rows):
         own = slice(*np.searchsorted(question, [row, row + 1]))
         said = tensors["teacher/answer_id"][own]
-        length = arrays["answer_length"][i]
-        if len(said) and np.array_equal(said, arrays["answer"][i, :length]):
-            arrays["topk_id"][i, :length] = tensors["teacher/topk_id"][own]
-            arrays["topk_logprob"][i, :length] = tensors["teacher/topk_logprob"][own]
-            arrays["topk_mask"][i, :length] = True
+        length = arrays["answer_length_SQ"][i]
+        if len(said) and np.array_equal(said, arrays["answer_SQA"][i, :length]):
+            arrays["topk_id_SQAk"][i, :length] = tensors["teacher/topk_id"][own]
+            arrays["topk_logprob_SQAk"][i, :length] = tensors["teacher/topk_logprob"][own]
+            arrays["topk_mask_SQA"][i, :length] = True
 
 
 def lay_out_questions(
@@ -210,10 +217,11 @@ def lay_out_questions(
     columns: int,
     pad_id: int,
 ) -> dict[str, np.ndarray]:
-    """Rows of Q questions of a scene, padded with empty ones, without shape suffixes.
+    """Returns the rows of Q questions of a scene: {field of `Batch`: array without the axis S}.
 
-    An object whose category has several instances in the scene has no column: which of them is
-    meant ("the chair" of which that is nearest to the lamp) may be said only after its name.
+    Unused slots hold empty questions. An object whose category has several instances in the scene
+    has no column: a question may name which of them it means ("the chair that is nearest to the
+    lamp") only after the category.
 
     Args:
         arrays: of `stack_questions`.
@@ -230,8 +238,9 @@ def lay_out_questions(
     )
     object_column = np.full((slots, MAX_OBJECTS), -1, np.int32)
     object_column[: len(chosen)] = np.where(place < 0, -1, first[:, None] + place)
-    fields = {"object_column": object_column}
-    fills = {"question": pad_id, "answer": pad_id, "base_unit": 1}  # values are divided by units
+    fields = {"object_column_SQO": object_column}
+    # Padding questions have base unit 1, because values are divided by it.
+    fills = {"question_SQL": pad_id, "answer_SQA": pad_id, "base_unit_SQ": 1}
     for name, array in arrays.items():
         if name in ("object_place", "object_row"):
             continue
@@ -244,16 +253,17 @@ def lay_out_questions(
     teacher, mask = _teacher_relations(tensors, pairs)
     packed = lay_out(
         placed,
-        arrays["question"],
-        arrays["question_length"],
-        arrays["answer"],
-        arrays["answer_length"],
+        arrays["question_SQL"],
+        arrays["question_length_SQ"],
+        arrays["answer_SQA"],
+        arrays["answer_length_SQ"],
         rows,
         columns,
         slots,
         pad_id,
     )
-    return fields | packed | {"teacher_relations": teacher, "teacher_relations_mask": mask}
+    taught = {"teacher_relations_SQR": teacher, "teacher_relations_mask_SQR": mask}
+    return fields | packed | taught
 
 
 def _shared(tensors: Mapping[str, np.ndarray], rows: np.ndarray) -> np.ndarray:

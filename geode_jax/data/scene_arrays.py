@@ -7,14 +7,12 @@ a step is compiled once.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 
 from geode_jax.errors import UserError
-from geode_jax.exports import Export, files
+from geode_jax.exports import Export, ExportError
 from geode_jax.targets import held_boxes, held_depth, held_features, held_places
 
 SCENE_TENSORS = (
@@ -121,9 +119,9 @@ class ExportSizes:
 
 
 def export_sizes(export: Export, vision: str = "vggt/tokens") -> ExportSizes:
-    """Sizes of all scenes of an export, from the files' headers alone (about 40 us a file).
+    """Measures the sizes of all scenes of an export from the headers of their files alone.
 
-    A file whose header cannot be read is passed over here and refused when it is read.
+    A scene with a damaged header is left out here and refused when it is read.
 
     Args:
         export: opened export.
@@ -139,12 +137,11 @@ def export_sizes(export: Export, vision: str = "vggt/tokens") -> ExportSizes:
     if vision in GEODE_VISION:
         of_views = vision
         widths["sonata/features"] = 0
-    for entry in export.manifest["scenes"]:
-        scene_id = entry["id"]
-        shapes = _header_shapes(Path(export.folder) / "scenes" / f"{scene_id}.safetensors")
-        if "teacher_sha256" in entry:
-            teacher = _header_shapes(Path(export.folder) / "teacher" / f"{scene_id}.safetensors")
-            shapes |= {f"teacher/{name}": shape for name, shape in teacher.items()}
+    for scene_id in export.scene_ids():
+        try:
+            shapes = export.scene_shapes(scene_id)
+        except ExportError:
+            shapes = {}
         views = max(views, shapes.get(of_views, [0])[0])
         if vision in GEODE_VISION and vision in shapes:
             size = tuple(shapes[vision][1:])
@@ -181,19 +178,8 @@ def export_sizes(export: Export, vision: str = "vggt/tokens") -> ExportSizes:
     )
 
 
-def _header_shapes(path: Path) -> dict[str, list[int]]:
-    """Tensor name -> shape of a safetensors file; empty where the header is damaged."""
-    try:
-        with files.open_regular(path) as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, path.stat().st_size)))
-        return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}
-
-
 def batch_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str, np.ndarray]:
-    """One scene's rows of the scene fields of `Batch`, names without their shape suffix.
+    """Returns one scene's rows of the scene fields of `Batch`: {field: array without the axis S}.
 
     Conventions: an intrinsic moves from the (h, w) depth map to the patch grid with pixel centres
     at integers, u' = (u + 1/2) gw / w - 1/2. Depth hint and pooled target depth are means over the
@@ -213,30 +199,30 @@ def batch_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str,
     r, n = shapes.depth_ratio, shapes.boxes
     dtype = np.dtype(shapes.token_dtype)
     rows = {
-        "vision": _padded(tokens, (V, shapes.view_tokens or P, shapes.token_width), dtype),
-        "view_mask": np.arange(V) < v_own,
+        "vision_SVPC": _padded(tokens, (V, shapes.view_tokens or P, shapes.token_width), dtype),
+        "view_mask_SV": np.arange(V) < v_own,
     }
     camera = tensors.get("vggt/camera_tokens") if shapes.camera_width else None
-    rows["camera_mask"] = np.array(camera is not None)
+    rows["camera_mask_S"] = np.array(camera is not None)
     camera = camera if camera is not None else np.zeros((0, 0))
-    rows["camera"] = _padded(camera, (V, shapes.camera_width), dtype)
+    rows["camera_SVC"] = _padded(camera, (V, shapes.camera_width), dtype)
     depth = tensors.get("vggt/depth")
-    hint = _patch_mean(depth, shapes.grid) if depth is not None else np.zeros((v_own, gh, gw))
-    rows["depth_hint"] = _padded(hint.reshape(v_own, P), (V, P))
+    hint = patch_mean(depth, shapes.grid) if depth is not None else np.zeros((v_own, gh, gw))
+    rows["depth_hint_SVP"] = _padded(hint.reshape(v_own, P), (V, P))
     rows |= _camera_rows(tensors, shapes, v_own) | _seen_rows(tensors, shapes, v_own)
     target = tensors.get("target/depth", np.zeros((0, gh, gw)))
-    rows["target_depth"] = _padded(_patch_mean(target, (gh * r, gw * r)), (V, gh * r, gw * r))
+    rows["target_depth_SVhw"] = _padded(patch_mean(target, (gh * r, gw * r)), (V, gh * r, gw * r))
 
     boxes = tensors.get("target/boxes", np.zeros((0, 7)))
     labels = tensors.get("target/labels", np.full(len(boxes), -1))
     held = held_boxes(boxes)
     boxes, labels = np.where(held[:, None], boxes, 0), np.where(held, labels, -1)
-    rows["target_boxes"] = _padded(boxes[:n], (n, 7))
-    rows["target_labels"] = _padded(labels[:n], (n,), np.int32, fill=-1)
-    rows["boxes_known"] = np.array("target/boxes" in tensors and len(boxes) <= n and held.all())
+    rows["target_boxes_SN7"] = _padded(boxes[:n], (n, 7))
+    rows["target_labels_SN"] = _padded(labels[:n], (n,), np.int32, fill=-1)
+    rows["boxes_known_S"] = np.array("target/boxes" in tensors and len(boxes) <= n and held.all())
     segments = tensors.get("target/segmentation", np.full((0, gh, gw), -1))
-    segments = _patch_majority(segments, shapes.grid).reshape(-1, P)
-    rows["target_segmentation"] = _padded(segments, (V, P), np.int32, fill=-2)
+    segments = patch_majority(segments, shapes.grid).reshape(-1, P)
+    rows["target_segmentation_SVP"] = _padded(segments, (V, P), np.int32, fill=-2)
     return rows | _teacher_rows(tensors, shapes)
 
 
@@ -251,11 +237,11 @@ def _seen_rows(tensors, shapes: SceneShapes, v_own: int) -> dict[str, np.ndarray
     frame = tensors.get("sonata/frame", np.zeros(0)) if known else np.zeros(0)
     frame = np.where(frame < v_own, frame, -1)  # a view that is not there is not known
     return {
-        "image": _padded(images, (shapes.views, *shapes.image, 3), np.uint8),
-        "point": _padded(features, (G, width)),
-        "coord": _padded(coord, (G, 3)),
-        "point_frame": _padded(frame, (G,), np.int32, fill=-1),
-        "point_mask": np.arange(G) < len(coord),
+        "image_SVhw3": _padded(images, (shapes.views, *shapes.image, 3), np.uint8),
+        "point_SGC": _padded(features, (G, width)),
+        "coord_SG3": _padded(coord, (G, 3)),
+        "point_frame_SG": _padded(frame, (G,), np.int32, fill=-1),
+        "point_mask_SG": np.arange(G) < len(coord),
     }
 
 
@@ -267,18 +253,18 @@ def _teacher_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[s
     features = features.reshape(-1, P, shapes.features) if features.size else features[:, 0]
     bins = tensors.get("teacher/depth_bins", none)
     if bins.size:
-        bins = _patch_mean(np.asarray(bins, np.float32), shapes.grid, known=np.isfinite(bins))
+        bins = patch_mean(np.asarray(bins, np.float32), shapes.grid, known=np.isfinite(bins))
         bins = (bins / bins.sum(-1, keepdims=True)).reshape(-1, P, shapes.depth_bins)
     else:
         bins = bins[:, 0]
     detection = tensors.get("teacher/detection_probs", np.zeros((0, shapes.categories)))
     return {
-        "teacher_features": _padded(features, (V, P, shapes.features)),
-        "teacher_features_mask": np.array("teacher/features" in tensors and learned),
-        "teacher_depth_bins": _padded(bins, (V, P, shapes.depth_bins)),
-        "teacher_depth_bins_mask": np.array("teacher/depth_bins" in tensors),
-        "teacher_detection": _padded(detection[:n], (n, shapes.categories)),
-        "teacher_detection_mask": np.array("teacher/detection_probs" in tensors),
+        "teacher_features_SVPF": _padded(features, (V, P, shapes.features)),
+        "teacher_features_mask_S": np.array("teacher/features" in tensors and learned),
+        "teacher_depth_bins_SVPB": _padded(bins, (V, P, shapes.depth_bins)),
+        "teacher_depth_bins_mask_S": np.array("teacher/depth_bins" in tensors),
+        "teacher_detection_SNc": _padded(detection[:n], (n, shapes.categories)),
+        "teacher_detection_mask_S": np.array("teacher/detection_probs" in tensors),
     }
 
 
@@ -317,7 +303,12 @@ def _camera_rows(tensors, shapes: SceneShapes, v_own: int) -> dict[str, np.ndarr
         known &= held_places(seen)
         points[:v_own] = np.where(known[..., None], seen, 0).reshape(v_own, P, 3)
         mask[:v_own] = known.reshape(v_own, P)
-    return {"extrinsic": extrinsic, "intrinsic": intrinsic, "points": points, "points_mask": mask}
+    return {
+        "extrinsic_SV34": extrinsic,
+        "intrinsic_SV33": intrinsic,
+        "points_SVP3": points,
+        "points_mask_SVP": mask,
+    }
 
 
 def _unproject(u, v, z, intrinsic, extrinsic) -> np.ndarray:
@@ -351,7 +342,7 @@ def _starts(size: int, cells: int) -> np.ndarray:
     return np.clip(first, 0, size - 1)
 
 
-def _patch_mean(values, cells: tuple[int, int], known=None) -> np.ndarray:
+def patch_mean(values, cells: tuple[int, int], known=None) -> np.ndarray:
     """Mean over the known pixels of every cell: [V, h, w, ...] -> [V, *cells, ...]; 0 = none known.
 
     Args:
@@ -372,7 +363,7 @@ def _patch_mean(values, cells: tuple[int, int], known=None) -> np.ndarray:
     return total(np.where(known, values, 0)) / np.maximum(count, 1)
 
 
-def _patch_majority(labels: np.ndarray, cells: tuple[int, int]) -> np.ndarray:
+def patch_majority(labels: np.ndarray, cells: tuple[int, int]) -> np.ndarray:
     """The label most pixels of a cell have: [V, h, w] -> [V, *cells] int32; ties avoid -1."""
     v, h, w = labels.shape
     # More cells than pixels: repeat the pixels first.
@@ -396,11 +387,12 @@ def empty_rows(shapes: SceneShapes) -> dict[str, np.ndarray]:
     else:
         tokens = shapes.view_tokens or shapes.patches
         view = np.zeros((1, tokens, shapes.token_width), np.float32)
-    # The zeros are nobody's features, even where features are what the student sees.
-    return batch_rows({shapes.vision: view}, shapes) | {"teacher_features_mask": np.array(False)}
+    # The zeros are not the teacher's features, even where the student sees such features.
+    no_teacher = {"teacher_features_mask_S": np.array(False)}
+    return batch_rows({shapes.vision: view}, shapes) | no_teacher
 
 
 def stack_rows(rows: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """S scenes' rows as arrays with a leading axis S."""
+    """Returns the rows of S scenes, stacked along a new leading axis S."""
     rows = list(rows)
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

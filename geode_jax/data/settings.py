@@ -110,14 +110,11 @@ class PipelineConfig:
         return dataclasses.replace(self, kind_weights={}, source_weights={}, fraction=1.0)
 
 
-class LengthSummary(NamedTuple):
-    """Token counts of a kind's questions: 99.9th percentile and maximum, bos and eos included."""
+class Longest(NamedTuple):
+    """Tokens of the longest prompt with its bos, and of the longest answer with its eos."""
 
-    count: int
-    question_p999: int
-    question_max: int
-    answer_p999: int
-    answer_max: int
+    question: int
+    answer: int
 
 
 def measure_lengths(
@@ -128,19 +125,20 @@ def measure_lengths(
     answer_field: str = "answer",
     on_bad_scene: str = "stop",
     controls: tuple[int, int] | None = None,
-) -> dict[str, LengthSummary]:
-    """How long questions and answers are, to choose Lq and La by.
+) -> Longest | None:
+    """Measures the longest question and answer of a split, from which Lq and La are chosen.
 
     Args:
         export: opened export.
-        tokenizer: whose tokens count.
-        split: which scenes.
-        kinds: only these; None for all.
-        answer_field: whose lengths `answer_*` are; questions without it are not counted.
-        on_bad_scene, controls: as in `PipelineConfig`; what it leaves out is not counted.
+        tokenizer: the tokenizer of the run.
+        split: name of the split.
+        kinds: kinds of questions to measure; None for all.
+        answer_field: field that is learned; questions without it are not measured.
+        on_bad_scene, controls: as in `PipelineConfig`; questions that they leave out are not
+            measured.
 
     Returns:
-        Kind -> summary, and "all" -> that of all kinds together; empty without a question.
+        The longest, or None without a question.
     """
     lengths = question_lengths(open_question_records(export, on_bad_scene), split, tokenizer)
     answer = answer_lengths(lengths, answer_field, bool(controls))
@@ -149,11 +147,6 @@ def measure_lengths(
         keep &= lengths["control"] != BOX
     if kinds is not None:
         keep &= np.isin(lengths["kind"], list(kinds))
-    names = sorted(set(lengths["kind"][keep].tolist()))
-    summaries = {}
-    for name in [*names, "all"] if names else []:
-        chosen = keep if name == "all" else keep & (lengths["kind"] == name)
-        q, a = lengths["question"][chosen], answer[chosen]
-        p999 = [int(np.ceil(np.percentile(x, 99.9))) for x in (q, a)]
-        summaries[name] = LengthSummary(len(q), p999[0], int(q.max()), p999[1], int(a.max()))
-    return summaries
+    if not keep.any():
+        return None
+    return Longest(int(lengths["question"][keep].max()), int(answer[keep].max()))

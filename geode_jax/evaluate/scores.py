@@ -10,6 +10,7 @@ from geode_jax.evaluate.metrics import spatial as spatial_metrics
 from geode_jax.evaluate.metrics import text as text_metrics
 from geode_jax.evaluate.text_table import text_table
 from geode_jax.exports.kinds import (
+    DIRECTION_TASK,
     KINDS,
     RELATION_KINDS,
     SENTENCE,
@@ -51,7 +52,7 @@ ROWS = (
     Row("mra", "mean relative accuracy (mean)", _VSI),
     Row("metric_mra", "mean relative accuracy without counting", _VSI),
     *(Row(kind, KINDS[kind].label, _VSI) for kind in VSI_NUMERIC_KINDS),
-    Row("object_rel_direction", "relative direction (mean)", _VSI),
+    Row(DIRECTION_TASK, "relative direction (mean)", _VSI),
     *(Row(kind, KINDS[kind].label, _VSI) for kind in VSI_CHOICE_KINDS),
     Row("vsi_overall", "VSI-Bench overall (macro)", _VSI),
     Row("vsi_tasks", "VSI-Bench tasks present (of 8)", _VSI, better="", bounded=False),

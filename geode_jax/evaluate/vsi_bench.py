@@ -44,6 +44,7 @@ from geode_jax.evaluate.text_table import text_table
 from geode_jax.exports import files, prompts
 from geode_jax.exports.kinds import (
     DIRECTION_KINDS,
+    DIRECTION_TASK,
     KINDS,
     VSI_CHOICE_KINDS,
     VSI_NUMERIC_KINDS,
@@ -111,7 +112,7 @@ def averages(per_type: Mapping[str, float]) -> dict[str, Any]:
       `missing`: the question types that do not occur, [] for the whole benchmark.
     """
     scores = dict(per_type)
-    add_mean(scores, "object_rel_direction", DIRECTION_KINDS)
+    add_mean(scores, DIRECTION_TASK, DIRECTION_KINDS)
     add_mean(scores, "overall", VSI_TASKS)
     add_mean(scores, "mca", CHOICE_TASKS)
     add_mean(scores, "na", VSI_NUMERIC_KINDS)

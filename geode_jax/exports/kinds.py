@@ -15,23 +15,36 @@ NUMBER, OPTION, RELATION, BOX, SENTENCE, TEXT = (
 name a relation, a 3D box, one descriptive sentence, other text."""
 
 
+ROUTE, CANDIDATES = "route", "candidates"
+"""What the `objects` of a question are: the places of a route in order (start, object faced, stops,
+destination), or the candidates of a choice and the one object that distances are measured from."""
+
+DIRECTION_TASK = "object_rel_direction"
+"""The one task of VSI-Bench that has several kinds; its score is their mean."""
+
+OPEN = "_open"
+"""Suffix of a kind whose question is put without options or is answered by no number. VSI-590K
+asks some tasks of VSI-Bench so."""
+
+
 class Kind(NamedTuple):
     """One kind of question.
 
     Attributes:
-        form: of the answer, one of the six above.
-        label: of its score in tables; "" where it has no row of its own.
-        unit: of the answer where neither question nor answer names one; a key of `units.UNITS`.
-        task: the task of VSI-Bench (Yang et al., 2024, Table 1) that it counts towards.
+        form: form of the answer, one of the six above.
+        label: label of its score in tables; "" for a kind without a row of its own.
+        unit: unit of the answer where neither question nor answer names one; a key of
+            `units.UNITS`.
+        task: the task of VSI-Bench (Yang et al., 2024, Table 1) that the kind counts towards.
+        objects: what the named objects are, `ROUTE` or `CANDIDATES`; "" for no fixed roles.
     """
 
     form: str
     label: str = ""
     unit: str = ""
     task: str = ""
+    objects: str = ""
 
-
-_DIRECTION = "object_rel_direction"
 
 KINDS: dict[str, Kind] = {
     # Hidden-CoT paper, Sec. IV-B, "Specialized 3D Spatial Reasoning".
@@ -44,11 +57,13 @@ KINDS: dict[str, Kind] = {
     "object_abs_distance": Kind(NUMBER, "absolute distance (MRA)", "m", "object_abs_distance"),
     "object_size_estimation": Kind(NUMBER, "object size (MRA)", "cm", "object_size_estimation"),
     "room_size_estimation": Kind(NUMBER, "room size (MRA)", "m2", "room_size_estimation"),
-    "object_rel_distance": Kind(OPTION, "relative distance", task="object_rel_distance"),
-    "object_rel_direction_easy": Kind(OPTION, "relative direction, easy", task=_DIRECTION),
-    "object_rel_direction_medium": Kind(OPTION, "relative direction, medium", task=_DIRECTION),
-    "object_rel_direction_hard": Kind(OPTION, "relative direction, hard", task=_DIRECTION),
-    "route_planning": Kind(OPTION, "route planning", task="route_planning"),
+    "object_rel_distance": Kind(
+        OPTION, "relative distance", task="object_rel_distance", objects=CANDIDATES
+    ),
+    "object_rel_direction_easy": Kind(OPTION, "relative direction, easy", task=DIRECTION_TASK),
+    "object_rel_direction_medium": Kind(OPTION, "relative direction, medium", task=DIRECTION_TASK),
+    "object_rel_direction_hard": Kind(OPTION, "relative direction, hard", task=DIRECTION_TASK),
+    "route_planning": Kind(OPTION, "route planning", task="route_planning", objects=ROUTE),
     "obj_appearance_order": Kind(OPTION, "appearance order", task="obj_appearance_order"),
     # Rooms.
     "scene_description": Kind(SENTENCE, "scene description (ROUGE-1 F)"),
@@ -68,6 +83,12 @@ KINDS: dict[str, Kind] = {
     "vica_thinking": Kind(TEXT),
     **{f"sqa3d_{word}": Kind(TEXT) for word in ("what", "is", "how", "can", "which", "other")},
 }
+KINDS.update(
+    {f"{name}{OPEN}": Kind(TEXT) for name, kind in KINDS.items() if kind.form in (NUMBER, OPTION)}
+)
+
+COUNT_KINDS = tuple(name for name, kind in KINDS.items() if kind.unit == "items")
+"""Kinds whose answer is a whole number of things; all other numeric kinds measure something."""
 
 RELATIONS = (
     "left_right",
@@ -77,7 +98,7 @@ RELATIONS = (
     "size_comparison",
     "orientation",
 )
-"""Names of a question's `relation`; the number is the probability of the first alternative. The
+"""Keys of a question's `relation`; each value is the probability of the first alternative. The
 spatial head has one output for each, in this order."""
 
 
@@ -88,7 +109,7 @@ def _of(form: str, *, benchmark: bool = False) -> tuple[str, ...]:
 
 
 NUMERIC_KINDS = _of(NUMBER)
-"""Kinds whose answer is a number: they carry `value`, or an answer that reads as a number."""
+"""Kinds whose answer is a number: a record has `value`, or an answer that reads as a number."""
 
 VSI_NUMERIC_KINDS = _of(NUMBER, benchmark=True)
 """VSI-Bench types answered by a number."""
@@ -99,8 +120,8 @@ VSI_CHOICE_KINDS = _of(OPTION, benchmark=True)
 RELATION_KINDS = _of(RELATION)
 """The four relations; their mean is the Hidden-CoT paper's spatial accuracy (Sec. IV-B)."""
 
-DIRECTION_KINDS = tuple(name for name, kind in KINDS.items() if kind.task == _DIRECTION)
-"""VSI-Bench reports the mean of these as one task."""
+DIRECTION_KINDS = tuple(name for name, kind in KINDS.items() if kind.task == DIRECTION_TASK)
+"""The kinds of `DIRECTION_TASK`: easy, medium and hard."""
 
 VSI_TASKS = tuple(dict.fromkeys(kind.task for kind in KINDS.values() if kind.task))
 """The eight tasks of VSI-Bench, in the order of its tables."""

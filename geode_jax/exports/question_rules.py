@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import units
+from .kinds import COUNT_KINDS
 
 _LETTERED = re.compile(r"\(?([A-Z])(?:[.):]+(?:\s.*)?|\))", re.DOTALL)
 _LETTER = re.compile(r"\(?([A-Z])[.):]*")
@@ -77,7 +78,7 @@ def _number_fault(record: Mapping[str, Any]) -> str:
     value = record.get("value", said.number if said else None)
     if value is None:
         return ""
-    if record["kind"] == "object_counting" and (value < 0 or value != int(value)):
+    if record["kind"] in COUNT_KINDS and (value < 0 or value != int(value)):
         return "a count must be a whole number, not negative"
     if said is None or "value" not in record or _same(record, said):
         return ""

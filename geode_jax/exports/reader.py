@@ -38,14 +38,13 @@ from .tensor_files import (
 
 
 def _sha256_of(path: Path) -> str:
+    """SHA-256 of a regular file, in hexadecimal."""
     digest = hashlib.sha256()
     refuse_irregular(path)
     with open(path, "rb") as file:
-        while True:
-            chunk = file.read(1 << 20)
-            if not chunk:
-                return digest.hexdigest()
+        for chunk in iter(lambda: file.read(1 << 20), b""):
             digest.update(chunk)
+    return digest.hexdigest()
 
 
 class Export:

@@ -25,7 +25,6 @@ from .contract import (
     check_frame,
     check_layout,
     check_values,
-    shown,
 )
 from .reader import Export
 from .records import (
@@ -65,7 +64,7 @@ def _write_file(path: Path, chunks: Iterable[Any], durable: bool = False) -> str
 
 
 def _cannot_write(path: Path, error: OSError) -> ExportError:
-    return ExportError(str(path), "", f"cannot be written: {error.strerror or shown(str(error))}")
+    return ExportError(str(files.cannot_write(path, error)))
 
 
 def _json_bytes(value: Any, indent: int | None = None) -> bytes:

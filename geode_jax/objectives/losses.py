@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.special import logsumexp, xlogy
 from optax.assignment import hungarian_algorithm
 
+from geode_jax import targets
 from geode_jax.geometry.boxes import encode_boxes, generalized_iou, nearer_code, other_code
 from geode_jax.geometry.correspondence import gather_views, reprojection
 from geode_jax.objectives.base import Pair
@@ -153,9 +153,9 @@ def depth_l1(depth: Array, target: Array, mask: Array) -> Pair:
     return masked_sum(jnp.abs(keep(depth, mask) - keep(target, mask)), mask)
 
 
-def depth_bin_centres(bins: int, near: float = 0.3, far: float = 10.0) -> jax.Array:
-    """Returns centres [B] in metres, evenly spaced in log depth from `near` to `far` inclusive."""
-    return jnp.asarray(np.geomspace(near, far, bins), jnp.float32)
+def depth_bin_centres(bins: int) -> jax.Array:
+    """Returns centres [B] of the depth bins in metres, float32; see `targets.depth_bin_centres`."""
+    return jnp.asarray(targets.depth_bin_centres(bins), jnp.float32)
 
 
 def expected_depth(logits_B: Array, centres_B: Array) -> jax.Array:

@@ -215,6 +215,4 @@ def abstract_batch(settings: Settings, data: Described, sharding: jax.sharding.S
             (own.scenes_per_batch, *row.shape), row.dtype, sharding=sharding
         )
 
-    names = [field.name for field in dataclasses.fields(Batch)]
-    batch = Batch(**{name: rows[name.rsplit("_", 1)[0]] for name in names})
-    return jax.tree.map(shape, batch)
+    return Batch(**{name: shape(row) for name, row in rows.items()})

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from flax import nnx
 
+from geode_jax.data.control import BOX, control_of
 from geode_jax.errors import UserError
 from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate import vsi_bench
@@ -102,7 +103,7 @@ def _answers(
         for name, predictions in columns.items()
     }
     scores = {
-        name: scoring.score([r for r in predictions if r["kind"] != "object_box"])
+        name: scoring.score([r for r in predictions if control_of(r) != BOX])
         for name, predictions in columns.items()
     }
     for name in columns.keys() - {"frequency"}:
@@ -120,7 +121,7 @@ def box_scores(predictions: list[dict]) -> dict[str, float]:
         `boxes_answered`: share of the questions with a predicted box.
         `box_centre_error`: mean distance of the centres in metres, over the predicted boxes.
     """
-    questions = [r for r in predictions if r["kind"] == "object_box"]
+    questions = [r for r in predictions if control_of(r) == BOX]
     if not questions:
         return {}
     found = [r for r in questions if "predicted_box" in r]

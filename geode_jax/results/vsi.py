@@ -102,7 +102,7 @@ def _pipeline(trained: Trained, export: Export, split: str) -> Pipeline:
     questions = (record for scene in records.scene_ids(split) for record in records.read(scene))
     for row in vsi_bench.rows_of({**record, "prediction": ""} for record in questions):
         vsi_bench.check_question(row, f"{export.folder}: question {row['id']}")
-    lengths = measure_lengths(
+    longest = measure_lengths(
         export,
         trained.tokenizer,
         split,
@@ -110,10 +110,10 @@ def _pipeline(trained: Trained, export: Export, split: str) -> Pipeline:
         on_bad_scene=usual.on_bad_scene,
         controls=usual.controls,
     )
-    if not lengths:
+    if not longest:
         raise UserError(f"{export.folder}: split {split} has no question of VSI-Bench")
-    question_length = max(usual.question_length, lengths["all"].question_max)
-    answer_length = max(usual.answer_length, lengths["all"].answer_max)
+    question_length = max(usual.question_length, longest.question)
+    answer_length = max(usual.answer_length, longest.answer)
     config = dataclasses.replace(
         usual.asking_all(),
         export=str(export.folder),

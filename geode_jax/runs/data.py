@@ -66,11 +66,11 @@ def pipeline_config(settings: Settings, export: Export, tokenizer: Tokenizer) ->
     data, field, controls = settings.data, settings.answer_field, settings.controls(tokenizer)
     question, answer = data.question_length, data.answer_length
     if not (question and answer):
-        lengths = measure_lengths(export, tokenizer, "train", answer_field=field, controls=controls)
-        if not lengths:
+        longest = measure_lengths(export, tokenizer, "train", answer_field=field, controls=controls)
+        if not longest:
             raise UserError(f"{export.folder}: no question of the train split has a {field}")
-        question = question or lengths["all"].question_max
-        answer = answer or lengths["all"].answer_max
+        question = question or longest.question
+        answer = answer or longest.answer
     return PipelineConfig(
         export=str(export.folder),
         scenes_per_batch=data.scenes_per_batch,

@@ -117,10 +117,9 @@ def test_numbers_and_boxes_are_answered_by_control_tokens(geode_export, tokenize
             assert (batch.base_unit_SQ[s, len(row) :] == 1).all()
             assert not batch.box_mask_SQ[s, len(row) :].any()
     assert set(seen) == {("", 1), (REG, 1), (REG, 0.01), (BOX, 1)}
-    sizes = measure_lengths(geode_export, tokenizer, controls=config.controls)
-    assert sizes["object_box"].answer_max == sizes["object_size_estimation"].answer_max == 2
-    assert sizes["all"].answer_max == pipeline.max_answer_length
-    assert sizes["all"].count == sum(seen.values())
+    for kinds, longest in ((["object_box", "object_size_estimation"], 2), (None, None)):
+        measured = measure_lengths(geode_export, tokenizer, kinds=kinds, controls=config.controls)
+        assert measured.answer == (longest or pipeline.max_answer_length)
 
 
 def test_without_control_tokens_no_box_is_asked_for(geode_export, tokenizer, config):
@@ -131,9 +130,8 @@ def test_without_control_tokens_no_box_is_asked_for(geode_export, tokenizer, con
             assert not any("box" in record for record in row)
             assert [(prompt(r), r["answer"]) for r in row] == scene
         assert not batch.box_mask_SQ.any() and np.float32(0.01) in batch.base_unit_SQ
-    sizes = measure_lengths(geode_export, tokenizer)
-    assert "object_box" not in sizes
-    assert sizes["all"].answer_max == pipeline.max_answer_length
+    assert measure_lengths(geode_export, tokenizer, kinds=["object_box"]) is None
+    assert measure_lengths(geode_export, tokenizer).answer == pipeline.max_answer_length
 
 
 def test_rationales_can_be_learned(geode_export, tokenizer, config):
@@ -150,11 +148,10 @@ def test_rationales_can_be_learned(geode_export, tokenizer, config):
             found += [record["id"] for record in row]
     assert sorted(found) == sorted(q["id"] for q in told)
     longest = max(len(tokenizer.encode(" " + q["rationale"])) + 1 for q in told)
-    sizes = measure_lengths(
+    measured = measure_lengths(
         geode_export, tokenizer, answer_field="rationale", controls=config.controls
     )
-    assert sizes["all"].answer_max == pipeline.max_answer_length == longest
-    assert sizes["all"].count == len(told) and "object_box" in sizes
+    assert measured.answer == pipeline.max_answer_length == longest
 
 
 @pytest.mark.parametrize("field", ["answer", "rationale"])

@@ -88,10 +88,12 @@ def test_rows_hold_the_questions_and_nothing_else(problem, spare):
         placed, question, question_length, answer, answer_length, **size, slots=slots, pad_id=PAD
     )
     tokens, position, start, of_answer = (
-        out[f"packed{name}"].reshape(-1) for name in ("", "_position", "_start", "_answer")
+        out[f"packed{name}_SMR"].reshape(-1) for name in ("", "_position", "_start", "_answer")
     )
-    assert out["packed"].shape == (rows, columns)
-    assert out["answer_column"].shape == (slots, LA) and out["encoding_column"].shape == (slots,)
+    assert out["packed_SMR"].shape == (rows, columns)
+    assert out["answer_column_SQA"].shape == (slots, LA) and out["encoding_column_SQ"].shape == (
+        slots,
+    )
     assert [out[name].dtype for name in sorted(out)] == [np.int32] * 3 + [bool] + [np.int32] * 2
 
     own = owners(placed, question_length, answer_length, size) == 1
@@ -107,15 +109,15 @@ def test_rows_hold_the_questions_and_nothing_else(problem, spare):
         segment = slice(first, first + q + a - 1)
         assert position[segment].tolist() == list(range(q + a - 1))
         assert of_answer[segment].tolist() == [False] * (q - 1) + [True] * a
-        predictors = out["answer_column"][slot]
+        predictors = out["answer_column_SQA"][slot]
         # The column before an answer token predicts it; the first is bos, the question's last.
         assert tokens[predictors[:a]].tolist() == [asked[-1], *said[:-1]]
         assert predictors[0] == first + q - 1 and (predictors[a:] == 0).all()
-        assert tokens[out["encoding_column"][slot]] == asked[-2]
+        assert tokens[out["encoding_column_SQ"][slot]] == asked[-2]
         kept += [*asked, *said[:-1]]
     assert sorted(tokens[own]) == sorted(kept)
-    assert (out["answer_column"][len(placed) :] == 0).all()
-    assert (out["encoding_column"][len(placed) :] == 0).all()
+    assert (out["answer_column_SQA"][len(placed) :] == 0).all()
+    assert (out["encoding_column_SQ"][len(placed) :] == 0).all()
 
 
 def test_a_scene_by_hand():
@@ -125,9 +127,9 @@ def test_a_scene_by_hand():
     placed = pack([0, 1], *lengths, rows=2, columns=6, limit=2)
     assert placed == [(0, 0), (1, 6)]
     out = lay_out(placed, question, lengths[0], answer, lengths[1], 2, 6, 3, PAD)
-    assert out["packed"].tolist() == [[1, 2, BOS, 10, 11, PAD], [3, BOS, PAD, PAD, PAD, PAD]]
-    assert out["packed_position"].tolist() == [[0, 1, 2, 3, 4, 0], [0, 1, 0, 0, 0, 0]]
-    assert out["packed_start"].tolist() == [[0, 0, 0, 0, 0, 6], [0, 0, 3, 4, 5, 6]]
-    assert out["packed_answer"].astype(int).tolist() == [[0, 0, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0]]
-    assert out["answer_column"].tolist() == [[2, 3, 4], [7, 0, 0], [0, 0, 0]]
-    assert out["encoding_column"].tolist() == [1, 6, 0]
+    assert out["packed_SMR"].tolist() == [[1, 2, BOS, 10, 11, PAD], [3, BOS, PAD, PAD, PAD, PAD]]
+    assert out["packed_position_SMR"].tolist() == [[0, 1, 2, 3, 4, 0], [0, 1, 0, 0, 0, 0]]
+    assert out["packed_start_SMR"].tolist() == [[0, 0, 0, 0, 0, 6], [0, 0, 3, 4, 5, 6]]
+    assert out["packed_answer_SMR"].astype(int).tolist() == [[0, 0, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0]]
+    assert out["answer_column_SQA"].tolist() == [[2, 3, 4], [7, 0, 0], [0, 0, 0]]
+    assert out["encoding_column_SQ"].tolist() == [1, 6, 0]

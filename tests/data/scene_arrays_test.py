@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from geode_jax import exports
 from geode_jax.data.scene_arrays import (
     SceneShapes,
-    _patch_majority,
-    _patch_mean,
     batch_rows,
     empty_rows,
     export_sizes,
+    patch_majority,
+    patch_mean,
     scene_tensors,
 )
 from geode_jax.errors import UserError
+from geode_jax.exports import files
 from tests.helpers.exports import (
     CELL,
     GRID,
@@ -39,6 +40,15 @@ WITH_IMAGES = SceneShapes(
 )  # fmt: skip
 
 
+def with_scene(export, *tensors):
+    """The export with one more scene, `other`."""
+    manifest = export.manifest
+    entry = exports.write_scene(export.folder, "other", *tensors, split="val", manifest=manifest)
+    manifest["scenes"].append(entry)
+    files.write_json(export.folder / "manifest.json", manifest)
+    return exports.Export(export.folder)
+
+
 @pytest.fixture
 def scene():
     arrays, teacher = tiny_scene(np.random.default_rng(3), views=2, boxes=4)
@@ -52,88 +62,94 @@ def test_depth_is_averaged_over_known_pixels_only(scene):
         for p in range(gh * gw):
             y, x = divmod(p, gw)
             cell = scene["vggt/depth"][v, y * CELL : (y + 1) * CELL, x * CELL : (x + 1) * CELL]
-            np.testing.assert_allclose(rows["depth_hint"][v, p], cell[cell > 0].mean(), rtol=1e-6)
+            np.testing.assert_allclose(
+                rows["depth_hint_SVP"][v, p], cell[cell > 0].mean(), rtol=1e-6
+            )
         for y in range(gh * 2):
             for x in range(gw * 2):
                 cell = scene["target/depth"][v, y * 2 : y * 2 + 2, x * 2 : x * 2 + 2]
                 mean = cell[cell > 0].mean() if (cell > 0).any() else 0
-                np.testing.assert_allclose(rows["target_depth"][v, y, x], mean, rtol=1e-6)
-    assert (rows["depth_hint"][2] == 0).all() and (rows["target_depth"][2] == 0).all()
+                np.testing.assert_allclose(rows["target_depth_SVhw"][v, y, x], mean, rtol=1e-6)
+    assert (rows["depth_hint_SVP"][2] == 0).all() and (rows["target_depth_SVhw"][2] == 0).all()
 
 
 def test_a_point_projects_back_to_the_pixel_it_was_seen_at(scene):
     rows = batch_rows(scene, SHAPES)
     for v in range(2):
         pose, camera = scene["camera/extrinsic"][v], scene["camera/intrinsic"][v]
-        for p in np.flatnonzero(rows["points_mask"][v]):
+        for p in np.flatnonzero(rows["points_mask_SVP"][v]):
             y, x = divmod(int(p), GRID[1])
-            seen = pose[:, :3] @ rows["points"][v, p] + pose[:, 3]
+            seen = pose[:, :3] @ rows["points_SVP3"][v, p] + pose[:, 3]
             pixel = (camera @ seen / seen[2])[:2]
             # Even cells have no centre pixel; the one after the centre is taken.
             expected = [x * CELL + CELL // 2, y * CELL + CELL // 2]
             np.testing.assert_allclose(pixel, expected, atol=1e-4)
             depth = scene["vggt/depth"][v, expected[1], expected[0]]
             np.testing.assert_allclose(seen[2], depth, rtol=1e-5)
-            on_grid = rows["intrinsic"][v] @ seen / seen[2]
+            on_grid = rows["intrinsic_SV33"][v] @ seen / seen[2]
             # The patch's centre is at (x, y) of the grid; the pixel is half a pixel off.
             np.testing.assert_allclose(on_grid[:2], [x + 0.5 / CELL, y + 0.5 / CELL], atol=1e-5)
     known = scene["vggt/depth"][:, CELL // 2 :: CELL, CELL // 2 :: CELL] > 0
-    assert (rows["points_mask"][:2] == known.reshape(2, -1)).all()
-    assert not rows["points_mask"][2].any()
+    assert (rows["points_mask_SVP"][:2] == known.reshape(2, -1)).all()
+    assert not rows["points_mask_SVP"][2].any()
 
 
 def test_stored_points_win_over_unprojected_ones(scene):
     h, w = GRID[0] * CELL, GRID[1] * CELL
     points = np.random.default_rng(0).normal(size=(2, h, w, 3)).astype(np.float16)
     rows = batch_rows(scene | {"vggt/points": points}, SHAPES)
-    mask = rows["points_mask"][:2]
+    mask = rows["points_mask_SVP"][:2]
     chosen = points[:, CELL // 2 :: CELL, CELL // 2 :: CELL].reshape(2, -1, 3)
-    assert (rows["points"][:2][mask] == chosen[mask]).all() and mask.any() and not mask.all()
-    assert (rows["points"][:2][~mask] == 0).all()
+    assert (rows["points_SVP3"][:2][mask] == chosen[mask]).all() and mask.any() and not mask.all()
+    assert (rows["points_SVP3"][:2][~mask] == 0).all()
 
 
 def test_camera_tokens_are_padded_and_masked(scene):
     shapes = dataclasses.replace(SHAPES, camera_width=TOKEN_WIDTH)
     tokens = np.random.default_rng(0).normal(size=(2, TOKEN_WIDTH)).astype(np.float32)
     rows = batch_rows(scene | {"vggt/camera_tokens": tokens}, shapes)
-    np.testing.assert_array_equal(rows["camera"], [*tokens, np.zeros(TOKEN_WIDTH)])
-    assert rows["camera_mask"]
+    np.testing.assert_array_equal(rows["camera_SVC"], [*tokens, np.zeros(TOKEN_WIDTH)])
+    assert rows["camera_mask_S"]
     rows = batch_rows(scene, shapes)
-    assert rows["camera"].shape == (3, TOKEN_WIDTH) and not rows["camera_mask"]
-    assert batch_rows(scene, SHAPES)["camera"].shape == (3, 0)
+    assert rows["camera_SVC"].shape == (3, TOKEN_WIDTH) and not rows["camera_mask_S"]
+    assert batch_rows(scene, SHAPES)["camera_SVC"].shape == (3, 0)
 
 
 def test_padding_views_can_be_inverted_and_are_masked(scene):
     rows = batch_rows(scene, SHAPES)
-    assert rows["view_mask"].tolist() == [True, True, False]
-    assert (rows["extrinsic"][2] == np.eye(3, 4)).all() and (
-        rows["intrinsic"][2] == np.eye(3)
+    assert rows["view_mask_SV"].tolist() == [True, True, False]
+    assert (rows["extrinsic_SV34"][2] == np.eye(3, 4)).all() and (
+        rows["intrinsic_SV33"][2] == np.eye(3)
     ).all()
-    assert (rows["extrinsic"][:2] == scene["camera/extrinsic"]).all()
-    assert (rows["vision"][:2] == scene["vggt/tokens"]).all() and (rows["vision"][2] == 0).all()
+    assert (rows["extrinsic_SV34"][:2] == scene["camera/extrinsic"]).all()
+    assert (rows["vision_SVPC"][:2] == scene["vggt/tokens"]).all() and (
+        rows["vision_SVPC"][2] == 0
+    ).all()
 
 
 def test_boxes_are_padded_or_marked_as_not_all(scene):
     rows = batch_rows(scene, SHAPES)
-    assert (rows["target_boxes"][:4] == scene["target/boxes"]).all()
-    assert rows["target_labels"].tolist() == [*scene["target/labels"], -1]
-    assert rows["boxes_known"]
+    assert (rows["target_boxes_SN7"][:4] == scene["target/boxes"]).all()
+    assert rows["target_labels_SN"].tolist() == [*scene["target/labels"], -1]
+    assert rows["boxes_known_S"]
     few = SceneShapes(**(SHAPES.__dict__ | {"boxes": 3}))
-    assert not batch_rows(scene, few)["boxes_known"]
+    assert not batch_rows(scene, few)["boxes_known_S"]
     none = {"target/boxes": np.zeros((0, 7), np.float32), "target/labels": np.zeros(0, np.int32)}
     rows = batch_rows(scene | none, SHAPES)
-    assert rows["boxes_known"] and (rows["target_labels"] == -1).all()
+    assert rows["boxes_known_S"] and (rows["target_labels_SN"] == -1).all()
 
 
 def test_teacher_arrays_reach_the_patch_grid(scene):
     rows = batch_rows(scene, SHAPES)
-    assert (rows["teacher_features"][:2] == scene["teacher/features"].reshape(2, 6, 7)).all()
+    assert (rows["teacher_features_SVPF"][:2] == scene["teacher/features"].reshape(2, 6, 7)).all()
     cells = scene["teacher/depth_bins"].reshape(2, 2, 2, 3, 2, 6).mean(axis=(2, 4))
-    np.testing.assert_allclose(rows["teacher_depth_bins"][:2], cells.reshape(2, 6, 6), atol=1e-6)
-    np.testing.assert_allclose(rows["teacher_depth_bins"][:2].sum(-1), 1, atol=1e-6)
-    assert (rows["teacher_detection"][:4] == scene["teacher/detection_probs"]).all()
+    np.testing.assert_allclose(
+        rows["teacher_depth_bins_SVPB"][:2], cells.reshape(2, 6, 6), atol=1e-6
+    )
+    np.testing.assert_allclose(rows["teacher_depth_bins_SVPB"][:2].sum(-1), 1, atol=1e-6)
+    assert (rows["teacher_detection_SNc"][:4] == scene["teacher/detection_probs"]).all()
     for name in ("features", "depth_bins", "detection"):
-        assert rows[f"teacher_{name}_mask"]
+        assert rows[f"teacher_{name}_mask_S"]
 
 
 def test_absent_arrays_keep_the_shapes_and_clear_the_masks(scene):
@@ -142,31 +158,41 @@ def test_absent_arrays_keep_the_shapes_and_clear_the_masks(scene):
     for name, row in full.items():
         assert (bare[name].shape, bare[name].dtype) == (row.shape, row.dtype), name
         assert np.isfinite(row).all(), name
-    for name in ("points_mask", "boxes_known", "teacher_features_mask", "teacher_depth_bins_mask"):
+    for name in (
+        "points_mask_SVP",
+        "boxes_known_S",
+        "teacher_features_mask_S",
+        "teacher_depth_bins_mask_S",
+    ):
         assert not bare[name].any()
-    assert not bare["teacher_detection_mask"] and (bare["target_segmentation"] == -2).all()
-    assert (bare["target_depth"] == 0).all() and (bare["depth_hint"] == 0).all()
+    assert not bare["teacher_detection_mask_S"] and (bare["target_segmentation_SVP"] == -2).all()
+    assert (bare["target_depth_SVhw"] == 0).all() and (bare["depth_hint_SVP"] == 0).all()
     empty = empty_rows(SHAPES)
-    assert empty["view_mask"].tolist() == [True, False, False]
-    assert (full["target_segmentation"][:2] >= -1).all()  # known, if only to be nothing
-    assert (full["target_segmentation"][2] == -2).all()  # a padding view
+    assert empty["view_mask_SV"].tolist() == [True, False, False]
+    assert (full["target_segmentation_SVP"][:2] >= -1).all()  # known, if only to be nothing
+    assert (full["target_segmentation_SVP"][2] == -2).all()  # a padding view
     without_teacher = SceneShapes(
         **(SHAPES.__dict__ | dict(categories=0, features=0, depth_bins=0))
     )
     bare = batch_rows({"vggt/tokens": scene["vggt/tokens"]}, without_teacher)
-    assert bare["teacher_features"].shape == (3, 6, 0)
+    assert bare["teacher_features_SVPF"].shape == (3, 6, 0)
 
 
 def test_the_teachers_features_can_be_the_vision(scene):
     shapes = dataclasses.replace(SHAPES, vision="teacher/features", token_width=7)
     rows = batch_rows(scene, shapes)
-    np.testing.assert_array_equal(rows["vision"][:2], scene["teacher/features"].reshape(2, 6, 7))
-    np.testing.assert_array_equal(rows["vision"], rows["teacher_features"])
+    np.testing.assert_array_equal(
+        rows["vision_SVPC"][:2], scene["teacher/features"].reshape(2, 6, 7)
+    )
+    np.testing.assert_array_equal(rows["vision_SVPC"], rows["teacher_features_SVPF"])
     for sizes in (shapes, SHAPES):
         empty = empty_rows(sizes)
-        assert empty["vision"].shape == (3, 6, sizes.token_width) and not empty["vision"].any()
-        masks = [name for name in empty if name.endswith(("_mask", "_known"))]
-        assert [name for name in masks if empty[name].any()] == ["view_mask"]
+        assert (
+            empty["vision_SVPC"].shape == (3, 6, sizes.token_width)
+            and not empty["vision_SVPC"].any()
+        )
+        masks = [name for name in empty if "_mask_" in name or "_known_" in name]
+        assert [name for name in masks if empty[name].any()] == ["view_mask_SV"]
 
 
 def test_images_and_points_are_padded_and_masked(geode_export):
@@ -179,30 +205,30 @@ def test_images_and_points_are_padded_and_masked(geode_export):
         tensors = geode_export.read_scene(scene_id, names)
         rows = batch_rows(tensors, WITH_IMAGES)
         views, points = 1 + i % 3, (3 + i % 4) * (i > 0)
-        assert rows["view_mask"].sum() == views and rows["vision"].shape == (3, 6, 0)
-        assert rows["image"].dtype == np.uint8 and rows["image"].shape == (3, *IMAGE, 3)
-        np.testing.assert_array_equal(rows["image"][:views], tensors["images"])
-        assert not rows["image"][views:].any()
-        assert rows["point_mask"].tolist() == [n < points for n in range(6)]
+        assert rows["view_mask_SV"].sum() == views and rows["vision_SVPC"].shape == (3, 6, 0)
+        assert rows["image_SVhw3"].dtype == np.uint8 and rows["image_SVhw3"].shape == (3, *IMAGE, 3)
+        np.testing.assert_array_equal(rows["image_SVhw3"][:views], tensors["images"])
+        assert not rows["image_SVhw3"][views:].any()
+        assert rows["point_mask_SG"].tolist() == [n < points for n in range(6)]
         frames = [n % views if n < points else -1 for n in range(6)]
-        assert rows["point_frame"].tolist() == frames
-        for name, key in (("point", "sonata/features"), ("coord", "sonata/coord")):
+        assert rows["point_frame_SG"].tolist() == frames
+        for name, key in (("point_SGC", "sonata/features"), ("coord_SG3", "sonata/coord")):
             assert rows[name].dtype == np.float32 and not rows[name][points:].any()
             if points:
                 np.testing.assert_array_equal(rows[name][:points], tensors[key])
-        assert rows["depth_hint"][:views].any() and rows["boxes_known"]
+        assert rows["depth_hint_SVP"][:views].any() and rows["boxes_known_S"]
         empty = empty_rows(WITH_IMAGES)
         for name, row in rows.items():
             assert (empty[name].shape, empty[name].dtype) == (row.shape, row.dtype), name
-        assert empty["view_mask"].tolist() == [True, False, False]
-        masks = [name for name in empty if name.endswith(("_mask", "_known"))]
-        assert [name for name in masks if empty[name].any()] == ["view_mask"]
+        assert empty["view_mask_SV"].tolist() == [True, False, False]
+        masks = [name for name in empty if "_mask_" in name or "_known_" in name]
+        assert [name for name in masks if empty[name].any()] == ["view_mask_SV"]
 
 
 def test_points_without_places_are_none(geode_export):
     tensors = geode_export.read_scene("scene001", ["images", "sonata/features"])
     rows = batch_rows(tensors, WITH_IMAGES)
-    assert not rows["point_mask"].any() and not rows["point"].any()
+    assert not rows["point_mask_SG"].any() and not rows["point_SGC"].any()
 
 
 @pytest.mark.parametrize("vision", ["vggt/tokens", "teacher/features"])
@@ -210,8 +236,8 @@ def test_the_student_sees_neither_images_nor_points(scene, vision):
     images = {"images": np.ones((2, *IMAGE, 3), np.uint8), "sonata/coord": np.ones((4, 3))}
     shapes = dataclasses.replace(SHAPES, vision=vision, token_width=scene[vision].shape[-1])
     rows = batch_rows(scene | images, shapes)
-    assert rows["image"].shape == (3, 0, 0, 3) and rows["point_mask"].shape == (0,)
-    assert rows["point"].shape == (0, 0) and rows["coord"].shape == (0, 3)
+    assert rows["image_SVhw3"].shape == (3, 0, 0, 3) and rows["point_mask_SG"].shape == (0,)
+    assert rows["point_SGC"].shape == (0, 0) and rows["coord_SG3"].shape == (0, 3)
     images = {"images", "sonata/features", "sonata/coord", "sonata/frame"}
     assert not images & set(scene_tensors(vision))
 
@@ -226,10 +252,7 @@ def test_the_student_sees_neither_images_nor_points(scene, vision):
 def test_images_or_points_of_different_size_are_refused(tmp_path, name, shape, said):
     export = write_geode_export(tmp_path / "export", train=2, val=0)
     tensors = {name: np.ones(shape, np.uint8 if name == "images" else np.float32)}
-    entry = exports.write_scene(
-        export.folder, "other", tensors, split="val", manifest=export.manifest
-    )
-    export.manifest["scenes"].append(entry)
+    export = with_scene(export, tensors)
     with pytest.raises(UserError, match=f"scene other: {said}"):
         export_sizes(export, "images")
     assert export_sizes(export).image == (0, 0)  # the student does not mind
@@ -238,8 +261,8 @@ def test_images_or_points_of_different_size_are_refused(tmp_path, name, shape, s
 def test_target_depth_serves_as_geometry_where_vggt_gave_none(scene):
     del scene["vggt/depth"]
     rows = batch_rows(scene, SHAPES)
-    assert (rows["depth_hint"] == 0).all()  # the model must not see the target
-    assert rows["points_mask"].any()
+    assert (rows["depth_hint_SVP"] == 0).all()  # the model must not see the target
+    assert rows["points_mask_SVP"].any()
 
 
 @given(
@@ -249,8 +272,8 @@ def test_pooling_of_any_size_against_loops(h, w, rows, columns, seed):
     random = np.random.default_rng(seed)
     labels = random.integers(-1, 3, (1, h, w))
     values = random.uniform(0.1, 1, (1, h, w)) * (random.random((1, h, w)) < 0.7)
-    mean = _patch_mean(values, (rows, columns))[0]
-    majority = _patch_majority(labels, (rows, columns))[0]
+    mean = patch_mean(values, (rows, columns))[0]
+    majority = patch_majority(labels, (rows, columns))[0]
     for i in range(rows):
         for j in range(columns):
             # A pixel belongs to the cell that its centre lies in.
@@ -270,8 +293,8 @@ def test_pooling_of_any_size_against_loops(h, w, rows, columns, seed):
 
 def test_more_cells_than_pixels_repeats_the_nearest():
     values = np.array([[[1.0, 2.0]]])
-    assert _patch_mean(values, (2, 4))[0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
-    assert _patch_majority(values.astype(int), (2, 4))[0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
+    assert patch_mean(values, (2, 4))[0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
+    assert patch_majority(values.astype(int), (2, 4))[0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
 
 
 def test_export_sizes_come_from_the_headers(tiny_export, tmp_path):
@@ -289,9 +312,6 @@ def test_teachers_of_different_width_are_refused(tmp_path):
     export = write_tiny_export(tmp_path / "export", train=5, val=0)
     arrays, teacher = tiny_scene(np.random.default_rng(0), 2, 3)
     teacher["features"] = teacher["features"][..., :4]
-    entry = exports.write_scene(
-        export.folder, "other", arrays, teacher, split="train", manifest=export.manifest
-    )
-    export.manifest["scenes"].append(entry)
+    export = with_scene(export, arrays, teacher)
     with pytest.raises(UserError, match="scene other: tensor teacher/features: width 4"):
         export_sizes(export)

@@ -1,6 +1,5 @@
 """A tiny student and a batch with every target, for the tests of models and training."""
 
-import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -176,8 +175,7 @@ def _text(S: int, Q: int, random: np.random.Generator) -> dict[str, np.ndarray]:
                 placed, question[s], lengths[0], answer[s], lengths[1], ROWS, COLUMNS, Q, PAD_ID
             )
         )
-    names = {name.rsplit("_", 1)[0]: name for name in (f.name for f in dataclasses.fields(Batch))}
-    rows = {names[name]: np.stack([row[name] for row in packed]) for name in packed[0]}
+    rows = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
     # Five names anywhere in a question before its bos, the last one not in its text.
     length = np.maximum(question_length - 1, 1)[..., None]
     back = (random.random((S, Q, 5)) * length).astype(np.int32)

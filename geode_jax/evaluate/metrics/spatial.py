@@ -20,7 +20,9 @@ import numpy as np
 
 from geode_jax.evaluate.metrics import text as text_metrics
 from geode_jax.exports.kinds import (
+    COUNT_KINDS,
     DIRECTION_KINDS,
+    DIRECTION_TASK,
     KINDS,
     NUMERIC_KINDS,
     RELATION_KINDS,
@@ -161,8 +163,8 @@ def spatial_scores(predictions: Sequence[dict], reference: str = "truth") -> dic
     scores = dict(kinds)
     add_mean(scores, "spatial_accuracy", RELATION_KINDS)
     add_mean(scores, "mra", sorted(numeric))
-    add_mean(scores, "metric_mra", sorted(numeric - {"object_counting"}))
-    add_mean(scores, "object_rel_direction", DIRECTION_KINDS)
+    add_mean(scores, "metric_mra", sorted(numeric.difference(COUNT_KINDS)))
+    add_mean(scores, DIRECTION_TASK, DIRECTION_KINDS)
     add_mean(scores, "vsi_overall", VSI_TASKS)
     if "vsi_overall" in scores:
         scores["vsi_tasks"] = float(sum(task in scores for task in VSI_TASKS))

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from geode_jax.exports import NUMERIC_KINDS, question_rules, units
-from geode_jax.exports.kinds import VSI_CHOICE_KINDS
+from geode_jax.exports.kinds import OPEN, VSI_CHOICE_KINDS
 from geode_jax.exports.prompts import CHOICE_POST_PROMPT, NUMERIC_POST_PROMPT, PRE_PROMPT
 from geode_jax.exports.units import BASE_UNIT
 from geode_jax.sources.datasets.questions import MisfitError
@@ -95,7 +95,7 @@ def question_fields(
         if measured:
             return fields | {"value": measured.number, "unit": measured.unit}
     if kind in VSI_CHOICE_KINDS or kind in NUMERIC_KINDS:
-        fields["kind"] = f"{kind}_open"
+        fields["kind"] = f"{kind}{OPEN}"
     return fields
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from geode_jax.errors import UserError
 from geode_jax.exports import files
+from geode_jax.exports.kinds import KINDS
 from geode_jax.sources.datasets import Report, Request
 from geode_jax.sources.datasets.answers import referenced, text_of
 from geode_jax.sources.datasets.questions import (
@@ -22,8 +23,8 @@ from geode_jax.sources.datasets.questions import (
     make_questions,
 )
 
-_SITUATED = ("what", "is", "how", "can", "which")
-"""First words of questions by which SQA3D reports accuracy ("What's" counts as what)."""
+_SITUATED = tuple(name[len("sqa3d_") :] for name in KINDS if name.startswith("sqa3d_"))
+"""SQA3D reports accuracy by how the question begins ("What's" too); all others are "other"."""
 
 
 def scanqa(request: Request) -> Report:

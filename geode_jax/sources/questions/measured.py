@@ -54,7 +54,7 @@ class BoxQuestioner:
         number = zlib.crc32(scene_id.encode())
         rng, box_rng = (np.random.default_rng([self._seed, number, stream]) for stream in (1, 2))
         return [
-            _located(record) if record["kind"] == "object_box" else record
+            _located(record) if "box" in record else record
             for record in make_questions(room, rng, box_rng)
         ]
 

@@ -32,16 +32,12 @@ from geode_jax.sources.rooms.scene import (
     by_patch,
 )
 from geode_jax.sources.stand_ins import patch_tokens
+from geode_jax.targets import depth_bin_centres
 
 DEPTH_BINS = 16
 """Bins of the teacher's depth distributions."""
 VOXEL_EDGE = 0.75
 """Edge of a point token's voxel, metres. Furniture larger than half a metre fills at least one."""
-
-
-def depth_bin_centres(bins: int, near: float = 0.3, far: float = 10.0) -> np.ndarray:
-    """Returns centres [bins] of log-spaced depth bins, metres."""
-    return np.geomspace(near, far, bins)
 
 
 def soft_depth_bins(depth: np.ndarray, bins: int) -> np.ndarray:

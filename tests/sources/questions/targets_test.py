@@ -40,18 +40,18 @@ def test_a_name_that_several_objects_have_has_no_box_target():
         for i, record in enumerate(records):
             for j, found in enumerate(arrays["object_place"][i] >= 0):
                 if not found:
-                    assert laid["object_column"][i, j] == -1
+                    assert laid["object_column_SQO"][i, j] == -1
                     continue
-                box = arrays["objects"][i, j]
+                box = arrays["objects_SQO7"][i, j]
                 own = seen.names[int(np.abs(seen.boxes - box).sum(-1).argmin())]
                 several = seen.names.count(own) > 1
-                assert (laid["object_column"][i, j] == -1) == several
+                assert (laid["object_column_SQO"][i, j] == -1) == several
                 shared, named = shared + several, named + 1
                 if several:  # the anchor and other unique objects keep their boxes
                     assert record["kind"] in ("object_rel_distance", "obj_appearance_order")
                     assert record["kind"] == "obj_appearance_order" or j > 0
-                    assert laid["objects_mask"][i, j]
-            np.testing.assert_array_equal(laid["gaps"][i], arrays["gaps"][i])
+                    assert laid["objects_mask_SQO"][i, j]
+            np.testing.assert_array_equal(laid["gaps_SQO"][i], arrays["gaps_SQO"][i])
     assert 20 < shared < named / 10
 
 

@@ -18,7 +18,6 @@ from geode_jax.sources.rooms import layout, raycast
 from geode_jax.sources.rooms import scene as rooms_scene
 from geode_jax.sources.rooms.arrays import (
     VOXEL_EDGE,
-    depth_bin_centres,
     point_tokens,
     scene_arrays,
     soft_depth_bins,
@@ -32,6 +31,7 @@ from geode_jax.sources.rooms.scene import (
     observe,
     scene_from_id,
 )
+from geode_jax.targets import depth_bin_centres
 
 SEED = 3
 
