@@ -1,8 +1,8 @@
-"""Data that is not there, described: what a `full` export looks like, without one at hand.
+"""Describes the data of a run that has no data yet, such as the export of a `full` configuration.
 
-A model's and a batch's shapes come from three things that only data have: an export, a tokenizer
-and a pipeline. `Described` stands where these stand (`runs.systems.make_objective`); its sizes are
-the upstream models' own, or named here as assumed.
+The shapes of a model and of a batch follow from an export, a tokenizer and a pipeline. `Described`
+replaces all three (`runs.systems.make_objective`). Its sizes are those of the upstream models, or
+are stated as assumptions here.
 """
 
 import dataclasses
@@ -17,29 +17,30 @@ from geode_jax.data.scene_arrays import SceneShapes, empty_rows
 from geode_jax.runs import systems
 from geode_jax.shapes import Batch
 from geode_jax.sources.rooms.arrays import DEPTH_BINS
+from geode_jax.sources.rooms.layout import CATEGORIES, VIEWS
 from geode_jax.sources.rooms.scene import GRID
 from geode_jax.sources.stand_ins import TOKEN_WIDTH
 
-VGGT = {"grid": (37, 37), "width": 2048}
-"""VGGT-1B on squares of 518 pixels in patches of 14: the tokens of a view."""
+VGGT_GRID, VGGT_WIDTH = (37, 37), 2048
+"""Grid and width of VGGT-1B's tokens of a view, a square of 518 pixels in patches of 14."""
 CLIP_WIDTH = 1024
-"""LLaVA-3D's patch features (CLIP ViT-L/14)."""
+"""Width of LLaVA-3D's patch features (CLIP ViT-L/14)."""
 SONATA_WIDTH = 512
-"""Sonata's coarsest stage."""
-LLAMA_ROWS, QWEN_TOKENS = 32_000, 151_665
-"""Tokens of LLaVA-3D's tokenizer, which the student shares, and of Qwen2.5's."""
+"""Width of the features of Sonata's coarsest stage."""
+LLAMA_TOKENS, QWEN_TOKENS = 32_000, 151_665
+"""Sizes of the tokenizers of LLaVA-3D, which the student shares, and of Qwen2.5."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """An export, its tokenizer and its pipeline, as far as shapes depend on them.
+    """The parts of an export, its tokenizer and its pipeline on which shapes depend.
 
     Attributes:
-        shapes: of a batch's scenes.
+        shapes: shapes of the scenes of a batch.
         categories: names, as many as the export would have.
-        vocab_size: of the tokenizer.
-        question_length, answer_length: Lq and La, where the configuration leaves them to the data.
-        scenes: of the training split, each seen once an epoch.
+        vocab_size: size of the tokenizer.
+        question_length, answer_length: Lq and La, if the configuration leaves them to the data.
+        scenes: number of scenes of the training split, each read once an epoch.
     """
 
     shapes: SceneShapes
@@ -49,34 +50,34 @@ class Described:
     answer_length: int
     scenes: int
 
-    # What `stack_questions` asks of a tokenizer; no text is ever read.
+    # The part of a tokenizer that `stack_questions` needs; no text is ever read.
     pad_id = bos_id = eos_id = 0
 
     def encode(self, text: str) -> list[int]:
-        """One token, as a category's noun mostly is."""
+        """Returns one token; most nouns of categories are one."""
         del text
         return [0]
 
     def encode_with_ends(self, texts: Sequence[str]) -> list:
-        """There are no texts."""
+        """Returns no tokens for each text."""
         return [([], []) for _ in texts]
 
     encode_answers = encode_with_ends
 
     def id_of(self, token: str) -> int:
-        """The last rows are the control tokens'."""
+        """Returns the id of a control token; these are the last two rows."""
         return self.vocab_size - 1 - (token == systems.BOX)
 
 
 def describe(config: ml_collections.ConfigDict) -> Described:
-    """The data of a configuration.
+    """Returns a description of the data of a configuration.
 
-    Laptop sizes train on rooms, which are what they are. Others train on an export of real scenes:
-    eight views of a scene for the student (what `geode-jax prepare` takes by default), sixteen for
-    GEODE (Table 2); 20 categories (ScanNet's benchmark); the teacher's features and its 64 best
-    logits; 1,024 points. Questions and answers are as long as in the student's `small` (96 and 64
-    tokens); VSI-Bench's answers are 16 tokens at most. An epoch is the paper's 80 % of 2,000
-    samples, or the 590,000 questions of VSI-590k at `data.questions_per_scene` a visit.
+    Laptop sizes train on rooms, whose shapes are known. Others train on an export of real scenes,
+    assumed to have eight views of a scene for the student (the default of `geode-jax prepare`) and
+    sixteen for GEODE (Table 2); 20 categories (ScanNet's benchmark); the teacher's features and its
+    64 best logits; 1,024 points. The student's questions and answers are as long as in its `small`
+    (96 and 64 tokens); answers of VSI-Bench have at most 16 tokens. An epoch is the paper's 80 % of
+    2,000 samples, or the 590,000 questions of VSI-590k at `data.questions_per_scene` a visit.
     """
     data, rooms = config.data, config.data.export == "rooms" or bool(config.data.rgbd)
     student = config.system == "hidden_cot"
@@ -98,9 +99,9 @@ def _student(config) -> tuple[SceneShapes, int, int]:
     vggt = data.vision == "vggt/tokens"
     shapes = SceneShapes(
         views=8,
-        grid=VGGT["grid"],
-        token_width=VGGT["width"] if vggt else CLIP_WIDTH,
-        camera_width=VGGT["width"] if vggt else 0,
+        grid=VGGT_GRID,
+        token_width=VGGT_WIDTH if vggt else CLIP_WIDTH,
+        camera_width=VGGT_WIDTH if vggt else 0,
         token_dtype="bfloat16" if vggt else "float32",
         depth_ratio=config.model.depth_cells,
         boxes=data.max_boxes,
@@ -108,7 +109,7 @@ def _student(config) -> tuple[SceneShapes, int, int]:
         topk=64 if config.loss.logits else 0,
         vision=data.vision,
     )
-    return shapes, LLAMA_ROWS, 20
+    return shapes, LLAMA_TOKENS, 20
 
 
 def _geode(config) -> tuple[SceneShapes, int, int]:
@@ -116,7 +117,7 @@ def _geode(config) -> tuple[SceneShapes, int, int]:
     side = vision.image_size or 448
     shapes = SceneShapes(
         views=16,
-        grid=VGGT["grid"],
+        grid=VGGT_GRID,
         token_width=vision.width if tokens else 0,
         view_tokens=(side // vision.patch_size) ** 2 + 1 if tokens else 0,
         token_dtype="bfloat16" if tokens else "float32",
@@ -132,13 +133,11 @@ def _geode(config) -> tuple[SceneShapes, int, int]:
 
 
 def _rooms(config) -> tuple[SceneShapes, int, int]:
-    """As `sources.rooms.export` makes them; some 300 words."""
-    from geode_jax.sources.rooms import export as rooms
-
-    classes, side = len(rooms.CATEGORIES), config.data.rooms_images
+    """Sizes of the exports of `sources.rooms`; their questions have some 300 words."""
+    classes, side = len(CATEGORIES), config.data.rooms_images
     student = config.system == "hidden_cot"
     shapes = SceneShapes(
-        views=rooms.VIEWS,
+        views=VIEWS,
         grid=(GRID, GRID),
         token_width=TOKEN_WIDTH if student else 0,
         depth_ratio=config.model.get("depth_cells", 1),
@@ -159,9 +158,9 @@ def _rooms(config) -> tuple[SceneShapes, int, int]:
 def abstract_batch(
     config: ml_collections.ConfigDict, data: Described, sharding: jax.sharding.Sharding
 ) -> Batch:
-    """The shapes of a batch of `data.scenes_per_batch` scenes, laid out by `sharding`.
+    """Returns the shapes of a batch of `data.scenes_per_batch` scenes with a sharding.
 
-    Made by the pipeline's own functions from a scene without anything and no question.
+    The pipeline's own functions make them from an empty scene without questions.
     """
     own = config.data
     nothing = stack_questions([], data, data.question_length, data.answer_length, "answer")
@@ -177,4 +176,5 @@ def abstract_batch(
         )
 
     names = [field.name for field in dataclasses.fields(Batch)]
-    return Batch(**{name: shape(rows[name.rsplit("_", 1)[0]]) for name in names})
+    scene = Batch(**{name: rows[name.rsplit("_", 1)[0]] for name in names})
+    return jax.tree.map(shape, scene)
