@@ -357,7 +357,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         arguments.mesh,
         search=arguments.search_batch,
         decode=not arguments.train_only,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        log=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(json.dumps(facts) if arguments.json else table(facts))
 

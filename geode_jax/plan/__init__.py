@@ -1,6 +1,6 @@
-"""What a training run will need and take, compiled for hardware that is not there.
+"""Plans a training run: compiles its steps for absent hardware, and derives memory and time.
 
-`described` says what the data would look like, `topology` which devices, `compiled` compiles the
-real steps for them, `hlo` reads what the compiler made, `bounds` sets it against the data sheets,
-`command` prints it. docs/SCALING.md holds the tables that `scaling` makes.
+`described` describes the data and `topology` the devices, `compiled` compiles the real steps for
+them, `hlo` reads the compiled programs, `bounds` compares them with the data sheets, `command`
+prints the plan. `benchmarks/scaling.py` writes the tables of the results page on scaling.
 """

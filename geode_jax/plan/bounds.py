@@ -1,7 +1,6 @@
-"""What a step cannot be faster than: arithmetic, memory traffic, network, each on its own.
+"""Lower bounds of a step's time by arithmetic, memory traffic and network, from data sheets.
 
-All three are lower bounds by the data sheets, with nothing else in the way: a plan's times and its
-utilisation are ceilings, not predictions.
+A real step is slower: the times and the utilisation of a plan are ceilings, not predictions.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ from geode_jax.plan.topology import Topology
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Seconds of a step; `binding` is which of them is the longest."""
+    """Seconds that a step needs at least for each resource."""
 
     compute: float
     memory: float
@@ -22,28 +21,29 @@ class Bounds:
 
     @property
     def seconds(self) -> float:
-        """The step's lower bound: the three overlap at best."""
+        """Lower bound of the step, in which the three overlap."""
         return max(self.compute, self.memory, self.network)
 
     @property
     def binding(self) -> str:
-        """`compute`, `memory` or `network`."""
+        """Name of the longest of them: `compute`, `memory` or `network`."""
         return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
 
 
 def network_seconds(
     collectives: Sequence[Collective], topology: Topology, devices: Sequence
 ) -> float:
-    """The least time that the links need for a step's collectives.
+    """Returns the least time in seconds that the links need for a step's collectives.
 
-    TPU: a group that lies along some axes of the torus uses the links along them, two an axis where
-    the torus closes in a ring and the group takes all of it, else one (an end has no other). Work
-    on different axes overlaps. GPU: within a node the switch's bandwidth; of a group over several
-    nodes, what must come from the others, by the network cards of its GPUs there.
+    TPU: a group along some axes of the torus uses the links of these axes: two for each axis if the
+    torus closes to a ring there and the group covers the ring, else one (the end of a line has one
+    neighbour). Exchanges along different axes overlap. GPU: inside a node, the switch's bandwidth;
+    for a group over several nodes, the bytes that come from other nodes pass the network cards of
+    the group's GPUs in the node.
 
     Args:
-        collectives: of one device.
-        topology: theirs.
+        collectives: those of one device.
+        topology: the topology of the devices.
         devices: in the mesh's order, with `coords` (TPU) or `process_index` (GPU).
     """
     busy: dict[object, float] = defaultdict(float)
@@ -69,7 +69,7 @@ def _torus(sent: float, group: Sequence, topology: Topology) -> dict[object, flo
 
 
 def closes(topology: Topology, axis: int) -> bool:
-    """Whether a slice's torus closes along an axis: of 4, 8, ... where it has three, else of 16."""
+    """True if a slice's torus closes to a ring: multiples of 4 on three axes, 16 on two axes."""
     size = topology.shape[axis]
     return size % 4 == 0 if topology.chip.torus_axes == 3 else size == 16
 
@@ -81,7 +81,8 @@ def _switched(sent: float, group: Sequence, topology: Topology) -> dict[object, 
     if inside > 1:
         seconds["node"] = sent / topology.chip.link_bandwidth
     if nodes > 1:
-        # Of what a device gets in all, (nodes - 1) / nodes is from elsewhere, shared by the cards.
+        # (nodes - 1) / nodes of the bytes that a device gets come from other nodes, and the cards
+        # of the group's GPUs in the node share them.
         remote = sent * len(group) / (len(group) - 1) * (nodes - 1) / nodes / inside
         seconds["network"] = remote / topology.chip.network_bandwidth
     return seconds

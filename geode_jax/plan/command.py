@@ -1,16 +1,18 @@
-"""`geode-jax plan`: a configuration on a topology, as numbers and as text."""
+"""`geode-jax plan`: plans a configuration on a topology, as numbers and as text."""
 
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+
+from tabulate import tabulate
 
 from geode_jax.plan.bounds import Bounds, network_seconds
 from geode_jax.plan.compiled import Program, Run, make_run
 from geode_jax.plan.topology import Topology, devices_of, parse_topology
 from geode_jax.runs.settings import Settings
 
-TRIALS = 8
-"""Compilations that a search for the largest batch may take."""
+MAX_TRIALS = 8
+"""Maximum number of compilations in a search for the largest batch."""
 
 
 def plan(
@@ -20,27 +22,27 @@ def plan(
     *,
     search: bool = False,
     decode: bool = True,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """What `--json` prints; keys as in docs/SCALING.md.
+    """Returns the plan that `--json` prints.
 
     Args:
         settings: of the run.
         topology: such as "v5p:4x4x4".
-        mesh: sizes of data, fsdp, model, one of them maybe -1; None: the configuration's.
+        mesh: sizes of data, fsdp, model, at most one of them -1; None: those of the configuration.
         search: find the largest batch that fits, and plan with it.
-        decode: compile the answering, too.
-        say: told what is going on.
+        decode: compile the answering of questions, too.
+        log: called with a line of text before each long computation.
 
     Raises:
-        UserError: anything that the user can mend.
+        UserError: an unknown topology, a field that breaks its rule, a missing compiler.
     """
     where = parse_topology(topology)
     devices = devices_of(where)
 
     def planned(count: int | None) -> tuple[Run, Program]:
         run = make_run(settings, devices, mesh, count)
-        say(f"compiling the training step, {run.settings.data.scenes_per_batch} scenes a batch ...")
+        log(f"compiling the training step, {run.settings.data.scenes_per_batch} scenes a batch ...")
         return run, run.train_step()
 
     run, program = planned(None)
@@ -50,29 +52,30 @@ def plan(
     out = _facts(run, where) | _step_facts(run, program, where)
     out["largest_batch"] = largest
     if decode:
-        say("compiling the answering ...")
+        log("compiling the answering ...")
         out["decode"] = _decode_facts(run, run.answers(), where)
     return out
 
 
 def fits(program: Program, topology: Topology) -> bool:
-    """Whether a device has the memory."""
+    """True if the memory of a device holds the program."""
     return not program.refused and program.peak <= topology.chip.hbm_bytes
 
 
 def _search(
     planned: Callable, run: Run, program: Program, where: Topology
 ) -> tuple[Run, Program, int]:
-    """The largest batch that fits, in multiples of what the mesh and the microbatches divide.
+    """Returns the run and the step with the largest batch that fits, and its number of scenes.
 
-    Where not even the smallest does, that one and 0.
+    Only multiples of the number that mesh and microbatches divide are tried. If not even the
+    smallest fits, the result is the smallest and 0.
     """
     unit, room = run.shards * run.settings.train.microbatches, where.chip.hbm_bytes
     count = max(1, run.settings.data.scenes_per_batch // unit)
     if run.settings.data.scenes_per_batch != count * unit:
         run, program = planned(count * unit)
     tried, best = {0: run.state_bytes()}, None
-    while len(tried) <= TRIALS:
+    while len(tried) <= MAX_TRIALS:
         tried[count] = max(program.peak, room + 1) if program.refused else program.peak
         if fits(program, where):
             best = run, program, count * unit
@@ -84,13 +87,13 @@ def _search(
 
 
 def next_count(tried: dict[int, int], room: int) -> int:
-    """The batch to try next; one that was tried where the answer is known closely enough (1/8).
+    """Returns the batch to try next, or a tried one once the limit is known to within 1/8.
 
-    Memory grows with the batch by a straight line, nearly: where the line through the last that
-    fits and its neighbour meets the room there is, less a little.
+    Memory grows almost linearly with the batch: the next batch is a little below the point where
+    the line through the largest that fits and its neighbour reaches the memory of a device.
 
     Args:
-        tried: batch -> bytes; an empty batch's, of the state alone, among them.
+        tried: batch -> bytes, with the state alone as batch 0.
         room: bytes of a device.
     """
     low = max((count for count in tried if tried[count] <= room), default=0)
@@ -144,7 +147,11 @@ def _memory_facts(program: Program, where: Topology) -> dict[str, Any]:
 
 
 def _bounds(run: Run, program: Program, where: Topology, least_traffic: int = 0) -> Bounds:
-    """Memory: arguments read, results written, what lies there at the peak written and read."""
+    """Returns the lower bounds of a program.
+
+    Its least memory traffic is to read the arguments and to write the results and to write and read
+    the temporaries once.
+    """
     traffic = program.arguments + program.outputs + 2 * program.temporaries
     return Bounds(
         compute=program.device_flops / where.chip.flops,
@@ -207,7 +214,7 @@ def _step_facts(run: Run, program: Program, where: Topology) -> dict[str, Any]:
 
 
 def _decode_facts(run: Run, program: Program, where: Topology) -> dict[str, Any]:
-    """Of a whole batch of answers; every token reads the decoder once, wherever its parts lie."""
+    """Returns the figures of answering a batch; each token reads the whole decoder once."""
     out = _memory_facts(program, where)
     if program.refused:
         return out
@@ -229,7 +236,7 @@ def _decode_facts(run: Run, program: Program, where: Topology) -> dict[str, Any]
 
 
 def table(facts: dict[str, Any]) -> str:
-    """A plan for the terminal."""
+    """Returns a plan as text for the terminal."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in facts["mesh"].items())
     assumed = ", ".join(f"{name.replace('_', ' ')} {v}" for name, v in facts["assumed"].items())
     whole = "" if facts["scenes_spread"] else ", whole on every device: the mesh does not divide it"
@@ -312,12 +319,11 @@ def _work_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _aligned(lines: list[tuple[str, str]]) -> str:
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name:{width}}  {text}".rstrip() for name, text in lines)
+    return tabulate(lines, tablefmt="plain", disable_numparse=True)
 
 
 def _bytes(count: int) -> str:
-    """Decimal, three digits."""
+    """Returns a number of bytes with a decimal unit and three digits."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"

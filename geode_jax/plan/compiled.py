@@ -1,4 +1,4 @@
-"""The real steps, compiled for devices that are not there, and what the compiler says of them."""
+"""Compiles the real steps for devices that are absent, and collects the compiler's figures."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,8 @@ import importlib.metadata
 import re
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,32 +21,33 @@ from geode_jax.objectives.base import Objective
 from geode_jax.plan.described import Described, abstract_batch, describe
 from geode_jax.plan.hlo import Collective, Module
 from geode_jax.runs.settings import Settings
+from geode_jax.shapes import Batch
 from geode_jax.sharding import batch_sharding, make_mesh, replicated
 from geode_jax.training.optimizer import make_optimizer
 from geode_jax.training.step import TrainState, blueprint, make_train_step
 
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
-"""Without a GPU to try them on, the compiler finds no tiles for some products in Triton."""
+"""Without a GPU to autotune on, the compiler finds no Triton tiles for some products."""
 
 KERNEL = re.compile(r"\b(?:attention|selective_scan)_(?:forward|backward)(?:_\w+)?\b")
-"""Names of the kernels in `ops`, as compiled programs bear them."""
+"""Names of the kernels of `ops` in compiled programs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One compiled step, of one device where nothing else is said.
+    """Figures of one compiled step, per device unless stated otherwise.
 
     Attributes:
-        arguments, outputs, temporaries: bytes; `outputs` without those that take over an argument's
-            memory. 0 where the compiler gave up for want of memory.
-        peak: bytes at the fullest moment; by what the compiler missed where it gave up.
-        refused: the compiler's own words where it found no room, else "".
-        flops: of matrix products, all devices, as written (with rematerialisation).
-        device_flops: those that the compiled program does on one device.
-        collectives: what it exchanges.
-        unknown_loops: loops that count once since nothing says how often they go round.
-        kernels: this package's own that the program calls.
-        seconds: that compiling took.
+        arguments, outputs, temporaries: bytes; `outputs` without those that reuse an argument's
+            memory. 0 if the compiler ran out of device memory.
+        peak: bytes in use at the peak; if the compiler ran out of memory, the bytes it needed.
+        refused: the compiler's message if it ran out of memory, else "".
+        flops: FLOPs of matrix products on all devices, as written (with rematerialisation).
+        device_flops: FLOPs of the compiled program on one device.
+        collectives: exchanges with other devices.
+        unknown_loops: loops with an unknown number of iterations, which count once.
+        kernels: names of this package's kernels that the program calls.
+        seconds: compile time.
     """
 
     arguments: int
@@ -63,21 +65,23 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A configuration's steps on a mesh, as shapes.
+    """The steps of a configuration on a mesh, as shapes.
 
     Attributes:
-        settings: with `data.scenes_per_batch` as planned.
-        data: described.
-        objective, mesh: as of a run.
-        make_optimizer: of the parameters.
-        state: blueprint.
+        settings: settings with the planned `data.scenes_per_batch`.
+        data: description of the data.
+        objective, mesh: as in a run.
+        make_optimizer: maps parameters to their optimizer.
+        graph, optimizer, state: result of `training.step.blueprint`.
+        compiler: name and version of the compiler's package.
+        compiler_options: options of every compilation.
     """
 
     settings: Settings
     data: Described
     objective: Objective
     mesh: jax.sharding.Mesh
-    make_optimizer: Callable
+    make_optimizer: Callable[[nnx.State], optax.GradientTransformation]
     graph: nnx.GraphDef
     optimizer: optax.GradientTransformation
     state: TrainState
@@ -86,22 +90,22 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Of the whole training."""
+        """Number of training steps."""
         train, scenes = self.settings.train, self.settings.data.scenes_per_batch
         return train.steps or train.epochs * max(1, self.data.scenes // scenes)
 
     @property
     def shards(self) -> int:
-        """Devices over which a batch's scenes are spread."""
+        """Number of devices over which the scenes of a batch are spread."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
-    def batch(self):
-        """The shapes of a batch, laid out as `sharding.shard_batch` does."""
+    def batch(self) -> Batch:
+        """Returns the shapes of a batch with the shardings of `sharding.shard_batch`."""
         sharding = batch_sharding(self.mesh, self.settings.data.scenes_per_batch)
         return abstract_batch(self.settings, self.data, sharding)
 
     def parameters(self) -> dict[str, int]:
-        """How many: `parameters`, and of them `trainable`."""
+        """Returns the numbers of all `parameters` and of the `trainable` ones."""
         learned = parameter_counts(self.state.params)["parameters"]
         return {
             "parameters": learned + parameter_counts(self.state.frozen)["parameters"],
@@ -109,7 +113,7 @@ class Run:
         }
 
     def state_bytes(self) -> int:
-        """Of parameters and optimizer state on one device: what no batch can do without."""
+        """Returns the bytes of parameters and optimizer state on one device, without a batch."""
         leaves = jax.tree.leaves(self.state)
         return sum(
             int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
@@ -117,7 +121,7 @@ class Run:
         )
 
     def decoder_bytes(self) -> int:
-        """Of the decoder's matrices, in the activations' dtype, of all devices together."""
+        """Returns the bytes of the decoder's matrices on all devices, in the activations' dtype."""
         decoders = []
         for part in (self.state.params, self.state.frozen):
             decoders += [leaf for path, leaf in nnx.to_flat_state(part) if "decoder" in path]
@@ -125,12 +129,12 @@ class Run:
         return width * sum(int(np.prod(leaf.shape)) for leaf in decoders)
 
     def model_flops(self) -> int:
-        """Of a training step."""
+        """Returns the model FLOPs of a training step."""
         micro = self.settings.train.microbatches
         return model_flops(self.objective, self.make_optimizer, self.mesh, self.batch(), micro)
 
     def train_step(self) -> Program:
-        """The training step, compiled."""
+        """Compiles the training step."""
         step = make_train_step(
             self.objective,
             self.graph,
@@ -141,7 +145,7 @@ class Run:
         return self._compiled(step, 1)
 
     def answers(self) -> Program:
-        """Greedy answers to a batch's questions, compiled; all `data.answer_length` tokens long."""
+        """Compiles greedy answering of a batch, each answer `data.answer_length` tokens long."""
 
         def answer(state, batch):
             model = nnx.merge(self.graph, state.params, state.frozen)
@@ -151,7 +155,7 @@ class Run:
         step = jax.jit(answer, out_shardings=replicated(self.mesh))
         return self._compiled(step, self.data.answer_length)
 
-    def _compiled(self, step, trips: int) -> Program:
+    def _compiled(self, step: Any, trips: int) -> Program:
         args = self.state, self.batch()
         started = time.monotonic()
         with jax.set_mesh(self.mesh), _quietly():
@@ -190,13 +194,13 @@ def make_run(
     mesh: tuple[int, int, int] | None = None,
     scenes: int | None = None,
 ) -> Run:
-    """A configuration as it would run on these devices.
+    """Returns the steps of a configuration on these devices.
 
     Args:
-        settings: of the run.
-        devices: of `topology.devices_of`.
-        mesh: sizes of data, fsdp, model; None: the configuration's.
-        scenes: of a batch; None: the configuration's.
+        settings: settings of the run.
+        devices: result of `topology.devices_of`.
+        mesh: sizes of data, fsdp, model; None: those of the configuration.
+        scenes: scenes of a batch; None: those of the configuration.
 
     Raises:
         UserError: a field that breaks its rule, or a mesh that does not fit the devices.
@@ -231,19 +235,22 @@ def make_run(
     )
 
 
-def _text(compiled, compiler: str) -> str:
-    """The compiled program; jax reads what the compiler wrote, of its own version mostly."""
+def _text(compiled: Any, compiler: str) -> str:
+    """Returns the compiled program's text, which jax can read of a compiler of its own version."""
     try:
         return compiled.as_text()
     except Exception as error:  # of whatever type
         raise UserError(
-            f"plan: what {compiler} compiled cannot be read by jax {jax.__version__}; the extra "
-            "plan names the version that belongs to it"
+            f"plan: jax {jax.__version__} cannot read the programs of {compiler}; install the "
+            "version that the extra `plan` names"
         ) from error
 
 
 def missing_memory(error: str) -> int | None:
-    """Bytes that a program would have needed, by the compiler's words; None: another error."""
+    """Returns the bytes that a compiler's error message asks for, 0 if it has no figure.
+
+    None: the error is not about memory.
+    """
     if "RESOURCE_EXHAUSTED" not in error and "out of memory" not in error.lower():
         return None
     found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of|\(([\d.]+)([KMGT]?)\) exceeds", error)
@@ -254,8 +261,8 @@ def missing_memory(error: str) -> int | None:
 
 
 @contextlib.contextmanager
-def _quietly():
-    """Donating an argument that the compiler cannot use is of no interest here."""
+def _quietly() -> Iterator[None]:
+    """Silences the warning about donated arguments that the compiler cannot reuse."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
         yield

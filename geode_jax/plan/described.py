@@ -1,8 +1,8 @@
-"""Data that is not there, described: what a `full` export looks like, without one at hand.
+"""Describes the data of a run that has no data yet, such as the export of a `full` configuration.
 
-A model's and a batch's shapes come from three things that only data have: an export, a tokenizer
-and a pipeline. `Described` stands in for all three (`runs.settings.System.make_objective`); its
-sizes are the upstream models' own, or named here as assumed.
+The shapes of a model and of a batch follow from an export, a tokenizer and a pipeline. `Described`
+replaces all three (`runs.settings.System.make_objective`). Its sizes are those of the upstream
+models, or are stated as assumptions here.
 """
 
 import dataclasses
@@ -26,25 +26,25 @@ from geode_jax.sources.rooms.scene import GRID
 from geode_jax.sources.stand_ins import TOKEN_WIDTH
 
 VGGT_GRID, VGGT_WIDTH = (37, 37), 2048
-"""VGGT-1B on squares of 518 pixels in patches of 14: the tokens of a view."""
+"""Grid and width of VGGT-1B's tokens of a view, a square of 518 pixels in patches of 14."""
 CLIP_WIDTH = 1024
-"""LLaVA-3D's patch features (CLIP ViT-L/14)."""
+"""Width of LLaVA-3D's patch features (CLIP ViT-L/14)."""
 SONATA_WIDTH = 512
-"""Sonata's coarsest stage."""
-LLAMA_ROWS, QWEN_TOKENS = 32_000, 151_665
-"""Tokens of LLaVA-3D's tokenizer, which the student shares, and of Qwen2.5's."""
+"""Width of the features of Sonata's coarsest stage."""
+LLAMA_TOKENS, QWEN_TOKENS = 32_000, 151_665
+"""Sizes of the tokenizers of LLaVA-3D, which the student shares, and of Qwen2.5."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """An export, its tokenizer and its pipeline, as far as shapes depend on them.
+    """The parts of an export, its tokenizer and its pipeline on which shapes depend.
 
     Attributes:
-        shapes: of a batch's scenes.
+        shapes: shapes of the scenes of a batch.
         categories: names, as many as the export would have.
-        vocab_size: of the tokenizer.
-        question_length, answer_length: Lq and La, where the configuration leaves them to the data.
-        scenes: of the training split, each seen once an epoch.
+        vocab_size: size of the tokenizer.
+        question_length, answer_length: Lq and La, if the configuration leaves them to the data.
+        scenes: number of scenes of the training split, each read once an epoch.
     """
 
     shapes: SceneShapes
@@ -57,7 +57,7 @@ class Described:
     eos_id = 0
 
     def encode(self, text: str) -> list[int]:
-        """One token, as a category's noun mostly is."""
+        """Returns one token; most nouns of categories are one."""
         del text
         return [0]
 
@@ -75,7 +75,7 @@ class _NoText(Tokenizer):
         pass
 
     def encode_with_ends(self, texts: Sequence[str]) -> list:
-        """Returns nothing, of no texts."""
+        """Returns no tokens for each text."""
         return [([], []) for _ in texts]
 
     encode_answers = encode_with_ends
@@ -103,14 +103,14 @@ REAL_CATEGORIES = 20
 
 
 def describe(settings: Settings) -> Described:
-    """Returns the data of a configuration.
+    """Returns a description of the data of a configuration.
 
-    Laptop sizes train on rooms, which are what they are. Others train on an export of real scenes:
-    eight views of a scene for the student (what `geode-jax prepare` takes by default), sixteen for
-    GEODE (Table 2); 20 categories; the teacher's features and its 64 best logits; 1,024 points.
-    Questions and answers are as long as in the student's `small` (96 and 64 tokens); VSI-Bench's
-    answers are 16 tokens at most. An epoch is the paper's 80 % of 2,000 samples, or the 590,000
-    questions of VSI-590k at `data.questions_per_scene` a visit.
+    Laptop sizes train on rooms, whose shapes are known. Others train on an export of real scenes,
+    assumed to have eight views of a scene for the student (the default of `geode-jax prepare`) and
+    sixteen for GEODE (Table 2); 20 categories (ScanNet's benchmark); the teacher's features and its
+    64 best logits; 1,024 points. The student's questions and answers are as long as in its `small`
+    (96 and 64 tokens); answers of VSI-Bench have at most 16 tokens. An epoch is the paper's 80 % of
+    2,000 samples, or the 590,000 questions of VSI-590k at `data.questions_per_scene` a visit.
     """
     data, assumed = settings.data, _ASSUMED[type(settings)](settings)
     shapes, vocabulary, categories = assumed.shapes, assumed.vocab_size, REAL_CATEGORIES
@@ -142,7 +142,7 @@ def _student(settings: StudentSettings) -> Assumed:
         topk=64 if settings.teacher_logits else 0,
         vision=data.vision,
     )
-    return Assumed(shapes, LLAMA_ROWS, question_length=96, answer_length=64, scenes=1600)
+    return Assumed(shapes, LLAMA_TOKENS, question_length=96, answer_length=64, scenes=1600)
 
 
 def _geode(settings: GeodeSettings) -> Assumed:
@@ -200,7 +200,7 @@ def _rooms(settings: Settings) -> tuple[SceneShapes, int, int]:
 def abstract_batch(settings: Settings, data: Described, sharding: jax.sharding.Sharding) -> Batch:
     """Returns the shapes of a batch of `data.scenes_per_batch` scenes, laid out by `sharding`.
 
-    Made by the pipeline's own functions from a scene without anything and no question.
+    The pipeline's own functions make them from an empty scene without questions.
     """
     own = settings.data
     nothing = stack_questions([], _NoText(), data.question_length, data.answer_length, "answer")

@@ -1,9 +1,9 @@
-"""What a compiled program does on one device: collectives and matrix products, loops multiplied.
+"""Counts the collectives and matrix products of a compiled program on one device.
 
-Reads the text of an optimised HLO module (`compiled.as_text()`). The compiler's own cost analysis
-takes a loop's body once; here everything inside counts as often as the loop goes round, which the
-text says (`known_trip_count`, GPU) or the loop's condition does (TPU). Of a loop that may stop
-early the most passes count.
+The input is the text of an optimised HLO module (`compiled.as_text()`). The compiler's own cost
+analysis counts the body of a loop once; here it counts once for each iteration. The number of
+iterations is in the text (`known_trip_count`, GPU) or follows from the loop's condition (TPU). A
+loop that may stop early counts with its maximum.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from geode_jax.errors import UserError
 from geode_jax.sharding import AXES
 
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
@@ -23,13 +24,15 @@ _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|called_computations|branch_computations|true_computation|"
     r"false_computation)=(\{[^}]*\}|%[\w.\-]+)"
 )
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-"""The collectives, as the compiler calls them; their asynchronous forms are these, too."""
+COLLECTIVE_KINDS = (
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"),
+)
+"""The compiler's names of the collectives; an asynchronous one begins with NAME-start."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: `[ROOT] %name = shape opcode(operands), rest`."""
+    """A line of the text: `[ROOT] %name = shape opcode(operands), rest`."""
 
     name: str
     shape: str
@@ -39,7 +42,7 @@ class Instruction:
     root: bool
 
     def dims(self) -> tuple[int, ...]:
-        """Sizes of the result, of the first of several."""
+        """Returns the sizes of the result, or of the first of several results."""
         return _dims(self.shape)
 
 
@@ -48,13 +51,15 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Attributes:
-    kind: one of `KINDS`.
-    axes: mesh axes whose devices exchange, joined by "+".
-    times: how often it runs in a step.
-    size: bytes of what one device sends, each time: by a ring, which sends least.
-    group: numbers of the first group's devices, in the mesh's order.
-    place: the operation in the program that it serves.
+    """An exchange between devices.
+
+    Attributes:
+        kind: one of `COLLECTIVE_KINDS`.
+        axes: mesh axes along which devices exchange, joined by "+".
+        times: how often it runs in a step.
+        size: bytes that one device sends each time, by a ring, which needs the fewest.
+        group: numbers of the devices of the first group, in the mesh's order.
+        place: `op_name` of the operation that needs it.
     """
 
     kind: str
@@ -66,7 +71,7 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """In a step."""
+        """Bytes that one device sends in a step."""
         return self.times * self.size
 
 
@@ -76,10 +81,15 @@ class Module:
     Attributes:
         computations: name -> instructions by name.
         times: name -> how often the computation runs in a step.
-        unknown_loops: loops whose number of passes nothing says; they count once.
+        unknown_loops: number of loops with an unknown number of iterations; they count once.
     """
 
     def __init__(self, text: str):
+        """Parses the text of an optimised HLO module.
+
+        Raises:
+            UserError: an instruction has another form than this file knows.
+        """
         self.computations, entry = _parse(text)
         self.times: dict[str, int] = {}
         self.unknown_loops = 0
@@ -112,12 +122,15 @@ class Module:
         return None
 
     def _bounds(self, name: str, start: Callable) -> Iterator[tuple[int, int]]:
-        """(place in the loop's state, constant) of every `state < constant` in a condition."""
+        """Yields (index into the loop's state, constant) of each `state < constant` in a condition.
+
+        The index is -1 if the state itself is a single number.
+        """
         body = self.computations.get(name, {})
         for instruction in body.values():
             operands = _NAME.findall(instruction.operands)
             for callee in self._callees[name][instruction.name]:
-                # The state reaches a fusion as an operand: which one it is, the call says.
+                # A fusion gets the number as an operand; its index is known at the call alone.
                 states = [s for s in (_state_index(body, n) for n in operands) if s is not None]
                 for index, bound in self._bounds(callee, start):
                     yield (states[0] if index < 0 and states else index), bound
@@ -128,23 +141,23 @@ class Module:
                     yield (-1 if index is None else index), bound
 
     def instructions(self) -> Iterator[tuple[Instruction, Computation, int]]:
-        """Everything that runs, the computation that it stands in and how often it runs."""
+        """Yields each instruction that runs, its computation and how often it runs."""
         for name, times in self.times.items():
             body = self.computations.get(name, {})
             for instruction in body.values():
                 yield instruction, body, times
 
     def flops(self) -> int:
-        """Of matrix products, convolutions and TPU kernels (their estimates), on one device."""
+        """Returns the FLOPs of one device: products, convolutions, TPU kernels (as estimated)."""
         return sum(
             times * _flops(instruction, body) for instruction, body, times in self.instructions()
         )
 
     def collectives(self, mesh_shape: tuple[int, ...]) -> list[Collective]:
-        """What one device exchanges with others.
+        """Returns the collectives that join one device with others.
 
         Args:
-            mesh_shape: sizes of `sharding.AXES`; a device's number is its place in this order.
+            mesh_shape: sizes of `sharding.AXES`; devices are numbered in this order, row-major.
         """
         started = {
             _channel(instruction)
@@ -157,9 +170,9 @@ class Module:
             body = self.computations.get(name, {})
             for instruction in body.values():
                 kind = instruction.opcode.removesuffix("-start")
-                if kind not in KINDS:
+                if kind not in COLLECTIVE_KINDS:
                     continue
-                # A TPU spreads one over several fusions, each of which names it: its start counts.
+                # On TPUs several fusions name the same collective; the one that starts it counts.
                 pieces = "async_collective_fusion_config" in instruction.rest
                 if pieces and _channel(instruction) in started and not _starts(body):
                     continue
@@ -173,7 +186,7 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
     computations, entry, body = {}, "", None
     for line in text.splitlines():
         if line.startswith(("%", "ENTRY")) and line.rstrip().endswith("{"):
-            name = _NAME.search(line)[1]
+            name = _found(_NAME, line)[1]
             body = computations.setdefault(name, {})
             if line.startswith("ENTRY"):
                 entry = name
@@ -192,7 +205,7 @@ def _instruction(line: str) -> Instruction:
     opening = right.index("(")
     closing = _close(right, opening)
     return Instruction(
-        name=_NAME.search(left)[1],
+        name=_found(_NAME, left)[1],
         shape=shape,
         opcode=right[:opening],
         operands=right[opening + 1 : closing],
@@ -202,13 +215,26 @@ def _instruction(line: str) -> Instruction:
 
 
 def _close(text: str, opening: int) -> int:
-    """Where the parenthesis closes that opens there."""
+    """Returns the index of the parenthesis that closes the one at `opening`."""
     depth = 0
     for place in range(opening, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)
         if depth == 0:
             return place
     return len(text)
+
+
+def _found(pattern: str | re.Pattern[str], text: str, name: str = "") -> re.Match[str]:
+    """Returns the first match in a part of an instruction, which must have one.
+
+    Raises:
+        UserError: it has none; the message has the instruction's name, if that is known.
+    """
+    match = re.search(pattern, text)
+    if match is None:
+        part = " ".join(f"%{name} {text}".split()) if name else text.strip()
+        raise UserError(f"plan: the compiled program has an unknown form: {part[:120]}")
+    return match
 
 
 def _callees(instruction: Instruction) -> list[str]:
@@ -225,22 +251,22 @@ def _starts(body: Computation) -> bool:
 
 
 def _through(body: Computation, name: str) -> Instruction:
-    """What a value is, behind its copies."""
+    """Returns the instruction that a value comes from, behind copies and conversions."""
     while body[name].opcode in ("copy", "bitcast", "convert"):
         name = _NAME.findall(body[name].operands)[0]
     return body[name]
 
 
 def _state_index(body: Computation, name: str) -> int | None:
-    """The place in the loop's state that a value was taken from."""
+    """Returns the index into the loop's state that a value comes from; None: from elsewhere."""
     taken = _through(body, name)
     if taken.opcode != "get-tuple-element":
         return None
-    return int(re.search(r"index=(\d+)", taken.rest)[1])
+    return int(_found(r"index=(\d+)", taken.rest, taken.name)[1])
 
 
 def _value(body: Computation, name: str, start: Callable) -> int | None:
-    """A constant, in the loop or handed to it; None: it is none."""
+    """Returns a value's constant, in the loop or in its initial state; None: it is not constant."""
     index, what = _state_index(body, name), _through(body, name)
     if index is not None:
         return start(index)
@@ -249,7 +275,7 @@ def _value(body: Computation, name: str, start: Callable) -> int | None:
 
 
 def _initial(loop: Instruction, around: Computation, index: int) -> int | None:
-    """What a place in a loop's state starts as, where that is a constant."""
+    """Returns the constant that an entry of a loop's state starts with; None: no constant."""
     (state,) = _NAME.findall(loop.operands)[:1]
     if index < 0 or around[state].opcode != "tuple":
         return None
@@ -257,7 +283,7 @@ def _initial(loop: Instruction, around: Computation, index: int) -> int | None:
 
 
 def _step(body: Computation, index: int, start: Callable) -> int:
-    """What is added to a place in the loop's state with each pass."""
+    """Returns the number that each iteration adds to an entry of the loop's state."""
     (root,) = (i for i in body.values() if i.root)
     if index < 0 or root.opcode != "tuple":
         return 1
@@ -276,7 +302,7 @@ def _dims(shape: str) -> tuple[int, ...]:
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of a shape as the text has it, of all parts of a tuple."""
+    """Returns the bytes of a shape as the text has it; those of a tuple are added up."""
     bits = 0
     for kind, sizes in _SHAPE.findall(shape):
         named = re.search(r"\d+", kind)
@@ -295,14 +321,18 @@ def _operand_shapes(instruction: Instruction, body: Computation) -> list[str]:
 def _flops(instruction: Instruction, body: Computation) -> int:
     if instruction.opcode == "dot":
         lhs = _dims(_operand_shapes(instruction, body)[0])
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)[1]
+        contracted = _found(
+            r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest, instruction.name
+        )[1]
         summed = math.prod(lhs[int(i)] for i in contracted.split(",") if i)
         return 2 * math.prod(instruction.dims()) * summed
     if instruction.opcode == "convolution":
         return _convolution_flops(instruction, body)
     if instruction.opcode == "custom-call" and '"__cublas$' in instruction.rest:
         lhs = _dims(_operand_shapes(instruction, body)[0])
-        contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.rest)[1]
+        contracted = _found(
+            r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.rest, instruction.name
+        )[1]
         summed = math.prod(lhs[int(i)] for i in re.findall(r"\d+", contracted))
         return 2 * math.prod(instruction.dims()) * summed
     if instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.rest:
@@ -312,13 +342,14 @@ def _flops(instruction: Instruction, body: Computation) -> int:
 
 
 def _convolution_flops(instruction: Instruction, body: Computation) -> int:
-    """A TPU's products are convolutions, a batched product's batch one of their spatial axes.
+    """Returns the FLOPs of a convolution, without those on padding.
 
-    Only what meets a real element of the input counts, not the padding between and around them.
+    TPU compilers write matrix products as convolutions, and the batch of a batched product as one
+    of their spatial axes.
     """
     lhs, kernel = (_dims(shape) for shape in _operand_shapes(instruction, body)[:2])
     out = instruction.dims()
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
+    labels = _found(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest, instruction.name)
     lhs_labels, kernel_labels, out_labels = labels[1], labels[2], labels[3]
     flops = 2 * out[out_labels.index("b")] * out[out_labels.index("f")]
     flops *= kernel[kernel_labels.index("i")]
@@ -338,9 +369,15 @@ def _convolution_flops(instruction: Instruction, body: Computation) -> int:
 # --- Collectives ----------------------------------------------------------------------------------
 
 
-def _collective(kind, instruction, body, times, mesh_shape) -> Collective:
+def _collective(
+    kind: str,
+    instruction: Instruction,
+    body: Computation,
+    times: int,
+    mesh_shape: tuple[int, ...],
+) -> Collective:
     held = sum(shape_bytes(shape) for shape in _operand_shapes(instruction, body))
-    if kind == "collective-permute":  # passed on along a whole axis, mostly both ways at once
+    if kind == "collective-permute":  # along a whole axis, mostly in both directions at once
         group = _line(_pair(instruction.rest), mesh_shape)
     else:
         group = _group(instruction.rest, math.prod(mesh_shape))
@@ -358,14 +395,14 @@ def _collective(kind, instruction, body, times, mesh_shape) -> Collective:
 
 
 def mesh_axes(group: Sequence[int], mesh_shape: tuple[int, ...]) -> str:
-    """The mesh axes along which the devices of a group differ, joined by "+"."""
+    """Returns the mesh axes along which the devices of a group differ, joined by "+"."""
     places = np.array(np.unravel_index(np.array(group), mesh_shape))
     varying = np.any(places != places[:, :1], axis=1)
     return "+".join(axis for axis, on in zip(AXES, varying, strict=True) if on)
 
 
 def _line(group: Sequence[int], mesh_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """All devices that lie as these do on the mesh axes along which these do not differ."""
+    """Returns all devices of the mesh axes along which the devices of a group differ."""
     numbers = np.arange(math.prod(mesh_shape)).reshape(mesh_shape)
     places = np.array(np.unravel_index(np.array(group), mesh_shape))
     index = tuple(slice(None) if len(set(p)) > 1 else p[0] for p in places.tolist())
@@ -373,7 +410,7 @@ def _line(group: Sequence[int], mesh_shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _pair(rest: str) -> tuple[int, ...]:
-    """The first two different devices between which something is passed on."""
+    """Returns source and target of the first permutation between two different devices."""
     pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", rest)
     for source, target in re.findall(r"\{(\d+),(\d+)\}", pairs[1] if pairs else ""):
         if source != target:
@@ -382,7 +419,7 @@ def _pair(rest: str) -> tuple[int, ...]:
 
 
 def _group(rest: str, devices: int) -> tuple[int, ...]:
-    """The first replica group, in any of the three ways in which they are written."""
+    """Returns the first replica group, written in any of the three forms of HLO."""
     text = rest.split("replica_groups=", 1)[1] if "replica_groups=" in rest else "{}"
     if text.startswith("mesh["):
         return _mesh_group(text, devices)
@@ -395,15 +432,18 @@ def _group(rest: str, devices: int) -> tuple[int, ...]:
 
 
 def _mesh_group(text: str, devices: int) -> tuple[int, ...]:
-    """`mesh['a'=2,'b'=8], device_ids=([8,2]T(1,0)) {'b'}`: along b, and of an axis maybe a part."""
-    named = re.match(r"mesh\[([^\]]*)\]", text)
+    """Returns the first group of the form `mesh['a'=2,'b'=8], device_ids=([8,2]T(1,0)) {'b'}`.
+
+    This example has groups along b. A group may also take a part of an axis, `{'b':(4)2}`.
+    """
+    named = _found(r"^mesh\[([^\]]*)\]", text)
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
     ids = np.arange(devices)
     order = re.match(r"[^{]*device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", text)
     if order:
         ids = _iota(order[1], order[2]).reshape(-1)
     ids = ids.reshape(tuple(sizes.values()))
-    over = re.search(r"\{([^}]*)\}", text)[1]
+    over = _found(r"\{([^}]*)\}", text)[1]
     chosen = [slice(0, 1)] * len(sizes)
     for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", over):
         size = sizes[name]
@@ -414,7 +454,7 @@ def _mesh_group(text: str, devices: int) -> tuple[int, ...]:
 
 
 def _iota(sizes: str, permutation: str | None) -> np.ndarray:
-    """0, 1, 2, ... as an array of these sizes, its axes then permuted."""
+    """Returns 0, 1, 2, ... as an array of these sizes with permuted axes."""
     ids = np.arange(math.prod(_sizes(sizes))).reshape(_sizes(sizes))
     return ids.transpose(_sizes(permutation)) if permutation else ids
 

@@ -1,7 +1,7 @@
-"""Devices that are not there: a TPU slice or nodes of GPUs, as the compiler knows them.
+"""Describes absent devices to the compilers: a TPU slice, or nodes of GPUs.
 
-TPU: `libtpu` from the package index compiles without a TPU. GPU: the CUDA plugin compiles without a
-GPU for a description of one, `targets/*.txtpb`.
+`libtpu` from the package index compiles without a TPU. The CUDA plugin compiles without a GPU for
+the description of one, `targets/*.txtpb`.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from geode_jax.errors import UserError
 from geode_jax.exports.files import read_text
@@ -18,7 +19,7 @@ from geode_jax.measure.chips import CHIPS, Chip
 
 TARGETS = Path(__file__).parent / "targets"
 ALIASES = {"a100": "a100-80"}
-_NEEDS = {
+_PACKAGES = {
     "tpu": ("libtpu", "pip install -e '.[plan]' in the checkout"),
     "cuda": (
         "jax_cuda13_plugin",
@@ -27,20 +28,22 @@ _NEEDS = {
         ),
     ),
 }
-_ALONE = {
-    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu asks the cloud's metadata server what it is on
-    "TPU_WORKER_HOSTNAMES": "localhost",  # and complains where nobody says
+_OFFLINE_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu queries the cloud's metadata server
+    "TPU_WORKER_HOSTNAMES": "localhost",  # without the query libtpu needs these two
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # otherwise the plugin asks for a driver
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # otherwise the plugin needs a driver
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Attributes:
-    name: as it was asked for, such as `v5p:4x4x4` or `h100:2x8`.
-    chip: of every device.
-    shape: chips along the axes of a TPU slice; nodes and GPUs in each.
+    """A TPU slice, or nodes of GPUs.
+
+    Attributes:
+        name: as on the command line, such as `v5p:4x4x4` or `h100:2x8`.
+        chip: the chip of every device.
+        shape: chips along the axes of a TPU slice; (nodes, GPUs of each node).
     """
 
     name: str
@@ -49,15 +52,15 @@ class Topology:
 
     @property
     def size(self) -> int:
-        """Chips."""
+        """Number of chips."""
         return math.prod(self.shape)
 
 
 def parse_topology(text: str) -> Topology:
-    """`CHIP:SHAPE`, such as `v5e:4x4`, `v5p:4x4x4`, `h100:2x8` (nodes x GPUs).
+    """Parses `CHIP:SHAPE`, such as `v5e:4x4`, `v5p:4x4x4` or `h100:2x8` (nodes x GPUs).
 
     Raises:
-        UserError: an unknown chip, or a shape that there is not.
+        UserError: an unknown chip, or a shape that the chip does not come in.
     """
     name, _, shape = text.partition(":")
     chip = CHIPS.get(ALIASES.get(name, name))
@@ -79,16 +82,16 @@ def parse_topology(text: str) -> Topology:
 
 
 def devices_of(topology: Topology) -> list:
-    """The devices, for `sharding.make_mesh`; JAX itself stays on the CPU.
+    """Returns the devices for `sharding.make_mesh`; JAX itself stays on the CPU.
 
     Raises:
         UserError: the optional package is missing, or the compiler refuses the shape.
     """
     platform = topology.chip.platform
-    module, remedy = _NEEDS[platform]
+    module, remedy = _PACKAGES[platform]
     if importlib.util.find_spec(module) is None:
         raise UserError(f"plan: {topology.name} needs the package {module}: {remedy}")
-    for name, value in _ALONE.items():
+    for name, value in _OFFLINE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import jax
     from jax.experimental import topologies
@@ -103,17 +106,17 @@ def devices_of(topology: Topology) -> list:
                 platform="cuda", target_config=target, topology=f"{nodes}x1x{gpus}"
             )
         else:
-            # A slice of one chip is a part of a host, whose shape must then be told; v4 is asked
-            # for its two cores as one device.
-            options = {"chips_per_host_bounds": (1, 1, 1)} if topology.size == 1 else {}
-            if topology.chip.name == "v4":
+            options: dict[str, Any] = {}
+            if topology.size == 1:  # a part of a host, so libtpu needs the host's shape
+                options["chips_per_host_bounds"] = (1, 1, 1)
+            if topology.chip.name == "v4":  # the two cores of a chip as one device
                 options["chip_config_name"] = "megacore"
             found = topologies.get_topology_desc(
                 f"{topology.chip.name}:{shape}", platform="tpu", **options
             )
-    except Exception as error:  # of whatever type the plugin raises
+    except Exception as error:  # plugins raise errors of several types
         reason = str(error).strip().splitlines()[0]
         if "lockfile" in reason:
-            reason = "another process is using libtpu, which serves one at a time"
+            reason = "another process is using libtpu, which serves one process at a time"
         raise UserError(f"plan: {topology.name}: the compiler refuses it: {reason}") from None
     return list(found.devices)

@@ -142,9 +142,9 @@ from transformers import AutoModel, AutoTokenizer
 
 model = AutoModel.from_pretrained(DIR, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
-scene = model.look(...)  # a scene's arrays, see its docstring
+scene = model.encode_scene(...)  # a scene's arrays, see its docstring
 ids, mask = model.encode_prompts(tokenizer, [["How many chair(s) are in this room?"]])
-print(model.say(model.answer(scene, ids, mask), tokenizer))
+print(model.decode_answers(model.answer(scene, ids, mask), tokenizer))
 ```"""
 
 

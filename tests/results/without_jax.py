@@ -45,16 +45,18 @@ def main(folder: str, source: str, out: str) -> None:
     prompts, units = json.loads(str(given["prompts"])), json.loads(str(given["units"]))
     ids, mask = model.encode_prompts(tokenizer, prompts)
     with torch.no_grad():
-        scene = model.look(**arrays)
+        scene = model.encode_scene(**arrays)
         logits = model(scene, ids, mask, torch.tensor(given["answers"]))
     said = model.answer(scene, ids, mask)
     results = {"logits": logits.numpy()[:, :, ids.shape[-1] - 1 :]}
     if hasattr(said, "tokens"):
         results |= {"values": said.values.numpy(), "boxes": said.boxes.numpy()}
-        texts = [[one["text"] for one in row] for row in model.say(said, tokenizer, units)]
+        texts = [
+            [one["text"] for one in row] for row in model.decode_answers(said, tokenizer, units)
+        ]
         tokens = said.tokens
     else:
-        texts, tokens = model.say(said, tokenizer), said
+        texts, tokens = model.decode_answers(said, tokenizer), said
     np.savez(out, tokens=tokens.numpy(), texts=json.dumps(texts), **results)
 
 

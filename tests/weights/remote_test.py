@@ -6,6 +6,7 @@ JAX and in PyTorch, from the papers' equations.
 
 import ast
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -17,6 +18,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs.geode_joint import get_config as geode_joint
+from configs.hidden_cot import get_config as hidden_cot
 from geode_jax.errors import UserError
 from geode_jax.exports.units import BASE_UNIT, UNITS, write_number
 from geode_jax.models.drm import DrmConfig
@@ -31,11 +34,15 @@ from geode_jax.objectives.hidden_cot import (
     HiddenCoTConfig,
     HiddenCoTModel,
 )
+from geode_jax.plan.described import describe
 from geode_jax.results.card import inherited
+from geode_jax.runs import systems
 from geode_jax.shapes import Batch, without_vision
 from geode_jax.targets import LOG_EDGES, LOG_VALUES
 from geode_jax.weights import load_pretrained
 from geode_jax.weights.convert import write_model
+from geode_jax.weights.geode import write_geode
+from geode_jax.weights.student import write_student
 from tests.helpers.tiny_models import (
     ANSWER,
     EOS_ID,
@@ -159,9 +166,9 @@ def test_the_students_twin_computes_what_the_student_computes(torch, trained, ba
         }
         prompts, mask, answers = text_of(torch, shown)
         with torch.no_grad():
-            scene = twin.look(**{name: torch.tensor(x) for name, x in arrays.items()})
+            scene = twin.encode_scene(**{name: torch.tensor(x) for name, x in arrays.items()})
             theirs = twin(scene, prompts, mask, answers)[:, :, QUESTION - 1 :].numpy()
-            seen = twin.perceive(scene)
+            seen = twin.predict_geometry(scene)
         where = paid(shown)
         close(theirs[where], np.asarray(logits)[where])
         said = twin.answer(scene, prompts, mask).numpy()
@@ -222,7 +229,9 @@ def test_geodes_twin_computes_what_geode_computes(torch, batch, tmp_path, config
     logits, out = ours(model, batch)
     prompts, mask, answers = text_of(torch, batch)
     with torch.no_grad():
-        prefix = twin.look(**arrays_of(torch, batch), input_ids=prompts, attention_mask=mask)
+        prefix = twin.encode_scene(
+            **arrays_of(torch, batch), input_ids=prompts, attention_mask=mask
+        )
         theirs = twin(prefix, prompts, mask, answers)[:, :, QUESTION - 1 :].numpy()
     where = paid(batch)
     close(theirs[where], np.asarray(logits)[where])
@@ -260,10 +269,36 @@ def test_values_and_boxes_are_said_in_place_of_their_tokens(torch):
     values = torch.full((1, 2, 4), 1.234)
     boxes = torch.arange(7.0).expand(1, 2, 4, 7)
     answers = modeling_geode.Answers(tokens, values, boxes)
-    ((value, box),) = Twin().say(answers, Words(), [["cm", None]])
+    ((value, box),) = Twin().decode_answers(answers, Words(), [["cm", None]])
     assert value["text"] == "w3 123 w4" and value["value"] == pytest.approx(123.4)
     assert value["text"].split()[1] == write_number(value["value"], "cm")
     assert box == {"text": "0.00 1.00 2.00 3.00 4.00 5.00 6.00", "box": list(range(7))}
+
+
+# --- Sizes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("system", ["hidden_cot", "geode"])
+def test_default_sizes_are_those_of_the_full_configs(torch, system):
+    """All but the ids of the categories' nouns, which are the tokenizer's."""
+    from geode_jax.weights.remote.modeling_geode import GeodeConfig as GeodeSizes
+    from geode_jax.weights.remote.modeling_hidden_cot import HiddenCotConfig as StudentSizes
+
+    if system == "hidden_cot":
+        kind, written = StudentSizes, write_student(full(hidden_cot("full")).student)
+    else:
+        kind, written = GeodeSizes, write_geode(full(geode_joint("full")).model)
+    for part in ("vision_config", "text_config"):
+        written.get(part, {}).pop("architectures", None)
+    default, exported = kind().to_dict(), kind(**written).to_dict()
+    for name in set(inspect.signature(kind).parameters) - {"category_ids", "kwargs"}:
+        assert default[name] == exported[name], name
+
+
+def full(config):
+    """The sizes of a full configuration's objective, on the data that a plan describes."""
+    data = describe(config)
+    return systems.make_objective(config, data, data, data).config
 
 
 # --- Folders --------------------------------------------------------------------------------------

@@ -4,14 +4,15 @@
                           features, points, cameras --rationale module--> rationale tokens
     [rationale tokens][visual tokens][question][bos][answer]; at <REG>, <3DBBOX> a value
 
-InternViT and Qwen2 are those of transformers. See `modeling_parts` for the letters of shapes, here
-also I tokens of a frame, T = V * I, G points of a scene, M rationale tokens.
+InternViT and Qwen2 are those of transformers. `modeling_parts` has the shape letters; here also
+F frames, I tokens of a frame, T = V * I tokens of a scene, C channels, G points of a scene,
+M rationale tokens.
 """
 
 import copy
 import inspect
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +21,6 @@ from transformers import (
     InternVLVisionConfig,
     InternVLVisionModel,
     PretrainedConfig,
-    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Model,
@@ -30,19 +30,18 @@ from .modeling_parts import (
     BOX_CODE,
     CrossAttention,
     Mlp,
+    SceneModel,
     SpatialHead,
     before_end,
     causal,
     decode_boxes,
-    encode_prompts,
-    greedy,
     positions_of,
 )
 
 _CACHE = (
     "cache" if "cache" in inspect.signature(Qwen2Model.forward).parameters else "past_key_values"
 )
-"""What transformers calls the argument: from 5.24 on `cache`."""
+"""Name of Qwen2's cache argument in transformers: `cache` from 5.24 on."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BASE_UNIT = {
     **{"mm": 0.001, "cm": 0.01, "km": 1000.0, "m": 1.0, "ft": 0.3048, "in": 0.0254, "yd": 0.9144},
@@ -50,33 +49,64 @@ BASE_UNIT = {
     **{"in2": 0.00064516, "yd2": 0.83612736, "items": 1.0},
 }
 DECIMALS = {"mm": 0, "cm": 0, "km": 4, "mm2": 0, "cm2": 0, "km2": 8, "items": 0}  # others: 1
-LOG_VALUES = (math.log(0.01), 11.0)  # of values that are regressed, in base units
+LOG_VALUES = (math.log(0.01), 11.0)  # range of the logarithms of regressed values, in base units
+
+VISION_SIZES: dict[str, Any] = {"attention_bias": True}  # the others are InternViT-300M's already
+TEXT_SIZES: dict[str, Any] = {
+    "vocab_size": 151_936,
+    "hidden_size": 1536,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "intermediate_size": 8960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+}
+DRM_SIZES = {
+    "width": 1024,
+    "heads": 16,
+    "layers": 2,
+    "slots": 16,
+    "bands": 8,
+    "visual_width": 1024,
+    "point_width": 512,
+    "llm_width": 1536,
+    "max_frames": 16,
+    "condition_on_question": False,
+    "frames": 0,
+}
 
 
 class GeodeConfig(PretrainedConfig):
-    """Sizes of the parts.
+    """Sizes of the parts; the defaults are those of `configs/geode_joint.py:full`.
 
     Args:
-        vision_config, text_config: InternViT's and Qwen2's.
-        drm: sizes of the rationale module; None: there is none.
+        vision_config, text_config: sizes of InternViT and of Qwen2.
+        drm: sizes of the rationale module; None: the model has none.
         drh_width: inner width of the regression head; 0: numbers are written as text.
-        patch_grid: (rows, columns) of the places that a view has.
-        categories, views: of what stood in for pretrained parts in training; 0: nothing did.
-        prefix: what stands before the text, of "spatio" and "visual".
-        reg_token_id, box_token_id: of `<REG>` and `<3DBBOX>`, where there is a regression head.
-        answer_length: at most so many tokens in an answer.
+        patch_grid: (rows, columns) of the known places of a view.
+        categories, views: sizes of the parts that replaced pretrained ones in training; 0: none.
+        prefix: parts in front of the text, a subset of "spatio" and "visual".
+        reg_token_id, box_token_id: ids of `<REG>` and `<3DBBOX>`, if there is a regression head.
+        answer_length: maximum number of tokens of an answer.
     """
 
     model_type = "geode"
-    sub_configs = {"vision_config": InternVLVisionConfig, "text_config": Qwen2Config}  # noqa: RUF012
+    # transformers declares a property of the class and reads a dict.
+    sub_configs = {  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
+        "vision_config": InternVLVisionConfig,
+        "text_config": Qwen2Config,
+    }
 
     def __init__(
         self,
         vision_config=None,
         text_config=None,
-        drm=None,
-        drh_width=0,
-        patch_grid=(32, 32),
+        drm=DRM_SIZES,
+        drh_width=1536,
+        patch_grid=(37, 37),
         categories=0,
         views=0,
         prefix=("spatio", "visual"),
@@ -86,11 +116,11 @@ class GeodeConfig(PretrainedConfig):
         **kwargs,
     ):
         if not isinstance(vision_config, InternVLVisionConfig):
-            vision_config = InternVLVisionConfig(**(vision_config or {}))
+            vision_config = InternVLVisionConfig(**(vision_config or VISION_SIZES))
         if not isinstance(text_config, Qwen2Config):
-            text_config = Qwen2Config(**(text_config or {}))
+            text_config = Qwen2Config(**(text_config or TEXT_SIZES))
         self.vision_config, self.text_config = vision_config, text_config
-        self.drm = drm
+        self.drm = None if drm is None else dict(drm)
         self.drh_width = drh_width
         self.patch_grid = patch_grid
         self.categories = categories
@@ -103,7 +133,7 @@ class GeodeConfig(PretrainedConfig):
 
 
 class Projector(nn.Module):
-    """InternVL's: four neighbouring patches become one token of the decoder's width."""
+    """InternVL's projector: four neighbouring patches become one token of the decoder's width."""
 
     def __init__(self, vision_width, width):
         super().__init__()
@@ -112,7 +142,7 @@ class Projector(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, features):
-        """Patches [N, I, C], row-major on a square, to tokens [N, I / 4, D]."""
+        """Returns tokens [F, I / 4, D] of patches [F, I, C], which are row-major on a square."""
         side = math.isqrt(features.shape[1])
         x = features.unflatten(1, (side // 2, 2, side // 2, 2)).permute(0, 1, 3, 2, 4, 5)
         x = self.layer_norm(x.flatten(3).flatten(1, 2))
@@ -123,30 +153,37 @@ class Projector(nn.Module):
 
 
 def fourier_code(place, bands):
-    """Places [..., 3] in metres as [..., 3 + 6 * bands]; the lowest band's period is 16 m."""
+    """Returns the Fourier code [..., 3 + 6 * bands] of places [..., 3] in metres.
+
+    The period of the lowest band is 16 m.
+    """
     octaves = 2.0 ** torch.arange(bands, device=place.device)
     angle = (place[..., None] * (2 * torch.pi / 16 * octaves)).flatten(-2)
     return torch.cat([place / 4, angle.sin(), angle.cos()], dim=-1)
 
 
 def camera_code(extrinsic, bands):
-    """Camera-from-world poses [..., 3, 4] as [..., 9 + 3 + 6 * bands]: axes and place."""
+    """Returns the code [..., 9 + 3 + 6 * bands] of camera-from-world poses [..., 3, 4].
+
+    The code is the rotation and the Fourier code of the camera's place.
+    """
     rotation = extrinsic[..., :3]
     centre = -torch.einsum("...ji,...j->...i", rotation, extrinsic[..., 3])
     return torch.cat([rotation.flatten(-2), fourier_code(centre, bands)], dim=-1)
 
 
 def spread(mask, most):
-    """At most so many of every row's True entries [S, V], spread evenly."""
+    """Returns a mask [S, V] that keeps at most `most` True entries of a row, evenly spread."""
     order = mask.cumsum(dim=1) - 1
     count = mask.sum(dim=1, keepdim=True).clamp(min=1)
     return mask & ((order * most) % count < most)
 
 
 class MambaMixer(nn.Module):
-    """Mamba-1: short convolution and selective scan, gated; names are those of `mamba_ssm`.
+    """Mamba-1: short convolution and gated selective scan, with the names of `mamba_ssm`.
 
-    The scan is a loop over the positions, in float32: right everywhere, and slow for long rows.
+    The scan is a loop over the positions in float32, which runs on any device but is slow for long
+    rows.
     """
 
     def __init__(self, width, states=16, taps=4):
@@ -177,7 +214,7 @@ class MambaMixer(nn.Module):
 
 
 class MambaBlock(nn.Module):
-    """x += mixer(norm(x))."""
+    """Computes x + mixer(norm(x))."""
 
     def __init__(self, width):
         super().__init__()
@@ -188,19 +225,19 @@ class MambaBlock(nn.Module):
         return x + self.mixer(self.norm(x))
 
 
-class Scene(NamedTuple):
-    """What is known of S scenes, under the names of the array contract.
+class SceneArrays(NamedTuple):
+    """The arrays of S scenes; the names in quotes are those of the array contract.
 
     Attributes:
-        images: uint8 [S, V, h, w, 3], `images`; squeezed to the encoder's square.
-        view_mask: bool [S, V], False = padding view (these stand last).
-        places: [S, V, P, 3], the point that is seen at each patch of `patch_grid`, metres.
+        images: uint8 [S, V, h, w, 3], `images`; resized to the encoder's square.
+        view_mask: bool [S, V], False = padding view (padding comes last).
+        places: [S, V, P, 3], the point that each patch of `patch_grid` shows, metres.
         places_mask: bool [S, V, P], False = unknown.
         points: [S, G, C], `sonata/features`.
         coords: [S, G, 3], `sonata/coord`: metres, z up, centred in x and y, floor at 0.
         point_mask: bool [S, G], False = padding.
         extrinsic: [S, V, 3, 4], `camera/extrinsic`, camera-from-world.
-        point_frame: int [S, G], `sonata/frame`, -1 = unknown; read where `drm["frames"]` is set.
+        point_frame: int [S, G], `sonata/frame`, -1 = unknown; needed if `drm["frames"]` is set.
     """
 
     images: torch.Tensor
@@ -215,7 +252,7 @@ class Scene(NamedTuple):
 
 
 class Drm(nn.Module):
-    """The rationale module: M tokens that say what is where in a room."""
+    """The rationale module: M tokens that describe the contents of a room and their places."""
 
     def __init__(self, c, visual_width, llm_width):
         super().__init__()
@@ -240,15 +277,15 @@ class Drm(nn.Module):
         self.project = nn.Linear(width, llm_width)
 
     def forward(self, features, scene, places, places_mask, question=None, question_mask=None):
-        """Rationale tokens [S, M, D of the decoder].
+        """Returns rationale tokens [S, M, D] of the decoder's width D.
 
         Args:
             features: the encoder's [S, V, I, C], without class tokens.
-            scene: points and cameras.
-            places: [S, V, I, 3] of the encoder's tokens, and their mask.
-            places_mask: see there.
-            question: embeddings [S, L, D], where the module reads the question, and their mask.
-            question_mask: see there.
+            scene: `SceneArrays`, for their points and cameras.
+            places: [S, V, I, 3], the place that each of the encoder's tokens shows.
+            places_mask: bool [S, V, I], False = unknown.
+            question: embeddings [S, L, D], if the module is conditioned on the question.
+            question_mask: bool [S, L], False = padding.
         """
         camera_mask, point_mask = scene.view_mask, scene.point_mask
         if self.frames:
@@ -259,40 +296,41 @@ class Drm(nn.Module):
         x = self._visual(features, places, places_mask)
         x = self._fused(x, scene, camera_mask, point_mask)
         valid = scene.view_mask.repeat_interleave(features.shape[2], dim=1)
-        if question is not None:
+        if question is not None and question_mask is not None:
             x = torch.cat([x, self.question(question)], dim=1)
             valid = torch.cat([valid, question_mask], dim=1)
-        # Mamba reads from left to right: what is not there does no harm at the end of the row.
+        # Mamba reads from left to right, so padding at the end of a row changes nothing before it.
         order = (~valid).int().argsort(dim=1, stable=True)
         x = x.gather(1, order[..., None].expand_as(x))
         for block in self.mamba:
             x = block(x)
         slots = self.slots.expand(len(x), -1, -1).to(x.dtype)
-        slots = self.readout(slots, self.readout.see(self.state_norm(x)), valid.gather(1, order))
+        context = self.readout.keys_values(self.state_norm(x))
+        slots = self.readout(slots, context, valid.gather(1, order))
         slots = slots + self.mlp(self.mlp_norm(slots))
         return self.project(self.norm(slots))
 
     def _visual(self, features, places, places_mask):
-        """F_2D [S, T, width]: what a token shows, and where that is."""
+        """Returns F_2D [S, T, width], which codes the content of each token and its place."""
         known = places_mask[..., None].to(features.dtype)
         place = fourier_code(places.float(), self.bands).to(features.dtype) * known
         x = self.visual(torch.cat([self.visual_norm(features), place, known], dim=-1))
         return (x + self.frame_embedding[: x.shape[1], None]).flatten(1, 2)
 
     def _fused(self, x, scene, camera_mask, point_mask):
-        """F_2D + cross-attention to cameras and points."""
+        """Returns F_2D + cross-attention to cameras and points."""
         coord = fourier_code(scene.coords.float(), self.bands).to(x.dtype)
         points = self.point(torch.cat([scene.points.to(x.dtype), coord], dim=-1))
         cameras = self.camera(camera_code(scene.extrinsic.float(), self.bands).to(x.dtype))
-        seen = self.fuse.see(self.context_norm(torch.cat([cameras, points], dim=1)))
-        return self.fuse(x, seen, torch.cat([camera_mask, point_mask], dim=1))
+        context = self.fuse.keys_values(self.context_norm(torch.cat([cameras, points], dim=1)))
+        return self.fuse(x, context, torch.cat([camera_mask, point_mask], dim=1))
 
 
 # --- the whole ------------------------------------------------------------------------------------
 
 
 class Drh(nn.Module):
-    """The regression head: the state at a control token is a value."""
+    """The regression head: it decodes the state at a control token to a value."""
 
     def __init__(self, width, hidden):
         super().__init__()
@@ -301,17 +339,17 @@ class Drh(nn.Module):
         self.box = Mlp(width, hidden, BOX_CODE)
 
     def values(self, state):
-        """Values [...] in base units (metres, square metres, items) of states [..., D]."""
+        """Returns values [...] in base units (metres, square metres, items) of states [..., D]."""
         code = self.scalar(self.norm(state)).float()[..., 0]
         return code.clamp(*LOG_VALUES).exp()
 
     def boxes(self, state):
-        """Boxes [..., 7] of states [..., D]: centre, size, yaw about z, metres, world frame."""
+        """Returns boxes [..., 7] of states [..., D]: centre, size, yaw; metres, world frame."""
         return decode_boxes(self.box(self.norm(state)).float())
 
 
 class Layout(nn.Module):
-    """A layout's columns, which stood in for a text encoder in training on rooms."""
+    """Columns of a room's layout, which replaced a pretrained text encoder in training on rooms."""
 
     def __init__(self, categories, views, width):
         super().__init__()
@@ -319,21 +357,26 @@ class Layout(nn.Module):
         self.facts = nn.Linear(14 + views, width)
 
 
-class Prefix(NamedTuple):
-    """What all questions of S scenes see: keys and values, and which columns count, [S, P]."""
+class Scene(NamedTuple):
+    """S encoded scenes, as all of their questions share them.
+
+    Attributes:
+        cache: keys and values of the columns in front of the text; None: there are none.
+        mask: bool [S, columns], False = padding.
+    """
 
     cache: DynamicCache | None
     mask: torch.Tensor
 
 
 class Answers(NamedTuple):
-    """Greedy answers; from the end token on a row of `tokens` is filled with it.
+    """Greedy answers.
 
     Attributes:
-        tokens: [S, Q, A].
-        values: [S, Q, A], what the regression head reads at each token, in base units; None
-            without the head.
-        boxes: [S, Q, A, 7], likewise.
+        tokens: [S, Q, A]; the end token also fills a row behind its end.
+        values: [S, Q, A], the regression head's value at each token, in base units; None without
+            the head.
+        boxes: [S, Q, A, 7], the regression head's box at each token; None without the head.
     """
 
     tokens: torch.Tensor
@@ -341,8 +384,8 @@ class Answers(NamedTuple):
     boxes: torch.Tensor | None
 
 
-class GeodeModel(PreTrainedModel):
-    """See the file's docstring. Scenes come as arrays; see `Scene`."""
+class GeodeModel(SceneModel):
+    """GEODE; `SceneArrays` lists the arrays that `encode_scene` takes."""
 
     config_class = GeodeConfig
     _supports_sdpa = True
@@ -350,54 +393,52 @@ class GeodeModel(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         c, width = config, config.text_config.hidden_size
-        seen = c.vision_config.hidden_size
+        visual_width = c.vision_config.hidden_size
         self.vision_tower = InternVLVisionModel(c.vision_config)
-        self.multi_modal_projector = Projector(seen, width)
+        self.multi_modal_projector = Projector(visual_width, width)
         self.language_model = Qwen2ForCausalLM(c.text_config)
-        self.drm = Drm(c.drm, seen, width) if c.drm else None
+        self.drm = Drm(c.drm, visual_width, width) if c.drm else None
         self.drh = Drh(width, c.drh_width) if c.drh_width else None
         if c.categories:
-            # What only training reads.
+            # Read in training alone.
             self.layout = Layout(c.categories, c.views, width)
             self.spatial_head = SpatialHead(width)
-            self.patch_classifier = nn.Linear(seen, c.categories + 1)
+            self.patch_classifier = nn.Linear(visual_width, c.categories + 1)
         self.post_init()
 
     # --- the scene, once for all its questions ---
 
-    def look(self, prefix=None, input_ids=None, attention_mask=None, **arrays):
-        """The prefix of S scenes.
+    def encode_scene(self, prefix=None, input_ids=None, attention_mask=None, **arrays):
+        """Returns a `Scene`: the columns in front of the text of S scenes.
 
         Args:
-            prefix: parts of it; None: those of the config. ("spatio",) writes rationales.
-            input_ids: of `forward`, and `attention_mask`: where the rationale module reads the
-                question, which is each scene's first.
-            attention_mask: see there.
-            arrays: the fields of `Scene`.
-
-        Returns:
-            A `Prefix`.
+            prefix: parts of the prefix; None: those of the config. ("spatio",) makes the model
+                write rationales.
+            input_ids: as in `forward`; needed if the rationale module is conditioned on the
+                question, and then each scene's first question is read.
+            attention_mask: as in `forward`, with `input_ids`.
+            arrays: the fields of `SceneArrays`.
         """
-        scene = Scene(**arrays)
+        scene = SceneArrays(**arrays)
         parts = self.config.prefix if prefix is None else prefix
+        if not parts:
+            return Scene(None, scene.view_mask[:, :0])
         columns, masks = [], []
-        features = self._features(scene.images) if parts else None
+        features = self._features(scene.images)
         if "spatio" in parts:
             columns.append(self._rationale(features, scene, input_ids, attention_mask))
-            there = scene.view_mask.any(dim=1, keepdim=True)  # of no view nothing is known
-            masks.append(there.expand(-1, columns[-1].shape[1]))
+            has_views = scene.view_mask.any(dim=1, keepdim=True)
+            masks.append(has_views.expand(-1, columns[-1].shape[1]))
         if "visual" in parts:
             tokens = self.multi_modal_projector(features[:, :, 1:].flatten(0, 1))
             columns.append(tokens.unflatten(0, features.shape[:2]).flatten(1, 2))
             masks.append(scene.view_mask.repeat_interleave(tokens.shape[1], dim=1))
-        if not columns:
-            return Prefix(None, scene.view_mask[:, :0])
         x, mask, cache = torch.cat(columns, dim=1), torch.cat(masks, dim=1), DynamicCache()
         self._run(x, positions_of(mask), causal(mask), cache)
-        return Prefix(cache, mask)
+        return Scene(cache, mask)
 
     def _features(self, images):
-        """The encoder's hidden states [S, V, 1 + I, C] of all frames."""
+        """Returns the encoder's hidden states [S, V, 1 + I, C] of all frames."""
         pixels = images.flatten(0, 1).float() / 255
         pixels, size = pixels.permute(0, 3, 1, 2), tuple(self.config.vision_config.image_size)
         if pixels.shape[2:] != size:
@@ -408,8 +449,10 @@ class GeodeModel(PreTrainedModel):
         return hidden.unflatten(0, images.shape[:2])
 
     def _rationale(self, features, scene, input_ids, attention_mask):
+        if self.drm is None:
+            raise ValueError('prefix: this model has no rationale module, so no part "spatio"')
         side, (rows, columns) = math.isqrt(features.shape[2] - 1), self.config.patch_grid
-        # The place of a token is that of the patch at its centre.
+        # A token has the place of the patch at its centre.
         centre = torch.arange(side, device=features.device) + 0.5
         row, column = ((centre * size // side).long() for size in (rows, columns))
         here = (row[:, None] * columns + column).flatten()
@@ -428,125 +471,80 @@ class GeodeModel(PreTrainedModel):
 
     # --- the questions ---
 
-    def encode_prompts(self, tokenizer, prompts):
-        """S lists of Q texts as `input_ids` and `attention_mask`, see `forward`."""
-        ids, mask = encode_prompts(tokenizer, prompts, self.config.bos_token_id)
-        return ids.to(self.device), mask.to(self.device)
+    def _embed(self, ids):
+        return self.language_model.model.embed_tokens(ids)
 
-    def forward(self, prefix, input_ids, attention_mask, answer_ids=None):
-        """Logits [S, Q, L (+ A), vocabulary] of what follows every token.
+    def _logits(self, states):
+        return self.language_model.lm_head(states)
 
-        Args:
-            prefix: of `look`.
-            input_ids: [S, Q, L], each question and bos, left-padded.
-            attention_mask: bool [S, Q, L], False = padding.
-            answer_ids: [S, Q, A], answers behind them, for teacher forcing.
-        """
-        hidden, *_ = self._read(prefix, input_ids, attention_mask, answer_ids)
-        return self.language_model.lm_head(hidden).unflatten(0, input_ids.shape[:2])
+    def _prefix(self, scene, questions):
+        cache = DynamicCache() if scene.cache is None else copy.deepcopy(scene.cache)
+        cache.batch_repeat_interleave(questions)
+        return cache, scene.mask.repeat_interleave(questions, dim=0)
 
-    def _run(self, x, positions, visible, cache):
-        """Qwen2's states of embeddings [B, L, D] behind the cache, which grows."""
+    def _run(self, x, positions, visible, cache, scene=None):
         bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device)
         bias = bias.masked_fill(~visible, torch.finfo(x.dtype).min)
         out = self.language_model.model(
             inputs_embeds=x,
             attention_mask=bias[:, None],
             position_ids=positions,
-            **{_CACHE: cache},
+            **{_CACHE: cache},  # appended to in place
             use_cache=True,
         )
-        return out.last_hidden_state
-
-    def _read(self, prefix, input_ids, attention_mask, answer_ids=None):
-        """States [B, L (+ A), D], the cache behind them, the prefix's mask and the text's."""
-        questions = input_ids.shape[1]
-        ids, shown = input_ids.flatten(0, 1), attention_mask.flatten(0, 1).bool()
-        if answer_ids is not None:
-            answer = answer_ids.flatten(0, 1)
-            ids = torch.cat([ids, answer], dim=1)
-            shown = torch.cat([shown, torch.ones_like(answer, dtype=torch.bool)], dim=1)
-        before = prefix.mask.repeat_interleave(questions, dim=0)
-        cache = DynamicCache() if prefix.cache is None else copy.deepcopy(prefix.cache)
-        cache.batch_repeat_interleave(questions)
-        visible = torch.cat([before[:, None].expand(-1, ids.shape[1], -1), causal(shown)], dim=-1)
-        positions = before.sum(dim=1, keepdim=True) + positions_of(shown)
-        embeddings = self.language_model.model.embed_tokens(ids)
-        return self._run(embeddings, positions, visible, cache), cache, before, shown
+        return out.last_hidden_state, cache
 
     @torch.no_grad()
-    def answer(self, prefix, input_ids, attention_mask, max_new_tokens=None):
-        """Greedy `Answers`.
+    def answer(self, scene, input_ids, attention_mask, max_new_tokens=None):
+        """Returns greedy `Answers`.
 
         Args:
-            prefix, input_ids, attention_mask: as of `forward`.
-            max_new_tokens: at most; None: `answer_length` of the config.
+            scene, input_ids, attention_mask: as in `forward`.
+            max_new_tokens: maximum length of an answer; None: `answer_length` of the config.
         """
-        hidden, cache, before, shown = self._read(prefix, input_ids, attention_mask)
-
-        def advance(token):
-            nonlocal shown
-            shown = torch.cat([shown, torch.ones_like(shown[:, :1])], dim=1)
-            visible = torch.cat([before, shown], dim=1)
-            state = self._run(
-                self.language_model.model.embed_tokens(token[:, None]),
-                before.sum(dim=1, keepdim=True) + positions_of(shown)[:, -1:],
-                visible[:, None],
-                cache,
-            )
-            return state[:, 0]
-
-        tokens, states = greedy(
-            self.language_model.lm_head,
-            advance,
-            hidden[:, -1],
-            ~shown.any(dim=1),
-            self.config.eos_token_id,
-            max_new_tokens or self.config.answer_length,
-        )
-        tokens, states = (x.unflatten(0, input_ids.shape[:2]) for x in (tokens, states))
+        tokens, states = self._generate(scene, input_ids, attention_mask, max_new_tokens)
         if self.drh is None:
             return Answers(tokens, None, None)
         return Answers(tokens, self.drh.values(states), self.drh.boxes(states))
 
-    def say(self, answers, tokenizer, units=None):
-        """`Answers` as S lists of Q dicts.
+    def decode_answers(self, answers, tokenizer, units=None):
+        """Returns `Answers` as S lists of Q dicts.
 
         Args:
-            answers: of `answer`.
-            tokenizer: of this folder.
-            units: S lists of Q units of `BASE_UNIT`, or None where a question has none.
+            answers: result of `answer`.
+            tokenizer: the tokenizer of this folder.
+            units: S lists of Q keys of `BASE_UNIT`; None for a question without a unit.
 
         Returns:
-            Dicts of `text`, in which a value or a box stands for its control token, and `value`
-            (in the unit) and `box` (7 numbers) of the last of each, where there is one.
+            Dicts with `text`, in which each control token is replaced by its value or box, and, if
+            there are any, the last `value` (in the unit) and the last `box` (7 numbers).
 
         Raises:
             ValueError: an unknown unit.
         """
         unknown = {unit for row in units or () for unit in row} - {None, *BASE_UNIT}
         if unknown:
-            raise ValueError(f"units: {sorted(unknown)} are not of {', '.join(BASE_UNIT)}")
+            raise ValueError(f"units: {sorted(unknown)} are none of {', '.join(BASE_UNIT)}")
         return [
             [
-                self._say(answers, (s, q), tokenizer, units[s][q] if units else None)
+                self._decode_answer(answers, (s, q), tokenizer, units[s][q] if units else None)
                 for q in range(answers.tokens.shape[1])
             ]
             for s in range(answers.tokens.shape[0])
         ]
 
-    def _say(self, answers, place, tokenizer, unit):
-        text, words, said = "", [], {}
+    def _decode_answer(self, answers, place, tokenizer, unit):
+        text, words, decoded = "", [], {}
         for i, token in enumerate(before_end(answers.tokens[place], self.config.eos_token_id)):
             if token not in (self.config.reg_token_id, self.config.box_token_id):
                 words.append(token)
                 continue
             text, words = text + tokenizer.decode(words, skip_special_tokens=True), []
             if token == self.config.reg_token_id:
-                said["value"] = float(answers.values[place][i]) / BASE_UNIT.get(unit, 1.0)
-                text += f" {said['value']:.{DECIMALS.get(unit, 1)}f}"
+                decoded["value"] = float(answers.values[place][i]) / BASE_UNIT.get(unit, 1.0)
+                text += f" {decoded['value']:.{DECIMALS.get(unit, 1)}f}"
             else:
-                said["box"] = answers.boxes[place][i].tolist()
-                text += " " + " ".join(f"{x:.2f}" for x in said["box"])
+                decoded["box"] = answers.boxes[place][i].tolist()
+                text += " " + " ".join(f"{x:.2f}" for x in decoded["box"])
         text += tokenizer.decode(words, skip_special_tokens=True)
-        return {"text": text.strip()} | said
+        return {"text": text.strip()} | decoded

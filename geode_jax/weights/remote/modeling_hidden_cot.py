@@ -1,50 +1,58 @@
 """The Hidden-CoT student in PyTorch: [V][T1..TK][question][bos][answer] over VGGT features.
 
 A scene's vision tokens become features Z, one token V, and K learned thinking tokens T that are
-never decoded. T is seen from bos on, which opens the answer, and not by the question. See
-`modeling_parts` for the letters of shapes.
+never decoded. The answer, which bos opens, sees T; the question does not. `modeling_parts` has the
+shape letters; here also C channels of a vision token, N object queries, J = V * P patches.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from .modeling_parts import (
     BOX_CODE,
     Attention,
     CrossAttention,
     Mlp,
+    SceneModel,
     SpatialHead,
     attend,
     before_end,
     causal,
     decode_boxes,
-    encode_prompts,
-    greedy,
     positions_of,
     rotary_angles,
     rotate,
 )
 
-NEAREST, FARTHEST = 0.3, 10.0  # metres; centres of the outer depth bins
+NEAREST_DEPTH, FARTHEST_DEPTH = 0.3, 10.0  # metres; centres of the outer depth bins
+HEAD_SIZES = {
+    "width": 128,
+    "depth_bins": 64,
+    "depth_cells": 2,
+    "queries": 64,
+    "detection_layers": 2,
+    "categories": 20,
+    "teacher_width": 1024,
+}
 
 
 class HiddenCotConfig(PretrainedConfig):
-    """Sizes of the student; the defaults are the paper's.
+    """Sizes of the student; the defaults are those of `configs/hidden_cot.py:full`.
 
     Args:
-        vision_width, camera_width: of VGGT's tokens; 0 = no camera tokens.
+        vision_width, camera_width: widths of VGGT's tokens; 0 = no camera tokens.
         patch_grid: (rows, columns) of patches of a view.
         max_views: size of the view embedding.
         thinking_tokens: K.
         vision_prefix: number of V tokens.
-        cross_attention_layers: those that look at Z first.
+        cross_attention_layers: layers that begin with cross-attention to Z.
         heads: sizes of the depth, detection and feature heads.
-        category_ids: token ids of every category's noun.
-        answer_length: at most so many tokens in an answer.
+        category_ids: token ids of every category's noun; () = not known.
+        answer_length: maximum number of tokens of an answer.
     """
 
     model_type = "hidden_cot"
@@ -62,12 +70,12 @@ class HiddenCotConfig(PretrainedConfig):
         rope_theta=10_000.0,
         qkv_bias=True,
         linear_bias=True,
-        cross_attention_layers=(),
+        cross_attention_layers=(8, 16),
         vision_width=2048,
-        camera_width=0,
+        camera_width=2048,
         patch_grid=(37, 37),
         max_views=8,
-        projector_width=2048,
+        projector_width=1024,
         thinking_tokens=8,
         vision_prefix=1,
         heads=None,
@@ -94,22 +102,14 @@ class HiddenCotConfig(PretrainedConfig):
         self.projector_width = projector_width
         self.thinking_tokens = thinking_tokens
         self.vision_prefix = vision_prefix
-        self.heads = heads or {
-            "width": 512,
-            "depth_bins": 64,
-            "depth_cells": 2,
-            "queries": 64,
-            "detection_layers": 3,
-            "categories": 1,
-            "teacher_width": 0,
-        }
+        self.heads = dict(heads or HEAD_SIZES)
         self.category_ids = category_ids
         self.answer_length = answer_length
         super().__init__(**kwargs)
 
 
 class DecoderLayer(nn.Module):
-    """A look at Z, where the layer has one; causal self-attention; feed-forward; all pre-norm."""
+    """Cross-attention to Z (in some layers), causal self-attention, feed-forward; all pre-norm."""
 
     def __init__(self, c, cross):
         super().__init__()
@@ -128,9 +128,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(width, eps=c.layer_norm_eps)
         self.mlp = Mlp(width, c.intermediate_size, width, c.linear_bias)
 
-    def forward(self, x, angles, visible, past, seen, seen_mask):
+    def forward(self, x, angles, visible, past, cross, patch_mask):
         if self.cross_attn is not None:
-            x = self.cross_attn(x, seen, seen_mask)
+            x = self.cross_attn(x, cross, patch_mask)
         y = self.input_layernorm(x)
         query, key = (
             rotate(h, angles) for h in (self.self_attn.queries(y), self.self_attn.keys(y))
@@ -143,7 +143,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The trunk."""
+    """The language model: embedding, layers, final norm and output matrix."""
 
     def __init__(self, c):
         super().__init__()
@@ -155,35 +155,35 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
-    def see(self, z):
-        """Keys and values of Z [S, M, D] for every layer that looks."""
-        return [None if x.cross_attn is None else x.cross_attn.see(z) for x in self.layers]
+    def cross_keys_values(self, z):
+        """Returns, for each layer, keys and values of Z [S, J, D]; None: no cross-attention."""
+        # The cast is needed because ModuleList is not generic.
+        attentions = [layer.cross_attn for layer in cast("list[DecoderLayer]", self.layers)]
+        return [None if cross is None else cross.keys_values(z) for cross in attentions]
 
-    def forward(self, x, positions, visible, past, seen, seen_mask):
-        """Embeddings [B, L, D] behind `past`, one (keys, values) a layer, which grows.
+    def forward(self, x, positions, visible, past, cross, patch_mask):
+        """Returns normed states [B, L, D] and the past with the new columns appended.
 
         Args:
-            x: embeddings.
+            x: embeddings [B, L, D].
             positions: [B, L].
             visible: bool [B, L, columns of the past + L].
-            past: None at the start.
-            seen: of `see`, and `seen_mask` bool [S, M].
-
-        Returns:
-            Normed states [B, L, D] and the past of what follows.
+            past: (keys, values) of each layer for the columns in front; None: there are none.
+            cross: result of `cross_keys_values`.
+            patch_mask: bool [S, J].
         """
         angles = rotary_angles(positions, self.head_width, self.theta)
         grown = []
         for i, layer in enumerate(self.layers):
             x, keys_values = layer(
-                x, angles, visible, None if past is None else past[i], seen[i], seen_mask
+                x, angles, visible, None if past is None else past[i], cross[i], patch_mask
             )
             grown.append(keys_values)
         return self.norm(x), grown
 
 
 class DepthHead(nn.Module):
-    """Bins of log depth for the r x r cells of every patch."""
+    """Predicts bins of log depth for the r x r cells of every patch."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -191,18 +191,18 @@ class DepthHead(nn.Module):
         self.mlp = Mlp(width, heads["width"], self.cells**2 * self.bins)
 
     def forward(self, z, grid):
-        """Features [S, V, P, D] to the expected depth [S, V, h, w] in metres, (h, w) = r * grid."""
+        """Returns the expected depth [S, V, h, w] of Z [S, V, P, D], metres; (h, w) = r * grid."""
         r = self.cells
         x = self.mlp(z).unflatten(-1, (r, r, self.bins)).unflatten(2, tuple(grid))
         x = x.permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5).flatten(2, 3)
-        # The mean is taken in log depth, where the bins are even.
-        near, far = math.log(NEAREST), math.log(FARTHEST)
+        # The mean is taken in log depth, in which the bins are evenly spaced.
+        near, far = math.log(NEAREST_DEPTH), math.log(FARTHEST_DEPTH)
         centres = torch.linspace(near, far, self.bins, device=x.device)
         return (x.float().softmax(dim=-1) * centres).sum(dim=-1).exp()
 
 
 class QueryLayer(nn.Module):
-    """Object queries attend to the scene's features, then to each other, then through an MLP."""
+    """Object queries attend to Z (`look`), then to each other (`talk`), then pass an MLP."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -223,7 +223,7 @@ class QueryLayer(nn.Module):
 
 
 class DetectionHead(nn.Module):
-    """Set prediction of oriented boxes by learned object queries."""
+    """Predicts a set of oriented boxes from learned object queries."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -235,9 +235,9 @@ class DetectionHead(nn.Module):
         self.classes = nn.Linear(w, heads["categories"])
         self.boxes = Mlp(w, w, BOX_CODE)
 
-    def forward(self, z, seen_mask):
-        """Features [S, M, D] to class logits [S, N, c] and boxes [S, N, 7]."""
-        z, visible = self.reduce(z), seen_mask[:, None]
+    def forward(self, z, patch_mask):
+        """Returns class logits [S, N, categories] and boxes [S, N, 7] of features Z [S, J, D]."""
+        z, visible = self.reduce(z), patch_mask[:, None]
         x = z.new_zeros(len(z), *self.places.shape)
         for layer in self.layers:
             x = layer(x, self.places, z, visible)
@@ -246,31 +246,31 @@ class DetectionHead(nn.Module):
 
 
 class Scene(NamedTuple):
-    """Everything of S scenes that their questions share.
+    """S encoded scenes, as all of their questions share them.
 
     Attributes:
         z: features [S, V, P, D], 0 at padding views.
-        seen_mask: bool [S, V * P].
-        seen: keys and values of Z for every layer that looks.
-        prefix: keys and values of [V][T] for every layer.
+        patch_mask: bool [S, J], False = patch of a padding view.
+        cross: keys and values of Z for each layer; None: no cross-attention.
+        prefix: keys and values of [V][T] for each layer.
         thinking: states [S, K, D] at the thinking positions.
     """
 
     z: torch.Tensor
-    seen_mask: torch.Tensor
-    seen: list
+    patch_mask: torch.Tensor
+    cross: list
     prefix: list
     thinking: torch.Tensor
 
 
-class Perceived(NamedTuple):
-    """What the task heads see.
+class ScenePrediction(NamedTuple):
+    """Output of the task heads.
 
     Attributes:
         depth: [S, V, h, w] in metres.
         boxes: [S, N, 7]: centre, size, yaw about z, in metres of the world frame.
-        categories: [S, N], and their probabilities [S, N].
-        probabilities: see there.
+        categories: [S, N], the most likely category of each box.
+        probabilities: [S, N], of that category.
     """
 
     depth: torch.Tensor
@@ -279,8 +279,8 @@ class Perceived(NamedTuple):
     probabilities: torch.Tensor
 
 
-class HiddenCotModel(PreTrainedModel):
-    """The student. Scenes come as arrays; see `look`."""
+class HiddenCotModel(SceneModel):
+    """The student; `encode_scene` lists the arrays that it takes."""
 
     config_class = HiddenCotConfig
 
@@ -301,7 +301,7 @@ class HiddenCotModel(PreTrainedModel):
         self.decoder = Decoder(c)
         self.depth_head = DepthHead(width, c.heads)
         self.detection_head = DetectionHead(width, c.heads)
-        # What only training reads: the classifier of patches, eq. 1's features, the spatial head.
+        # Read in training alone: the classifier of patches, eq. 1's features, the spatial head.
         self.none_embedding = nn.Parameter(torch.zeros(1, width))
         self.patch_scale = nn.Parameter(torch.zeros(1))
         if c.heads["teacher_width"]:
@@ -311,33 +311,32 @@ class HiddenCotModel(PreTrainedModel):
 
     # --- the scene, once for all its questions ---
 
-    def look(self, vision_tokens, view_mask, depth_hint, camera_tokens=None, camera_mask=None):
-        """Z, and the keys and values of [V][T].
+    def encode_scene(
+        self, vision_tokens, view_mask, depth_hint, camera_tokens=None, camera_mask=None
+    ):
+        """Returns a `Scene`: Z, and the keys and values of [V][T].
 
         Args:
             vision_tokens: [S, V, P, C], `vggt/tokens` of the array contract, patches row-major.
-            view_mask: bool [S, V], False = padding view (these stand last).
+            view_mask: bool [S, V], False = padding view (padding comes last).
             depth_hint: [S, V, P] in metres, `vggt/depth` averaged over the known pixels of a patch,
                 0 = unknown.
-            camera_tokens: [S, V, C], `vggt/camera_tokens`, where the model was trained with them.
-            camera_mask: bool [S], scenes that have them; None: all.
-
-        Returns:
-            A `Scene`.
+            camera_tokens: [S, V, C], `vggt/camera_tokens`, if the model was trained with them.
+            camera_mask: bool [S], True for scenes with camera tokens; None: all of them.
         """
         z = self._features(vision_tokens, view_mask, camera_tokens, camera_mask)
         scenes, _, patches = z.shape[:3]
-        flat, seen_mask = z.flatten(1, 2), view_mask.repeat_interleave(patches, dim=1)
-        columns = self._vision_prefix(flat, seen_mask, view_mask, depth_hint)
+        flat, patch_mask = z.flatten(1, 2), view_mask.repeat_interleave(patches, dim=1)
+        columns = self._vision_prefix(flat, patch_mask, view_mask, depth_hint)
         if self.config.thinking_tokens:
             thinking = self.thinking.expand(scenes, -1, -1).to(columns.dtype)
             columns = torch.cat([columns, thinking], dim=1)
-        shown = seen_mask.new_ones(columns.shape[:2])
-        seen = self.decoder.see(flat)
+        shown = patch_mask.new_ones(columns.shape[:2])
+        cross = self.decoder.cross_keys_values(flat)
         hidden, prefix = self.decoder(
-            columns, positions_of(shown), causal(shown), None, seen, seen_mask
+            columns, positions_of(shown), causal(shown), None, cross, patch_mask
         )
-        return Scene(z, seen_mask, seen, prefix, hidden[:, self.config.vision_prefix :])
+        return Scene(z, patch_mask, cross, prefix, hidden[:, self.config.vision_prefix :])
 
     def _features(self, vision_tokens, view_mask, camera_tokens, camera_mask):
         x = vision_tokens.to(self.dtype)
@@ -349,105 +348,58 @@ class HiddenCotModel(PreTrainedModel):
             z = z + camera[:, :, None]
         return self.z_norm(z) * view_mask[..., None, None]
 
-    def _vision_prefix(self, z, seen_mask, view_mask, depth_hint):
-        """V = attention pooling of Z + encoding of the depth map, [S, n_v, D]."""
+    def _vision_prefix(self, z, patch_mask, view_mask, depth_hint):
+        """Returns V = attention pooling of Z + encoding of the depth map, [S, vision_prefix, D]."""
         query = self.pool_query.expand(len(z), -1, -1)[:, :, None]
-        pooled = attend(query, z[:, :, None], z[:, :, None], seen_mask[:, None])[:, :, 0]
+        pooled = attend(query, z[:, :, None], z[:, :, None], patch_mask[:, None])[:, :, 0]
         depth = self.depth_encoder(depth_hint.to(self.dtype).log1p()) * view_mask[..., None]
         depth = depth.sum(dim=1) / view_mask.sum(dim=1, keepdim=True).clamp(min=1)
         return pooled + depth[:, None]
 
-    def perceive(self, scene):
-        """Depth maps and boxes of a `Scene`."""
+    def predict_geometry(self, scene):
+        """Returns a `ScenePrediction`: depth maps and boxes of a `Scene`."""
         depth = self.depth_head(scene.z, self.config.patch_grid)
-        logits, boxes = self.detection_head(scene.z.flatten(1, 2), scene.seen_mask)
+        logits, boxes = self.detection_head(scene.z.flatten(1, 2), scene.patch_mask)
         best = logits.sigmoid().max(dim=-1)
-        return Perceived(depth, boxes, best.indices, best.values)
+        return ScenePrediction(depth, boxes, best.indices, best.values)
 
     def thinking_tokens(self, scene):
-        """Diagnostic mode: the most likely tokens [S, K] at the thinking positions."""
+        """Returns the most likely tokens [S, K] at the thinking positions, as a diagnostic."""
         return self.decoder.lm_head(scene.thinking).argmax(dim=-1)
 
     # --- the questions ---
 
-    def encode_prompts(self, tokenizer, prompts):
-        """S lists of Q texts as `input_ids` and `attention_mask`, see `forward`."""
-        ids, mask = encode_prompts(tokenizer, prompts, self.config.bos_token_id)
-        return ids.to(self.device), mask.to(self.device)
+    def _embed(self, ids):
+        return self.decoder.embed_tokens(ids)
 
-    def forward(self, scene, input_ids, attention_mask, answer_ids=None):
-        """Logits [S, Q, L (+ A), vocabulary] of what follows every token.
+    def _logits(self, states):
+        return self.decoder.lm_head(states)
 
-        Args:
-            scene: of `look`.
-            input_ids: [S, Q, L], each question and bos, left-padded.
-            attention_mask: bool [S, Q, L], False = padding.
-            answer_ids: [S, Q, A], answers behind them, for teacher forcing.
-        """
-        hidden, _, _ = self._read(scene, input_ids, attention_mask, answer_ids)
-        return self.decoder.lm_head(hidden).unflatten(0, input_ids.shape[:2])
-
-    def _read(self, scene, input_ids, attention_mask, answer_ids=None):
-        """States [B, L (+ A), D], the past behind them, and which columns of text are shown."""
-        questions, length = input_ids.shape[1:]
-        ids, shown = input_ids.flatten(0, 1), attention_mask.flatten(0, 1).bool()
-        if answer_ids is not None:
-            answer = answer_ids.flatten(0, 1)
-            ids = torch.cat([ids, answer], dim=1)
-            shown = torch.cat([shown, torch.ones_like(answer, dtype=torch.bool)], dim=1)
-        columns = scene.prefix[0][0].shape[1]
-        # The last column of a prompt is bos: from there on T is seen.
-        opened = torch.arange(ids.shape[1], device=ids.device) >= length - 1
-        of_prefix = torch.arange(columns, device=ids.device) < self.config.vision_prefix
-        of_prefix = (of_prefix | opened[:, None]).expand(len(ids), -1, -1)
+    def _prefix(self, scene, questions):
         past = [[x.repeat_interleave(questions, dim=0) for x in layer] for layer in scene.prefix]
-        hidden, past = self.decoder(
-            self.decoder.embed_tokens(ids),
-            columns + positions_of(shown),
-            torch.cat([of_prefix, causal(shown)], dim=-1),
-            past,
-            scene.seen,
-            scene.seen_mask,
-        )
-        return hidden, past, shown
+        return past, scene.patch_mask.new_ones(past[0][0].shape[:2])
+
+    def _run(self, x, positions, visible, cache, scene):
+        return self.decoder(x, positions, visible, cache, scene.cross, scene.patch_mask)
+
+    def _visible_prefix(self, before, length, prompt):
+        # T is seen from bos on, which is the last column of a prompt; V is seen everywhere.
+        from_bos = torch.arange(length, device=before.device) >= prompt - 1
+        in_v = torch.arange(before.shape[1], device=before.device) < self.config.vision_prefix
+        return before[:, None] & (in_v | from_bos[:, None])
 
     @torch.no_grad()
     def answer(self, scene, input_ids, attention_mask, max_new_tokens=None):
-        """Greedy answers [S, Q, A]; from the end token on a row is filled with it.
+        """Returns greedy answers [S, Q, A]; the end token also fills a row behind its end.
 
         Args:
-            scene, input_ids, attention_mask: as of `forward`.
-            max_new_tokens: at most; None: `answer_length` of the config.
+            scene, input_ids, attention_mask: as in `forward`.
+            max_new_tokens: maximum length of an answer; None: `answer_length` of the config.
         """
-        hidden, past, shown = self._read(scene, input_ids, attention_mask)
-        columns = scene.prefix[0][0].shape[1]
+        return self._generate(scene, input_ids, attention_mask, max_new_tokens)[0]
 
-        def advance(token):
-            nonlocal past, shown
-            shown = torch.cat([shown, torch.ones_like(shown[:, :1])], dim=1)
-            visible = torch.cat([shown.new_ones(len(shown), columns), shown], dim=1)
-            state, past = self.decoder(
-                self.decoder.embed_tokens(token[:, None]),
-                columns + positions_of(shown)[:, -1:],
-                visible[:, None],
-                past,
-                scene.seen,
-                scene.seen_mask,
-            )
-            return state[:, 0]
-
-        tokens, _ = greedy(
-            self.decoder.lm_head,
-            advance,
-            hidden[:, -1],
-            ~shown.any(dim=1),
-            self.config.eos_token_id,
-            max_new_tokens or self.config.answer_length,
-        )
-        return tokens.unflatten(0, input_ids.shape[:2])
-
-    def say(self, tokens, tokenizer):
-        """Answers of `answer` as S lists of Q texts."""
+    def decode_answers(self, tokens, tokenizer):
+        """Returns the result of `answer` as S lists of Q texts."""
         end = self.config.eos_token_id
         return [
             [tokenizer.decode(before_end(row, end), skip_special_tokens=True).strip() for row in q]
