@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from configs.common import parse_arg
+from geode_jax.configs.common import parse_arg
 from geode_jax.errors import UserError
 
 SWITCHES = {

@@ -30,7 +30,7 @@ def read_config(text: str, changes: Sequence[str] = ()) -> ml_collections.Config
     path = Path(file).resolve()
     if not path.is_file():
         raise UserError(f"--config: {file}: no such file")
-    sys.path.insert(0, str(path.parent.parent))  # configs import each other from there
+    sys.path.insert(0, str(path.parent))  # it may import modules beside it
     try:
         spec = importlib.util.spec_from_file_location(f"plan_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)

@@ -23,7 +23,7 @@ from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster, GkeTpuCluster
 from jax._src.distributed import global_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from geode_jax.errors import UserError, one_line, said_of
+from geode_jax.errors import UserError, line_and_status, one_line
 from geode_jax.runtime.coordinator import (
     refuse_taken_port,
     refuse_unknown_host,
@@ -202,15 +202,15 @@ def ends_together() -> Iterator[None]:
     except BaseException as error:
         done.set()
         _leave_as_others(client)  # a sum over devices fails where another process has left
-        said = said_of(error)
-        if said is None:
+        report = line_and_status(error)
+        if report is None:
             traceback.print_exc()
-            said = f"error: {type(error).__name__}: {one_line(str(error), 200)}", 1
+            report = f"error: {type(error).__name__}: {one_line(str(error), 200)}", 1
         else:
-            print(said[0], file=sys.stderr)
+            print(report[0], file=sys.stderr)
         with contextlib.suppress(Exception):  # another process was first, or the service is gone
-            client.key_value_set(_FAILED, json.dumps([global_state.process_id, *said]))
-        _leave(client, said[1])
+            client.key_value_set(_FAILED, json.dumps([global_state.process_id, *report]))
+        _leave(client, report[1])
     finally:
         done.set()
         watcher.join()  # before JAX shuts its client down

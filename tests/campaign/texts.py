@@ -121,7 +121,7 @@ def _drawn(folder: Path) -> random.Random | None:
 
 def _read_flags(folder: Path) -> list:
     """The command line of training, up to the sizes of the model, which needs no compiling."""
-    from geode_jax import main
+    from geode_jax.cli import flags
 
     draw = _drawn(folder)
     name, argument, changed = "hidden_cot", "", []
@@ -131,7 +131,7 @@ def _read_flags(folder: Path) -> list:
         changed = [f"--config.{field}={value}" for field, value in fields]
         argument = draw.choice(("", "", "", ":thinking=2", ":drm=off", f":{draw.choice(WILD)}"))
     _parse([f"--config=configs/{name}.py{argument}", *changed])
-    config = main._CONFIG.value
+    config = flags._CONFIG.value
     from geode_jax.runs.config import check_config
 
     check_config(config)
@@ -141,13 +141,13 @@ def _read_flags(folder: Path) -> list:
 
 
 def _parse(arguments: list[str]) -> None:
-    from geode_jax import main
+    from geode_jax.cli import flags
 
     # As in a new process: ml_collections defines a flag for every override that it finds there.
-    for name in [name for name in main.flags.FLAGS if name.startswith("config.")]:
-        delattr(main.flags.FLAGS, name)
+    for name in [name for name in flags.flags.FLAGS if name.startswith("config.")]:
+        delattr(flags.flags.FLAGS, name)
     sys.argv = ["main", *arguments]
-    main._parse(sys.argv)
+    flags.read_flags(sys.argv)
 
 
 def _export() -> Path:
