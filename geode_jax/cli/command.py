@@ -11,6 +11,7 @@ from geode_jax.cli import ask, data, evaluate, plan, stages, train, weights
 from geode_jax.cli.options import Parser, examples
 from geode_jax.cli.reported import reported
 from geode_jax.errors import refuse_undecodable
+from geode_jax.version import software
 
 _EXAMPLES = """
 geode-jax train hidden_cot --workdir runs/hidden_cot
@@ -30,6 +31,9 @@ def main(argv: list[str] | None = None) -> None:
     if argv[:1] in (["train"], ["stages"]):  # argparse cannot know the configuration's fields
         overrides = [word for word in argv if word.startswith("--config.")]
     arguments = parser.parse_args([word for word in argv if word not in overrides])
+    if arguments.version:
+        print(software())
+        return
     if arguments.command is None:
         parser.print_help(sys.stderr)
         sys.exit(2)
@@ -47,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=examples(_EXAMPLES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="store_true", help="print version and commit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for group in (train, stages, data, ask, evaluate, weights, plan):
         group.add_commands(commands)

@@ -22,13 +22,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from geode_jax import __version__
 from geode_jax.errors import UserError
 from geode_jax.evaluate.metrics.coco import coco_scores, exact_match
 from geode_jax.evaluate.metrics.text import references
 from geode_jax.evaluate.row_files import RowFile, check_prediction, of_no_question, read_rows
 from geode_jax.evaluate.scores import frequency_baseline
 from geode_jax.exports import files
+from geode_jax.version import software
 
 LABELS = {
     "em1": "EM@1",
@@ -137,7 +137,7 @@ def evaluate(
     ]
     return {
         "benchmark": "text",
-        "evaluator": f"geode_jax {__version__}",
+        "evaluator": software(),
         "dataset": asked.named() | {"revision": revision},
         "predictions": answers.named(),
         "frames": frames,

@@ -15,8 +15,8 @@ from configs.hidden_cot import get_config
 from geode_jax.data.scene_arrays import SceneShapes
 from geode_jax.errors import UserError
 from geode_jax.exports import Export
+from geode_jax.runs import build, systems
 from geode_jax.runs import export as run_export
-from geode_jax.runs import systems
 from geode_jax.runs.config import check_config, rules
 from geode_jax.runs.data import make_pipelines, prepare_tokenizer
 from geode_jax.runs.export import export_folder, prepare_export
