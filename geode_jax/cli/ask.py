@@ -117,7 +117,7 @@ def _one_line(*texts: str) -> str:
     return " ".join(" ".join(texts).split())
 
 
-def _joined(thinking_tokens: tuple[str, ...]) -> str:
+def _joined(thinking_tokens: tuple[str, ...] | None) -> str:
     """Returns decoded tokens with separators; a token may be several words or a line break."""
     if not thinking_tokens:
         return "none (K = 0)"

@@ -11,8 +11,9 @@ import argparse
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from geode_jax.cli.options import Commands, add_command
 from geode_jax.errors import UserError
@@ -120,11 +121,11 @@ def table4(runs: Path, seeds: list[int]) -> dict[str, dict]:
     return rows
 
 
-def _mean(scores: list[dict]) -> dict:
+def _mean(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the mean of every number; a number that one of the scores lacks is left out."""
     out = {}
     for key, first in scores[0].items():
-        values = [score.get(key) for score in scores]
+        values: list[Any] = [score.get(key) for score in scores]
         if isinstance(first, dict):
             out[key] = _mean(values)
         elif all(isinstance(value, int | float) for value in values):
