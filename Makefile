@@ -50,7 +50,7 @@ train: $(VENV)/.installed
 	$(RUN) -m geode_jax.main --config=$(CONFIG) $(ARGS)
 
 geode table4: $(VENV)/.installed
-	$(RUN) -m geode_jax.cli.stages $@ $(ARGS)
+	$(RUN) -m geode_jax.cli.command stages $@ $(ARGS)
 
 test: lint
 	$(RUN) -m pytest --durations=10 $(ARGS)

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from geode_jax.errors import UserError, reported
+from geode_jax.cli.reported import reported
+from geode_jax.errors import UserError
 from geode_jax.exports import files
 from geode_jax.plan.topology import parse_topology
 

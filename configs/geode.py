@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from configs.common import DATA, EVAL, OPTIMIZER, RUN, TRAIN, on_rooms, parse_arg
+from geode_jax.configs.common import DATA, EVAL, OPTIMIZER, RUN, TRAIN, on_rooms, parse_arg
 from geode_jax.errors import UserError
 
 SWITCHES = {

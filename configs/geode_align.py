@@ -17,7 +17,7 @@ OURS      learning rate, steps and what is learned from: the paper aligns on 650
 
 import ml_collections
 
-from configs.geode import stage_config
+from geode_jax.configs.geode import stage_config
 
 LAPTOP = {"train.steps": 30}
 

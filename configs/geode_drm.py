@@ -26,7 +26,7 @@ OURS      sizes of the module, learning rate, the alignments and their weights, 
 
 import ml_collections
 
-from configs.geode import stage_config
+from geode_jax.configs.geode import stage_config
 
 LAPTOP = {
     "train.steps": 1050,

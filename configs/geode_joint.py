@@ -23,7 +23,7 @@ OURS      lambda = 1, learning rate, steps, the regression head's size and the c
 
 import ml_collections
 
-from configs.geode import stage_config
+from geode_jax.configs.geode import stage_config
 
 LAPTOP = {"train.steps": 500}
 

@@ -17,7 +17,7 @@ OURS      everything: the paper starts from pretrained models.
 
 import ml_collections
 
-from configs.geode import stage_config
+from geode_jax.configs.geode import stage_config
 
 LAPTOP = {"train.steps": 550}
 

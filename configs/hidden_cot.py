@@ -43,7 +43,7 @@ e.g. `:thinking=0,drop=depth` is one row of Table II. Any field: `--config.train
 
 import ml_collections
 
-from configs.common import DATA, EVAL, OPTIMIZER, RUN, TRAIN, on_rooms, parse_arg
+from geode_jax.configs.common import DATA, EVAL, OPTIMIZER, RUN, TRAIN, on_rooms, parse_arg
 from geode_jax.errors import UserError
 from geode_jax.objectives.hidden_cot import GROUPS
 from geode_jax.objectives.losses import TERMS

@@ -24,7 +24,7 @@ from ml_collections import config_flags
 
 from geode_jax import exports
 
-MAIN = importlib.import_module("geode_jax.main")  # defines the flags of training
+MAIN = importlib.import_module("geode_jax.cli.flags")  # defines the flags of training
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
 PAGES = sorted(

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from geode_jax.errors import reported, said_of
+from geode_jax.cli.reported import reported
+from geode_jax.errors import line_and_status
 
 
 def numpy_asks_for_too_much():
@@ -33,23 +34,25 @@ def test_memory_that_does_not_suffice_is_one_line(ask, capsys):
 def test_the_devices_memory_is_told_from_the_hosts(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     said = "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nlong story\n" * 99
-    line, status = said_of(jax.errors.JaxRuntimeError(said))
+    line, status = line_and_status(jax.errors.JaxRuntimeError(said))
     assert status == 2 and "out of device memory: RESOURCE_EXHAUSTED: Out of memory all" in line
     assert "story" not in line and "train.microbatches" in line
-    assert said_of(jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"))
-    assert said_of(MemoryError())[0].startswith("error: out of host memory; ")
+    assert line_and_status(
+        jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory")
+    )
+    assert line_and_status(MemoryError())[0].startswith("error: out of host memory; ")
 
 
 def test_another_error_keeps_its_traceback():
     for error in (jax.errors.JaxRuntimeError("INTERNAL: x"), RuntimeError("RESOURCE_EXHAUSTED")):
-        assert said_of(error) is None
+        assert line_and_status(error) is None
         with pytest.raises(type(error)), reported():
             raise error
 
 
 def test_a_process_that_may_have_little_memory_ends_with_the_line():
     program = (
-        "import jax, jax.numpy as jnp\nfrom geode_jax.errors import reported\n"
+        "import jax, jax.numpy as jnp\nfrom geode_jax.cli.reported import reported\n"
         "with reported():\n    jnp.ones(2**20)\n    jnp.ones(2**31).block_until_ready()\n"
     )
     done = subprocess.run(

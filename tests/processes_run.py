@@ -10,8 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+from geode_jax.cli.reported import reported
 from geode_jax.data.pipeline import Pipeline
-from geode_jax.errors import reported
 from geode_jax.runtime import distributed
 from geode_jax.train import train_and_evaluate
 from tests.helpers.runs import tiny_config

@@ -1,25 +1,24 @@
-"""GEODE's stages one after the other: all of them, or the four rows of Table 4.
+"""`geode-jax stages`: trains GEODE's stages in order, alone or for the four rows of Table 4.
 
-    python -m geode_jax.cli.stages geode  [--runs=FOLDER] [--config.FIELD=VALUE ...]
-    python -m geode_jax.cli.stages table4 [--runs=FOLDER] [--seeds=0,1] [--config.FIELD=VALUE ...]
-
-Every run is a process of its own, `python -m geode_jax.main` with the folder of the stage before.
-The same command again goes on where it stood: a run that has ended is not trained again. Rows of
-Table 4 share the stages before the last, which have neither a regression head nor, where a row
-goes without the rationale module, that module; and with `geode` the runs of seed 0.
+Every run is a process of its own, `python -m geode_jax.main`, that starts from the folder of the
+stage before. The same command again continues: a run that has ended is not trained again. The rows
+of Table 4 share the stages before the last: these have no regression head, and a row without the
+rationale module starts from the stage before that module's. `geode` and `table4` share the runs of
+seed 0.
 """
 
 import argparse
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from geode_jax.errors import UserError, reported
-from geode_jax.evaluate import vsi_bench
-from geode_jax.runs.summary import read_ended
-from geode_jax.training.metrics import write_json
+from geode_jax.cli.options import Commands, add_command
+from geode_jax.errors import UserError
+
+# What imports JAX is imported where it runs, so that the help of all commands stays fast.
 
 ROWS = {
     "neither": "drm=off,drh=off",
@@ -27,8 +26,10 @@ ROWS = {
     "rationale module": "drh=off",
     "both": "",
 }
-"""Rows of Table 4 -> what is off."""
+"""Row of Table 4 -> argument of `configs/geode_joint.py`."""
+
 BLIND = "vision=off"
+"""Argument of the model that is trained without vision, for comparison."""
 
 
 class StageRun(NamedTuple):
@@ -36,9 +37,9 @@ class StageRun(NamedTuple):
 
     Attributes:
         stage: "pretrain", "align", "drm" or "joint".
-        arg: of the stage's config file.
+        arg: argument of the stage's configuration.
         folder: work directory.
-        start: the run that it starts from; None: from scratch.
+        start: work directory of the run that it starts from; None: from scratch.
     """
 
     stage: str
@@ -48,12 +49,12 @@ class StageRun(NamedTuple):
 
 
 def plan(runs: Path, seed: int, args: tuple[str, ...]) -> list[StageRun]:
-    """The runs of a seed, the blind one too, in the order in which each finds its start.
+    """Returns the runs of a seed, the blind one included, each after the run it starts from.
 
     Args:
-        runs: folder of all seeds; another seed than 0 has a folder of its own in it.
+        runs: folder of all runs; those of a seed other than 0 are in a subfolder.
         seed: of these runs.
-        args: of `geode_joint`, one of each run of the last stage.
+        args: arguments of `geode_joint`, one for each run of the last stage.
     """
     root = runs / f"seed_{seed}" if seed else runs
     pretrain, align, drm = (root / f"geode_{stage}" for stage in ("pretrain", "align", "drm"))
@@ -73,12 +74,12 @@ def plan(runs: Path, seed: int, args: tuple[str, ...]) -> list[StageRun]:
 
 
 def command(run: StageRun, seed: int, rest: list[str]) -> list[str]:
-    """The command line of a run."""
+    """Returns the command line of a run."""
     arg = f":{run.arg}" if run.arg else ""
     blind = run.folder.parent / f"geode_joint-{BLIND}"
     return [
         *(sys.executable, "-m", "geode_jax.main"),
-        f"--config=configs/geode_{run.stage}.py{arg}",
+        f"--config=geode_{run.stage}{arg}",
         f"--workdir={run.folder}",
         f"--config.seed={seed}",
         f"--config.init_from={run.start or ''}",
@@ -91,7 +92,7 @@ def train(runs: list[StageRun], seed: int, rest: list[str]) -> None:
     """Trains one run after the other.
 
     Raises:
-        SystemExit: one failed; its own words stand above, the status is its own.
+        SystemExit: a run failed. It has printed its error; the exit status is that of the run.
     """
     for run in runs:
         argv = command(run, seed, rest)
@@ -102,10 +103,12 @@ def train(runs: list[StageRun], seed: int, rest: list[str]) -> None:
 
 
 def table4(runs: Path, seeds: list[int]) -> dict[str, dict]:
-    """VSI-Bench's scores of the rows' finished runs, by seed and, as `mean`, over the seeds.
+    """Returns VSI-Bench's scores of the rows' finished runs, for each seed and as `mean` over them.
 
-    Beside the rows stand the blind model and the frequency baseline.
+    The blind model and the frequency baseline are rows, too.
     """
+    from geode_jax.runs.summary import read_ended
+
     rows: dict[str, dict] = {}
     for seed in seeds:
         joint = [run for run in plan(runs, seed, tuple(ROWS.values())) if run.stage == "joint"]
@@ -118,11 +121,11 @@ def table4(runs: Path, seeds: list[int]) -> dict[str, dict]:
     return rows
 
 
-def _mean(scores: list[dict]) -> dict:
-    """Entry-wise; what is missing in one is missing."""
+def _mean(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the mean of every number; a number that one of the scores lacks is left out."""
     out = {}
     for key, first in scores[0].items():
-        values = [score.get(key) for score in scores]
+        values: list[Any] = [score.get(key) for score in scores]
         if isinstance(first, dict):
             out[key] = _mean(values)
         elif all(isinstance(value, int | float) for value in values):
@@ -130,32 +133,45 @@ def _mean(scores: list[dict]) -> dict:
     return out
 
 
-def main(argv: list[str]) -> None:
-    """Trains what is asked for, and prints Table 4."""
-    parser = argparse.ArgumentParser(
-        prog="geode_jax.cli.stages", description=__doc__.split("\n")[0]
+def add_commands(commands: Commands) -> None:
+    """Adds the command of this file."""
+    parser = add_command(
+        commands,
+        "stages",
+        _stages,
+        "Train GEODE's stages one after the other.\n\n"
+        "geode trains all stages and a blind model; table4 trains the four rows of Table 4 and\n"
+        "prints it. The same command again continues where it stopped. --config.FIELD=VALUE\n"
+        "changes a field of every run.",
+        "geode-jax stages geode\n"
+        "geode-jax stages table4 --seeds 0,1 --runs runs/table4 --config.train.steps=100",
     )
-    parser.add_argument("what", choices=("geode", "table4"))
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--seeds", default="0,1")
-    asked, rest = parser.parse_known_args(argv)
-    if asked.what == "geode":
-        train(plan(asked.runs, 0, ("",)), 0, rest)
+    parser.add_argument("what", choices=("geode", "table4"), help="the runs to train")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="default: runs"
+    )
+    parser.add_argument("--seeds", default="0,1", metavar="LIST", help="of table4; default: 0,1")
+
+
+def _stages(arguments: argparse.Namespace) -> None:
+    from geode_jax.evaluate import vsi_bench
+    from geode_jax.training.metrics import write_json
+
+    runs, overrides = arguments.runs, arguments.overrides
+    if arguments.what == "geode":
+        train(plan(runs, 0, ("",)), 0, overrides)
         return
     try:
-        seeds = [int(seed) for seed in asked.seeds.split(",")]
+        seeds = [int(seed) for seed in arguments.seeds.split(",")]
     except ValueError:
-        raise UserError(f"--seeds: {asked.seeds} is not numbers with commas between") from None
+        raise UserError(
+            f"--seeds: {arguments.seeds} is not a list of numbers with commas between"
+        ) from None
     for seed in seeds:
-        train(plan(asked.runs, seed, tuple(ROWS.values())), seed, rest)
-    rows = table4(asked.runs, seeds)
+        train(plan(runs, seed, tuple(ROWS.values())), seed, overrides)
+    rows = table4(runs, seeds)
     for column in (*(f"seed {seed}" for seed in seeds), "mean"):
         print(f"\nTable 4, {column}")
         print(vsi_bench.table({name: scores[column] for name, scores in rows.items()}))
-    write_json(asked.runs / "table4.json", rows)
-    print(f"\n{asked.runs / 'table4.json'}")
-
-
-if __name__ == "__main__":
-    with reported():
-        main(sys.argv[1:])
+    write_json(runs / "table4.json", rows)
+    print(f"\n{runs / 'table4.json'}")

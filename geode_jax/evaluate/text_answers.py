@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from geode_jax import __version__
 from geode_jax.errors import UserError
 from geode_jax.evaluate.metrics.coco import coco_scores, exact_match
 from geode_jax.evaluate.metrics.text import references
@@ -30,6 +29,7 @@ from geode_jax.evaluate.row_files import RowFile, check_prediction, read_rows, u
 from geode_jax.evaluate.scores import frequency_baseline
 from geode_jax.evaluate.text_table import text_table
 from geode_jax.exports import files
+from geode_jax.version import software
 
 LABELS = {
     "em1": "EM@1",
@@ -142,7 +142,7 @@ def evaluate(
     ]
     return {
         "benchmark": "text",
-        "evaluator": f"geode_jax {__version__}",
+        "evaluator": software(),
         "dataset": questions.source() | {"revision": revision},
         "predictions": answers.source(),
         "frames": frames,

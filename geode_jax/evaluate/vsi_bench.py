@@ -25,7 +25,6 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from geode_jax import __version__
 from geode_jax.errors import UserError
 from geode_jax.evaluate.metrics.spatial import (
     add_mean,
@@ -50,6 +49,7 @@ from geode_jax.exports.kinds import (
     VSI_NUMERIC_KINDS,
     VSI_TASKS,
 )
+from geode_jax.version import software
 
 QUESTION_TYPES = (*VSI_NUMERIC_KINDS, *VSI_CHOICE_KINDS)
 CHOICE_TASKS = tuple(task for task in VSI_TASKS if task not in VSI_NUMERIC_KINDS)
@@ -303,7 +303,7 @@ def result(
     scores |= {"frequency": frequency_score(rows), "random": random_score(rows)}
     return {
         "benchmark": "VSI-Bench",
-        "evaluator": f"geode_jax {__version__}",
+        "evaluator": software(),
         "dataset": dataset,
         "debiased_ids": debiased_ids,
         "predictions": predictions,

@@ -1,15 +1,18 @@
 """Files of configurations and the flags that override their fields; errors are one line.
 
-`python -m geode_jax.main --config=FILE[:ARGUMENTS] --config.train.steps=500` and
-`geode-jax plan --config FILE[:ARGUMENTS] --set train.steps=500` read them in the same way.
+`geode-jax train CONFIG --config.train.steps=500`, `python -m geode_jax.main --config=CONFIG` and
+`geode-jax plan --config CONFIG --set train.steps=500` read them in the same way. CONFIG is
+`NAME[:ARGUMENTS]` of a shipped configuration or `PATH[:ARGUMENTS]`.
+
+The shipped configurations are the folder `configs` of a checkout and `geode_jax/configs` of an
+installed package. Both are importable as `geode_jax.configs`: in a checkout, `geode_jax/configs` is
+a link.
 """
 
-import contextlib
-import itertools
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,51 @@ from absl import flags
 from ml_collections import config_flags
 
 from geode_jax.errors import UserError
+from geode_jax.exports import files
 from geode_jax.runs.config import make_settings
 from geode_jax.runs.settings import Settings
+
+SHIPPED = Path(__file__).resolve().parents[1] / "configs"
+"""Folder of the configurations that come with the package."""
+
+
+def config_names() -> list[str]:
+    """Returns the names of the shipped configurations, without the files that they share."""
+    found = sorted(SHIPPED.glob("*.py"))
+    return [path.stem for path in found if "\ndef get_config(" in files.read_text(path)]
+
+
+def find_config(text: str) -> str:
+    """Returns `PATH[:ARGUMENTS]` of a configuration, and makes its own modules importable.
+
+    Args:
+        text: `NAME[:ARGUMENTS]` of a shipped configuration, such as `hidden_cot:thinking=0`, or
+            `PATH[:ARGUMENTS]`. The folder of a file that is not shipped becomes the first entry of
+            `sys.path`, as for a script, so that the file can import modules beside it.
+
+    Raises:
+        UserError: it is neither a name nor a regular file.
+    """
+    name, colon, arguments = text.partition(":")
+    if name in config_names():
+        return f"{SHIPPED / name}.py{colon}{arguments}"
+    path = Path(name)
+    if not os.path.lexists(path):
+        names = ", ".join(config_names())
+        raise UserError(f"--config: {name}: no such file, and not one of {names}")
+    if not path.is_file():
+        raise UserError(f"--config: {name}: not a regular file")
+    folder = path.resolve().parent
+    if folder != SHIPPED.resolve() and str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    return text
 
 
 def read_settings(text: str, changes: Sequence[str] = (), scenes: int | None = None) -> Settings:
     """Returns the settings of a configuration.
 
     Args:
-        text: `FILE[:ARGUMENTS]`.
+        text: `NAME[:ARGUMENTS]` or `PATH[:ARGUMENTS]`.
         changes: `FIELD=VALUE`, as `train.steps=500`.
         scenes: of a batch; None: the configuration's.
 
@@ -39,7 +78,7 @@ def read_settings(text: str, changes: Sequence[str] = (), scenes: int | None = N
             raise UserError(f"--set: {change}: is not FIELD=VALUE")
     if scenes is not None:
         changes = [*changes, f"data.scenes_per_batch={scenes}"]
-    argv = ["plan", f"--config={text}", *(f"--config.{change}" for change in changes)]
+    argv = ["plan", f"--config={find_config(text)}", *(f"--config.{change}" for change in changes)]
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
     parse_flags(argv, values)
@@ -56,22 +95,27 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
     Raises:
         UserError: anything that is wrong with a flag or in the configuration.
     """
+    sys.modules.pop("config_config", None)  # ml_collections loads the next file into the same one,
     try:
-        _check_file(argv)
-        with _loading(_file_of(argv)):
+        with warnings.catch_warnings():  # by a function that Python is about to drop
+            warnings.simplefilter("ignore", DeprecationWarning)
             rest = values(argv)
-        # A file that is not there is an error only where the configuration is used.
+        if values["config"].value is None:
+            raise UserError(
+                f"--config: missing; name a file, or one of {', '.join(config_names())}"
+            )
+        # ml_collections reports a missing file only where the configuration is used.
         config: Any = values["config"].value
         if not (config.system and isinstance(config, ml_collections.ConfigDict)):
             raise UserError("config: get_config returns no configuration of a system")
         return rest
     except UserError as error:
-        raise _of_config(error) from error
+        raise _innermost(error) from error
     except OSError as error:
         raise UserError(f"config: {_last_line(error)}") from error
     except flags.Error as error:
         if "Error whilst parsing config file" in str(error):
-            raise _of_config(error) from error
+            raise _innermost(error) from error
         first = str(error).strip().splitlines()[0]
         last = _last_line(error)
         raise UserError(first if first == last else f"{first} {last}") from error
@@ -84,41 +128,17 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a configuration is a program, and may raise or end at will
+        if isinstance(error, SystemExit) and _HELP.intersection(argv):
+            raise
         raise UserError(f"config: {type(error).__name__}: {error}") from error
 
 
-def _file_of(argv: Sequence[str]) -> Path | None:
-    """Returns the file that the flag `config` names."""
-    for argument, after in itertools.pairwise([*argv, ""]):
-        name, equals, value = argument.partition("=")
-        if name.lstrip("-") == "config" and name.startswith("-"):
-            return Path((value if equals else after).partition(":")[0])
-    return None
+_HELP = {"-?", "--help", "--helpshort", "--helpfull", "--helpxml"}
+"""Flags of absl at which parsing prints a help text and ends the process."""
 
 
-def _check_file(argv: Sequence[str]) -> None:
-    """Raises a UserError where the configuration is no file: a pipe waits, a device never ends."""
-    path = _file_of(argv)
-    if path is not None and os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"--config: {path}: not a regular file")
-
-
-@contextlib.contextmanager
-def _loading(file: Path | None) -> Iterator[None]:
-    """Lets a configuration import its neighbours as `configs.NAME`, wherever the folder lies."""
-    folder = str(file.resolve().parent.parent) if file else ""
-    sys.modules.pop("config_config", None)  # ml_collections loads the next file into the same one,
-    sys.path.append(folder)
-    try:
-        with warnings.catch_warnings():  # by a function that Python is about to drop
-            warnings.simplefilter("ignore", DeprecationWarning)
-            yield
-    finally:
-        sys.path.remove(folder)
-
-
-def _of_config(error: BaseException) -> UserError:
-    """Returns what a configuration raised: ml_collections and absl wrap it in a long text."""
+def _innermost(error: BaseException) -> UserError:
+    """Returns the error that a configuration raised; ml_collections and absl wrap its text."""
     while error.__context__ is not None:
         error = error.__context__
     if isinstance(error, UserError):

@@ -15,6 +15,7 @@ from geode_jax.exports import files
 from geode_jax.runtime.distributed import is_main
 from geode_jax.sealed import is_sealed, seal, unseal
 from geode_jax.training.metrics import plain_value
+from geode_jax.version import software
 
 SUMMARY, PREDICTIONS, REPORT = "summary.json", "predictions.jsonl", "report.html"
 
@@ -40,6 +41,7 @@ def end(workdir: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """Writes the summary, behind everything else; gives what will be read."""
     kept = json.loads(json.dumps(summary, default=plain_value))
     if is_main():
+        kept["software"] = software()
         kept["files"] = {
             name: _checksum(workdir / name)
             for name in (PREDICTIONS, REPORT)

@@ -1,4 +1,4 @@
-"""Progress bars on stderr; a line now and then where that is no terminal."""
+"""Progress bars on stderr; a line now and then where stderr is not a terminal."""
 
 import sys
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_SECONDS = 30
-"""Between two lines of a bar in a log."""
+"""Time between two lines of a bar in a log."""
 
 
 class _Lines:
-    """Writes a bar's states as lines, without the carriage returns that redraw one."""
+    """Writes the states of a bar as lines, without the carriage returns that redraw a bar."""
 
     def __init__(self, file):
         self._file = file
@@ -25,9 +25,9 @@ class _Lines:
 
 
 def progress_bar(iterable: Any = None, **settings: Any) -> tqdm:
-    """A bar of tqdm's with its settings; first drawn when something has been done.
+    """Returns a bar of tqdm with the given settings; it is first drawn after the first step.
 
-    What compiles before that may print alarms of its own, which shall not tear a line.
+    Compilation before the first step may print warnings, which would break the bar's line.
     """
     settings = {"dynamic_ncols": True, "delay": 1e-3, **settings}
     if not sys.stderr.isatty():

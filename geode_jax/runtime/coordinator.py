@@ -1,4 +1,4 @@
-"""Whether process 0 is where the others look for it, before JAX waits for it for minutes."""
+"""Checks the address of process 0 before JAX waits there for minutes."""
 
 import contextlib
 import socket
@@ -7,19 +7,19 @@ import time
 from geode_jax.exports.files import UserError
 
 ANSWER_SECONDS = 10
-"""A coordinator that is there answers within so long."""
+"""Time within which a running coordinator answers."""
 
-# HTTP/2's opening: the client's preface and its empty SETTINGS frame. A server's own first frame is
-# of the same kind, after 3 bytes of its length.
+# The start of an HTTP/2 connection: the client's preface and an empty SETTINGS frame. A server's
+# first frame is a SETTINGS frame too: 3 bytes of length, then the type.
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _SETTINGS = 4
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """The parts of HOST:PORT; an IPv6 address stands in brackets.
+    """Returns the parts of HOST:PORT; an IPv6 address is in brackets.
 
     Raises:
-        UserError: it is none.
+        UserError: the address has another form.
     """
     host, colon, port = address.rpartition(":")
     number = port.isascii() and port.isdigit() and len(port) < 6
@@ -32,7 +32,7 @@ def refuse_unknown_host(address: str) -> None:
     """Refuses a host that no name service knows.
 
     Raises:
-        UserError: it is one, or the address is no HOST:PORT.
+        UserError: the host is unknown, or the address is not HOST:PORT.
     """
     host, port = host_and_port(address)
     try:
@@ -43,10 +43,10 @@ def refuse_unknown_host(address: str) -> None:
 
 
 def refuse_taken_port(address: str) -> None:
-    """For process 0: refuses a port on which another program listens.
+    """Refuses, in process 0, a port on which another program listens.
 
     Raises:
-        UserError: one does.
+        UserError: another program listens there.
     """
     _, port = host_and_port(address)
     with socket.socket() as s:
@@ -60,14 +60,14 @@ def refuse_taken_port(address: str) -> None:
 
 
 def wait_for_coordinator(address: str, seconds: float) -> None:
-    """For the other processes: waits until process 0 listens, and refuses whoever else does.
+    """Waits, in the other processes, until process 0 listens; refuses any other program there.
 
     Args:
         address: HOST:PORT.
-        seconds: so long it may take to start.
+        seconds: time for process 0 to start.
 
     Raises:
-        UserError: nobody came, or another program answers.
+        UserError: process 0 did not start in time, or another program answers.
     """
     end = time.monotonic() + seconds
     while True:

@@ -1,8 +1,8 @@
-"""Many processes as one run: how they find each other, and what they agree on.
+"""Several processes as one run: how they find each other, and how they decide together.
 
-Every process runs the same program over one mesh. Process 0 alone prints, draws progress and
-writes results; checkpoints are written by all, each its own shards. Whatever depends on a clock or
-a signal is decided by `Vote`, so that all decide alike.
+Every process runs the same program over one mesh. Only process 0 prints, draws progress and writes
+results; every process writes its own shards of a checkpoint. Decisions that depend on a clock or a
+signal are made by `Vote`, so that they are the same in all processes.
 """
 
 import contextlib
@@ -13,17 +13,14 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-# The public barrier is a collective of devices, which times out long before an export is made.
-from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster, GkeTpuCluster
-from jax._src.distributed import global_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from geode_jax.errors import UserError, one_line, said_of
+from geode_jax.errors import UserError, line_and_status, one_line
 from geode_jax.runtime.coordinator import (
     refuse_taken_port,
     refuse_unknown_host,
@@ -31,44 +28,62 @@ from geode_jax.runtime.coordinator import (
 )
 
 HEARTBEAT_SECONDS = 20
-"""A process that has not been heard of for so long is dead, and the others end with an error."""
+"""A process that sends no heartbeat for this long counts as dead; the others end with an error."""
 
 START_SECONDS = 300
-"""So long may processes take to find each other."""
+"""Time for the processes to find each other."""
 
 PREPARE_SECONDS = 4 * 3600
-"""So long may process 0 make what the others wait for: an export, records, a tokenizer."""
+"""Time for process 0 to make what the others wait for: an export, records, a tokenizer."""
+
+
+def _global_state() -> Any:
+    """Returns JAX's own record of the processes of the run and its client of their service.
+
+    JAX has no public access to it: its public barrier is a collective of devices, which times out
+    long before an export is made. It is imported here, so that a JAX that has moved it breaks
+    neither the import of this package nor a run of one process.
+    """
+    from jax._src.distributed import global_state
+
+    return global_state
+
+
+def _client() -> Any:
+    """Returns the client of the coordination service; None in a run of one process."""
+    return _global_state().client if jax.distributed.is_initialized() else None
 
 
 def initialize(
     address: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
-    """Joins the other processes of the run, if there are any; call before any use of devices.
+    """Joins the other processes of the run, if there are any; call it before any use of devices.
 
-    Without arguments they are found as JAX finds them: in a step of SLURM, under Open MPI, on a
-    TPU pod, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    Without arguments, JAX finds them: in a step of SLURM, under Open MPI, on a TPU pod, or by the
+    variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Args:
         address: HOST:PORT of process 0.
-        processes: how many there are.
-        process: number of this one.
+        processes: number of processes.
+        process: number of this process.
 
     Raises:
         UserError: some of the three are missing or contradict each other, a variable of the
-            environment that `launch/README.md` names is damaged, or the others did not come.
+            environment that `launch/README.md` names is wrong, or the other processes did not
+            start in time.
     """
     _check_environment()
     names, given = _FLAGS, (address, processes, process)
     if all(x is None for x in given) and not _found_by_jax():
         names, given = _VARIABLES, _from_environment()
     if any(x is not None for x in given):
-        _check_together(names, given)
-        address, processes, process = given
-        refuse_unknown_host(address)
+        coordinator, processes, process = _checked(names, given)
+        address = coordinator
+        refuse_unknown_host(coordinator)
         if process == 0:
-            refuse_taken_port(address)
+            refuse_taken_port(coordinator)
         else:
-            wait_for_coordinator(address, START_SECONDS)
+            wait_for_coordinator(coordinator, START_SECONDS)
     elif not _found_by_jax():
         return
     try:
@@ -83,7 +98,7 @@ def initialize(
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"processes: could not join the others: {reason}") from error
     if not is_main():
-        # What it would print, process 0 prints; errors still come out on stderr.
+        # Process 0 prints the same; errors of every process are still printed on stderr.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open to the end of the process
 
 
@@ -92,12 +107,12 @@ _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def _from_environment() -> tuple[str | None, int | None, int | None]:
-    """What the three variables say; an empty one is none.
+    """Returns the values of the three variables; an empty one counts as absent.
 
-    JAX itself reads the first alone.
+    JAX itself reads only the first.
 
     Raises:
-        UserError: a number is none.
+        UserError: a number is not a whole number.
     """
     address, *counts = (os.environ.get(name) or None for name in _VARIABLES)
     numbers: list[int | None] = []
@@ -108,10 +123,16 @@ def _from_environment() -> tuple[str | None, int | None, int | None]:
     return address, numbers[0], numbers[1]
 
 
-def _check_together(names: tuple[str, str, str], given: tuple) -> None:
-    """Raises a UserError where the three are not all there, or no process of several."""
+def _checked(
+    names: tuple[str, str, str], given: tuple[str | None, int | None, int | None]
+) -> tuple[str, int, int]:
+    """Returns address, number of processes and number of this process.
+
+    Raises:
+        UserError: one of the three is missing or out of its range.
+    """
     (of_address, of_count, of_number), (address, count, number) = names, given
-    if any(x is None for x in given):
+    if address is None or count is None or number is None:
         raise UserError(f"{of_address}, {of_count} and {of_number} belong together")
     if not 0 <= number < count:
         raise UserError(f"{of_number} {number}: not below {of_count} {count}")
@@ -120,10 +141,15 @@ def _check_together(names: tuple[str, str, str], given: tuple) -> None:
         port.isascii() and port.isdecimal() and len(port) < 6 and 0 < int(port) < 1 << 16
     ):
         raise UserError(f"{of_address} {address}: not HOST:PORT")
+    return address, count, number
 
 
 def _check_environment() -> None:
-    """Raises a UserError for a variable of `launch/README.md` that JAX would take as it is."""
+    """Checks the variables of `launch/README.md` that JAX does not check.
+
+    Raises:
+        UserError: the value of a variable is wrong.
+    """
     name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
     text = os.environ.get(name)
     try:
@@ -139,36 +165,39 @@ def _check_environment() -> None:
 
 
 def _found_by_jax() -> bool:
-    """Whether this process is one of several that JAX finds by itself.
+    """Returns whether this process is one of several that JAX finds by itself.
 
-    JAX's own detection takes a batch script of SLURM, which stands for all tasks, for one of them.
+    JAX's own detection is not used: it takes a batch script of SLURM for one of the job's tasks.
     """
     counts = [os.environ.get(n) for n in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
     if any(count not in (None, "", "1") for count in counts):
         return True
     others = (os.environ.get(name) for name in _VARIABLES[1:])
     if os.environ.get(_VARIABLES[0]) and "KUBERNETES_SERVICE_HOST" in os.environ:
-        return not any(others)  # a job of Kubernetes, which tells the address alone
+        return not any(others)  # a job of Kubernetes, which sets only the address
+    # Not at the top, as `_global_state`.
+    from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster, GkeTpuCluster
+
     # Even one host of a TPU may be one of several slices.
     return any(cluster.is_env_present() for cluster in (GceTpuCluster, GkeTpuCluster))
 
 
 def is_main() -> bool:
-    """Whether this is process 0, which prints and writes."""
+    """Returns whether this is process 0, which prints and writes."""
     # Not JAX's process_index, which starts the devices.
-    return not jax.distributed.is_initialized() or global_state.process_id == 0
+    return not jax.distributed.is_initialized() or _global_state().process_id == 0
 
 
 @contextlib.contextmanager
 def main_first(what: str) -> Iterator[None]:
-    """Process 0 runs the block before the others do, which then find its files made.
+    """Makes the other processes wait until process 0 has run the block and made its files.
 
     Args:
         what: unique name of the block.
     """
 
     def meet():
-        if client := global_state.client:
+        if client := _client():
             client.wait_at_barrier(what, PREPARE_SECONDS * 1000)
 
     if not is_main():
@@ -180,15 +209,15 @@ def main_first(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ends_together() -> Iterator[None]:
-    """An error that one process meets in the block ends all of them, with its line.
+    """Ends all processes with the line of an error that one of them raises in the block.
 
-    Left alone, the others would wait: for this one at a barrier, in a sum over all devices, or, as
-    JAX's own end of a process does, for five minutes and with a core dump.
+    Otherwise the others would wait for the failed process: at a barrier, in a sum over all devices,
+    or in JAX's own shutdown, which takes five minutes and ends with a core dump.
 
-    A process that meets the error publishes its line, and the exit status; a thread of every
-    process looks for such a line. Process 0, in which the coordination service lives, goes last.
+    The failed process publishes its line and exit status; a thread of every process polls for such
+    a line. Process 0, which runs the coordination service, ends last.
     """
-    client = global_state.client
+    client = _client()
     if client is None:
         yield
         return
@@ -202,15 +231,15 @@ def ends_together() -> Iterator[None]:
     except BaseException as error:
         done.set()
         _leave_as_others(client)  # a sum over devices fails where another process has left
-        said = said_of(error)
-        if said is None:
+        report = line_and_status(error)
+        if report is None:
             traceback.print_exc()
-            said = f"error: {type(error).__name__}: {one_line(str(error), 200)}", 1
+            report = f"error: {type(error).__name__}: {one_line(str(error), 200)}", 1
         else:
-            print(said[0], file=sys.stderr)
+            print(report[0], file=sys.stderr)
         with contextlib.suppress(Exception):  # another process was first, or the service is gone
-            client.key_value_set(_FAILED, json.dumps([global_state.process_id, *said]))
-        _leave(client, said[1])
+            client.key_value_set(_FAILED, json.dumps([_global_state().process_id, *report]))
+        _leave(client, report[1])
     finally:
         done.set()
         watcher.join()  # before JAX shuts its client down
@@ -218,9 +247,9 @@ def ends_together() -> Iterator[None]:
 
 _FAILED = "geode_jax/failed"
 _LOOK_SECONDS = 2.0
-"""So often a process looks whether another one has failed."""
+"""Time between two polls for the failure of another process."""
 _LEAVE_SECONDS = 20.0
-"""So long process 0 waits for the others to leave."""
+"""Time that process 0 waits for the others to end."""
 
 
 def _watch(client, done: threading.Event) -> None:
@@ -246,8 +275,9 @@ def _published(client, key: str) -> str | None:
 
 
 def _leave(client, status: int) -> None:
-    """Ends the process at once: JAX's own way out waits for all others."""
-    own, count = global_state.process_id, global_state.num_processes
+    """Ends the process at once; JAX's own shutdown waits for all others."""
+    state = _global_state()
+    own, count = state.process_id, state.num_processes
     with contextlib.suppress(Exception):
         client.key_value_set(f"{_FAILED}/left/{own}", "")
     if own == 0:
@@ -256,7 +286,7 @@ def _leave(client, status: int) -> None:
         while left and time.monotonic() < end:
             left = {i for i in left if _published(client, f"{_FAILED}/left/{i}") is None}
             time.sleep(0.1)
-        time.sleep(0.5)  # the last of them still has to go
+        time.sleep(0.5)  # the last of them has published that it ends, and still runs
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -264,15 +294,15 @@ def _leave(client, status: int) -> None:
 
 
 class Vote:
-    """Wishes of single processes that all follow at the same step.
+    """Requests of single processes that all processes follow at the same step.
 
-    A vote is dispatched with a step and read with the next: nothing waits for the devices.
+    A vote is dispatched with a step and read with the next, so nothing waits for the devices.
     """
 
     def __init__(self, mesh: Mesh, wishes: int):
         """Args:
-        mesh: whose processes vote.
-        wishes: how many things may be wished for.
+        mesh: of the processes that vote.
+        wishes: number of things that can be requested.
         """
         self._ballot = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._shape = (mesh.size, wishes)
@@ -281,10 +311,10 @@ class Vote:
         self._cast = None
 
     def cast(self, *wishes: bool) -> np.ndarray:
-        """Casts this process's wishes.
+        """Casts this process's requests.
 
         Returns:
-            Bool [wishes]: what any process wished when `cast` was called the time before.
+            Bool [wishes]: what any process requested in the previous call of `cast`.
         """
         own = np.array([wishes])
         ballot = jax.make_array_from_callback(self._shape, self._ballot, lambda _: own)

@@ -12,20 +12,20 @@ _MMAP_MAX, _TRIM_THRESHOLD, _ARENA_MAX = -4, -1, -8  # of mallopt, malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Memory that is freed stays with the process, where glibc manages it.
+    """Makes glibc keep freed memory in the process.
 
-    XLA asks for a program's buffers anew at every call on a CPU. Left alone, glibc hands large ones
-    back to the system each time, which then clears all pages of the next: a tenth of all CPU time.
+    On CPUs, XLA allocates a program's buffers anew at every call. By default glibc returns large
+    ones to the system each time, which then clears all pages of the next: a tenth of all CPU time.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(_MMAP_MAX, 0)
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(_ARENA_MAX, 1)  # the others' heaps hold nothing that large
+        mallopt(_ARENA_MAX, 1)  # the heaps of other arenas are too small for such buffers
 
 
 def keep_compiled_programs() -> None:
-    """Keep them between processes: where JAX is told to, or in the user's cache if there is one."""
+    """Keeps compiled programs on disk, in JAX_COMPILATION_CACHE_DIR or else the user's cache."""
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or user_cache("xla")
     if folder is not None:
         jax.config.update("jax_compilation_cache_dir", str(folder))

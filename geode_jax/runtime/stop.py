@@ -1,8 +1,8 @@
-"""SIGTERM and Ctrl-C: a run saves what it has, says so, and ends within seconds.
+"""SIGTERM and Ctrl-C: a run saves what it has, prints a line, and ends within seconds.
 
-Python runs signal handlers in the main thread, between two of its own instructions: never while XLA
-compiles there. A thread hears of a signal at once, and ends the process where the main thread does
-not come to it and nothing would be lost.
+Python runs signal handlers in the main thread, between two of its own instructions, so never while
+XLA compiles there. A thread is notified of a signal at once. It ends the process if the main thread
+does not get to it in time and nothing would be lost.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ import jax
 from geode_jax.runtime.distributed import Vote
 
 GRACE_SECONDS = 5
-"""So long may the main thread take to leave by itself, where nothing would be lost."""
+"""Time for the main thread to end the process by itself, where nothing would be lost."""
 
 TOGETHER_SECONDS = 60
-"""The same for one of several processes, which first meets the others to agree on the end."""
+"""The same for one of several processes, which must first agree with the others on the end."""
 
 AGAIN_SECONDS = 1
-"""A second Ctrl-C after so long is meant: it does not wait for anything to be saved."""
+"""A second Ctrl-C later than this after the first ends the process without saving."""
 
-_NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+_NAMES: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 class Stopped(SystemExit):
@@ -35,21 +35,23 @@ class Stopped(SystemExit):
 
     def __init__(self, signum: int, done: str):
         """Args:
-        signum: which signal.
-        done: what became of the work, for the user.
+        signum: number of the signal.
+        done: what was saved, for the user.
         """
-        super().__init__(128 + signum)
+        self.status = 128 + signum
+        super().__init__(self.status)
         self.line = f"stopped by {_NAMES[signum]} {done}; the same command resumes"
 
 
 class Stop:
     """Listens for SIGTERM and Ctrl-C; a context manager of the main thread.
 
-    A signal raises `Stopped` in the main thread, but within `deferred`, whose code asks by itself.
-    One of several processes never leaves so: the others would wait for it where processes meet.
+    A signal raises `Stopped` in the main thread, except within `deferred`, whose code checks
+    `asked` itself. In one of several processes the signal is only recorded (see `Ballot`): the
+    others would wait for that process at the next barrier.
 
     Attributes:
-        asked: the signal that came; 0: none yet.
+        asked: number of the signal that arrived; 0: none yet.
         unsaved: whether steps would be lost if the process ended now.
     """
 
@@ -81,7 +83,7 @@ class Stop:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within, a signal is only noted in `asked`."""
+        """Within the block, a signal is only recorded in `asked`."""
         self._deferred += 1
         try:
             yield
@@ -94,7 +96,7 @@ class Stop:
             raise Stopped(signum, "before its end, nothing is lost")
 
     def _watch(self) -> None:
-        """Runs in a thread of its own: reads the numbers of signals, as they come."""
+        """Reads the numbers of signals as they arrive; runs in a thread of its own."""
         while number := os.read(self._read, 1):
             if number[0] not in _NAMES:
                 continue
@@ -118,21 +120,21 @@ class Stop:
             child.kill()
         print(stopped.line, flush=True)
         sys.stderr.flush()
-        os._exit(stopped.code)
+        os._exit(stopped.status)
 
 
 class Ballot:
-    """Asks all processes of a run, over and over, whether one of them shall stop."""
+    """Decides together with all processes of a run whether to stop."""
 
     def __init__(self, stop: Stop, mesh: jax.sharding.Mesh):
         self._stop = stop
         self._vote = Vote(mesh, 1) if jax.process_count() > 1 else None
 
     def check(self) -> None:
-        """To be called by all processes alike, at moments when they may be stopped.
+        """Stops if a signal arrived; all processes call it at the same points of the program.
 
         Raises:
-            Stopped: a signal came, to any of them.
+            Stopped: a signal arrived at any of the processes.
         """
         asked = self._stop.asked
         if self._vote is not None:

@@ -1,31 +1,31 @@
-"""The user's cache folder, and what a process does that has no home at all.
+"""The user's cache folder, and a home for processes whose user has none.
 
-Containers run as users that the system does not know, without HOME: a home that is asked for is an
-error there, and many libraries ask for one while they are imported.
+Containers run as users that the system does not know, without HOME. Asking for a home is an error
+there, and many libraries ask for one while they are imported.
 """
 
 import os
 from pathlib import Path
 
 NO_HOME = "/nonexistent"
-"""The home of users that have none, as the system's own accounts have it."""
+"""Home of users that have none, as in the accounts of the system itself."""
 
 
 def user_cache(name: str) -> Path | None:
-    """A folder of ours in the user's cache, made where it is missing.
+    """Returns a folder of this package in the user's cache, made if it is missing.
 
-    It is below XDG_CACHE_HOME, or `.cache` of the home.
+    The cache is XDG_CACHE_HOME or, on Linux, `.cache` of the home.
 
     Args:
         name: of the folder.
 
     Returns:
-        None where there is no home, or nothing can be written there.
+        None if there is no home, or nothing can be written there.
     """
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(given) if os.path.isabs(given) else Path(os.path.expanduser("~")) / ".cache"
-    folder = root / "geode_jax" / name
-    if not folder.is_absolute():  # there is no home: `~` stays as it is
+    import platformdirs  # as every library, after `name_a_home`
+
+    folder = platformdirs.user_cache_path("geode_jax") / name
+    if not folder.is_absolute():  # without a home, `~` is left as it is
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,9 +35,10 @@ def user_cache(name: str) -> Path | None:
 
 
 def name_a_home() -> None:
-    """Sets HOME where there is none, to a folder that cannot be: then nothing is kept there.
+    """Sets HOME, if there is none, to a folder that does not exist, so that nothing is kept there.
 
-    Otherwise nltk does not import, and others make a folder named `~` where they stand.
+    Without HOME nltk cannot be imported, and other libraries make a folder named `~` in the current
+    one.
     """
     if os.path.expanduser("~") == "~":
         os.environ["HOME"] = NO_HOME

@@ -121,7 +121,7 @@ def _drawn(folder: Path) -> random.Random | None:
 
 def _read_flags(folder: Path) -> list:
     """The command line of training, up to the sizes of the model, which needs no compiling."""
-    from geode_jax import main
+    from geode_jax.cli import flags
 
     draw = _drawn(folder)
     name, argument, changed = "hidden_cot", "", []
@@ -131,8 +131,9 @@ def _read_flags(folder: Path) -> list:
         changed = [f"--config.{field}={value}" for field, value in fields]
         argument = draw.choice(("", "", "", ":thinking=2", ":drm=off", f":{draw.choice(WILD)}"))
     _parse([f"--config=configs/{name}.py{argument}", *changed])
-    config = main._CONFIG.value
     from geode_jax.runs.config import make_settings
+
+    config = flags._CONFIG.value
 
     make_settings(config)
     config.data.export = str(_export())
@@ -143,13 +144,13 @@ def _read_flags(folder: Path) -> list:
 
 
 def _parse(arguments: list[str]) -> None:
-    from geode_jax import main
+    from geode_jax.cli import flags
 
     # As in a new process: ml_collections defines a flag for every override that it finds there.
-    for name in [name for name in main.flags.FLAGS if name.startswith("config.")]:
-        delattr(main.flags.FLAGS, name)
+    for name in [name for name in flags.flags.FLAGS if name.startswith("config.")]:
+        delattr(flags.flags.FLAGS, name)
     sys.argv = ["main", *arguments]
-    main._parse(sys.argv)
+    flags.read_flags(sys.argv)
 
 
 def _export() -> Path:
@@ -225,7 +226,6 @@ def _write_program(folder: Path) -> None:
 
 
 def _read_program(folder: Path) -> list:
-    from geode_jax import main
     from geode_jax.runs.config import make_settings
 
     draw = _drawn(folder)
@@ -240,8 +240,10 @@ def _read_program(folder: Path) -> list:
             raise
         return []
     _parse([f"--config={program}"])
-    make_settings(main._CONFIG.value)
-    return [main._CONFIG.value.train.steps]
+    from geode_jax.cli import flags
+
+    make_settings(flags._CONFIG.value)
+    return [flags._CONFIG.value.train.steps]
 
 
 TARGETS = {

@@ -38,7 +38,10 @@ def test_without_a_command_it_explains_itself(run):
         (["rooms", "--images", "0", "--out", "x"], "0 is less than 1"),
         (["rooms"], "--out"),
         (["ask", "--workdir", "x"], "--scene"),
-        (["ask", "--workdir", "x", "--scene", "y", "--temperature", "0"], "0 is no number above 0"),
+        (
+            ["ask", "--workdir", "x", "--scene", "y", "--temperature", "0"],
+            "0 is not a number above 0",
+        ),
         (["ask", "--workdir", "x", "--scene", "y", "--top-p", "1.5"], "1.5 is not above 0"),
         (["scenes", "--workdir", "x", "--split", "tset"], "tset"),
         (["rgbd", "--source", "x", "--out", "y", "--grid", "3"], "--grid"),
@@ -148,7 +151,7 @@ def test_ask_prints_the_answer_of_the_evaluation_and_nothing_else(run, tiny_run)
     tokens = (token.strip(" ").replace("\n", "\\n") for token in expected["thinking_tokens"])
     decoded = [token or "␣" for token in tokens]
     assert thinking[len("thinking: ") :].split(" | ") == decoded
-    assert err == "warning: words the model never read: Wallaby\n"
+    assert err == "warning: words that the model has never read: Wallaby\n"
 
 
 def test_ask_without_a_question_asks_the_scenes_own(run, tiny_run):

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from geode_jax.cli import stages
-from geode_jax.cli.stages import BLIND, ROWS, command, main, plan, table4, train
-from geode_jax.errors import UserError
+from geode_jax.cli.stages import BLIND, ROWS, command, plan, table4, train
+from geode_jax.runs.config_file import config_names
+from tests.helpers.command import one_error
 
 
 def test_every_run_starts_from_one_that_ends_before_it():
@@ -37,9 +38,10 @@ def test_seeds_share_nothing_and_geode_is_part_of_table_4():
 def test_a_command_names_a_config_that_there_is(run):
     argv = command(run, 1, ["--config.train.steps=3"])
     assert argv[1:3] == ["-m", "geode_jax.main"] and argv[-1] == "--config.train.steps=3"
-    path, _, arg = argv[3].removeprefix("--config=").partition(":")
-    config = importlib.import_module(path.removesuffix(".py").replace("/", ".")).get_config(arg)
-    assert config.system == f"geode_{run.stage}" == Path(path).stem
+    name, _, arg = argv[3].removeprefix("--config=").partition(":")
+    assert name in config_names()
+    config = importlib.import_module(f"geode_jax.configs.{name}").get_config(arg)
+    assert config.system == f"geode_{run.stage}" == name
     assert config.loss.vision == (arg != BLIND)
     assert f"--config.eval.blind={run.folder.parent / 'geode_joint-vision=off'}" in argv
     assert f"--config.init_from={run.start or ''}" in argv and f"--workdir={run.folder}" in argv
@@ -81,6 +83,12 @@ def test_table_4_is_of_all_seeds(tmp_path):
     assert rows["blind"]["mean"]["overall"] == 0.5 and rows["frequency"]["mean"]["overall"] == 33
 
 
-def test_seeds_are_numbers():
-    with pytest.raises(UserError, match="--seeds: one,two"):
-        main(["table4", "--seeds=one,two"])
+def test_seeds_are_numbers(run):
+    assert "--seeds: one,two" in one_error(run("stages", "table4", "--seeds=one,two"))
+
+
+def test_a_field_of_every_run_can_be_changed(run, monkeypatch):
+    trained = []
+    monkeypatch.setattr(stages, "train", lambda runs, seed, rest: trained.append((seed, rest)))
+    assert run("stages", "geode", "--config.train.steps=3", "--runs", "x")[0] == 0
+    assert trained == [(0, ["--config.train.steps=3"])]

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from geode_jax import __version__
 from geode_jax.errors import UserError
 from geode_jax.evaluate import row_files, vsi_bench
 from geode_jax.evaluate.row_files import read_rows
 from geode_jax.exports.kinds import VSI_TASKS
+from geode_jax.version import software
 
 NUMBERS = (
     "object_counting",
@@ -263,7 +263,7 @@ def test_predictions_are_joined_by_id(files):
         "model": {"file": str(predictions), "sha256": sha256(predictions)}
     }
     assert (found["frames"], found["decoding"], found["debiased_ids"]) == (32, None, None)
-    assert found["evaluator"] == f"geode_jax {__version__}"
+    assert found["evaluator"] == software()
     assert found["questions"] == 3
     assert found["notes"][0].startswith("the means are over 2 of the 8 tasks: there are no ")
     assert "room_size_estimation" in found["notes"][0]

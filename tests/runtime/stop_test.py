@@ -11,7 +11,7 @@ import pytest
 SCRIPT = """
 import hashlib, signal, sys, threading, time
 from geode_jax.runtime import stop as stopping
-from geode_jax.errors import reported
+from geode_jax.cli.reported import reported
 stopping.GRACE_SECONDS = 0.3
 
 def away():

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from geode_jax.cli.command import _parser
 from geode_jax.runtime.devices import find_devices
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = """
 import ml_collections
 
@@ -27,9 +28,9 @@ def get_config(arg=""):
 """
 
 
-def start(*arguments) -> subprocess.Popen:
+def start(*arguments, module: str = "geode_jax.main") -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "geode_jax.main", *map(str, arguments)],
+        [sys.executable, "-m", module, *map(str, arguments)],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -37,9 +38,9 @@ def start(*arguments) -> subprocess.Popen:
     )
 
 
-def error_of(*arguments) -> str:
+def error_of(*arguments, **options) -> str:
     """The one line a refused command ends with."""
-    child = start(*arguments)
+    child = start(*arguments, **options)
     _, err = child.communicate(timeout=120)
     assert child.returncode == 2, err
     lines = err.splitlines()
@@ -57,7 +58,8 @@ def config(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ([], "--config"),
+        ([], "--config: missing; name a file, or one of geode_align"),
+        (["--config=hidden_coat"], "hidden_coat: no such file, and not one of geode_align"),
         (["--config=nowhere.py"], "nowhere.py"),
         (["--config=/dev/zero"], "/dev/zero: not a regular file"),
         (["--config=/dev/zero:full"], "/dev/zero: not a regular file"),
@@ -77,6 +79,85 @@ def test_a_bad_command_line_is_one_line(config, arguments, complaint):
 
 def test_a_positional_argument_is_refused(config):
     assert "unexpected argument 'train'" in error_of("train", f"--config={config}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["{config}", "--config.train.stepz=1"], 'Did you mean "steps"'),
+        (["{config}", "--num_processes=two"], "num_processes"),
+        (["hidden_cot:thinking=3"], "thinking=3: not one of 0, 2, 4, 8, 16"),
+    ],
+)
+def test_the_command_geode_jax_train_refuses_the_same(config, arguments, complaint):
+    words = ("train", *(argument.format(config=config) for argument in arguments))
+    assert complaint in error_of(*words, module="geode_jax.cli.command")
+
+
+def test_geode_jax_train_passes_its_arguments_on(run, monkeypatch):
+    passed = []
+    monkeypatch.setattr("geode_jax.cli.flags.run", passed.append)
+    words = ("train", "--config.seed=1", "my.py:full", "--config.mesh=(1,1,1)", "--profile")
+    assert run(*words, "--workdir", "w", "--process_id", "1")[0] == 0
+    assert passed[0][1:] == [
+        *("--config=my.py:full", "--config.seed=1", "--config.mesh=(1,1,1)"),
+        *("--workdir=w", "--process_id=1", "--profile"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("train",), "CONFIG[:ARGUMENTS]"),
+        (("train", "--config=hidden_cot"), "CONFIG[:ARGUMENTS]"),
+        (("train", "hidden_cot", "--stepz=1"), "--stepz=1"),
+        (("ask", "--workdir=w", "--scene=s", "--config.seed=1"), "--config.seed=1"),
+    ],
+)
+def test_geode_jax_train_needs_a_configuration_and_known_flags(run, words, complaint):
+    status, out, err = run(*words)
+    assert (status, out) == (2, "") and complaint in err
+
+
+def test_a_name_and_a_path_are_the_same_run_with_the_same_folder():
+    """Reads both command lines in new processes: the flags of absl belong to a process."""
+    code = (
+        "import sys; from geode_jax.cli import flags; flags.read_flags(sys.argv); "
+        "print(flags._workdir(), flags._CONFIG.value.to_json())"
+    )
+    lines = [
+        subprocess.run(
+            [sys.executable, "-c", code, f"--config={text}", "--config.train.steps=7"],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for text in ("hidden_cot:thinking=0", "configs/hidden_cot.py:thinking=0")
+    ]
+    assert lines[0] == lines[1]
+    assert lines[0].startswith("runs/hidden_cot-thinking=0 {") and '"steps": 7' in lines[0]
+
+
+def test_every_command_has_a_sentence_and_an_example(run):
+    (commands,) = (a for a in _parser()._actions if a.choices)
+    assert {"train", "stages", "ask", "plan"} <= set(commands.choices)
+    for name, parser in commands.choices.items():
+        first = parser.description.partition("\n")[0]
+        assert first[0].isupper() and first.endswith("."), name
+        assert f"geode-jax {name} " in parser.epilog, name
+        assert run(name, "--help")[0] == 0
+
+
+def test_help_imports_no_slow_library():
+    slow = "{'jax', 'flax', 'transformers', 'ml_collections', 'grain'}"
+    code = (
+        "import sys; from geode_jax.cli.command import main\n"
+        "try: main(['train', '--help'])\n"
+        f"except SystemExit: sys.exit(bool({slow} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
