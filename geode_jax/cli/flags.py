@@ -16,7 +16,8 @@ from ml_collections import config_flags
 
 from geode_jax.cli.reported import reported
 from geode_jax.errors import UserError, refuse_undecodable
-from geode_jax.runs.config_file import find_config, parse_flags
+from geode_jax.runs.config_file import parse_flags
+from geode_jax.runs.shipped import find_config
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "NAME[:ARGUMENTS] of a shipped configuration, or PATH[:ARGUMENTS]."

@@ -3,7 +3,7 @@
 import argparse
 
 from geode_jax.cli.options import Commands, add_command
-from geode_jax.runs.config_file import config_names
+from geode_jax.runs.shipped import config_names
 
 
 def add_commands(commands: Commands) -> None:

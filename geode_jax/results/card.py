@@ -81,7 +81,7 @@ def write_card(
     Args:
         path: of the file.
         name: of the run.
-        system: name of the system in the run's configuration.
+        system: name of the run's system.
         auto_class: name of the class of transformers that loads the folder.
         manifest: of the export that the run was trained on.
         origins: names of the pretrained models that the run started from.

@@ -3,17 +3,11 @@
 `geode-jax train CONFIG --config.train.steps=500`, `python -m geode_jax.main --config=CONFIG` and
 `geode-jax plan --config CONFIG --set train.steps=500` read them in the same way. CONFIG is
 `NAME[:ARGUMENTS]` of a shipped configuration or `PATH[:ARGUMENTS]`.
-
-The shipped configurations are the folder `configs` of a checkout and `geode_jax/configs` of an
-installed package. Both are importable as `geode_jax.configs`: in a checkout, `geode_jax/configs` is
-a link.
 """
 
-import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -21,44 +15,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from geode_jax.errors import UserError
-from geode_jax.exports import files
 from geode_jax.runs.config import make_settings
 from geode_jax.runs.settings import Settings
-
-SHIPPED = Path(__file__).resolve().parents[1] / "configs"
-"""Folder of the configurations that come with the package."""
-
-
-def config_names() -> list[str]:
-    """Returns the names of the shipped configurations, without the files that they share."""
-    found = sorted(SHIPPED.glob("*.py"))
-    return [path.stem for path in found if "\ndef get_config(" in files.read_text(path)]
-
-
-def find_config(text: str) -> str:
-    """Returns `PATH[:ARGUMENTS]` of a configuration, and makes its own modules importable.
-
-    Args:
-        text: `NAME[:ARGUMENTS]` of a shipped configuration, such as `hidden_cot:thinking=0`, or
-            `PATH[:ARGUMENTS]`. The folder of a file that is not shipped becomes the first entry of
-            `sys.path`, as for a script, so that the file can import modules beside it.
-
-    Raises:
-        UserError: it is neither a name nor a regular file.
-    """
-    name, colon, arguments = text.partition(":")
-    if name in config_names():
-        return f"{SHIPPED / name}.py{colon}{arguments}"
-    path = Path(name)
-    if not os.path.lexists(path):
-        names = ", ".join(config_names())
-        raise UserError(f"--config: {name}: no such file, and not one of {names}")
-    if not path.is_file():
-        raise UserError(f"--config: {name}: not a regular file")
-    folder = path.resolve().parent
-    if folder != SHIPPED.resolve() and str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    return text
+from geode_jax.runs.shipped import config_names, find_config
 
 
 def read_settings(text: str, changes: Sequence[str] = (), scenes: int | None = None) -> Settings:

@@ -201,7 +201,7 @@ def test_vsi_bench_is_scored_into_a_file(run, tmp_path):
     status, out, err = run(*evaluate, *told)
     assert (status, err) == (0, "")
     assert ["overall", "90.0", "100.0", "-"] in [line.split() for line in out.splitlines()]
-    assert "note: means are over what is there, 1 of the 8 tasks" in out
+    assert "note: the means are over 1 of the 8 tasks" in out
     file = tmp_path / "said.vsi.json"
     assert out.endswith(f"result: {file}\n")
     result = json.loads(file.read_text())

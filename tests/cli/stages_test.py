@@ -9,7 +9,7 @@ import pytest
 
 from geode_jax.cli import stages
 from geode_jax.cli.stages import BLIND, ROWS, command, plan, table4, train
-from geode_jax.runs.config_file import config_names
+from geode_jax.runs.shipped import config_names
 from tests.helpers.command import one_error
 
 

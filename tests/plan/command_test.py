@@ -28,7 +28,7 @@ def test_configurations_are_read_with_their_arguments_and_changes():
 @pytest.mark.parametrize(
     ("text", "changes", "said"),
     [
-        ("configs/nothing.py", [], "No such file"),
+        ("configs/nothing.py", [], "no such file"),
         ("configs/hidden_cot.py:huge", [], "size=huge"),
         ("configs/common.py", [], "has no attribute 'get_config'"),
         ("configs/hidden_cot.py", ["model.depth=3"], "config: no such field: 'depth'"),
