@@ -45,7 +45,7 @@ def number_of(record: Mapping[str, Any]) -> Number:
     if value is None:
         raise NoNumberError("the answer is no number")
     unit = unit_of(record)
-    base = BASE_UNIT.get(unit, 1.0)
+    base = 1.0 if unit is None else BASE_UNIT[unit]
     if not value > 0:
         raise NoNumberError("the value is zero or negative, and its logarithm is learned")
     low, high = LOG_VALUES

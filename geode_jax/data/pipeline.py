@@ -9,7 +9,7 @@ import functools
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -106,7 +106,7 @@ class Pipeline:
             self._check_logits()
         self.shapes = SceneShapes(
             views=sizes.views,
-            grid=tuple(export.patch_grid),
+            grid=export.patch_grid,
             token_width=self._token_width(sizes),
             view_tokens=sizes.view_tokens,
             depth_ratio=config.depth_ratio,
@@ -295,7 +295,7 @@ class Pipeline:
 
     # --- Reading ----------------------------------------------------------------------------------
 
-    def _read_good(self, candidates: Sequence[int]) -> tuple[int, dict[str, np.ndarray]]:
+    def _read_good(self, candidates: Iterable[int]) -> tuple[int, dict[str, np.ndarray]]:
         """The first of the candidates that can be read."""
         for scene in candidates:
             tensors = self._read_scene(int(scene))
@@ -507,8 +507,10 @@ class Pipeline:
                 placed = self._place(scene, range(start, len(records)), in_order=True)
 
                 def make(placed=placed, scene=scene, other=other, read=read):
-                    rows = self._question_rows(scene, placed, read(scene))
-                    return batch_rows(read(other), self.shapes), rows
+                    own, seen = read(scene), read(other)
+                    assert own is not None and seen is not None  # bad scenes were left out above
+                    rows = self._question_rows(scene, placed, own)
+                    return batch_rows(seen, self.shapes), rows
 
                 own = records[start : start + len(placed)]
                 start += len(placed)

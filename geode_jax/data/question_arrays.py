@@ -88,7 +88,7 @@ def stack_questions(
     prompts = tokenizer.encode_with_ends(texts)
     answers = tokenizer.encode_answers([record[answer_field] for record in records])
     if controls and answer_field == "answer":
-        token = dict(zip((REG, BOX), controls, strict=True))
+        token: dict[str, int] = dict(zip((REG, BOX), controls, strict=True))
         for i, record in enumerate(records):
             if control_of(record):
                 answers[i] = [token[control_of(record)]]
@@ -238,7 +238,7 @@ def lay_out_questions(
     )
     object_column = np.full((slots, MAX_OBJECTS), -1, np.int32)
     object_column[: len(chosen)] = np.where(place < 0, -1, first[:, None] + place)
-    fields = {"object_column_SQO": object_column}
+    fields: dict[str, np.ndarray] = {"object_column_SQO": object_column}
     # Padding questions have base unit 1, because values are divided by it.
     fills = {"question_SQL": pad_id, "answer_SQA": pad_id, "base_unit_SQ": 1}
     for name, array in arrays.items():

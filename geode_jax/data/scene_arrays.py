@@ -10,6 +10,7 @@ import functools
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, ExportError
@@ -169,7 +170,7 @@ def export_sizes(export: Export, vision: str = "vggt/tokens") -> ExportSizes:
         box_counts=box_counts,
         has_detection_probs=has_detection_probs,
         has_camera_tokens=has_camera_tokens,
-        image=view[:2] if view and vision == "images" else (0, 0),
+        image=(view[0], view[1]) if view and vision == "images" else (0, 0),
         view_tokens=view[0] if view and vision != "images" else 0,
         view_width=view[1] if view and vision != "images" else 0,
         points=points,
@@ -322,7 +323,9 @@ def _unproject(u, v, z, intrinsic, extrinsic) -> np.ndarray:
     return np.einsum("vji,vhwj->vhwi", extrinsic[:, :, :3], in_camera).astype(np.float32)
 
 
-def _padded(array, shape: tuple[int, ...], dtype=np.float32, fill=0) -> np.ndarray:
+def _padded(
+    array: np.ndarray, shape: tuple[int, ...], dtype: DTypeLike = np.float32, fill: int = 0
+) -> np.ndarray:
     """The array in the corner of a larger one."""
     if array.shape == shape:
         return array.astype(dtype, copy=False)

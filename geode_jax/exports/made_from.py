@@ -33,7 +33,7 @@ def fingerprint(source: Any) -> str:
 
 
 def _files_of(path: Path) -> list:
-    found = [str(path.resolve())]
+    found: list[Any] = [str(path.resolve())]
     names = [path] if not path.is_dir() else []
     for folder, _, inside in os.walk(path, followlinks=True):
         names += [Path(folder) / name for name in inside]

@@ -6,6 +6,11 @@ test time what it read in training. Every other kind is asked as it stands.
 This file stands alone (Python 3.9), so that a teacher is asked in the same words.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 from .kinds import VSI_CHOICE_KINDS, VSI_NUMERIC_KINDS
 
 PRE_PROMPT = "These are frames of a video."
@@ -13,7 +18,7 @@ NUMERIC_POST_PROMPT = "Please answer the question using a single word or phrase.
 CHOICE_POST_PROMPT = "Answer with the option's letter from the given choices directly."
 
 
-def prompt(record: dict) -> str:
+def prompt(record: Mapping[str, Any]) -> str:
     """The text that is asked for a question record.
 
     The VSI-Bench wording is that of the benchmark's own evaluation (`vsibench_doc_to_text` of
@@ -26,8 +31,8 @@ def prompt(record: dict) -> str:
     Returns:
         The prompt, lines joined by a newline, no newline at the end.
     """
-    lines = [record["question"]]
-    options = record.get("options") or []
+    lines: list[str] = [record["question"]]
+    options: list[str] = record.get("options") or []
     kind = record["kind"]
     if kind in VSI_NUMERIC_KINDS:
         lines = [PRE_PROMPT, *lines, NUMERIC_POST_PROMPT]

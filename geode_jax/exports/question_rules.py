@@ -48,7 +48,7 @@ def options_fault(options: Sequence[str], answer: str | None = None) -> tuple[st
     found = [_LETTERED.fullmatch(option.strip()) for option in options]
     expected = [chr(ord("A") + i) for i in range(len(options))]
     if all(found):
-        letters = [each[1] for each in found]
+        letters = [each[1] for each in found if each]
         if len(set(letters)) < len(letters):
             return "options", "two have the same letter"
     elif any(found):

@@ -77,7 +77,8 @@ class Export:
         self.manifest: dict = parse(MANIFEST, data)
         check_manifest(self.manifest)
         self.categories: list[str] = self.manifest["categories"]
-        self.patch_grid: tuple[int, int] = tuple(self.manifest["patch_grid"])
+        rows, columns = self.manifest["patch_grid"]
+        self.patch_grid: tuple[int, int] = (rows, columns)
         self.token_width: int = self.manifest["token_width"]
         self._entries = {entry["id"]: entry for entry in self.manifest["scenes"]}
         self._verified: set[tuple[str, str]] = set()  # (scene, tensor or file) that passed
