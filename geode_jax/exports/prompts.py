@@ -1,9 +1,8 @@
 """Questions as the model reads them.
 
-The eight VSI-Bench task types get VSI-Bench's own prompt, so that a model trained here reads at
-test time what it read in training. Every other kind is asked as it stands.
-
-This file stands alone (Python 3.9), so that a teacher is asked in the same words.
+The eight VSI-Bench tasks get VSI-Bench's own prompt, so a model reads the same words in training
+and in the benchmark. The question of every other kind is the prompt. Exporters load this file
+(Python 3.9), so a teacher reads the same words too.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ CHOICE_POST_PROMPT = "Answer with the option's letter from the given choices dir
 
 
 def prompt(record: Mapping[str, Any]) -> str:
-    """The text that is asked for a question record.
+    """Returns the prompt of a question record.
 
     The VSI-Bench wording is that of the benchmark's own evaluation (`vsibench_doc_to_text` of
     thinking-in-space and of lmms-eval, which agree): pre-prompt, question, for a choice the
