@@ -1,4 +1,4 @@
-"""Documented ranges of configuration classes: `__post_init__` checks them here, in one line."""
+"""Ranges of the fields of configuration classes, for checks in `__post_init__`."""
 
 import math
 import numbers
@@ -8,31 +8,32 @@ from typing import Any
 from geode_jax.errors import UserError
 
 Range = tuple[Callable[[Any], bool], str]
-"""What must hold of a value, and the same in words."""
+"""A predicate on a value, and the same rule in words."""
 
 
 def whole(least: int) -> Range:
-    """Whole numbers from `least`."""
+    """Returns the range of whole numbers from `least`."""
 
     def holds(value: Any) -> bool:
-        return isinstance(value, numbers.Integral) and value is not True and value >= least
+        return isinstance(value, numbers.Integral) and value is not True and int(value) >= least
 
     return holds, f"a whole number of at least {least}"
 
 
 def real(least: float = -math.inf, most: float = math.inf, *, above: bool = False) -> Range:
-    """Finite numbers from `least`, which is none of them where `above`, to `most`."""
+    """Returns the range of finite numbers from `least` (excluded if `above`) to `most`."""
 
     def holds(value: Any) -> bool:
-        good = isinstance(value, numbers.Real) and math.isfinite(value) and least <= value <= most
-        return good and not (above and value == least)
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            return False
+        return least <= float(value) <= most and not (above and value == least)
 
     low = f"above {least:g}" if above else f"of at least {least:g}"
     return holds, f"a number {low}" + (f" and at most {most:g}" if most < math.inf else "")
 
 
 def one_of(choices: Collection[Any]) -> Range:
-    """Some values."""
+    """Returns the range that consists of the choices."""
     shown = ", ".join(map(str, choices))
     return lambda value: any(value == choice for choice in choices), f"one of {shown}"
 
@@ -41,11 +42,11 @@ DTYPES = one_of(("float32", "bfloat16", "float16"))
 
 
 def check(config: Any, fields: dict[str, Range]) -> None:
-    """Refuses a configuration with a field out of its range.
+    """Refuses a configuration that has a field out of its range.
 
     Args:
         config: a dataclass.
-        fields: names, several with spaces between, and their range.
+        fields: {names of fields, separated by spaces: their range}.
 
     Raises:
         UserError: `Class: field: value is not range`.
@@ -61,7 +62,7 @@ def check_divides(config: Any, part: str, of: str) -> None:
     """Refuses a configuration in which a field does not divide another.
 
     Raises:
-        UserError: it does not.
+        UserError: the field `part` does not divide the field `of`.
     """
     small, large = getattr(config, part), getattr(config, of)
     if large % small:

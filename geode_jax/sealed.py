@@ -1,4 +1,4 @@
-"""JSON objects with a checksum of themselves: what a run keeps of itself and reads again later."""
+"""JSON objects with a checksum, for files that a run writes and reads again later."""
 
 import json
 import zlib
@@ -8,22 +8,22 @@ _NAME = "checksum"
 
 
 def seal(value: dict[str, Any]) -> dict[str, Any]:
-    """The object with `checksum`, which is of all other fields, whatever their order."""
+    """Returns the object with a `checksum` of all its fields, independent of their order."""
     return value | {_NAME: checksum(value)}
 
 
 def is_sealed(value: dict[str, Any]) -> bool:
-    """Whether an object has a checksum, right or wrong; older files have none."""
+    """Returns whether an object has a checksum, valid or not; older files have none."""
     return _NAME in value
 
 
 def unseal(value: dict[str, Any]) -> dict[str, Any] | None:
-    """The object without its checksum; None where they do not belong together."""
+    """Returns the object without its checksum, or None if the checksum does not match."""
     rest = {name: item for name, item in value.items() if name != _NAME}
     return rest if value.get(_NAME) == checksum(rest) else None
 
 
 def checksum(value: Any) -> str:
-    """CRC-32 of a value as JSON with sorted names: it stays the same through a file and back."""
+    """Returns the CRC-32 of a value as JSON with sorted names; a round trip does not change it."""
     text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)
     return f"{zlib.crc32(text.encode()):08x}"

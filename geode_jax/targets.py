@@ -1,8 +1,8 @@
-"""Which numbers targets can hold: the one place where their domains stand.
+"""Domains of all targets, defined once.
 
-Logarithms, squares and float32 follow each of these quantities. What lies outside is left out and
-counted by `Pipeline.dropped`, never clipped: a clipped number is a wrong one, and a number that is
-not finite would cost the whole batch.
+Losses take logarithms and squares of these quantities in float32. A target outside its domain is
+left out and counted in `Pipeline.dropped`. It is never clipped, because a clipped target is wrong,
+and a target that is not finite would spoil the whole batch.
 """
 
 import math
@@ -18,22 +18,22 @@ LOG_VALUES = (math.log(0.01), 11.0)
 
 MOST_VALUES = {"length": 100.0, "area": 5000.0, "count": 1000.0}
 """Dimension -> the largest number of a question, in its base unit (metres, square metres, items),
-that a room can have: what is larger was read or written in a wrong unit."""
+that a room can have; a larger number was read or written in a wrong unit."""
 
 LOG_EDGES = (math.log(1e-4), 4.0)
 """Logarithms of the edges of boxes in metres: 0.1 mm to 54.6 m."""
 
 MOST_PLACE = LARGEST_PLACE
-"""Largest coordinate of boxes and points, metres: beyond, a frame is not that of a room."""
+"""Largest coordinate of boxes and points, metres: larger ones are not in the frame of a room."""
 
 MOST_YAW = 100.0
-"""Largest yaw, radians: beyond, float32 has no angle left."""
+"""Largest yaw, radians: float32 cannot resolve larger angles."""
 
 DEPTHS = (1e-3, 1000.0)
 """Least and largest known depth, metres (or the export's scene units)."""
 
 MOST_FEATURE = LARGEST_FEATURE
-"""Largest feature of a teacher, whose squared distance is learned."""
+"""Largest feature of a teacher; the loss is a squared distance."""
 
 
 BIN_RANGE = (0.3, 10.0)
@@ -46,23 +46,23 @@ def depth_bin_centres(bins: int) -> np.ndarray:
 
 
 def plausible(value: float, dimension: str, base: float) -> bool:
-    """Whether a room can have such a measure.
+    """Returns whether a room can have this measure.
 
     Args:
-        value: in a unit.
-        dimension: "length", "area" or "count".
-        base: what one of the unit is in metres, square metres or items.
+        value: number in the unit.
+        dimension: dimension of the unit: "length", "area" or "count".
+        base: one of the unit in metres, square metres or items.
     """
     most = MOST_VALUES.get(dimension, math.inf)
     return 0 <= value * base <= most * (1 + 1e-9) and (dimension != "count" or value == int(value))
 
 
 def held_boxes(boxes_7: np.ndarray) -> np.ndarray:
-    """Which boxes [..., 7] (centre, size, yaw) their code can hold, [...] bool."""
+    """Returns which boxes [..., 7] (centre, size, yaw) can be encoded, [...] bool."""
     boxes = np.asarray(boxes_7, np.float64)
     low, high = np.exp(LOG_EDGES)
     edges = boxes[..., 3:6]
-    return (
+    return np.asarray(
         (np.abs(boxes[..., :3]) <= MOST_PLACE).all(-1)
         & ((edges >= low) & (edges <= high)).all(-1)
         & (np.abs(boxes[..., 6]) <= MOST_YAW)
@@ -70,22 +70,22 @@ def held_boxes(boxes_7: np.ndarray) -> np.ndarray:
 
 
 def held_depth(depth: np.ndarray) -> np.ndarray:
-    """Which depths are known and can be learned; 0 is unknown."""
+    """Returns which depths are known and can be learned; 0 is unknown."""
     return (depth >= DEPTHS[0]) & (depth <= DEPTHS[1])
 
 
 def held_places(places_3: np.ndarray) -> np.ndarray:
-    """Which points [..., 3] lie in a room's frame, [...] bool."""
-    return (np.abs(places_3) <= MOST_PLACE).all(-1)
+    """Returns which points [..., 3] lie in a room's frame, [...] bool."""
+    return np.asarray((np.abs(places_3) <= MOST_PLACE).all(-1))
 
 
 def held_features(features: np.ndarray) -> bool:
-    """Whether all features of a scene can be learned."""
+    """Returns whether all features of a scene can be learned."""
     return not features.size or max(float(features.max()), -float(features.min())) <= MOST_FEATURE
 
 
 def left_out(tensors: Mapping[str, np.ndarray]) -> Counter:
-    """What is left out of a scene's targets -> how many, for `Pipeline.dropped`."""
+    """Counts the targets of a scene that are left out, by reason, for `Pipeline.dropped`."""
     found: Counter = Counter()
     for name in ("target/depth", "vggt/depth"):
         if name in tensors:

@@ -1,4 +1,4 @@
-"""Control tokens: where GEODE answers by a value instead of words (Sec. 2.2), and which values."""
+"""Control tokens: which questions GEODE answers by a regressed value (Sec. 2.2), and the values."""
 
 import math
 from collections.abc import Mapping
@@ -9,22 +9,22 @@ from geode_jax.exports.units import BASE_UNIT
 from geode_jax.targets import LOG_VALUES, held_boxes, plausible
 
 REG, BOX = "<REG>", "<3DBBOX>"
-"""The tokens: a number, a box. The state at one of them is regressed, see `models.drh`."""
+"""The tokens of a number and of a box. The hidden state there is regressed, see `models.drh`."""
 
 
 class NoNumberError(ValueError):
-    """A question has no number that can be regressed; the message says why, without the number."""
+    """A question has no number that can be regressed. The message holds the reason alone."""
 
 
 class Number(NamedTuple):
-    """A value in its question's unit, and what one of that unit is in the base unit."""
+    """A value in the unit of its question, and the size of that unit in base units."""
 
     value: float
     base_unit: float
 
 
 def control_of(record: Mapping[str, Any]) -> str:
-    """The token that answers a question: BOX, REG, or "" where words do."""
+    """Returns the token that answers a question: BOX, REG, or "" if words answer it."""
     if "box" in record:
         return BOX
     if record["kind"] in NUMERIC_KINDS:
@@ -33,19 +33,19 @@ def control_of(record: Mapping[str, Any]) -> str:
 
 
 def number_of(record: Mapping[str, Any]) -> Number:
-    """What is regressed of a question that a number answers.
+    """Returns the number that is regressed for a question that a number answers.
 
     Raises:
-        NoNumberError: the answer is no number, its unit is unknown, unclear, or not the one that
-            the question asks for, or the value is outside of `targets.LOG_VALUES`, or not
+        NoNumberError: the answer is no number; its unit is unknown, unclear or not the one that
+            the question asks for; or the value is outside `targets.LOG_VALUES` or not
             `targets.plausible`.
     """
-    said = units.read_quantity(record["answer"])
-    value = record.get("value", said.number if said else None)
+    answer = units.read_quantity(record["answer"])
+    value = record.get("value", answer.number if answer else None)
     if value is None:
         raise NoNumberError("the answer is no number")
     unit = unit_of(record)
-    base = BASE_UNIT.get(unit, 1.0)
+    base = 1.0 if unit is None else BASE_UNIT[unit]
     if not value > 0:
         raise NoNumberError("the value is zero or negative, and its logarithm is learned")
     low, high = LOG_VALUES
@@ -57,7 +57,7 @@ def number_of(record: Mapping[str, Any]) -> Number:
 
 
 def why_not_regressed(record: Mapping[str, Any]) -> str:
-    """Why a question that a control token answers has nothing to regress, "" where it has."""
+    """Returns why a question with a control token has nothing to regress, else ""."""
     token = control_of(record)
     if token == BOX and not held_boxes(record["box"]):
         return "the box is one that no code holds"
@@ -70,16 +70,16 @@ def why_not_regressed(record: Mapping[str, Any]) -> str:
 
 
 def unit_of(record: Mapping[str, Any]) -> str | None:
-    """The unit of a question's value, one of `BASE_UNIT`; None where nothing names one.
+    """Returns the unit of a question's value, one of `BASE_UNIT`; None if nothing names a unit.
 
-    It is the record's; without one, that of the answer, of the question, or of the kind.
+    The first of these that names a unit decides: the record, the answer, the question, the kind.
 
     Raises:
-        NoNumberError: it is unknown or unclear, or the record's is another than the words name.
+        NoNumberError: the unit is unknown or unclear, or the record and its words disagree.
     """
-    said = units.read_quantity(record.get("answer", ""))
+    answer = units.read_quantity(record.get("answer", ""))
     usual = units.KIND_UNITS.get(record["kind"])
-    named = said.unit if said else None
+    named = answer.unit if answer else None
     if named is None:
         try:
             dimension = units.UNITS[usual].dimension if usual else None
@@ -94,7 +94,7 @@ def unit_of(record: Mapping[str, Any]) -> str | None:
     else:
         unit = units.read_unit(record["unit"])
         # A value that is not the answer's number may have been converted, and is trusted.
-        if said and said.number == record.get("value") and named and named != unit:
+        if answer and answer.number == record.get("value") and named and named != unit:
             raise NoNumberError("its unit is not the one that its question or answer names")
     if unit not in BASE_UNIT:
         raise NoNumberError("its unit is unknown or not regressed")
@@ -102,7 +102,7 @@ def unit_of(record: Mapping[str, Any]) -> str | None:
 
 
 def answer_unit(record: Mapping[str, Any]) -> str | None:
-    """The unit that a predicted value is said in; None, base units, where `unit_of` is unclear."""
+    """Returns the unit in which a predicted value is written; None (base units) if unclear."""
     try:
         return unit_of(record)
     except NoNumberError:

@@ -1,9 +1,10 @@
 """Which questions training draws from: weights of data sets, and a stratified part of all.
 
-A question's weight is that of its kind times that of its source (`data.kind_weights`,
-`data.mixture`); a scene asks its questions in an order drawn by their weights. Sources that have
-scenes of their own would not notice: so a scene has the largest weight of its questions' sources,
-and an epoch visits a scene of half the largest weight half as often.
+The weight of a question is the weight of its kind times the weight of its source
+(`data.kind_weights`, `data.mixture`). The questions of a scene are drawn in the order of their
+weights. That alone has no effect on sources with scenes of their own, so a scene has the largest
+weight of its questions' sources, and an epoch visits a scene of half the largest weight half as
+often.
 """
 
 import zlib
@@ -14,14 +15,14 @@ import numpy as np
 from geode_jax.errors import UserError
 
 OWN = "own"
-"""Stands for the questions that name no source: the export's own."""
+"""Name for the questions without a source: those of the export itself."""
 
 
 def parse_mixture(text: str) -> dict[str, float]:
-    """ "scanqa=2,own=0.5" -> {"scanqa": 2.0, "own": 0.5}; what is not named weighs 1.
+    """Parses "scanqa=2,own=0.5" to {"scanqa": 2.0, "own": 0.5}; other sources have weight 1.
 
     Raises:
-        UserError: it is not of this form, or a weight is negative or not finite.
+        UserError: the text has another form, or a weight is negative or not finite.
     """
     weights: dict[str, float] = {}
     for part in filter(None, text.split(",")):
@@ -39,18 +40,18 @@ def parse_mixture(text: str) -> dict[str, float]:
 def stratified_part(
     strata: Sequence[np.ndarray], keep: np.ndarray, fraction: float, seed: int
 ) -> np.ndarray:
-    """A part of the kept rows that has the same share of every stratum, at least one row of each.
+    """Draws the same share of the kept rows of every stratum, at least one row of each.
 
-    The part of a smaller fraction lies inside that of a larger one.
+    The rows of a smaller fraction are a subset of the rows of a larger one.
 
     Args:
-        strata: labels [n] each; a stratum is a combination of them.
-        keep: [n] bool, which rows there are.
-        fraction: in (0, 1].
-        seed: of the draw.
+        strata: arrays of labels [n]; a stratum is a combination of labels.
+        keep: [n] bool, the rows to draw from.
+        fraction: share in (0, 1].
+        seed: seed of the draw.
 
     Returns:
-        [n] bool.
+        [n] bool, the drawn rows.
     """
     names = ["\n".join(map(str, labels)) for labels in zip(*strata, strict=True)]
     distinct, stratum = np.unique(names, return_inverse=True)
@@ -64,14 +65,16 @@ def stratified_part(
 
 
 def choose_scenes(weights: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """The scenes of an epoch, none twice: systematic sampling, so their number never varies.
+    """Draws the scenes of an epoch without repetition, always the same number of them.
+
+    This is systematic sampling.
 
     Args:
         weights: [n], positive, the largest is 1.
-        random: of this epoch.
+        random: generator of this epoch.
 
     Returns:
-        floor(sum of the weights) indices; scene i is there with a probability proportional to
+        floor(sum of the weights) indices; scene i is drawn with a probability proportional to
         `weights[i]`.
     """
     order = random.permutation(len(weights))
@@ -82,5 +85,5 @@ def choose_scenes(weights: np.ndarray, random: np.random.Generator) -> np.ndarra
 
 
 def scenes_per_epoch(weights: np.ndarray) -> int:
-    """How many scenes `choose_scenes` chooses."""
+    """Returns the number of scenes that `choose_scenes` draws."""
     return int(weights.sum() + 1e-9)

@@ -1,8 +1,8 @@
 """Packing: the questions of a scene share a few short rows instead of one padded row each.
 
-A question and its answer are one segment, [Q][bos][A without its last token]. It sees V and,
-causally, itself; from bos on, which opens the answer, it also sees the thinking tokens T. So the
-task heads, which must not see T, read the columns of Q, and bos and A predict A.
+A question and its answer form one segment, [Q][bos][A without its last token]. It attends to V
+and, causally, to itself. From bos on, which opens the answer, it also attends to the thinking
+tokens T. The task heads must not see T, so they read the columns of Q; bos and A predict A.
 
 Padding every question to the longest would compute several columns for each real one; the interval
 mask of `ops.attention` keeps the segments of a row apart.
@@ -23,17 +23,18 @@ def pack(
     *,
     in_order: bool = False,
 ) -> list[tuple[int, int]]:
-    """Places questions first-fit.
+    """Places questions in the rows of a scene, first-fit.
 
     Args:
         candidates: indices of questions, in order of preference.
-        question_length, answer_length: tokens of every question with its bos, > 1, and answer, > 0.
+        question_length, answer_length: tokens of every question with its bos (> 1) and of every
+            answer (> 0).
         rows, columns: M and R.
-        limit: at most this many questions.
-        in_order: stop at the first question that does not fit, instead of trying the next.
+        limit: largest number of questions.
+        in_order: stop at the first question that does not fit instead of trying the next one.
 
     Returns:
-        (question, flat column of its segment) of every question placed.
+        (question, first flat column of its segment) of every placed question.
     """
     used = np.zeros(rows, int)
     placed: list[tuple[int, int]] = []
@@ -62,15 +63,15 @@ def lay_out(
     slots: int,
     pad_id: int,
 ) -> dict[str, np.ndarray]:
-    """The rows of a scene whose questions were placed by `pack`.
+    """Fills the rows of a scene whose questions were placed by `pack`.
 
     Args:
-        placed: of `pack`; the i-th fills question slot i.
+        placed: result of `pack`; entry i fills question slot i.
         question: [n, Lq] ids, bos last, left-padded; `question_length` [n].
         answer: [n, La] ids, right-padded; `answer_length` [n].
         rows, columns: M and R.
         slots: Q.
-        pad_id: fills what is left.
+        pad_id: id of padding.
 
     Returns:
         Rows of one scene under the names of the fields of `Batch`, without the axis S:

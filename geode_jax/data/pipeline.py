@@ -1,15 +1,15 @@
 """Batches of scenes with their questions, as a pure function of (seed, step).
 
 Scenes are read straight from the export's safetensors, questions from the ArrayRecord that
-`question_records` made. Nothing here has a state that matters: a run that stops at step k goes on
-with `iterate(k, ...)`, with any number of workers, and gets the same batches.
+`question_records` made. Batches depend on no other state: a run that stops at step k continues with
+`iterate(k, ...)`, with any number of workers, and gets the same batches.
 """
 
 import functools
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -60,23 +60,23 @@ class OneScene(NamedTuple):
 
 
 class Pipeline:
-    """Batches of one split of an export; any number of threads may ask for them.
+    """Makes the batches of one split of an export; several threads may call it at the same time.
 
     Attributes:
-        steps_per_epoch: after so many steps every scene was seen once (up to S - 1 scenes of an
-            epoch's order are left to the next one; of scenes of less weight only some are seen).
-        dropped: counts of what is not trained on: `kind <name>` not asked for (or, without control
-            tokens, answered by a box), `source <name>`, `no <field>`, `question too long`, `answer
-            too long`, `longer than a packed row`, `outside data.fraction`, `boxes beyond
-            max_boxes`, `bad question`, `bad scene`. In training, what cannot be regressed
-            (`targets`) takes its question with it where a control token answers, `nothing to
-            regress: <why>`; where words answer, the question stays without it, `number that words
-            alone learn: <why>`. `box of a named object that no code holds`, and, of scenes as they
-            are met, what `targets.left_out` names.
-        bad_scenes: scene id -> what is wrong with it, as met so far.
-        max_question_length, max_answer_length: the longest of the split (of the kinds asked for),
-            bos and eos included, what does not fit among them.
-        shapes: the batch's scene sizes.
+        steps_per_epoch: number of steps in which every scene is seen once (up to S - 1 scenes of an
+            epoch's order move to the next epoch; scenes of less weight are sampled).
+        dropped: counts of what is left out, by reason. Questions: `kind <name>` not wanted (or,
+            without control tokens, answered by a box), `source <name>`, `no <field>`, `question too
+            long`, `answer too long`, `longer than a packed row`, `outside data.fraction`, `bad
+            question`. Others: `boxes beyond max_boxes`, `bad scene`. In training, a question whose
+            control token has nothing to regress (`targets`) is left out, `nothing to regress:
+            <why>`; a question that words answer is kept without its number, `number that words
+            alone learn: <why>`. Further `box of a named object that no code holds`, and what
+            `targets.left_out` counts in the scenes read so far.
+        bad_scenes: {scene id: what is wrong} of the scenes read so far.
+        max_question_length, max_answer_length: the longest of the split (of the wanted kinds), bos
+            and eos included; questions that do not fit count too.
+        shapes: sizes of a batch's scene arrays.
     """
 
     def __init__(
@@ -87,11 +87,18 @@ class Pipeline:
         split: str,
         kinds: Sequence[str] | None = None,
     ):
-        """Args: kinds: only questions of these; None for all.
+        """Opens a split.
+
+        Args:
+            export: opened export.
+            tokenizer: tokenizer of the run.
+            config: settings of the batches.
+            split: name of the split.
+            kinds: kinds of questions to use; None for all.
 
         Raises:
-            UserError: the split has no question that fits, a weight is of what is no kind, or the
-                teacher's logits do not fit the tokenizer.
+            UserError: the split has no question that fits, a weight names no kind, or the teacher's
+                logits do not fit the tokenizer.
             ExportError: `questions.jsonl` breaks the contract.
         """
         self.config, self.split, self._tokenizer, self._export = config, split, tokenizer, export
@@ -106,7 +113,7 @@ class Pipeline:
             self._check_logits()
         self.shapes = SceneShapes(
             views=sizes.views,
-            grid=tuple(export.patch_grid),
+            grid=export.patch_grid,
             token_width=self._token_width(sizes),
             view_tokens=sizes.view_tokens,
             depth_ratio=config.depth_ratio,
@@ -209,7 +216,7 @@ class Pipeline:
         if config.fraction < 1:
             part = stratified_part((source, kind), keep, config.fraction, config.seed)
             drop("outside data.fraction", ~part)
-        if self.split == "train":  # others teach nothing, and ask every question
+        if self.split == "train":  # other splits use every question
             for why in whys:
                 left = int((keep & (lengths["not_regressed"] == why)).sum())
                 self.dropped += Counter({f"number that words alone learn: {why}": left})
@@ -243,7 +250,7 @@ class Pipeline:
         return np.random.default_rng((self.config.seed, *stream))
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The epoch's scenes in their order: a permutation where all have the same weight."""
+        """Returns the scenes of an epoch in order: a permutation if all have the same weight."""
         with self._lock:
             if epoch not in self._orders:
                 if len(self._orders) > 2:
@@ -255,11 +262,11 @@ class Pipeline:
             return self._orders[epoch]
 
     def _draw(self, epoch: int, scene: int, round_: int) -> np.ndarray:
-        """The scene's used questions in the order they are to be asked; the first that fit are.
+        """Returns the scene's questions in the order in which they are packed.
 
-        Weighted sampling without replacement: the smallest of exponential times with the weights
-        as rates (Efraimidis & Spirakis 2006). Where an epoch has fewer scenes than a batch, a scene
-        comes in several rounds, which go on through the same order.
+        Weighted sampling without replacement: questions are sorted by exponential times with the
+        weights as rates (Efraimidis & Spirakis 2006). If an epoch has fewer scenes than a batch, a
+        scene comes in several rounds, which continue in the same order.
         """
         weights = self._weights[scene]
         times = self._random(_QUESTION_DRAW, epoch, scene).exponential(size=len(weights))
@@ -268,11 +275,11 @@ class Pipeline:
         return np.roll(order, -round_ * q) if len(order) > q else order
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
-        """The batch of a global step.
+        """Returns the batch of a global step.
 
         Args:
-            step: 0 is the first of the first epoch.
-            rows: the scenes of the batch that this process wants (`slice(a, b)`); None for all.
+            step: global step, from 0.
+            rows: the scenes of the batch to make (`slice(a, b)`); None for all.
 
         Returns:
             A `Batch` of numpy arrays.
@@ -295,8 +302,8 @@ class Pipeline:
 
     # --- Reading ----------------------------------------------------------------------------------
 
-    def _read_good(self, candidates: Sequence[int]) -> tuple[int, dict[str, np.ndarray]]:
-        """The first of the candidates that can be read."""
+    def _read_good(self, candidates: Iterable[int]) -> tuple[int, dict[str, np.ndarray]]:
+        """Returns the first of the candidates that can be read, and its tensors."""
         for scene in candidates:
             tensors = self._read_scene(int(scene))
             if tensors is not None:
@@ -330,7 +337,7 @@ class Pipeline:
         return tensors
 
     def _question_arrays(self, scene: int) -> dict[str, np.ndarray]:
-        """All used questions of a scene as arrays [n, ...], kept for the next epoch."""
+        """Returns the used questions of a scene as arrays [n, ...], cached for later epochs."""
         arrays = self._questions.get(scene)
         if arrays is None:
             config = self.config
@@ -357,7 +364,7 @@ class Pipeline:
         return [records[i] for i in self._used[scene]]
 
     def _place(self, scene: int, candidates, *, in_order: bool = False) -> list[tuple]:
-        """The questions of a scene that fill its packed rows; see `packing.pack`."""
+        """Places questions of a scene in its packed rows; see `packing.pack`."""
         arrays, config = self._question_arrays(scene), self.config
         return pack(
             candidates,
@@ -370,7 +377,7 @@ class Pipeline:
         )
 
     def _question_rows(self, scene: int, placed: list[tuple], tensors) -> dict[str, np.ndarray]:
-        """Rows of Q questions of a scene; see `lay_out_questions`."""
+        """Returns the rows of Q questions of a scene; see `lay_out_questions`."""
         config = self.config
         return lay_out_questions(
             self._question_arrays(scene),
@@ -383,7 +390,7 @@ class Pipeline:
         )
 
     def one_scene(self, scene_id: str) -> OneScene:
-        """A scene, of any split, to be asked about.
+        """Reads a scene of any split for `one_question`.
 
         Raises:
             ExportError: the scene is unknown or breaks the contract.
@@ -392,14 +399,13 @@ class Pipeline:
         return OneScene(tensors, stack_rows([batch_rows(tensors, self.shapes)]))
 
     def one_question(self, record: Mapping[str, Any], scene: OneScene) -> Batch:
-        """A batch of one scene and one question about it.
+        """Returns a batch of one scene and one question about it, without an answer.
 
-        The question need not be stored, nor fit the configured length: a longer one doubles it as
-        often as it takes. It has no answer, so the batch is for answering alone.
+        The question need not be in the export. The configured length is doubled until it fits.
 
         Args:
-            record: `kind`, `question`, and `options` and `unit` where there are some.
-            scene: of `one_scene`.
+            record: `kind`, `question`, and optionally `options` and `unit`.
+            scene: result of `one_scene`.
         """
         record = {**record, **dict.fromkeys(ANSWER_FIELDS, "")}
         tokenizer, config = self._tokenizer, self.config
@@ -417,20 +423,20 @@ class Pipeline:
     def iterate(
         self, start_step: int, num_steps: int, rows: slice | None = None
     ) -> Iterator[tuple[int, Batch]]:
-        """(step, batch) of the steps from `start_step`, prepared ahead through grain.
+        """Yields (step, batch) from `start_step`, prepared ahead by grain.
 
         Batches and their order do not depend on `workers`.
 
         Args:
             start_step: first global step.
-            num_steps: how many.
+            num_steps: number of steps.
             rows: as in `batch`.
 
         Raises:
             ExportError, UserError: as `batch`.
         """
-        # Threads rather than grain's processes: batches of VGGT's tokens are 100 MB, and what a
-        # process hands over is copied twice more. A batch ahead of those being made keeps all busy.
+        # Threads rather than grain's processes: batches of VGGT's tokens are 100 MB, and a process
+        # would copy them twice more. One more batch than workers keeps every worker busy.
         workers = self.config.workers
         reading = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers + 1)
         steps = grain.MapDataset.range(start_step, start_step + num_steps)
@@ -450,22 +456,22 @@ class Pipeline:
         rows: slice | None = None,
         first: int = 0,
     ) -> Iterator[tuple[list[list[dict]], Batch]]:
-        """Every question of the split's scenes once, in order.
+        """Yields batches with every question of the split's scenes once, in order.
 
         A row of a batch holds a scene and up to Q of its questions; a scene with more takes
         several rows. The last batch is filled with rows that hold no question.
 
         Args:
-            max_scenes: stop after so many scenes.
-            seed: which scenes, then, and in which order; None takes the first ones, sorted.
-            shuffled: a scene's questions stand beside the arrays of the scene before it, those of
-                the first beside the last one's.
-            rows: of every batch, the scenes that this process wants; None for all.
-            first: so many batches are passed over, unread.
+            max_scenes: largest number of scenes; None for all.
+            seed: seed of the choice and order of the scenes; None takes the first ones, sorted.
+            shuffled: whether the questions of a scene are put to the scene before it (those of the
+                first scene to the last one).
+            rows: the scenes of every batch to make; None for all.
+            first: number of batches to skip, unread.
 
         Yields:
-            The records of every row (a list a row, the questions in their columns' order), and
-            the batch, of the wanted rows alone.
+            The records of every row (one list per row, in the order of the batch), and the batch,
+            which has the wanted rows alone.
         """
         order = np.arange(len(self._scene_ids))
         if seed is not None:
@@ -492,9 +498,9 @@ class Pipeline:
             yield found, _stacked(arrays)
 
     def _eval_rows(self, order: np.ndarray, shuffled: bool) -> Iterator[tuple]:
-        """The records of every row, and what makes its arrays: of the scene, of the questions.
+        """Yields the records of every row and a function that makes its scene and question arrays.
 
-        A scene of another process's rows is not read, unless it may have to be left out.
+        A scene in the rows of another process is only read to check whether it is left out.
         """
         beside = np.roll(order, int(shuffled))
         for scene, other in zip(order.tolist(), beside.tolist(), strict=True):
@@ -507,8 +513,10 @@ class Pipeline:
                 placed = self._place(scene, range(start, len(records)), in_order=True)
 
                 def make(placed=placed, scene=scene, other=other, read=read):
-                    rows = self._question_rows(scene, placed, read(scene))
-                    return batch_rows(read(other), self.shapes), rows
+                    own, seen = read(scene), read(other)
+                    assert own is not None and seen is not None  # bad scenes were left out above
+                    rows = self._question_rows(scene, placed, own)
+                    return batch_rows(seen, self.shapes), rows
 
                 own = records[start : start + len(placed)]
                 start += len(placed)
@@ -516,6 +524,6 @@ class Pipeline:
 
 
 def _stacked(rows: Sequence[tuple[dict, dict]]) -> Batch:
-    """Rows of scenes and of their questions as one batch."""
+    """Returns rows of scenes and of their questions as one batch."""
     scenes, questions = zip(*rows, strict=True)
     return Batch(**stack_rows(scenes), **stack_rows(questions))

@@ -23,16 +23,15 @@ TEACHER_LOGITS = (
     "teacher/topk_id",
     "teacher/topk_logprob",
 )
-"""What is read of a scene for `add_teacher_logits`."""
+"""Tensors of a scene that `add_teacher_logits` reads."""
 _TEACHER_COLUMN = {"left_right": 0, "above_below": 2}  # P(left) and P(above), contract section 3
 
 _TURN = (0, 1, 0, 2)
-"""Of which objects the turn is that a question asks for: who goes, or looks, from the first of them
-to the second has to turn at the third to face the fourth. So it stands where a question has one
-stand by an object and face another."""
+"""Objects (a, b, c, d) that define the turn of a question: who walks or looks from a to b has to
+turn at c to face d. This order belongs to "stand by object 0 and face object 1"."""
 _ROUTE_TURN = {3: (0, 1, 1, 2), 4: (0, 1, 0, 3)}
-"""Of a route's, by how many objects it names: start, object faced, destination and, where the first
-turn is on the spot, the stop before it. Of two turns it is the first."""
+"""The same for the first turn of a route, by the number of named objects: start, object faced,
+destination and, if the first turn is on the spot, the stop before the destination."""
 
 
 def stack_questions(
@@ -54,10 +53,10 @@ def stack_questions(
 
     Args:
         records: n question records whose prompts and answers fit.
-        tokenizer: of the run.
+        tokenizer: tokenizer of the run.
         question_length, answer_length: Lq and La.
         answer_field: "answer", "teacher_answer" or "rationale".
-        controls: ids of REG and BOX: an "answer" that is a number or a box is then one of these.
+        controls: ids of REG and BOX, which replace an "answer" that is a number or a box.
     """
     n, lq, la = len(records), question_length, answer_length
     arrays = {
@@ -88,7 +87,7 @@ def stack_questions(
     prompts = tokenizer.encode_with_ends(texts)
     answers = tokenizer.encode_answers([record[answer_field] for record in records])
     if controls and answer_field == "answer":
-        token = dict(zip((REG, BOX), controls, strict=True))
+        token: dict[str, int] = dict(zip((REG, BOX), controls, strict=True))
         for i, record in enumerate(records):
             if control_of(record):
                 answers[i] = [token[control_of(record)]]
@@ -147,10 +146,9 @@ def _roles(record: Mapping[str, Any]) -> str:
 
 
 def _anchor_first(record: Mapping[str, Any]) -> list[dict]:
-    """The objects a question names, the one that distances are measured from first.
+    """Returns the objects of a question; the object that distances are measured from comes first.
 
-    Of "which of these is the closest to ..." that is the one which is no option, wherever the
-    record has it.
+    In "which of these is the closest to ..." that is the object which is not an option.
     """
     objects = list(record.get("objects", ()))
     if _roles(record) == CANDIDATES:
@@ -160,11 +158,11 @@ def _anchor_first(record: Mapping[str, Any]) -> list[dict]:
 
 
 def _turn(objects: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
-    """(sin, cos) of the turn at the third of four objects to face the fourth.
+    """Returns (sin, cos) of the turn at the third of four objects to face the fourth.
 
-    The heading before is that from the first object to the second. Seen from above (z up), counter-
-    clockwise positive: sin > 0 is to the left. None where one of the two ways has no length, or
-    where the box of an object cannot be learned.
+    The heading before the turn is from the first object to the second. Angles are seen from above
+    (z up), counter-clockwise positive: sin > 0 is to the left. Returns None if one of the two
+    directions has no length or if the box of an object cannot be learned.
     """
     if not all(map(_is_held, objects)):
         return None
@@ -174,7 +172,7 @@ def _turn(objects: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
 
 
 def _is_held(item: Mapping[str, Any]) -> bool:
-    """Whether the box of a named object can be learned."""
+    """Returns whether the box of a named object can be learned."""
     return bool(held_boxes(item["box"]))
 
 
@@ -183,13 +181,14 @@ def add_teacher_logits(
 ) -> None:
     """Fills `topk_id`, `topk_logprob` [n, La, k] and `topk_mask` [n, La] of `stack_questions`.
 
-    Only where the teacher's answer is, id by id, the one that is learned: elsewhere its logits are
-    about another continuation.
+    Questions whose teacher answer differs from the learned answer in any id are left masked: the
+    logits then belong to another continuation.
 
     Args:
-        arrays: of `stack_questions`.
-        tensors: the scene's `TEACHER_LOGITS`; without them nothing is masked in.
-        rows: [n] number of every question among the scene's, in the order of questions.jsonl.
+        arrays: result of `stack_questions`, which is changed.
+        tensors: the scene's `TEACHER_LOGITS`; without them every mask stays False.
+        rows: [n] number of each question among those of the scene, in the order of
+            questions.jsonl.
         topk: k.
     """
     n, la = arrays["answer_SQA"].shape
@@ -200,9 +199,9 @@ def add_teacher_logits(
     question = tensors["teacher/answer_question"]
     for i, row in enumerate(rows):
         own = slice(*np.searchsorted(question, [row, row + 1]))
-        said = tensors["teacher/answer_id"][own]
+        answer = tensors["teacher/answer_id"][own]
         length = arrays["answer_length_SQ"][i]
-        if len(said) and np.array_equal(said, arrays["answer_SQA"][i, :length]):
+        if len(answer) and np.array_equal(answer, arrays["answer_SQA"][i, :length]):
             arrays["topk_id_SQAk"][i, :length] = tensors["teacher/topk_id"][own]
             arrays["topk_logprob_SQAk"][i, :length] = tensors["teacher/topk_logprob"][own]
             arrays["topk_mask_SQA"][i, :length] = True
@@ -224,12 +223,12 @@ def lay_out_questions(
     lamp") only after the category.
 
     Args:
-        arrays: of `stack_questions`.
-        placed: of `packing.pack`.
-        tensors: the scene's.
+        arrays: result of `stack_questions`.
+        placed: result of `packing.pack`.
+        tensors: tensors of the scene.
         slots: Q.
         rows, columns: M and R of the packed text.
-        pad_id: fills what is left.
+        pad_id: id of padding.
     """
     chosen = [question for question, _ in placed]
     first = np.array([first for _, first in placed], np.int32)
@@ -238,7 +237,7 @@ def lay_out_questions(
     )
     object_column = np.full((slots, MAX_OBJECTS), -1, np.int32)
     object_column[: len(chosen)] = np.where(place < 0, -1, first[:, None] + place)
-    fields = {"object_column_SQO": object_column}
+    fields: dict[str, np.ndarray] = {"object_column_SQO": object_column}
     # Padding questions have base unit 1, because values are divided by it.
     fills = {"question_SQL": pad_id, "answer_SQA": pad_id, "base_unit_SQ": 1}
     for name, array in arrays.items():
@@ -267,7 +266,7 @@ def lay_out_questions(
 
 
 def _shared(tensors: Mapping[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
-    """Which rows of `target/boxes` (-1: unknown) have a category that other boxes have too."""
+    """Returns which rows of `target/boxes` (-1: unknown) share their category with other boxes."""
     labels = tensors.get("target/labels")
     if labels is None or not len(labels):
         return np.zeros(rows.shape, bool)
@@ -277,10 +276,10 @@ def _shared(tensors: Mapping[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
 def _teacher_relations(
     tensors: Mapping[str, np.ndarray], pairs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The teacher's relations of the first two objects of every record.
+    """Returns the teacher's relations of the first two objects of every record.
 
     Args:
-        tensors: a scene's; `teacher/relations` has row i * N + j for box i relative to box j.
+        tensors: tensors of a scene; row i * N + j of `teacher/relations` is box i relative to j.
         pairs: [Q, 2] rows of `target/boxes`, -1 unknown.
 
     Returns:

@@ -1,8 +1,7 @@
 """A scene of an export as the rows of a `Batch`: resampled to the patch grid, padded, masked.
 
-Everything here is a pure function of one scene's tensors. An absent tensor gives zeros and a
-False mask. V, P, N, ... are those of `SceneShapes`, the same for every scene of an export, so that
-a step is compiled once.
+Every function is pure. An absent tensor gives zeros and a False mask. The sizes V, P, N, ... come
+from `SceneShapes` and are the same for every scene of an export, so a step is compiled once.
 """
 
 import dataclasses
@@ -10,6 +9,7 @@ import functools
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, ExportError
@@ -31,15 +31,15 @@ SCENE_TENSORS = (
     "teacher/detection_probs",
     "teacher/relations",
 )
-"""All that is read of a scene for the student's arrays."""
+"""Tensors of a scene that the student's arrays are made of."""
 
 GEODE_VISION = ("images", "internvit/tokens")
-"""What GEODE may see of a scene: its pictures, or what InternViT made of them."""
+"""Tensors that GEODE may see of a scene: its pictures, or InternViT's tokens of them."""
 _POINTS = ("sonata/features", "sonata/coord", "sonata/frame")
 
 
 def scene_tensors(vision: str) -> tuple[str, ...]:
-    """What is read of a scene for its arrays, where `vision` is what the model sees."""
+    """Returns the tensors that are read of a scene if the model sees the tensor `vision`."""
     if vision not in GEODE_VISION:
         return SCENE_TENSORS
     student = ("vggt/tokens", "vggt/camera_tokens")
@@ -53,22 +53,22 @@ class SceneShapes:
     Attributes:
         views: V, the most views of any scene; scenes with fewer are padded.
         grid: (gh, gw); P = gh * gw.
-        token_width: C of what the model sees, 0 where that is images.
-        view_tokens: how many of them a view has; 0: a token a patch.
-        camera_width: C where the student sees camera tokens, else 0.
+        token_width: C of the tokens that the model sees, 0 for images.
+        view_tokens: number of tokens of a view; 0 for one per patch.
+        camera_width: C if the student sees camera tokens, else 0.
         depth_ratio: r; `target_depth` is [gh * r, gw * r].
         boxes: N; a scene with more keeps its first N and is not `boxes_known`.
         categories: c, width of the teacher's detection probabilities, 0 without a teacher.
         features: F, width of the teacher's patch features, 0 without a teacher.
         depth_bins: B of the teacher's depth distribution, 0 without a teacher.
-        topk: k of the teacher's logits, 0 where there are none for this vocabulary.
+        topk: k of the teacher's logits, 0 without logits over this vocabulary.
         vision: the tensor that the model sees.
-        token_dtype: of vision and camera tokens. VGGT's are as they are stored: a scene of them is
-            90 MB in float32.
-        image: (h, w) of the images, (0, 0) where the model does not see them.
-        points: G, the most points of any scene; 0 where there are none, or for the student.
+        token_dtype: dtype of vision and camera tokens. VGGT's tokens keep their stored dtype: a
+            scene of them takes 90 MB in float32.
+        image: (h, w) of the images, (0, 0) if the model does not see images.
+        points: G, the most points of any scene; 0 without points and for the student.
         point_width: C of the points.
-        point_frames: it is known of which view every point is.
+        point_frames: whether the view of every point is known.
     """
 
     views: int
@@ -97,10 +97,10 @@ class SceneShapes:
 
 @dataclasses.dataclass(frozen=True)
 class ExportSizes:
-    """The largest sizes in an export, and how many boxes every scene has.
+    """The largest sizes in an export, and the number of boxes of every scene.
 
-    `image` (h, w) is 0 where images are not what is seen, `view_tokens` and `view_width` where
-    InternViT's tokens are not, `points` and `point_width` where neither is.
+    `image` (h, w) is 0 unless the model sees images, `view_tokens` and `view_width` are 0 unless it
+    sees InternViT's tokens, `points` and `point_width` are 0 unless it sees one of the two.
     """
 
     views: int
@@ -169,7 +169,7 @@ def export_sizes(export: Export, vision: str = "vggt/tokens") -> ExportSizes:
         box_counts=box_counts,
         has_detection_probs=has_detection_probs,
         has_camera_tokens=has_camera_tokens,
-        image=view[:2] if view and vision == "images" else (0, 0),
+        image=(view[0], view[1]) if view and vision == "images" else (0, 0),
         view_tokens=view[0] if view and vision != "images" else 0,
         view_width=view[1] if view and vision != "images" else 0,
         points=points,
@@ -187,7 +187,7 @@ def batch_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str,
     views, and scenes without a camera, have identity poses, which can be inverted.
 
     Args:
-        tensors: what `Export.read_scene` gave for `scene_tensors`, absent ones left out.
+        tensors: result of `Export.read_scene` for `scene_tensors`.
         shapes: sizes to pad to.
     """
     V, (gh, gw), P = shapes.views, shapes.grid, shapes.patches
@@ -227,15 +227,15 @@ def batch_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str,
 
 
 def _seen_rows(tensors, shapes: SceneShapes, v_own: int) -> dict[str, np.ndarray]:
-    """Pictures and points, where they are seen; else of size zero."""
+    """Returns the rows of pictures and points, of size zero if the model does not see them."""
     G, width = shapes.points, shapes.point_width
     images = tensors["images"] if shapes.vision == "images" else np.zeros((0, 0, 0, 3))
-    # A feature without its place, or a place without its feature, is no point.
+    # A point needs both its feature and its coordinates.
     known = G > 0 and "sonata/features" in tensors and "sonata/coord" in tensors
     features = tensors["sonata/features"] if known else np.zeros((0, width))
     coord = tensors["sonata/coord"] if known else np.zeros((0, 3))
     frame = tensors.get("sonata/frame", np.zeros(0)) if known else np.zeros(0)
-    frame = np.where(frame < v_own, frame, -1)  # a view that is not there is not known
+    frame = np.where(frame < v_own, frame, -1)  # the view does not exist, so it is unknown
     return {
         "image_SVhw3": _padded(images, (shapes.views, *shapes.image, 3), np.uint8),
         "point_SGC": _padded(features, (G, width)),
@@ -269,7 +269,7 @@ def _teacher_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[s
 
 
 def _camera_rows(tensors, shapes: SceneShapes, v_own: int) -> dict[str, np.ndarray]:
-    """Poses on the patch grid and the point that every patch sees."""
+    """Returns the rows of the cameras on the patch grid and of the point that each patch sees."""
     V, (gh, gw), P = shapes.views, shapes.grid, shapes.patches
     extrinsic = np.tile(np.eye(3, 4, dtype=np.float32), (V, 1, 1))
     intrinsic = np.tile(np.eye(3, dtype=np.float32), (V, 1, 1))
@@ -312,7 +312,7 @@ def _camera_rows(tensors, shapes: SceneShapes, v_own: int) -> dict[str, np.ndarr
 
 
 def _unproject(u, v, z, intrinsic, extrinsic) -> np.ndarray:
-    """World points [V, gh, gw, 3] of pixels (u [gw], v [gh]) at depths z [V, gh, gw].
+    """Returns world points [V, gh, gw, 3] of pixels (u [gw], v [gh]) at depths z [V, gh, gw].
 
     A camera-from-world pose takes world x to camera R x + t, so world = R^T (camera - t).
     """
@@ -322,8 +322,10 @@ def _unproject(u, v, z, intrinsic, extrinsic) -> np.ndarray:
     return np.einsum("vji,vhwj->vhwi", extrinsic[:, :, :3], in_camera).astype(np.float32)
 
 
-def _padded(array, shape: tuple[int, ...], dtype=np.float32, fill=0) -> np.ndarray:
-    """The array in the corner of a larger one."""
+def _padded(
+    array: np.ndarray, shape: tuple[int, ...], dtype: DTypeLike = np.float32, fill: int = 0
+) -> np.ndarray:
+    """Returns an array of a larger shape with the given array at its origin."""
     if array.shape == shape:
         return array.astype(dtype, copy=False)
     out = np.full(shape, fill, dtype)
@@ -334,21 +336,21 @@ def _padded(array, shape: tuple[int, ...], dtype=np.float32, fill=0) -> np.ndarr
 
 @functools.lru_cache(maxsize=64)
 def _starts(size: int, cells: int) -> np.ndarray:
-    """First pixel of every cell: pixel y lies in cell floor((y + 1/2) cells / size).
+    """Returns the first pixel of every cell: pixel y lies in cell floor((y + 1/2) cells / size).
 
-    With more cells than pixels a cell takes the pixel nearest to its centre.
+    If there are more cells than pixels, a cell takes the pixel nearest to its centre.
     """
     first = np.ceil(np.arange(cells) * size / cells - 0.5).astype(np.int64)
     return np.clip(first, 0, size - 1)
 
 
 def patch_mean(values, cells: tuple[int, int], known=None) -> np.ndarray:
-    """Mean over the known pixels of every cell: [V, h, w, ...] -> [V, *cells, ...]; 0 = none known.
+    """Averages the known pixels of every cell: [V, h, w, ...] -> [V, *cells, ...]; 0 = none known.
 
     Args:
-        values: depth, or anything else per pixel.
+        values: depth or another quantity per pixel.
         cells: rows and columns of the result.
-        known: same shape; depths of `targets.held_depth` where None.
+        known: mask of the same shape; None for `targets.held_depth` of the values.
     """
     values = np.asarray(values, np.float32)
     known = held_depth(values) if known is None else known
@@ -364,7 +366,7 @@ def patch_mean(values, cells: tuple[int, int], known=None) -> np.ndarray:
 
 
 def patch_majority(labels: np.ndarray, cells: tuple[int, int]) -> np.ndarray:
-    """The label most pixels of a cell have: [V, h, w] -> [V, *cells] int32; ties avoid -1."""
+    """Returns the commonest label of every cell: [V, h, w] -> [V, *cells] int32; ties avoid -1."""
     v, h, w = labels.shape
     # More cells than pixels: repeat the pixels first.
     labels = np.repeat(np.repeat(labels, -(-cells[0] // h), axis=1), -(-cells[1] // w), axis=2)
@@ -381,7 +383,7 @@ def patch_majority(labels: np.ndarray, cells: tuple[int, int]) -> np.ndarray:
 
 
 def empty_rows(shapes: SceneShapes) -> dict[str, np.ndarray]:
-    """Rows of a slot that holds no scene: one visible view of zeros, nothing supervised."""
+    """Returns the rows of a slot without a scene: one visible view of zeros, nothing supervised."""
     if shapes.vision == "images":
         view = np.zeros((1, *shapes.image, 3), np.uint8)
     else:

@@ -1,4 +1,4 @@
-"""What the batches of a pipeline look like: settings, and lengths measured on the data."""
+"""Settings of a pipeline, and lengths measured on its data."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,34 +21,34 @@ from geode_jax.exports import Export
 
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
-    """What a batch looks like.
+    """Settings of a pipeline.
 
     Attributes:
         export: folder of the export.
         scenes_per_batch, questions_per_scene: S and Q.
         question_length, answer_length: Lq (prompt + bos) and La (answer + eos). A longer question
-            is left out and counted in `Pipeline.dropped`, never cut.
+            is left out and counted in `Pipeline.dropped`, never truncated.
         max_boxes: N.
-        rows_per_scene, row_length: M and R of the packed text; as many of the Q drawn questions as
-            fit are asked, in the order they were drawn.
+        rows_per_scene, row_length: M and R of the packed text; the Q drawn questions are packed in
+            the order in which they were drawn, as far as they fit.
         vision: the tensor the model sees: "vggt/tokens" or "teacher/features" (the student),
-            "images" or "internvit/tokens" (GEODE), with which come the points of
-            `sonata/features` where there are some.
-        seed: of the order of scenes and the draw of questions, >= 0.
-        workers: threads that make batches ahead of the training step. Reading and copying large
-            tensors releases Python's lock, so that they run beside each other; on a CPU that also
-            trains, more than one takes cores from the step.
+            "images" or "internvit/tokens" (GEODE, which also sees the points of `sonata/features`
+            if there are some).
+        seed: seed of the order of scenes and the draw of questions, >= 0.
+        workers: threads that prepare batches ahead of the training step. Reading and copying large
+            tensors releases Python's lock, so threads run in parallel. On a CPU that also trains,
+            more than one thread takes cores from the step.
         on_bad_scene: "stop" raises at a scene that breaks the contract, "skip" counts it and puts
             the epoch's next good scene in its place.
         answer_field: "answer", or "teacher_answer" to learn from and score against the teacher, or
-            "rationale"; questions without it are left out and counted.
-        controls: ids of `<REG>` and `<3DBBOX>`: an "answer" that is a number or a box is one of
-            them. Without them, questions that are answered by a box are left out and counted.
-        kind_weights: how much more likely a kind is drawn than one of weight 1; 0 never.
-        source_weights: the same of data sets, see `data.mixture`.
-        fraction: of the questions of every source and kind that are used at all, drawn by `seed`.
-        logits: whether the teacher's come with its answers, where the export has them; those over
-            another vocabulary are refused.
+            "rationale"; questions without this field are left out and counted.
+        controls: ids of `<REG>` and `<3DBBOX>`, which replace an "answer" that is a number or a
+            box. Without them, questions that a box answers are left out and counted.
+        kind_weights: {kind: weight of its questions in the draw}, 1 by default; 0 leaves them out.
+        source_weights: {data set: weight}, likewise, see `data.mixture`.
+        fraction: share of the questions of every source and kind that is used, drawn by `seed`.
+        logits: whether to read the teacher's logits if the export has them; logits over another
+            vocabulary are refused.
         depth_ratio: r; target depth is [gh * r, gw * r].
     """
 
@@ -106,7 +106,7 @@ class PipelineConfig:
             raise UserError(f"data: fraction: {self.fraction} is not in (0, 1]")
 
     def asking_all(self) -> "PipelineConfig":
-        """The same without weights and fraction, which are training's alone."""
+        """Returns the settings without weights and fraction, which only training uses."""
         return dataclasses.replace(self, kind_weights={}, source_weights={}, fraction=1.0)
 
 

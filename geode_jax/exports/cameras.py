@@ -182,7 +182,7 @@ class Watch:
             if count >= _ENOUGH
         }
         apart, floating = shares[""]
-        best = min(shares, key=shares.get)
+        best = min(shares, key=lambda reading: shares[reading])
         better = apart > DISAGREE and shares[best][0] < BETTER * apart
         if not better and floating <= FLOATING:
             return None
@@ -256,6 +256,8 @@ def _known_points(points: np.ndarray | None, depth: np.ndarray | None) -> np.nda
     """Points [n, 3] where there is a depth, or that are not the origin."""
     if points is None:
         return None
-    same = depth is not None and depth.shape == points.shape[:-1]
-    known = depth > 0 if same else (points != 0).any(-1)
+    if depth is not None and depth.shape == points.shape[:-1]:
+        known = depth > 0
+    else:
+        known = (points != 0).any(-1)
     return points[known]

@@ -1,24 +1,40 @@
-"""The array contract: everything that comes from outside reaches the trainer through an export.
+"""The array contract: the format of an export, the only way in which arrays reach the trainer.
 
-An export is a folder, written by whoever made the arrays (VGGT, Sonata, a teacher, a sensor, the
-embedded rooms) and checked on reading, so that the trainer never knows who made an array:
+This file is the specification for everyone who writes an exporter. `reader`, `writer` and
+`validation` follow its table `SPECS`; `records` specifies the JSON files in the same way. An
+exporter uses `ExportWriter`, which checks every rule before it writes.
+
+Files
+-----
+An export is a folder:
 
     manifest.json                   schema version, producer, dtype, scenes with their sha256
     scenes/<scene_id>.safetensors   tensors of `SPECS`
-    teacher/<scene_id>.safetensors  optional, the `teacher/` tensors of `SPECS`, names without it
-    questions.jsonl                 one question a line
+    teacher/<scene_id>.safetensors  optional: the `teacher/` tensors of `SPECS`, names without it
+    questions.jsonl                 one question per line
 
-Conventions: the world frame is metric and z up where the producer can say so (`scale: metric`), a
-camera is camera-from-world with OpenCV axes (x right, y down, z forward), intrinsics are in pixels
-of the (h, w) depth map with pixel centres at integers, a box is (centre xyz, size xyz, yaw about
-z in radians), depth 0 means missing. Every tensor is optional: an absent array is a loss that is
-not paid.
+`manifest.json` is written last. A folder without it is not an export.
 
-Everything a file can have wrong is refused by `ExportError` in one line: where, what, which rule.
-Nothing here can load pickle: JSON and safetensors are the only formats.
+Conventions
+-----------
+* World frame: in metres and with z up if the producer knows the scale (`scale: metric` in the
+  manifest), else in units of the scene (`scale: scene`).
+* Camera pose: camera-from-world [3, 4] with OpenCV axes (x right, y down, z forward).
+* Intrinsics: in pixels of the (h, w) depth map; pixel centres are at integers.
+* Box: (centre x, y, z, size x, y, z, yaw about z in radians).
+* Depth: along z of the camera; 0 means missing.
+* Numbers: every float must be finite. Tokens have the manifest's dtype, and the writer converts
+  them; every other tensor has one of the dtypes in `SPECS`.
 
-This package stands alone (numpy and safetensors; tqdm for the progress bar when installed; Python
-3.9), so that an exporter can load it by path inside another project's environment.
+Every tensor is optional. A loss whose target is absent is masked.
+
+Errors
+------
+Every violation is an `ExportError` of one line: where, which field, which rule. JSON and
+safetensors are the only formats, so reading an export never unpickles or runs anything.
+
+The package needs Python 3.9, numpy and safetensors (tqdm for the progress bar if installed), so an
+exporter can load it by path inside another project's environment.
 """
 
 from __future__ import annotations
@@ -32,45 +48,46 @@ import numpy as np
 from . import files
 from .bfloat16 import float32_of_bfloat16
 
+Manifest = Mapping[str, Any]
+
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
 
 LONGEST_NAME = 1000
-"""Characters of an id or a name at most: they stand in messages, tables and search patterns."""
+"""Longest id or name, characters; they appear in messages, tables and search patterns."""
 ROTATION_TOLERANCE = 1e-3
 """Largest entry of |R R^T - I|: poses are often read from text with four decimals."""
 PROBABILITY_TOLERANCE = {"F32": 1e-4, "F16": 2e-3, "BF16": 1e-2}
 """Largest |sum - 1|: two units in the last place of numbers just below 1, and headroom."""
 
 MASS_TOLERANCE = {"F32": 1e-3, "F16": 5e-3, "BF16": 3e-2}
-"""By which the sum of stored log-probabilities' exponentials may exceed 1: their rounding."""
+"""Largest excess over 1 of the sum of the exponentials of stored log-probabilities (rounding)."""
 LARGEST_FEATURE = 1e6
-"""Largest feature that a model may be given: beyond, squares and sums leave the range in which
-float32 and bfloat16 can be trusted, and a network's activations are 1e5 at most."""
+"""Largest magnitude of a feature that a model reads. Activations of networks reach 1e5; squares and
+sums of features beyond 1e6 lose precision in float32 and bfloat16."""
 LARGEST_PLACE = 1000.0
-"""Largest coordinate of a camera or a point, metres (or scene units): no room's frame is larger."""
+"""Largest coordinate of a camera or a point, metres (or scene units); no room is larger."""
 LARGEST_PIXEL = 1e6
 """Largest entry of an intrinsic, pixels."""
 LEAST_FOCAL = 1e-3
-"""Least focal length, pixels: an intrinsic is inverted."""
+"""Smallest focal length, pixels; intrinsics are inverted."""
 
 MANIFEST, QUESTIONS = "manifest.json", "questions.jsonl"
 ENTRIES = ".entries"
-"""Folder of the entries of scenes that are done, while several processes fill an export."""
+"""Folder of the entries of finished scenes while several processes write an export."""
 FILES = (("", "scenes", "sha256"), ("teacher/", "teacher", "teacher_sha256"))
-"""Of a scene's two files: prefix of the tensors' names, folder, key in the manifest."""
+"""A scene's two files: (prefix of tensor names, folder, key of the sha256 in the manifest)."""
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
 class ExportError(files.UserError):
-    """One line: `scene X: tensor Y: rule`, `questions.jsonl:LINE: field: rule` or alike.
-
-    A file that is bad as a whole (missing, checksum) has `tensor *`.
+    """A violation of the contract as one line, such as `scene X: tensor Y: rule`.
 
     Attributes:
         where: `scene X`, `questions.jsonl:LINE` or `manifest.json`.
-        field: `tensor Y`, or the field's name.
-        rule: what is wrong.
+        field: `tensor Y` or the name of the field; `tensor *` for a tensor file that is missing or
+            damaged as a whole.
+        rule: the rule that is broken.
     """
 
     def __init__(self, where: str, field: str = "", rule: str = ""):
@@ -79,26 +96,27 @@ class ExportError(files.UserError):
 
 
 def shown(value: Any) -> str:
+    """Returns a value as it appears in messages: its repr, at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 # --- The tensors ----------------------------------------------------------------------------------
-# A rule gets a tensor's finite values (bf16 as float32), the manifest and the stored dtype, and
-# returns what is wrong, or None.
+# A rule takes a tensor's finite values (bf16 as float32), the manifest and the stored dtype. It
+# returns a description of the violation, or None.
 
 
 def _first(bad: np.ndarray) -> str:
-    """The place of the first True, as text."""
+    """Returns the index of the first True as text."""
     return str([int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape)])
 
 
-def _depth_rule(depth: np.ndarray, manifest: dict, dtype: str) -> str | None:
+def _depth_rule(depth: np.ndarray, manifest: Manifest, dtype: str) -> str | None:
     bad = depth < 0
     return f"negative depth at {_first(bad)} (0 means missing)" if bad.any() else None
 
 
-def _extrinsic_rule(extrinsic: np.ndarray, manifest: dict, dtype: str) -> str | None:
+def _extrinsic_rule(extrinsic: np.ndarray, manifest: Manifest, dtype: str) -> str | None:
     rotation = extrinsic[:, :, :3].astype(np.float64)
     error = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max(axis=(1, 2))
     bad = error > ROTATION_TOLERANCE
@@ -112,7 +130,7 @@ def _extrinsic_rule(extrinsic: np.ndarray, manifest: dict, dtype: str) -> str | 
     return f"translation of view {view} is beyond {LARGEST_PLACE:g} m" if bad.any() else None
 
 
-def _intrinsic_rule(intrinsic: np.ndarray, manifest: dict, dtype: str) -> str | None:
+def _intrinsic_rule(intrinsic: np.ndarray, manifest: Manifest, dtype: str) -> str | None:
     bad = (intrinsic[:, 0, 0] <= 0) | (intrinsic[:, 1, 1] <= 0)
     if bad.any():
         return f"focal length of view {int(np.argmax(bad))} is not positive"
@@ -125,13 +143,13 @@ def _intrinsic_rule(intrinsic: np.ndarray, manifest: dict, dtype: str) -> str | 
     return None
 
 
-def _boxes_rule(boxes: np.ndarray, manifest: dict, dtype: str) -> str | None:
+def _boxes_rule(boxes: np.ndarray, manifest: Manifest, dtype: str) -> str | None:
     bad = (boxes[:, 3:6] <= 0).any(axis=-1)
     return f"size of box {int(np.argmax(bad))} is not positive" if bad.any() else None
 
 
 def _category_rule(lowest: int) -> Callable:
-    def rule(labels: np.ndarray, manifest: dict, dtype: str) -> str | None:
+    def rule(labels: np.ndarray, manifest: Manifest, dtype: str) -> str | None:
         count = len(manifest["categories"])
         bad = (labels < lowest) | (labels >= count)
         if not bad.any():
@@ -143,9 +161,9 @@ def _category_rule(lowest: int) -> Callable:
 
 
 def _probability_rule(*groups: slice) -> Callable:
-    """Numbers in [0, 1]; every group of the last axis sums to 1."""
+    """Returns the rule: numbers in [0, 1], and every group of the last axis sums to 1."""
 
-    def rule(values: np.ndarray, manifest: dict, dtype: str) -> str | None:
+    def rule(values: np.ndarray, manifest: Manifest, dtype: str) -> str | None:
         bad = (values < 0) | (values > 1)
         if bad.any():
             return f"probability at {_first(bad)} is not in [0, 1]"
@@ -159,13 +177,13 @@ def _probability_rule(*groups: slice) -> Callable:
     return rule
 
 
-def _index_rule(ids: np.ndarray, manifest: dict, dtype: str) -> str | None:
+def _index_rule(ids: np.ndarray, manifest: Manifest, dtype: str) -> str | None:
     if "teacher_tokenizer" not in manifest:
         return "needs teacher_tokenizer in the manifest: whose ids these are"
     return f"negative id at {_first(ids < 0)}" if (ids < 0).any() else None
 
 
-def _topk_rule(ids: np.ndarray, manifest: dict, dtype: str) -> str | None:
+def _topk_rule(ids: np.ndarray, manifest: Manifest, dtype: str) -> str | None:
     wrong = _index_rule(ids, manifest, dtype)
     if wrong:
         return wrong
@@ -174,12 +192,12 @@ def _topk_rule(ids: np.ndarray, manifest: dict, dtype: str) -> str | None:
     return f"an id stands twice at {_first(bad)}" if bad.any() else None
 
 
-def _question_rule(rows: np.ndarray, manifest: dict, dtype: str) -> str | None:
+def _question_rule(rows: np.ndarray, manifest: Manifest, dtype: str) -> str | None:
     bad = np.diff(rows, prepend=0) < 0
     return f"value at {_first(bad)} is less than the one before" if bad.any() else None
 
 
-def _logprob_rule(logprob: np.ndarray, manifest: dict, dtype: str) -> str | None:
+def _logprob_rule(logprob: np.ndarray, manifest: Manifest, dtype: str) -> str | None:
     bad = logprob > 0
     if bad.any():
         return f"log-probability at {_first(bad)} is positive"
@@ -187,22 +205,22 @@ def _logprob_rule(logprob: np.ndarray, manifest: dict, dtype: str) -> str | None
     return f"the probabilities at {_first(bad)} have a sum above 1" if bad.any() else None
 
 
-def _frame_rule(frame: np.ndarray, manifest: dict, dtype: str) -> str | None:
+def _frame_rule(frame: np.ndarray, manifest: Manifest, dtype: str) -> str | None:
     return f"negative view at {_first(frame < 0)}" if (frame < 0).any() else None
 
 
 class TensorSpec(NamedTuple):
-    """What a tensor of the contract must be.
+    """Specification of one tensor.
 
     Attributes:
-        dims: a letter names a size that all tensors of a scene share. C, P, gh, gw and categories
-            come from the manifest; a product is written `N*N`.
-        dtypes: safetensors dtypes; empty means the manifest's `dtype` (the writer converts to it).
-        rule: what the values must satisfy; every float tensor must be finite besides.
-        needs: the tensor that gives this one its meaning.
-        largest: magnitude beyond which a scene is refused, of what models are given as it is;
-            infinite where numbers beyond a domain are left out one by one (`targets`), or a
-            rule bounds them.
+        dims: one entry per axis. A number is a fixed size. A name is a size that all tensors of the
+            scene share; C (`token_width`), P (gh * gw), gh and gw (`patch_grid`) and categories
+            are given by the manifest. `N*N` is a product. Only N may be 0.
+        dtypes: allowed safetensors dtypes; empty for the manifest's `dtype`.
+        rule: rule that the values must keep, besides being finite.
+        needs: tensor that must be in the same scene.
+        largest: largest magnitude; a scene with a larger one is refused. It is infinite where a
+            rule bounds the values, or where values out of range are masked one by one (`targets`).
     """
 
     dims: str
@@ -246,34 +264,50 @@ SPECS: dict[str, TensorSpec] = {
     _TOPK_ID: TensorSpec("T k", ("I32",), _topk_rule, "teacher/topk_logprob"),
     "teacher/topk_logprob": TensorSpec("T k", _FLOAT, _logprob_rule, "teacher/answer_id"),
 }
-"""Every tensor of the contract; writing, reading and validating all go by this table.
+"""All tensors of the contract: {name: specification}.
 
-`internvit/tokens` are InternViT's last hidden states of `images`, the class token first.
+Sizes: V views, h x w pixels of depth maps (a multiple of the patch grid), H x W pixels of images, G
+points, N boxes, T answer tokens of the teacher, k alternatives of each.
 
-Row i*N+j of `teacher/relations`: P(left), P(right), P(above), P(below) of box i relative to box j,
-seen in the first camera.
+`vggt/tokens` and `vggt/camera_tokens` are VGGT's aggregated tokens, `sonata/frame` is the view that
+shows most of a point, `internvit/tokens` are InternViT's last hidden states of `images` with the
+class token first, `target/segmentation` is -1 where a pixel has no category.
 
-The teacher's logits, T answer tokens of all its questions one after the other: token t belongs to
-the scene's question number `answer_question[t]` (0 = its first line in questions.jsonl), is
-`answer_id[t]` (the last of an answer is the end token), and had the k likeliest alternatives
-`topk_id[t]`, all different, with log-probabilities over the whole vocabulary `topk_logprob[t]`.
-The ids are those of the tokenizer whose `tokenizer.json` has the manifest's sha256
-`teacher_tokenizer`. At k = 16 in float16 that is 104 bytes a token, 8 + 6 k in general, where all
-32,000 of Llama would be 64,000.
+Row i*N+j of `teacher/relations` is P(left), P(right), P(above), P(below) of box i relative to box
+j, seen in the first camera.
 
-There is no logsumexp: a log-probability is the logit less the logsumexp, which is thereby in every
-entry already. What it would add, the common offset of the logits, no softmax can see.
+The teacher's logits cover the T answer tokens of all its questions about the scene, one after the
+other. Token t belongs to question number `answer_question[t]` of the scene (0 is its first line in
+questions.jsonl) and is `answer_id[t]`; the last token of an answer is the end token.
+`topk_id[t]` are its k likeliest alternatives, all different, and `topk_logprob[t]` their
+log-probabilities over the whole vocabulary. Ids are those of the tokenizer whose `tokenizer.json`
+has the manifest's sha256 `teacher_tokenizer`. A token takes 8 + 6 k bytes in float16: 104 at
+k = 16, where all 32,000 logits of Llama would take 64,000.
+
+There is no logsumexp: each log-probability is the logit minus the logsumexp, and the common offset
+of the logits does not change a softmax.
 """
 
 
 def scene_error(scene_id: str, tensor: str, rule: str) -> ExportError:
+    """Returns the error of a tensor; `tensor` is "*" for a whole file."""
     return ExportError(f"scene {scene_id}", f"tensor {tensor}", rule)
 
 
 def check_layout(
-    scene_id: str, layout: Mapping[str, tuple], manifest: dict, with_teacher: bool
+    scene_id: str, layout: Mapping[str, tuple], manifest: Manifest, with_teacher: bool
 ) -> None:
-    """Checks names, dtypes and shapes of a scene, given {name: (dtype, shape)}."""
+    """Checks names, dtypes and shapes of a scene.
+
+    Args:
+        scene_id: the scene.
+        layout: {name: (safetensors dtype, shape)}.
+        manifest: the manifest of the export.
+        with_teacher: whether `layout` includes the teacher's tensors.
+
+    Raises:
+        ExportError: a name, dtype or shape breaks a rule.
+    """
     for name in layout:
         if name not in SPECS or (name.startswith("teacher/") and not with_teacher):
             raise scene_error(scene_id, shown(name), "unknown tensor name")
@@ -306,7 +340,7 @@ def check_layout(
             if size != wanted:
                 rule = differs if dim.isdigit() else f"{differs} with {dim} = {wanted}"
                 raise scene_error(scene_id, name, rule)
-            if size == 0 and dim not in ("N", "N*N"):  # a room may be empty, nothing else may
+            if size == 0 and dim not in ("N", "N*N"):  # a room may have no box
                 raise scene_error(scene_id, name, f"shape {list(shape)} has no {dim}")
             if dim == "N":
                 sizes["N*N"] = size * size
@@ -315,7 +349,7 @@ def check_layout(
             raise scene_error(scene_id, name, rule)
 
 
-EXPONENT = {  # all ones: infinite or NaN
+EXPONENT = {  # (unsigned type of the bits, exponent bits); all of them set: infinite or NaN
     "F16": (np.uint16, 0x7C00),
     "BF16": (np.uint16, 0x7F80),
     "F32": (np.uint32, 0x7F800000),
@@ -323,15 +357,21 @@ EXPONENT = {  # all ones: infinite or NaN
 
 
 def _bits_of(magnitude: float, dtype: str) -> int:
-    """The bits of the largest finite number of a dtype that is not beyond a magnitude."""
+    """Returns the bits of the largest finite number of a dtype up to a magnitude."""
     if dtype == "F16":
         return int(np.float16(min(magnitude, 65504)).view(np.uint16))
     bits = int(np.float32(min(magnitude, np.finfo(np.float32).max)).view(np.uint32))
     return bits >> 16 if dtype == "BF16" else bits
 
 
-def check_values(scene_id: str, name: str, dtype: str, stored: np.ndarray, manifest: dict) -> None:
-    """Checks the numbers of one tensor; `stored` holds bf16 as its uint16 bits."""
+def check_values(
+    scene_id: str, name: str, dtype: str, stored: np.ndarray, manifest: Manifest
+) -> None:
+    """Checks the values of one tensor; bf16 is stored as uint16 bits.
+
+    Raises:
+        ExportError: a value is not finite, too large, or breaks the tensor's rule.
+    """
     if dtype in EXPONENT and stored.size:
         # On the bits: several times faster than isfinite on 16-bit floats, and needs no bf16 type.
         # Without their sign, bits are in the order of the magnitudes.
@@ -354,7 +394,7 @@ def check_values(scene_id: str, name: str, dtype: str, stored: np.ndarray, manif
 
 
 def check_frame(scene_id: str, frame: np.ndarray, layout: Mapping[str, tuple]) -> None:
-    """Checks that points are of views that the scene has."""
+    """Checks that the views of points (`sonata/frame`) exist in the scene."""
     views = [shape[0] for name, (_, shape) in layout.items() if SPECS[name].dims[:1] == "V"]
     if views and frame.size and frame.max() >= views[0]:
         where = _first(frame >= views[0])

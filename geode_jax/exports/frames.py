@@ -85,7 +85,7 @@ def to_sonata_frame(
     if metres_per_unit is None:
         if high[2] <= low[2]:
             raise ValueError("frames: the cloud has no height to take its scale from")
-        metres_per_unit = height / (high[2] - low[2])
+        metres_per_unit = float(height / (high[2] - low[2]))
     origin = np.array([*(low[:2] + high[:2]) / 2, low[2]])
     return Similarity(rotation, float(metres_per_unit), -metres_per_unit * origin)
 

@@ -1,7 +1,6 @@
-"""What the finished scenes of an unfinished export were made from, so that none stays that is old.
+"""Fingerprints of the sources of an unfinished export's finished scenes.
 
-Beside each finished scene stands a fingerprint of its source. A scene whose source has changed
-since is forgotten, and so made anew.
+A scene whose source has changed since it was finished is removed and made again.
 
 This module stands alone (Python 3.9, standard library), as the whole package does.
 """
@@ -21,19 +20,19 @@ from .writer import ExportWriter
 
 
 def fingerprint(source: Any) -> str:
-    """A text that changes with a source.
+    """Returns a text that changes with a source.
 
     Args:
-        source: a path, of a file or a folder: where it is, and the size and the time of the last
-            change of each file there count, not the content, which may be many gigabytes. Or a
-            value that JSON can say.
+        source: path of a file or folder, or a value that JSON can hold. A path counts by its place
+            and by the sizes and modification times of its files; their content, which may be many
+            gigabytes, is not read.
     """
     value = _files_of(source) if isinstance(source, Path) else source
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _files_of(path: Path) -> list:
-    found = [str(path.resolve())]
+    found: list[Any] = [str(path.resolve())]
     names = [path] if not path.is_dir() else []
     for folder, _, inside in os.walk(path, followlinks=True):
         names += [Path(folder) / name for name in inside]
@@ -47,25 +46,25 @@ def _files_of(path: Path) -> list:
 
 
 def note(writer: ExportWriter, scene_id: str, source: str) -> None:
-    """Keeps the fingerprint of a scene's source; before the scene is made and added."""
+    """Writes the fingerprint of a scene's source; to be called before the scene is added."""
     files.write_text(_note_file(writer, scene_id), source)
 
 
 def changed(writer: ExportWriter, sources: Mapping[str, str]) -> list[str]:
-    """The finished scenes that were made from other sources than those that are there now.
+    """Returns the finished scenes whose sources have changed.
 
-    Scenes of before there were such notes count as unchanged.
+    Scenes without a fingerprint count as unchanged.
 
     Args:
-        writer: of the unfinished export.
-        sources: scene -> fingerprint of its source; other scenes are not looked at.
+        writer: writer of the unfinished export.
+        sources: {scene: fingerprint of its source}; other scenes are ignored.
     """
     noted = {s: _note_file(writer, s) for s in writer.finished() if s in sources}
     return [s for s, file in noted.items() if file.exists() and files.read_text(file) != sources[s]]
 
 
 def forget(writer: ExportWriter, scene_id: str) -> None:
-    """Removes a finished scene from an unfinished export, its mark of being finished first.
+    """Removes a finished scene from an unfinished export, its entry first.
 
     Raises:
         UserError: a file cannot be removed.

@@ -36,13 +36,13 @@ MAX_PIXELS = 1 << 27
 
 _ORIENTATION = 0x0112
 _TURNS = {
-    2: Image.FLIP_LEFT_RIGHT,
-    3: Image.ROTATE_180,
-    4: Image.FLIP_TOP_BOTTOM,
-    5: Image.TRANSPOSE,
-    6: Image.ROTATE_270,
-    7: Image.TRANSVERSE,
-    8: Image.ROTATE_90,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 """Orientation flag -> what brings a stored picture to how it is shown."""
 
@@ -155,7 +155,8 @@ def orientation(source: str | os.PathLike | bytes, where: str | os.PathLike = ""
     return _orientation(_opened(data, where, "picture", FORMATS))
 
 
-def _content(source, where="") -> tuple[bytes, str]:
+def _content(source: str | os.PathLike | bytes, where: str | os.PathLike = "") -> tuple[bytes, str]:
+    """The bytes of a picture file, and the beginning of messages about it."""
     if isinstance(source, bytes):
         return source, str(where) or "content"
     return read_bytes(source, MAX_BYTES), str(where) or str(source)

@@ -1,4 +1,4 @@
-"""Contradictions inside one question: fields that are each right, and cannot be true together.
+"""Contradictions inside a question: fields that are each valid but cannot be true together.
 
 Python 3.9, the standard library alone.
 """
@@ -15,15 +15,15 @@ from .kinds import COUNT_KINDS
 _LETTERED = re.compile(r"\(?([A-Z])(?:[.):]+(?:\s.*)?|\))", re.DOTALL)
 _LETTER = re.compile(r"\(?([A-Z])[.):]*")
 _ROUNDED = 1.001
-"""By which the last digit of a written number may be off: rounded either way, or cut off."""
+"""Largest error of a written number in units of its last digit: it is rounded or cut off."""
 
 
 def contradiction(record: Mapping[str, Any], numeric: bool) -> tuple[str, str] | None:
-    """The field that contradicts others and the rule that it breaks, None where all agree.
+    """Returns (field that contradicts the others, rule that it breaks), or None.
 
     Args:
-        record: a question whose fields each have the right type.
-        numeric: whether its kind is one that a number answers.
+        record: a question whose fields have valid types.
+        numeric: whether questions of its kind are answered by a number.
     """
     options = record.get("options")
     if options:
@@ -40,15 +40,15 @@ def contradiction(record: Mapping[str, Any], numeric: bool) -> tuple[str, str] |
 
 
 def options_fault(options: Sequence[str], answer: str | None = None) -> tuple[str, str] | None:
-    """The field and what is wrong with it: `options`, or `answer`, which is none of them.
+    """Returns (field, rule that it breaks) of options and an answer, or None.
 
-    Options have the letters A, B, ... in front ("A. chair", "(A) chair"), or none has. An answer in
-    words is not looked at.
+    Either all options begin with the letters A, B, ... ("A. chair", "(A) chair") or none does. The
+    answer may not be the letter of a missing option; an answer in words is not checked.
     """
     found = [_LETTERED.fullmatch(option.strip()) for option in options]
     expected = [chr(ord("A") + i) for i in range(len(options))]
     if all(found):
-        letters = [each[1] for each in found]
+        letters = [each[1] for each in found if each]
         if len(set(letters)) < len(letters):
             return "options", "two have the same letter"
     elif any(found):
@@ -64,7 +64,7 @@ def options_fault(options: Sequence[str], answer: str | None = None) -> tuple[st
 
 
 def _unit_fault(record: Mapping[str, Any]) -> str:
-    """What is wrong with the unit; one that is not known is left to whoever needs it."""
+    """Returns the rule that the unit breaks, or ""; an unknown unit breaks none."""
     usual = units.KIND_UNITS.get(record["kind"])
     unit = units.read_unit(record["unit"]) if "unit" in record else None
     if usual is None or unit is None:
@@ -86,9 +86,9 @@ def _number_fault(record: Mapping[str, Any]) -> str:
 
 
 def _same(record: Mapping[str, Any], said: units.Quantity) -> bool:
-    """Whether an answer's number is the value, rounded or in another unit of the same quantity.
+    """Returns whether an answer's number is the value, rounded or in another unit of its dimension.
 
-    The unit of a bare number may be that of the record, of the question, or of the kind.
+    A number without a unit may have the unit of the record, of the question or of the kind.
     """
     value, answer = float(record["value"]), record["answer"]
     decimals = re.search(r"\.([0-9]+)", answer)
@@ -99,7 +99,7 @@ def _same(record: Mapping[str, Any], said: units.Quantity) -> bool:
     try:
         asked = units.asked_unit(record["question"])
     except units.UnclearUnitError:
-        return True  # which unit the bare number is in cannot be told
+        return True  # the unit of the number is unknown
     usual = units.KIND_UNITS.get(record["kind"])
     unit = unit or said.unit or asked or usual
     names = [said.unit] if said.unit else [unit, asked, usual]

@@ -1,4 +1,4 @@
-"""Reading an export; everything that is read is checked."""
+"""The reader of exports, which checks everything that it reads."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class Export:
     """Reads an export. Holds no open file: threads may share it, and it can be pickled.
 
     Attributes:
-        folder: where it is.
+        folder: folder of the export.
         manifest: the checked manifest.
-        categories: nouns; label i means categories[i].
+        categories: nouns; label i is categories[i].
         patch_grid: (gh, gw).
         token_width: C.
     """
@@ -77,23 +77,24 @@ class Export:
         self.manifest: dict = parse(MANIFEST, data)
         check_manifest(self.manifest)
         self.categories: list[str] = self.manifest["categories"]
-        self.patch_grid: tuple[int, int] = tuple(self.manifest["patch_grid"])
+        rows, columns = self.manifest["patch_grid"]
+        self.patch_grid: tuple[int, int] = (rows, columns)
         self.token_width: int = self.manifest["token_width"]
         self._entries = {entry["id"]: entry for entry in self.manifest["scenes"]}
         self._verified: set[tuple[str, str]] = set()  # (scene, tensor or file) that passed
         self._box_counts = BoxCounts(self.folder, self._entries)
 
     def scene_ids(self, split: str | None = None) -> list[str]:
-        """Scene ids of a split (None: of all), in the manifest's order."""
+        """Returns the scene ids of a split (None for all), in the manifest's order."""
         return [i for i, entry in self._entries.items() if split in (None, entry["split"])]
 
     def header(self) -> dict[str, Any]:
-        """What an `ExportWriter` needs to make another export of these scenes."""
+        """Returns the arguments of an `ExportWriter` for another export of these scenes."""
         left_out = ("schema_version", "created", "scenes", "questions")
         return {name: value for name, value in self.manifest.items() if name not in left_out}
 
     def files(self) -> list[Path]:
-        """Paths of all files that belong to the export."""
+        """Returns the paths of all files of the export."""
         paths = [self.folder / MANIFEST, self.folder / QUESTIONS]
         for entry in self._entries.values():
             paths += [
@@ -104,7 +105,7 @@ class Export:
         return paths
 
     def scene_shapes(self, scene_id: str) -> dict[str, tuple[int, ...]]:
-        """{name: shape} of all of a scene's tensors, from the files' headers alone (unchecked).
+        """Returns {name: shape} of all tensors of a scene, from file headers alone (unchecked).
 
         Raises:
             ExportError: a file is missing or its header is damaged.
@@ -125,14 +126,13 @@ class Export:
     def read_scene(
         self, scene_id: str, names: Sequence[str] | None = None, *, verify: bool = True
     ) -> dict[str, np.ndarray]:
-        """Reads tensors of one scene, touching only the bytes of these.
+        """Reads tensors of one scene; other tensors are not read.
 
         Args:
             scene_id: a scene of the manifest.
-            names: tensors wanted (`SPECS`), those of the teacher as `teacher/features` etc.;
-                None means all. One that the scene does not have is left out of the answer.
-            verify: check the files' sha256 and the tensors' values, each the first time only.
-                Names, dtypes and shapes are always checked.
+            names: names in `SPECS`; None for all. Tensors that the scene lacks are left out.
+            verify: whether to check the sha256 of files and the values of tensors, each at its
+                first reading. Names, dtypes and shapes are always checked.
 
         Returns:
             {name: array}. bf16 comes as ml_dtypes.bfloat16, or as float32 without ml_dtypes.
@@ -182,7 +182,8 @@ class Export:
         """Yields the checked questions in the file's order.
 
         Args:
-            dropped: where to collect what is wrong with bad questions and skip them; None raises.
+            dropped: list that collects the errors of bad questions, which are then skipped; None
+                raises the first error.
 
         Raises:
             ExportError: `questions.jsonl:LINE: field: rule`, or the file itself is not the

@@ -1,6 +1,6 @@
 """The JSON of an export: the manifest and the questions, every field with its rule.
 
-A checker gets a value and returns what is wrong with it, or None.
+A rule is a function that takes a value and returns a description of the violation, or None.
 """
 
 from __future__ import annotations
@@ -129,18 +129,14 @@ def _is_grid(value: Any) -> bool:
 
 _TEXT = _must(_is_text, "a non-empty string")
 
-
 _NAME = _must(_is_name, f"a non-empty string{_AT_MOST}")
-
 
 _SCENE_NAME = _must(
     lambda value: isinstance(value, str) and _SCENE_ID.fullmatch(value) is not None,
     "letters, digits, '.', '_', '-' without a leading dot",
 )
 
-
 _HASH = _must(_is_sha256, "a sha256 in hexadecimal")
-
 
 HEADER_FIELDS = {
     "schema_version": _must(
@@ -159,13 +155,10 @@ HEADER_FIELDS = {
     "teacher_tokenizer": _HASH,
 }
 
-
 _OPTIONAL = ("teacher_tokenizer",)
 
-
 MEANING = ("dtype", "scale", "token_width", "patch_grid", "categories", "teacher_tokenizer")
-"""Fields of the header that say what the numbers of a scene mean."""
-
+"""Fields of the header on which the meaning of a scene's numbers depends."""
 
 _MANIFEST_FIELDS = {
     **HEADER_FIELDS,
@@ -173,14 +166,12 @@ _MANIFEST_FIELDS = {
     "questions": _check_questions_entry,
 }
 
-
 _ENTRY_FIELDS = {
     "id": _SCENE_NAME,
     "split": _must(lambda v: v in SPLITS, f"one of {', '.join(SPLITS)}"),
     "sha256": _HASH,
     "teacher_sha256": _HASH,
 }
-
 
 _QUESTION_FIELDS = {
     **dict.fromkeys(("id", "scene_id", "kind", "source", "unit"), _NAME),
@@ -212,7 +203,17 @@ def check_fields(where: str, record: Any, fields: dict, required: Sequence[str],
 def check_question(
     where: str, record: Any, seen: set[str], box_count: Callable[[str], int | None]
 ) -> None:
-    """Checks one question; `box_count(scene_id)` is None for an unknown scene."""
+    """Checks one question and adds its id to `seen`.
+
+    Args:
+        where: `questions.jsonl:LINE`.
+        record: the parsed line.
+        seen: ids of the questions before.
+        box_count: returns the number of boxes of a scene, None for an unknown scene.
+
+    Raises:
+        ExportError: a field breaks its rule.
+    """
     required = ("id", "scene_id", "kind", "question", "answer")
     check_fields(where, record, _QUESTION_FIELDS, required)
     if record["id"] in seen:
@@ -239,8 +240,11 @@ def check_question(
 
 
 def parse(where: str, data: bytes) -> Any:
+    """Returns the value of a JSON text; raises ExportError if it is not JSON."""
     try:
-        return files.parse_json(where, data, nan=True)  # the fields' own rules say it better
+        return files.parse_json(
+            where, data, nan=True
+        )  # the rules of the fields have better messages
     except files.UserError as error:
         raise ExportError(where, "", str(error)[len(where) + 2 :]) from None
 
@@ -250,7 +254,10 @@ def required_fields(fields: dict) -> list[str]:
 
 
 def check_manifest(manifest: Any) -> None:
-    if isinstance(manifest, dict) and "schema_version" in manifest:  # says most, so it comes first
+    """Checks a manifest; raises ExportError with the first violation."""
+    if (
+        isinstance(manifest, dict) and "schema_version" in manifest
+    ):  # the most informative error comes first
         wrong = HEADER_FIELDS["schema_version"](manifest["schema_version"])
         if wrong:
             raise ExportError(MANIFEST, "schema_version", wrong)
@@ -261,6 +268,7 @@ def check_manifest(manifest: Any) -> None:
 
 
 def check_entry(entry: Any, seen: set[str], at: str = "") -> None:
+    """Checks the manifest's entry of a scene and adds its id to `seen`; raises ExportError."""
     check_fields(MANIFEST, entry, _ENTRY_FIELDS, ("id", "split", "sha256"), at)
     if entry["id"] in seen:
         raise ExportError(MANIFEST, at + "id", f"duplicate scene {entry['id']}")

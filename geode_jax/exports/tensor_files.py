@@ -1,8 +1,8 @@
-"""The bytes of safetensors files, for `files.write_bytes`.
+"""The tensor files of an export: reading and writing safetensors, bf16 included.
 
-By hand, because safetensors' numpy writer needs ml_dtypes for bf16 and changed its arguments
-between versions (an exporter takes whatever version its environment has), and because it leaves
-files that only their owner can read.
+The files are not written by safetensors' numpy writer: it needs ml_dtypes for bf16, its arguments
+changed between versions (an exporter has the version of its environment), and only the owner can
+read its files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from . import files, tensor_files
+from . import files
 from .bfloat16 import bfloat16_of_float32, float32_of_bfloat16
 from .contract import (
     BOXES,
@@ -44,7 +44,7 @@ STORED.update({f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)})
 def chunks(
     tensors: Mapping[str, tuple[str, np.ndarray]], metadata: Mapping[str, str] | None = None
 ) -> Iterator[Any]:
-    """The bytes of a file, one chunk after another.
+    """Yields the bytes of a safetensors file, chunk by chunk, for `files.write_bytes`.
 
     Args:
         tensors: name -> (safetensors' name of the dtype, little-endian C-ordered array).
@@ -67,21 +67,25 @@ def chunks(
 
 
 def tensor_file(folder: Path, kind: str, scene_id: str) -> Path:
+    """Path of a scene's tensors; `kind` is the sub-folder, "scenes" or "teacher"."""
     return folder / kind / f"{scene_id}.safetensors"
 
 
 def scene_files(folder: Path, scene_id: str) -> list[Path]:
-    """What an unfinished export may have of a scene: the mark that it is finished, its tensors."""
+    """Paths of a scene in an unfinished export: the entry that marks it finished, its tensors."""
     tensors = [tensor_file(folder, kind, scene_id) for _, kind, _ in FILES]
     return [folder / ENTRIES / f"{scene_id}.json", *tensors]
 
 
-def to_stored(scene_id: str, name: str, array: Any, manifest: dict) -> tuple[str, np.ndarray]:
-    """(safetensors dtype, little-endian C-ordered array with bf16 as uint16 bits)."""
+def to_stored(
+    scene_id: str, name: str, array: Any, manifest: Mapping[str, Any]
+) -> tuple[str, np.ndarray]:
+    """Returns (safetensors dtype, little-endian C-ordered array); bf16 is given as uint16 bits."""
     if not isinstance(array, np.ndarray):
         raise scene_error(scene_id, shown(name), f"{type(array).__name__} is not a numpy array")
     array = np.asarray(array, order="C")
-    dtype = tensor_files.STORED.get(array.dtype.name, array.dtype.name)
+    own = str(array.dtype.name)
+    dtype = STORED.get(own, own)
     if dtype == "BF16":
         array = array.view(np.uint16)
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
@@ -106,10 +110,10 @@ def _read_header(path: Path) -> tuple[dict, int]:
 
 
 def damage(scene_id: str, path: Path, otherwise: str) -> ExportError:
-    """Says what is wrong with a damaged file: which tensor is cut off, if one is."""
+    """Returns the error of a damaged file: the tensor that is cut off, else `otherwise`."""
     label = f"{path.parent.name}/{path.name}"
     prefix = next(prefix for prefix, kind, _ in FILES if kind == path.parent.name)
-    with contextlib.suppress(Exception):  # whatever the damage: then we say `otherwise`
+    with contextlib.suppress(Exception):  # the header itself is damaged
         header, start = _read_header(path)
         have = path.stat().st_size
         for name, entry in header.items():
@@ -123,7 +127,7 @@ def damage(scene_id: str, path: Path, otherwise: str) -> ExportError:
 
 @contextlib.contextmanager
 def opened(scene_id: str, path: Path) -> Iterator[Any]:
-    """`safe_open`, with what it raises said in one line."""
+    """Opens a file with `safe_open`; every failure becomes an `ExportError`."""
     try:
         refuse_irregular(path)
         with safe_open(str(path), framework="np") as file:
@@ -137,12 +141,13 @@ def opened(scene_id: str, path: Path) -> Iterator[Any]:
 
 
 def layout_of(file: Any, prefix: str) -> dict[str, tuple]:
+    """Returns {prefix + name: (dtype, shape)} of all tensors of an open file."""
     slices = {name: file.get_slice(name) for name in file.keys()}
     return {prefix + n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
 
 
 def read_tensor(file: Any, path: Path, name: str, dtype: str) -> np.ndarray:
-    """One tensor as it is stored; bf16 as its bits, which safetensors' numpy side does not give."""
+    """Returns one tensor as stored; bf16 as uint16 bits, which safetensors' numpy reader lacks."""
     if dtype != "BF16":
         return file.get_tensor(name)
     header, start = _read_header(path)
@@ -152,6 +157,7 @@ def read_tensor(file: Any, path: Path, name: str, dtype: str) -> np.ndarray:
 
 
 def presented(dtype: str, stored: np.ndarray) -> np.ndarray:
+    """Returns a stored tensor for the caller: bf16 as ml_dtypes.bfloat16 or else float32."""
     if dtype != "BF16":
         return stored
     try:
@@ -162,14 +168,14 @@ def presented(dtype: str, stored: np.ndarray) -> np.ndarray:
 
 
 class BoxCounts(dict):
-    """{scene: rows of `target/boxes`}, read from the files' headers on demand."""
+    """Caches {scene: number of rows of `target/boxes`}, read from file headers on demand."""
 
     def __init__(self, folder: Path, scenes: Any):
         super().__init__()
         self.folder, self.scenes = folder, scenes
 
     def __call__(self, scene_id: str) -> int | None:
-        """The count, or None for a scene that is not in `scenes`."""
+        """Returns the count, or None for a scene that is not in `scenes`."""
         if scene_id not in self.scenes:
             return None
         if scene_id not in self:
@@ -180,6 +186,6 @@ class BoxCounts(dict):
 
 
 def refuse_irregular(path: Path) -> None:
-    """Raises OSError for what is no regular file: a pipe would wait for somebody who writes."""
+    """Raises OSError for anything but a regular file: opening a pipe waits for its writer."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file")

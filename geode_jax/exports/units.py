@@ -194,7 +194,7 @@ def read_quantity(text: str, asked: str | None = None) -> Quantity | None:
     pair = _PAIR.fullmatch(plain)
     if pair:
         large, small = read_unit(pair["large"]), read_unit(pair["small"])
-        if (large, small) in _PAIRS:
+        if large and small and (large, small) in _PAIRS:
             return _sum(large, float(pair["a"]), small, _value(pair["b"]))
         return None
     whole = _WHOLE.fullmatch(plain)

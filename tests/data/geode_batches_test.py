@@ -13,7 +13,7 @@ from geode_jax.data.settings import PipelineConfig, measure_lengths
 from geode_jax.data.tokens import Tokenizer, train_tokenizer
 from geode_jax.exports import Export, ExportError, ExportWriter, write_scene
 from geode_jax.exports.prompts import prompt
-from tests.data.pipeline_test import asked, changed, check_packing, digest
+from tests.helpers.batches import asked, changed, check_packing, digest
 from tests.helpers.exports import (
     CATEGORIES,
     HEADER,

@@ -1,4 +1,5 @@
-import dataclasses
+"""Batches of training: their order, their arrays, and which questions are in them."""
+
 import hashlib
 import json
 import threading
@@ -8,78 +9,12 @@ import numpy as np
 import pytest
 
 from geode_jax.data.pipeline import Pipeline
-from geode_jax.data.settings import PipelineConfig, measure_lengths
-from geode_jax.data.tokens import Tokenizer, train_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.exports import RELATIONS, Export, ExportError, ExportWriter
 from geode_jax.exports.prompts import prompt
 from geode_jax.geometry.upright_boxes import box_gaps
-from geode_jax.shapes import Batch
-from tests.helpers.exports import CATEGORIES, HEADER, tiny_questions, tiny_scene, write_tiny_export
-
-FIELDS = [field.name for field in dataclasses.fields(Batch)]
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tiny_export) -> Tokenizer:
-    questions = list(tiny_export.questions())
-    texts = [prompt(q) for q in questions] + [f" {q['answer']}" for q in questions]
-    texts += [f" {q['teacher_answer']}" for q in questions if "teacher_answer" in q]
-    return train_tokenizer(texts, CATEGORIES, min_count=2)
-
-
-@pytest.fixture(scope="session")
-def config(tiny_export) -> PipelineConfig:
-    return PipelineConfig(
-        export=str(tiny_export.folder),
-        scenes_per_batch=3,
-        questions_per_scene=4,
-        question_length=24,
-        answer_length=12,
-        max_boxes=6,
-        rows_per_scene=4,
-        row_length=60,  # any four questions fit
-        seed=5,
-    )
-
-
-@pytest.fixture
-def pipeline(tiny_export, tokenizer, config) -> Pipeline:
-    return Pipeline(tiny_export, tokenizer, config, "train")
-
-
-def changed(config: PipelineConfig, **changes) -> PipelineConfig:
-    return dataclasses.replace(config, **changes)
-
-
-def digest(batch: Batch) -> str:
-    found = hashlib.sha256()
-    for name in FIELDS:
-        array = getattr(batch, name)
-        found.update(f"{name}{array.shape}{array.dtype}".encode() + array.tobytes())
-    return found.hexdigest()
-
-
-def asked(batch: Batch, tokenizer: Tokenizer) -> list[list[tuple[str, str]]]:
-    """(prompt, answer) texts of every scene of a batch, padding left out."""
-    return [
-        [
-            (tokenizer.decode(q), tokenizer.decode(a).removeprefix(" "))
-            for q, a, length in zip(*rows, strict=True)
-            if length
-        ]
-        for rows in zip(batch.question_SQL, batch.answer_SQA, batch.answer_length_SQ, strict=True)
-    ]
-
-
-def scenes_of(batch: Batch, export: Export) -> list[str]:
-    """Recognises the scenes of a batch by their tokens."""
-    known = {}
-    for scene_id in export.scene_ids():
-        tokens = export.read_scene(scene_id, ["vggt/tokens"])["vggt/tokens"]
-        known[tokens[0].tobytes()] = scene_id
-    return [known[vision[0].tobytes()] for vision in batch.vision_SVPC]
-
+from tests.helpers.batches import FIELDS, asked, changed, check_packing, digest, scenes_of
+from tests.helpers.exports import HEADER, tiny_questions, tiny_scene, write_tiny_export
 
 # --- The order ------------------------------------------------------------------------------------
 
@@ -487,30 +422,6 @@ def test_what_a_user_can_get_wrong_is_one_line(
 # --- Packed rows ----------------------------------------------------------------------------------
 
 
-def check_packing(batch: Batch) -> int:
-    """Every question of a batch lies in the rows as it should; returns how many there are."""
-    length, found = batch.packed_SMR.shape[2], 0
-    for s, q in np.argwhere(batch.answer_length_SQ > 0):
-        a, n = batch.answer_length_SQ[s, q], batch.question_length_SQ[s, q]
-        ids, position, start, of_answer = (
-            getattr(batch, f"packed{name}_SMR")[s].reshape(-1)
-            for name in ("", "_position", "_start", "_answer")
-        )
-        columns = batch.answer_column_SQA[s, q, :a]
-        first, last = columns[0] + 1 - n, columns[-1]
-        assert first // length == last // length
-        own = slice(first, last + 1)
-        answer = batch.answer_SQA[s, q, : a - 1].tolist()
-        assert ids[own].tolist() == batch.question_SQL[s, q, -n:].tolist() + answer
-        assert (start[own] == first % length).all()
-        assert position[own].tolist() == list(range(n + a - 1))
-        assert of_answer[own].tolist() == [False] * (n - 1) + [True] * a
-        assert columns.tolist() == list(range(first + n - 1, last + 1))
-        assert batch.encoding_column_SQ[s, q] == columns[0] - 1
-        found += 1
-    return found
-
-
 def test_packed_rows_hold_the_questions_of_the_batch(tiny_export, tokenizer, config, pipeline):
     assert check_packing(pipeline.batch(0)) == 12
     tight = changed(config, questions_per_scene=8, rows_per_scene=2, row_length=40)
@@ -589,66 +500,3 @@ def test_only_bad_scenes_is_an_error(damaged, tokenizer, config):
     pipeline = Pipeline(damaged, tokenizer, changed(config, on_bad_scene="skip"), "train")
     with pytest.raises(UserError, match="every scene of split train is bad"):
         pipeline.batch(0)
-
-
-# --- Evaluation and lengths -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("row", [(4, 60), (2, 36), (1, 60)])
-def test_eval_batches_ask_every_question_once_in_order(tiny_export, tokenizer, config, row):
-    rows = changed(config, rows_per_scene=row[0], row_length=row[1])
-    pipeline = Pipeline(tiny_export, tokenizer, rows, "train")
-    assert pipeline.dropped == {}
-    found = []
-    for records, batch in pipeline.eval_batches():
-        assert len(records) == batch.vision_SVPC.shape[0] == 3
-        texts = asked(batch, tokenizer)
-        for row, scene in zip(records, texts, strict=True):
-            assert [(prompt(r), r["answer"]) for r in row] == scene
-        assert check_packing(batch) == sum(map(len, records))
-        found += [record for row in records for record in row]
-    assert found == [q for q in tiny_export.questions() if q["scene_id"] < "scene007"]
-    again = [digest(batch) for _, batch in pipeline.eval_batches()]
-    assert again == [digest(batch) for _, batch in pipeline.eval_batches()]
-
-
-def test_shuffled_questions_stand_beside_the_scene_before(tiny_export, tokenizer, config):
-    rows = changed(config, questions_per_scene=3)  # so that a scene takes several
-    pipeline = Pipeline(tiny_export, tokenizer, rows, "train")
-
-    def seen(shuffled):
-        views, asked_of = {}, []
-        for records, batch in pipeline.eval_batches(4, shuffled=shuffled):
-            for row, text, vision in zip(
-                records, asked(batch, tokenizer), batch.vision_SVPC, strict=True
-            ):
-                assert [(prompt(r), r["answer"]) for r in row] == text
-                if row:
-                    asked_of += [(row[0]["scene_id"], len(row))]
-                    views.setdefault(row[0]["scene_id"], set()).add(vision.tobytes())
-        return asked_of, [vision for (vision,) in views.values()]
-
-    (questions, own), (same_questions, others) = seen(False), seen(True)
-    assert questions == same_questions and len(questions) > len(own) == len(set(own)) == 4
-    assert others == [own[-1], *own[:-1]]
-
-
-def test_eval_batches_of_some_scenes(pipeline):
-    def scenes(**kwargs):
-        rows = [row for rows, _ in pipeline.eval_batches(**kwargs) for row in rows if row]
-        return list(dict.fromkeys(row[0]["scene_id"] for row in rows))
-
-    assert scenes(max_scenes=2) == ["scene000", "scene001"]
-    assert len(scenes(max_scenes=3, seed=1)) == 3
-    assert scenes(max_scenes=3, seed=1) == scenes(max_scenes=3, seed=1)
-    assert len({tuple(scenes(max_scenes=3, seed=seed)) for seed in range(5)}) > 1
-
-
-def test_measured_lengths_against_counting(tiny_export, tokenizer):
-    questions = [q for q in tiny_export.questions() if q["scene_id"] < "scene007"]
-    for kinds in (["proximity"], None):
-        chosen = [q for q in questions if kinds is None or q["kind"] in kinds]
-        measured = measure_lengths(tiny_export, tokenizer, "train", kinds=kinds)
-        assert measured.question == max(len(tokenizer.encode(prompt(q))) + 1 for q in chosen)
-        assert measured.answer == max(len(tokenizer.encode(" " + q["answer"])) + 1 for q in chosen)
-    assert measure_lengths(tiny_export, tokenizer, "test") is None
