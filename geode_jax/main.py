@@ -15,9 +15,9 @@ from geode_jax.runs.config_file import parse_flags
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE[:ARGUMENTS], see configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder; default runs/<system>[-arguments].")
 _ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes make the run.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of the run.")
 _PROCESS = flags.DEFINE_integer(
-    "process_id", None, "Number of this one; clusters tell by themselves."
+    "process_id", None, "Number of this process; clusters set all three by themselves."
 )
 _PROFILE = flags.DEFINE_bool("profile", False, "Trace a few steps into WORKDIR/profile.")
 flags.mark_flag_as_required("config")
@@ -33,7 +33,7 @@ def _workdir() -> Path:
 
 
 def main(argv: list[str]) -> None:
-    """Train, evaluate, write the report; the same command again resumes."""
+    """Trains, evaluates, writes the report; the same command again resumes."""
     from geode_jax.runtime import distributed
     from geode_jax.train import train_and_evaluate
 
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
 
 
 def run() -> None:
-    """Entry point; what the user can mend is one line, never a traceback."""
+    """Entry point; an error that the user can mend is one line, never a traceback."""
     with reported():
         app.run(main, flags_parser=_parse)
 

@@ -1,4 +1,4 @@
-"""The end of a GEODE stage: the VSI-Bench table of the last, the rationale losses of the others."""
+"""The end of a GEODE stage: VSI-Bench's table of the last, rationale losses of the others."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,17 +38,17 @@ def evaluate_stage(
     losses: dict[str, float],
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Scores of a finished stage; writes `predictions.jsonl` of the last stage, and `summary.json`.
+    """Scores a finished stage; writes `predictions.jsonl` of the last stage, and `summary.json`.
 
-    An interrupted call goes on where it stood. `summary.json` is written last.
+    An interrupted call is resumed by the next. `summary.json` is written last.
 
     Args:
         run: the finished run.
-        state: the parameters to judge.
+        state: the parameters to score.
         workdir: receives the files.
         train: facts about the training, for the summary.
         losses: of `state` on the val split, as `Evaluator.losses` gives them.
-        check: called between batches; may raise, to leave.
+        check: called between batches; raises to end the evaluation.
 
     Returns:
         The summary.
@@ -66,7 +66,7 @@ def evaluate_stage(
 
 
 def show(summary: dict[str, Any], workdir: Path) -> None:
-    """Prints what a run has come to, when it ends and whenever it is started again."""
+    """Prints the summary of a run, when it ends and when it is started again."""
     if "vsi" in summary:
         print(vsi_bench.table(summary["vsi"]))
     elif "val" in summary:
@@ -94,7 +94,7 @@ def _answers(
         said = {record["id"]: record for record in read_predictions(blind)}
         columns["blind"] = [said[record["id"]] for record in asked if record["id"] in said]
     elif run.settings.loss.vision:
-        # A model that learned blind says more, where there is one.
+        # A model that was trained blind is the better baseline, where there is one.
         columns["vision_removed"] = answer("vision_removed", "vision removed", vision=False)
     columns["frequency"] = scoring.frequency_baseline(run.train_records(), asked)
     vsi = {
@@ -113,9 +113,10 @@ def _answers(
 
 
 def box_scores(predictions: list[dict]) -> dict[str, float]:
-    """Of the questions for a box: mean IoU, mean distance of the centres in metres, share answered.
+    """Returns the scores of box questions: mean IoU, mean distance of centres in metres, share
+    answered with a box.
 
-    A question that no box answers counts IoU 0 and is left out of the distance.
+    A question that no box answers counts as IoU 0, and is left out of the distance.
     """
     asked = [r for r in predictions if r["kind"] == "object_box"]
     if not asked:

@@ -38,17 +38,17 @@ def evaluate_and_report(
     losses: dict[str, float],
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Scores of the test split: the model, the model without its vision, and frequency.
+    """Scores the test split: the model, the model without its vision, and the frequency baseline.
 
-    An interrupted call goes on where it stood. `summary.json` is written last.
+    An interrupted call is resumed by the next. `summary.json` is written last.
 
     Args:
         run: the finished run.
-        state: the parameters to judge.
+        state: the parameters to score.
         workdir: receives `summary.json`, `predictions.jsonl` and `report.html`.
         train: facts about the training, for the summary.
         losses: of `state` on the val split, as `Evaluator.losses` gives them.
-        check: called between batches; may raise, to leave.
+        check: called between batches; raises to end the evaluation.
 
     Returns:
         The summary.
@@ -105,7 +105,7 @@ def evaluate_and_report(
 
 
 def show(summary: dict[str, Any], workdir: Path) -> None:
-    """Prints what a run has come to, when it ends and whenever it is started again."""
+    """Prints the summary of a run, when it ends and when it is started again."""
     if not any(summary.get("scores", {}).values()):
         raise missing(workdir, "scores")
     print(scoring.score_table(summary["scores"], summary.get("remarks")))
@@ -152,7 +152,7 @@ def entries(trained: Trained) -> dict[str, Any]:
 
 
 def _notes(run: Run) -> list[str]:
-    """What a reader must know to trust the scores."""
+    """Returns what a reader must know to trust the scores."""
     notes = [
         "vision removed: the same model without any view. The true blind baseline is a run of its "
         "own: vision=off.",
@@ -178,7 +178,7 @@ def _score_notes(export: Export) -> dict[str, str]:
 
 
 def _efficiency(run: Run, state: TrainState) -> dict[str, float]:
-    """Table IV's columns for this machine: size, time per answer, memory."""
+    """Returns Table IV's columns for this machine: size, time per answer, memory."""
     student = jax.tree.leaves(state.params["student"])
     _, batch = next(iter(run.pipelines["test"].eval_batches(run.settings.data.scenes_per_batch)))
     asked = int(np.sum(np.asarray(batch.answer_length_SQ) > 0))
@@ -187,7 +187,7 @@ def _efficiency(run: Run, state: TrainState) -> dict[str, float]:
 
 
 def _examples(export: Export, model: Evaluation, reference: str, count: int) -> list[dict]:
-    """Answers of different kinds from different scenes, with the first view as it looks."""
+    """Returns answers of different kinds from different scenes, each with its first view."""
     chosen, kinds, seen = [], set(), set()
     for record in model.predictions:
         if record["kind"] not in kinds and record["scene_id"] not in seen:
@@ -211,7 +211,7 @@ def _examples(export: Export, model: Evaluation, reference: str, count: int) -> 
 
 
 def view_images(export: Export, scene_id: str) -> np.ndarray | None:
-    """Pictures [V, H, W, 3] uint8 of a scene: stored ones, rendered rooms, else None."""
+    """Returns pictures [V, H, W, 3] uint8 of a scene: stored or rendered ones, else None."""
     stored = export.read_scene(scene_id, ["images"]).get("images")
     if stored is not None:
         return stored
@@ -223,7 +223,7 @@ def view_images(export: Export, scene_id: str) -> np.ndarray | None:
 
 
 def _depth_examples(run: Run, model: Evaluation, count: int = 3) -> list[dict]:
-    """First views with their true and predicted depth."""
+    """Returns first views with their true and predicted depth."""
     examples = []
     for scene_id, predicted in list(model.depth_maps.items())[:count]:
         target = run.export.read_scene(scene_id, ["target/depth"]).get("target/depth")
