@@ -103,14 +103,16 @@ EVAL = {
 
 def on_rooms(config: ml_collections.ConfigDict) -> None:
     """Changes a configuration to train on embedded rooms, on two CPU cores."""
-    config.data.update(
+    config.update(
         {
-            "export": "rooms",
-            "scenes_per_batch": 8,
-            "max_boxes": 12,
-            "rows_per_scene": 3,
-            "row_length": 64,
+            "data": {
+                "export": "rooms",
+                "scenes_per_batch": 8,
+                "max_boxes": 12,
+                "rows_per_scene": 3,
+                "row_length": 64,
+            },
+            "optimizer": {"name": "muon", "learning_rate": 5e-3, "warmup_steps": 50},
+            "eval": {"val_scenes": 32},
         }
     )
-    config.optimizer.update({"name": "muon", "learning_rate": 5e-3, "warmup_steps": 50})
-    config.eval.val_scenes = 32

@@ -40,18 +40,19 @@ def stage_config(stage: str, arg: str, laptop: dict) -> ml_collections.ConfigDic
     config = base(stage)
     if switch["size"] == "laptop":
         small(config)
-        config.init_from = START[stage]
-        config.update_from_flattened_dict(laptop)
+        config.update_from_flattened_dict({"init_from": START[stage], **laptop})
     elif stage == "pretrain":
         raise UserError(
             "config: geode_pretrain: full starts from pretrained weights, not from this"
         )
-    config.model.drm.on = switch["drm"] == "on"
-    config.model.drm.slots = switch["spatio"]
-    config.model.drm.frames = switch["drm_frames"]
+    drm = {
+        "on": switch["drm"] == "on",
+        "slots": switch["spatio"],
+        "frames": switch["drm_frames"],
+    }
+    config.update({"model": {"drm": drm}, "loss": {"vision": switch["vision"] == "on"}})
     if switch["drh"] == "off":
-        config.model.drh_width = 0
-    config.loss.vision = switch["vision"] == "on"
+        config.update({"model": {"drh_width": 0}})
     return config.lock()
 
 
@@ -140,33 +141,39 @@ questions."""
 def small(config: ml_collections.ConfigDict) -> None:
     """Embedded rooms on two CPU cores."""
     on_rooms(config)
-    config.data.update({"rooms_scenes": 5000, "rooms_images": 32, "questions_per_scene": 24})
-    config.data.kind_weights = KINDS
-    config.model.decoder.update(
+    config.update(
         {
-            "vocab_size": 0,
-            "width": 128,
-            "layers": 4,
-            "heads": 4,
-            "kv_heads": 2,
-            "mlp_width": 256,
-            "rope_theta": 1e4,
-            "remat": "none",
-            "dtype": "float32",
+            "data": {
+                "rooms_scenes": 5000,
+                "rooms_images": 32,
+                "questions_per_scene": 24,
+                "kind_weights": KINDS,
+            },
+            "model": {
+                "decoder": {
+                    "vocab_size": 0,
+                    "width": 128,
+                    "layers": 4,
+                    "heads": 4,
+                    "kv_heads": 2,
+                    "mlp_width": 256,
+                    "rope_theta": 1e4,
+                    "remat": "none",
+                    "dtype": "float32",
+                },
+                "vision": {
+                    "image_size": 0,
+                    "patch_size": 4,
+                    "width": 64,
+                    "layers": 2,
+                    "heads": 4,
+                    "mlp_width": 128,
+                    "dtype": "float32",
+                },
+                "drm": {"width": 96, "heads": 4, "layers": 1, "bands": 6},
+                "drh_width": 128,
+                "stand_ins": True,
+            },
+            "train": {"eval_every": 600, "checkpoint_every": 200},
         }
     )
-    config.model.vision.update(
-        {
-            "image_size": 0,
-            "patch_size": 4,
-            "width": 64,
-            "layers": 2,
-            "heads": 4,
-            "mlp_width": 128,
-            "dtype": "float32",
-        }
-    )
-    config.model.drm.update({"width": 96, "heads": 4, "layers": 1, "bands": 6})
-    config.model.drh_width = 128
-    config.model.stand_ins = True
-    config.train.update({"eval_every": 600, "checkpoint_every": 200})

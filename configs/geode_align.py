@@ -10,7 +10,7 @@ ARG       laptop | full   full: Qwen2.5-1.5B and InternViT-300M with a fresh pro
                               --config.tokenizer=Qwen2.5-1.5B-Instruct --workdir=runs/align
                           the stages after it: --config.init_from=runs/align and so on
 
-PAYS      the rationales, read behind the visual tokens.
+LOSS      cross-entropy of the rationales, read behind the visual tokens.
 
 OURS      learning rate, steps and what is learned from: the paper aligns on 650k captions.
 """

@@ -7,7 +7,7 @@ ARG (they compose)
     spatio=4|8|16       M, the rationale tokens
     drm_frames=8|16     Table 2: cameras and points of so many frames; the ViT's frames stay
 
-PAYS      eq. 4: the rationales that the frozen decoder reads behind E_spatio alone. Two alignments
+LOSS      eq. 4: the rationales that the frozen decoder reads behind E_spatio alone. Two alignments
           besides, 0 in `full` (Sec. 2.1.2 names one, eq. 4 has none): `loss.rationale_weight`, of
           E_spatio to the frozen decoder's embedding of the rationales; `loss.layout_weight`, on
           the laptop, to the layout's columns (`objectives/geode.py`).

@@ -10,7 +10,7 @@ ARG (they compose)
     drm_frames=8|16     Table 2: cameras and points of so many frames; the ViT's frames stay
     vision=off          the blind baseline: nothing stands before the text
 
-PAYS      eq. 7: the words of the answers, and lambda times the squared error of values (their
+LOSS      eq. 7: the words of the answers, and lambda times the squared error of values (their
           logarithms) and boxes at their control tokens. The rationale module is frozen.
 
 RESULT    (of 2026-11-22, rooms version 5; not measured again since)

@@ -2,7 +2,7 @@
 
 COMMAND   python -m geode_jax.main --config=configs/geode_pretrain.py     (make geode: all stages)
 
-PAYS      the rationales of rooms' questions, read behind the room's layout (`models/layout.py`);
+LOSS      the rationales of rooms' questions, read behind the room's layout (`models/layout.py`);
           what a question is about, by a linear head on its tokens (boxes of the objects at their
           nouns, gaps, turn, relations and the number asked for at its end); and the category of
           every patch: a decoder that finds in what stands before its text what a question names,

@@ -71,17 +71,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         raise UserError("config: drop= and only= exclude each other")
     config = {"laptop": laptop, "small": small, "full": full}[switch["size"]]()
     if switch["thinking"] is not None:
-        config.model.thinking_tokens = switch["thinking"]
+        config.update({"model": {"thinking_tokens": switch["thinking"]}})
     if switch["drop"]:
         dropped = GROUPS[switch["drop"]]
-        config.loss.terms = tuple(term for term in TERMS if term not in dropped)
+        config.update({"loss": {"terms": tuple(term for term in TERMS if term not in dropped)}})
     if switch["only"]:
-        config.loss.terms = GROUPS[switch["only"]]
-    config.data.vision = {"vggt": "vggt/tokens", "teacher_features": "teacher/features"}[
-        switch["encoder"]
-    ]
-    config.loss.weights = switch["weights"]
-    config.loss.vision = switch["vision"] == "on"
+        config.update({"loss": {"terms": GROUPS[switch["only"]]}})
+    vision = {"vggt": "vggt/tokens", "teacher_features": "teacher/features"}[switch["encoder"]]
+    loss = {"weights": switch["weights"], "vision": switch["vision"] == "on"}
+    config.update({"data": {"vision": vision}, "loss": loss})
     if switch["rgbd"]:
         rgbd(config, switch["rgbd"])
     return config.lock()
@@ -137,10 +135,13 @@ def full() -> ml_collections.ConfigDict:
 def small() -> ml_collections.ConfigDict:
     """The paper's "tiny" configuration for 10 GB GPUs: 12 layers, width 1024, smaller K."""
     config = base()
-    config.model.update({"width": 1024, "layers": 12, "mlp_width": 4096, "cross_layers": (4, 8)})
-    config.model.thinking_tokens = 4
-    config.data.question_length = 96
-    config.data.answer_length = 64
+    sizes = {"width": 1024, "layers": 12, "mlp_width": 4096, "cross_layers": (4, 8)}
+    config.update(
+        {
+            "data": {"question_length": 96, "answer_length": 64},
+            "model": sizes | {"thinking_tokens": 4},
+        }
+    )
     return config
 
 
@@ -148,43 +149,48 @@ def laptop() -> ml_collections.ConfigDict:
     """Embedded rooms on two CPU cores."""
     config = base()
     on_rooms(config)
-    config.data.questions_per_scene = 16
-    # Multiple choice with its four options is long; one such question costs three short ones.
-    config.data.kind_weights = {
-        "object_rel_distance": 0.25,
-        "object_rel_direction_easy": 0.25,
-        "object_rel_direction_medium": 0.25,
-        "object_rel_direction_hard": 0.25,
-        "route_planning": 0.15,
-        "obj_appearance_order": 0.25,
-    }
-    config.model.update(
+    config.update(
         {
-            "width": 128,
-            "layers": 4,
-            "heads": 4,
-            "mlp_width": 256,
-            "projector_width": 128,
-            "cross_layers": (0, 2),
-            "heads_width": 128,
-            "depth_bins": 16,
-            "queries": 16,
-            "detection_layers": 1,
-            "remat": "none",
-            "dtype": "float32",
+            "data": {
+                "questions_per_scene": 16,
+                # Multiple choice with its four options is long; one such question costs three
+                # short ones.
+                "kind_weights": {
+                    "object_rel_distance": 0.25,
+                    "object_rel_direction_easy": 0.25,
+                    "object_rel_direction_medium": 0.25,
+                    "object_rel_direction_hard": 0.25,
+                    "route_planning": 0.15,
+                    "obj_appearance_order": 0.25,
+                },
+            },
+            "model": {
+                "width": 128,
+                "layers": 4,
+                "heads": 4,
+                "mlp_width": 256,
+                "projector_width": 128,
+                "cross_layers": (0, 2),
+                "heads_width": 128,
+                "depth_bins": 16,
+                "queries": 16,
+                "detection_layers": 1,
+                "remat": "none",
+                "dtype": "float32",
+            },
+            "loss": {"temperature": 1.0, "log_variance_bounds": (-2.0, 4.0)},
+            "train": {"steps": 1200, "eval_every": 300, "checkpoint_every": 300, "patience": 0},
+            "eval": {"reference": "truth", "test_scenes": 200},
         }
     )
-    config.loss.temperature = 1.0
-    config.loss.log_variance_bounds = (-2.0, 4.0)
-    config.train.update({"steps": 1200, "eval_every": 300, "checkpoint_every": 300, "patience": 0})
-    config.eval.update({"reference": "truth", "test_scenes": 200})
     return config
 
 
 def rgbd(config: ml_collections.ConfigDict, folder: str) -> None:
     """A real RGB-D folder: few scenes, no boxes, questions measured from its own geometry."""
-    config.data.export = ""
-    config.data.rgbd = folder
-    config.train.steps = 400
-    config.train.eval_every = 100
-    config.train.checkpoint_every = 100
+    config.update(
+        {
+            "data": {"export": "", "rgbd": folder},
+            "train": {"steps": 400, "eval_every": 100, "checkpoint_every": 100},
+        }
+    )

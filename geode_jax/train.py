@@ -35,13 +35,13 @@ from geode_jax.training.metrics import MetricsWriter, progress
 from geode_jax.training.step import TrainState, make_train_step
 
 SLOW_INPUT = 0.1
-"""Share of a step's time that waits for data, from which on the bar says so."""
+"""The progress bar shows the share of time spent waiting for data if it is above this."""
 
 
 def train_and_evaluate(
     config: ml_collections.ConfigDict, workdir: Path, *, profile: bool = False
 ) -> dict[str, Any]:
-    """Train to the end (or to an early stop), evaluate the best checkpoint, write the report.
+    """Trains to the end or to an early stop, evaluates the best checkpoint, writes the report.
 
     The same call on the same `workdir` resumes where the run stood: the data order is a pure
     function of the step, so the result is bitwise that of an uninterrupted run on the same machine.
@@ -57,7 +57,7 @@ def train_and_evaluate(
 
     Raises:
         UserError, ExportError: one line for the user.
-        SystemExit: stopped by SIGTERM or Ctrl-C, with whatever was done so far saved.
+        SystemExit: stopped by SIGTERM or Ctrl-C, with all finished steps saved.
     """
     try:
         with Stop() as stop:
@@ -82,15 +82,15 @@ def _run(settings: Settings, workdir: Path, stop: Stop, profile: bool) -> dict[s
         refuse_another_run(settings, workdir)  # which may have begun meanwhile
         print(f"building: {workdir}", flush=True)
         run = build(settings, workdir)
-        (workdir / SUMMARY).unlink(missing_ok=True)  # of another configuration
+        (workdir / SUMMARY).unlink(missing_ok=True)  # of other settings
         save_settings(settings, workdir)
         _describe(run)
-        told = dict(run.pipelines["train"].dropped)
+        shown = dict(run.pipelines["train"].dropped)
         own = made_with(settings, run.tokenizer, run.export)
         with jax.set_mesh(run.mesh), Checkpoints(workdir, own) as checkpoints:
             state, position = _train(run, workdir, checkpoints, stop, profile)
             state, best = checkpoints.restore_best(state) or (state, position)
-            _print_dropped(run.pipelines["train"].dropped, told)  # what scenes showed when read
+            _print_dropped(run.pipelines["train"].dropped, shown)  # found when scenes were read
             if best["best"]:
                 print(f"best checkpoint: step {best['step']}", flush=True)
             else:
@@ -116,7 +116,7 @@ def _run(settings: Settings, workdir: Path, stop: Stop, profile: bool) -> dict[s
 
 
 def _ended(settings: Settings, workdir: Path) -> dict[str, Any] | None:
-    """The summary of a run that has ended with just this configuration."""
+    """Returns the summary of a run that has ended with exactly these settings; else None."""
     refuse_another_run(settings, workdir)
     if not (workdir / SUMMARY).exists() or not same_run(settings, workdir):
         return None
@@ -137,10 +137,10 @@ def _ended(settings: Settings, workdir: Path) -> dict[str, Any] | None:
 def _train(
     run: Run, workdir: Path, checkpoints: Checkpoints, stop: Stop, profile: bool
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The loop, in this order: evaluate -> checkpoint -> next batch -> step -> log.
+    """Runs the loop, in this order: evaluate -> checkpoint -> next batch -> step -> log.
 
-    Whatever depends on a clock or a signal is voted on, a step before it is done, so that all
-    processes do it at the same step.
+    Decisions that depend on a clock or a signal are voted on one step ahead, so that all processes
+    carry them out at the same step.
 
     Returns:
         The last state, and its position.
@@ -160,7 +160,7 @@ def _train(
     restored = checkpoints.restore(state)
     if restored is not None:
         state, position = restored
-        # Checkpoints of before the field are written behind their step's evaluation.
+        # Checkpoints without the field were written after the evaluation of their step.
         position.setdefault("evaluated", position["step"])
         print(f"resuming at step {position['step']}", flush=True)
     first = position["step"]
@@ -200,7 +200,7 @@ def _train(
         while True:
             step = position["step"]
             if step > position["evaluated"] and (step % train.eval_every == 0 or step == run.steps):
-                if not compiled:  # which takes minutes, and nothing can be saved meanwhile
+                if not compiled:  # compiling takes minutes, in which nothing can be saved
                     compiled = True
                     log.pause()
                     save()
@@ -244,7 +244,7 @@ def _train(
 
 
 def _step_flops(run: Run) -> int:
-    """Model FLOPs of a step of this run."""
+    """Returns the model FLOPs of a step of this run."""
     scene = run.pipelines["train"].batch(0, slice(0, 1))
     scenes = run.settings.data.scenes_per_batch
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((scenes, *x.shape[1:]), x.dtype), scene)
@@ -253,7 +253,7 @@ def _step_flops(run: Run) -> int:
 
 
 class _Log:
-    """Metrics and the bar; a step's numbers are fetched while the next step runs."""
+    """Writes metrics and the bar; a step's numbers are fetched while the next step runs."""
 
     def __init__(self, run: Run, workdir: Path, position: dict[str, Any], meter: Meter):
         self._position, self._meter = position, meter
@@ -272,7 +272,7 @@ class _Log:
         self._writer.close()
 
     def pause(self) -> None:
-        """Takes the bar away until the next step: what compiles meanwhile may print alarms."""
+        """Hides the bar until the next step, as a compiler may print warnings meanwhile."""
         self._bar.clear()
 
     @property
@@ -281,17 +281,17 @@ class _Log:
         return self._writer.written
 
     def step(self, step: int, metrics: dict) -> None:
-        """Note a dispatched step; logs the one before."""
+        """Keeps a dispatched step; logs the one before."""
         before, self._pending = self._pending, (step, metrics)
         self._fetch(before)
 
     def flush(self) -> None:
-        """Log the last dispatched step."""
+        """Logs the last dispatched step."""
         before, self._pending = self._pending, None
         self._fetch(before)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """A row of evaluation values."""
+        """Writes a row of evaluation values."""
         self._writer.write(step, values)
         self._bar.write(
             f"step {step}: "
@@ -309,12 +309,12 @@ class _Log:
         self._writer.write(step, values | speed)
         self._bar.update(1)
         rate = self._bar.format_dict["rate"] or 0.0
-        said = f"loss {values['loss']:.3f}, {rate * self._samples:.0f} samples/s"
+        text = f"loss {values['loss']:.3f}, {rate * self._samples:.0f} samples/s"
         if "speed/mfu" in speed:
-            said += f", MFU {speed['speed/mfu']:.0%}"
+            text += f", MFU {speed['speed/mfu']:.0%}"
         if speed.get("speed/input_wait", 0) > SLOW_INPUT:
-            said += f", {speed['speed/input_wait']:.0%} waiting for data"
-        self._bar.set_postfix_str(said, refresh=False)
+            text += f", {speed['speed/input_wait']:.0%} waiting for data"
+        self._bar.set_postfix_str(text, refresh=False)
         self._position["skipped"] = int(values["skipped"])
         if values["skipped_in_a_row"] > self._max_skipped:
             raise UserError(
@@ -326,13 +326,13 @@ class _Log:
 def _is_best(
     values: dict[str, float], metric: str, position: dict[str, Any], patience: int
 ) -> bool:
-    """Updates the early-stopping counters; a loss that is not finite is never best.
+    """Updates the early-stopping counters, and returns whether the losses are the best so far.
 
-    The loss that the objective names decides. Where nothing of it is paid (the student's text with
-    `only=feature`), there is but the total.
+    The validation loss that the objective names decides, or the total loss if that one is not
+    trained (the student's text with `only=feature`). A loss that is not finite is never best.
 
     Raises:
-        UserError: the position, of a checkpoint, lacks that loss: it is damaged.
+        UserError: the position comes from a damaged checkpoint, which lacks that loss.
     """
     name = f"val/{metric}" if f"val/{metric}" in values else "val/loss"
     if position["best"] and name not in position["best"]:
@@ -342,7 +342,7 @@ def _is_best(
     if not math.isfinite(values[name]):
         kept = "the best so far stays" if position["best"] else "there is no best yet"
         print(f"step {position['step']}: {name} is not finite: {kept}", flush=True)
-    # A best that is not finite is of before such ones were refused.
+    # Older runs may have a best loss that is not finite.
     elif not math.isfinite(position["best"].get(name, math.inf)) or (
         values[name] < position["best"][name]
     ):
@@ -353,15 +353,15 @@ def _is_best(
     return False
 
 
-def _print_dropped(dropped: Mapping[str, int], told: Mapping[str, int]) -> None:
-    """Says what is not trained on, but for what was told."""
+def _print_dropped(dropped: Mapping[str, int], shown: Mapping[str, int]) -> None:
+    """Prints what is not trained on, except for counts that were shown before."""
     for reason, count in sorted(dropped.items()):
-        if count and count != told.get(reason):
+        if count and count != shown.get(reason):
             print(f"not trained on: {count} x {reason}")
 
 
 def _describe(run: Run) -> None:
-    """What is about to happen, once."""
+    """Prints parameters, batches and devices of a run that begins."""
     print(parameter_table(run.state.params, run.state.frozen))
     pipeline = run.pipelines["train"]
     batch = pipeline.config

@@ -33,7 +33,7 @@ from geode_jax.training.step import TrainState, init_state
 
 @dataclasses.dataclass
 class Run:
-    """Everything `train` needs and `ask` shares with it."""
+    """Everything that `train` needs."""
 
     settings: Settings
     export: Export
@@ -48,11 +48,11 @@ class Run:
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:
-        """Compiled evaluation of this run's model, once for training and for the end."""
+        """The evaluation of this run's model, compiled once for the training and for its end."""
         return Evaluator(self.objective, self.graph, self.tokenizer, self.mesh)
 
     def train_records(self) -> Iterator[dict]:
-        """The questions of the training split, which the frequency baseline knows."""
+        """Returns the questions of the training split, from which the frequency baseline counts."""
         return open_question_records(self.export, self.settings.data.on_bad_scene).of_split("train")
 
 
@@ -121,14 +121,14 @@ def _learned(run: Path) -> frozenset[str]:
 
 
 _TOKENS_TOLERANCE = 0.05
-"""Relative error of stored tokens: bfloat16's rounding makes 0.01, another encoder 1."""
+"""Largest relative error of stored tokens: rounding to bfloat16 gives 0.01, another encoder 1."""
 
 
 def _check_tokens(encoder: InternViT, export: Export, mesh: jax.sharding.Mesh) -> None:
-    """Refuses InternViT's tokens of another encoder, judged by the export's first frame.
+    """Refuses an export whose InternViT tokens come from another encoder; one frame is compared.
 
     Raises:
-        UserError: they are.
+        UserError: the tokens of the first frame differ from this encoder's.
     """
     scene_id = export.scene_ids()[0]
     found = export.read_scene(scene_id, ("images", "internvit/tokens"))

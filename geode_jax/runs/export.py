@@ -1,4 +1,4 @@
-"""The export of a run: where it lies; rooms and RGB-D folders are made into one."""
+"""The export of a run: its folder; exports of rooms and RGB-D folders are made where missing."""
 
 import zlib
 from pathlib import Path
@@ -13,7 +13,7 @@ from geode_jax.sources.rooms.export import PRODUCER, make_rooms
 
 
 def prepare_export(data: DataSettings) -> Path:
-    """The folder of the export; rooms and real RGB-D folders are made where they are missing."""
+    """Returns the folder of the export, which is made first if it is rooms or an RGB-D folder."""
     folder = export_folder(data)
     makes = data.rgbd or data.export == "rooms"
     if makes and not (folder / "manifest.json").exists():
@@ -42,11 +42,11 @@ def _make_export(data: DataSettings, folder: Path) -> None:
 
 
 def export_folder(data: DataSettings) -> Path:
-    """Where the export of a run lies, or will."""
+    """Returns the folder of a run's export, which may not have been made yet."""
     if data.rgbd:
         source = Path(data.rgbd).resolve()
         what = f"{RGBD_VERSION} {source} {data.rgbd_intrinsic} {data.rgbd_depth_scale}"
-        # Folders of the same name, other options, another converter: other exports.
+        # Another folder of this name, other options or another converter give another export.
         return Path(data.root) / f"rgbd_{source.name}_{zlib.crc32(what.encode()):08x}"
     if data.export == "rooms":
         pictures = f"_i{data.rooms_images}" if data.rooms_images else ""

@@ -1,4 +1,4 @@
-"""What makes two runs the same: a folder continues its own run and refuses another."""
+"""Whether two runs are the same: a folder continues its own run and refuses another."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ from geode_jax.training.checkpoint_files import read_metadata, refuse_others, st
 MAY_CHANGE = ("mesh", "data/workers", "data/root", "data/on_bad_scene", "eval/examples",
               "eval/test_scenes", "train/checkpoint_every",
               "train/checkpoint_minutes")  # fmt: skip
-"""Fields that a resumed run may change: they do not touch what is learned."""
-
+"""Fields that a resumed run may change: they do not affect what is learned."""
 
 _PLACES = ("data/export", "data/rgbd", "tokenizer", "init_from", "eval/blind")
 """Fields that name files, which may move."""
@@ -26,7 +25,9 @@ _PLACES = ("data/export", "data/rgbd", "tokenizer", "init_from", "eval/blind")
 def made_with(
     settings: Settings, tokenizer: Tokenizer | None, export: Export | None = None
 ) -> dict[str, str]:
-    """Checksums of what belongs to a checkpoint; stored with it (`checkpoint_files.Metadata`)."""
+    """Returns the checksums that are stored with a checkpoint (`checkpoint_files.Metadata`):
+    of the configuration, the tokenizer and the export that it belongs to.
+    """
     left_out = (*MAY_CHANGE, *_PLACES)
     learned = {n: x for n, x in flat(settings.values).items() if n not in left_out}
     return (
@@ -36,23 +37,23 @@ def made_with(
     )
 
 
-_TELLS_NOTHING = ("producer", "notes", "created")
+_NO_CONTENT = ("producer", "notes", "created")
 """Fields of a manifest that the content of an export does not depend on."""
 
 
 def export_made(export: Export) -> dict[str, str]:
-    """The export's content, wherever it lies: the sha256 of all its files are in its manifest."""
+    """Returns a checksum of an export's content; the manifest has the sha256 of all its files."""
     manifest = export.manifest
-    content = {name: value for name, value in manifest.items() if name not in _TELLS_NOTHING}
+    content = {name: value for name, value in manifest.items() if name not in _NO_CONTENT}
     scenes, questions = len(manifest["scenes"]), manifest["questions"]["count"]
     return {"export": f"{scenes} scenes, {questions} questions, checksum {checksum(content)}"}
 
 
 def refuse_another_run(settings: Settings, workdir: Path) -> None:
-    """Refuse to mix two runs in one folder.
+    """Refuses to mix two runs in one folder.
 
-    What the configuration names by its place may have moved: its content counts, where a
-    checkpoint knows it.
+    Files and folders that the configuration names may have moved: their content is compared where
+    a checkpoint has its checksum.
 
     Raises:
         UserError: the folder holds a run of another configuration, or on another export.
@@ -91,13 +92,13 @@ def refuse_another_run(settings: Settings, workdir: Path) -> None:
 
 
 def _same_place(was: Any, now: Any) -> bool:
-    """Whether two texts name one file or folder."""
+    """Returns whether two texts name one file or folder."""
     both = isinstance(was, str) and isinstance(now, str) and was and now
     return bool(both) and Path(was).resolve() == Path(now).resolve()
 
 
 def same_run(settings: Settings, workdir: Path) -> bool:
-    """Whether a run that `refuse_another_run` lets pass has just this configuration."""
+    """Returns whether a run that `refuse_another_run` accepts has exactly these settings."""
     old, new = flat(load_settings(workdir).values), flat(settings.values)
     for name in _PLACES:
         old.pop(name, None)
@@ -111,7 +112,7 @@ def _tokenizer_made(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def open_run(workdir: Path) -> tuple[Settings, Path]:
-    """The configuration of a run and the folder of its model, which belong together.
+    """Returns the settings of a run and the folder of its model, which belong together.
 
     Raises:
         UserError: the folder is no run, it has no checkpoint, or one of the two is damaged.
@@ -123,14 +124,14 @@ def open_run(workdir: Path) -> tuple[Settings, Path]:
 
 
 def load_run_tokenizer(folder: str | Path, checkpoint: Path) -> Tokenizer:
-    """The tokenizer of a run, found to be the one that its checkpoint was trained with.
+    """Returns the tokenizer of a run, after a check that its checkpoint was trained with it.
 
     Args:
         folder: of the tokenizer.
         checkpoint: from `open_run`.
 
     Raises:
-        UserError: it is missing, damaged or another.
+        UserError: the tokenizer is missing, damaged or another one.
     """
     tokenizer = load_tokenizer(folder)
     stored = read_metadata(checkpoint).made_with

@@ -1,8 +1,8 @@
 """Where a stage's parameters come from: another run, or folders of pretrained models.
 
-`init_from` names a run, or pretrained folders with commas between them (of Hugging Face, or
-imported by `geode-jax convert`): a decoder, a vision encoder, or an InternVL, which is both and
-their projector. Parts that no folder has start fresh.
+`init_from` names a run, or pretrained folders with commas between them (from Hugging Face, or
+imported by `geode-jax convert`): a decoder, a vision encoder, or an InternVL, which has both and
+their projector. Parts that are in no folder start from random numbers.
 """
 
 import dataclasses
@@ -29,17 +29,17 @@ PLACE: dict[type, tuple[str, ...]] = {
     Decoder: ("vlm", "decoder"),
     InternViT: ("vlm", "vision"),
 }
-"""Where in `Geode` a pretrained model stands."""
+"""Class of a pretrained model -> its path in `Geode`."""
 
-_OURS = ("dtype", "remat", "image_id")
-"""Fields of a model's configuration that are the run's own affair."""
+_RUN_FIELDS = ("dtype", "remat", "image_id")
+"""Fields of a model's configuration in which a run may differ from the pretrained model."""
 
 
 def pretrained_folders(init_from: str) -> list[Path]:
-    """The pretrained folders that `init_from` names; none where it names a run.
+    """Returns the pretrained folders that `init_from` names; none if it names a run.
 
     Raises:
-        UserError: a folder is missing, or a run is among several.
+        UserError: a folder is missing, or several are named and one is a run.
     """
     folders = [Path(part.strip()) for part in init_from.split(",") if part.strip()]
     kinds = [is_pretrained(folder) for folder in folders]
@@ -50,17 +50,17 @@ def pretrained_folders(init_from: str) -> list[Path]:
 
 
 def is_pretrained(folder: Path) -> bool:
-    """Whether a folder is a pretrained model's, and not a run's."""
+    """Returns whether a folder holds a pretrained model, and not a run."""
     return os.path.lexists(folder / CONFIG) and "model_type" in read_json_object(folder / CONFIG)
 
 
 def start_from_run(state: TrainState, run: Path, parts: Set[str]) -> TrainState:
-    """The state with what another run's model has learned, trainable and frozen.
+    """Returns the state with the learned parts of another run, trainable and frozen.
 
     Args:
         state: freshly initialised.
         run: its work directory.
-        parts: names of parts; a parameter that belongs to none of them starts fresh.
+        parts: names of parts; a parameter that belongs to none of them is left as it is.
 
     Raises:
         UserError: the run has no checkpoint, or its model lacks a part of this one.
@@ -84,18 +84,18 @@ def start_from_pretrained(
     mesh: jax.sharding.Mesh,
     positions: int,
 ) -> TrainState:
-    """The state with the parameters of pretrained models; sharded and of the dtypes it had.
+    """Returns the state with the parameters of pretrained models; shardings and dtypes stay.
 
     Args:
         state: freshly initialised.
         folders: of `pretrained_folders`.
         config: of the vision encoder and decoder in `state`.
         mesh: of its shardings.
-        positions: most positions that a row of the run has.
+        positions: the most positions of a row of text in the run.
 
     Raises:
-        UserError: a folder is damaged, its sizes are others, its rotary positions would be others
-            in so long a row, or two hold the same part.
+        UserError: a folder is damaged, its sizes differ from the run's, its rotary positions would
+            differ in so long a row, or two folders hold the same part.
     """
     params, frozen = (dict(nnx.to_flat_state(part)) for part in (state.params, state.frozen))
     filled: dict[tuple, Path] = {}
@@ -104,7 +104,7 @@ def start_from_pretrained(
         if type(model) not in PLACE:
             raise UserError(
                 f"config: init_from: {folder} holds a whole {type(model).__name__}; start from the "
-                "run that it is of, or from a decoder, a vision encoder or an InternVL"
+                "run that it was exported from, or from a decoder, a vision encoder or an InternVL"
             )
         _refuse_other_sizes(folder, model, config, positions)
         for path, variable in nnx.to_flat_state(nnx.state(model)):
@@ -133,13 +133,13 @@ def _refuse_other_sizes(
             here, there = getattr(ours, field.name), getattr(theirs, field.name)
             if field.name == "dynamic_rope" and there and positions <= there[0]:
                 continue  # rows of up to the trained length have plain rotary positions
-            if here != there and field.name not in _OURS:
+            if here != there and field.name not in _RUN_FIELDS:
                 name = f"model.{'.'.join(place)}.{field.name}"
                 raise UserError(f"config: {name}: {here}, and {there} in {folder}")
 
 
 def _described(model: nnx.Module) -> list[tuple[tuple[str, ...], Any]]:
-    """Parts of a model with their configurations, as `InternVLConfig` names them."""
+    """Returns parts of a model, as `InternVLConfig` names them, with their configurations."""
     if isinstance(model, InternVL):
         return [(("vision",), model.config.vision), (("decoder",), model.config.decoder)]
     assert isinstance(model, Decoder | InternViT)

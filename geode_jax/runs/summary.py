@@ -1,6 +1,6 @@
-"""What a run leaves at its end: predictions, and `summary.json`, its facts and scores.
+"""The files of a finished run: predictions, and `summary.json` with its facts and scores.
 
-The summary is written last: it says that the run has ended, and has the checksum of the others.
+The summary is written last: it marks the run as finished, and has the checksums of the other files.
 """
 
 import json
@@ -33,12 +33,12 @@ _FIELDS: dict[str, type] = {
 
 
 def kept_answers(workdir: Path, name: str) -> Path:
-    """Where the finished batches of the final evaluation are kept until it ends."""
+    """Returns the file that keeps finished batches of the final evaluation until it ends."""
     return workdir / "evaluation" / f"{name}.jsonl"
 
 
 def end(workdir: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """Writes the summary, behind everything else; gives what will be read."""
+    """Writes the summary after all other files; returns it as `read_summary` will."""
     kept = json.loads(json.dumps(summary, default=plain_value))
     if is_main():
         kept["software"] = software()
@@ -59,7 +59,7 @@ def write_predictions(workdir: Path, predictions: Iterable[dict]) -> None:
 
 
 def lost_files(workdir: Path, summary: dict[str, Any]) -> list[str]:
-    """What of the files beside a summary is missing or is not what was written, a line each."""
+    """Returns a line for every file beside a summary that is missing or was changed."""
     lost = []
     for name, stored in summary.get("files", {}).items():
         try:
@@ -77,10 +77,10 @@ def _checksum(path: Path) -> str:
 
 
 def read_predictions(path: Path) -> list[dict]:
-    """The records of a run's `predictions.jsonl`.
+    """Returns the records of a run's `predictions.jsonl`.
 
     Raises:
-        UserError: it is damaged, or is not of the run's end.
+        UserError: the file is damaged, or is not the one that the summary was written with.
     """
     found = []
     for number, record in files.json_lines(path, nan=True):
@@ -98,10 +98,10 @@ def read_predictions(path: Path) -> list[dict]:
 
 
 def read_summary(workdir: Path) -> dict[str, Any]:
-    """The content of a run's `summary.json`; empty where there is none.
+    """Returns the content of a run's `summary.json`; empty if there is none.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
     path = workdir / SUMMARY
     if not path.exists():
@@ -112,15 +112,15 @@ def read_summary(workdir: Path) -> dict[str, Any]:
         if found is None:
             raise UserError(f"{path}: is not what was written; delete it to evaluate again")
         return found
-    _check(path, summary)  # of before there was a checksum
+    _check(path, summary)  # written before summaries had a checksum
     return summary
 
 
 def read_ended(workdir: Path) -> dict[str, Any]:
-    """The summary of a run that has ended.
+    """Returns the summary of a run that has ended.
 
     Raises:
-        UserError: it has not, or the file is damaged.
+        UserError: the run has not ended, or the file is damaged.
     """
     summary = read_summary(workdir)
     if not summary:
@@ -129,7 +129,7 @@ def read_ended(workdir: Path) -> dict[str, Any]:
 
 
 def missing(workdir: Path, name: str) -> UserError:
-    """What to say of a summary without a field."""
+    """Returns the error for a summary without a field."""
     return UserError(f"{workdir / SUMMARY}: has no {name}; delete it to evaluate again")
 
 

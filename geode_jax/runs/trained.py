@@ -29,15 +29,15 @@ from geode_jax.training.step import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A run's model with all that answering needs; neither optimizer nor training data.
+    """A run's model with everything that answering needs; no optimizer and no training data.
 
     Attributes:
-        settings: the run's.
-        export: that it was trained on.
+        settings: of the run.
+        export: the export that it was trained on.
         tokenizer: of the run.
-        pipeline: of the export's train split: lengths and sizes are those of training.
-        objective: runs the model and decodes its answers.
-        mesh: this machine's devices, whatever the run trained on.
+        pipeline: of the train split, with the lengths and sizes of the training.
+        objective: computes the model's answers and turns them into text.
+        mesh: this machine's devices, which may differ from those of the training.
         graph: structure of the model.
         state: the parameters.
         evaluator: compiled with the first batch.
@@ -55,7 +55,7 @@ class Trained:
 
 
 def open_run_export(workdir: Path) -> Export:
-    """The export that a run was trained on.
+    """Returns the export that a run was trained on.
 
     Raises:
         UserError, ExportError: no run was started in this folder, or its export is not here.
@@ -76,18 +76,18 @@ def open_trained(
     slots: int | None = None,
     same_export: bool = False,
 ) -> Trained:
-    """The best checkpoint of a run, the latest where none was best yet.
+    """Returns the best checkpoint of a run; the latest if none was best yet.
 
     Args:
         workdir: of the run, which may still be training.
         rationale: the model writes rationales behind E_spatio alone, as in stage 1.
-        slots: so many of the rationale tokens are seen (Table 3); None: all.
-        same_export: scores depend on the run's export: one of other content is refused; otherwise
-            a line on stderr says so.
+        slots: number of rationale tokens that answers see (Table 3); None: all.
+        same_export: an export whose content has changed since the training is refused, as scores
+            depend on it; otherwise a line on stderr warns of it.
 
     Raises:
-        UserError, ExportError: it is no run, has no checkpoint, its export is not here, or its
-            model has no rationale module, or too few tokens, for what is wanted.
+        UserError, ExportError: the folder is no run, has no checkpoint, its export is not here, or
+            its model has no rationale module or fewer than `slots` tokens.
     """
     keep_compiled_programs()
     keep_freed_memory()
@@ -113,7 +113,7 @@ def open_trained(
     asked = as_stage_1(settings) if rationale else settings
     pipeline = Pipeline(export, tokenizer, pipeline_config(asked, export, tokenizer), "train")
     mesh = make_mesh()
-    # Which parameters learned, as the checkpoint has them, is of the run's own stage.
+    # The checkpoint separates learned from frozen parameters as the run's own stage does.
     learned = system.make_objective(settings, export, tokenizer, pipeline)
     graph, params, frozen = nnx.split(abstract_model(learned.build, mesh), learned.trainable, ...)
     model = load_model(checkpoint, {"params": params, "frozen": frozen})
