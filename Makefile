@@ -1,17 +1,18 @@
 ## make setup       a virtual environment with the package in it
 ## make train       train the Hidden-CoT student; CONFIG=file:arguments, ARGS="--workdir=runs/mine"
 ## make geode       train GEODE on rooms, stage after stage, and a blind model to compare with
-## make table4      its four rows on two seeds: with and without rationale module, regression head
+## make table4      train GEODE's Table 4 on two seeds: with and without rationale module and head
 ## make test        format and lint checks, then the fast tests; ARGS="-k pattern"
 ## make test-slow   the tests that take minutes
+## make test-smoke  imports, a short training, checkpoints; for the other set of versions (PYTHON=)
 ## make lint        format, lint, types and layers alone
 ## make docs        the documentation as a site in site/, without network
 ## make campaign    damaged inputs for every reader, by the thousand; ARGS="--inputs 10000 --seed 1"
-## make bench       measure against what else there is, half an hour; BENCHMARKS.md
+## make bench       measure against other libraries, half an hour; writes BENCHMARKS.md
 ##
-## Each starts from nothing but Python 3.11 or newer (PYTHON=python3.12 picks one) and its pip.
-## The parity tests need PyTorch (Python 3.11): where pip would fetch a build with CUDA, give the
-## address of PyTorch's index of CPU wheels as TORCH_INDEX.
+## Every target installs what it needs; it needs only Python 3.11 or newer (PYTHON=python3.12 picks
+## one) with venv and pip. The parity tests need PyTorch (Python 3.11): if pip would fetch a build
+## with CUDA, set TORCH_INDEX to the address of PyTorch's index of CPU wheels.
 
 PYTHON ?= python3
 CONFIG ?= configs/hidden_cot.py
@@ -20,12 +21,15 @@ TORCH_INDEX ?=
 
 SHELL := bash
 COMMA := ,
+# Every module, the versions, checkpoints, and a training of three steps that is asked.
+SMOKE := tests/package_test.py tests/training/checkpoint_test.py \
+	tests/cli/command_test.py::test_ask_prints_the_answer_of_the_evaluation_and_nothing_else
 .DEFAULT_GOAL := help
-.PHONY: help setup train geode table4 test test-slow campaign lint docs bench
+.PHONY: help setup train geode table4 test test-slow test-smoke campaign lint docs bench
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2] if sys.version_info >= (3, 11) else "")' 2>/dev/null)
 ifeq ($(VERSION),)
-$(error geode_jax needs Python 3.11 or newer and "$(PYTHON)" is none: name one, as in make PYTHON=python3.12)
+$(error geode_jax needs Python 3.11 or newer and "$(PYTHON)" is not one: name one, as in make PYTHON=python3.12)
 endif
 
 # The first interpreter gets .venv; another Python version gets a .venv-VERSION beside it, since
@@ -34,8 +38,7 @@ OWNER := $(shell sed -n 's/^version[_a-z]* = \([0-9]*\.[0-9]*\).*/\1/p' .venv/py
 VENV := $(if $(filter-out $(VERSION),$(OWNER)),.venv-$(VERSION),.venv)
 RUN := $(VENV)/bin/python
 
-# pip's own words are too many to read and its silence too long: one line for each package, and the
-# end of its log where it fails.
+# One line for each package that pip collects, and the end of pip's log where pip fails.
 INSTALL = set -o pipefail; PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install --progress-bar off \
 	$(1) 2>&1 | tee $(VENV)/pip.log \
 	| awk '/^Collecting/ { print "  " $$2; fflush() } /^Installing/ { print "  installing"; fflush() }' \
@@ -57,6 +60,9 @@ test: lint
 
 test-slow: $(VENV)/.installed-test
 	$(RUN) -m pytest -m slow --durations=10 -o faulthandler_timeout=3600 $(ARGS)
+
+test-smoke: $(VENV)/.installed-test
+	$(RUN) -m pytest $(SMOKE) $(ARGS)
 
 campaign: $(VENV)/.installed-test
 	$(RUN) -m tests.campaign $(ARGS)

@@ -37,7 +37,7 @@ def find_config(text: str) -> str:
     if name in config_names():
         return f"{SHIPPED / name}.py{colon}{arguments}"
     path = Path(name)
-    if not os.path.lexists(path):
+    if not name or not os.path.lexists(path):
         names = ", ".join(config_names())
         raise UserError(f"--config: {name}: no such file, and not one of {names}")
     if not path.is_file():
