@@ -1,17 +1,18 @@
 """GEODE: the losses and what learns in each stage (Sec. 2.3).
 
-| stage | learns | prefix | pays |
+| stage | learns | prefix | losses |
 |---|---|---|---|
 | pretrain | ViT, decoder, layout encoder | the layout | rationales; the patches' categories |
 | align | projector | visual tokens | rationales |
 | drm (stage 1) | DRM | E_spatio | eq. 4: rationales; * two alignments |
 | joint (stage 2) | projector, decoder, DRH | E_spatio, visual | eq. 7: answers, values, boxes |
 
-`pretrain` stands in on a laptop for InternViT's and Qwen's pretraining. A rationale follows its
-question, which is given and not paid, since E_spatio does not know what will be asked.
+On a laptop, `pretrain` replaces the pretraining of InternViT and Qwen. A rationale follows its
+question, which has no loss of its own: E_spatio does not depend on the question.
 
-* Not in the paper's equations, weight 0 in `full`. Sec. 2.1.2 names a frozen text encoder's
-embedding of the rationale: the decoder's, or on a laptop the layout itself (`models.layout`).
+* Not in the paper's equations; the weights are 0 in `full`. Sec. 2.1.2 aligns E_spatio with a
+frozen text encoder's embedding of the rationale. Here that is the decoder's embedding or, on a
+laptop, the layout itself (`models.layout`).
 """
 
 import dataclasses
@@ -50,11 +51,11 @@ LEARNS = {
     "drm": ("drm",),
     "joint": ("projector", "decoder", "drh"),
 }
-"""The parts of `Geode` that learn in a stage; all others are frozen."""
+"""Stage -> the parts of `Geode` that are trained; all others are frozen."""
 
 
 def learned_parts(stage: Stage) -> frozenset[str]:
-    """The parts that have learned when a stage has ended."""
+    """Returns the parts that a stage and those before it have trained."""
     stages = list(LEARNS)
     return frozenset().union(*(LEARNS[s] for s in stages[: stages.index(stage) + 1]))
 
@@ -65,7 +66,7 @@ PREFIX: dict[str, tuple[Part, ...]] = {
     "drm": ("spatio",),
     "joint": ("spatio", "visual"),
 }
-"""What stands before the text in a stage."""
+"""Stage -> the parts before the text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +78,10 @@ class GeodeStageConfig:
     layout_weight: of E_spatio's squared distance to the layout's columns, stage drm.
     rationale_weight: of `rationale_alignment`, stage drm.
     patch_weight: of the patches' categories, stage pretrain.
-    spatial_weight: of what the question is about, `spatial.spatial_head_terms`, stage pretrain.
-    vision: False trains the blind baseline: nothing stands before the text.
-    controls: ids of `<REG>` and `<3DBBOX>`, where the regression head answers.
-    slots: so many of the rationale tokens does an answer see (Table 3); None: all.
+    spatial_weight: of the losses of `spatial.spatial_head_terms`, stage pretrain.
+    vision: False trains the blind baseline, without a prefix.
+    controls: ids of `<REG>` and `<3DBBOX>`, at which the regression head gives the answer.
+    slots: number of rationale tokens that an answer sees (Table 3); None: all.
     """
 
     model: GeodeConfig
@@ -113,12 +114,12 @@ class GeodeStage:
 
     @property
     def trainable(self):
-        """The parameters of the stage's parts."""
+        """nnx filter of the parameters of the stage's parts."""
         parts = [nnx.PathContains(name) for name in LEARNS[self.config.stage]]
         return nnx.All(nnx.Param, nnx.Any(*parts))
 
     def build(self, rngs: nnx.Rngs) -> Geode:
-        """All parts, frozen ones too."""
+        """Returns the model with all parts, frozen ones too."""
         return Geode(self.config.model, rngs=rngs)
 
     def prefix_parts(self) -> tuple[Part, ...]:
@@ -129,28 +130,32 @@ class GeodeStage:
         return tuple(p for p in PREFIX[c.stage] if p != "spatio" or c.model.drm is not None)
 
     def terms(self, model: Geode, batch: Batch) -> Terms:
-        """All losses of the stage as (sum, count)."""
+        """Returns all losses of the stage as (sum, count)."""
         c = self.config
         prefix = model.prefix(batch, self.prefix_parts())
         hidden = model.read(batch, prefix)
         A = batch.answer_SQA.shape[-1]
-        paid = jnp.arange(A) < jnp.asarray(batch.answer_length_SQ)[..., None]
+        counted = jnp.arange(A) < jnp.asarray(batch.answer_length_SQ)[..., None]
         states_SQAD = pick(hidden, batch.answer_column_SQA)
         terms = {"text": text_term(model.vlm.decoder, states_SQAD, batch)}
         if c.stage == "pretrain":
             label = jnp.asarray(batch.target_segmentation_SVP)
             logits = model.patch_logits(batch)
-            # UNLABELLED (-2) is nobody's word; NO_CATEGORY (-1) is the last class.
+            # UNLABELLED (-2) is left out; NO_CATEGORY (-1) is the last class.
             label = jnp.where(label == -1, logits.shape[-1] - 1, label)
             terms["patches"] = losses.cross_entropy(logits, label, label >= 0)
-            asked = model.spatial_head(
+            assert model.spatial_head is not None  # the stage's model has stand-ins
+            spatial = model.spatial_head(
                 pick(hidden, batch.encoding_column_SQ), pick(hidden, batch.object_column_SQO)
             )
-            terms |= {f"spatial/{k}": term for k, term in spatial_head_terms(asked, batch).items()}
+            terms |= {
+                f"spatial/{k}": term for k, term in spatial_head_terms(spatial, batch).items()
+            }
         if c.stage == "drm" and c.layout_weight:
+            assert prefix.spatio_SMD is not None and model.layout is not None
             terms["layout"] = layout_alignment(prefix.spatio_SMD, model.layout, batch)
         if c.stage == "drm" and c.rationale_weight:
-            terms["rationale_alignment"] = self._rationale_alignment(model, batch, prefix, paid)
+            terms["rationale_alignment"] = self._rationale_alignment(model, batch, prefix, counted)
         if c.stage == "joint" and model.drh is not None:
             # The state where the control token, an answer's first, is the input.
             state_SQD = states_SQAD[:, :, 1]
@@ -162,17 +167,18 @@ class GeodeStage:
             )
         return terms
 
-    def _rationale_alignment(self, model: Geode, batch: Batch, prefix: Prefix, paid) -> Pair:
-        """1 - cosine of the mean of E_spatio and that of its rationales' embeddings (Sec. 2.1.2).
+    def _rationale_alignment(self, model: Geode, batch: Batch, prefix: Prefix, counted) -> Pair:
+        """1 - cosine of the mean of E_spatio and of the rationales' embeddings (Sec. 2.1.2).
 
-        The frozen text encoder is the frozen decoder, which reads the rationales with nothing
-        before them; of a scene's rationales the mean, since E_spatio is of all of them.
+        The frozen text encoder is the frozen decoder, which reads the rationales without a prefix.
+        Its states are averaged over all rationales of a scene, since E_spatio serves all of them.
         """
         text = model.read(batch, model.prefix(batch, ()))
         states_SQAD = pick(text, batch.answer_column_SQA)
-        own = jnp.mean(states_SQAD, axis=(1, 2), where=paid[..., None])
-        known_S = jnp.any(paid, axis=(1, 2))
+        own = jnp.mean(states_SQAD, axis=(1, 2), where=counted[..., None])
+        known_S = jnp.any(counted, axis=(1, 2))
         embedding = jax.lax.stop_gradient(jnp.where(known_S[:, None], own, 1.0))
+        assert prefix.spatio_SMD is not None
         spatio = jnp.mean(prefix.spatio_SMD.astype(jnp.float32), axis=1)
         cosine_S = optax.losses.cosine_similarity(spatio, embedding, epsilon=1e-6)
         return losses.masked_sum(1 - cosine_S, known_S)
@@ -226,12 +232,12 @@ class GeodeStage:
         eos_id: int,
         sampling: Sampling | None = None,
     ) -> dict[str, Array]:
-        """Answers to a batch's questions, at most A tokens each.
+        """Generates answers to a batch's questions, at most A tokens each.
 
         Returns:
-            `tokens` [S, Q, A]; with a regression head, what it reads at each of them, whether it
-            is a control token or not: `values` [S, Q, A], codes as of `drh.encode_values`, and
-            `boxes` [S, Q, A, 7].
+            `tokens` [S, Q, A]; with a regression head also its output at every token, of which only
+            that at control tokens has a meaning: `values` [S, Q, A], codes of `drh.encode_values`,
+            and `boxes` [S, Q, A, 7].
         """
         generated = generate(
             model.vlm.decoder,
@@ -245,7 +251,7 @@ class GeodeStage:
             sampling=sampling,
         )
         out = {"tokens": generated.tokens_SQA}
-        if model.drh is not None:
+        if model.drh is not None and generated.hidden_SQAD is not None:
             out["values"] = model.drh.values(generated.hidden_SQAD)
             out["boxes"] = decode_boxes(model.drh.boxes(generated.hidden_SQAD))
         return out
@@ -260,28 +266,29 @@ class GeodeStage:
         """Returns one answer as text, in which a value stands for its control token.
 
         Returns:
-            `prediction`; `predicted_value` (in the unit of `control.answer_unit`) or
-            `predicted_box` (7 numbers) of the last control token, where there is one.
+            `prediction`; where there is a control token, of the last one of its kind
+            `predicted_value` (in the unit of `control.answer_unit`) or `predicted_box` (7 numbers).
         """
         reg, box = self.config.controls or (-1, -1)
-        said, text, words = {}, "", []
-        unit = answer_unit(record)
+        regressed, text, words = {}, "", []
+        base_unit = np.array(BASE_UNIT.get(answer_unit(record) or "", 1.0), np.float32)
         for i, token in enumerate(before_end(answers["tokens"][place], tokenizer.eos_id)):
             if token not in (reg, box):
                 words.append(token)
                 continue
             text, words = text + tokenizer.decode(words), []
             if token == reg:
-                value = decode_values(answers["values"][*place, i], BASE_UNIT.get(unit, 1.0))
-                said["predicted_value"] = float(value)
-                text += f" {write_number(said['predicted_value'], record.get('unit'))}"
+                value = float(decode_values(answers["values"][*place, i], base_unit))
+                regressed["predicted_value"] = value
+                text += f" {write_number(value, record.get('unit'))}"
             else:
-                said["predicted_box"] = [round(float(x), 4) for x in answers["boxes"][*place, i]]
-                text += " " + " ".join(f"{x:.2f}" for x in said["predicted_box"])
-        return {"prediction": (text + tokenizer.decode(words)).strip()} | said
+                numbers = [round(float(x), 4) for x in answers["boxes"][*place, i]]
+                regressed["predicted_box"] = numbers
+                text += " " + " ".join(f"{x:.2f}" for x in numbers)
+        return {"prediction": (text + tokenizer.decode(words)).strip()} | regressed
 
     def total(self, model: Geode, terms: Terms) -> tuple[Array, dict]:
-        """Eq. 4 or eq. 7; the weights for the log."""
+        """Returns eq. 4 or eq. 7, and the weights for the log."""
         c = self.config
         weights = {
             "text": 1.0,

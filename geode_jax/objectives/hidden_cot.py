@@ -1,22 +1,21 @@
-"""Hidden-CoT: the student's losses of Sec. III-D under the uncertainties of eq. 2.
+"""Hidden-CoT: the student's losses of Sec. III-D, weighted by the uncertainties of eq. 2.
 
-What each term of eq. 2 is made of (* = not in the paper, ours):
+The losses of each term of eq. 2 (* = not in the paper):
 
-text        cross-entropy on the answer; where a teacher answered, KL to its top-k logits at a
-            temperature and of the probability it left to all other tokens
-            (`objectives.losses.distillation`)
+text        cross-entropy on the answer, or distillation of the teacher's top-k logits where there
+            are any (`objectives.losses.distillation`)
 depth_ce, depth_reg, depth_kl
             bin cross-entropy, L1 of the expected depth, KL to the teacher's bins
 detection   focal + box loss of matched queries;
-            * the category of every patch against the nouns' embeddings, so that a question's noun
-            finds its patches
+            * the category of every patch, classified by the embeddings of the categories' nouns
 spatial     eq. 1 (features to the teacher's, cross-view); KL of left/right, above/below and the
             four relations;
-            * the boxes of the objects it names, regressed from the states at their names; their
-            places, gaps from the first of them (from what distances are asked from), the turn and
-            the number asked for, from the question's encoding
+            * the boxes of the objects that a question names, from the states at their names; from
+            the question's encoding the objects' places, their distances from the first of them,
+            and the turn and the number that are the answer
 multiview   L2 between depths predicted by two views, reprojected onto each other
-feature     detector probabilities, spatial distributions, depth hints of student and teacher
+feature     L2 between detector probabilities, spatial distributions and depths of student and
+            teacher
 """
 
 import dataclasses
@@ -50,25 +49,25 @@ GROUPS = {
     "multiview": ("multiview",),
     "feature": ("feature",),
 }
-"""What `drop=` and `only=` name (Table II) -> terms of eq. 2."""
+"""Name in `drop=` and `only=` (Table II) -> terms of eq. 2."""
 
 WEIGHTS_INSIDE = {
     "spatial/features": 0.5,
     "spatial/cross_view": 0.1,
     "detection/patches": 4.0,
 }
-"""Weights inside a term of eq. 2 other than 1. `cross_view` is eq. 1's lambda_cross; the patches
-would drown beside the boxes, and every question needs them."""
+"""Weights inside a term of eq. 2 other than 1. That of `cross_view` is lambda_cross of eq. 1. Every
+question needs the patches' categories, whose loss is small beside that of the boxes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HiddenCoTConfig:
     """Attributes:
     student: the model.
-    terms: the terms of eq. 2 that are paid.
+    terms: the terms of eq. 2 that are used.
     weights: "uncertainty" (eq. 2) or "static" (all 1).
     temperature: T of the teacher's logits, see `objectives.losses.distillation`.
-    literal_cross_view: the sign of eq. 1 as printed; see `objectives.losses.cross_view`.
+    literal_cross_view: True uses the printed sign of eq. 1; see `objectives.losses.cross_view`.
     vision: False trains the blind baseline: no vision tokens, no V, answers only.
     log_variance_bounds: of log sigma^2.
     """
@@ -114,19 +113,19 @@ class HiddenCoT:
     internvl = None
 
     def build(self, rngs: nnx.Rngs) -> HiddenCoTModel:
-        """The student and its log-variances."""
+        """Returns the student and its log-variances."""
         return HiddenCoTModel(self.config, rngs=rngs)
 
     def prepare(self, batch: Batch) -> Batch:
-        """The batch as the model may see it: without vision for the blind baseline."""
+        """Returns the batch, without vision for the blind baseline."""
         return batch if self.config.vision else without_vision(batch)
 
     def terms(self, model: HiddenCoTModel, batch: Batch) -> Terms:
-        """All losses that are paid, named `term/part`, as (sum, count)."""
+        """Returns the losses of all used terms, named `term/part`, as (sum, count)."""
         batch = self.prepare(batch)
         out = model.student(batch)
-        decoder, said = model.student.decoder, out.answer_hidden_SQAD
-        terms = {"text": text_term(decoder, said, batch, self.config.temperature)}
+        decoder, hidden = model.student.decoder, out.answer_hidden_SQAD
+        terms = {"text": text_term(decoder, hidden, batch, self.config.temperature)}
         if self.config.vision:
             terms |= depth_terms(out, batch, self.config.literal_cross_view)
             terms |= detection_terms(out, batch)
@@ -154,7 +153,7 @@ class HiddenCoT:
         eos_id: int,
         sampling: Sampling | None = None,
     ) -> dict[str, Array]:
-        """Answers to a batch's questions, at most A tokens each.
+        """Generates answers to a batch's questions, at most A tokens each.
 
         Returns:
             `tokens` [S, Q, A], and the decoded thinking tokens `thinking` [S, K] of the diagnostic
@@ -206,7 +205,7 @@ class HiddenCoT:
         )
 
     def total(self, model: HiddenCoTModel, terms: Terms) -> tuple[Array, dict]:
-        """Eq. 2, or the static ablation; weights by `term/part` for the log."""
+        """Returns eq. 2, or the static ablation, and the weight of each term for the log."""
         grouped = {}
         for term in self.config.terms:
             parts = {name: pair for name, pair in terms.items() if term_of(name) == term}
@@ -224,12 +223,12 @@ class HiddenCoT:
 
 
 def term_of(name: str) -> str:
-    """`detection/boxes` -> `detection`."""
+    """Returns the term of a loss: `detection` for `detection/boxes`."""
     return name.split("/")[0]
 
 
 def patch_depth_logits(depth_logits_SVhwB: Array, grid: tuple[int, int]) -> jax.Array:
-    """Log of the mean bin probabilities of every patch's r x r cells, [S, V, P, B]."""
+    """Returns the log of the mean bin probabilities of each patch's r x r cells, [S, V, P, B]."""
     S, V, h, w, B = depth_logits_SVhwB.shape
     gh, gw = grid
     prob = jax.nn.softmax(depth_logits_SVhwB, axis=-1)
@@ -244,7 +243,7 @@ def _grid(out: StudentOutput, batch: Batch) -> tuple[int, int]:
 
 
 def depth_terms(out: StudentOutput, batch: Batch, literal_cross_view: bool = False) -> Terms:
-    """Depth and what two views must agree on, Sec. III-D.2 and the second term of eq. 1."""
+    """Returns the losses of depth and of cross-view consistency (Sec. III-D.2, eq. 1)."""
     grid = _grid(out, batch)
     centres = losses.depth_bin_centres(out.depth_logits_SVhwB.shape[-1])
     target, logits = batch.target_depth_SVhw, out.depth_logits_SVhwB
@@ -285,7 +284,7 @@ def depth_terms(out: StudentOutput, batch: Batch, literal_cross_view: bool = Fal
 
 
 def detection_terms(out: StudentOutput, batch: Batch) -> Terms:
-    """Boxes and categories, Sec. III-D.2."""
+    """Returns the losses of boxes and categories (Sec. III-D.2)."""
     found = losses.detection(
         out.detection.class_logits_SMc,
         out.detection.boxes_SMb,
@@ -298,7 +297,7 @@ def detection_terms(out: StudentOutput, batch: Batch) -> Terms:
     terms = {
         "detection/classes": found.classes,
         "detection/boxes": found.boxes,
-        # UNLABELLED (-2) is nobody's word; NO_CATEGORY (-1) is the last class.
+        # UNLABELLED (-2) is left out; NO_CATEGORY (-1) is the last class.
         "detection/patches": losses.cross_entropy(
             out.patch_logits_SVPc, jnp.where(labels == -1, classes - 1, labels), labels >= -1
         ),
@@ -313,7 +312,7 @@ def detection_terms(out: StudentOutput, batch: Batch) -> Terms:
 
 
 def spatial_terms(out: StudentOutput, batch: Batch) -> Terms:
-    """Eq. 1's features, relations, and what the question is about, Sec. III-D.2 and III-D.3."""
+    """Returns the losses of features (eq. 1), relations and the question's targets (Sec. III-D)."""
     terms = {
         f"spatial/{name}": term for name, term in spatial_head_terms(out.spatial, batch).items()
     }

@@ -402,8 +402,8 @@ def log_depth_distance(student: Array, teacher: Array, mask: Array) -> Pair:
         mask: [...].
     """
     mask = _mask(mask, student.shape) & (teacher > 0)
-    logs = (jnp.log(keep(depth, mask, 1.0))[..., None] for depth in (student, teacher))
-    return squared_distance(*logs, mask)
+    student, teacher = (jnp.log(keep(x, mask, 1.0))[..., None] for x in (student, teacher))
+    return squared_distance(student, teacher, mask)
 
 
 def _inverse_norm(x_F: jax.Array) -> jax.Array:
@@ -579,7 +579,7 @@ def uncertainty_total(
     total = jnp.zeros((), jnp.float32)
     weights = {}
     for name, pair in terms.items():
-        s = bounded(log_variance[name], *bounds)
+        s = jnp.asarray(bounded(log_variance[name], *bounds))
         weight = 0.5 * jnp.exp(-s)
         total += jnp.where(pair[1] > 0, weight * mean(pair) + 0.5 * s, 0.0)
         weights[name] = jax.lax.stop_gradient(weight)

@@ -14,7 +14,6 @@ loop carries: no iterator is ever pickled.
 
 import errno
 import itertools
-import logging
 import os
 import shutil
 from collections import Counter
@@ -41,20 +40,14 @@ from geode_jax.training.checkpoint_files import (
     read_quietly,
     refuse_others,
     shapes_of,
-    silence_failed_reads,
+    silence_orbax,
     step_folders,
 )
 from geode_jax.training.step import TrainState
 
-logging.getLogger("absl").setLevel(logging.WARNING)
-# Its threads log a traceback, one after the other, before the error is raised here.
-logging.getLogger("absl").addFilter(
-    lambda record: not (record.exc_info and "orbax" in record.pathname)
-)
 
-
-class _WhenAsked:
-    """Save decision: the loop decides, Orbax does as told."""
+class _EverySave:
+    """Orbax's save decision: it saves at every call, since the training loop decides when."""
 
     def should_save(self, step, previous_steps, *, context) -> bool:
         del step, previous_steps, context
@@ -63,9 +56,10 @@ class _WhenAsked:
 
 def _checkpointer(folder: Path, keep: int) -> ocp.training.Checkpointer:
     return ocp.training.Checkpointer(
-        folder,
-        save_decision_policy=_WhenAsked(),
-        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        str(folder),
+        save_decision_policy=_EverySave(),
+        # Orbax's own policy does not match Orbax's own protocol.
+        preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyright: ignore[reportArgumentType]
         cleanup_tmp_directories=True,
     )
 
@@ -88,7 +82,7 @@ class Checkpoints:
         self._open()
 
     def _open(self) -> None:
-        silence_failed_reads()
+        silence_orbax()
         for kind in ("latest", "best"):
             self._put_unreadable_aside(kind)
         self._latest = _checkpointer(self._folder / "latest", _KEPT["latest"])
@@ -165,7 +159,7 @@ class Checkpoints:
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> UserError:
-        silence_failed_reads()
+        silence_orbax()
         reason = first_line(error)
         for known in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)):
             if known in str(error):  # TensorStore says much before it
@@ -206,9 +200,9 @@ class Checkpoints:
                 break
             damaged.append(step)
             print(f"{self._folder / kind / str(step)}: damaged", flush=True)
-        if damaged and found is None:
-            raise UserError(f"{self._folder / kind}: every checkpoint is damaged")
         if damaged:
+            if found is None:
+                raise UserError(f"{self._folder / kind}: every checkpoint is damaged")
             self._put_aside(kind, damaged)
             print(f"going on from step {found[1]['step']} instead", flush=True)
         return found
@@ -245,8 +239,8 @@ class Checkpoints:
                 f"{self._folder}: the checkpoint of step {step} does not fit this "
                 "configuration (another model size or optimizer?); use another --workdir"
             )
-        whole = state is not None and metadata is not None
-        if not np.all(multihost_utils.process_allgather(np.array(whole))):
+        everywhere = multihost_utils.process_allgather(np.array(state is not None))
+        if metadata is None or not np.all(everywhere):
             return None
         refuse_others(f"{self._folder}: step {step}", metadata.made_with, self._made_with)
         return (state, metadata.position) if metadata.fingerprint == fingerprint(state) else None
@@ -281,10 +275,11 @@ def save_model(folder: Path, params: dict[str, jax.Array]) -> None:
     Raises:
         UserError: it could not be written.
     """
+    silence_orbax()
     model = {"params": params}
     metadata = seal({"fingerprint": fingerprint(model)})
     try:
-        ocp.save_checkpointables(folder.absolute(), {"state": model}, custom_metadata=metadata)
+        ocp.save_checkpointables(str(folder.absolute()), {"state": model}, custom_metadata=metadata)
     except OSError as error:
         raise UserError(f"{folder}: the checkpoint could not be written ({error})") from error
 

@@ -120,7 +120,7 @@ def read_quietly(read: Callable[..., Any], *arguments) -> Any:
     Raises:
         Unreadable: the files are damaged, or not what was asked for.
     """
-    silence_failed_reads()
+    silence_orbax()
     try:
         return read(*arguments)
     except Exception as error:  # damaged files raise whatever they end in
@@ -130,23 +130,26 @@ def read_quietly(read: Callable[..., Any], *arguments) -> Any:
 
 
 @functools.cache
-def silence_failed_reads() -> None:
-    """Keeps Orbax's failed reads from printing more than their error, from now on.
+def silence_orbax() -> None:
+    """Drops what Orbax logs and prints besides the errors that it raises, from now on.
 
-    It warns of every file that it cannot read. At the first failure it closes its event loop: a
-    read still under way then ends in an error that nobody waits for, in TensorStore's thread, which
-    finds the loop closed, or when its coroutine is collected, or in one that asyncio logs.
+    It logs every save, warns of every file that it cannot read, and its threads log the traceback
+    of an error before it is raised. At the first failed read it closes its event loop. Reads still
+    under way then end in errors of their own: in TensorStore's thread, which finds the loop closed;
+    in a coroutine that is collected; or in one that asyncio logs. Records of other libraries, and
+    the levels of their loggers, stay as they are.
     """
 
-    def no_warning(record):
-        return record.levelno > logging.WARNING or "orbax" not in record.pathname
+    def not_of_orbax(record):
+        serious = record.levelno > logging.WARNING and not record.exc_info
+        return serious or "orbax" not in record.pathname
 
     def no_abandoned_read(record):
-        said = record.getMessage()
-        return not ("orbax" in said or "tensorstore" in said)
+        message = record.getMessage()
+        return not ("orbax" in message or "tensorstore" in message)
 
     # Filters, and no levels: absl's are set anew where its flags are parsed.
-    logging.getLogger("absl").addFilter(no_warning)
+    logging.getLogger("absl").addFilter(not_of_orbax)
     logging.getLogger("asyncio").addFilter(no_abandoned_read)
     others = sys.unraisablehook
 

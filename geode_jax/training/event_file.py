@@ -1,7 +1,7 @@
-"""TensorBoard's event files, written by whoever logs.
+"""TensorBoard's event files, written in the calling thread.
 
-tensorboardX's own writer has a thread: where the disk is full that dies with a traceback, and who
-logs on waits for it for ever.
+tensorboardX's own writer has a thread. On a full disk that thread ends with a traceback, and the
+next write waits for it for ever.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from geode_jax.exports import files
 
 FLUSH_SECONDS = 30
-"""So old may a scalar get before it reaches the file."""
+"""Longest time between a write and its flush to the file."""
 
 
 class EventFile:
@@ -25,13 +25,17 @@ class EventFile:
     def __init__(self, folder: Path, purge_step: int):
         """Args:
         folder: of the run's event files.
-        purge_step: from here on, what earlier files say does not count.
+        purge_step: TensorBoard drops the scalars of earlier files from this step on.
         """
-        from tensorboardX.proto import event_pb2  # loads torch wherever torch is installed
+        # Here, because tensorboardX imports torch where torch is installed.
+        from tensorboardX.proto import event_pb2
         from tensorboardX.record_writer import RecordWriter
         from tensorboardX.summary import scalar
 
-        self._event, self._scalar = event_pb2.Event, scalar
+        # protobuf makes the classes of `event_pb2` at import.
+        self._event = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
+        log = event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        self._scalar = scalar
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
         self._path = folder / name
         try:
@@ -40,12 +44,11 @@ class EventFile:
         except OSError as error:
             raise files.cannot_write(self._path, error) from None
         self._flushed = time.monotonic()
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(file_version="brain.Event:2")
-        self._write(step=purge_step, session_log=start)
+        self._write(step=purge_step, session_log=log(status=log.START))
 
     def write(self, step: int, name: str, value: float) -> None:
-        """A scalar."""
+        """Writes one scalar."""
         self._write(step=step, summary=self._scalar(name, value))
 
     def _write(self, **content) -> None:
@@ -60,7 +63,7 @@ class EventFile:
             raise files.cannot_write(self._path, error) from None
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Flushes and closes the file."""
         try:
             self._records.close()
         except OSError as error:

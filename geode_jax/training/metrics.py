@@ -18,10 +18,10 @@ from geode_jax.training.event_file import EventFile
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Rows of a metrics.jsonl; a half-written last line (a killed run) is left out.
+    """Returns the rows of a metrics.jsonl without a half-written last line (of a killed run).
 
     Raises:
-        UserError: the file cannot be read, or another line is no row.
+        UserError: the file cannot be read, or another line is not a row.
     """
     rows, damage = _read_rows(path)
     if damage:
@@ -30,7 +30,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def _read_rows(path: Path) -> tuple[list[tuple[dict, bytes]], list[str]]:
-    """The rows with their lines, and what is wrong with each line that is none."""
+    """Returns the rows with their lines, and one message for each line that is not a row."""
     rows: list[tuple[dict, bytes]] = []
     damage: list[str] = []
     if not path.exists():
@@ -57,26 +57,26 @@ def _check_row(where: str, row: Any, least: int) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes a JSON file at once or not at all, process 0's; arrays of one number become floats."""
+    """Writes a JSON file atomically, in process 0; arrays of one number become floats."""
     if not is_main():
         return
     files.write_json(path, value, default=plain_value)
 
 
 def plain_value(value: Any) -> Any:
-    """What JSON holds of a value that it does not know: a dataclass's fields, or one number."""
+    """Returns a value that JSON can hold: the fields of a dataclass, or an array's one number."""
     if dataclasses.is_dataclass(value):
+        assert not isinstance(value, type)
         return dataclasses.asdict(value)
     return float(value)
 
 
 class MetricsWriter:
-    """Writes `WORKDIR/metrics.jsonl` and TensorBoard events, one row a call; process 0's alone.
+    """Writes `WORKDIR/metrics.jsonl` and TensorBoard events, one row per call, in process 0 only.
 
-    Rows past the checkpoint that a run resumes from are what a killed run did after it; they are
-    dropped, so that a resumed run leaves the same file as an unbroken one, but for `speed/...`.
-    Where the rows before it are not those that were written, the file is kept beside the new one
-    and the rows that can be read go on.
+    Rows after the checkpoint that a run resumes from are dropped, so that a resumed run leaves the
+    same file as an uninterrupted one, except for `speed/...`. If the rows before it are not those
+    that were written, the file is renamed, and the new one starts with the rows that can be read.
     """
 
     def __init__(self, workdir: Path, last_step: int, written: Mapping[str, Any] | None = None):
@@ -97,11 +97,11 @@ class MetricsWriter:
 
     @property
     def written(self) -> dict[str, Any]:
-        """How many rows the file has, and their checksum; empty but in process 0."""
+        """The number of rows in the file and their checksum; empty in processes other than 0."""
         return {"rows": self._rows, "checksum": self._checksum} if self._writes else {}
 
     def write(self, step: int, values: dict) -> None:
-        """One row; values become floats."""
+        """Writes one row; values become floats."""
         if not self._writes:
             return
         row = {name: float(np.asarray(value)) for name, value in values.items()}
@@ -116,7 +116,7 @@ class MetricsWriter:
             self._events.write(step, name, value)
 
     def close(self) -> None:
-        """Flush both files."""
+        """Flushes and closes both files."""
         if self._writes:
             try:
                 self._file.close()
@@ -127,10 +127,10 @@ class MetricsWriter:
 
 
 def _kept_lines(path: Path, last_step: int, written: Mapping[str, Any] | None) -> list[bytes]:
-    """The lines of a metrics.jsonl that belong to the checkpoint that a run resumes from."""
+    """Returns the lines of a metrics.jsonl up to the checkpoint that a run resumes from."""
     try:
         rows, damage = _read_rows(path)
-    except UserError as error:  # larger than is read, or of another kind
+    except UserError as error:  # too large, or not a regular file
         rows, damage = [], [str(error)]
     if written:
         lines = [line for _, line in rows][: written["rows"]]
@@ -149,5 +149,5 @@ def _kept_lines(path: Path, last_step: int, written: Mapping[str, Any] | None) -
 
 
 def progress(total: int | None, initial: int, unit: str, label: str) -> tqdm:
-    """A bar with rate and ETA on stderr, of process 0."""
+    """Returns a progress bar with rate and ETA on stderr, shown in process 0 only."""
     return progress_bar(total=total, initial=initial, unit=unit, desc=label, disable=not is_main())

@@ -1,10 +1,11 @@
-"""Optimizer: AdamW as the paper has it, or Muon on the trunk's matrices beside AdamW.
+"""Optimizers: the paper's AdamW (Sec. III-E), or Muon on the trunk's matrices and AdamW elsewhere.
 
-Muon [Jordan 2024] orthogonalises the momentum of a matrix; embeddings, heads, norms, biases, the
-thinking tokens and the log-variances are not such matrices and stay with Adam.
+Muon [Jordan 2024] orthogonalises the momentum of a matrix. Embeddings, heads, norms, biases, the
+thinking tokens and the log-variances stay with Adam.
 """
 
 import dataclasses
+from collections.abc import Hashable
 from typing import Literal
 
 import jax
@@ -18,13 +19,13 @@ from geode_jax import ranges
 class OptimizerConfig:
     """Attributes:
     name: "adamw" or "muon".
-    learning_rate: peak, of both Muon (RMS-matched to Adam) and Adam.
+    learning_rate: peak rate of both Muon (RMS-matched to Adam) and Adam.
     weight_decay: decoupled, on matrices only.
-    warmup_steps: linear from 0.
-    steps: length of the cosine, warm-up included.
-    final_fraction: of the peak, at the end.
-    clip_norm: global gradient norm.
-    b1, b2: Adam's moments.
+    warmup_steps: length of the linear warm-up from 0.
+    steps: length of the schedule, warm-up included.
+    final_fraction: last rate / peak rate.
+    clip_norm: largest global gradient norm.
+    b1, b2: Adam's decay rates.
     """
 
     name: Literal["adamw", "muon"]
@@ -53,15 +54,15 @@ class OptimizerConfig:
 
 
 MUON_RMS = 0.2
-"""Scales Muon's update to Adam's usual RMS [Liu et al. 2025], so that one rate serves both."""
+"""RMS of Muon's update, that of a usual Adam update [Liu et al. 2025]: one rate fits both."""
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """Linear warm-up, cosine decay, both counted in steps (Sec. III-E)."""
+    """Returns the schedule: linear warm-up, then cosine decay, counted in steps (Sec. III-E)."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        # A short rehearsal of a long config keeps the shape of its schedule.
+        # A short trial run of a long config keeps the shape of its schedule.
         warmup_steps=min(config.warmup_steps, config.steps // 4),
         decay_steps=config.steps,
         end_value=config.learning_rate * config.final_fraction,
@@ -72,7 +73,7 @@ _TRUNKS = {"stages", "blocks", "drm"}
 
 
 def labels(params: nnx.State, name: str) -> list[str]:
-    """ "muon", "decay" (AdamW) or "plain" (Adam without weight decay), in leaf order.
+    """Returns "muon", "decay" (AdamW) or "plain" (Adam without weight decay) for each leaf.
 
     Muon takes the matrices of the decoder's stages, of the vision encoder's blocks and of the
     rationale module; "decay" the other matrices; everything else (embeddings, norms, biases,
@@ -89,7 +90,7 @@ def labels(params: nnx.State, name: str) -> list[str]:
 
 
 def _matrix_axes(variable: nnx.Variable) -> optax.contrib.MuonDimensionNumbers:
-    """Input and output axes of a kernel [layer?, inputs..., outputs...]."""
+    """Returns the input and output axes of a kernel [layer?, inputs..., outputs...]."""
     metadata = variable.get_metadata()
     first = 1 if metadata["out_sharding"][0] == "layer" else 0
     axes = tuple(range(first, variable.ndim))
@@ -99,15 +100,15 @@ def _matrix_axes(variable: nnx.Variable) -> optax.contrib.MuonDimensionNumbers:
 
 
 def make_optimizer(config: OptimizerConfig, params: nnx.State) -> optax.GradientTransformation:
-    """The transformation for these parameters; a non-finite gradient leaves everything as it was.
+    """Returns the optimizer of these parameters, which skips steps with a non-finite gradient.
 
-    The state counts the steps skipped so: `notfinite_count` in a row, `total_notfinite` in all.
+    Its state counts the skipped steps: `notfinite_count` in a row, `total_notfinite` in all.
     """
     rate = learning_rate(config)
-    adam = {"b1": config.b1, "b2": config.b2}
-    transforms = {
-        "decay": optax.adamw(rate, weight_decay=config.weight_decay, **adam),
-        "plain": optax.adam(rate, **adam),
+    b1, b2 = config.b1, config.b2
+    transforms: dict[Hashable, optax.GradientTransformation] = {
+        "decay": optax.adamw(rate, b1, b2, weight_decay=config.weight_decay),
+        "plain": optax.adam(rate, b1, b2),
     }
     structure = jax.tree.structure(params)
     leaf_labels = labels(params, config.name)
@@ -128,8 +129,8 @@ def make_optimizer(config: OptimizerConfig, params: nnx.State) -> optax.Gradient
         optax.clip_by_global_norm(config.clip_norm),
         optax.partition(transforms, jax.tree.unflatten(structure, leaf_labels)),
     )
-    return optax.apply_if_finite(inner, max_consecutive_errors=NEVER)
+    return optax.apply_if_finite(inner, max_consecutive_errors=UNLIMITED_SKIPS)
 
 
-NEVER = 2**31 - 1
-"""The loop decides when skipped steps are too many; optax itself must never apply one."""
+UNLIMITED_SKIPS = 2**31 - 1
+"""optax never applies a non-finite step; the training loop ends a run that skips too many."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,14 +41,14 @@ def blueprint(
     make_optimizer: Callable[[nnx.State], optax.GradientTransformation],
     mesh: jax.sharding.Mesh,
 ) -> Blueprint:
-    """What `init_state` makes, as shapes with shardings: nothing is computed.
+    """Returns what `init_state` returns, as shapes with shardings: nothing is computed.
 
-    An optimizer's moments lie as their parameters do.
+    The optimizer's moments have the shardings of their parameters.
     """
     model = abstract_model(objective.build, mesh)
     graph, params, frozen = nnx.split(model, objective.trainable, ...)
     optimizer = make_optimizer(params)
-    step = jax.ShapeDtypeStruct((), jnp.int32)
+    step = jax.eval_shape(lambda: jnp.zeros((), jnp.int32))
     state = TrainState(step, params, frozen, jax.eval_shape(optimizer.init, params))
     return graph, optimizer, placed(state, mesh)
 
@@ -59,7 +59,7 @@ def init_state(
     seed: int,
     mesh: jax.sharding.Mesh,
 ) -> Blueprint:
-    """The model and optimizer state: sharded from birth, the same on every mesh."""
+    """Returns the model and optimizer state, created sharded; the same values on every mesh."""
     graph, optimizer, like = blueprint(objective, make_optimizer, mesh)
 
     def build(key):
@@ -67,7 +67,7 @@ def init_state(
         _, params, frozen = nnx.split(model, objective.trainable, ...)
         return params, frozen
 
-    # Hundreds of random arrays: half of the compiler's time on a CPU, and the same bits.
+    # On CPUs this halves the time to compile hundreds of random arrays, and gives the same bits.
     quick = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     out = shardings((like.params, like.frozen))
     make = jax.jit(build, out_shardings=out, compiler_options=quick)
@@ -87,22 +87,25 @@ def make_train_step(
     like: TrainState,
     microbatches: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """A jitted step: (state, batch) -> (state, metrics); the state is donated.
+    """Returns a jitted step: (state, batch) -> (state, metrics); the state is donated.
 
-    The batch's scenes are split into `microbatches`, each with a part of every device's. The counts
-    of all microbatches are summed first (they depend on the masks only, so the compiler drops the
-    model from that pass), and every microbatch then pays sum / total count. What the total itself
-    has parameters for, eq. 2's uncertainties, is differentiated once, at the summed terms: at a
-    bound of theirs the sign of the whole gradient counts. So the gradient equals the whole batch's
-    exactly, however unevenly the answer tokens fall.
+    The batch's scenes are split into `microbatches`, each with a part of every device's scenes. The
+    gradient is exactly that of the whole batch, however unevenly answer tokens are spread:
+
+    1. The counts of all microbatches are summed. They depend on the masks only, so the compiler
+       drops the model from this pass.
+    2. The loss of a microbatch is its sum / total count; the gradients are added up.
+    3. The parameters of the total itself, the uncertainties of eq. 2, are differentiated once, at
+       the summed terms, because `losses.bounded` needs the sign of the whole gradient.
 
     Args:
-        objective: what is paid.
-        graph, optimizer: as of `init_state`.
-        like: the state, or its `blueprint`; what comes out lies as it does.
-        microbatches: see above.
+        objective: of the model.
+        graph, optimizer: of `init_state`.
+        like: the state, or its `blueprint`; the new state has its shardings.
+        microbatches: their number.
 
-    Metrics: `loss`, `loss/<term>`, `count/<term>`, `weight/<name>`, `grad_norm`, `skipped`.
+    Metrics: `loss`, `loss/<term>`, `count/<term>`, `weight/<name>`, `grad_norm`, `skipped`,
+    `skipped_in_a_row`.
     """
 
     def accumulate(params, frozen, batch):
@@ -143,7 +146,9 @@ def make_train_step(
         total, sums, counts, weights, grads = accumulate(state.params, state.frozen, batch)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            # optax's types do not say that it returns the tree of its argument.
+            params = cast(nnx.State, optax.apply_updates(state.params, updates))
+        assert isinstance(opt_state, optax.ApplyIfFiniteState)  # of `optimizer.make_optimizer`
         metrics = {"loss": total, "grad_norm": optax.tree.norm(grads)}
         metrics["skipped"] = opt_state.total_notfinite
         metrics["skipped_in_a_row"] = opt_state.notfinite_count

@@ -15,7 +15,7 @@ from geode_jax.objectives import losses
 from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig
 from geode_jax.objectives.text import text_term
 from geode_jax.sharding import make_mesh
-from geode_jax.training.optimizer import NEVER, OptimizerConfig, make_optimizer
+from geode_jax.training.optimizer import UNLIMITED_SKIPS, OptimizerConfig, make_optimizer
 from geode_jax.training.step import TrainState, init_state, make_train_step
 from tests.helpers.tiny_models import STUDENT, materialize, tiny_batch
 
@@ -86,7 +86,7 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(make):
         model.log_variance[name][...] = jnp.float32(s)
     graph, params, frozen = nnx.split(model, objective.trainable, ...)
     # Plain descent at rate 1: the update is the gradient.
-    optimizer = optax.apply_if_finite(optax.sgd(1.0), NEVER)
+    optimizer = optax.apply_if_finite(optax.sgd(1.0), UNLIMITED_SKIPS)
     batch, found = uneven_batch(), {}
     for n in (1, 4):
         own = jax.tree.map(jnp.array, params)  # the step donates it
@@ -131,7 +131,7 @@ class GivenLoss:
 def test_an_uncertainty_at_its_bound_moves_as_the_whole_batch_says(microbatches):
     """Of sums 10 and 1000 the one alone would push it in, the other out of its bound."""
     graph, params, frozen = nnx.split(Weighed(), nnx.Param, ...)
-    optimizer = optax.apply_if_finite(optax.sgd(1.0), NEVER)
+    optimizer = optax.apply_if_finite(optax.sgd(1.0), UNLIMITED_SKIPS)
     state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
     step = make_train_step(GivenLoss(), graph, optimizer, state, microbatches)
     tried = set()
