@@ -90,7 +90,7 @@ def test_an_index_names_files_of_its_own_folder(name, tmp_path):
     (folder / "config.json").write_text(json.dumps(QWEN))
     index = {"weight_map": {"x": name.replace("/outside", f"{tmp_path}/outside", name[0] == "/")}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"outside.safetensors.* is not a file's name"):
+    with pytest.raises(UserError, match=r"outside.safetensors.* is not the name of a file"):
         load_pretrained(folder)
 
 

@@ -1,27 +1,26 @@
-"""What the accelerators can do, by their makers' data sheets: the roofs of a plan and of a run."""
+"""Data sheets of accelerators: the upper limits of a plan and of a run."""
 
 import dataclasses
-
-import jax
+from typing import Protocol
 
 GB, GIB, TFLOPS = 10**9, 2**30, 10**12
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One accelerator, as JAX counts devices.
+    """One accelerator, which is one device of JAX.
 
     Attributes:
-        name: as in `--topology`.
-        flops: bfloat16 products and sums a second with float32 accumulation, dense.
-        hbm_bytes: of its memory.
-        hbm_bandwidth: bytes/s.
-        torus_axes: of a TPU's interconnect, along each of which a chip has two links; 0: a switch.
-        link_bandwidth: bytes/s of one link in one direction: of one of a TPU's links, or from a GPU
+        name: its name in `--topology`.
+        flops: dense bfloat16 FLOP/s with float32 accumulation.
+        hbm_bytes: size of its memory.
+        hbm_bandwidth: bytes/s of its memory.
+        torus_axes: axes of a TPU's torus, with two links of a chip along each; 0: a switch.
+        link_bandwidth: bytes/s of one link in one direction: one of a TPU's links, or from a GPU
             into its node's switch.
-        group: the most chips that those links join: a pod, or a node.
+        group: maximum number of chips that these links join: a pod, or a node.
         network_bandwidth: bytes/s of one chip in one direction beyond its group.
-        device_kinds: how `jax.Device.device_kind` names it.
+        device_kinds: its values of `jax.Device.device_kind`.
     """
 
     name: str
@@ -36,7 +35,7 @@ class Chip:
 
     @property
     def platform(self) -> str:
-        """`tpu` or `cuda`, as JAX calls its plugins."""
+        """JAX's name of the plugin: `tpu` or `cuda`."""
         return "tpu" if self.torus_axes else "cuda"
 
 
@@ -85,8 +84,15 @@ CHIPS = {chip.name: chip for chip in _CHIPS}
 """Name -> chip."""
 
 
-def chip_of(device: jax.Device) -> Chip | None:
-    """The data sheet of a device; None where it is not known (a CPU, other accelerators)."""
+class Device(Protocol):
+    """The part of a `jax.Device` that is read here."""
+
+    @property
+    def device_kind(self) -> str: ...
+
+
+def chip_of(device: Device) -> Chip | None:
+    """Returns the data sheet of a device; None: not known (a CPU, another accelerator)."""
     for chip in _CHIPS:
         if device.device_kind in chip.device_kinds:
             return chip

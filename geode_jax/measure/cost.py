@@ -1,4 +1,4 @@
-"""Cost of a model (Table IV): parameters, bytes, time per sample, peak memory."""
+"""Measures the cost of a model (Table IV): parameters, bytes, time per sample, peak memory."""
 
 import resource
 import sys
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def parameter_counts(parameters: Any) -> dict[str, int]:
-    """Count (`parameters`) and `bytes` of a pytree of arrays, or of shapes as from `eval_shape`."""
+    """Returns `parameters` (their number) and `bytes` of a pytree of arrays or of shapes."""
     leaves = jax.tree.leaves(parameters)
     sizes = [int(np.prod(leaf.shape)) for leaf in leaves]
     widths = [np.dtype(leaf.dtype).itemsize for leaf in leaves]
@@ -24,16 +24,16 @@ def parameter_counts(parameters: Any) -> dict[str, int]:
 def measure_speed(
     run: Callable[[], Any], samples: int, *, repeats: int = 3, warm_up: int = 1
 ) -> dict[str, float]:
-    """Time of one call, after warm-up and with the result awaited.
+    """Times a call after warm-up, until its result is there.
 
     Args:
-      run: a call that answers `samples` questions; what it returns is awaited.
-      samples: questions answered by one call, > 0.
-      repeats: timed calls; the median counts.
-      warm_up: calls before, to compile.
+        run: answers `samples` questions.
+        samples: number of questions of a call, > 0.
+        repeats: number of timed calls, of which the median is taken.
+        warm_up: number of calls before these, which compile.
 
     Returns:
-      `ms_per_sample` and `samples_per_second` (the paper's "inference time" and "FPS").
+        `ms_per_sample` and `samples_per_second` (the paper's "inference time" and "FPS").
     """
     for _ in range(warm_up):
         jax.block_until_ready(run())
@@ -47,11 +47,10 @@ def measure_speed(
 
 
 def peak_memory() -> dict[str, int]:
-    """Highest memory use of this process so far, in bytes.
+    """Returns the peak memory of this process so far, in bytes.
 
-    Returns:
-      `peak_memory_bytes`: resident set of the host process. `peak_device_memory_bytes`: the
-      largest over the local devices, where they keep statistics (the CPU backend does not).
+    `peak_memory_bytes` is the resident set on the host. `peak_device_memory_bytes` is the largest
+    of the local devices, if they keep statistics (the CPU backend does not).
     """
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Kilobytes on Linux, bytes on macOS.

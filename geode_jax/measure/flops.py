@@ -1,11 +1,10 @@
-"""FLOPs of a function, counted on its jaxpr: matrix products and convolutions, loops multiplied.
+"""Counts the FLOPs of a function on its jaxpr: matrix products and convolutions, also in loops.
 
-A compiler's own count takes the body of a loop once, whatever its length, and a layer stack is a
-loop here. Elementwise work is left out, as everywhere that utilisation is quoted.
+A compiler's own count takes the body of a loop once, and a stack of layers is a loop here.
+Elementwise operations are not counted, as is usual for utilisation.
 
-Utilisation is quoted against *model FLOPs*: those of the step without rematerialisation
-(`model_flops`), frozen parts and what no gradient needs as they are. What is computed a second time
-to save memory is work of the machine, not of the model.
+Utilisation refers to *model FLOPs*: those of the step without rematerialisation (`model_flops`),
+because work that is repeated to save memory is not work of the model.
 """
 
 import dataclasses
@@ -27,12 +26,12 @@ def model_flops(
     batch: Batch,
     microbatches: int,
 ) -> int:
-    """Model FLOPs of one training step, of all devices together; a few seconds of tracing.
+    """Returns the model FLOPs of one training step on all devices; tracing takes a few seconds.
 
     Args:
-        objective, make_optimizer, mesh: as of `training.step.blueprint`.
-        batch: of the whole step, arrays or shapes.
-        microbatches: as of `make_train_step`.
+        objective, make_optimizer, mesh: as in `training.step.blueprint`.
+        batch: batch of the whole step, arrays or shapes.
+        microbatches: as in `make_train_step`.
     """
     plain = without_remat(objective)
     graph, optimizer, like = blueprint(plain, make_optimizer, mesh)
@@ -42,18 +41,16 @@ def model_flops(
 
 
 def count_flops(function: Callable, *args: Any, while_trips: int = 1) -> int:
-    """FLOPs of `function(*args)`: 2 M N K of every matrix product whose result is used.
+    """Returns the FLOPs of `function(*args)`: 2 M N K for each matrix product whose result is used.
+
+    The sum is over all devices. A `cond` counts with its most expensive branch, and a Pallas call
+    with its `cost_estimate` or else with its body times its grid.
 
     Args:
         function: traceable; nothing is computed or compiled.
-        args: arrays or `jax.ShapeDtypeStruct`s, in pytrees.
-        while_trips: passes assumed of a `while_loop`, whose number nobody knows beforehand: an
-            answer's length for greedy decoding. A `scan`, and a `fori_loop` between fixed bounds,
-            knows its own.
-
-    Returns:
-        Of all devices together. Of a `cond` the dearest branch; of a Pallas call its
-        `cost_estimate`, without one its body times its grid.
+        args: pytrees of arrays or `jax.ShapeDtypeStruct`s.
+        while_trips: assumed iterations of a `while_loop`, such as the length of an answer in greedy
+            decoding. A `scan`, and a `fori_loop` between fixed bounds, has a known number.
     """
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     flops, _ = _count(jaxpr, [True] * len(jaxpr.outvars), while_trips)
@@ -61,8 +58,8 @@ def count_flops(function: Callable, *args: Any, while_trips: int = 1) -> int:
 
 
 def without_remat(config: Any) -> Any:
-    """The same nest of frozen dataclasses (an objective) with every `remat` field "none"."""
-    if not dataclasses.is_dataclass(config):
+    """Returns nested frozen dataclasses (an objective) with every `remat` field set to "none"."""
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
         return config
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     changed = {name: without_remat(value) for name, value in fields.items()}
@@ -72,9 +69,9 @@ def without_remat(config: Any) -> Any:
 
 
 def _count(jaxpr, live_out: Sequence[bool], trips: int) -> tuple[int, list[bool]]:
-    """FLOPs of what the live outputs need, and which inputs they need.
+    """Returns the FLOPs that the live outputs need, and which inputs they need.
 
-    Backwards, since autodiff leaves behind what nobody asks for: the compiler drops it.
+    Goes backwards, since autodiff leaves unused equations behind, which the compiler drops.
     """
     live = {var for var, on in zip(jaxpr.outvars, live_out, strict=True) if on and _is_var(var)}
     flops = 0
@@ -89,7 +86,7 @@ def _count(jaxpr, live_out: Sequence[bool], trips: int) -> tuple[int, list[bool]
 
 
 def _is_var(atom) -> bool:
-    return not hasattr(atom, "val")  # a literal is no variable, and cannot be hashed
+    return not hasattr(atom, "val")  # a literal has it, and cannot be hashed
 
 
 def _count_equation(eqn, out: list[bool], trips: int) -> tuple[int, list[bool]]:
@@ -112,10 +109,10 @@ def _count_equation(eqn, out: list[bool], trips: int) -> tuple[int, list[bool]]:
     if name == "pallas_call":
         return _pallas(eqn, trips), everything
     inner = [sub for value in params.values() for sub in _jaxprs(value)]
-    if len(inner) != 1:  # nothing inside, or functions that stand for other rules of the same call
+    if len(inner) != 1:  # no jaxpr inside, or those of further rules of the same call
         own = params.get("call_jaxpr", params.get("fun_jaxpr"))
         inner = [*_jaxprs(own)] if own is not None else inner
-    if name == "shard_map":  # shapes inside are those of one device
+    if name == "shard_map":  # the shapes inside are per device
         flops, needed = _count(inner[0], out, trips)
         axes = params.get("manual_axes", params["mesh"].axis_names)
         return flops * math.prod(params["mesh"].shape[axis] for axis in axes), needed
@@ -124,12 +121,12 @@ def _count_equation(eqn, out: list[bool], trips: int) -> tuple[int, list[bool]]:
         if len(needed) == len(everything):
             return flops, needed
         return flops, everything
-    # No call: what is inside (a reduction's or a sort's operator) multiplies no matrices.
+    # Not a call: the jaxpr inside, such as the operator of a sort, has no matrix products.
     return 0, everything
 
 
 def _jaxprs(value: Any) -> list:
-    """The jaxpr that a parameter of an equation is, or those in its tuple."""
+    """Returns the jaxprs in a parameter of an equation."""
     if isinstance(value, tuple | list):
         return [jaxpr for item in value for jaxpr in _jaxprs(item)]
     value = getattr(value, "jaxpr", value)
@@ -137,25 +134,25 @@ def _jaxprs(value: Any) -> list:
 
 
 def _dot(eqn) -> int:
-    """2 x the result's elements x the length of what is summed over."""
+    """Returns 2 x the result's elements x the product of the contracted sizes."""
     (contracted, _), _ = eqn.params["dimension_numbers"]
     lhs = eqn.invars[0].aval.shape
     return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
 
 
 def _convolution(eqn) -> int:
-    """2 x the result's elements x the kernel's elements that make one; padding is counted."""
+    """Returns 2 x the result's elements x the kernel's elements for each; padding counts."""
     kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
     features = kernel[numbers.rhs_spec[0]]
     return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // features
 
 
 def _scan(eqn, out: list[bool], trips: int) -> tuple[int, list[bool]]:
-    """The body times its length. A carry is live where the next pass needs it."""
+    """Returns the body's FLOPs times its length; a carry is live if the next iteration needs it."""
     live, body = list(out), eqn.params["jaxpr"].jaxpr
 
     def whole(outer, inner) -> int:
-        """How many are passed as they are, constants and carries, and not cut into steps."""
+        """Returns the number of constants and carries, which have the same rank inside."""
         return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True))
 
     carries = whole(eqn.outvars, body.outvars)

@@ -1,13 +1,10 @@
-"""Counting parameters, by the parts the paper names."""
+"""Counts parameters by the parts of the papers."""
 
 from collections.abc import Iterable
 
 import numpy as np
 from flax import nnx
-
-VGGT_AGGREGATOR = 909_000_000
-"""Parameters of VGGT-1B's aggregator (24 + 24 blocks and the DINOv2-L patch embedding), which the
-paper counts with its student: 0.909B by arithmetic from the module definitions."""
+from tabulate import tabulate
 
 _PARTS = (
     ("rationale module", ("drm",)),
@@ -25,7 +22,7 @@ _PARTS = (
 
 
 def part_of(path: Iterable) -> str:
-    """The part of its model that a parameter belongs to, from its path."""
+    """Returns the part of the model to which the parameter at a path belongs."""
     path = set(path)
     for part, names in _PARTS:
         if path & set(names):
@@ -36,7 +33,7 @@ def part_of(path: Iterable) -> str:
 
 
 def count_by_part(state: nnx.State) -> dict[str, int]:
-    """Part -> parameters; works on abstract states (`jax.eval_shape`) too."""
+    """Returns the number of parameters of each part, also of abstract states."""
     counts: dict[str, int] = {}
     for path, variable in nnx.to_flat_state(state):
         part = part_of(path)
@@ -45,11 +42,10 @@ def count_by_part(state: nnx.State) -> dict[str, int]:
 
 
 def parameter_table(params: nnx.State, frozen: nnx.State) -> str:
-    """Parameters by part, trainable and frozen, as text."""
+    """Returns a table of the parameters by part, trainable and frozen, as text."""
     learn, still = count_by_part(params), count_by_part(frozen)
     names = [name for name, _ in _PARTS] + ["projector", "vision projector and V"]
     rows = [(n, learn.get(n, 0), still.get(n, 0)) for n in names if n in learn or n in still]
     rows.append(("total", sum(learn.values()), sum(still.values())))
-    lines = [f"{'parameters':<26}{'trainable':>15}{'frozen':>15}"]
-    lines += [f"{name:<26}{a:>15,}{b:>15,}" for name, a, b in rows]
-    return "\n".join(lines)
+    headers = ("parameters", "trainable", "frozen")
+    return tabulate(rows, headers, tablefmt="plain", intfmt=",")

@@ -1,4 +1,4 @@
-"""Pretrained weights: Hugging Face folders in and out, through reversible rules."""
+"""Pretrained weights: Hugging Face folders are read and written through reversible rules."""
 
 from geode_jax.weights.convert import load_pretrained, save_pretrained
 

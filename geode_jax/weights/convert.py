@@ -1,7 +1,7 @@
-"""From a Hugging Face folder to a model and back, and to a checkpoint of our own and back.
+"""Converts Hugging Face folders to models and to checkpoints of this package, and back.
 
-`config.json` decides what a folder holds. Parameters keep the dtype of their tensors and are read
-part by part: each device gets its own part of a parameter, no host or device the whole model.
+`config.json` determines the model of a folder. Parameters keep the dtypes of their tensors. Each
+device reads its own part of a parameter, so no host or device needs memory for the whole model.
 """
 
 import functools
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from tabulate import tabulate
 
 from geode_jax.errors import UserError
 from geode_jax.exports.files import one_line, read_json_object
@@ -40,23 +41,25 @@ from geode_jax.weights.files import (
 from geode_jax.weights.rules import Rule, find_problems
 
 PARAMETERS = "parameters"
-"""Where in an imported folder the checkpoint is."""
+"""Name of the checkpoint in an imported folder."""
 
-_SHOWN = 3
-"""So many problems of a checkpoint are said in one line."""
+_MAX_SHOWN = 3
+"""Maximum number of problems of a checkpoint in an error message."""
+
+Model = Decoder | InternViT | InternVL | Student | Geode
 
 
 class Format(NamedTuple):
     """A `model_type` of Hugging Face.
 
     Attributes:
-        build: class of the model, made from (config, rngs=...).
+        build: class of the model, constructed from (config, rngs=...).
         read: (content of `config.json`, names of the tensors) -> config.
         write: config -> content of `config.json`.
         rules: config -> rules.
     """
 
-    build: Callable
+    build: type[Any]
     read: Callable[[Mapping, Collection[str]], Any]
     write: Callable[[Any], dict]
     rules: Callable[[Any], tuple[Rule, ...]]
@@ -95,19 +98,19 @@ FORMATS = {
     ),
     geode.MODEL_TYPE: Format(Geode, geode.read_geode, geode.write_geode, geode.geode_rules),
 }
-"""Model types. Of those that a model can be saved as, the first is transformers' own. The last two
-are ours, and their folders hold the modelling files of `remote`."""
+"""Model type -> format. If a model has several, it is saved as the first, which transformers itself
+reads. Folders of the last two, this package's own, hold the modelling files of `remote`."""
 
 
 class Plan(NamedTuple):
-    """What a folder's `config.json` says, with nothing created yet.
+    """The model that a folder's `config.json` describes, before any array exists.
 
     Attributes:
-        json: its content.
-        config: of the model.
+        json: content of `config.json`.
+        config: config of the model.
         graph: structure of the model.
-        leaves: path of each parameter -> variable with a `jax.ShapeDtypeStruct` that is sharded.
-        rules: between these and the tensors.
+        leaves: path of each parameter -> variable with a sharded `jax.ShapeDtypeStruct`.
+        rules: rules between the parameters and the tensors.
     """
 
     json: dict
@@ -118,11 +121,11 @@ class Plan(NamedTuple):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Path -> shape."""
+        """Path of each parameter -> shape."""
         return {leaf: variable.shape for leaf, variable in self.leaves.items()}
 
-    def fill(self, values: Mapping[str, jax.Array]) -> nnx.Module:
-        """The model with these parameters."""
+    def fill(self, values: Mapping[str, jax.Array]) -> Model:
+        """Returns the model with these parameters."""
         flat = [
             (_path(leaf), variable.replace(values[leaf])) for leaf, variable in self.leaves.items()
         ]
@@ -140,15 +143,15 @@ def _leaves(state: nnx.State) -> dict[str, nnx.Variable]:
 def plan(
     folder: Path, tensors: Collection[str] = (), mesh: jax.sharding.Mesh | None = None
 ) -> Plan:
-    """Reads `config.json`.
+    """Returns the model that `config.json` describes.
 
     Args:
-        folder: of Hugging Face, or imported from there.
-        tensors: names in the checkpoint, where there are some.
-        mesh: of the shardings; all devices where None.
+        folder: a Hugging Face folder, or one that was imported from there.
+        tensors: names of the tensors in the checkpoint; () = not known.
+        mesh: mesh of the shardings; None: all devices.
 
     Raises:
-        UserError: it is missing, damaged or says what is not supported.
+        UserError: `config.json` is missing or damaged, or asks for something unsupported.
     """
     json = read_json_object(folder / CONFIG)
     kind = json.get("model_type")
@@ -174,15 +177,15 @@ def plan(
     return made
 
 
-def load_pretrained(folder: str | Path, *, mesh: jax.sharding.Mesh | None = None) -> nnx.Module:
-    """The model of a folder: a `Decoder`, `InternViT`, `InternVL`, `Student` or `Geode`.
+def load_pretrained(folder: str | Path, *, mesh: jax.sharding.Mesh | None = None) -> Model:
+    """Returns the model of a folder.
 
     Args:
-        folder: of Hugging Face, or imported from there by `import_folder`.
-        mesh: where the parameters go; over all devices where None.
+        folder: a Hugging Face folder, or one that `import_folder` made.
+        mesh: devices that get the parameters; None: all of them.
 
     Raises:
-        UserError: everything that keeps the folder from being a model's, in one line.
+        UserError: the folder is damaged or unsupported; one line names the problems.
     """
     folder = Path(folder)
     if (folder / PARAMETERS).is_dir():
@@ -195,14 +198,16 @@ def load_pretrained(folder: str | Path, *, mesh: jax.sharding.Mesh | None = None
 
     def read(leaf: str, variable: nnx.Variable) -> jax.Array:
         rule, shape = rules[leaf], variable.shape
-        return jax.make_array_from_callback(
-            shape, variable.get_value().sharding, lambda part: rule.read(shape, part, tensors.read)
-        )
+
+        def read_part(part: tuple[slice, ...] | None) -> np.ndarray:
+            return rule.read(shape, part or (slice(None),) * len(shape), tensors.read)
+
+        return jax.make_array_from_callback(shape, variable.get_value().sharding, read_part)
 
     return made.fill({leaf: read(leaf, variable) for leaf, variable in made.leaves.items()})
 
 
-def _load_imported(folder: Path, mesh: jax.sharding.Mesh | None) -> nnx.Module:
+def _load_imported(folder: Path, mesh: jax.sharding.Mesh | None) -> Model:
     made, checkpoint = plan(folder, mesh=mesh), folder / PARAMETERS
     dtypes = stored_dtypes(checkpoint)
     like = {
@@ -226,37 +231,35 @@ def _problems(made: Plan, tensors: Tensors) -> list[str]:
     for rule in made.rules:
         dtypes = {tensors.dtypes[key] for key, _ in rule.tensors(made.shapes[rule.leaf])}
         if len(dtypes) > 1:
-            found.append(f"{rule.key}: of several dtypes, {', '.join(sorted(dtypes))}")
+            found.append(f"{rule.key}: has several dtypes, {', '.join(sorted(dtypes))}")
     return found
 
 
 def _refuse(folder: Path, problems: list[str]) -> None:
     if problems:
-        more = len(problems) - _SHOWN
+        more = len(problems) - _MAX_SHOWN
         rest = f"; and {more} more (geode-jax convert inspect lists them)" if more > 0 else ""
         raise UserError(
-            f"{folder}: does not fit its {CONFIG}: {'; '.join(problems[:_SHOWN])}{rest}"
+            f"{folder}: does not fit its {CONFIG}: {'; '.join(problems[:_MAX_SHOWN])}{rest}"
         )
 
 
-def save_pretrained(
-    model: nnx.Module, folder: str | Path, *, model_type: str | None = None
-) -> None:
+def save_pretrained(model: Model, folder: str | Path, *, model_type: str | None = None) -> None:
     """Writes a model as a Hugging Face folder: `config.json` and `model.safetensors`.
 
     Args:
-        model: a `Decoder`, `InternViT`, `InternVL`, `Student` or `Geode`.
-        folder: a new one.
-        model_type: a key of `FORMATS`; None: that of transformers.
+        model: the model.
+        folder: a folder that is new or empty.
+        model_type: a key of `FORMATS`; None: the one that transformers itself reads.
 
     Raises:
-        UserError: the folder is not empty, or the model has not this form.
+        UserError: the folder is not empty, or the model cannot have this type.
     """
     write_model(model, Path(folder), model_type)
 
 
 def write_model(
-    model: nnx.Module,
+    model: Model,
     folder: Path,
     model_type: str | None = None,
     *,
@@ -264,13 +267,13 @@ def write_model(
     add: Callable[[Path], None] = lambda folder: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """`save_pretrained` with more beside the weights.
+    """Does the same as `save_pretrained`, with further files and entries of `config.json`.
 
     Args:
-        model, folder, model_type: see there.
-        like: entries of `config.json` that the model does not decide.
-        add: writes into the folder what belongs to it besides, before `config.json` ends it.
-        shard_bytes: see `files.write_folder`.
+        model, folder, model_type: as in `save_pretrained`.
+        like: further entries of `config.json`; those of the model replace them.
+        add: writes further files into the folder; called before `config.json` is written.
+        shard_bytes: as in `files.write_folder`.
     """
     json, form = _describe(model, model_type)
     leaves = {leaf: np.asarray(v[...]) for leaf, v in _leaves(nnx.state(model)).items()}
@@ -284,11 +287,11 @@ def write_model(
     write_folder(folder, _merged(like, json), tensors, shard_bytes)
 
 
-def _describe(model: nnx.Module, model_type: str | None) -> tuple[dict, Format]:
-    """The `config.json` of a model, and its format."""
+def _describe(model: Model, model_type: str | None) -> tuple[dict, Format]:
+    """Returns the `config.json` of a model, and its format."""
     forms = {kind: form for kind, form in FORMATS.items() if isinstance(model, form.build)}
     if not forms:
-        raise UserError(f"{type(model).__name__}: no model of Hugging Face's has this form")
+        raise UserError(f"{type(model).__name__}: no Hugging Face model has this form")
     try:
         described = [form.write(model.config) for form in forms.values()]
     except ValueError as error:
@@ -303,7 +306,7 @@ def _describe(model: nnx.Module, model_type: str | None) -> tuple[dict, Format]:
 
 
 def _merged(old: Mapping, new: Mapping) -> dict:
-    """`old` with the entries of `new`, down to the leaves."""
+    """Returns `old` with the entries of `new`; nested dicts are merged, too."""
     both = {key: _merged(old[key], new[key]) for key in old.keys() & new.keys()
             if isinstance(old[key], dict) and isinstance(new[key], dict)}  # fmt: skip
     return {**old, **new, **both}
@@ -312,14 +315,14 @@ def _merged(old: Mapping, new: Mapping) -> dict:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def import_folder(source: Path, out: Path) -> nnx.Module:
-    """Makes a checkpoint of our own from a Hugging Face folder; returns the model.
+def import_folder(source: Path, out: Path) -> Model:
+    """Makes a checkpoint of this package from a Hugging Face folder, and returns the model.
 
-    `out` gets `config.json`, the checkpoint in `parameters`, and whatever stood beside the weights,
-    such as the tokenizer.
+    `out` gets `config.json`, the checkpoint in `parameters`, and the other files of the source,
+    such as its tokenizer.
 
     Raises:
-        UserError: the source is damaged, or `out` not empty.
+        UserError: the source is damaged, or `out` is not empty.
     """
     _check_folder(source)
     companions = find_companions(source)
@@ -333,16 +336,16 @@ def import_folder(source: Path, out: Path) -> nnx.Module:
     return model
 
 
-def export_folder(source: Path, out: Path, model_type: str | None = None) -> nnx.Module:
-    """The inverse of `import_folder`; returns the model.
+def export_folder(source: Path, out: Path, model_type: str | None = None) -> Model:
+    """Makes a Hugging Face folder from an imported one, and returns the model.
 
     Args:
-        source: an imported folder, or one of Hugging Face in another layout.
-        out: a new folder.
-        model_type: a key of `FORMATS`; None: what the source was.
+        source: an imported folder, or a Hugging Face folder of another layout.
+        out: a folder that is new or empty.
+        model_type: a key of `FORMATS`; None: that of the source.
 
     Raises:
-        UserError: the source is damaged, the model has not this form, or `out` is not empty.
+        UserError: the source is damaged, the model cannot have this type, or `out` is not empty.
     """
     _check_folder(source)
     companions = find_companions(source)
@@ -360,7 +363,7 @@ def export_folder(source: Path, out: Path, model_type: str | None = None) -> nnx
 
 
 def inspect_folder(folder: Path) -> tuple[str, list[str]]:
-    """What a Hugging Face folder holds, as a table of its parameters, and all that is wrong.
+    """Returns a table of the parameters of a Hugging Face folder, and its problems.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -374,9 +377,8 @@ def inspect_folder(folder: Path) -> tuple[str, list[str]]:
         key, _ = next(rule.tensors(shape))
         size = " x ".join(map(str, shape))
         rows.append((rule.leaf, size, tensors.dtypes.get(key, "-"), rule.key))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    table = tabulate(rows, tablefmt="plain", disable_numparse=True)
     count = sum(math.prod(shape) for shape in made.shapes.values())
-    lines.append(f"{made.json['model_type']}: {count:,} parameters, {len(tensors.shapes)} tensors")
+    total = f"{made.json['model_type']}: {count:,} parameters, {len(tensors.shapes)} tensors"
     # A problem may quote names of the folder's tensors.
-    return "\n".join(lines), [one_line(problem) for problem in _problems(made, tensors)]
+    return f"{table}\n{total}", [one_line(problem) for problem in _problems(made, tensors)]

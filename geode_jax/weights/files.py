@@ -1,6 +1,7 @@
-"""Hugging Face folders: `config.json` beside one safetensors file, or several and an index.
+"""Reads and writes Hugging Face folders: `config.json` and one safetensors file, or several and an
+index.
 
-`config.json` is written last: a folder without it is no model, whatever interrupted the writer.
+`config.json` is written last, so a folder of an interrupted writer has none and is no model.
 """
 
 import os
@@ -21,25 +22,26 @@ from geode_jax.exports.files import (
     write_bytes,
     write_json,
 )
+from geode_jax.weights.fields import PARAMETER_DTYPES
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""safetensors' names of the dtypes that a parameter can have."""
+DTYPES = {tensor_files.STORED[name]: name for name in PARAMETER_DTYPES}
+"""safetensors' name of each dtype that a parameter can have -> numpy's name."""
 SHARD_BYTES = 5 * 10**9
-"""A file holds at most so much unless a single tensor is larger; the default of huggingface_hub."""
+"""Maximum size of a file unless a single tensor is larger; the default of huggingface_hub."""
 
 _COMPANIONS = (".json", ".txt", ".jinja", ".model")
 _REMOTE = Path(__file__).parent / "remote"
 
 
 MAX_HEADER = 1 << 25
-"""Longest header of a safetensors file, in bytes; published models need a tenth of it."""
+"""Maximum length of the header of a safetensors file, in bytes; published models need a tenth."""
 MAX_NAME = 500
-"""Longest name of a tensor."""
+"""Maximum length of the name of a tensor."""
 
 
 class Tensors:
-    """The tensors of a folder; nothing but their names, shapes and dtypes is read until asked for.
+    """The tensors of a folder; opening it reads their names, shapes and dtypes alone.
 
     Attributes:
         shapes: name -> shape.
@@ -50,8 +52,8 @@ class Tensors:
         """Opens all files of the folder.
 
         Raises:
-            UserError: a file is missing or damaged, or holds what is no float; or an adapter (PEFT)
-                lies beside the weights, without which they are another model's.
+            UserError: a file is missing or damaged, or has a tensor that is not float, or the
+                folder has an adapter (PEFT), without which the weights are another model's.
         """
         self._folder = folder
         if adapters := sorted(path.name for path in folder.glob("adapter_*")):
@@ -61,16 +63,18 @@ class Tensors:
         elif os.path.lexists(folder / INDEX):
             names, mapped = _read_index(folder / INDEX)
         else:
-            raise UserError(f"{folder}: neither {WEIGHTS} nor {INDEX} (no other format is read)")
+            raise UserError(
+                f"{folder}: has neither {WEIGHTS} nor {INDEX} (no other format is read)"
+            )
         self._file: dict[str, safe_open] = {}
         for name in names:
             for key, file in _open(folder / name):
                 if key in self._file:
-                    raise UserError(f"{folder}: {key} stands in two files")
+                    raise UserError(f"{folder}: two files have a tensor {key}")
                 self._file[key] = file
         if mapped is not None and mapped != set(self._file):
             odd = sorted(mapped ^ set(self._file))
-            raise UserError(f"{folder / INDEX}: {len(odd)} names differ from the files': {odd[0]}")
+            raise UserError(f"{folder / INDEX}: {len(odd)} names differ from the files: {odd[0]}")
         slices = {key: file.get_slice(key) for key, file in self._file.items()}
         self.shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
         stored = {key: s.get_dtype() for key, s in slices.items()}
@@ -80,10 +84,10 @@ class Tensors:
         self.dtypes = {key: DTYPES[dtype] for key, dtype in stored.items()}
 
     def read(self, key: str, slices: tuple[slice, ...]) -> np.ndarray:
-        """A part of a tensor.
+        """Returns a part of a tensor.
 
         Raises:
-            UserError: it has numbers that are not finite.
+            UserError: the part has NaN or infinite numbers.
         """
         found = self._file[key].get_slice(key)[slices]
         if not np.isfinite(found).all():
@@ -92,13 +96,13 @@ class Tensors:
 
 
 def _read_index(path: Path) -> tuple[list[str], set[str]]:
-    """The files of an index, and the names of the tensors in them."""
+    """Returns the files of an index, and the names of the tensors in them."""
     mapped = read_json_object(path, most=MAX_HEADER).get("weight_map")
     if not isinstance(mapped, dict) or not mapped:
         raise UserError(f"{path}: no weight_map")
     for name in mapped.values():
         if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(f"{path}: {name!r} is not a file's name")
+            raise UserError(f"{path}: {name!r} is not the name of a file")
     return sorted(set(mapped.values())), set(mapped)
 
 
@@ -120,10 +124,10 @@ def _open(path: Path) -> list[tuple[str, safe_open]]:
 
 
 def claim(folder: Path) -> None:
-    """Makes a folder for a model that is to be written.
+    """Makes a folder for a model that is about to be written.
 
     Raises:
-        UserError: it holds something already; a model of two writings would be neither.
+        UserError: the folder is not empty, so it could end with files of two models.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,10 +144,10 @@ def write_folder(
     """Writes the tensors, the modelling files that `auto_map` names, and `config.json`.
 
     Args:
-        folder: claimed.
+        folder: an empty folder, see `claim`.
         config: content of `config.json`.
-        tensors: in one file, or where they are more than `shard_bytes` in several with an index.
-        shard_bytes: see there.
+        tensors: name -> array.
+        shard_bytes: tensors that need more are written to several files and an index.
     """
     shards = _shards(tensors, shard_bytes)
     names = [WEIGHTS]
@@ -168,8 +172,9 @@ def write_folder(
 
 
 def _shards(tensors: Mapping[str, np.ndarray], shard_bytes: int) -> list[list[str]]:
-    """Names in their order, cut before a file becomes larger than `shard_bytes`."""
-    shards, size = [[]], 0
+    """Returns the names in their order, split so that no file exceeds `shard_bytes`."""
+    shards: list[list[str]] = [[]]
+    size = 0
     for key, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > shard_bytes:
             shards.append([])
@@ -180,7 +185,7 @@ def _shards(tensors: Mapping[str, np.ndarray], shard_bytes: int) -> list[list[st
 
 
 def _copy_code(folder: Path, config: dict) -> None:
-    """The modelling files of `remote` that a config names, and what they share."""
+    """Copies the modelling files of `remote` that a config names, and the one that they share."""
     modules = {name.partition(".")[0] for name in config.get("auto_map", {}).values()}
     for path in _REMOTE.glob("modeling_*.py"):
         if modules and (path.stem in modules or path.stem == "modeling_parts"):
@@ -193,10 +198,10 @@ def write_config(folder: Path, config: dict) -> None:
 
 
 def find_companions(folder: Path) -> list[Path]:
-    """Files that belong to a model beside its weights and sizes: tokenizer, generation.
+    """Returns the files of a model beside weights and `config.json`, such as its tokenizer.
 
     Raises:
-        UserError: one of them is no regular file, or a link that leads out of the folder.
+        UserError: one of them is not a regular file, or is a link that leads out of the folder.
     """
     found = []
     for path in sorted(folder.iterdir()):
@@ -209,6 +214,6 @@ def find_companions(folder: Path) -> list[Path]:
 
 
 def copy_companions(companions: Sequence[Path], target: Path) -> None:
-    """Copies what `find_companions` found into a folder."""
+    """Copies the result of `find_companions` into a folder."""
     for path in companions:
         write_bytes(target / path.name, read_bytes(path))

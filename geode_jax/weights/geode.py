@@ -1,4 +1,4 @@
-"""GEODE and `remote.modeling_geode`, whose InternViT and Qwen2 are those of transformers."""
+"""Config and rules between GEODE and `remote.modeling_geode`."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -6,28 +6,28 @@ from collections.abc import Collection, Mapping
 from geode_jax.models.drm import DrmConfig
 from geode_jax.models.geode import GeodeConfig
 from geode_jax.weights import parts
-from geode_jax.weights.fields import part, size, sizes_of, whole_numbers
+from geode_jax.weights.fields import number_pair, part, size, sizes_of
 from geode_jax.weights.internvit import internvl_rules, read_internvl, write_internvl
 from geode_jax.weights.rules import Rule, within
 
 MODEL_TYPE = "geode"
 
 _LAYOUT = "internvl"
-"""The names of the pretrained parts are those of transformers."""
+"""Layout of InternViT and Qwen2, which are those of transformers."""
 
 _OWN = ("drh_width", "categories", "views")
-"""Fields that have the same name on both sides."""
+"""Fields with the same name on both sides."""
 
 
 def write_geode(config: GeodeConfig) -> dict:
-    """`config.json` of a GEODE.
+    """Returns the `config.json` of a GEODE.
 
     Raises:
-        ValueError: its decoder is no Qwen2.
+        ValueError: the decoder is not a Qwen2.
     """
     vlm = write_internvl(config.vlm, _LAYOUT)
     if vlm["text_config"]["model_type"] != "qwen2":
-        raise ValueError("the decoder is no Qwen2")
+        raise ValueError("the decoder is not a Qwen2")
     return vlm | {
         "model_type": MODEL_TYPE,
         "architectures": ["GeodeModel"],
@@ -42,23 +42,26 @@ def write_geode(config: GeodeConfig) -> dict:
 
 
 _READ = frozenset(
-    # what the model is made of, and what the files beside it read
+    # sizes of the model, and fields that the modelling file reads
     (*_OWN, "drm", "patch_grid", "answer_length", "prefix", "reg_token_id", "box_token_id")
 )
 
 
 def read_geode(json: Mapping, tensors: Collection[str]) -> GeodeConfig:
-    """The inverse of `write_geode`; arguments and errors as of `qwen2.read_decoder`."""
+    """Returns the config of a GEODE: the inverse of `write_geode`.
+
+    Arguments and errors are those of `qwen2.read_decoder`.
+    """
     return GeodeConfig(
         vlm=read_internvl(json, tensors, _LAYOUT, _READ),
         drm=None if json["drm"] is None else sizes_of(DrmConfig, part(json, "drm"), "drm"),
-        patch_grid=whole_numbers(json, "patch_grid", 2),
+        patch_grid=number_pair(json, "patch_grid"),
         **{name: size(json, name, least=0) for name in _OWN},
     )
 
 
 def geode_rules(config: GeodeConfig) -> tuple[Rule, ...]:
-    """Rules of a `Geode`."""
+    """Returns the rules of a `Geode`."""
     rules = [*within(internvl_rules(config.vlm, _LAYOUT), "", "vlm.")]
     if config.drm is not None:
         rules += within(_drm_rules(config.drm), "drm.", "drm.")

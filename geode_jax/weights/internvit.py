@@ -1,8 +1,8 @@
-"""InternViT and InternVL in both layouts: InternVL's own, and that of transformers.
+"""Config and rules of InternViT and InternVL in two layouts: InternVL's own and transformers'.
 
-`intern_vit_6b` and `internvl_chat` are the model types of the first (the 300M model's too),
-`internvl_vision` and `internvl` of the second. Names differ, and query, key and value are one
-tensor or three; a row below is a parameter with its name in either.
+The model types of InternVL's own layout are `intern_vit_6b` (also of the 300M model) and
+`internvl_chat`; those of transformers are `internvl_vision` and `internvl`. Names differ, and
+query, key and value are one tensor or three. Each row below is a parameter with its two names.
 """
 
 from collections.abc import Collection, Mapping
@@ -96,7 +96,7 @@ def _rules(rows, own: bool) -> tuple[Rule, ...]:
 
 
 def vision_rules(config: VitConfig, model_type: str) -> tuple[Rule, ...]:
-    """Rules of an `InternViT`."""
+    """Returns the rules of an `InternViT`."""
     own = model_type in OWN
     blocks = within(
         _rules(_BLOCK, own), f"encoder.{'layers' if own else 'layer'}.{{layer}}.", "blocks."
@@ -107,7 +107,7 @@ def vision_rules(config: VitConfig, model_type: str) -> tuple[Rule, ...]:
 
 
 def internvl_rules(config: InternVLConfig, model_type: str) -> tuple[Rule, ...]:
-    """Rules of an `InternVL`."""
+    """Returns the rules of an `InternVL`."""
     own = model_type in OWN
     tower = "vision_model." if own else "vision_tower."
     return (
@@ -130,19 +130,19 @@ _VISION_ALLOWED = {
     "num_channels": (3,),
     "qk_normalization": (False,),
     "use_qk_norm": (False,),
-    "use_mean_pooling": (True,),  # that is, no norm at the end
+    "use_mean_pooling": (True,),  # which means no norm at the end
     "use_absolute_position_embeddings": (True,),
     "use_mask_token": (False,),
     "use_moe": (False, None),
 }
 _VISION_IRRELEVANT = names(
-    # of the mixture of experts that `use_moe` turns on
+    # settings of the mixture of experts that `use_moe` turns on
     "capacity_factor eval_capacity_factor laux_allreduce moe_coeff_ratio moe_intermediate_size "
     "moe_output_scale noisy_gate_policy num_experts num_routed_experts num_shared_experts "
     "shared_expert_intermediate_size use_residual use_rts use_weighted_residual"
 )
 
-_THEIR_DEFAULTS = {
+_TRANSFORMERS_DEFAULTS = {
     "hidden_size": 1024,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
@@ -152,7 +152,7 @@ _THEIR_DEFAULTS = {
     "layer_norm_eps": 1e-6,
     "attention_bias": False,
 }
-"""transformers may leave out of `vision_config` what equals these, the defaults of its class."""
+"""Defaults of transformers' `InternVLVisionConfig`, which `vision_config` may leave out."""
 _OWN_DEFAULTS = {
     "hidden_size": 3200,
     "num_hidden_layers": 48,
@@ -165,23 +165,23 @@ _OWN_DEFAULTS = {
     "qk_normalization": True,
     "norm_type": "rms_norm",
 }
-"""Those of InternVL's `InternVisionConfig`, which are the 6B model's."""
+"""Defaults of InternVL's `InternVisionConfig`, the sizes of the 6B model."""
 
 
 def read_vision(json: Mapping, model_type: str) -> VitConfig:
-    """A vision encoder's config from `config.json`, or its `vision_config`.
+    """Returns the config of a vision encoder from `config.json`, or from its `vision_config`.
 
     Raises:
-        ValueError, KeyError: something is not supported or missing.
+        ValueError, KeyError: a field is not supported or missing.
     """
     own = model_type in OWN
-    json = (_OWN_DEFAULTS if own else _THEIR_DEFAULTS) | {**json}
+    json = (_OWN_DEFAULTS if own else _TRANSFORMERS_DEFAULTS) | {**json}
     kind = "intern_vit_6b" if own else "internvl_vision"
     allowed = {**_VISION_ALLOWED, "model_type": (kind,)}
     check_fields(json, _VISION_HONOURED, allowed, _VISION_IRRELEVANT)
     bias, other = ("qkv_bias", "attention_bias") if own else ("attention_bias", "qkv_bias")
     if other in json:
-        raise ValueError(f"not supported: {other}, which in a {kind} is {bias}")
+        raise ValueError(f"not supported: {other}, which is called {bias} in a {kind}")
     return VitConfig(
         image_size=_side(json, "image_size"),
         patch_size=_side(json, "patch_size"),
@@ -196,11 +196,11 @@ def read_vision(json: Mapping, model_type: str) -> VitConfig:
 
 
 _MAX_SIDE = 1 << 13
-"""Of a picture, in pixels."""
+"""Maximum side of a picture, in pixels."""
 
 
 def _side(json: Mapping, name: str) -> int:
-    """The side of a square that a config gives as a number or as a list of two."""
+    """Returns the side of a square, which the field has as a number or as a list of two."""
     value = json[name]
     if isinstance(value, list):
         if len(value) != 2 or value[0] != value[1]:
@@ -210,7 +210,7 @@ def _side(json: Mapping, name: str) -> int:
 
 
 def write_vision(config: VitConfig, model_type: str) -> dict:
-    """`config.json` of a vision encoder: the inverse of `read_vision`."""
+    """Returns the `config.json` of a vision encoder: the inverse of `read_vision`."""
     c = config
     sizes = {
         "model_type": model_type,
@@ -243,9 +243,9 @@ _ALLOWED = {
     "image_fold": (None,),
 }
 _OWN_DEFAULT_VERSION = {"ps_version": "v1"}
-"""`InternVLChatConfig`'s: an image's tokens in transposed order."""
+"""Default of `InternVLChatConfig`, which transposes the order of an image's tokens."""
 _IRRELEVANT = names(
-    # Of the pictures that are made before the model sees them, of the prompt, and copies.
+    # Settings of the preparation of pictures and of the prompt, and copies of other fields.
     "dynamic_image_size max_dynamic_patch min_dynamic_patch pad2square use_thumbnail template "
     "system_message hidden_size image_seq_length mlp_checkpoint"
 )
@@ -257,12 +257,12 @@ def read_internvl(
     model_type: str,
     further: frozenset[str] = frozenset(),
 ) -> InternVLConfig:
-    """An InternVL's config from `config.json`; arguments and errors as of `read_decoder`.
+    """Returns the config of an InternVL; errors are those of `qwen2.read_decoder`.
 
     Args:
-        json, tensors: see there.
-        model_type: whose layout.
-        further: fields that the caller reads.
+        json, tensors: as in `qwen2.read_decoder`.
+        model_type: the layout, `internvl` or `internvl_chat`.
+        further: further fields, which the caller reads.
     """
     own = model_type in OWN
     name, honoured = "llm_config" if own else "text_config", set(_HONOURED | further)
@@ -271,8 +271,9 @@ def read_internvl(
     check_fields(json, frozenset(honoured | {name}), _ALLOWED, _IRRELEVANT)
     with nested(name):
         text, dtype = {"model_type": "qwen2", **part(json, name)}, dtype_of(json)
-        # transformers reads the outer one, InternVL's own code the inner one.
-        ties = [flag(j, "tie_word_embeddings", False) for j in (json, text) if _says_tied(j)]
+        # transformers reads the outer `tie_word_embeddings`, InternVL's own code the inner one.
+        tie = "tie_word_embeddings"
+        ties = [flag(j, tie, False) for j in (json, text) if j.get(tie) is not None]
         if not ties and not own:
             ties = [True]  # the default of transformers' InternVLConfig
         text |= {"dtype": dtype, "tie_word_embeddings": any(ties)}
@@ -289,12 +290,8 @@ def read_internvl(
     return InternVLConfig(vision=vision, decoder=decoder, image_id=image_id)
 
 
-def _says_tied(json: Mapping) -> bool:
-    return json.get("tie_word_embeddings") is not None
-
-
 def write_internvl(config: InternVLConfig, model_type: str) -> dict:
-    """`config.json` of an InternVL: the inverse of `read_internvl`."""
+    """Returns the `config.json` of an InternVL: the inverse of `read_internvl`."""
     c, own = config, model_type in OWN
     text = write_decoder(c.decoder)
     json = {

@@ -1,7 +1,7 @@
-"""Qwen2 and Llama: the decoders of Hugging Face that `models.decoder` computes.
+"""Config and rules of Hugging Face's Qwen2 and Llama, which `models.decoder` computes.
 
-They differ in the bias of query, key and value. Both rotate halves, as Hugging Face's converters
-have permuted Llama's interleaved pairs.
+Qwen2 has biases on query, key and value, Llama has none. Both rotate halves: Hugging Face's
+converters have permuted Llama's interleaved pairs.
 """
 
 from collections.abc import Collection, Mapping
@@ -23,7 +23,7 @@ from geode_jax.weights.rules import Rule
 
 HEAD = "lm_head.weight"
 IGNORED = (r"(language_model\.)?model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
-"""Buffers that old checkpoints hold and the config determines."""
+"""Buffers in old checkpoints, which follow from the config."""
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
@@ -46,30 +46,29 @@ _ALLOWED = {
     "moe_config": (None,),
 }
 _IRRELEVANT = {
-    # Layers slide where `use_sliding_window` or `layer_types` says so, which is refused.
+    # Windows slide only if `use_sliding_window` or `layer_types` asks for it, which is refused.
     "qwen2": frozenset({"sliding_window", "max_window_layers"}),
     "llama": frozenset(),
 }
 
 _KV_HEADS = {"qwen2": 32, "llama": None}
-"""What transformers takes where a config does not name `num_key_value_heads`; None: the heads."""
+"""Default of transformers for `num_key_value_heads`; None: the number of heads."""
 
 
 def read_decoder(
     json: Mapping, tensors: Collection[str], head: str = HEAD, tied: bool = False
 ) -> DecoderConfig:
-    """A decoder's config from `config.json`.
+    """Returns the config of a decoder.
 
     Args:
-        json: the content.
-        tensors: names in the checkpoint. One that holds a head has a head of its own, whatever the
-            config says of tied embeddings.
-        head: name of the head.
-        tied: whether the head is the embedding where the config does not say; transformers' own
-            default for these architectures is False.
+        json: content of `config.json`.
+        tensors: names of the tensors in the checkpoint. If the head is among them, it is not tied,
+            even if the config ties embeddings.
+        head: name of the head's tensor.
+        tied: default of `tie_word_embeddings`; in transformers it is False for these architectures.
 
     Raises:
-        ValueError, KeyError: something is not supported or missing.
+        ValueError, KeyError: a field is not supported or missing.
     """
     kind = json["model_type"]
     if kind not in ARCHITECTURES:
@@ -80,13 +79,13 @@ def read_decoder(
     theta, dynamic = _read_rope(json)
     if json.get("layer_types") not in (None, ["full_attention"] * layers):
         raise ValueError("not supported: layer_types other than full_attention in every layer")
-    given = {"num_key_value_heads": _KV_HEADS[kind], "head_dim": None} | json
+    given = {"num_key_value_heads": _KV_HEADS[kind], "head_dim": None, **json}
     for name, default in (("num_key_value_heads", heads), ("head_dim", width // heads)):
         if given[name] is None:
             given[name] = default
     head_width, kv_heads = size(given, "head_dim"), size(given, "num_key_value_heads")
     if heads % kv_heads:
-        unnamed = "" if json.get("num_key_value_heads") else ", which transformers takes unnamed,"
+        unnamed = "" if json.get("num_key_value_heads") else " (the default of transformers)"
         raise ValueError(
             f"num_key_value_heads {kv_heads}{unnamed} does not divide num_attention_heads {heads}"
         )
@@ -114,15 +113,15 @@ def read_decoder(
 
 
 _THETA = 10_000.0
-"""Base of the rotary frequencies where a config names none."""
+"""Default base of the rotary frequencies."""
 
 
 def _read_rope(json: Mapping) -> tuple[float, tuple[int, float] | None]:
-    """(theta, of dynamic scaling the trained length and the factor).
+    """Returns theta and, for dynamic scaling, (trained length, factor).
 
-    transformers 5 writes `rope_parameters`, older ones `rope_theta` and `rope_scaling`; 5 reads
-    both, and `rope_scaling` takes the other's place. Where two of them differ it depends on the
-    version which one counts, so that is refused.
+    transformers 5 writes `rope_parameters`, and older versions `rope_theta` and `rope_scaling`.
+    Version 5 reads both and prefers `rope_scaling`. If two of them differ, the result depends on
+    the version, so such a config is refused.
     """
     outside = positive(json, "rope_theta") if json.get("rope_theta") is not None else None
     spellings = {
@@ -135,12 +134,10 @@ def _read_rope(json: Mapping) -> tuple[float, tuple[int, float] | None]:
     if scaled:
         raise ValueError(f"not supported: rope_type {scaled[0]['rope_type']!r}")
     if found[0] != found[-1]:
-        raise ValueError("rope_parameters and rope_scaling differ: keep the one that is meant")
+        raise ValueError("rope_parameters and rope_scaling differ: remove the wrong one")
     rope = found[0]
     if outside not in (None, rope["rope_theta"]):
-        raise ValueError(
-            "rope_theta and that of rope_parameters differ: keep the one that is meant"
-        )
+        raise ValueError("rope_theta and that of rope_parameters differ: remove the wrong one")
     if rope["rope_type"] == "default":
         return rope["rope_theta"], None
     return rope["rope_theta"], (
@@ -150,10 +147,10 @@ def _read_rope(json: Mapping) -> tuple[float, tuple[int, float] | None]:
 
 
 def _rope_spelling(rope: Mapping, outside: float | None) -> dict:
-    """The entries of `rope_parameters` or `rope_scaling` by their newer names."""
+    """Returns the entries of `rope_parameters` or `rope_scaling` under their newer names."""
     kinds = [rope[name] for name in ("rope_type", "type") if rope.get(name) is not None]
     if kinds[1:] not in ([], kinds[:1]):
-        raise ValueError("rope_type and type differ: keep the one that is meant")
+        raise ValueError("rope_type and type differ: remove the wrong one")
     kind = kinds[0] if kinds else "default"
     if not isinstance(kind, str):
         raise ValueError("rope_type must be text")
@@ -172,10 +169,10 @@ def _rope_spelling(rope: Mapping, outside: float | None) -> dict:
 
 
 def write_decoder(config: DecoderConfig) -> dict:
-    """`config.json` of a decoder: the inverse of `read_decoder`.
+    """Returns the `config.json` of a decoder: the inverse of `read_decoder`.
 
     Raises:
-        ValueError: neither Qwen2 nor Llama has its form.
+        ValueError: the decoder is neither a Qwen2 nor a Llama.
     """
     c = config
     form = (c.mlp, c.norm, c.linear_bias, c.cross_layers)
@@ -206,7 +203,7 @@ def write_decoder(config: DecoderConfig) -> dict:
 
 
 def decoder_rules(config: DecoderConfig) -> tuple[Rule, ...]:
-    """Rules of a decoder in one stage."""
+    """Returns the rules of a decoder of one stage."""
 
     def block(key, leaf, axes):
         return Rule(f"model.layers.{{layer}}.{key}", f"stages.0.blocks.{leaf}", axes)

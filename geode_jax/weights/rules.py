@@ -1,4 +1,4 @@
-"""Reversible rules: which tensors of a checkpoint a parameter is made of, and back.
+"""Reversible rules between the tensors of a checkpoint and the parameters of a model.
 
     Rule(
         "encoder.layers.{layer}.attn.qkv.weight",
@@ -7,12 +7,12 @@
     )
 
 names the tensor, the parameter (a leaf of the model, its path joined by dots), and the axes of the
-tensor and of the leaf. Axes in parentheses are one axis of the tensor, row-major; `1` is one of
-length 1. An axis whose name stands in braces in the tensor's name is none of the tensor: there is a
-tensor for each of its indices, named by the index or, as in `{qkv=q,k,v}`, from that list. The same
-axes so describe a checkpoint that has query, key and value in one tensor and one that has three.
+tensor and of the leaf. Axes in parentheses form one axis of the tensor, row-major; `1` is an axis
+of length 1. An axis in braces in the tensor's name is not an axis of the tensor: there is a tensor
+for each of its indices, named by the index or, as in `{qkv=q,k,v}`, by an entry of that list. So
+the same axes describe a checkpoint with query, key and value in one tensor, and one with three.
 
-Sizes are the leaf's. Import and export read the same line, so that one inverts the other.
+Sizes are those of the leaf. Import and export read the same line, so each inverts the other.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ _BRACES = re.compile(r"\{(\w+)(?:=([\w,]+))?\}")
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """See the module's docstring.
+    """One rule; the docstring of the module describes its form.
 
     Attributes:
         key: name of the tensors.
         leaf: path of the parameter.
-        axes: of a tensor -> of the leaf.
+        axes: axes of a tensor -> axes of the leaf.
     """
 
     key: str
@@ -46,14 +46,14 @@ class Rule:
 
     @functools.cached_property
     def _listed(self) -> dict[str, list[str]]:
-        """Axes in braces -> names of their indices; empty where these are numbers."""
+        """Axes in braces -> names of their indices; empty: they are numbered."""
         return {
             axis: names.split(",") if names else [] for axis, names in _BRACES.findall(self.key)
         }
 
     @functools.cached_property
     def _groups(self) -> list[list[str]]:
-        """The axes of a tensor, each as the leaf's axes that it consists of."""
+        """For each axis of a tensor, the axes of the leaf that form it."""
         left, _ = self.axes.split(" -> ")
         groups = [text.strip("()").split() for text in re.findall(r"\([^)]*\)|\S+", left)]
         return [[a for a in group if a not in self._listed] for group in groups]
@@ -64,21 +64,21 @@ class Rule:
 
     @functools.cached_property
     def _flat(self) -> list[str]:
-        """The axes of a tensor, taken apart."""
+        """The axes of the leaf in the order of the tensor."""
         return [a for group in self._groups for a in group if a != "1"]
 
     def _sizes(self, shape: Shape) -> dict[str, int]:
         return dict(zip(self._leaf_axes, shape, strict=True)) | {"1": 1}
 
     def fits(self, shape: Shape) -> bool:
-        """Whether a leaf of this shape has the axes of the rule."""
+        """True if a leaf of this shape has the axes of the rule."""
         known = dict(zip(self._leaf_axes, shape, strict=False))
         return len(shape) == len(self._leaf_axes) and all(
             not names or known[axis] == len(names) for axis, names in self._listed.items()
         )
 
     def tensors(self, shape: Shape) -> Iterator[tuple[str, Index]]:
-        """Names of the tensors of a leaf of this shape, and where in the leaf each of them is."""
+        """Yields name and index into the leaf of each tensor of a leaf of this shape."""
         sizes = self._sizes(shape)
         for position in np.ndindex(*(sizes[axis] for axis in self._listed)):
             at = dict(zip(self._listed, position, strict=True))
@@ -93,24 +93,24 @@ class Rule:
             )
 
     def tensor_shape(self, shape: Shape) -> Shape:
-        """Shape of each tensor of a leaf of this shape."""
+        """Returns the shape of each tensor of a leaf of this shape."""
         sizes = self._sizes(shape)
         return tuple(math.prod(sizes[a] for a in group) for group in self._groups)
 
     def read(
         self, shape: Shape, part: tuple[slice, ...], read: Callable[[str, tuple], np.ndarray]
     ) -> np.ndarray:
-        """A part of a leaf, from no more of its tensors than that takes.
+        """Returns a part of a leaf; no more of its tensors is read than needed.
 
         Args:
-            shape: of the whole leaf.
-            part: a slice for each of its axes.
-            read: the slices (second argument) of a tensor (first).
+            shape: shape of the whole leaf.
+            part: a slice for each axis of the leaf.
+            read: maps the name of a tensor and a slice for each of its axes to that part.
         """
         sizes = self._sizes(shape)
         wanted = {a: range(sizes[a])[s] for a, s in zip(self._leaf_axes, part, strict=True)}
         wanted["1"] = range(1)
-        # Of several axes in one only the outermost can be read in part; the others are cut here.
+        # If several axes form one, only the outermost is read in part; the others are cut here.
         slices, lengths, cut = [], [], []
         for first, *inner in self._groups:
             step = math.prod(sizes[a] for a in inner)
@@ -132,7 +132,7 @@ class Rule:
         return whole.transpose([order.index(axis) for axis in self._leaf_axes])
 
     def write(self, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """The tensors of a leaf: the inverse of `read`."""
+        """Yields name and value of each tensor of a leaf: the inverse of `read`."""
         kept = [axis for axis in self._leaf_axes if axis not in self._listed]
         order = [kept.index(axis) for axis in self._flat]
         shape = self.tensor_shape(leaf.shape)
@@ -141,7 +141,7 @@ class Rule:
 
 
 def within(rules: Sequence[Rule], key: str, leaf: str) -> tuple[Rule, ...]:
-    """The rules of a part of a larger model: names and paths get these prefixes."""
+    """Returns the rules of a part of a larger model: names and paths get these prefixes."""
     return tuple(Rule(key + rule.key, leaf + rule.leaf, rule.axes) for rule in rules)
 
 
@@ -151,10 +151,10 @@ def find_problems(
     tensors: Mapping[str, Shape],
     ignored: Sequence[str] = (),
 ) -> list[str]:
-    """Everything that keeps a checkpoint from being a model's, one line each.
+    """Returns the mismatches between a checkpoint and a model, one line each.
 
-    A good table fills every leaf once and asks for every tensor once, but for those that are
-    `ignored` (regular expressions).
+    Without mismatches, the rules fill every leaf once and use every tensor once, except tensors
+    whose names match `ignored` (regular expressions).
     """
     filled = Counter(rule.leaf for rule in rules)
     found = [f"{leaf}: {filled[leaf]} rules fill it" for leaf in leaves if filled[leaf] != 1]
@@ -167,7 +167,7 @@ def find_problems(
             continue
         for key, _ in rule.tensors(shape):
             if key in expected:
-                found.append(f"{key}: two rules ask for it")
+                found.append(f"{key}: two rules use it")
             expected[key] = rule.tensor_shape(shape)
     for key, shape in expected.items():
         if key not in tensors:

@@ -1,4 +1,4 @@
-"""The Hidden-CoT student and `remote.modeling_hidden_cot`."""
+"""Config and rules between the Hidden-CoT student and `remote.modeling_hidden_cot`."""
 
 import dataclasses
 import itertools
@@ -16,6 +16,7 @@ from geode_jax.weights.fields import (
     check_fields,
     dtype_of,
     flag,
+    number_pair,
     part,
     positive,
     size,
@@ -30,7 +31,7 @@ _OWN = (
     *("vision_width", "camera_width", "max_views", "projector_width"),
     *("thinking_tokens", "vision_prefix"),
 )
-"""Fields that have the same name on both sides."""
+"""Fields with the same name on both sides."""
 
 _DECODER = {
     "vocab_size": "vocab_size",
@@ -49,7 +50,7 @@ _DECODER = {
 
 
 def write_student(config: StudentConfig) -> dict:
-    """`config.json` of a student.
+    """Returns the `config.json` of a student.
 
     Raises:
         ValueError: the modelling file has no such decoder.
@@ -57,7 +58,7 @@ def write_student(config: StudentConfig) -> dict:
     c, decoder = config, config.decoder
     form = (decoder.mlp, decoder.norm, decoder.tied_head)
     if form != ("gelu", "layer", False):
-        raise ValueError(f"no student's decoder: (mlp, norm, tied_head) {form}")
+        raise ValueError(f"not a decoder of a student: (mlp, norm, tied_head) {form}")
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["HiddenCotModel"],
@@ -76,17 +77,17 @@ def write_student(config: StudentConfig) -> dict:
 
 _READ = frozenset(
     (*_DECODER, *_OWN, "cross_attention_layers", "patch_grid", "heads", "category_ids")
-    # what the files beside it read
+    # read by the modelling file or by the encoder of frames
     + ("answer_length", "vision", "reg_token_id", "box_token_id")
 )
 _SWITCHES, _NUMBERS = ("qkv_bias", "linear_bias"), ("layer_norm_eps", "rope_theta")
 
 
 def read_student(json: Mapping, tensors: Collection[str]) -> StudentConfig:
-    """The inverse of `write_student`.
+    """Returns the config of a student: the inverse of `write_student`.
 
     Raises:
-        ValueError, KeyError: something is not supported or missing.
+        ValueError, KeyError: a field is not supported or missing.
     """
     del tensors
     check_fields(json, _READ, {"tie_word_embeddings": (False,)})
@@ -114,13 +115,13 @@ def read_student(json: Mapping, tensors: Collection[str]) -> StudentConfig:
         ),
         heads=heads,
         **{name: size(json, name, least=0) for name in _OWN},
-        patch_grid=whole_numbers(json, "patch_grid", 2),
+        patch_grid=number_pair(json, "patch_grid"),
         category_ids=nouns,
     )
 
 
 def student_rules(config: StudentConfig) -> tuple[Rule, ...]:
-    """Rules of a `Student`."""
+    """Returns the rules of a `Student`."""
     rules = [
         *parts.layer_norm("vision_norm", "vision_norm"),
         *parts.mlp("projector", "projector"),
@@ -161,7 +162,7 @@ def _decoder_rules(config: DecoderConfig) -> tuple[Rule, ...]:
                 bias=c.qkv_bias,
                 out_bias=c.linear_bias,
             )
-        # A stage's layers are one parameter here.
+        # The layers of a stage are one stacked parameter in JAX.
         numbers = ",".join(map(str, range(first, stop)))
         rules += [
             Rule(

@@ -74,7 +74,7 @@ def test_a_step_that_compiles_anew_is_warned_of(clock, batch, capsys):
     sizes = [3, 3, 3, 4]
     for n in sizes:
         step(meter, clock, batch, 0, 1, lambda n=n: double(jnp.zeros(n)))
-    assert "step 4 of this start was compiled anew" in capsys.readouterr().out
+    assert "step 4 of this start was compiled again" in capsys.readouterr().out
     before = meter.summary()["compilations"]
     assert before >= 2
     meter.close()

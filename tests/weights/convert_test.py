@@ -237,9 +237,9 @@ def mix_dtypes(folder: Path) -> None:
     [
         (cut, "model.safetensors: damaged or cut off"),
         (lose_a_shard, "model-00002-of-00002.safetensors: missing"),
-        (lie_in_the_index, "2 names differ from the files': lm_head.wait"),
+        (lie_in_the_index, "2 names differ from the files: lm_head.wait"),
         (store_integers, "model.norm.weight is I32; only F32, F16, BF16 are read"),
-        (mix_dtypes, "mlp.up_proj.weight: of several dtypes, bfloat16, float32"),
+        (mix_dtypes, "mlp.up_proj.weight: has several dtypes, bfloat16, float32"),
         (lambda f: not_finite(f, np.nan), "mlp.up_proj.weight has NaN or infinite numbers"),
         (lambda f: not_finite(f, -np.inf), "mlp.up_proj.weight has NaN or infinite numbers"),
         (
@@ -265,7 +265,7 @@ def mix_dtypes(folder: Path) -> None:
         ),
         (
             lambda f: change_config(f, num_key_value_heads=None),
-            "num_key_value_heads 32, which transformers takes unnamed, does not divide num_atten",
+            "num_key_value_heads 32 (the default of transformers) does not divide num_atten",
         ),
         (lambda f: change_config(f, hidden_act="gelu"), "not supported: hidden_act 'gelu'"),
         (
@@ -309,7 +309,7 @@ def test_what_cannot_be_written_is_refused(qwen, folder, tmp_path):
     student = materialize(lambda rngs: Decoder(STUDENT.decoder, rngs=rngs))
     with pytest.raises(UserError, match="neither Qwen2 nor Llama"):
         save_pretrained(student, tmp_path / "new")
-    with pytest.raises(UserError, match="Projector: no model of Hugging Face"):
+    with pytest.raises(UserError, match="Projector: no Hugging Face model has this form"):
         save_pretrained(
             materialize(lambda rngs: InternVL(InternVLConfig(VIT, QWEN), rngs=rngs)).projector,
             tmp_path / "new",

@@ -171,7 +171,7 @@ def test_fields_are_read_as_transformers_reads_them(torch, case, tmp_path, pixel
     ("own", "changes", "said"),
     [
         (False, {"vision_config.use_qk_norm": True}, "vision_config: not supported: use_qk_norm"),
-        (False, {"vision_config.qkv_bias": True}, "qkv_bias, which in a internvl_vision is"),
+        (False, {"vision_config.qkv_bias": True}, "qkv_bias, which is called attention_bias"),
         (False, {"vision_config.norm_type": "rms_norm"}, "norm_type 'rms_norm'"),
         (False, {"vision_config.gate": 1}, "vision_config: unknown: 'gate'"),
         (False, {"vision_config.image_size": [28, 14]}, "image_size [28, 14], which is not square"),

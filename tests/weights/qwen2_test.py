@@ -198,7 +198,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
         ({"logit_scale": 0.1, "x" * 500: 1}, "unknown: 'logit_scale', 'xxxxx"),
         ({"dtype": "float8_e4m3fn"}, "not supported: dtype 'float8_e4m3fn'"),
         ({"dtype": False}, "not supported: dtype False"),
-        ({"num_hidden_layers": 10**9}, "1,000,000,000 layers, and the folder's weights are 27"),
+        ({"num_hidden_layers": 10**9}, "1,000,000,000 layers, but the folder has only 27"),
         ({"num_hidden_layers": 1e400}, "Infinity is no JSON number"),
         ({"hidden_size": [8]}, "hidden_size must be a whole number from 1 to 1,048,576: [8]"),
         ({"hidden_size": True}, "hidden_size must be a whole number from 1 to 1,048,576: True"),

@@ -333,7 +333,7 @@ def test_a_folder_that_was_cut_off_is_no_model(student, tmp_path):
 
     with pytest.raises(OSError, match="disk full"):
         write_model(student, tmp_path / "out", add=fail)
-    with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
+    with pytest.raises(UserError, match=r"has neither model\.safetensors nor"):
         load_pretrained(tmp_path / "out")
     with pytest.raises(UserError, match="not empty"):
         write_model(student, tmp_path / "out")
@@ -408,7 +408,7 @@ def test_a_model_inherits_the_strictest_terms(producer, origins, identifier, ass
 @pytest.mark.parametrize(
     ("kind", "entries", "said"),
     [
-        ("geode", {"drm": {"layers": 10**6}}, "1,000,000 layers, and the folder's weights are"),
+        ("geode", {"drm": {"layers": 10**6}}, "1,000,000 layers, but the folder has only"),
         ("geode", {"drm": {"slots": [3]}}, "drm.slots must be a whole number from 0 to"),
         ("geode", {"drm": {"speed": 3}}, "unknown: drm.'speed'"),
         ("geode", {"drm": {"condition_on_question": 1}}, "must be true or false: 1"),

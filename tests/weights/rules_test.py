@@ -140,7 +140,7 @@ def test_all_problems_are_found_at_once(leaves, tensors, said):
 
 def test_a_table_uses_every_name_once():
     found = find_problems((*TABLE, TABLE[1]), LEAVES, TENSORS)
-    assert found == ["norm.scale: 2 rules fill it", "norm: two rules ask for it"]
+    assert found == ["norm.scale: 2 rules fill it", "norm: two rules use it"]
 
 
 def test_a_table_within_a_larger_one():
