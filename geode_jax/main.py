@@ -20,6 +20,9 @@ _PROCESS = flags.DEFINE_integer(
     "process_id", None, "Number of this one; clusters tell by themselves."
 )
 _PROFILE = flags.DEFINE_bool("profile", False, "Trace a few steps into WORKDIR/profile.")
+_GPU_KERNELS = flags.DEFINE_bool(
+    "gpu_kernels", False, "Use this package's attention and scan kernels on Hopper GPUs."
+)
 flags.mark_flag_as_required("config")
 
 
@@ -34,6 +37,7 @@ def _workdir() -> Path:
 
 def main(argv: list[str]) -> None:
     """Train, evaluate, write the report; the same command again resumes."""
+    from geode_jax.ops.gpu import use_kernels
     from geode_jax.runtime import distributed
     from geode_jax.train import train_and_evaluate
 
@@ -41,7 +45,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
     logging.set_verbosity(logging.WARNING)
     distributed.initialize(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
-    with distributed.ends_together():
+    with distributed.ends_together(), use_kernels(_GPU_KERNELS.value):
         train_and_evaluate(_CONFIG.value, _workdir(), profile=_PROFILE.value)
 
 

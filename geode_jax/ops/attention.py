@@ -13,7 +13,7 @@ scene sharing `[V][T]` as their prefix are all of this form, so that one contrac
 
 Behind the one call are a dense computation, which is fast where the logits are few, and by tiles,
 with memory of O(S), plain XLA (`attention_chunked`), kernels for TPUs (`attention_tpu`) and for
-Hopper GPUs (`attention_gpu`), which are taken where `gpu.GPU_KERNELS` asks for them.
+Hopper GPUs (`attention_gpu`), which are used within `gpu.use_kernels(True)`.
 """
 
 import functools

@@ -6,7 +6,7 @@ for each of E channels, which have U states each; u, delta and D are of a channe
 channels of a position. States are [B, U, E]: the channels, of which there are many, come last.
 
 Behind the one call are plain XLA, by chunks, and kernels for TPUs (`selective_scan_tpu`) and for
-Hopper GPUs (`selective_scan_gpu`), which are taken where `gpu.GPU_KERNELS` asks for them.
+Hopper GPUs (`selective_scan_gpu`), which are used within `gpu.use_kernels(True)`.
 """
 
 import functools
