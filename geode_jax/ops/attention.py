@@ -17,9 +17,9 @@ Hopper GPUs (`attention_gpu`), which are used within `gpu.use_kernels(True)`.
 """
 
 import functools
-import importlib
 import logging
-from types import ModuleType
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,38 @@ from geode_jax.shapes import Array
 
 __all__ = ["IMPLEMENTATIONS", "Intervals", "attention", "cache_columns", "causal", "visible"]
 
-IMPLEMENTATIONS = ("dense", "chunked", "tpu", "gpu")
+
+class _Passes(NamedTuple):
+    """A computation by tiles."""
+
+    forward: Callable
+    backward: Callable
+
+
+# Imported when they are used: Pallas takes most of a second.
+
+
+def _chunked() -> _Passes:
+    from geode_jax.ops.attention_chunked import backward, forward
+
+    return _Passes(forward, backward)
+
+
+def _tpu() -> _Passes:
+    from geode_jax.ops.attention_tpu import backward, forward
+
+    return _Passes(forward, backward)
+
+
+def _gpu() -> _Passes:
+    from geode_jax.ops.attention_gpu import backward, forward
+
+    return _Passes(forward, backward)
+
+
+_BY_TILES = {"chunked": _chunked, "tpu": _tpu, "gpu": _gpu}
+
+IMPLEMENTATIONS = ("dense", *_BY_TILES)
 
 DENSE_LOGITS = 512 * 512
 """With fewer logits a head, dense is about as fast as by tiles: see `choose`."""
@@ -78,7 +109,7 @@ def attention(
         _say(implementation, platform, L, M)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention: {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
-    if implementation == "gpu" and not _module("gpu").supports(E, dtype):
+    if implementation == "gpu" and not _gpu_supports(E, dtype):
         raise ValueError(f"attention: no GPU kernel for heads of width {E} in {dtype}")
     if implementation == "dense":
         return _dense(q_BLHE, k_BMGE, v_BMGE, intervals)
@@ -106,7 +137,7 @@ def choose(platform: str, queries: int, keys: int, width: int, dtype) -> str:
         kernels = "tpu" if platform == "tpu" else "chunked"
         return kernels if many else "dense"
     wanted = many or (queries == 1 and keys >= SPLIT_KEYS)
-    wanted = wanted and gpu.kernels_wanted(platform) and _module("gpu").supports(width, dtype)
+    wanted = wanted and gpu.kernels_wanted(platform) and _gpu_supports(width, dtype)
     return "gpu" if wanted else "dense"
 
 
@@ -116,8 +147,17 @@ def cache_columns(keys: int) -> int:
     Whole tiles where kernels for GPUs read it: else all of it would be copied for every token, to
     pad it.
     """
-    tile = _module("gpu").TILE if gpu.kernels_wanted(sharding.platform()) else 1
-    return -(-keys // tile) * tile
+    if not gpu.kernels_wanted(sharding.platform()):
+        return keys
+    from geode_jax.ops.attention_gpu import TILE
+
+    return -(-keys // TILE) * TILE
+
+
+def _gpu_supports(width: int, dtype) -> bool:
+    from geode_jax.ops.attention_gpu import supports
+
+    return supports(width, dtype)
 
 
 @functools.cache
@@ -151,11 +191,6 @@ def _dense(q_BLHE: Array, k_BMGE: Array, v_BMGE: Array, intervals: Intervals) ->
 # --- By tiles -------------------------------------------------------------------------------------
 
 
-def _module(implementation: str) -> ModuleType:
-    """Imported when it is needed: Pallas takes most of a second."""
-    return importlib.import_module(f"geode_jax.ops.attention_{implementation}")
-
-
 # The derivative is of the whole, outside of `shard_map`, which so never has to be transposed: that
 # would sum over devices what is whole on each.
 
@@ -166,7 +201,7 @@ def _by_tiles(implementation, mesh, q, k, v, intervals: Intervals) -> jax.Array:
 
 
 def _forward(implementation, mesh, q, k, v, intervals: Intervals):
-    function = _module(implementation).forward
+    function = _BY_TILES[implementation]().forward
     if mesh is not None:
         row, heads, sums = _specs(mesh, q, k)
         function = jax.shard_map(
@@ -181,7 +216,7 @@ def _forward(implementation, mesh, q, k, v, intervals: Intervals):
 
 
 def _backward(implementation, mesh, saved, g):
-    function = _module(implementation).backward
+    function = _BY_TILES[implementation]().backward
     if mesh is not None:
         row, heads, sums = _specs(mesh, *saved[:2])
         function = jax.shard_map(

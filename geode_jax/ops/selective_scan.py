@@ -10,8 +10,7 @@ Hopper GPUs (`selective_scan_gpu`), which are used within `gpu.use_kernels(True)
 """
 
 import functools
-import importlib
-from types import ModuleType
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,7 +21,32 @@ from geode_jax import sharding
 from geode_jax.ops import gpu
 from geode_jax.shapes import Array
 
-IMPLEMENTATIONS = ("chunked", "tpu", "gpu")
+
+class _Passes(NamedTuple):
+    """A pair of kernels."""
+
+    forward: Callable
+    backward: Callable
+
+
+# Imported when they are used: Pallas takes most of a second.
+
+
+def _tpu() -> _Passes:
+    from geode_jax.ops.selective_scan_tpu import backward, forward
+
+    return _Passes(forward, backward)
+
+
+def _gpu() -> _Passes:
+    from geode_jax.ops.selective_scan_gpu import backward, forward
+
+    return _Passes(forward, backward)
+
+
+_KERNELS = {"tpu": _tpu, "gpu": _gpu}
+
+IMPLEMENTATIONS = ("chunked", *_KERNELS)
 
 CHUNK = 16
 """Positions between two states that the backward pass keeps; it computes those in between again."""
@@ -86,7 +110,7 @@ def selective_scan(
     if implementation not in IMPLEMENTATIONS:
         names = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"selective_scan: {implementation!r} is none of {names}")
-    if implementation == "gpu" and not _kernels("gpu").supports(U):
+    if implementation == "gpu" and not _gpu_supports(U):
         raise ValueError(f"selective_scan: no GPU kernel for {U} states")
     if implementation == "chunked":
         return _chunked(u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, first_BL, state_BUE)
@@ -108,8 +132,14 @@ def choose(platform: str, positions: int, states: int) -> str:
         return "chunked"
     if platform == "tpu":
         return "tpu"
-    wanted = gpu.kernels_wanted(platform) and _kernels("gpu").supports(states)
+    wanted = gpu.kernels_wanted(platform) and _gpu_supports(states)
     return "gpu" if wanted else "chunked"
+
+
+def _gpu_supports(states: int) -> bool:
+    from geode_jax.ops.selective_scan_gpu import supports
+
+    return supports(states)
 
 
 def _chunked(u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, first_BL, state_BUE):
@@ -239,13 +269,8 @@ def _by_kernels(implementation, spread, u, delta, A, B, C, D, first, state):
     return _forward(implementation, spread, u, delta, A, B, C, D, first, state)[0]
 
 
-def _kernels(implementation: str) -> ModuleType:
-    """Imported when they are needed: Pallas takes most of a second."""
-    return importlib.import_module(f"geode_jax.ops.selective_scan_{implementation}")
-
-
 def _forward(implementation: str, spread: _Spread | None, u, delta, A, B, C, D, first, state):
-    function = _kernels(implementation).forward
+    function = _KERNELS[implementation]().forward
     if spread is not None:
         function = jax.shard_map(
             function,
@@ -261,11 +286,11 @@ def _forward(implementation: str, spread: _Spread | None, u, delta, A, B, C, D, 
 
 def _backward(implementation: str, spread: _Spread | None, saved, slopes):
     u, delta, A, B, C, D, first, before = saved
-    function = _kernels(implementation).backward
+    function = kernel = _KERNELS[implementation]().backward
     if spread is not None:
 
         def own(*arrays):
-            du, ddelta, dA, dB, dC, dD, dstate = _kernels(implementation).backward(*arrays)
+            du, ddelta, dA, dB, dC, dD, dstate = kernel(*arrays)
             dA, dD = (spread.summed(x, spread.rows) for x in (dA, dD))
             dB, dC = (spread.summed(x, spread.inner) for x in (dB, dC))
             return du, ddelta, dA, dB, dC, dD, dstate

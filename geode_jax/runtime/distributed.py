@@ -17,10 +17,6 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-# The public barrier is a collective of devices, which times out long before an export is made.
-from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster, GkeTpuCluster
-from jax._src.distributed import global_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from geode_jax.errors import UserError, one_line, said_of
@@ -29,6 +25,7 @@ from geode_jax.runtime.coordinator import (
     refuse_unknown_host,
     wait_for_coordinator,
 )
+from geode_jax.runtime.jax_private import check_process_group, on_tpu_cluster, process_group
 
 HEARTBEAT_SECONDS = 20
 """A process that has not been heard of for so long is dead, and the others end with an error."""
@@ -71,6 +68,7 @@ def initialize(
             wait_for_coordinator(address, START_SECONDS)
     elif not _found_by_jax():
         return
+    check_process_group()
     try:
         jax.distributed.initialize(
             address,
@@ -150,13 +148,13 @@ def _found_by_jax() -> bool:
     if os.environ.get(_VARIABLES[0]) and "KUBERNETES_SERVICE_HOST" in os.environ:
         return not any(others)  # a job of Kubernetes, which tells the address alone
     # Even one host of a TPU may be one of several slices.
-    return any(cluster.is_env_present() for cluster in (GceTpuCluster, GkeTpuCluster))
+    return on_tpu_cluster()
 
 
 def is_main() -> bool:
     """Whether this is process 0, which prints and writes."""
     # Not JAX's process_index, which starts the devices.
-    return not jax.distributed.is_initialized() or global_state.process_id == 0
+    return process_group().process == 0
 
 
 @contextlib.contextmanager
@@ -168,7 +166,7 @@ def main_first(what: str) -> Iterator[None]:
     """
 
     def meet():
-        if client := global_state.client:
+        if client := process_group().client:
             client.wait_at_barrier(what, PREPARE_SECONDS * 1000)
 
     if not is_main():
@@ -188,7 +186,7 @@ def ends_together() -> Iterator[None]:
     A process that meets the error publishes its line, and the exit status; a thread of every
     process looks for such a line. Process 0, in which the coordination service lives, goes last.
     """
-    client = global_state.client
+    client, own, _ = process_group()
     if client is None:
         yield
         return
@@ -209,7 +207,7 @@ def ends_together() -> Iterator[None]:
         else:
             print(said[0], file=sys.stderr)
         with contextlib.suppress(Exception):  # another process was first, or the service is gone
-            client.key_value_set(_FAILED, json.dumps([global_state.process_id, *said]))
+            client.key_value_set(_FAILED, json.dumps([own, *said]))
         _leave(client, said[1])
     finally:
         done.set()
@@ -247,7 +245,7 @@ def _published(client, key: str) -> str | None:
 
 def _leave(client, status: int) -> None:
     """Ends the process at once: JAX's own way out waits for all others."""
-    own, count = global_state.process_id, global_state.num_processes
+    _, own, count = process_group()
     with contextlib.suppress(Exception):
         client.key_value_set(f"{_FAILED}/left/{own}", "")
     if own == 0:
