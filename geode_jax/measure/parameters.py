@@ -5,10 +5,6 @@ from collections.abc import Iterable
 import numpy as np
 from flax import nnx
 
-VGGT_AGGREGATOR = 909_000_000
-"""Parameters of VGGT-1B's aggregator (24 + 24 blocks and the DINOv2-L patch embedding), which the
-paper counts with its student: 0.909B by arithmetic from the module definitions."""
-
 _PARTS = (
     ("rationale module", ("drm",)),
     ("regression head", ("drh",)),

@@ -52,22 +52,6 @@ CHUNK = 16
 """Positions between two states that the backward pass keeps; it computes those in between again."""
 
 
-def selective_step(
-    state_BUE: Array,
-    u_BE: Array,
-    delta_BE: Array,
-    A_EU: Array,
-    B_BU: Array,
-    C_BU: Array,
-    D_E: Array,
-    first_B: Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """One position: the next state, fp32, and y [B, E] in the dtype of u; see `selective_scan`."""
-    inputs = (x.astype(jnp.float32) for x in (u_BE, delta_BE, B_BU, C_BU))
-    state, y = _step(state_BUE, (*inputs, first_B), A_EU.T, D_E)
-    return state, y.astype(u_BE.dtype)
-
-
 def selective_scan(
     u_BLE: Array,
     delta_BLE: Array,
