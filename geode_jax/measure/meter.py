@@ -67,8 +67,8 @@ class Meter:
         asked = batch.answer_length_SQ > 0
         tokens = np.sum((batch.question_length_SQ + batch.answer_length_SQ) * asked)
         # Of the packed text's columns: padding's segment starts past itself.
-        columns = np.arange(batch.packed_start_SMR.shape[-1])
-        occupancy = float(np.mean(batch.packed_start_SMR <= columns))
+        columns = np.arange(batch.packed_start_SWT.shape[-1])
+        occupancy = float(np.mean(batch.packed_start_SWT <= columns))
         yield
         seconds = time.monotonic() - self._began
         self._steps += 1

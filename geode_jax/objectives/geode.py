@@ -148,7 +148,7 @@ class GeodeStage:
             )
             terms |= {f"spatial/{k}": term for k, term in asked_terms(asked, batch).items()}
         if c.stage == "drm" and c.layout_weight:
-            terms["layout"] = layout_alignment(prefix.spatio_SMD, model.layout, batch)
+            terms["layout"] = layout_alignment(prefix.spatio_SRD, model.layout, batch)
         if c.stage == "drm" and c.rationale_weight:
             terms["rationale_alignment"] = self._rationale_alignment(model, batch, prefix, paid)
         if c.stage == "joint" and model.drh is not None:
@@ -171,7 +171,7 @@ class GeodeStage:
         own = jnp.mean(states_SQAD, axis=(1, 2), where=paid[..., None])
         known_S = jnp.any(paid, axis=(1, 2))
         embedding = jax.lax.stop_gradient(jnp.where(known_S[:, None], own, 1.0))
-        spatio = jnp.mean(prefix.spatio_SMD.astype(jnp.float32), axis=1)
+        spatio = jnp.mean(prefix.spatio_SRD.astype(jnp.float32), axis=1)
         cosine_S = optax.losses.cosine_similarity(spatio, embedding, epsilon=1e-6)
         return jnp.sum(jnp.where(known_S, 1 - cosine_S, 0.0)), jnp.sum(known_S, dtype=jnp.float32)
 
@@ -262,13 +262,13 @@ class GeodeStage:
         return losses.static_total(terms, {name: weights[name.split("/")[0]] for name in terms})
 
 
-def layout_alignment(spatio_SMD: Array, layout: LayoutEncoder, batch: Batch) -> losses.Pair:
+def layout_alignment(spatio_SRD: Array, layout: LayoutEncoder, batch: Batch) -> losses.Pair:
     """`LayoutEncoder.distance` of E_spatio; count = slots.
 
     The first slots are to the first categories, whichever of them are more. Of scenes whose boxes
     are known.
     """
-    error_SM = layout.distance(spatio_SMD, batch)
+    error_SM = layout.distance(spatio_SRD, batch)
     known_SM = jnp.broadcast_to(jnp.asarray(batch.boxes_known_S)[:, None], error_SM.shape)
     return jnp.sum(jnp.where(known_SM, error_SM, 0.0)), jnp.sum(known_SM, dtype=jnp.float32)
 

@@ -188,10 +188,10 @@ class HiddenCoT:
         logits = student.depth_head(scene.z_SVPD, student.config.patch_grid)
         centres = losses.depth_bin_centres(logits.shape[-1])
         found = student.detection_head(scene.z_SVPD.reshape(S, V * P, D), scene.seen_length_S)
-        probability = jax.nn.sigmoid(found.class_logits_SMc)
+        probability = jax.nn.sigmoid(found.class_logits_SYc)
         return (
             losses.expected_depth(logits.astype(jnp.float32), centres),
-            decode_boxes(found.boxes_SMb),
+            decode_boxes(found.boxes_SYb),
             jnp.argmax(probability, axis=-1),
             jnp.max(probability, axis=-1),
         )
@@ -219,17 +219,17 @@ def term_of(name: str) -> str:
     return name.split("/")[0]
 
 
-def patch_depth_logits(depth_logits_SVhwB: Array, grid: tuple[int, int]) -> jax.Array:
+def patch_depth_logits(depth_logits_SVhwZ: Array, grid: tuple[int, int]) -> jax.Array:
     """Log of the mean bin probabilities of every patch's r x r cells, [S, V, P, B]."""
-    S, V, h, w, B = depth_logits_SVhwB.shape
+    S, V, h, w, B = depth_logits_SVhwZ.shape
     gh, gw = grid
-    prob = jax.nn.softmax(depth_logits_SVhwB, axis=-1)
+    prob = jax.nn.softmax(depth_logits_SVhwZ, axis=-1)
     prob = prob.reshape(S, V, gh, h // gh, gw, w // gw, B).mean(axis=(3, 5))
     return jnp.log(prob.reshape(S, V, gh * gw, B) + 1e-9)
 
 
 def _grid(out: StudentOutput, batch: Batch) -> tuple[int, int]:
-    h, w = out.depth_logits_SVhwB.shape[2:4]
+    h, w = out.depth_logits_SVhwZ.shape[2:4]
     r = round((h * w / batch.vision_SVPC.shape[2]) ** 0.5)
     return h // r, w // r
 
@@ -237,8 +237,8 @@ def _grid(out: StudentOutput, batch: Batch) -> tuple[int, int]:
 def depth_terms(out: StudentOutput, batch: Batch, literal_cross_view: bool = False) -> Terms:
     """Depth and what two views must agree on, Sec. III-D.2 and the second term of eq. 1."""
     grid = _grid(out, batch)
-    centres = losses.depth_bin_centres(out.depth_logits_SVhwB.shape[-1])
-    target, logits = batch.target_depth_SVhw, out.depth_logits_SVhwB
+    centres = losses.depth_bin_centres(out.depth_logits_SVhwZ.shape[-1])
+    target, logits = batch.target_depth_SVhw, out.depth_logits_SVhwZ
     seen_SV11 = jnp.asarray(batch.view_mask_SV)[..., None, None]
     patch_logits = patch_depth_logits(logits, grid)
     patch_depth = losses.expected_depth(patch_logits, centres)
@@ -261,11 +261,11 @@ def depth_terms(out: StudentOutput, batch: Batch, literal_cross_view: bool = Fal
             patch_depth, batch.extrinsic_SV34, batch.intrinsic_SV33, grid, index, visible
         ),
     }
-    if batch.teacher_depth_bins_SVPB.shape[-1]:
+    if batch.teacher_depth_bins_SVPZ.shape[-1]:
         taught = jnp.broadcast_to(taught, patch_depth.shape)
-        terms["depth_kl"] = losses.depth_bin_kl(patch_logits, batch.teacher_depth_bins_SVPB, taught)
+        terms["depth_kl"] = losses.depth_bin_kl(patch_logits, batch.teacher_depth_bins_SVPZ, taught)
         teacher_depth = losses.expected_depth(
-            jnp.log(jnp.asarray(batch.teacher_depth_bins_SVPB) + 1e-9), centres
+            jnp.log(jnp.asarray(batch.teacher_depth_bins_SVPZ) + 1e-9), centres
         )
         terms["feature/depth"] = losses.feature_alignment(
             depth=(patch_depth, teacher_depth, taught)
@@ -280,8 +280,8 @@ def depth_terms(out: StudentOutput, batch: Batch, literal_cross_view: bool = Fal
 def detection_terms(out: StudentOutput, batch: Batch) -> Terms:
     """Boxes and categories, Sec. III-D.2."""
     found = losses.detection(
-        out.detection.class_logits_SMc,
-        out.detection.boxes_SMb,
+        out.detection.class_logits_SYc,
+        out.detection.boxes_SYb,
         batch.target_boxes_SN7,
         batch.target_labels_SN,
         batch.boxes_known_S,
@@ -298,7 +298,7 @@ def detection_terms(out: StudentOutput, batch: Batch) -> Terms:
     }
     if batch.teacher_detection_SNc.shape[-1]:
         taught = (found.query_SN >= 0) & jnp.asarray(batch.teacher_detection_mask_S)[:, None]
-        probabilities = jax.nn.sigmoid(out.detection.class_logits_SMc)
+        probabilities = jax.nn.sigmoid(out.detection.class_logits_SYc)
         terms["feature/detection"] = losses.feature_alignment(
             detection=(
                 losses.take_matched(probabilities, found.query_SN),
@@ -314,9 +314,9 @@ def spatial_terms(out: StudentOutput, batch: Batch) -> Terms:
     terms = {f"spatial/{name}": term for name, term in asked_terms(out.spatial, batch).items()}
     terms["feature/spatial"] = losses.feature_alignment(
         spatial=(
-            jax.nn.sigmoid(out.spatial.relations_SQR),
-            batch.teacher_relations_SQR,
-            batch.teacher_relations_mask_SQR,
+            jax.nn.sigmoid(out.spatial.relations_SQr),
+            batch.teacher_relations_SQr,
+            batch.teacher_relations_mask_SQr,
         )
     )["spatial"]
     if out.features_SVPF is not None:

@@ -220,7 +220,7 @@ def test_memory_grows_with(implementation, growth):
 def test_the_choice_is_logged_once(caplog):
     q, k, v, _ = arrays(2)
     whole = Intervals(*(np.full((B, 1), x, np.int32) for x in (0, 0, M)))
-    module._say.cache_clear()
+    module._log_choice.cache_clear()
     with caplog.at_level("INFO", logger=module.__name__):
         for _ in range(2):
             attention(q, k, v, whole)

@@ -92,7 +92,7 @@ def both(inputs, first, cotangents):
 
     def f(*inputs):
         *rest, state = inputs
-        return selective_scan(*rest, first_BL=first, state_BUE=state, implementation="gpu")
+        return selective_scan(*rest, first_BL=first, state_BUI=state, implementation="gpu")
 
     out, vjp = jax.vjp(f, *inputs)
     return out, vjp(cotangents)
@@ -100,7 +100,7 @@ def both(inputs, first, cotangents):
 
 # Three chunks, of which the last is mostly padding, of two blocks of channels; and less than one.
 @pytest.mark.skipif(not hasattr(plgpu, "force_gpu_interpret_mode"), reason="jax is too old")
-@pytest.mark.parametrize("shape", [(1, 2 * gpu.T + 3, 130, 4), (2, 5, 24, 16)])
+@pytest.mark.parametrize("shape", [(1, 2 * gpu.CHUNK + 3, 130, 4), (2, 5, 24, 16)])
 def test_the_kernels_in_the_interpreter(shape):
     given = arrays(*shape)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
@@ -131,7 +131,7 @@ def test_what_is_chosen_is_run(monkeypatch):
 
     def kernels(platform):
         monkeypatch.setattr(sharding, "platform", lambda: platform)
-        f = jax.jit(lambda *args: selective_scan(*args[:6], first_BL=args[6], state_BUE=args[7]))
+        f = jax.jit(lambda *args: selective_scan(*args[:6], first_BL=args[6], state_BUI=args[7]))
 
         def count(wanted):
             with use_kernels(wanted):

@@ -64,7 +64,7 @@ def implementation(request):
 
 def run(inputs, first, implementation):
     *rest, state = inputs
-    return selective_scan(*rest, first_BL=first, state_BUE=state, implementation=implementation)
+    return selective_scan(*rest, first_BL=first, state_BUI=state, implementation=implementation)
 
 
 @functools.partial(jax.jit, static_argnums=3)
