@@ -25,7 +25,6 @@ run says why, and the others go on. Weights and inputs are random: zeros would r
 import argparse
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +44,7 @@ from geode_jax.models.generate import generate
 from geode_jax.objectives.losses import token_cross_entropy
 from geode_jax.ops.attention import Intervals, attention, causal
 from geode_jax.ops.cross_entropy import token_loss
+from geode_jax.ops.gpu import use_kernels
 from geode_jax.ops.selective_scan import selective_scan
 from geode_jax.plan.compiled import make_run
 from geode_jax.plan.topology import Topology, devices_of, parse_topology
@@ -410,7 +410,6 @@ def main() -> None:
     parser.add_argument("--compile", metavar="TOPOLOGY")
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
-    os.environ["GEODE_JAX_GPU_KERNELS"] = "1"
     where = parse_topology(arguments.compile) if arguments.compile else None
     rows = Rows(arguments.small, where)
     mesh = make_mesh((1, 1, 1), rows.devices) if where else None
@@ -432,4 +431,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with use_kernels(True):
+        main()

@@ -4,16 +4,23 @@ Dimension key (suffixes of names and letters of einsum strings):
 
 | letter | meaning | letter | meaning |
 |---|---|---|---|
-| S | scenes in a batch | D | model width |
-| Q | questions per scene | H | heads (G = key/value heads; of a scene: its points) |
-| V | views | E | head width |
-| P | patches per view, row-major | K | thinking tokens |
-| C | vision token width | W | feed-forward width |
-| N | boxes of a scene | B | depth bins |
-| O | objects a question names | F | teacher feature width |
-| L | question length (`Lq`) | R | relations, see `RELATIONS` |
-| A | answer length (`La`) | X | vocabulary |
-| M, R | packed text rows of a scene and their columns | U | states of a Mamba channel |
+| S | scenes in a batch | B | rows of any batch |
+| Q | questions of a scene | L | length of a row; of a question |
+| A | answer length | M | positions that an attention reads: keys, a scene's vision tokens |
+| V | views (frames) of a scene | D | model width |
+| P | patches of a view, row-major | H | attention heads |
+| C | width of an input feature | G | key/value heads, a divisor of H |
+| J | points of a scene | E | width of a head |
+| N | boxes of a scene | X | vocabulary |
+| Y | object queries of the detection head | K | thinking tokens of the student |
+| O | objects that a question names | R | rationale tokens of GEODE |
+| W | rows of a scene's packed text | I | inner channels of Mamba |
+| T | columns of a packed row | U | states of a Mamba channel |
+| F | width of a teacher's feature | Z | depth bins |
+
+Lowercase letters are short or fixed axes: h, w pixels; c categories; b numbers of a box code; r
+relations (`RELATIONS`); k most likely tokens. A file that needs other sizes names them, lowercase,
+in its docstring. Digits are sizes: 7 numbers of a box, 34 and 33 matrices.
 
 Frames: the world frame is the export's (metres, z up for rooms); cameras are camera-from-world with
 OpenCV axes; a box is (centre xyz, size xyz, yaw about z).
@@ -36,8 +43,8 @@ Array = jax.Array | np.ndarray
 class Batch:
     """S scenes with Q questions each. Optional supervision is masked, never a zero target.
 
-    Question ids are left-padded to `Lq` (so that the last column is always the question's last
-    token), answers right-padded to `La`.
+    Question ids are left-padded to L, so that the last column always holds the question's last
+    token; answers are right-padded to A.
     """
 
     # What the model sees of a scene.
@@ -55,10 +62,10 @@ class Batch:
     # Of size zero for the student. GEODE sees points and pictures (vision_SVPC is of width 0), or
     # in place of pictures `internvit/tokens`: vision_SVPC, P then their number, not the grid's.
     image_SVhw3: Array  # uint8, `images`; 0 in padding views
-    point_SGC: Array  # float32, `sonata/features`
-    coord_SG3: Array  # float32 metres, `sonata/coord`
-    point_frame_SG: Array  # int32 view that most of the point is of, `sonata/frame`; -1 unknown
-    point_mask_SG: Array  # bool, False = padding point
+    point_SJC: Array  # float32, `sonata/features`
+    coord_SJ3: Array  # float32 metres, `sonata/coord`
+    point_frame_SJ: Array  # int32 view that most of the point is of, `sonata/frame`; -1 unknown
+    point_mask_SJ: Array  # bool, False = padding point
 
     # Dense and object supervision of a scene.
     target_depth_SVhw: Array  # float32 metres, 0 = unknown; (h, w) = (gh * r, gw * r)
@@ -68,7 +75,7 @@ class Batch:
     target_segmentation_SVP: Array  # int32 category of most of the patch, -1 = none, -2 = unknown
     teacher_features_SVPF: Array  # float32
     teacher_features_mask_S: Array  # bool
-    teacher_depth_bins_SVPB: Array  # float32 probabilities
+    teacher_depth_bins_SVPZ: Array  # float32 probabilities
     teacher_depth_bins_mask_S: Array  # bool
     teacher_detection_SNc: Array  # float32 class probabilities of box n
     teacher_detection_mask_S: Array  # bool
@@ -83,10 +90,10 @@ class Batch:
     gaps_SQO: Array  # float32 metres between the closest points of the first of them and each
     angle_SQ2: Array  # float32 (sin, cos) of the turn that is asked, left positive
     angle_mask_SQ: Array  # bool
-    relations_SQR: Array  # float32 probability of the first alternative
-    relations_mask_SQR: Array  # bool
-    teacher_relations_SQR: Array  # float32, same convention, from `teacher/relations`
-    teacher_relations_mask_SQR: Array  # bool
+    relations_SQr: Array  # float32 probability of the first alternative
+    relations_mask_SQr: Array  # bool
+    teacher_relations_SQr: Array  # float32, same convention, from `teacher/relations`
+    teacher_relations_mask_SQr: Array  # bool
     value_SQ: Array  # float32 numeric answer in the question's unit
     value_mask_SQ: Array  # bool
     base_unit_SQ: Array  # float32, one of the question's unit in the unit that is regressed
@@ -94,11 +101,11 @@ class Batch:
     box_mask_SQ: Array  # bool, all False in pipelines without control tokens
 
     # The same questions packed for training, see `data.packing`.
-    packed_SMR: Array  # int32 token ids
-    packed_position_SMR: Array  # int32, position in its segment
-    packed_start_SMR: Array  # int32, first column of its segment
-    packed_answer_SMR: Array  # bool, bos or answer: sees T
-    answer_column_SQA: Array  # int32, flat column (of M * R) that predicts the answer token
+    packed_SWT: Array  # int32 token ids
+    packed_position_SWT: Array  # int32, position in its segment
+    packed_start_SWT: Array  # int32, first column of its segment
+    packed_answer_SWT: Array  # bool, bos or answer: sees T
+    answer_column_SQA: Array  # int32, flat column (of W * T) that predicts the answer token
     encoding_column_SQ: Array  # int32, flat column of the prompt's last token
     object_column_SQO: Array  # int32, of the last token of each named object's name, -1 = nowhere
 

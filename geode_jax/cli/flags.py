@@ -28,6 +28,9 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of
 _PROCESS = flags.DEFINE_integer(
     "process_id", None, "Number of this process; clusters set it by themselves."
 )
+_GPU_KERNELS = flags.DEFINE_bool(
+    "gpu_kernels", False, "Use this package's attention and scan kernels on Hopper GPUs."
+)
 _PROFILE = flags.DEFINE_bool("profile", False, "Trace a few steps into WORKDIR/profile.")
 
 
@@ -44,6 +47,7 @@ def run(argv: list[str]) -> None:
 
 
 def _train(argv: list[str]) -> None:
+    from geode_jax.ops.gpu import use_kernels
     from geode_jax.runtime import distributed
     from geode_jax.train import train_and_evaluate
 
@@ -51,7 +55,7 @@ def _train(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
     logging.set_verbosity(logging.WARNING)
     distributed.initialize(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
-    with distributed.ends_together():
+    with distributed.ends_together(), use_kernels(_GPU_KERNELS.value):
         train_and_evaluate(_CONFIG.value, _workdir(), profile=_PROFILE.value)
 
 

@@ -28,6 +28,7 @@ def add_commands(commands: Commands) -> None:
     )
     add("--workdir", metavar="DIR", help="the run's folder; default: runs/SYSTEM, then -ARGUMENTS")
     add("--profile", action="store_true", help="trace a few steps into WORKDIR/profile")
+    add("--gpu_kernels", action="store_true", help="use this package's kernels on Hopper GPUs")
     add("--coordinator_address", metavar="HOST:PORT", help="address of process 0")
     add("--num_processes", metavar="N", help="number of processes of the run")
     add("--process_id", metavar="I", help="number of this process")
@@ -48,6 +49,5 @@ def _train(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None:
             flags.append(f"--{name}={value}")
-    if arguments.profile:
-        flags.append("--profile")
+    flags += [f"--{name}" for name in ("profile", "gpu_kernels") if getattr(arguments, name)]
     run(["geode-jax train", *flags])

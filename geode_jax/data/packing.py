@@ -75,9 +75,9 @@ def lay_out(
 
     Returns:
         Rows of one scene under the names of the fields of `Batch`, without the axis S:
-        `packed_SMR` [M, R] ids; `packed_position_SMR` [M, R] position in its segment;
-        `packed_start_SMR` [M, R] first column of its segment (for padding the column after itself,
-        so that padding sees no text); `packed_answer_SMR` [M, R] True for bos and answer tokens,
+        `packed_SWT` [M, R] ids; `packed_position_SWT` [M, R] position in its segment;
+        `packed_start_SWT` [M, R] first column of its segment (for padding the column after itself,
+        so that padding sees no text); `packed_answer_SWT` [M, R] True for bos and answer tokens,
         which see T; `answer_column_SQA` [Q, La] flat column that predicts each answer token;
         `encoding_column_SQ` [Q] flat column of the last token of Q.
     """
@@ -99,10 +99,10 @@ def lay_out(
         encoding_column[slot] = bos - 1
     shape = (rows, columns)
     return {
-        "packed_SMR": tokens.reshape(shape),
-        "packed_position_SMR": position.reshape(shape),
-        "packed_start_SMR": start.reshape(shape),
-        "packed_answer_SMR": of_answer.reshape(shape),
+        "packed_SWT": tokens.reshape(shape),
+        "packed_position_SWT": position.reshape(shape),
+        "packed_start_SWT": start.reshape(shape),
+        "packed_answer_SWT": of_answer.reshape(shape),
         "answer_column_SQA": answer_column,
         "encoding_column_SQ": encoding_column,
     }

@@ -72,8 +72,8 @@ def stack_questions(
         "pair": np.full((n, 2), -1, np.int32),
         "object_place": np.full((n, MAX_OBJECTS), -1, np.int32),
         "object_row": np.full((n, MAX_OBJECTS), -1, np.int32),
-        "relations_SQR": np.zeros((n, len(RELATIONS)), np.float32),
-        "relations_mask_SQR": np.zeros((n, len(RELATIONS)), bool),
+        "relations_SQr": np.zeros((n, len(RELATIONS)), np.float32),
+        "relations_mask_SQr": np.zeros((n, len(RELATIONS)), bool),
         "value_SQ": np.zeros(n, np.float32),
         "value_mask_SQ": np.zeros(n, bool),
         "base_unit_SQ": np.ones(n, np.float32),
@@ -127,8 +127,8 @@ def stack_questions(
             own = {j: rows[tuple(o["box"])] for j, o in enumerate(objects) if _is_held(o)}
             arrays["gaps_SQO"][i, [*own]] = gaps[own[0], [*own.values()]]
         for name, probability in record.get("relation", {}).items():
-            arrays["relations_SQR"][i, RELATIONS.index(name)] = probability
-            arrays["relations_mask_SQR"][i, RELATIONS.index(name)] = True
+            arrays["relations_SQr"][i, RELATIONS.index(name)] = probability
+            arrays["relations_mask_SQr"][i, RELATIONS.index(name)] = True
         if control_of(record) == REG:
             with contextlib.suppress(NoNumberError):  # counted where the questions were chosen
                 arrays["value_SQ"][i], arrays["base_unit_SQ"][i] = number_of(record)
@@ -261,7 +261,7 @@ def lay_out_questions(
         slots,
         pad_id,
     )
-    taught = {"teacher_relations_SQR": teacher, "teacher_relations_mask_SQR": mask}
+    taught = {"teacher_relations_SQr": teacher, "teacher_relations_mask_SQr": mask}
     return fields | packed | taught
 
 

@@ -238,10 +238,10 @@ def _seen_rows(tensors, shapes: SceneShapes, v_own: int) -> dict[str, np.ndarray
     frame = np.where(frame < v_own, frame, -1)  # the view does not exist, so it is unknown
     return {
         "image_SVhw3": _padded(images, (shapes.views, *shapes.image, 3), np.uint8),
-        "point_SGC": _padded(features, (G, width)),
-        "coord_SG3": _padded(coord, (G, 3)),
-        "point_frame_SG": _padded(frame, (G,), np.int32, fill=-1),
-        "point_mask_SG": np.arange(G) < len(coord),
+        "point_SJC": _padded(features, (G, width)),
+        "coord_SJ3": _padded(coord, (G, 3)),
+        "point_frame_SJ": _padded(frame, (G,), np.int32, fill=-1),
+        "point_mask_SJ": np.arange(G) < len(coord),
     }
 
 
@@ -261,7 +261,7 @@ def _teacher_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[s
     return {
         "teacher_features_SVPF": _padded(features, (V, P, shapes.features)),
         "teacher_features_mask_S": np.array("teacher/features" in tensors and learned),
-        "teacher_depth_bins_SVPB": _padded(bins, (V, P, shapes.depth_bins)),
+        "teacher_depth_bins_SVPZ": _padded(bins, (V, P, shapes.depth_bins)),
         "teacher_depth_bins_mask_S": np.array("teacher/depth_bins" in tensors),
         "teacher_detection_SNc": _padded(detection[:n], (n, shapes.categories)),
         "teacher_detection_mask_S": np.array("teacher/detection_probs" in tensors),

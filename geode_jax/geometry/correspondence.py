@@ -74,8 +74,8 @@ def correspondences(
 def gather_views(value_SVP: Array, index_SVVP: Array) -> jax.Array:
     """The values of view b at the patches an index of `correspondences` names: [S, Va, Vb, P]."""
 
-    def of_view(value_P, index_AP):
-        return value_P.at[index_AP].get(mode="clip")
+    def of_view(value_P, index_VP):
+        return value_P.at[index_VP].get(mode="clip")
 
     over_views = jax.vmap(of_view, in_axes=(0, 1), out_axes=1)
     return jax.vmap(over_views)(value_SVP, index_SVVP)

@@ -70,8 +70,8 @@ class Meter:
         answered = batch.answer_length_SQ > 0
         tokens = np.sum((batch.question_length_SQ + batch.answer_length_SQ) * answered)
         # Share of occupied columns: the segment of a padding column starts behind the column.
-        columns = np.arange(batch.packed_start_SMR.shape[-1])
-        occupancy = float(np.mean(batch.packed_start_SMR <= columns))
+        columns = np.arange(batch.packed_start_SWT.shape[-1])
+        occupancy = float(np.mean(batch.packed_start_SWT <= columns))
         yield
         seconds = time.monotonic() - self._began
         self._steps += 1

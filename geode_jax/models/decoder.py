@@ -332,17 +332,17 @@ class Decoder(nnx.Module):
     def token_loss(
         self,
         loss: Callable[..., Array],
-        hidden_STD: Array,
-        ids_STk: Array,
-        paid_ST: Array,
-        *targets_ST: Array,
+        hidden_SLD: Array,
+        ids_SLk: Array,
+        mask_SL: Array,
+        *targets_SL: Array,
         rest: int | None = None,
     ) -> jax.Array:
         """The sum over answer tokens of what a loss reads of their logits; see `ops`' function."""
         tied = self.head is None
         matrix = self.embedding[...] if tied else self.head.kernel[...]
         return token_loss(
-            loss, hidden_STD, matrix, ids_STk, paid_ST, *targets_ST, tied=tied, rest=rest
+            loss, hidden_SLD, matrix, ids_SLk, mask_SL, *targets_SL, tied=tied, rest=rest
         )
 
     def see(self, z_SMD: Array) -> list[KeyValues | None]:
@@ -401,16 +401,19 @@ class Decoder(nnx.Module):
         ]
 
     def run_prefix(
-        self, prefix_SPD: Array, seen: list[KeyValues | None] | None, seen_length_S: Array | None
+        self,
+        prefix_SLD: jax.Array,
+        seen: list[KeyValues | None] | None,
+        seen_length_S: Array | None,
     ) -> tuple[jax.Array, list[KeyValues]]:
-        """Run embeddings that stand before all text of a scene, causally, positions 0..P-1.
+        """Run embeddings that stand before all text of a scene, causally, positions 0..L-1.
 
         Returns:
-            Hidden states [S, P, D], and the keys and values that `fan_out` hands to the text.
+            Hidden states [S, L, D], and the keys and values that `fan_out` hands to the text.
         """
-        S, P, _ = prefix_SPD.shape
-        positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (S, P))
-        return self.run(prefix_SPD, positions, causal(S, P), seen=seen, seen_length_S=seen_length_S)
+        S, L, _ = prefix_SLD.shape
+        positions = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (S, L))
+        return self.run(prefix_SLD, positions, causal(S, L), seen=seen, seen_length_S=seen_length_S)
 
     def __call__(self, tokens_BL: Array) -> jax.Array:
         """Plain causal language model: ids [B, L] -> logits [B, L, X]."""
@@ -423,14 +426,14 @@ class Decoder(nnx.Module):
 def fan_out(cache: list[KeyValues], copies: int, columns: int = 0) -> list[KeyValues]:
     """The keys and values of S prefixes, for `copies` rows each, with room for `columns` more.
 
-    [..., S, P, G, E] becomes [..., S * copies, P + columns, G, E]: every question of a scene reads
+    [..., S, M, G, E] becomes [..., S * copies, M + columns, G, E]: every question of a scene reads
     the same prefix, which was computed once.
     """
 
     def widen(x):
-        *layer, S, P, G, E = x.shape
-        x = jnp.broadcast_to(x[..., None, :, :, :], (*layer, S, copies, P, G, E))
-        x = x.reshape(*layer, S * copies, P, G, E)
+        *layer, S, M, G, E = x.shape
+        x = jnp.broadcast_to(x[..., None, :, :, :], (*layer, S, copies, M, G, E))
+        x = x.reshape(*layer, S * copies, M, G, E)
         return jnp.pad(x, [(0, 0)] * (len(layer) + 1) + [(0, columns), (0, 0), (0, 0)])
 
     return jax.tree.map(widen, cache)

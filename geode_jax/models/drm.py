@@ -1,12 +1,12 @@
-"""The Decoupled Rationale Module (GEODE Sec. 2.1): a room in M rationale tokens.
+"""The Decoupled Rationale Module (GEODE Sec. 2.1): a room in R rationale tokens.
 
-    frozen ViT tokens + Fourier code of the places they show --own projection--> F_2D [S, T, D]
+    frozen ViT tokens + Fourier code of the places they show --own projection--> F_2D [S, M, D]
     point features + Fourier code of their places, camera poses --own projections--> F_3D
     F_fused = F_2D + cross-attention(queries F_2D, keys and values F_3D)        Sec. 2.1.1
     [F_fused | (question)] --Mamba--> F_ST                                      Sec. 2.1.1
-    M learned <Spatio> queries --attention to F_ST--> projection--> E_spatio    Sec. 2.1.2
+    R learned <Spatio> queries --attention to F_ST--> projection--> E_spatio    Sec. 2.1.2
 
-The paper leaves open how M tokens come out of F_ST. Slots at the end of Mamba's row would have to
+The paper leaves open how R tokens come out of F_ST. Slots at the end of Mamba's row would have to
 find what they are about in its 16 states: on rooms they learned nothing in the steps in which
 queries learned presence, place and size of every category.
 
@@ -14,8 +14,8 @@ What the paper does not say either: here a 2D token knows the place that it show
 depth and camera give. With appearance alone it looked at no place in particular, unless a loss of
 its own taught it which points are near.
 
-Letters of this file beside those of `shapes`: F frames of the ViT, I tokens of each, T = F * I; V
-views whose cameras and points the module sees, G points, J = V + G everything 3D; M slots.
+Letters as in `shapes`: M = V * P tokens of the ViT's frames. The cameras may be those of other
+views than the frames (Table 2).
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class DrmConfig:
         width: D of the module.
         heads: of its cross-attention.
         layers: Mamba blocks.
-        slots: M.
+        slots: R.
         bands: octaves of the Fourier code of a place; the lowest has a period of 16 m.
         visual_width: of a frozen ViT token.
         point_width: of a point's feature.
@@ -145,39 +145,39 @@ class Drm(nnx.Module):
 
     def __call__(
         self,
-        visual_SFIC: Array,
-        visual_mask_SF: Array,
-        place_SFI3: Array,
-        place_mask_SFI: Array,
-        point_SGC: Array,
-        coord_SG3: Array,
-        point_mask_SG: Array,
+        visual_SVPC: Array,
+        visual_mask_SV: Array,
+        place_SVP3: Array,
+        place_mask_SVP: Array,
+        point_SJC: Array,
+        coord_SJ3: Array,
+        point_mask_SJ: Array,
         extrinsic_SV34: Array,
         camera_mask_SV: Array,
         question_SLD: Array | None = None,
         question_mask_SL: Array | None = None,
     ) -> jax.Array:
-        """E_spatio [S, M, llm_width]. No slot sees another, so the first m are those of a module
-        with m slots (Table 3 varies M at inference on one checkpoint).
+        """E_spatio [S, R, llm_width]. No slot sees another, so the first m are those of a module
+        with m slots (Table 3 varies R at inference on one checkpoint).
 
         Args:
-            visual_SFIC: I frozen ViT tokens of each frame.
-            visual_mask_SF: False = padding frame.
-            place_SFI3: the point that a token shows, metres; `place_mask_SFI` False = unknown.
-            point_SGC: point features; `coord_SG3` their places, in the same world, metres, z up,
-                centred in x and y, floor at 0 (`exports.frames`); `point_mask_SG` False = padding.
+            visual_SVPC: P frozen ViT tokens of each frame.
+            visual_mask_SV: False = padding frame.
+            place_SVP3: the point that a token shows, metres; `place_mask_SVP` False = unknown.
+            point_SJC: point features; `coord_SJ3` their places, in the same world, metres, z up,
+                centred in x and y, floor at 0 (`exports.frames`); `point_mask_SJ` False = padding.
             extrinsic_SV34: camera-from-world poses in the same world; `camera_mask_SV` False =
                 padding. They need not be those of the ViT's frames (Table 2).
             question_SLD: embeddings of the question and their mask, where the module is
                 conditioned on it.
         """
         c = self.config
-        S, _, tokens = visual_SFIC.shape[:3]
-        flat = self._flat(visual_SFIC, place_SFI3, place_mask_SFI)
+        S, _, P = visual_SVPC.shape[:3]
+        flat = self._flat(visual_SVPC, place_SVP3, place_mask_SVP)
         fused = self._fused(
-            flat, point_SGC, coord_SG3, point_mask_SG, extrinsic_SV34, camera_mask_SV
+            flat, point_SJC, coord_SJ3, point_mask_SJ, extrinsic_SV34, camera_mask_SV
         )
-        valid = jnp.repeat(jnp.asarray(visual_mask_SF), tokens, axis=1)
+        valid = jnp.repeat(jnp.asarray(visual_mask_SV), P, axis=1)
         if c.condition_on_question:
             question = self.question(question_SLD.astype(fused.dtype))
             fused = jnp.concatenate([fused, question], axis=1)
@@ -194,25 +194,25 @@ class Drm(nnx.Module):
             slots = slots + self.mlp(self.mlp_norm(slots))
         return self.project(self.norm(slots))
 
-    def _flat(self, visual_SFIC: Array, place_SFI3: Array, place_mask_SFI: Array) -> jax.Array:
-        """F_2D [S, F * I, D]."""
-        S, F, tokens = visual_SFIC.shape[:3]
-        known = jnp.asarray(place_mask_SFI)[..., None]
-        place = jnp.where(known, fourier_code(place_SFI3, self.config.bands), 0.0)
-        seen = self.visual_norm(visual_SFIC)
+    def _flat(self, visual_SVPC: Array, place_SVP3: Array, place_mask_SVP: Array) -> jax.Array:
+        """F_2D [S, V * P, D]."""
+        S, V, P = visual_SVPC.shape[:3]
+        known = jnp.asarray(place_mask_SVP)[..., None]
+        place = jnp.where(known, fourier_code(place_SVP3, self.config.bands), 0.0)
+        seen = self.visual_norm(visual_SVPC)
         parts = [seen, place.astype(seen.dtype), known.astype(seen.dtype)]
         flat = self.visual(jnp.concatenate(parts, axis=-1))
-        flat = flat + self.frame_embedding[...][:F, None].astype(flat.dtype)
-        return flat.reshape(S, F * tokens, -1)
+        flat = flat + self.frame_embedding[...][:V, None].astype(flat.dtype)
+        return flat.reshape(S, V * P, -1)
 
-    def _fused(self, flat_STD, point_SGC, coord_SG3, point_mask_SG, extrinsic, camera_mask):
-        """F_fused [S, F * I, D] = F_2D + cross-attention to points and cameras (Sec. 2.1.1)."""
+    def _fused(self, flat_SMD, point_SJC, coord_SJ3, point_mask_SJ, extrinsic, camera_mask):
+        """F_fused [S, V * P, D] = F_2D + cross-attention to points and cameras (Sec. 2.1.1)."""
         bands = self.config.bands
-        coord = fourier_code(coord_SG3, bands)
-        points = self.point(jnp.concatenate([point_SGC, coord], axis=-1))
-        cameras = self.camera(camera_code(extrinsic, bands).astype(flat_STD.dtype))
-        valid = jnp.concatenate([jnp.asarray(camera_mask), jnp.asarray(point_mask_SG)], axis=1)
-        context = jnp.concatenate([cameras, points.astype(flat_STD.dtype)], axis=1)
+        coord = fourier_code(coord_SJ3, bands)
+        points = self.point(jnp.concatenate([point_SJC, coord], axis=-1))
+        cameras = self.camera(camera_code(extrinsic, bands).astype(flat_SMD.dtype))
+        valid = jnp.concatenate([jnp.asarray(camera_mask), jnp.asarray(point_mask_SJ)], axis=1)
+        context = jnp.concatenate([cameras, points.astype(flat_SMD.dtype)], axis=1)
         with jax.named_scope("fuse"):
             seen = self.fuse.keys(self.context_norm(sort_rows(context, ~valid)))
-            return self.fuse(flat_STD, seen, jnp.sum(valid, axis=1, dtype=jnp.int32))
+            return self.fuse(flat_SMD, seen, jnp.sum(valid, axis=1, dtype=jnp.int32))

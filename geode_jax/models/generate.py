@@ -122,21 +122,21 @@ def generate(
     S, Q, L = prompt_SQL.shape
     B, A = S * Q, max_new_tokens
     read = A if states else A - 1
-    P = prefix[0][0].k.shape[1]
+    columns = prefix[0][0].k.shape[1]
     pad = L - jnp.asarray(prompt_length_SQ).reshape(B)
-    before = jnp.full(B, P) if prefix_length_S is None else jnp.repeat(prefix_length_S, Q)
+    before = jnp.full(B, columns) if prefix_length_S is None else jnp.repeat(prefix_length_S, Q)
     before = before[:, None].astype(jnp.int32)
     vision = {"seen": seen, "seen_length_S": seen_length_S}
     opens = jnp.arange(L) == L - 1
-    own = causal(B, L, start=pad, prefix_end=P)
+    own = causal(B, L, start=pad, prefix_end=columns)
     prompt, cache = decoder.run(
         decoder.embed(jnp.asarray(prompt_SQL).reshape(B, L)),
         before + text_positions(pad, L),
         own._replace(
             prefix_end=jnp.where(opens, before, before if prompt_prefix is None else prompt_prefix)
         ),
-        cache=fan_out(prefix, Q, cache_columns(P + L + read) - P),
-        offset=P,
+        cache=fan_out(prefix, Q, cache_columns(columns + L + read) - columns),
+        offset=columns,
         **vision,
     )
 
@@ -149,11 +149,11 @@ def generate(
 
     def advance(carry):
         i, token, done, cache, tokens, hidden = carry
-        column = P + L + i
+        column = columns + L + i
         state, cache = decoder.run(
             decoder.embed(token[:, None]),
             before + (L + i - pad)[:, None],
-            Intervals(before, P + pad[:, None], jnp.full((B, 1), column + 1)),
+            Intervals(before, columns + pad[:, None], jnp.full((B, 1), column + 1)),
             cache=cache,
             offset=column,
             **vision,

@@ -69,12 +69,12 @@ class Prefix(NamedTuple):
     Attributes:
         keys: keys and values of its columns.
         length_S: how many columns are valid; the others stand behind them.
-        spatio_SMD: E_spatio, where it is among them.
+        spatio_SRD: E_spatio, where it is among them.
     """
 
     keys: list[KeyValues]
     length_S: Array
-    spatio_SMD: Array | None = None
+    spatio_SRD: Array | None = None
 
 
 def nearest_patches(grid: int, patch_grid: tuple[int, int]) -> np.ndarray:
@@ -83,12 +83,12 @@ def nearest_patches(grid: int, patch_grid: tuple[int, int]) -> np.ndarray:
     return (row[:, None] * patch_grid[1] + column).astype(np.int32).reshape(-1)
 
 
-def encode_frames(encoder: InternViT, image_Nhw3: Array) -> jax.Array:
-    """Hidden states [N, 1 + P, width] of uint8 frames, the class token first.
+def encode_frames(encoder: InternViT, image_Bhw3: Array) -> jax.Array:
+    """Hidden states [B, 1 + P, width] of uint8 frames, the class token first.
 
     Frames of another size are squeezed to the encoder's square, as InternVL's single tile.
     """
-    pixels = jnp.asarray(image_Nhw3).astype(jnp.float32) / 255
+    pixels = jnp.asarray(image_Bhw3).astype(jnp.float32) / 255
     square = (len(pixels), encoder.config.image_size, encoder.config.image_size, 3)
     if pixels.shape != square:
         pixels = jax.image.resize(pixels, square, "cubic").clip(0, 1)
@@ -127,18 +127,18 @@ class Geode(nnx.Module):
         return self.patch_classifier(self.features(batch)[:, :, 1:]).astype(jnp.float32)
 
     def rationale(self, batch: Batch, features_SVLC: Array) -> jax.Array:
-        """E_spatio [S, M, D] of the encoder's hidden states, without its class tokens.
+        """E_spatio [S, R, D] of the encoder's hidden states, without its class tokens.
 
         Where it is conditioned on the question, that is the scene's first: it has but one.
         """
-        view_mask_SV, point_mask_SG = batch.view_mask_SV, batch.point_mask_SG
+        view_mask_SV, point_mask_SJ = batch.view_mask_SV, batch.point_mask_SJ
         here = nearest_patches(self.config.vlm.vision.grid, self.config.patch_grid)
         place, known = batch.points_SVP3[:, :, here], jnp.asarray(batch.points_mask_SVP)[:, :, here]
         if self.config.drm.frames:
             view_mask_SV = spread(view_mask_SV, self.config.drm.frames)
-            frame = jnp.asarray(batch.point_frame_SG)
+            frame = jnp.asarray(batch.point_frame_SJ)
             of_these = jnp.take_along_axis(view_mask_SV, jnp.maximum(frame, 0), axis=1)
-            point_mask_SG = jnp.asarray(point_mask_SG) & of_these & (frame >= 0)
+            point_mask_SJ = jnp.asarray(point_mask_SJ) & of_these & (frame >= 0)
             known &= view_mask_SV[..., None]
         question, mask = None, None
         if self.config.drm.condition_on_question:
@@ -154,9 +154,9 @@ class Geode(nnx.Module):
                 batch.view_mask_SV,
                 place,
                 known,
-                batch.point_SGC,
-                batch.coord_SG3,
-                point_mask_SG,
+                batch.point_SJC,
+                batch.coord_SJ3,
+                point_mask_SJ,
                 batch.extrinsic_SV34,
                 view_mask_SV,
                 question,
@@ -199,6 +199,6 @@ class Geode(nnx.Module):
         return Prefix(decoder.run_prefix(x, None, None)[1], length_S, spatio)
 
     def read(self, batch: Batch, prefix: Prefix) -> jax.Array:
-        """States [S, M * R, D] of the packed questions and answers, see `packed.read_packed`."""
-        sees = jnp.broadcast_to(prefix.length_S[:, None, None], batch.packed_SMR.shape)
+        """States [S, W * T, D] of the packed questions and answers, see `packed.read_packed`."""
+        sees = jnp.broadcast_to(prefix.length_S[:, None, None], batch.packed_SWT.shape)
         return read_packed(self.vlm.decoder, batch, prefix.keys, prefix.length_S, sees)

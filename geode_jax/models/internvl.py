@@ -38,15 +38,15 @@ class InternVL(nnx.Module):
         self.projector = Projector(c.vision.width, c.decoder.width, rngs=rngs)
         self.decoder = Decoder(c.decoder, rngs=rngs)
 
-    def look(self, pixels_Nhw3: Array) -> jax.Array:
-        """Vision tokens [N, P / 4, D] of N pictures, see `InternViT`."""
-        return self.projector(self.vision(pixels_Nhw3))
+    def look(self, pixels_Bhw3: Array) -> jax.Array:
+        """Vision tokens [B, P / 4, D] of B pictures, see `InternViT`."""
+        return self.projector(self.vision(pixels_Bhw3))
 
-    def __call__(self, tokens_BL: Array, pixels_Nhw3: Array) -> jax.Array:
+    def __call__(self, tokens_BL: Array, pixels_Bhw3: Array) -> jax.Array:
         """Ids [B, L] and the pictures they mention, in order, to logits [B, L, X]."""
         tokens_BL = jnp.asarray(tokens_BL)
         x_BLD = self.decoder.embed(tokens_BL)
-        seen = self.look(pixels_Nhw3).reshape(-1, x_BLD.shape[-1]).astype(x_BLD.dtype)
+        seen = self.look(pixels_Bhw3).reshape(-1, x_BLD.shape[-1]).astype(x_BLD.dtype)
         here = tokens_BL == self.config.image_id
         # The n-th image token of the batch, row by row, stands for the n-th vision token.
         n = jnp.cumsum(here).reshape(here.shape) - 1

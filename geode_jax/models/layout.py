@@ -2,7 +2,7 @@
 
 GEODE's Sec. 2.1.2 embeds rationales with a pretrained text encoder, and stage 1 trusts a frozen
 LLM to read what stands before its text. Nothing is pretrained on a laptop, so `geode_pretrain`
-teaches its decoder to answer behind these M columns, one for each category of the export:
+teaches its decoder to answer behind these c columns, one for each category of the export:
 
     column m = embedding of slot m + W facts of category m
 
@@ -72,11 +72,11 @@ class LayoutEncoder(nnx.Module):
         self.facts = Projection((14 + views,), (width,), (None, "embed"), bias=True, rngs=rngs)
 
     def __call__(self, batch: Batch) -> jax.Array:
-        """Columns [S, M, D] of the scenes' known boxes."""
+        """Columns [S, c, D] of the scenes' known boxes."""
         return self.facts(layout_facts(batch, len(self.slots[...]))) + self.slots[...]
 
-    def distance(self, spatio_SMD: Array, batch: Batch) -> jax.Array:
-        """Mean squared difference [S, M'] of states [S, M, D] and the first M' of the columns.
+    def distance(self, spatio_SRD: Array, batch: Batch) -> jax.Array:
+        """Mean squared difference [S, R] of states [S, R, D] and the first R of the columns.
 
         Of a category with boxes it is the mean over them of that to a column which has the box's
         own code for the mean code: as far as the state goes, a constant more than the difference
@@ -89,20 +89,20 @@ class LayoutEncoder(nnx.Module):
         code is added, times the squared cosine of the doubled yaw, that of the two columns.
         """
         categories = len(self.slots[...])
-        both = min(categories, spatio_SMD.shape[1])
+        both = min(categories, spatio_SRD.shape[1])
         label = jnp.asarray(batch.target_labels_SN)
-        facts_ScF = layout_facts(batch, categories)
-        columns_ScD = self.facts(facts_ScF) + self.slots[...]
-        whole = _mean_square(spatio_SMD[:, :both] - columns_ScD[:, :both])
+        facts_Scf = layout_facts(batch, categories)
+        columns_ScD = self.facts(facts_Scf) + self.slots[...]
+        whole = _mean_square(spatio_SRD[:, :both] - columns_ScD[:, :both])
         own = (label >= 0) & (label < both)
         row = jnp.where(own, label, 0)[..., None]
-        facts_SNF = jnp.take_along_axis(facts_ScF, row, axis=1)
+        facts_SNf = jnp.take_along_axis(facts_Scf, row, axis=1)
         code = _box_codes(batch)
         of_code, of_other = (
-            self.facts(facts_SNF.at[..., _CODE].set(c)) + self.slots[...][row[..., 0]]
+            self.facts(facts_SNf.at[..., _CODE].set(c)) + self.slots[...][row[..., 0]]
             for c in (code, other_code(code))
         )
-        state_SND = jnp.take_along_axis(spatio_SMD, row, axis=1)
+        state_SND = jnp.take_along_axis(spatio_SRD, row, axis=1)
         sure = jnp.square(code[..., -1]) * _mean_square(of_other - of_code)
         box_SN = jnp.minimum(
             _mean_square(state_SND - of_code), _mean_square(state_SND - of_other) + sure

@@ -1,8 +1,8 @@
 """Mamba-1 [Gu & Dao 2023]: a gated mixer around a short convolution and the selective scan.
 
-Letters of this file: E inner channels, U states of each, W taps of the convolution, R rank of the
-step size. Sizes, names and initialisation are those of the authors' implementation (`mamba_ssm`),
-so that its weights fit.
+I inner channels have U states each. Sizes, names and initialisation are those of the authors'
+implementation (`mamba_ssm`), so that its weights fit. Sizes beside those of `shapes`: t inputs that
+the convolution remembers, its taps - 1.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ class MambaConfig:
     Attributes:
         width: D.
         layers: number of blocks in the stack; scales the output projections at the start.
-        expand: inner channels per unit of width, E = expand * D.
+        expand: inner channels per unit of width, I = expand * D.
         states: U.
-        taps: W.
+        taps: of the convolution.
         norm_eps: epsilon of the norm.
     """
 
@@ -51,20 +51,20 @@ class MambaConfig:
 
     @property
     def inner(self) -> int:
-        """E."""
+        """I."""
         return self.expand * self.width
 
     @property
     def rank(self) -> int:
-        """R."""
+        """Rank of the projection of the step sizes."""
         return math.ceil(self.width / 16)
 
 
 class MambaCache(NamedTuple):
     """What a mixer remembers of the positions so far."""
 
-    window_BWE: Array  # the last taps - 1 inputs of the convolution; zero: none
-    state_BUE: Array  # float32
+    window_BtI: Array  # the last taps - 1 inputs of the convolution; zero: none
+    state_BUI: Array  # float32
 
 
 class CausalConvolution(nnx.Module):
@@ -81,20 +81,20 @@ class CausalConvolution(nnx.Module):
         self.bias = param(bias, "inner")
 
     def __call__(
-        self, x_BLE: Array, window_BWE: Array | None, first_BL: Array | None
+        self, x_BLI: Array, window_BtI: Array | None, first_BL: Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Output [B, L, E], and the window for the positions that follow.
+        """Output [B, L, I], and the window for the positions that follow.
 
         Args:
-            x_BLE: input.
-            window_BWE: the taps - 1 inputs before x; None: zeros.
+            x_BLI: input.
+            window_BtI: the taps - 1 inputs before x; None: zeros.
             first_BL: bool, a segment begins here; None: nowhere.
         """
-        B, L, E = x_BLE.shape
+        B, L, channels = x_BLI.shape
         before = self.kernel.shape[0] - 1
-        if window_BWE is None:
-            window_BWE = jnp.zeros((B, before, E), x_BLE.dtype)
-        x = jnp.concatenate([window_BWE, x_BLE], axis=1)
+        if window_BtI is None:
+            window_BtI = jnp.zeros((B, before, channels), x_BLI.dtype)
+        x = jnp.concatenate([window_BtI, x_BLI], axis=1)
         kernel = self.kernel[...].astype(x.dtype)
         if first_BL is None:
             own = None
@@ -118,30 +118,35 @@ class MambaMixer(nnx.Module):
     """Projection to x and z, convolution and selective scan of x, gate by z, projection back."""
 
     def __init__(self, config: MambaConfig, *, rngs: nnx.Rngs):
-        c, D, E = config, config.width, config.inner
+        c, D, inner = config, config.width, config.inner
         self.config = c
         # x and z are an axis of their own, so that a shard of the channels has both of its own.
         self.in_proj = Projection(
-            (D,), (2, E), ("embed", None, "inner"), bias=False, scale=PYTORCH, rngs=rngs
+            (D,), (2, inner), ("embed", None, "inner"), bias=False, scale=PYTORCH, rngs=rngs
         )
-        self.conv = CausalConvolution(E, c.taps, rngs=rngs)
+        self.conv = CausalConvolution(inner, c.taps, rngs=rngs)
         self.x_proj = Projection(
-            (E,), (c.rank + 2 * c.states,), ("inner", None), bias=False, scale=PYTORCH, rngs=rngs
+            (inner,),
+            (c.rank + 2 * c.states,),
+            ("inner", None),
+            bias=False,
+            scale=PYTORCH,
+            rngs=rngs,
         )
-        self.dt_proj = Projection((c.rank,), (E,), (None, "inner"), bias=True, rngs=rngs)
+        self.dt_proj = Projection((c.rank,), (inner,), (None, "inner"), bias=True, rngs=rngs)
         bound = c.rank**-0.5
         self.dt_proj.kernel[...] = jax.random.uniform(
-            rngs.params(), (c.rank, E), minval=-bound, maxval=bound
+            rngs.params(), (c.rank, inner), minval=-bound, maxval=bound
         )
         low, high = map(math.log, STEP_SIZES)
-        delta = jnp.exp(jax.random.uniform(rngs.params(), (E,), minval=low, maxval=high))
+        delta = jnp.exp(jax.random.uniform(rngs.params(), (inner,), minval=low, maxval=high))
         self.dt_proj.bias[...] = delta + jnp.log(-jnp.expm1(-delta))  # the inverse of softplus
         # "S4D-real": A = -1, ..., -U in every channel (Sec. 3.6).
         A_log = jnp.log(jnp.arange(1, c.states + 1, dtype=jnp.float32))
-        self.A_log = param(jnp.tile(A_log, (E, 1)), "inner", None)
-        self.D = param(jnp.ones((E,)), "inner")
+        self.A_log = param(jnp.tile(A_log, (inner, 1)), "inner", None)
+        self.D = param(jnp.ones((inner,)), "inner")
         self.out_proj = Projection(
-            (E,),
+            (inner,),
             (D,),
             ("inner", "embed"),
             bias=False,
@@ -153,13 +158,13 @@ class MambaMixer(nnx.Module):
         self, x_BLD: Array, cache: MambaCache | None = None, first_BL: Array | None = None
     ) -> tuple[jax.Array, MambaCache]:
         """See `MambaBlock`."""
-        R, U = self.config.rank, self.config.states
+        rank, U = self.config.rank, self.config.states
         x, z = jnp.moveaxis(self.in_proj(x_BLD), -2, 0)
         window, state = (None, None) if cache is None else cache
         with jax.named_scope("convolution"):
             x, window = self.conv(x, window, first_BL)
             x = jax.nn.silu(x)
-        delta, b, c = jnp.split(self.x_proj(x), (R, R + U), axis=-1)
+        delta, b, c = jnp.split(self.x_proj(x), (rank, rank + U), axis=-1)
         # In fp32: the bias is near -7 where delta is 1e-3, and bf16 would round that by 3%.
         delta = jax.nn.softplus(self.dt_proj(delta.astype(jnp.float32)))
         with jax.named_scope("selective_scan"):
@@ -171,7 +176,7 @@ class MambaMixer(nnx.Module):
                 c,
                 self.D[...],
                 first_BL=first_BL,
-                state_BUE=state,
+                state_BUI=state,
             )
         return self.out_proj(y * jax.nn.silu(z)), MambaCache(window, state)
 

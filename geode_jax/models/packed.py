@@ -14,44 +14,44 @@ def read_packed(
     batch: Batch,
     prefix: list[KeyValues],
     prefix_length_S: Array,
-    sees_SMR: Array,
+    sees_SWT: Array,
     *,
     seen: list[KeyValues | None] | None = None,
     seen_length_S: Array | None = None,
 ) -> jax.Array:
-    """Hidden states [S, M * R, D] of all questions of the scenes with their answers, at once.
+    """Hidden states [S, W * T, D] of all questions of the scenes with their answers, at once.
 
     Args:
         decoder: the trunk.
         batch: its packed text.
         prefix: keys and values of the prefix embeddings, from `Decoder.run_prefix`.
         prefix_length_S: valid columns of the prefix; the text's positions follow them.
-        sees_SMR: how many columns of the prefix each token sees, int32.
+        sees_SWT: how many columns of the prefix each token sees, int32.
         seen: result of `Decoder.see`.
         seen_length_S: valid vision tokens.
     """
-    S, M, R = batch.packed_SMR.shape
-    P = prefix[0].k.shape[2]
+    S, W, T = batch.packed_SWT.shape
+    columns = prefix[0].k.shape[2]
     tokens, position, start, sees = (
-        jnp.asarray(x).reshape(S * M, R)
+        jnp.asarray(x).reshape(S * W, T)
         for x in (
-            batch.packed_SMR,
-            batch.packed_position_SMR,
-            batch.packed_start_SMR,
-            sees_SMR,
+            batch.packed_SWT,
+            batch.packed_position_SWT,
+            batch.packed_start_SWT,
+            sees_SWT,
         )
     )
-    end = jnp.broadcast_to(P + 1 + jnp.arange(R, dtype=jnp.int32), tokens.shape)
+    end = jnp.broadcast_to(columns + 1 + jnp.arange(T, dtype=jnp.int32), tokens.shape)
     hidden, _ = decoder.run(
         decoder.embed(tokens),
-        jnp.repeat(prefix_length_S, M)[:, None] + position,
-        Intervals(sees, P + start, end),
-        cache=fan_out(prefix, M),
-        offset=P,
+        jnp.repeat(prefix_length_S, W)[:, None] + position,
+        Intervals(sees, columns + start, end),
+        cache=fan_out(prefix, W),
+        offset=columns,
         seen=seen,
         seen_length_S=seen_length_S,
     )
-    return constrain(hidden.reshape(S, M * R, -1), "batch", "length", "width")
+    return constrain(hidden.reshape(S, W * T, -1), "batch", "length", "width")
 
 
 def pick(hidden_SLD: Array, column: Array) -> jax.Array:

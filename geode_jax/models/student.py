@@ -95,7 +95,7 @@ class StudentOutput:
     """Everything the losses of Sec. III-D read."""
 
     answer_hidden_SQAD: Array  # states that predict the answers' tokens
-    depth_logits_SVhwB: Array
+    depth_logits_SVhwZ: Array
     patch_logits_SVPc: Array  # category of the patch; the last class is "none of them"
     detection: DetectionOutput
     features_SVPF: Array | None  # the student's spatial features F_s of eq. 1
@@ -205,13 +205,13 @@ class Student(nnx.Module):
             does not see T, its encoding [S, Q, D] (its last state) and the states [S, Q, O, D] at
             the names of the objects it is about.
         """
-        P = self.config.prefix_length
+        columns = self.config.prefix_length
         hidden = read_packed(
             self.decoder,
             batch,
             scene.prefix,
-            jnp.full(len(scene.seen_length_S), P, jnp.int32),
-            jnp.where(batch.packed_answer_SMR, P, self.config.vision_prefix),
+            jnp.full(len(scene.seen_length_S), columns, jnp.int32),
+            jnp.where(batch.packed_answer_SWT, columns, self.config.vision_prefix),
             seen=scene.seen,
             seen_length_S=scene.seen_length_S,
         )
@@ -248,7 +248,7 @@ class Student(nnx.Module):
             features = None if self.feature_head is None else self.feature_head(scene.z_SVPD)
             return StudentOutput(
                 answer_hidden_SQAD=answer_hidden,
-                depth_logits_SVhwB=self.depth_head(scene.z_SVPD, self.config.patch_grid).astype(
+                depth_logits_SVhwZ=self.depth_head(scene.z_SVPD, self.config.patch_grid).astype(
                     jnp.float32
                 ),
                 patch_logits_SVPc=self.patch_logits(scene.z_SVPD),

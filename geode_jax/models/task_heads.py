@@ -28,7 +28,7 @@ class HeadsConfig:
 
     Attributes:
         width: inner width of every head.
-        depth_bins: B, log-spaced.
+        depth_bins: Z, log-spaced.
         depth_cells: r; every patch predicts r x r depth values.
         queries: object queries of the detection head.
         detection_layers: rounds of query attention.
@@ -53,10 +53,10 @@ class HeadsConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DetectionOutput:
-    """M object queries of each scene."""
+    """Predictions of the Y object queries of each scene."""
 
-    class_logits_SMc: Array  # one sigmoid per category
-    boxes_SMb: Array  # codes, see `geometry.boxes.encode_boxes`
+    class_logits_SYc: Array  # one sigmoid per category
+    boxes_SYb: Array  # codes, see `geometry.boxes.encode_boxes`
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +64,7 @@ class DetectionOutput:
 class SpatialOutput:
     """What the question is about, in space."""
 
-    relations_SQR: Array  # logits of the first alternative, order of `RELATIONS`
+    relations_SQr: Array  # logits of the first alternative, order of `RELATIONS`
     objects_SQOb: Array  # box codes of the objects the question names, read at their names
     places_SQO3: Array  # their centres, world frame, metres, read where the question ends
     log_gaps_SQO: Array  # log(gap + GAP_FLOOR) from the first of them to each
@@ -81,7 +81,7 @@ class DepthHead(nnx.Module):
         self.mlp = Mlp(width, config.width, out, rngs=rngs)
 
     def __call__(self, z_SVPD: Array, grid: tuple[int, int]) -> jax.Array:
-        """Features [S, V, P, D] -> bin logits [S, V, h, w, B] with (h, w) = r * grid."""
+        """Features [S, V, P, D] -> bin logits [S, V, h, w, Z] with (h, w) = r * grid."""
         S, V = z_SVPD.shape[:2]
         r = self.cells
         x = self.mlp(z_SVPD).reshape(S, V, *grid, r, r, self.bins)
@@ -117,16 +117,16 @@ class QueryLayer(nnx.Module):
         self.mlp = Mlp(width, 2 * width, width, rngs=rngs)
         self.norms = nnx.List(LayerNorm(width) for _ in range(3))
 
-    def __call__(self, x_SMD, place_MD, z_SPD, seen: Intervals, everyone: Intervals) -> jax.Array:
-        y = self.norms[0](x_SMD) + place_MD
-        x_SMD = x_SMD + self.look_out(
-            attention(self.look(y), self.look_keys(z_SPD), self.look_values(z_SPD), seen)
+    def __call__(self, x_SYD, place_YD, z_SMD, seen: Intervals, everyone: Intervals) -> jax.Array:
+        y = self.norms[0](x_SYD) + place_YD
+        x_SYD = x_SYD + self.look_out(
+            attention(self.look(y), self.look_keys(z_SMD), self.look_values(z_SMD), seen)
         )
-        y = self.norms[1](x_SMD)
-        x_SMD = x_SMD + self.talk_out(
-            attention(self.talk(y + place_MD), self.talk_keys(y), self.talk_values(y), everyone)
+        y = self.norms[1](x_SYD)
+        x_SYD = x_SYD + self.talk_out(
+            attention(self.talk(y + place_YD), self.talk_keys(y), self.talk_values(y), everyone)
         )
-        return x_SMD + self.mlp(self.norms[2](x_SMD))
+        return x_SYD + self.mlp(self.norms[2](x_SYD))
 
 
 class DetectionHead(nnx.Module):
@@ -149,12 +149,12 @@ class DetectionHead(nnx.Module):
 
     def __call__(self, z_SMD: Array, seen_length_S: Array) -> DetectionOutput:
         z = self.reduce(z_SMD)
-        S, (M, w) = z.shape[0], self.places.shape
-        zero = jnp.zeros((S, M), jnp.int32)
-        seen = Intervals(zero, zero, jnp.broadcast_to(seen_length_S[:, None], (S, M)))
-        everyone = Intervals(zero, zero, zero + M)
+        S, (Y, w) = z.shape[0], self.places.shape
+        zero = jnp.zeros((S, Y), jnp.int32)
+        seen = Intervals(zero, zero, jnp.broadcast_to(seen_length_S[:, None], (S, Y)))
+        everyone = Intervals(zero, zero, zero + Y)
         places = self.places[...].astype(z.dtype)
-        x = jnp.zeros((S, M, w), z.dtype)
+        x = jnp.zeros((S, Y, w), z.dtype)
         for layer in self.layers:
             x = layer(x, places, z, seen, everyone)
         x = self.norm(x)
@@ -182,7 +182,7 @@ class SpatialHead(nnx.Module):
     def __call__(self, question_SQD: Array, names_SQOD: Array) -> SpatialOutput:
         question, names = question_SQD.astype(jnp.float32), names_SQOD.astype(jnp.float32)
         return SpatialOutput(
-            relations_SQR=self.relations(question),
+            relations_SQr=self.relations(question),
             objects_SQOb=self.objects(names),
             places_SQO3=self.places(question).reshape(*question.shape[:2], MAX_OBJECTS, 3),
             log_gaps_SQO=self.gaps(question),

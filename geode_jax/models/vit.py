@@ -66,18 +66,6 @@ class VitConfig:
         return self.image_size // self.patch_size
 
 
-INTERNVIT_300M = VitConfig(
-    image_size=448,
-    patch_size=14,
-    width=1024,
-    layers=24,
-    heads=16,
-    mlp_width=4096,
-    dtype="bfloat16",
-)
-"""InternViT-300M-448px-V2.5: 304,012,288 parameters."""
-
-
 class VitAttention(nnx.Module):
     """Self-attention in which every token sees every token."""
 

@@ -21,19 +21,19 @@ ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 
 class ScenePrediction(NamedTuple):
-    """Output of the dense heads, for a batch of scenes with M detected objects each.
+    """Output of the dense heads, for a batch of scenes with Y detected objects each.
 
     Attributes:
         depth_SVhw: metres.
-        boxes_SM7: boxes of the objects, as in `geometry.boxes`.
-        categories_SM: index of each object's most probable category.
-        probability_SM: probability of that category.
+        boxes_SY7: boxes of the objects, as in `geometry.boxes`.
+        categories_SY: index of each object's most probable category.
+        probability_SY: probability of that category.
     """
 
     depth_SVhw: Array
-    boxes_SM7: Array
-    categories_SM: Array
-    probability_SM: Array
+    boxes_SY7: Array
+    categories_SY: Array
+    probability_SY: Array
 
 
 class TrainingObjective(Protocol[ModelT]):

@@ -152,8 +152,8 @@ class GeodeStage:
                 f"spatial/{k}": term for k, term in spatial_head_terms(spatial, batch).items()
             }
         if c.stage == "drm" and c.layout_weight:
-            assert prefix.spatio_SMD is not None and model.layout is not None
-            terms["layout"] = layout_alignment(prefix.spatio_SMD, model.layout, batch)
+            assert prefix.spatio_SRD is not None and model.layout is not None
+            terms["layout"] = layout_alignment(prefix.spatio_SRD, model.layout, batch)
         if c.stage == "drm" and c.rationale_weight:
             terms["rationale_alignment"] = self._rationale_alignment(model, batch, prefix, counted)
         if c.stage == "joint" and model.drh is not None:
@@ -178,8 +178,8 @@ class GeodeStage:
         own = jnp.mean(states_SQAD, axis=(1, 2), where=counted[..., None])
         known_S = jnp.any(counted, axis=(1, 2))
         embedding = jax.lax.stop_gradient(jnp.where(known_S[:, None], own, 1.0))
-        assert prefix.spatio_SMD is not None
-        spatio = jnp.mean(prefix.spatio_SMD.astype(jnp.float32), axis=1)
+        assert prefix.spatio_SRD is not None
+        spatio = jnp.mean(prefix.spatio_SRD.astype(jnp.float32), axis=1)
         cosine_S = optax.losses.cosine_similarity(spatio, embedding, epsilon=1e-6)
         return losses.masked_sum(1 - cosine_S, known_S)
 
@@ -302,12 +302,12 @@ class GeodeStage:
         return losses.static_total(terms, {name: weights[name.split("/")[0]] for name in terms})
 
 
-def layout_alignment(spatio_SMD: Array, layout: LayoutEncoder, batch: Batch) -> Pair:
+def layout_alignment(spatio_SRD: Array, layout: LayoutEncoder, batch: Batch) -> Pair:
     """`LayoutEncoder.distance` of E_spatio, in scenes whose boxes are known; count = slots.
 
     Slot i is compared with category i; further slots or categories are left out.
     """
-    error_SM = layout.distance(spatio_SMD, batch)
+    error_SM = layout.distance(spatio_SRD, batch)
     known_SM = jnp.broadcast_to(jnp.asarray(batch.boxes_known_S)[:, None], error_SM.shape)
     return losses.masked_sum(error_SM, known_SM)
 

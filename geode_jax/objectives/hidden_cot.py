@@ -196,10 +196,10 @@ class HiddenCoT:
         logits = student.depth_head(scene.z_SVPD, student.config.patch_grid)
         centres = losses.depth_bin_centres(logits.shape[-1])
         found = student.detection_head(scene.z_SVPD.reshape(S, V * P, D), scene.seen_length_S)
-        probability = jax.nn.sigmoid(found.class_logits_SMc)
+        probability = jax.nn.sigmoid(found.class_logits_SYc)
         return ScenePrediction(
             losses.expected_depth(logits.astype(jnp.float32), centres),
-            decode_boxes(found.boxes_SMb),
+            decode_boxes(found.boxes_SYb),
             jnp.argmax(probability, axis=-1),
             jnp.max(probability, axis=-1),
         )
@@ -227,17 +227,17 @@ def term_of(name: str) -> str:
     return name.split("/")[0]
 
 
-def patch_depth_logits(depth_logits_SVhwB: Array, grid: tuple[int, int]) -> jax.Array:
+def patch_depth_logits(depth_logits_SVhwZ: Array, grid: tuple[int, int]) -> jax.Array:
     """Returns the log of the mean bin probabilities of each patch's r x r cells, [S, V, P, B]."""
-    S, V, h, w, B = depth_logits_SVhwB.shape
+    S, V, h, w, B = depth_logits_SVhwZ.shape
     gh, gw = grid
-    prob = jax.nn.softmax(depth_logits_SVhwB, axis=-1)
+    prob = jax.nn.softmax(depth_logits_SVhwZ, axis=-1)
     prob = prob.reshape(S, V, gh, h // gh, gw, w // gw, B).mean(axis=(3, 5))
     return jnp.log(prob.reshape(S, V, gh * gw, B) + 1e-9)
 
 
 def _grid(out: StudentOutput, batch: Batch) -> tuple[int, int]:
-    h, w = out.depth_logits_SVhwB.shape[2:4]
+    h, w = out.depth_logits_SVhwZ.shape[2:4]
     r = round((h * w / batch.vision_SVPC.shape[2]) ** 0.5)
     return h // r, w // r
 
@@ -245,8 +245,8 @@ def _grid(out: StudentOutput, batch: Batch) -> tuple[int, int]:
 def depth_terms(out: StudentOutput, batch: Batch, literal_cross_view: bool = False) -> Terms:
     """Returns the losses of depth and of cross-view consistency (Sec. III-D.2, eq. 1)."""
     grid = _grid(out, batch)
-    centres = losses.depth_bin_centres(out.depth_logits_SVhwB.shape[-1])
-    target, logits = batch.target_depth_SVhw, out.depth_logits_SVhwB
+    centres = losses.depth_bin_centres(out.depth_logits_SVhwZ.shape[-1])
+    target, logits = batch.target_depth_SVhw, out.depth_logits_SVhwZ
     seen_SV11 = jnp.asarray(batch.view_mask_SV)[..., None, None]
     patch_logits = patch_depth_logits(logits, grid)
     patch_depth = losses.expected_depth(patch_logits, centres)
@@ -269,11 +269,11 @@ def depth_terms(out: StudentOutput, batch: Batch, literal_cross_view: bool = Fal
             patch_depth, batch.extrinsic_SV34, batch.intrinsic_SV33, grid, index, visible
         ),
     }
-    if batch.teacher_depth_bins_SVPB.shape[-1]:
+    if batch.teacher_depth_bins_SVPZ.shape[-1]:
         taught = jnp.broadcast_to(taught, patch_depth.shape)
-        terms["depth_kl"] = losses.depth_bin_kl(patch_logits, batch.teacher_depth_bins_SVPB, taught)
+        terms["depth_kl"] = losses.depth_bin_kl(patch_logits, batch.teacher_depth_bins_SVPZ, taught)
         teacher_depth = losses.expected_depth(
-            jnp.log(jnp.asarray(batch.teacher_depth_bins_SVPB) + 1e-9), centres
+            jnp.log(jnp.asarray(batch.teacher_depth_bins_SVPZ) + 1e-9), centres
         )
         terms["feature/depth"] = losses.log_depth_distance(patch_depth, teacher_depth, taught)
     if out.features_SVPF is not None:
@@ -286,8 +286,8 @@ def depth_terms(out: StudentOutput, batch: Batch, literal_cross_view: bool = Fal
 def detection_terms(out: StudentOutput, batch: Batch) -> Terms:
     """Returns the losses of boxes and categories (Sec. III-D.2)."""
     found = losses.detection(
-        out.detection.class_logits_SMc,
-        out.detection.boxes_SMb,
+        out.detection.class_logits_SYc,
+        out.detection.boxes_SYb,
         batch.target_boxes_SN7,
         batch.target_labels_SN,
         batch.boxes_known_S,
@@ -304,7 +304,7 @@ def detection_terms(out: StudentOutput, batch: Batch) -> Terms:
     }
     if batch.teacher_detection_SNc.shape[-1]:
         taught = (found.query_SN >= 0) & jnp.asarray(batch.teacher_detection_mask_S)[:, None]
-        probabilities = jax.nn.sigmoid(out.detection.class_logits_SMc)
+        probabilities = jax.nn.sigmoid(out.detection.class_logits_SYc)
         terms["feature/detection"] = losses.squared_distance(
             losses.take_matched(probabilities, found.query_SN), batch.teacher_detection_SNc, taught
         )
@@ -317,9 +317,9 @@ def spatial_terms(out: StudentOutput, batch: Batch) -> Terms:
         f"spatial/{name}": term for name, term in spatial_head_terms(out.spatial, batch).items()
     }
     terms["feature/spatial"] = losses.squared_distance(
-        jax.nn.sigmoid(out.spatial.relations_SQR)[..., None],
-        batch.teacher_relations_SQR[..., None],
-        batch.teacher_relations_mask_SQR,
+        jax.nn.sigmoid(out.spatial.relations_SQr)[..., None],
+        batch.teacher_relations_SQr[..., None],
+        batch.teacher_relations_mask_SQr,
     )
     if out.features_SVPF is not None:
         mask = jnp.asarray(batch.teacher_features_mask_S)[:, None] & batch.view_mask_SV

@@ -253,7 +253,7 @@ def _focal(logits: jax.Array, target: jax.Array | float, alpha: float, gamma: fl
 
 
 def focal_loss(
-    class_logits_SMc: Array,
+    class_logits_SYc: Array,
     target_SM: Array,
     known_S: Array,
     alpha: float = 0.25,
@@ -262,7 +262,7 @@ def focal_loss(
     """Sigmoid focal loss (1708.02002) over queries and categories, Sec. III-D.2.
 
     Args:
-        class_logits_SMc: one binary decision per category; no object = all of them negative.
+        class_logits_SYc: one binary decision per category; no object = all of them negative.
         target_SM: int category of each query, -1 = no object.
         known_S: scenes whose boxes are all known; the others are not counted.
         alpha: weight of the positive decisions.
@@ -273,8 +273,8 @@ def focal_loss(
         counts too.
     """
     known = _mask(known_S, target_SM.shape[:1])
-    one_hot = jax.nn.one_hot(target_SM, class_logits_SMc.shape[-1])
-    loss_SMc = _focal(keep(class_logits_SMc, known), one_hot, alpha, gamma)
+    one_hot = jax.nn.one_hot(target_SM, class_logits_SYc.shape[-1])
+    loss_SMc = _focal(keep(class_logits_SYc, known), one_hot, alpha, gamma)
     total, _ = masked_sum(jnp.sum(loss_SMc, axis=(1, 2)), known)
     objects = jnp.maximum(jnp.sum(target_SM >= 0, axis=1), 1)
     return total, jnp.sum(jnp.where(known, objects, 0), dtype=jnp.float32)
@@ -328,7 +328,7 @@ class Detection(NamedTuple):
 
 
 def detection(
-    class_logits_SMc: Array,
+    class_logits_SYc: Array,
     boxes_SM8: Array,
     target_boxes_SN7: Array,
     target_labels_SN: Array,
@@ -340,7 +340,7 @@ def detection(
     to the focal loss of its category (Deformable DETR, 2010.04159). It gets no gradient.
 
     Args:
-        class_logits_SMc: of M queries.
+        class_logits_SYc: of M queries.
         boxes_SM8: encoded boxes of the queries.
         target_boxes_SN7: world frame, metres.
         target_labels_SN: int category, -1 = no box.
@@ -348,7 +348,7 @@ def detection(
     """
     known = _mask(known_S, target_labels_SN.shape[:1])
     mask_SN = known[:, None] & (target_labels_SN >= 0)
-    boxes_SM8, logits_SMc = keep(boxes_SM8, known), keep(class_logits_SMc, known)
+    boxes_SM8, logits_SMc = keep(boxes_SM8, known), keep(class_logits_SYc, known)
     target_SN8 = _encode_known(target_boxes_SN7, mask_SN)
     label_SN = jnp.where(mask_SN, target_labels_SN, 0)
     logits_SMN = jnp.take_along_axis(logits_SMc, label_SN[:, None, :], axis=2, mode="clip")
@@ -358,7 +358,7 @@ def detection(
     query_SN = by_scenes(match, cost_SNM, mask_SN)
     matched = query_SN >= 0
     # Unmatched boxes write to a column past the end, which is dropped.
-    S, M = class_logits_SMc.shape[:2]
+    S, M = class_logits_SYc.shape[:2]
     column = jnp.where(matched, query_SN, M)
     target_SM = jnp.full((S, M), -1, jnp.int32)
     target_SM = target_SM.at[jnp.arange(S)[:, None], column].set(label_SN, mode="drop")

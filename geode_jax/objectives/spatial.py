@@ -21,7 +21,7 @@ def spatial_head_terms(spatial: SpatialOutput, batch: Batch) -> Terms:
     value_SQ = jnp.where(batch.value_mask_SQ, batch.value_SQ, 1.0)
     return {
         "relations": binary_kl(
-            spatial.relations_SQR, batch.relations_SQR, batch.relations_mask_SQR
+            spatial.relations_SQr, batch.relations_SQr, batch.relations_mask_SQr
         ),
         "objects": huber_box(spatial.objects_SQOb, boxes_SQO7, found_SQO),
         "places": huber(spatial.places_SQO3, boxes_SQO7[..., :3], known_SQO),

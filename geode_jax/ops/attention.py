@@ -1,8 +1,8 @@
 """Attention with one mask contract: every query sees keys [0, prefix_end) and [start, end).
 
-Causal, prefix, padding, cross-attention, a KV cache that is not full yet, and many questions of one
-scene sharing `[V][T]` as their prefix are all of this form, so that one contract and one tile plan
-(`attention_plan`) serve them all:
+This form covers causal masks, prefixes, padding, cross-attention, a KV cache that is not full yet,
+and many questions of a scene that share `[V][T]` as their prefix. So one contract and one tile plan
+(`attention_plan`) serve all uses:
 
 | use | prefix_end | start | end |
 |---|---|---|---|
@@ -11,15 +11,16 @@ scene sharing `[V][T]` as their prefix are all of this form, so that one contrac
 | its answer, `[V][T]` in keys [0, m) | m | first column of the question | i + 1 |
 | cross-attention to k valid vision tokens | 0 | 0 | k |
 
-Behind the one call are a dense computation, which is fast where the logits are few, and by tiles,
-with memory of O(S), plain XLA (`attention_chunked`), kernels for TPUs (`attention_tpu`) and for
-Hopper GPUs (`attention_gpu`), which are taken where `gpu.GPU_KERNELS` asks for them.
+`attention` chooses among a dense computation, which is fast for few logits, and computations by
+tiles, whose memory is linear in the length: plain XLA (`attention_chunked`), Pallas kernels for
+TPUs (`attention_tpu`), and kernels for Hopper GPUs (`attention_gpu`; within
+`gpu.use_kernels(True)` only).
 """
 
 import functools
-import importlib
 import logging
-from types import ModuleType
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +33,44 @@ from geode_jax.shapes import Array
 
 __all__ = ["IMPLEMENTATIONS", "Intervals", "attention", "cache_columns", "causal", "visible"]
 
-IMPLEMENTATIONS = ("dense", "chunked", "tpu", "gpu")
+
+class _Passes(NamedTuple):
+    """A computation by tiles and its derivative."""
+
+    forward: Callable
+    backward: Callable
+
+
+# Imported when they are used: Pallas takes most of a second.
+
+
+def _chunked() -> _Passes:
+    from geode_jax.ops.attention_chunked import backward, forward
+
+    return _Passes(forward, backward)
+
+
+def _tpu() -> _Passes:
+    from geode_jax.ops.attention_tpu import backward, forward
+
+    return _Passes(forward, backward)
+
+
+def _gpu() -> _Passes:
+    from geode_jax.ops.attention_gpu import backward, forward
+
+    return _Passes(forward, backward)
+
+
+_BY_TILES = {"chunked": _chunked, "tpu": _tpu, "gpu": _gpu}
+
+IMPLEMENTATIONS = ("dense", *_BY_TILES)
 
 DENSE_LOGITS = 512 * 512
-"""With fewer logits a head, dense is about as fast as by tiles: see `choose`."""
+"""With fewer logits per head, dense is about as fast as by tiles; see `choose`."""
 
 SPLIT_KEYS = 1024
-"""With so many keys a single query's are split, where GPUs have kernels of ours."""
+"""With at least so many keys, GPUs with the kernels split the keys of a single query."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,23 +83,24 @@ def attention(
     *,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention under the interval contract.
+    """Computes scaled dot-product attention under the interval contract.
 
-    Under a mesh (`jax.set_mesh`) what works by tiles runs on each device's rows and heads.
+    Under a mesh (`jax.set_mesh`) each device computes the tiles of its own rows and heads.
 
     Args:
         q_BLHE: queries, H heads of width E.
         k_BMGE: keys; G divides H (grouped-query attention: head h reads key head h * G // H).
         v_BMGE: values.
-        intervals: visible keys of each query, [B, L] each; [B, 1] where all queries see the same.
-        implementation: of `IMPLEMENTATIONS`; None: by `choose`. "tpu" runs in an interpreter
-            elsewhere; "gpu" is for Hopper, and for half precision and a head width of 64 or 128.
+        intervals: visible keys of each query, [B, L] each; [B, 1] if all queries see the same keys.
+        implementation: one of `IMPLEMENTATIONS`; None: by `choose`. Other platforms run "tpu" in
+            Pallas' interpreter. "gpu" needs a Hopper GPU, half precision, and a head width of 64 or
+            128.
 
     Returns:
-        [B, L, H, E] in the dtype of the queries. A query that sees no key returns zero.
+        [B, L, H, E] in the dtype of the queries; zero for a query that sees no key.
 
     Raises:
-        ValueError: there is no such implementation, or it does not know the width or type.
+        ValueError: the implementation does not exist or does not support the width or dtype.
     """
     mesh = jax.sharding.get_abstract_mesh()
     platform = sharding.platform()
@@ -75,10 +108,10 @@ def attention(
     M, dtype = k_BMGE.shape[1], jnp.result_type(q_BLHE, k_BMGE, v_BMGE)
     if implementation is None:
         implementation = choose(platform, L, M, E, dtype)
-        _say(implementation, platform, L, M)
+        _log_choice(implementation, platform, L, M)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention: {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
-    if implementation == "gpu" and not _module("gpu").supports(E, dtype):
+    if implementation == "gpu" and not _gpu_supports(E, dtype):
         raise ValueError(f"attention: no GPU kernel for heads of width {E} in {dtype}")
     if implementation == "dense":
         return _dense(q_BLHE, k_BMGE, v_BMGE, intervals)
@@ -86,7 +119,7 @@ def attention(
     intervals = Intervals(*(jnp.asarray(x, jnp.int32) for x in intervals))
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return _by_tiles(implementation, None, q, k, v, intervals).astype(q_BLHE.dtype)
-    # Where there are more devices for heads than key heads, each device holds the one it needs.
+    # With more devices for heads than key heads, each device holds the key head that it needs.
     G, parts = k.shape[2], mesh.shape["model"]
     if parts % G == 0 and q.shape[2] % parts == 0:
         k, v = (jnp.repeat(x, parts // G, axis=2) for x in (k, v))
@@ -94,10 +127,10 @@ def attention(
 
 
 def choose(platform: str, queries: int, keys: int, width: int, dtype) -> str:
-    """The implementation for a shape, and heads of this width in this type.
+    """Returns the implementation for a number of queries and keys, a head width and a dtype.
 
-    Few logits, and decoding, whose queries are few, go the dense way: no loop. But where kernels
-    for GPUs are taken, they decode from many keys, too. On a CPU of 2 cores, 8 heads of 64, fp32,
+    Few logits, as in decoding, are computed densely, without a loop. The kernels for GPUs, where
+    they are used, also decode from many keys. On a CPU of 2 cores, with 8 heads of 64, float32,
     causal, forward and backward: 5.2 ms dense and 5.1 by tiles for 256 queries and keys, 13.8 and
     15.1 for 512, 29.5 and 28.5 for 768, 52.5 and 42.9 for 1,024; 97 and 97 for 16 rows of 256.
     """
@@ -106,35 +139,44 @@ def choose(platform: str, queries: int, keys: int, width: int, dtype) -> str:
         kernels = "tpu" if platform == "tpu" else "chunked"
         return kernels if many else "dense"
     wanted = many or (queries == 1 and keys >= SPLIT_KEYS)
-    wanted = wanted and gpu.kernels_wanted(platform) and _module("gpu").supports(width, dtype)
+    wanted = wanted and gpu.kernels_wanted(platform) and _gpu_supports(width, dtype)
     return "gpu" if wanted else "dense"
 
 
 def cache_columns(keys: int) -> int:
-    """Columns for a cache of so many keys.
+    """Returns the number of columns of a cache of so many keys.
 
-    Whole tiles where kernels for GPUs read it: else all of it would be copied for every token, to
-    pad it.
+    The kernels for GPUs read whole tiles. A cache of another size would be copied, to pad it, for
+    every token.
     """
-    tile = _module("gpu").TILE if gpu.kernels_wanted(sharding.platform()) else 1
-    return -(-keys // tile) * tile
+    if not gpu.kernels_wanted(sharding.platform()):
+        return keys
+    from geode_jax.ops.attention_gpu import TILE
+
+    return -(-keys // TILE) * TILE
+
+
+def _gpu_supports(width: int, dtype) -> bool:
+    from geode_jax.ops.attention_gpu import supports
+
+    return supports(width, dtype)
 
 
 @functools.cache
-def _say(implementation: str, platform: str, queries: int, keys: int) -> None:
+def _log_choice(implementation: str, platform: str, queries: int, keys: int) -> None:
     _log.info(
         "attention of %d queries to %d keys on %s: %s", queries, keys, platform, implementation
     )
 
 
 def _dense(q_BLHE: Array, k_BMGE: Array, v_BMGE: Array, intervals: Intervals) -> jax.Array:
-    """All logits at once, [B, H, L, M]."""
+    """Computes attention with all logits [B, H, L, M] in memory."""
     B, L, H, E = q_BLHE.shape
     M, G = k_BMGE.shape[1:3]
     q = (q_BLHE * E**-0.5).reshape(B, L, G, H // G, E).transpose(0, 2, 3, 1, 4)
     k, v = k_BMGE.transpose(0, 2, 1, 3), v_BMGE.transpose(0, 2, 1, 3)
-    # The softmax runs in fp32: bf16 sums over hundreds of keys lose the small weights. The mask is
-    # added once for all heads, and the sum divides the output, which is smaller than the weights.
+    # The softmax runs in float32: bfloat16 sums over hundreds of keys lose the small weights. The
+    # mask is added once for all heads. The output is normalized, which is smaller than the weights.
     logits = jnp.einsum("bgrle,bgme->bgrlm", q, k, preferred_element_type=jnp.float32)
     logits = logits + jnp.where(visible(intervals, M), 0.0, MASKED)[:, None, None]
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
@@ -143,30 +185,27 @@ def _dense(q_BLHE: Array, k_BMGE: Array, v_BMGE: Array, intervals: Intervals) ->
     out = jnp.einsum(
         "bgrlm,bgme->bgrle", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
-    sees = (intervals.end > intervals.start) | (intervals.prefix_end > 0)
-    out = jnp.where(sees[:, None, None, :, None], out / total, 0.0)
+    seeing = (intervals.end > intervals.start) | (intervals.prefix_end > 0)
+    out = jnp.where(seeing[:, None, None, :, None], out / total, 0.0)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, L, H, E).astype(q_BLHE.dtype)
 
 
 # --- By tiles -------------------------------------------------------------------------------------
 
 
-def _module(implementation: str) -> ModuleType:
-    """Imported when it is needed: Pallas takes most of a second."""
-    return importlib.import_module(f"geode_jax.ops.attention_{implementation}")
+# The derivative is defined outside of `shard_map`, which is then never transposed: its transpose
+# would sum, over devices, gradients that are complete on each device.
 
 
-# The derivative is of the whole, outside of `shard_map`, which so never has to be transposed: that
-# would sum over devices what is whole on each.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _by_tiles(implementation, mesh, q, k, v, intervals: Intervals) -> jax.Array:
+def _output(implementation, mesh, q, k, v, intervals: Intervals) -> jax.Array:
     return _forward(implementation, mesh, q, k, v, intervals)[0]
 
 
-def _forward(implementation, mesh, q, k, v, intervals: Intervals):
-    function = _module(implementation).forward
+_by_tiles = jax.custom_vjp(_output, nondiff_argnums=(0, 1))
+
+
+def _forward(implementation, mesh, q, k, v, intervals: Intervals) -> tuple[jax.Array, tuple]:
+    function = _BY_TILES[implementation]().forward
     if mesh is not None:
         row, heads, sums = _specs(mesh, q, k)
         function = jax.shard_map(
@@ -181,7 +220,7 @@ def _forward(implementation, mesh, q, k, v, intervals: Intervals):
 
 
 def _backward(implementation, mesh, saved, g):
-    function = _module(implementation).backward
+    function = _BY_TILES[implementation]().backward
     if mesh is not None:
         row, heads, sums = _specs(mesh, *saved[:2])
         function = jax.shard_map(
@@ -198,7 +237,7 @@ _by_tiles.defvjp(_forward, _backward)
 
 
 def _specs(mesh, q, k) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
-    """Of intervals [B, L], of arrays [B, L, heads, E], of the saved sums [B, G, ...]."""
+    """Returns the specs of intervals [B, L], arrays [B, L, heads, E] and saved sums [B, G, ...]."""
     (rows,) = sharding.spec(("batch",), q.shape[:1], mesh.shape)
     parts = [sharding.spec(("heads",), x.shape[2:3], mesh.shape)[0] for x in (q, k)]
     heads = parts[0] if parts[0] == parts[1] else None

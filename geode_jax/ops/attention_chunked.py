@@ -1,11 +1,12 @@
 """Attention by tiles with an online softmax, in plain XLA: memory grows with S, not with S^2.
 
 Forward: Milakov & Gimelshein 2018 (the running maximum and sum), Rabe & Staats 2021 (by tiles).
-Backward: Dao et al. 2022, Algorithm 4: weights are computed again from the logits and their saved
-logarithm of the sum. Pairs of tiles in which no row of the batch sees anything are skipped.
+Backward: Dao et al. 2022, Algorithm 4, which recomputes the weights from the logits and the saved
+logarithm of their sum. Pairs of tiles in which no row of the batch sees a key are skipped.
 
-Letters: I tiles of queries, J of keys; N = R * queries of a tile, the R = H // G query heads of a
-key head one after the other, so that a key tile is read once for all of them.
+Sizes beside those of `shapes`: i tiles of queries, n rows of such a tile; j tiles of keys, m keys
+of such a tile. The rows of a query tile are its queries in the first of the H // G query heads of a
+key head, then those of the next, so that a key tile is read once for all of these heads.
 """
 
 from typing import NamedTuple
@@ -13,18 +14,26 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from geode_jax.ops.attention_plan import MASKED, SKIP, Intervals, by_tile, tile_classes, tile_size
-from geode_jax.shapes import Array
+from geode_jax.ops.attention_plan import (
+    MASKED,
+    SKIP,
+    Intervals,
+    by_tile,
+    per_query,
+    sees,
+    tile_classes,
+    tile_size,
+)
 
 BLOCK = 256
-"""Keys of a tile at most, and queries where they are of several heads."""
+"""Most keys of a tile, and most queries where several query heads share a key head."""
 ROWS = 512
-"""Rows N of a tile of one head's queries at most: XLA's CPU client makes a product of 256 x 64 by
-64 x 256 on one thread, one of twice as many rows on all."""
+"""Most rows of a query tile of one head: XLA's CPU client computes a product of 256 x 64 by
+64 x 256 on one thread, and one with twice as many rows on all threads."""
 
 
-def query_tiles(x_BLHE: Array, kv_heads: int, size: int) -> jax.Array:
-    """[B, L, H, E] -> [B, G, I, N, E], zeros behind the last query."""
+def query_tiles(x_BLHE: jax.Array, kv_heads: int, size: int) -> jax.Array:
+    """Returns [B, L, H, E] as [B, G, i, n, E], with zeros behind the last query."""
     B, L, H, E = x_BLHE.shape
     tiles, share = -(-L // size), H // kv_heads
     x = jnp.pad(x_BLHE, ((0, 0), (0, tiles * size - L), (0, 0), (0, 0)))
@@ -32,46 +41,45 @@ def query_tiles(x_BLHE: Array, kv_heads: int, size: int) -> jax.Array:
     return x.reshape(B, kv_heads, tiles, share * size, E)
 
 
-def from_query_tiles(x_BGINE: Array, heads: int, length: int) -> jax.Array:
-    """The inverse of `query_tiles`."""
-    B, G, tiles, N, E = x_BGINE.shape
+def from_query_tiles(x_BGinE: jax.Array, heads: int, length: int) -> jax.Array:
+    """Inverts `query_tiles`."""
+    B, G, tiles, rows, E = x_BGinE.shape
     share = heads // G
-    x = x_BGINE.reshape(B, G, tiles, share, N // share, E).transpose(0, 2, 4, 1, 3, 5)
-    return x.reshape(B, tiles * (N // share), heads, E)[:, :length]
+    x = x_BGinE.reshape(B, G, tiles, share, rows // share, E).transpose(0, 2, 4, 1, 3, 5)
+    return x.reshape(B, tiles * (rows // share), heads, E)[:, :length]
 
 
-def key_tiles(x_BMGE: Array, size: int) -> jax.Array:
-    """[B, M, G, E] -> [B, G, J, keys of a tile, E], zeros behind the last key."""
+def key_tiles(x_BMGE: jax.Array, size: int) -> jax.Array:
+    """Returns [B, M, G, E] as [B, G, j, m, E], with zeros behind the last key."""
     B, M, G, E = x_BMGE.shape
     tiles = -(-M // size)
     x = jnp.pad(x_BMGE, ((0, 0), (0, tiles * size - M), (0, 0), (0, 0)))
     return x.reshape(B, tiles, size, G, E).transpose(0, 3, 1, 2, 4)
 
 
-def from_key_tiles(x_BGJKE: Array, length: int) -> jax.Array:
-    """The inverse of `key_tiles`."""
-    B, G, tiles, size, E = x_BGJKE.shape
-    return x_BGJKE.transpose(0, 2, 3, 1, 4).reshape(B, tiles * size, G, E)[:, :length]
+def from_key_tiles(x_BGjmE: jax.Array, length: int) -> jax.Array:
+    """Inverts `key_tiles`."""
+    B, G, tiles, size, E = x_BGjmE.shape
+    return x_BGjmE.transpose(0, 2, 3, 1, 4).reshape(B, tiles * size, G, E)[:, :length]
 
 
 class _Tiled(NamedTuple):
-    """What both passes loop over; tiles come first, as `lax.scan` wants them."""
+    """What both passes loop over; tiles are the first axis, as `lax.scan` requires."""
 
-    q: jax.Array  # [I, B, G, N, E]
-    k: jax.Array  # [J, B, G, K, E]
+    q: jax.Array  # [i, B, G, n, E]
+    k: jax.Array  # [j, B, G, m, E]
     v: jax.Array
-    rows: Intervals  # [I, B, queries of a tile]
-    first_key: jax.Array  # [J]
-    active: jax.Array  # bool [I, J]
+    rows: Intervals  # [i, B, queries of a tile]
+    first_key: jax.Array  # [j]
+    active: jax.Array  # bool [i, j]
 
 
 def _tiled(q, k, v, intervals: Intervals) -> _Tiled:
     M, G = k.shape[1:3]
     block_q = tile_size(q.shape[1], max(BLOCK, ROWS * G // q.shape[2]), 1)
     block_k = tile_size(M, BLOCK, 1)
-    intervals = Intervals(*(jnp.broadcast_to(x, q.shape[:2]) for x in intervals))
-    ends = (jnp.clip(jnp.asarray(x), 0, M) for x in intervals)  # hides the keys of the padding
-    rows = by_tile(Intervals(*ends), block_q)
+    intervals = per_query(intervals, q.shape[:2], M)
+    rows = by_tile(intervals, block_q)
     return _Tiled(
         jnp.moveaxis(query_tiles(q, G, block_q), 2, 0),
         jnp.moveaxis(key_tiles(k, block_k), 2, 0),
@@ -83,52 +91,51 @@ def _tiled(q, k, v, intervals: Intervals) -> _Tiled:
 
 
 def _product(x, y) -> jax.Array:
-    """fp32 [B, G, n, m] of [B, G, n, k] and [B, G, k, m].
+    """Returns the products [..., rows, columns] of matrices in float32.
 
-    All are of this form, for which operands and sums stand transposed where that takes it: of a
-    first operand that is transposed, XLA's products on CPUs take two to three times as long.
+    Keep the first operand untransposed: XLA on CPUs is 2 to 3 times slower otherwise. So some
+    operands and sums are stored transposed.
     """
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
-def _logits(q, k_EK, rows: Intervals, first_key) -> jax.Array:
-    """fp32 [B, G, N, K] of one pair of tiles, hidden keys at MASKED."""
-    B, G, N, E = q.shape
-    prefix, start, end = (x[..., None] for x in rows)
-    key = first_key + jnp.arange(k_EK.shape[-1], dtype=jnp.int32)
-    mask = (key < prefix) | ((key >= start) & (key < end))  # [B, queries, K]
-    s = _product(q, k_EK) * E**-0.5
-    s = s.reshape(B, G, N // mask.shape[1], *mask.shape[1:])
-    return jnp.where(mask[:, None, None], s, MASKED).reshape(B, G, N, -1)
+def _logits(q, k_Em, rows: Intervals, first_key) -> jax.Array:
+    """Returns the logits float32 [B, G, n, m] of one pair of tiles; hidden keys are at MASKED."""
+    B, G, n, E = q.shape
+    key = first_key + jnp.arange(k_Em.shape[-1], dtype=jnp.int32)
+    mask = sees(key, *(x[..., None] for x in rows))  # [B, queries, m]
+    s = _product(q, k_Em) * E**-0.5
+    s = s.reshape(B, G, n // mask.shape[1], *mask.shape[1:])
+    return jnp.where(mask[:, None, None], s, MASKED).reshape(B, G, n, -1)
 
 
 def forward(
-    q_BLHE: Array,
-    k_BMGE: Array,
-    v_BMGE: Array,
+    q_BLHE: jax.Array,
+    k_BMGE: jax.Array,
+    v_BMGE: jax.Array,
     intervals: Intervals,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output [B, L, H, E], and the logarithm of each query's sum, fp32 [B, G, I, N].
+    """Returns the output [B, L, H, E] and each query's log-sum-exp, float32 [B, G, i, n].
 
     Args:
-        q_BLHE, k_BMGE, v_BMGE, intervals: as of `attention.attention`.
+        q_BLHE, k_BMGE, v_BMGE, intervals: as in `attention.attention`.
     """
     t = _tiled(q_BLHE, k_BMGE, v_BMGE, intervals)
-    B, G, N, E = t.q.shape[1:]
+    B, G, n, E = t.q.shape[1:]
     keys = t.k.mT, t.v, t.first_key
 
     def of_queries(_, x):
         q, rows, active = x
 
         def of_keys(carry, y):
-            k_EK, v, first_key, on = y
+            k_Em, v, first_key, on = y
 
             def add(carry):
                 peak, total, out = carry
-                s = _logits(q, k_EK, rows, first_key)
+                s = _logits(q, k_Em, rows, first_key)
                 new = jnp.maximum(peak, jnp.max(s, axis=-1))
-                # Before the first visible key the maximum is MASKED: weights of 1, which 0 below
-                # takes away.
+                # Before the first visible key the maximum is MASKED, and MASKED - MASKED would give
+                # weights of 1; MASKED - 0 gives 0.
                 p = jnp.exp(s - jnp.where(new > MASKED, new, 0.0)[..., None])
                 decay = jnp.exp(peak - new)
                 out = out * decay[..., None] + _product(p.astype(v.dtype), v)
@@ -136,12 +143,12 @@ def forward(
 
             return jax.lax.cond(on, add, lambda carry: carry, carry), None
 
-        zero = jnp.zeros((B, G, N), jnp.float32)
-        carry = zero + MASKED, zero, jnp.zeros((B, G, N, E), jnp.float32)
+        zero = jnp.zeros((B, G, n), jnp.float32)
+        carry = zero + MASKED, zero, jnp.zeros((B, G, n, E), jnp.float32)
         (peak, total, out), _ = jax.lax.scan(of_keys, carry, (*keys, active))
-        sees = total > 0
-        out = out / jnp.where(sees, total, 1.0)[..., None]
-        lse = jnp.where(sees, peak + jnp.log(jnp.where(sees, total, 1.0)), 0.0)
+        seeing = total > 0
+        out = out / jnp.where(seeing, total, 1.0)[..., None]
+        lse = jnp.where(seeing, peak + jnp.log(jnp.where(seeing, total, 1.0)), 0.0)
         return None, (out.astype(q_BLHE.dtype), lse)
 
     _, (out, lse) = jax.lax.scan(of_queries, None, (t.q, t.rows, t.active))
@@ -149,20 +156,26 @@ def forward(
 
 
 def _size(q_BLHE) -> tuple[int, int]:
-    """Heads and length."""
+    """Returns H and L."""
     return q_BLHE.shape[2], q_BLHE.shape[1]
 
 
 def backward(
-    q_BLHE: Array,
-    k_BMGE: Array,
-    v_BMGE: Array,
+    q_BLHE: jax.Array,
+    k_BMGE: jax.Array,
+    v_BMGE: jax.Array,
     intervals: Intervals,
-    out_BLHE: Array,
-    lse: Array,
-    g_BLHE: Array,
+    out_BLHE: jax.Array,
+    lse: jax.Array,
+    g_BLHE: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v for cotangent g of the output; the rest is of `forward`."""
+    """Returns the gradients of q, k and v.
+
+    Args:
+        q_BLHE, k_BMGE, v_BMGE, intervals: as in `forward`.
+        out_BLHE, lse: results of `forward`.
+        g_BLHE: cotangent of the output.
+    """
     t = _tiled(q_BLHE, k_BMGE, v_BMGE, intervals)
     G, scale = k_BMGE.shape[2], q_BLHE.shape[-1] ** -0.5
     block_q = t.rows.start.shape[2]
@@ -175,23 +188,23 @@ def backward(
 
     def of_queries(carry, x):
         q, g, lse, delta, rows, active = x
-        q_EN, g_EN = q.mT, g.mT
+        q_En, g_En = q.mT, g.mT
 
         def of_keys(dq, y):
-            k, k_EK, v_EK, first_key, on, dk_EK, dv_EK = y
+            k, k_Em, v_Em, first_key, on, dk_Em, dv_Em = y
 
             def add(sums):
-                dq, dk_EK, dv_EK = sums
-                p = jnp.exp(_logits(q, k_EK, rows, first_key) - lse[..., None])
-                dp = _product(g, v_EK)
+                dq, dk_Em, dv_Em = sums
+                p = jnp.exp(_logits(q, k_Em, rows, first_key) - lse[..., None])
+                dp = _product(g, v_Em)
                 ds = (p * (dp - delta[..., None]) * scale).astype(q.dtype)
                 return (
                     dq + _product(ds, k),
-                    dk_EK + _product(q_EN, ds),
-                    dv_EK + _product(g_EN, p.astype(g.dtype)),
+                    dk_Em + _product(q_En, ds),
+                    dv_Em + _product(g_En, p.astype(g.dtype)),
                 )
 
-            dq, *of_tile = jax.lax.cond(on, add, lambda sums: sums, (dq, dk_EK, dv_EK))
+            dq, *of_tile = jax.lax.cond(on, add, lambda sums: sums, (dq, dk_Em, dv_Em))
             return dq, tuple(of_tile)
 
         zero = jnp.zeros(q.shape, jnp.float32)

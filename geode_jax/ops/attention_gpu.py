@@ -1,15 +1,14 @@
 """Attention by tiles as Mosaic GPU kernels for Hopper, forward and backward.
 
-Two warpgroups compute, each 64 rows of a tile of 128; a third fetches the other side's tiles ahead
-through a ring of buffers in shared memory. The tiles that a row of tiles visits, interior ones
-first, come from the plan, so that one loop runs without a mask and a shorter one with it.
+Two warpgroups each compute 64 rows of a tile of 128; a third prefetches the tiles of the other side
+into a ring of buffers in shared memory. Each row of tiles visits its interior tiles first, in a
+loop without a mask, then its boundary tiles in a loop with one.
 
-The arithmetic of one pair of tiles is in functions of arrays (`online_softmax`,
-`weights_and_slopes`), which the kernels and the tests' simulator share; newer jax interprets all of
-a kernel, its barriers and copies too. Nobody has run these kernels on a GPU yet, and so `attention`
-takes them only where it is told to.
+`online_softmax` and `weights_and_slopes` hold the arithmetic of one pair of tiles, which the
+kernels and the tests' simulator share; newer JAX interprets whole kernels, barriers and copies
+included. The kernels have never run on a GPU, so they are off by default (`gpu.use_kernels`).
 
-Letters as in `attention_chunked`; N queries and K keys of a warpgroup's part of a pair of tiles.
+Sizes beside those of `shapes`: n queries and m keys in a warpgroup's part of a pair of tiles.
 """
 
 import functools
@@ -28,6 +27,8 @@ from geode_jax.ops.attention_plan import (
     SKIP,
     Intervals,
     by_tile,
+    per_query,
+    sees,
     tile_classes,
     visible,
 )
@@ -37,10 +38,10 @@ TILE, PART, WARPGROUPS = 128, 64, 2
 """Rows of a tile, and of a warpgroup's part of it: Hopper's matrix instruction has 64."""
 
 PARTS = 16
-"""At most so many, into which the keys of a single query are split."""
+"""Most parts into which the keys of a single query are split."""
 
 STAGES = 2
-"""Tiles that are in shared memory at a time: with head width 128, 2 x 64 KiB of 227."""
+"""Tiles in shared memory at a time: with head width 128 they take 2 x 64 KiB of 227."""
 
 WIDTHS, DTYPES = (64, 128), ("bfloat16", "float16")
 
@@ -51,30 +52,30 @@ LOG2_E = math.log2(math.e)
 
 
 def hide(s, key, rows: Intervals, axis: int) -> jax.Array:
-    """Logits with hidden keys at MASKED.
+    """Returns the logits with those of hidden keys at MASKED.
 
     Args:
-        s: [N, K] logits, or [K, N].
-        key: int32 like s, the key of each.
-        rows: [N] each.
-        axis: of s along which queries lie.
+        s: logits [n, m] or [m, n].
+        key: int32 like s, the number of each logit's key.
+        rows: the queries' intervals, [n] each.
+        axis: the axis of s along which queries lie.
     """
-    prefix, start, end = (jax.lax.broadcast_in_dim(x, s.shape, [axis]) for x in rows)
-    return jnp.where((key < prefix) | ((key >= start) & (key < end)), s, MASKED)
+    rows = Intervals(*(jax.lax.broadcast_in_dim(x, s.shape, [axis]) for x in rows))
+    return jnp.where(sees(key, *rows), s, MASKED)
 
 
 def online_softmax(s, peak, total):
-    """One more tile of keys for the running softmax, exponents base 2.
+    """Adds a tile of keys to the running softmax, with exponents base 2.
 
     Args:
-        s: [N, K] logits; hidden keys at MASKED.
-        peak, total: [N] the largest logit so far, MASKED before the first, and the sum.
+        s: logits [n, m]; hidden keys at MASKED.
+        peak, total: [n], the largest logit so far (MASKED before the first) and the sum so far.
 
     Returns:
-        Weights [N, K] relative to the new peak, by what older sums decay [N], peak and total.
+        Weights [n, m] relative to the new peak, the factor [n] of older sums, peak and total.
     """
     new = jnp.maximum(peak, jnp.max(s, axis=1))
-    # Where a query has seen no key yet, MASKED - 0 makes weights of 0, MASKED - MASKED of 1.
+    # Before the first visible key, MASKED - 0 gives weights of 0; MASKED - MASKED would give 1.
     level = jnp.where(new > MASKED, new, jnp.zeros_like(new))
     weights = jnp.exp2(s - jax.lax.broadcast_in_dim(level, s.shape, [0]))
     decay = jnp.exp2(peak - new)
@@ -82,15 +83,15 @@ def online_softmax(s, peak, total):
 
 
 def finish(out, peak, total):
-    """Output [N, E] of the sums, and log2 of each query's sum of exponentials; 0 where blind."""
-    sees = total > 0
-    count = jnp.where(sees, total, jnp.ones_like(total))
-    lse = jnp.where(sees, peak + jnp.log(count) * LOG2_E, jnp.zeros_like(peak))
+    """Returns the output [n, E] and log2 of each query's sum; both are 0 if it sees no key."""
+    seeing = total > 0
+    count = jnp.where(seeing, total, jnp.ones_like(total))
+    lse = jnp.where(seeing, peak + jnp.log(count) * LOG2_E, jnp.zeros_like(peak))
     return out / jax.lax.broadcast_in_dim(count, out.shape, [0]), lse
 
 
 def weights_and_slopes(s, slope_of_weights, lse, delta, axis: int):
-    """Weights and the gradient of the scaled logits, like s, with queries along `axis`."""
+    """Returns the weights and the gradient of the scaled logits, like s; queries along `axis`."""
     lse, delta = (jax.lax.broadcast_in_dim(x, s.shape, [axis]) for x in (lse, delta))
     weights = jnp.exp2(s - lse)
     return weights, weights * (slope_of_weights - delta)
@@ -100,9 +101,13 @@ def weights_and_slopes(s, slope_of_weights, lse, delta, axis: int):
 
 
 class Visits(NamedTuple):
-    """For each row of tiles its columns, interior ones first, then boundary; the rest mean nothing.
+    """The columns that each row of tiles visits.
 
-    column: int32 [B * rows * columns]; interior, some: int32 [B * rows], how many.
+    Attributes:
+        column: int32 [B * rows * columns], of each row the interior columns, then the boundary
+            columns; the rest is undefined.
+        interior: int32 [B * rows], the number of interior columns.
+        some: int32 [B * rows], the number of interior and boundary columns.
     """
 
     column: jax.Array
@@ -111,7 +116,7 @@ class Visits(NamedTuple):
 
 
 def visits(classes: Array) -> Visits:
-    """Of classes [B, rows, columns] by `tile_classes`, or with its tile axes swapped."""
+    """Returns the visits for classes [B, rows, columns] of `tile_classes`, or its transpose."""
     rank = jnp.where(classes == INTERIOR, 0, jnp.where(classes == SKIP, 2, 1))
     column = jnp.argsort(rank, axis=2, stable=True).astype(jnp.int32)
     return Visits(
@@ -122,22 +127,22 @@ def visits(classes: Array) -> Visits:
 
 
 def supports(width: int, dtype) -> bool:
-    """Whether the kernels know this head width and type of activations."""
+    """Returns whether the kernels support this head width and dtype of activations."""
     return width in WIDTHS and jnp.dtype(dtype).name in DTYPES
 
 
 def _pad(x: Array, axis: int = 1) -> jax.Array:
-    """Zeros up to whole tiles."""
+    """Pads an axis with zeros to whole tiles."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % TILE)
     return jnp.pad(x, widths)
 
 
 def _rows(q: Array, k: Array, intervals: Intervals) -> tuple[Intervals, jax.Array]:
-    """Intervals [B, padded L], and the classes of all pairs of tiles."""
-    intervals = Intervals(*(jnp.broadcast_to(x, q.shape[:2]) for x in intervals))
-    ends = Intervals(*(jnp.clip(x, 0, k.shape[1]) for x in intervals))  # hides padding keys
-    rows = (x.reshape(q.shape[0], -1) for x in by_tile(ends, TILE))
+    """Returns intervals [B, padded L], and the classes of all pairs of tiles."""
+    B, L = q.shape[:2]
+    intervals = per_query(intervals, (B, L), k.shape[1])
+    rows = (x.reshape(B, -1) for x in by_tile(intervals, TILE))
     return Intervals(*rows), tile_classes(intervals, k.shape[1], TILE, TILE)
 
 
@@ -145,7 +150,7 @@ def _rows(q: Array, k: Array, intervals: Intervals) -> tuple[Intervals, jax.Arra
 
 
 def _kernel(body, name: str, out_type, grid: tuple[int, int, int], scratch: list):
-    """A kernel with two computing warpgroups and one that fetches, on a grid (heads, tiles, B)."""
+    """Builds a kernel of two computing and one fetching warpgroup on a grid (heads, tiles, B)."""
     return plgpu.kernel(
         body,
         out_type=out_type,
@@ -162,7 +167,7 @@ def _kernel(body, name: str, out_type, grid: tuple[int, int, int], scratch: list
 
 
 def _buffer(dtype, *shape: int):
-    """Shared memory for tiles [..., rows, E], laid out as the matrix instruction reads them."""
+    """Returns shared memory for tiles [..., rows, E] in the layout of the matrix instruction."""
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
@@ -171,19 +176,23 @@ def _full(*, arrivals: int = 1, number: int = STAGES):
     return plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
 
 
+# Exported, but not in the module's `__all__` for type checkers.
+_ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+
+
 def _matmul(shape: tuple[int, int], a, b):
-    """a @ b in fp32; b in shared memory, a there or an array."""
+    """Returns a @ b in float32; b is in shared memory, a in shared memory or registers."""
 
     def multiply(acc):
         plgpu.wgmma(acc, a, b)
         return acc[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(multiply, _ACC(shape, jnp.float32))
 
 
 def _matmul_add(sums, a, b):
-    """sums + a @ b."""
-    return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(sums))
+    """Returns sums + a @ b."""
+    return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(_ACC.init(sums))
 
 
 def _transposed(ref):
@@ -191,11 +200,11 @@ def _transposed(ref):
 
 
 WHOLE = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
-"""Up to jax 0.10 `load` wants an index beside the reference."""
+"""The index that `plgpu.load` requires beside the reference up to jax 0.10."""
 
 
 def _vector(ref, index, axis: int):
-    """Of global memory a value for each row (axis 0), or column (axis 1), of a product."""
+    """Loads a value for each row (axis 0) or column (axis 1) of a product from global memory."""
     layout = plgpu.Layout.WGMMA.reduce(1 - axis)
     return plgpu.load(ref.at[index], *WHOLE, layout=layout, optimized=False)
 
@@ -210,12 +219,12 @@ def _constant(value: float, *shape: int):
 
 
 def _fetch(steps, source, rings) -> None:
-    """What the third warpgroup does: fills each ring's next buffer once both others left it.
+    """Runs the third warpgroup: fills each ring's next buffer once both others have released it.
 
     Args:
-        steps: how many.
+        steps: number of steps.
         source: step -> index of the tile in the arrays.
-        rings: (array, buffers [STAGES, ...], barriers of full ones, of free ones) each.
+        rings: (array, buffers [STAGES, ...], barriers "full", barriers "free") each.
     """
     plgpu.set_max_registers(40, action="decrease")
 
@@ -231,18 +240,44 @@ def _fetch(steps, source, rings) -> None:
             plgpu.copy_gmem_to_smem(array.at[source(step)], buffers.at[slot], full.at[slot])
 
 
+def _fetch_keys(visit, some, column, head, share, rings) -> None:
+    """Prefetches the key tiles of a query tile; see `_fetch`.
+
+    Args:
+        visit: row of the batch, row of tiles, index of its first column.
+        some, column: see `Visits`.
+        head: query head; `share` of them share a key head.
+        rings: as in `_fetch`.
+    """
+    batch, at, first = visit
+
+    def source(step):
+        keys = pl.ds(column[first + step] * TILE, TILE)
+        return batch, keys, jax.lax.div(head, jnp.int32(share))
+
+    _fetch(some[at], source, rings)
+
+
+def _over_pairs(pair, interior, some, carry):
+    """Runs pair(step, carry, masked) over the interior pairs of tiles, then the boundary pairs."""
+    plain, masked = (functools.partial(pair, masked=m) for m in (False, True))
+    carry = jax.lax.fori_loop(0, interior, plain, carry)
+    return jax.lax.fori_loop(interior, some, masked, carry)
+
+
 def _place():
-    """This program's head, tile, row of the batch and warpgroup."""
+    """Returns this program's head, tile, row of the batch and warpgroup."""
     return tuple(jax.lax.axis_index(name) for name in ("head", "tile", "batch", "warpgroup"))
 
 
 def forward(
     q_BLHE: Array, k_BMGE: Array, v_BMGE: Array, intervals: Intervals
 ) -> tuple[jax.Array, jax.Array]:
-    """Output [B, L, H, E], and log2 of each query's sum, fp32 [B, H, padded L].
+    """Returns the output [B, L, H, E] and log2 of each query's sum, float32 [B, H, padded L].
 
     Args:
-        q_BLHE, k_BMGE, v_BMGE, intervals: as of `attention.attention`; of `WIDTHS` and `DTYPES`.
+        q_BLHE, k_BMGE, v_BMGE, intervals: as in `attention.attention`; width and dtype must satisfy
+            `supports`.
     """
     rows, classes = _rows(q_BLHE, k_BMGE, intervals)
     q, k, v = (_pad(x) for x in (q_BLHE, k_BMGE, v_BMGE))
@@ -256,11 +291,11 @@ def forward(
 def _in_parts(
     q_BLHE: Array, k: Array, v: Array, rows: Intervals, classes: Array, visible_B1M: Array
 ) -> tuple[jax.Array, jax.Array]:
-    """`forward` of a step of decoding, its keys in parts side by side (split-K).
+    """Computes `forward` for one query a row, with the keys split into parts (split-K).
 
-    One program a head and row would leave most of a GPU idle. So the heads that share a key head
-    are the queries of a tile, and the tiles of keys are dealt to several programs, each with a
-    softmax of its own, which are one in the end.
+    One program per head and row would leave most of a GPU idle. So the heads that share a key head
+    form the queries of a tile, and several programs each take some tiles of keys. Their softmaxes
+    are combined at the end.
     """
     B, _, H, E = q_BLHE.shape
     G, columns = k.shape[2], classes.shape[2]
@@ -276,8 +311,8 @@ def _in_parts(
     )
     out = out.reshape(B, parts, TILE, G, E)[:, :, :share]
     seen = _pad(visible_B1M, axis=2).reshape(B, 1, columns, TILE).any(3)
-    sees = jnp.any(own & seen, axis=2)[:, None, :, None]  # [B, 1, parts, 1]
-    lse = jnp.where(sees, lse.reshape(B, G, parts, TILE)[..., :share], -jnp.inf)
+    seeing = jnp.any(own & seen, axis=2)[:, None, :, None]  # [B, 1, parts, 1]
+    lse = jnp.where(seeing, lse.reshape(B, G, parts, TILE)[..., :share], -jnp.inf)
     peak = jnp.max(lse, axis=2, keepdims=True)
     peak = jnp.where(peak > -jnp.inf, peak, 0.0)
     weights = jnp.exp2(lse - peak)
@@ -291,7 +326,7 @@ def _in_parts(
 def _forward(
     q: Array, k: Array, v: Array, rows: Intervals, classes: Array
 ) -> tuple[jax.Array, jax.Array]:
-    """`forward` of whole tiles of queries and keys, with the classes of their pairs."""
+    """Computes `forward` for whole tiles of queries and keys with the classes of their pairs."""
     B, padded, H, E = q.shape
     tiles = _buffer(q.dtype, STAGES, TILE, E)
     return _kernel(
@@ -326,11 +361,8 @@ def _forward_kernel(
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():
-        def source(step):
-            first = column[at * shape[1] + step] * TILE
-            return batch, pl.ds(first, TILE), jax.lax.div(head, jnp.int32(share))
-
-        _fetch(some[at], source, [(k, k_ring, k_full, k_free), (v, v_ring, v_full, v_free)])
+        rings = [(k, k_ring, k_full, k_free), (v, v_ring, v_full, v_free)]
+        _fetch_keys((batch, at, at * shape[1]), some, column, head, share, rings)
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():
@@ -358,10 +390,7 @@ def _forward_kernel(
             return sums, peak, total
 
         carry = _constant(0.0, PART, E), _constant(MASKED, PART), _constant(0.0, PART)
-        plain, masked = (functools.partial(pair, masked=m) for m in (False, True))
-        carry = jax.lax.fori_loop(0, interior[at], plain, carry)
-        carry = jax.lax.fori_loop(interior[at], some[at], masked, carry)
-        result, sums = finish(*carry)
+        result, sums = finish(*_over_pairs(pair, interior[at], some[at], carry))
         mine[...] = result.astype(out.dtype)
         lse_buffer[warpgroup] = sums
         plgpu.commit_smem()
@@ -379,7 +408,7 @@ def backward(
     lse: Array,
     g_BLHE: Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v for cotangent g of the output; the rest is of `forward`."""
+    """Returns the gradients of q, k and v; see `attention_chunked.backward`."""
     L, M = q_BLHE.shape[1], k_BMGE.shape[1]
     rows, classes = _rows(q_BLHE, k_BMGE, intervals)
     delta = jnp.sum(g_BLHE.astype(jnp.float32) * out_BLHE.astype(jnp.float32), axis=-1)
@@ -418,11 +447,8 @@ def _queries_kernel(
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():
-        def source(step):
-            first = column[at * shape[1] + step] * TILE
-            return batch, pl.ds(first, TILE), jax.lax.div(head, jnp.int32(share))
-
-        _fetch(some[at], source, [(k, k_ring, k_full, k_free), (v, v_ring, v_full, v_free)])
+        rings = [(k, k_ring, k_full, k_free), (v, v_ring, v_full, v_free)]
+        _fetch_keys((batch, at, at * shape[1]), some, column, head, share, rings)
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():
@@ -451,9 +477,7 @@ def _queries_kernel(
             plgpu.barrier_arrive(k_free.at[slot])
             return sums
 
-        plain, masked = (functools.partial(pair, masked=m) for m in (False, True))
-        sums = jax.lax.fori_loop(0, interior[at], plain, _constant(0.0, PART, E))
-        sums = jax.lax.fori_loop(interior[at], some[at], masked, sums)
+        sums = _over_pairs(pair, interior[at], some[at], _constant(0.0, PART, E))
         my_q[...] = (sums * E**-0.5).astype(dq.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(my_q, dq.at[batch, own, head])
@@ -464,7 +488,7 @@ def _keys_kernel(
     share, shape, q, k, v, g, lse, delta, prefix, start, end, column, interior, some, dk, dv,
     k_buffer, v_buffer, q_ring, g_ring, k_full, v_full, q_full, g_full, q_free, g_free,
 ):  # fmt: skip
-    """Products are transposed, keys x queries. A step is one part of a query tile and one head."""
+    """Computes products keys x queries; a step is one part of a query tile and one head."""
     kv_head, tile, batch, warpgroup = _place()
     at = batch * shape[0] + tile
     E = k_buffer.shape[-1]
@@ -472,7 +496,7 @@ def _keys_kernel(
     each = share * parts
 
     def place(step):
-        """Queries and query head of a step."""
+        """Returns the queries and the query head of a step."""
         first = column[at * shape[1] + jax.lax.div(step, jnp.int32(each))] * TILE
         rest = jax.lax.rem(step, jnp.int32(each))
         head = kv_head * share + jax.lax.div(rest, jnp.int32(parts))
@@ -509,8 +533,8 @@ def _keys_kernel(
                 s = hide(s, _iota(s.shape, 0) + first_key, Intervals(*rows), 1)
             plgpu.barrier_wait(g_full.at[slot])
             of_weights = _matmul((PART, PART), my_v, _transposed(g_ring.at[slot]))
-            sums = (_vector(x, (batch, head, queries), 1) for x in (lse, delta))
-            weights, slopes = weights_and_slopes(s, of_weights, *sums, 1)
+            own_lse, own_delta = (_vector(x, (batch, head, queries), 1) for x in (lse, delta))
+            weights, slopes = weights_and_slopes(s, of_weights, own_lse, own_delta, 1)
             sum_v = _matmul_add(sum_v, weights.astype(g.dtype), g_ring.at[slot])
             plgpu.barrier_arrive(g_free.at[slot])
             sum_k = _matmul_add(sum_k, slopes.astype(q.dtype), q_ring.at[slot])
@@ -518,9 +542,7 @@ def _keys_kernel(
             return sum_k, sum_v
 
         zero = _constant(0.0, PART, E)
-        plain, masked = (functools.partial(pair, masked=m) for m in (False, True))
-        sums = jax.lax.fori_loop(0, interior[at] * each, plain, (zero, zero))
-        sums = jax.lax.fori_loop(interior[at] * each, some[at] * each, masked, sums)
+        sums = _over_pairs(pair, interior[at] * each, some[at] * each, (zero, zero))
         my_k[...] = (sums[0] * E**-0.5).astype(dk.dtype)
         my_v[...] = sums[1].astype(dv.dtype)
         plgpu.commit_smem()

@@ -1,13 +1,13 @@
 """The mask contract of `ops.attention` and what follows from it for tiles of queries and keys.
 
-A kernel works on tiles: some queries against some keys. The plan says of every pair of tiles
-whether no query sees any of the keys (it is skipped), all queries see all of them (interior: no
-mask is needed) or neither (boundary), and lists the pairs that are left in the order in which a
-kernel visits them: by query tile, or, for the gradients of keys and values, by key tile.
+A kernel works on pairs of tiles: some queries against some keys. A pair is skipped if no query sees
+any of the keys, interior if all queries see all of them (no mask is needed), and boundary
+otherwise. The schedule lists the pairs that are not skipped in the order in which a kernel visits
+them: by query tile, or by key tile for the gradients of keys and values.
 
     python -m geode_jax.ops.attention_plan
 
-prints, for the papers' sequences, which share of the FLOPs that tiles issue is of use.
+prints which share of the tiles' FLOPs is useful for the papers' sequences.
 """
 
 from typing import NamedTuple
@@ -28,7 +28,7 @@ class Intervals(NamedTuple):
 
 
 def causal(batch: int, length: int, *, start: Array | int = 0, prefix_end: int = 0) -> Intervals:
-    """Causal intervals of `length` queries whose own keys begin at column `prefix_end`.
+    """Returns causal intervals of `length` queries whose own keys begin at column `prefix_end`.
 
     Args:
         batch: B.
@@ -46,21 +46,36 @@ def causal(batch: int, length: int, *, start: Array | int = 0, prefix_end: int =
     )
 
 
+def sees(key, prefix_end, start, end) -> jax.Array:
+    """Returns the mask contract, elementwise: whether a query sees a key."""
+    return (key < prefix_end) | ((key >= start) & (key < end))
+
+
 def visible(intervals: Intervals, keys: int) -> jax.Array:
-    """The contract as a dense mask: bool [B, L, keys]."""
+    """Returns the contract as a dense mask, bool [B, L, keys]."""
     key = jnp.arange(keys, dtype=jnp.int32)
-    own = (key >= intervals.start[..., None]) & (key < intervals.end[..., None])
-    return own | (key < intervals.prefix_end[..., None])
+    return sees(key, *(jnp.asarray(x)[..., None] for x in intervals))
+
+
+def per_query(intervals: Intervals, queries: tuple[int, int], keys: int) -> Intervals:
+    """Returns intervals [B, L] within [0, keys), so that keys that pad a tile are hidden.
+
+    Args:
+        intervals: [B, L] or [B, 1] each.
+        queries: (B, L).
+        keys: M.
+    """
+    return Intervals(*(jnp.clip(jnp.broadcast_to(x, queries), 0, keys) for x in intervals))
 
 
 MASKED = -1e30
-"""Logit of a hidden key. Finite, so that the difference of two is no NaN."""
+"""Logit of a hidden key. It is finite, because the difference of two infinities is NaN."""
 
 
 def canonical(intervals: Intervals, keys: int) -> Intervals:
-    """The same visible keys as two intervals that neither overlap nor touch, within [0, keys).
+    """Returns intervals of the same keys that neither overlap nor touch, within [0, keys).
 
-    An interval that holds nothing is [0, 0).
+    An empty interval is [0, 0).
     """
     prefix, start, end = (jnp.clip(jnp.asarray(x, jnp.int32), 0, keys) for x in intervals)
     own = end > start
@@ -80,16 +95,21 @@ SKIP, BOUNDARY, INTERIOR = range(3)
 
 
 def tile_size(length: int, most: int, multiple: int) -> int:
-    """The size, a multiple of `multiple` and at most `most`, of tiles that pad a length least.
+    """Returns the size of equal tiles that cover a length with the least padding.
 
-    Equal tiles: 1,374 queries are three of 512 or three of 458, which is rounded up.
+    For example, 1,374 queries in tiles of at most 512 are three tiles of 458, rounded up.
+
+    Args:
+        length: to cover.
+        most: largest size of a tile.
+        multiple: the size is a multiple of this.
     """
     count = -(-length // most)
     return -(-length // (count * multiple)) * multiple
 
 
 def by_tile(intervals: Intervals, size: int) -> Intervals:
-    """[B, L] -> [B, tiles, size]; queries that pad the last tile see what the last query sees."""
+    """Returns [B, tiles, size] of [B, L]; padding queries see what the last query sees."""
 
     def split(x):
         B, L = x.shape
@@ -100,11 +120,11 @@ def by_tile(intervals: Intervals, size: int) -> Intervals:
 
 
 def tile_classes(intervals: Intervals, keys: int, block_q: int, block_k: int) -> jax.Array:
-    """The class of every pair of tiles, int32 [B, query tiles, key tiles].
+    """Returns the class of every pair of tiles, int32 [B, query tiles, key tiles].
 
     Args:
         intervals: [B, L] each.
-        keys: M; keys beyond, which pad the last tile, are seen by nobody.
+        keys: M; no query sees the keys from M on, which pad the last tile.
         block_q, block_k: queries and keys of a tile.
     """
     prefix, start, end = (
@@ -118,29 +138,29 @@ def tile_classes(intervals: Intervals, keys: int, block_q: int, block_k: int) ->
     return jnp.where(jnp.any(some, axis=2), interior, SKIP).astype(jnp.int32)
 
 
-# How a kernel meets a pair of tiles: bits of `Schedule.how`.
+# What a kernel does with a pair of tiles: bits of `Schedule.how`.
 WITH_MASK, WITHOUT_MASK, FIRST, LAST = 1, 2, 4, 8
 
 
 class Schedule(NamedTuple):
-    """The pairs of tiles that a kernel visits, those of one row of tiles after another.
+    """The pairs of tiles that a kernel visits, row of tiles by row of tiles.
 
-    A row with nothing to compute is visited once, neither WITH_MASK nor WITHOUT_MASK: its result
-    must be written too. Entries from `steps` on mean nothing.
+    A row with nothing to compute is visited once, with neither WITH_MASK nor WITHOUT_MASK, to write
+    its result. Entries from `steps` on are undefined.
     """
 
-    row: jax.Array  # int32 [n], b * rows + row: whose result is accumulated
-    column: jax.Array  # int32 [n], the other tile of the pair, of the same b
+    row: jax.Array  # int32 [n], b * rows + row, of the result that is accumulated
+    column: jax.Array  # int32 [n], the other tile of the pair, in the same b
     how: jax.Array  # int32 [n], bits
-    steps: jax.Array  # int32, how many
+    steps: jax.Array  # int32, the number of visits
 
 
 def schedule(classes: Array) -> Schedule:
-    """The visits of a kernel that accumulates over the last axis.
+    """Returns the visits of a kernel that accumulates over the last axis.
 
     Args:
-        classes: [B, rows, columns], of `tile_classes`; with its tile axes swapped for results of
-            keys.
+        classes: [B, rows, columns] from `tile_classes`; with both tile axes swapped for results by
+            key tile.
     """
     B, rows, columns = classes.shape
     classes = classes.reshape(B * rows, columns)
@@ -166,7 +186,13 @@ _tile_classes = jax.jit(tile_classes, static_argnums=(1, 2, 3))
 
 
 class Work(NamedTuple):
-    """Query-key pairs, the FLOPs of one head's forward pass over 4 E: useful, and in tiles."""
+    """Query-key pairs (the FLOPs of one head's forward pass, divided by 4 E) and tiles.
+
+    Attributes:
+        useful: visible pairs.
+        issued: pairs in the tiles that are computed.
+        tiles, boundary, skipped: pairs of tiles: all, those with a mask, those not computed.
+    """
 
     useful: int
     issued: int
@@ -176,7 +202,7 @@ class Work(NamedTuple):
 
 
 def work(intervals: Intervals, keys: int, block_q: int, block_k: int) -> Work:
-    """What a kernel of such tiles computes, and what of it was asked for; on concrete arrays."""
+    """Returns how much a kernel with such tiles computes; needs concrete arrays."""
     prefix, start, end = canonical(intervals, keys)
     classes = _tile_classes(intervals, keys, block_q, block_k)
     skipped = int(jnp.sum(classes == SKIP))
@@ -190,29 +216,29 @@ def work(intervals: Intervals, keys: int, block_q: int, block_k: int) -> Work:
 
 
 def _packed(prefix: int, thinking: int, questions: int, row: int, rows: int) -> Intervals:
-    """Rows of question-answer segments of 32 to 96 tokens, a quarter of each the answer.
+    """Returns rows packed with segments of 32 to 96 tokens, of which the last quarter is an answer.
 
-    A question sees the prefix's vision tokens, its answer the thinking tokens behind them too.
+    A question sees the vision tokens of the prefix; its answer also sees the thinking tokens.
     """
     random = np.random.default_rng(0)
     length = random.integers(32, 97, questions)
-    sees, start = np.zeros((rows, row), np.int32), np.full((rows, row), prefix + thinking)
+    seen, start = np.zeros((rows, row), np.int32), np.full((rows, row), prefix + thinking)
     used = np.zeros(rows, int)
     for n in length:
         fits = np.flatnonzero(used + n <= row)
         if len(fits):
             r, at = fits[0], used[fits[0]]
-            sees[r, at : at + n] = prefix
-            sees[r, at + n - n // 4 : at + n] += thinking
+            seen[r, at : at + n] = prefix
+            seen[r, at + n - n // 4 : at + n] += thinking
             start[r, at : at + n] += at
             used[r] += n
     column = np.arange(row)[None] + prefix + thinking
     end = np.where(np.arange(row) < used[:, None], column + 1, 0)
-    return Intervals(sees, start.astype(np.int32), end.astype(np.int32))
+    return Intervals(seen, start.astype(np.int32), end.astype(np.int32))
 
 
 def papers_sequences() -> dict[str, tuple[Intervals, int]]:
-    """Name -> intervals and number of keys of what the papers' systems attend over."""
+    """Returns name -> (intervals, number of keys) of the attentions in the papers' systems."""
     student = "student [V][T1..T8][Q][A], {} vision tokens"
 
     def full(queries: int, keys: int, seen: int) -> tuple[Intervals, int]:
@@ -236,7 +262,7 @@ def papers_sequences() -> dict[str, tuple[Intervals, int]]:
 
 
 def main() -> None:
-    """Prints the table of the module's docstring."""
+    """Prints the table that the module's docstring describes."""
     print(f"{'sequence':56s} {'tile':>9s} {'useful':>8s} {'skipped':>8s} {'boundary':>8s}")
     for name, (intervals, keys) in papers_sequences().items():
         for most in (512, 128):

@@ -1,23 +1,22 @@
 """Attention by tiles as Pallas kernels for TPUs, forward and backward.
 
-The plan's schedule of tile pairs (`attention_plan.schedule`) is fetched ahead into scalar memory;
-the grid is (key heads, visits), its second size known only when the intervals are: pairs that
-nobody sees cost nothing, and only boundary pairs pay for a mask.
+The schedule of tile pairs (`attention_plan.schedule`) is prefetched into scalar memory. The grid is
+(key heads, visits); the number of visits depends on the intervals, so skipped pairs cost nothing,
+and only boundary pairs compute a mask.
 
-Logits are computed transposed, keys x queries, so that what belongs to a query (its intervals, the
-running maximum and sum) is one row of lanes, and a maximum over keys is elementwise over vectors.
-Exponents are base 2, which is what the hardware has.
+Logits are computed transposed, keys x queries. So each value of a query (its intervals, the running
+maximum and sum) is one row of lanes, and a maximum over keys is elementwise over vectors. Exponents
+are base 2, as in the hardware.
 
-Backward: one kernel by query tile for the queries' gradient, one by key tile for those of keys and
-values; each result is written by one visitor, so that a step can be repeated bit for bit.
+Backward: one kernel by query tile for the gradient of the queries, one by key tile for those of
+keys and values. Each result has one writer, so a step is bitwise reproducible.
 
-Letters as in `attention_chunked`: I tiles of queries, J of keys; N = R * queries of a tile, the
-R = H // G query heads of a key head one after the other; K keys of a tile.
+Sizes as in `attention_chunked`: i tiles of queries of n rows, j tiles of m keys.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +38,9 @@ from geode_jax.ops.attention_plan import (
     Intervals,
     Schedule,
     by_tile,
+    per_query,
     schedule,
+    sees,
     tile_classes,
     tile_size,
 )
@@ -47,19 +48,19 @@ from geode_jax.shapes import Array
 from geode_jax.sharding import platform
 
 ROWS, KEYS = 1024, 512
-"""At most so many queries (of all heads of a key head together), and keys, in a tile."""
+"""Most rows of a query tile (all query heads of a key head together), and most keys of a tile."""
 
 LANES = 128
 """Tiles are multiples of the vector registers' lanes."""
 
 VMEM_BYTES = 32 * 2**20
-"""What a kernel may take of a core's vector memory: v5e and v6e have 128 MiB, v5p 64."""
+"""Vector memory that a kernel may use: a core of v5e and v6e has 128 MiB, of v5p 64 MiB."""
 
 LOG2_E = math.log2(math.e)
 
 
 class _Plan:
-    """Sizes of the tiles and both schedules; see `forward` for the arguments."""
+    """Sizes and classes of the tiles; the arguments are those of `forward`."""
 
     def __init__(self, q: Array, k: Array, intervals: Intervals):
         self.B, self.L, self.H, self.E = q.shape
@@ -68,20 +69,19 @@ class _Plan:
         most = max(LANES, ROWS // share // LANES * LANES)
         self.block_q = tile_size(self.L, most, LANES)
         self.block_k = tile_size(self.M, KEYS, LANES)
-        self.I, self.J = -(-self.L // self.block_q), -(-self.M // self.block_k)
-        self.N = share * self.block_q
-        intervals = Intervals(*(jnp.broadcast_to(x, (self.B, self.L)) for x in intervals))
-        ends = (jnp.clip(x, 0, self.M) for x in intervals)  # hides the keys of the padding
-        rows = jnp.stack(by_tile(Intervals(*ends), self.block_q), axis=2)
-        self.rows = jnp.tile(rows, (1, 1, 1, share))  # [B, I, 3, N]
+        self.i, self.j = -(-self.L // self.block_q), -(-self.M // self.block_k)
+        self.n = share * self.block_q
+        intervals = per_query(intervals, (self.B, self.L), self.M)
+        rows = jnp.stack(by_tile(intervals, self.block_q), axis=2)
+        self.rows = jnp.tile(rows, (1, 1, 1, share))  # [B, i, 3, n]
         self.classes = tile_classes(intervals, self.M, self.block_q, self.block_k)
 
     def specs(self, by_query: bool) -> dict[str, pl.BlockSpec]:
-        """Where a visit finds its blocks, by kind of array."""
-        rows = self.I if by_query else self.J
+        """Returns the blocks of a visit, by kind of array."""
+        rows = self.i if by_query else self.j
 
         def at(query: bool, head: bool):
-            """Index map of an array [B, G, tiles, ...], or [B, tiles, ...] without heads."""
+            """Returns an index map of [B, G, tiles, ...], or [B, tiles, ...] without `head`."""
 
             def index(g, step, row, column, how):
                 b, own = row[step] // rows, row[step] % rows
@@ -93,13 +93,13 @@ class _Plan:
         def block(query: bool, *shape: int, head: bool = True):
             return pl.BlockSpec((None,) * (2 + head) + shape, at(query, head))
 
-        N, K, E = self.N, self.block_k, self.E
+        n, m, E = self.n, self.block_k, self.E
         return {
-            "query": block(True, N, E),
-            "query transposed": block(True, E, N),
-            "of a query": block(True, 1, N),
-            "intervals": block(True, 3, N, head=False),
-            "key": block(False, K, E),
+            "query": block(True, n, E),
+            "query transposed": block(True, E, n),
+            "of a query": block(True, 1, n),
+            "intervals": block(True, 3, n, head=False),
+            "key": block(False, m, E),
         }
 
     def call(
@@ -108,7 +108,7 @@ class _Plan:
         kernel: Callable,
         visits: Schedule,
         by_query: bool,
-        inputs: list[tuple[str, Array]],
+        inputs: Sequence[tuple[str, Array]],
         outputs: list[tuple[str, jax.ShapeDtypeStruct]],
         scratch: list,
         products: int,
@@ -117,11 +117,12 @@ class _Plan:
 
         Args:
             name: of the kernel in compiled programs.
-            kernel: gets the schedule's references, those of the inputs, outputs and scratch.
-            visits: in the order of query tiles where `by_query`, else of key tiles.
-            inputs, outputs: kind (a key of `specs`) and array or shape.
-            scratch: buffers that live through a row of visits.
-            products: matrix products of each pair, without those of the forward pass again.
+            kernel: called with references to the schedule, the inputs, the outputs, the scratch.
+            visits: by query tile if `by_query`, else by key tile.
+            by_query: see `visits`.
+            inputs, outputs: pairs of a kind (a key of `specs`) and an array or a shape.
+            scratch: buffers that are kept during a row of visits.
+            products: matrix products of a pair, without those that repeat the forward pass.
         """
         specs = self.specs(by_query)
         pairs = self.B * self.H * self.L * self.M
@@ -139,36 +140,35 @@ class _Plan:
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
             ),
-            # As if everything were seen and nothing computed again: what a dense computation has.
+            # The cost of a dense computation: no pair skipped, nothing recomputed.
             cost_estimate=pl.CostEstimate(
                 flops=2 * products * pairs * self.E,
                 transcendentals=pairs,
                 bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
             ),
-            interpret=platform() != "tpu",  # in Pallas' interpreter, for tests
+            interpret=platform() != "tpu",  # Pallas' interpreter, for tests
             name=name,
         )(visits.row, visits.column, visits.how, *arrays)
 
 
 def _dot(a, b, contract: tuple[int, int]) -> jax.Array:
-    """Product over one axis of each, accumulated in fp32."""
+    """Returns the product over one axis of each operand, accumulated in float32."""
     return jax.lax.dot_general(
         a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32
     )
 
 
 def _scores(q, k, rows, key_tile, masked: bool) -> jax.Array:
-    """Logits [K, N] in base 2; hidden keys are at MASKED."""
+    """Returns logits [m, n] in base 2; hidden keys are at MASKED."""
     s = _dot(k, q, (1, 1)) * (q.shape[1] ** -0.5 * LOG2_E)
     if not masked:
         return s
     key = key_tile * k.shape[0] + jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
-    prefix, start, end = (rows[i : i + 1] for i in range(3))
-    return jnp.where((key < prefix) | ((key >= start) & (key < end)), s, MASKED)
+    return jnp.where(sees(key, *(rows[i : i + 1] for i in range(3))), s, MASKED)
 
 
 def _visit(how, step, begin: Callable, compute: Callable, finish: Callable) -> None:
-    """What a visit does, by the bits of `Schedule.how`; compute(masked) for one pair of tiles."""
+    """Runs the parts of a visit that its bits of `Schedule.how` name; compute takes `masked`."""
     bits = how[step]
     pl.when(bits & FIRST != 0)(begin)
     pl.when(bits & WITH_MASK != 0)(lambda: compute(True))
@@ -180,15 +180,15 @@ def _visit(how, step, begin: Callable, compute: Callable, finish: Callable) -> N
 
 
 def forward(
-    q_BLHE: Array, k_BMGE: Array, v_BMGE: Array, intervals: Intervals
+    q_BLHE: jax.Array, k_BMGE: jax.Array, v_BMGE: jax.Array, intervals: Intervals
 ) -> tuple[jax.Array, jax.Array]:
-    """Output [B, L, H, E], and log2 of each query's sum, fp32 [B, G, I, 1, N].
+    """Returns the output [B, L, H, E] and log2 of each query's sum, float32 [B, G, i, 1, n].
 
     Args:
-        q_BLHE, k_BMGE, v_BMGE, intervals: as of `attention.attention`.
+        q_BLHE, k_BMGE, v_BMGE, intervals: as in `attention.attention`.
     """
     p = _Plan(q_BLHE, k_BMGE, intervals)
-    tiles, f32 = (p.B, p.G, p.I), jnp.float32
+    tiles, f32 = (p.B, p.G, p.i), jnp.float32
     out, lse = p.call(
         "attention_forward",
         _forward_kernel,
@@ -201,10 +201,10 @@ def forward(
             ("intervals", p.rows),
         ],
         [
-            ("query transposed", jax.ShapeDtypeStruct((*tiles, p.E, p.N), q_BLHE.dtype)),
-            ("of a query", jax.ShapeDtypeStruct((*tiles, 1, p.N), f32)),
+            ("query transposed", jax.ShapeDtypeStruct((*tiles, p.E, p.n), q_BLHE.dtype)),
+            ("of a query", jax.ShapeDtypeStruct((*tiles, 1, p.n), f32)),
         ],
-        [pltpu.VMEM((1, p.N), f32), pltpu.VMEM((1, p.N), f32), pltpu.VMEM((p.E, p.N), f32)],
+        [pltpu.VMEM((1, p.n), f32), pltpu.VMEM((1, p.n), f32), pltpu.VMEM((p.E, p.n), f32)],
         products=2,
     )
     return from_query_tiles(out.swapaxes(3, 4), p.H, p.L), lse
@@ -222,7 +222,7 @@ def _forward_kernel(row, column, how, q, k, v, rows, out, lse, peak, total, sums
         s = _scores(q[...], k[...], rows[...], column[step], masked)
         old = peak[...]
         new = jnp.maximum(old, jnp.max(s, axis=0, keepdims=True))
-        # Where a query has seen no key yet, MASKED - 0 makes weights of 0, MASKED - MASKED of 1.
+        # Before the first visible key, MASKED - 0 gives weights of 0; MASKED - MASKED would give 1.
         weights = jnp.exp2(s - (jnp.where(new > MASKED, new, 0.0) if masked else new))
         decay = jnp.exp2(old - new)
         peak[...] = new
@@ -230,10 +230,10 @@ def _forward_kernel(row, column, how, q, k, v, rows, out, lse, peak, total, sums
         sums[...] = sums[...] * decay + _dot(v[...], weights.astype(v.dtype), (0, 0))
 
     def finish():
-        sees = total[...] > 0
-        count = jnp.where(sees, total[...], 1.0)
+        seeing = total[...] > 0
+        count = jnp.where(seeing, total[...], 1.0)
         out[...] = (sums[...] / count).astype(out.dtype)
-        lse[...] = jnp.where(sees, peak[...] + jnp.log2(count), 0.0)
+        lse[...] = jnp.where(seeing, peak[...] + jnp.log2(count), 0.0)
 
     _visit(how, step, begin, compute, finish)
 
@@ -242,15 +242,15 @@ def _forward_kernel(row, column, how, q, k, v, rows, out, lse, peak, total, sums
 
 
 def backward(
-    q_BLHE: Array,
-    k_BMGE: Array,
-    v_BMGE: Array,
+    q_BLHE: jax.Array,
+    k_BMGE: jax.Array,
+    v_BMGE: jax.Array,
     intervals: Intervals,
-    out_BLHE: Array,
-    lse: Array,
-    g_BLHE: Array,
+    out_BLHE: jax.Array,
+    lse: jax.Array,
+    g_BLHE: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v for cotangent g of the output; the rest is of `forward`."""
+    """Returns the gradients of q, k and v; see `attention_chunked.backward`."""
     p = _Plan(q_BLHE, k_BMGE, intervals)
     delta = jnp.sum(
         g_BLHE.astype(jnp.float32) * out_BLHE.astype(jnp.float32), axis=-1, keepdims=True
@@ -270,14 +270,14 @@ def backward(
         schedule(p.classes),
         True,
         inputs,
-        [("query transposed", jax.ShapeDtypeStruct((p.B, p.G, p.I, p.E, p.N), q_BLHE.dtype))],
-        [pltpu.VMEM((p.E, p.N), jnp.float32)],
+        [("query transposed", jax.ShapeDtypeStruct((p.B, p.G, p.i, p.E, p.n), q_BLHE.dtype))],
+        [pltpu.VMEM((p.E, p.n), jnp.float32)],
         products=2,
     )
-    keys = jax.ShapeDtypeStruct((p.B, p.G, p.J, p.block_k, p.E), k_BMGE.dtype)
+    keys = jax.ShapeDtypeStruct((p.B, p.G, p.j, p.block_k, p.E), k_BMGE.dtype)
     dk, dv = p.call(
         "attention_backward_keys",
-        functools.partial(_keys_kernel, p.J),
+        functools.partial(_keys_kernel, p.j),
         schedule(p.classes.swapaxes(1, 2)),
         False,
         inputs,
@@ -290,7 +290,7 @@ def backward(
 
 
 def _weights_and_slopes(q, k, v, rows, g, lse, delta, key_tile, masked: bool):
-    """Weights and the gradient of the logits, both [K, N] fp32, of one pair of tiles."""
+    """Returns the weights and the gradient of the logits of a pair of tiles, float32 [m, n]."""
     weights = jnp.exp2(_scores(q[...], k[...], rows[...], key_tile, masked) - lse[...])
     slopes = weights * (_dot(v[...], g[...], (1, 1)) - delta[...]) * q.shape[1] ** -0.5
     return weights, slopes

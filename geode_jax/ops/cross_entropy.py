@@ -1,20 +1,21 @@
-"""Losses that read a few numbers of a vocabulary's logits, without all of the logits.
+"""Losses that read a few numbers of a token's logits, without all logits in memory.
 
-Cross-entropy and distillation need of a token's logits z, one for each of X entries, only
+Of a token's logits z, one for each of X entries, cross-entropy and distillation need only
 
     listed[k] = z[id_k]      lse = log sum exp z      rest = log sum exp of z without the listed
 
-so a loss of tokens is a function of those, and its gradient in z is, for its derivatives a, b, c:
-b softmax(z) + c softmax(z without the listed), and a[k] added at id_k. Logits exist for a tile of
-tokens at a time, as in "Cut Your Losses" [2411.09009] but with the whole vocabulary in a tile, and
-no tile is computed twice: since the sum of a loss is one number, the gradients of states and matrix
-are made beside it, as in Liger [2410.10989], and the backward pass only scales them. Tokens that
-nobody pays come last, and tiles of none but such are not computed. Sums run in float32, whatever
-the logits are made of.
+So a loss is a function of these. If its derivatives in them are a, b, c, its gradient in z is
+b softmax(z) + c softmax(z without the listed), plus a[k] at id_k.
 
-On many devices each works on its own scenes, and on its own part of the vocabulary where that is
-spread: of each token it tells the others the three numbers. The matrix is gathered, and its
-gradient summed over the devices, once for all tiles.
+Logits exist for one tile of tokens at a time, as in "Cut Your Losses" [2411.09009] but with the
+whole vocabulary in a tile. No tile is computed twice: the sum of a loss is one number, so the
+forward pass also computes the gradients of the states and the matrix, as in Liger [2410.10989], and
+the backward pass only scales them. Masked tokens are sorted last; fully masked tiles are skipped.
+Sums are float32 for every dtype of the states.
+
+On a mesh each device computes its own scenes and, if the vocabulary is spread, its own part of the
+vocabulary; devices exchange the three numbers of each token. The matrix is gathered once, and its
+gradient is summed over the devices once, for all tiles.
 """
 
 import functools
@@ -29,63 +30,70 @@ from geode_jax import sharding
 from geode_jax.shapes import Array
 
 TILE_BYTES = 2**28
-"""Of a tile's logits."""
+"""Size of a tile's logits."""
 
 TILE_ROWS = 512
-"""At least so many tokens in a tile, where there are so many: the matrix's gradient is read and
-written once a tile."""
+"""Fewest tokens of a tile, if there are so many: every tile reads and writes the matrix's gradient
+once."""
 
 PARTS = 8
-"""At least so many tiles where rows allow it, so that padding can be left out."""
+"""Fewest tiles, if `TILE_ROWS` allows it, so that fully masked tiles exist and are skipped."""
 
 
 class Scores(NamedTuple):
-    """Of n tokens; of logits 0 where nobody pays."""
+    """What a loss reads of the logits of n tokens; the logits of masked tokens are 0.
 
-    listed_nk: Array  # logits of the listed ids
+    Attributes:
+        listed_nk: logits of the listed ids.
+        lse_n: log-sum-exp of all logits.
+        rest_n: log-sum-exp of the logits that are not listed; -inf if all are listed. None unless
+            `token_loss` has `rest`.
+    """
+
+    listed_nk: Array
     lse_n: Array
-    rest_n: Array | None  # without the listed; -inf where they are all there are
+    rest_n: Array | None
 
 
 def token_loss(
     loss: Callable[..., Array],
-    hidden_STD: Array,
+    hidden_SLD: Array,
     matrix: Array,
-    ids_STk: Array,
-    paid_ST: Array,
-    *targets_ST: Array,
+    ids_SLk: Array,
+    mask_SL: Array,
+    *targets_SL: Array,
     tied: bool,
     rest: int | None = None,
 ) -> jax.Array:
-    """The sum, float32, of a loss over all paid tokens; see the module's docstring.
+    """Returns the sum of a loss over all unmasked tokens, float32; see the module's docstring.
 
     Args:
-        loss: `loss(scores, paid, *targets)`, the sum over n tokens, to which those that are not
-            paid add nothing.
-        hidden_STD: normed states of the T answer tokens of S scenes.
-        matrix: of the language-model head, [D, X], or the embedding [X, D] where `tied`.
-        ids_STk: int; a negative one is padding: its score is 0, whatever the state.
-        paid_ST: bool, which tokens are read at all.
-        *targets_ST: what else the loss reads, [S, T, ...]; it has no gradient in them.
+        loss: `loss(scores, mask, *targets)` returns the sum over n tokens; masked tokens must add
+            nothing.
+        hidden_SLD: normed states of the L answer tokens of S scenes.
+        matrix: matrix [D, X] of the language-model head, or the embedding [X, D] if `tied`.
+        ids_SLk: int, the listed ids of each token; a negative id is padding, with score 0.
+        mask_SL: bool, False = masked token.
+        *targets_SL: other inputs of the loss, [S, L, ...], without gradients.
         tied: see `matrix`.
-        rest: `Scores.rest_n` is of all but the ids from this one on; None: not wanted.
+        rest: `Scores.rest_n` leaves out the listed ids from this one on; None: no `rest_n`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or mesh.size == 1 or mesh.manual_axes
-    spread = _Spread() if alone else _spread(mesh, hidden_STD.shape, matrix.shape, tied)
+    spread = _Spread() if alone else _spread(mesh, hidden_SLD.shape, matrix.shape, tied)
     how = _How(loss, tied, rest, None if alone else mesh, spread)
-    return _token_loss(how, hidden_STD, matrix, ids_STk, paid_ST, targets_ST)
+    return _token_loss(how, hidden_SLD, matrix, ids_SLk, mask_SL, targets_SL)
 
 
 class _Spread(NamedTuple):
-    """Static: how scenes and vocabulary lie on a mesh."""
+    """Static: the mesh axes over which scenes and vocabulary are spread."""
 
     rows: PartitionSpec = PartitionSpec()  # of arrays [S, ...]
-    over: tuple[str, ...] = ()  # mesh axes that divide the rows
+    over: tuple[str, ...] = ()  # mesh axes over which the rows are spread
     matrix: PartitionSpec = PartitionSpec()
     gradient: PartitionSpec = PartitionSpec()  # of the matrix
     vocabulary: str | None = None  # mesh axis
-    scatter: int | None = None  # axis of the gradient that fsdp divides as it sums
+    scatter: int | None = None  # axis of the gradient that is scattered over fsdp as it is summed
 
 
 class _How(NamedTuple):
@@ -117,17 +125,17 @@ def _spread(mesh, hidden: tuple[int, ...], matrix: tuple[int, ...], tied: bool) 
     )
 
 
-# The derivative is of the whole, outside of `shard_map`, as in `ops.attention`.
+# The derivative is defined outside of `shard_map`, as in `ops.attention`.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_loss(how: _How, hidden, matrix, ids, paid, targets) -> jax.Array:
-    return _on_devices(_own_loss, how, PartitionSpec(), hidden, matrix, ids, paid, targets)
+def _token_loss(how: _How, hidden, matrix, ids, mask, targets) -> jax.Array:
+    return _on_devices(_own_loss, how, PartitionSpec(), hidden, matrix, ids, mask, targets)
 
 
-def _forward(how: _How, hidden, matrix, ids, paid, targets):
+def _forward(how: _How, hidden, matrix, ids, mask, targets):
     specs = PartitionSpec(), (how.spread.rows, how.spread.gradient)
-    value, (dx, dw) = _on_devices(_own_gradients, how, specs, hidden, matrix, ids, paid, targets)
+    value, (dx, dw) = _on_devices(_own_gradients, how, specs, hidden, matrix, ids, mask, targets)
     return value, (dx, dw.astype(matrix.dtype))
 
 
@@ -140,7 +148,7 @@ _token_loss.defvjp(_forward, _backward)
 
 
 def _on_devices(function, how: _How, out_specs, hidden, matrix, *of_tokens):
-    """`function(how, ...)` of each device's scenes."""
+    """Runs `function(how, ...)` on each device's scenes."""
     function, rows = functools.partial(function, how), how.spread.rows
     if how.mesh is not None:
         function = jax.shard_map(
@@ -153,46 +161,46 @@ def _on_devices(function, how: _How, out_specs, hidden, matrix, *of_tokens):
     return function(hidden, matrix.astype(hidden.dtype), *of_tokens)
 
 
-# --- On each device: its scenes, its part of the vocabulary ---------------------------------------
+# --- On each device: its scenes and its part of the vocabulary ------------------------------------
 
 
 class _Tiles:
-    """Tokens of [S, T, ...] in tiles, those of each scene that are paid first.
+    """Tokens [S, L, ...] in tiles of n tokens, with the unmasked tokens of each scene first.
 
-    A tile's tokens are one axis n: for the matrix's gradient, which sums over them, XLA's CPU
-    compiler would else write the slopes a second time, transposed.
+    The tokens of a tile are one axis: XLA's CPU compiler would otherwise write the gradient of the
+    logits a second time, transposed, for the matrix's gradient, which sums over tokens.
     """
 
-    def __init__(self, paid_ST: Array, vocabulary: int):
-        S, T = paid_ST.shape
+    def __init__(self, mask_SL: Array, vocabulary: int):
+        S, L = mask_SL.shape
         most = max(TILE_ROWS, TILE_BYTES // (4 * vocabulary)) // S
-        parts = max(-(-T // PARTS), -(-TILE_ROWS // S))
-        self.size = max(1, min(most, parts, T))  # of a scene's tokens
-        self.tiles = -(-T // self.size)
-        self.order_ST = jnp.argsort(~paid_ST, axis=1, stable=True)
+        parts = max(-(-L // PARTS), -(-TILE_ROWS // S))
+        self.size = max(1, min(most, parts, L))  # tokens of each scene in a tile
+        self.tiles = -(-L // self.size)
+        self.order_SL = jnp.argsort(~mask_SL, axis=1, stable=True)
 
-    def split(self, x_ST: Array) -> jax.Array:
-        """[S, T, ...] -> [tiles, n, ...]; zeros at the end."""
-        order = self.order_ST.reshape(*self.order_ST.shape, *(1,) * (x_ST.ndim - 2))
-        x = jnp.take_along_axis(x_ST, order, axis=1)
-        S, T, *rest = x.shape
-        x = jnp.pad(x, [(0, 0), (0, self.tiles * self.size - T), *((0, 0),) * len(rest)])
+    def split(self, x_SL: Array) -> jax.Array:
+        """Returns [S, L, ...] as [tiles, n, ...], with zeros at the end."""
+        order = self.order_SL.reshape(*self.order_SL.shape, *(1,) * (x_SL.ndim - 2))
+        x = jnp.take_along_axis(x_SL, order, axis=1)
+        S, L, *rest = x.shape
+        x = jnp.pad(x, [(0, 0), (0, self.tiles * self.size - L), *((0, 0),) * len(rest)])
         x = jnp.moveaxis(x.reshape(S, self.tiles, self.size, *rest), 1, 0)
         return x.reshape(self.tiles, S * self.size, *rest)
 
     def join(self, x: Array) -> jax.Array:
-        """The inverse of `split`."""
-        S, T = self.order_ST.shape
+        """Inverts `split`."""
+        S, L = self.order_SL.shape
         x = x.reshape(self.tiles, S, self.size, *x.shape[2:])
-        x = jnp.moveaxis(x, 0, 1).reshape(S, -1, *x.shape[3:])[:, :T]
-        place = jnp.argsort(self.order_ST, axis=1).reshape(S, T, *(1,) * (x.ndim - 2))
+        x = jnp.moveaxis(x, 0, 1).reshape(S, -1, *x.shape[3:])[:, :L]
+        place = jnp.argsort(self.order_SL, axis=1).reshape(S, L, *(1,) * (x.ndim - 2))
         return jnp.take_along_axis(x, place, axis=1)
 
-    def run(self, compute, carry, paid_ST: Array, *arrays):
-        """`carry, out = compute(carry, paid_n, *arrays_n)` for each tile that anybody pays.
+    def run(self, compute, carry, mask_SL: Array, *arrays):
+        """Runs `carry, out = compute(carry, mask_n, *arrays_n)` on each tile with unmasked tokens.
 
         Returns:
-            The last carry, and the results in the order of the tokens; zeros of the other tiles.
+            The last carry, and the results in the order of the tokens; zeros for skipped tiles.
         """
 
         def tile(carry, parts):
@@ -204,23 +212,23 @@ class _Tiles:
                 lambda: (carry, none),
             )
 
-        S, T = paid_ST.shape
+        S, L = mask_SL.shape
         if self.tiles == 1:  # nothing to sort
-            flat = jax.tree.map(lambda x: x.reshape(S * T, *x.shape[2:]), (paid_ST, *arrays))
+            flat = jax.tree.map(lambda x: x.reshape(S * L, *x.shape[2:]), (mask_SL, *arrays))
             carry, out = compute(carry, *flat)
-            return carry, jax.tree.map(lambda x: x.reshape(S, T, *x.shape[1:]), out)
-        carry, out = jax.lax.scan(tile, carry, jax.tree.map(self.split, (paid_ST, *arrays)))
+            return carry, jax.tree.map(lambda x: x.reshape(S, L, *x.shape[1:]), out)
+        carry, out = jax.lax.scan(tile, carry, jax.tree.map(self.split, (mask_SL, *arrays)))
         return carry, jax.tree.map(self.join, out)
 
 
 def _logits(how: _How, x_nD: Array, matrix: Array) -> jax.Array:
-    """[n, X] in float32."""
+    """Returns logits [n, X] in float32."""
     form = "nd,xd->nx" if how.tied else "nd,dx->nx"
     return jnp.einsum(form, x_nD, matrix, preferred_element_type=jnp.float32)
 
 
 def _places(how: _How, ids_nk: Array, entries: int) -> jax.Array:
-    """Where the ids stand in a device's own part of the vocabulary; `entries`: nowhere."""
+    """Returns the ids' places in this device's part of the vocabulary; `entries` if elsewhere."""
     first = 0
     if how.spread.vocabulary:
         first = jax.lax.axis_index(how.spread.vocabulary) * entries
@@ -228,16 +236,17 @@ def _places(how: _How, ids_nk: Array, entries: int) -> jax.Array:
     return jnp.where((ids_nk >= 0) & (place >= 0) & (place < entries), place, entries)
 
 
-def _without(logits: Array, place_nk: Array) -> jax.Array:
-    """The logits, -inf at the places."""
+def _without(logits: jax.Array, place_nk: Array) -> jax.Array:
+    """Returns the logits with -inf at the places."""
     return jnp.put_along_axis(logits, place_nk, -jnp.inf, -1, inplace=False, mode="drop")
 
 
-def _added(slope: Array, place_nk: Array, listed_nk: Array) -> jax.Array:
-    """Slopes [n, X] and those of the listed entries, at their places."""
-    # The first, in most losses the only one, by comparing: a scatter would be a pass of its own.
+def _added(slope: jax.Array, place_nk: jax.Array, listed_nk: Array) -> jax.Array:
+    """Adds the gradients of the listed entries to the gradient [n, X], at their places."""
+    # The first entry, in most losses the only one, is added by a comparison: a scatter would be a
+    # separate pass over the gradient.
     is_first = place_nk[:, :1] == jnp.arange(slope.shape[1])
-    slope += jnp.where(is_first, listed_nk[:, :1], 0.0)
+    slope = slope + jnp.where(is_first, listed_nk[:, :1], 0.0)
     n, k = place_nk.shape
     if k == 1:
         return slope
@@ -245,7 +254,7 @@ def _added(slope: Array, place_nk: Array, listed_nk: Array) -> jax.Array:
 
 
 def _sum_exp(how: _How, logits: Array) -> jax.Array:
-    """log sum exp [n] over the whole vocabulary; -inf where all are."""
+    """Returns log sum exp [n] over the whole vocabulary; -inf if all logits are."""
     axis = how.spread.vocabulary
     peak = jnp.max(logits, axis=-1)
     peak = jax.lax.pmax(peak, axis) if axis else peak
@@ -254,8 +263,8 @@ def _sum_exp(how: _How, logits: Array) -> jax.Array:
     return peak + jnp.log(jax.lax.psum(total, axis) if axis else total)
 
 
-def _scores(how: _How, logits: Array, place_nk: Array) -> Scores:
-    """Of the whole vocabulary."""
+def _scores(how: _How, logits: jax.Array, place_nk: Array) -> Scores:
+    """Returns the scores over the whole vocabulary."""
     entries, axis = logits.shape[-1], how.spread.vocabulary
     listed = jnp.take_along_axis(logits, jnp.minimum(place_nk, entries - 1), axis=-1)
     listed = jnp.where(place_nk < entries, listed, 0.0)
@@ -266,10 +275,13 @@ def _scores(how: _How, logits: Array, place_nk: Array) -> Scores:
     return Scores(listed, _sum_exp(how, logits), rest)
 
 
-def _slope(how: _How, logits: Array, place_nk: Array, scores: Scores, slopes: Scores) -> jax.Array:
-    """The gradient of the logits [n, X] for those of the scores."""
-    slope = slopes.lse_n[:, None] * jnp.exp(logits - scores.lse_n[:, None])
-    if how.rest is not None:
+def _slope(
+    how: _How, logits: jax.Array, place_nk: jax.Array, scores: Scores, slopes: Scores
+) -> jax.Array:
+    """Returns the gradient of the logits [n, X] from that of the scores."""
+    weights = jnp.exp(logits - scores.lse_n[:, None])
+    slope = jnp.asarray(slopes.lse_n)[:, None] * weights
+    if scores.rest_n is not None and slopes.rest_n is not None:
         some = scores.rest_n > -jnp.inf
         of_rest = jnp.where(some, slopes.rest_n, 0.0)[:, None]
         others = _without(logits, place_nk[:, how.rest :])
@@ -277,36 +289,36 @@ def _slope(how: _How, logits: Array, place_nk: Array, scores: Scores, slopes: Sc
     return _added(slope, place_nk, slopes.listed_nk)
 
 
-def _own_loss(how: _How, hidden, matrix, ids, paid, targets) -> jax.Array:
+def _own_loss(how: _How, hidden, matrix, ids, mask, targets) -> jax.Array:
     entries = matrix.shape[0 if how.tied else 1]
-    hidden = jnp.where(paid[..., None], hidden, 0)  # whatever stands there
+    hidden = jnp.where(mask[..., None], hidden, 0)  # masked states may be NaN
 
-    def compute(total, paid, x, ids, targets):
+    def compute(total, mask, x, ids, targets):
         logits, place = _logits(how, x, matrix), _places(how, ids, entries)
-        return total + how.loss(_scores(how, logits, place), paid, *targets), None
+        return total + how.loss(_scores(how, logits, place), mask, *targets), None
 
-    tiles = _Tiles(paid, entries)
-    total, _ = tiles.run(compute, jnp.zeros(()), paid, hidden, ids, targets)
+    tiles = _Tiles(mask, entries)
+    total, _ = tiles.run(compute, jnp.zeros(()), mask, hidden, ids, targets)
     return jax.lax.psum(total, how.spread.over) if how.spread.over else total
 
 
-def _own_gradients(how: _How, hidden, matrix, ids, paid, targets):
+def _own_gradients(how: _How, hidden, matrix, ids, mask, targets):
     entries = matrix.shape[0 if how.tied else 1]
     forms = ("nx,xd->nd", "nx,nd->xd") if how.tied else ("nx,dx->nd", "nx,nd->dx")
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    hidden = jnp.where(paid[..., None], hidden, 0)
+    hidden = jnp.where(mask[..., None], hidden, 0)
 
-    def compute(carry, paid, x, ids, targets):
+    def compute(carry, mask, x, ids, targets):
         total, dw = carry
         logits, place = _logits(how, x, matrix), _places(how, ids, entries)
         scores = _scores(how, logits, place)
-        value, slopes = jax.value_and_grad(how.loss)(scores, paid, *targets)
+        value, slopes = jax.value_and_grad(how.loss)(scores, mask, *targets)
         slope = _slope(how, logits, place, scores, slopes).astype(x.dtype)
         return (total + value, dw + product(forms[1], slope, x)), product(forms[0], slope, matrix)
 
     zero = jnp.zeros(()), jnp.zeros(matrix.shape, jnp.float32)
-    tiles, spread = _Tiles(paid, entries), how.spread
-    (total, dw), dx = tiles.run(compute, zero, paid, hidden, ids, targets)
+    tiles, spread = _Tiles(mask, entries), how.spread
+    (total, dw), dx = tiles.run(compute, zero, mask, hidden, ids, targets)
     if spread.vocabulary:
         dx = jax.lax.psum(dx, spread.vocabulary)
     if spread.over:

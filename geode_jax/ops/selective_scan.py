@@ -2,16 +2,15 @@
 
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t        y_t = C_t h_t + D u_t
 
-for each of E channels, which have U states each; u, delta and D are of a channel, B and C of all
-channels of a position. States are [B, U, E]: the channels, of which there are many, come last.
+for each of I channels, which have U states each. Every channel has its own u, delta and D; all
+channels of a position share B and C. States are [B, U, I], with the many channels last.
 
-Behind the one call are plain XLA, by chunks, and kernels for TPUs (`selective_scan_tpu`) and for
-Hopper GPUs (`selective_scan_gpu`), which are taken where `gpu.GPU_KERNELS` asks for them.
+`selective_scan` chooses among plain XLA by chunks, Pallas kernels for TPUs (`selective_scan_tpu`),
+and kernels for Hopper GPUs (`selective_scan_gpu`; within `gpu.use_kernels(True)` only).
 """
 
 import functools
-import importlib
-from types import ModuleType
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,158 +21,176 @@ from geode_jax import sharding
 from geode_jax.ops import gpu
 from geode_jax.shapes import Array
 
-IMPLEMENTATIONS = ("chunked", "tpu", "gpu")
+
+class _Passes(NamedTuple):
+    """A kernel and the kernel of its derivative."""
+
+    forward: Callable
+    backward: Callable
+
+
+# Imported when they are used: Pallas takes most of a second.
+
+
+def _tpu() -> _Passes:
+    from geode_jax.ops.selective_scan_tpu import backward, forward
+
+    return _Passes(forward, backward)
+
+
+def _gpu() -> _Passes:
+    from geode_jax.ops.selective_scan_gpu import backward, forward
+
+    return _Passes(forward, backward)
+
+
+_KERNELS = {"tpu": _tpu, "gpu": _gpu}
+
+IMPLEMENTATIONS = ("chunked", *_KERNELS)
 
 CHUNK = 16
-"""Positions between two states that the backward pass keeps; it computes those in between again."""
-
-
-def selective_step(
-    state_BUE: Array,
-    u_BE: Array,
-    delta_BE: Array,
-    A_EU: Array,
-    B_BU: Array,
-    C_BU: Array,
-    D_E: Array,
-    first_B: Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """One position: the next state, fp32, and y [B, E] in the dtype of u; see `selective_scan`."""
-    inputs = (x.astype(jnp.float32) for x in (u_BE, delta_BE, B_BU, C_BU))
-    state, y = _step(state_BUE, (*inputs, first_B), A_EU.T, D_E)
-    return state, y.astype(u_BE.dtype)
+"""Positions between two states that are kept for the backward pass, which recomputes the rest."""
 
 
 def selective_scan(
-    u_BLE: Array,
-    delta_BLE: Array,
-    A_EU: Array,
+    u_BLI: Array,
+    delta_BLI: Array,
+    A_IU: Array,
     B_BLU: Array,
     C_BLU: Array,
-    D_E: Array,
+    D_I: Array,
     *,
     first_BL: Array | None = None,
-    state_BUE: Array | None = None,
+    state_BUI: Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """All positions, in order; the state is fp32 whatever the dtype of the rest.
+    """Runs the recurrence over all positions; the state is always float32.
 
-    Under a mesh (`jax.set_mesh`) the kernels run on each device's rows and channels.
+    Under a mesh (`jax.set_mesh`) each device runs the kernels on its own rows and channels.
 
     Args:
-        u_BLE: input.
-        delta_BLE: step size, positive; a position of step size 0 leaves the state as it is.
-        A_EU: negative, fp32.
-        B_BLU: what the input adds to each state.
-        C_BLU: what each state adds to the output.
-        D_E: skip connection, fp32.
-        first_BL: bool, a segment begins here: it sees no state from before. None: nowhere.
-        state_BUE: state before the first position; None: zeros.
-        implementation: of `IMPLEMENTATIONS`; None: by `choose`. "tpu" runs in an interpreter
-            elsewhere; "gpu" is for Hopper, and for 4, 8 or 16 states.
+        u_BLI: input.
+        delta_BLI: step size, positive; a step size of 0 leaves the state unchanged.
+        A_IU: negative, float32.
+        B_BLU: weights of the input in each state.
+        C_BLU: weights of each state in the output.
+        D_I: weights of the skip connection, float32.
+        first_BL: bool, True at the first position of a segment, where the state before is dropped;
+            None: no segments.
+        state_BUI: state before the first position; None: zeros.
+        implementation: one of `IMPLEMENTATIONS`; None: by `choose`. Other platforms run "tpu" in
+            Pallas' interpreter. "gpu" needs a Hopper GPU, and 4, 8 or 16 states.
 
     Returns:
-        y [B, L, E] in the dtype of u, and the state after the last position.
+        y [B, L, I] in the dtype of u, and the state after the last position [B, U, I].
 
     Raises:
-        ValueError: there is no such implementation, or it does not know the number of states.
+        ValueError: the implementation does not exist or does not support the number of states.
     """
-    (B, L, E), U = u_BLE.shape, A_EU.shape[1]
-    if state_BUE is None:
-        state_BUE = jnp.zeros((B, U, E), jnp.float32)
+    (B, L, channels), U = u_BLI.shape, A_IU.shape[1]
+    if state_BUI is None:
+        state_BUI = jnp.zeros((B, U, channels), jnp.float32)
     if implementation is None:
         implementation = choose(sharding.platform(), L, U)
     if implementation not in IMPLEMENTATIONS:
         names = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"selective_scan: {implementation!r} is none of {names}")
-    if implementation == "gpu" and not _kernels("gpu").supports(U):
+    if implementation == "gpu" and not _gpu_supports(U):
         raise ValueError(f"selective_scan: no GPU kernel for {U} states")
     if implementation == "chunked":
-        return _chunked(u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, first_BL, state_BUE)
+        return _chunked(u_BLI, delta_BLI, A_IU, B_BLU, C_BLU, D_I, first_BL, state_BUI)
     first_BL = jnp.zeros((B, L)) if first_BL is None else first_BL
     first_BL = first_BL.astype(jnp.float32)
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or mesh.size == 1 or mesh.manual_axes
-    spread = None if alone else _spread(mesh, B, E)
-    arrays = u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, first_BL, state_BUE
+    spread = None if alone else _spread(mesh, B, channels)
+    arrays = u_BLI, delta_BLI, A_IU, B_BLU, C_BLU, D_I, first_BL, state_BUI
     return _by_kernels(implementation, spread, *arrays)
 
 
 def choose(platform: str, positions: int, states: int) -> str:
-    """The implementation for so many positions and states.
+    """Returns the implementation for so many positions and states.
 
-    A step of decoding is one position: a kernel has nothing to save there.
+    Decoding computes one position at a time, where a kernel has no advantage.
     """
     if positions == 1:
         return "chunked"
     if platform == "tpu":
         return "tpu"
-    wanted = gpu.kernels_wanted(platform) and _kernels("gpu").supports(states)
+    wanted = gpu.kernels_wanted(platform) and _gpu_supports(states)
     return "gpu" if wanted else "chunked"
 
 
-def _chunked(u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, first_BL, state_BUE):
-    B, L, E = u_BLE.shape
+def _gpu_supports(states: int) -> bool:
+    from geode_jax.ops.selective_scan_gpu import supports
+
+    return supports(states)
+
+
+def _chunked(u_BLI, delta_BLI, A_IU, B_BLU, C_BLU, D_I, first_BL, state_BUI):
+    B, L, channels = u_BLI.shape
     chunk = min(CHUNK, L)
     chunks = -(-L // chunk)
 
     def by_chunk(x):
-        """[B, L, ...] -> [chunks, chunk, B, ...]; zeros at the end, which leave the state."""
+        """Returns [B, L, ...] as [chunks, chunk, B, ...]; the zeros of padding leave the state."""
         x = jnp.moveaxis(x, 1, 0)
         x = jnp.pad(x, ((0, chunks * chunk - L), *((0, 0),) * (x.ndim - 1)))
         return x.reshape(chunks, chunk, *x.shape[1:])
 
-    inputs = (u_BLE, delta_BLE, B_BLU, C_BLU)
+    inputs = (u_BLI, delta_BLI, B_BLU, C_BLU)
     inputs = (*(x.astype(jnp.float32) for x in inputs), first_BL)
 
-    # One position after the other: an associative scan of each chunk, whose steps move all its
-    # states, takes several times as long on a CPU.
+    # Sequentially: an associative scan of each chunk moves all its states in every step and takes
+    # several times as long on a CPU.
     def positions(state, x):
-        return _positions(state, x, A_EU.T, D_E)
+        return _positions(state, x, A_IU.T, D_I)
 
-    state_BUE, y = jax.lax.scan(positions, state_BUE, jax.tree.map(by_chunk, inputs))
-    y_BLE = jnp.moveaxis(y.reshape(chunks * chunk, B, E)[:L], 0, 1)
-    return y_BLE.astype(u_BLE.dtype), state_BUE
+    state_BUI, y = jax.lax.scan(positions, state_BUI, jax.tree.map(by_chunk, inputs))
+    y_BLI = jnp.moveaxis(y.reshape(chunks * chunk, B, channels)[:L], 0, 1)
+    return y_BLI.astype(u_BLI.dtype), state_BUI
 
 
-# Sums are products of matrices where they can be: of the loops that elementwise products and
-# `jnp.sum` make of them, XLA's CPU compiler does the exponentials of the summands again and again,
-# in ten times the time. The derivative is written out for the same reason.
+# Sums are written as matrix products where possible: with elementwise products and `jnp.sum`, XLA's
+# CPU compiler recomputes the exponentials of the summands and takes ten times as long. The
+# derivative is written out for the same reason.
 _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def _decay_and_added(x, A_UE: Array) -> tuple[jax.Array, jax.Array]:
-    """By what a position multiplies the states [..., B, U, E], and what it adds to them."""
+def _decay_and_added(x, A_UI: Array) -> tuple[jax.Array, jax.Array]:
+    """Returns a position's factor on the states [..., B, U, I], and what it adds to them."""
     u, delta, b, _, first = x
-    decay = jnp.exp(delta[..., None, :] * A_UE)
+    decay = jnp.exp(delta[..., None, :] * A_UI)
     decay = decay if first is None else jnp.where(first[..., None, None], 0.0, decay)
     return decay, (delta * u)[..., None, :] * b[..., None]
 
 
-def _step(state_BUE: Array, x, A_UE: Array, D_E: Array) -> tuple[jax.Array, jax.Array]:
+def _step(state_BUI: jax.Array, x, A_UI: Array, D_I: Array) -> tuple[jax.Array, jax.Array]:
     u, _, _, c, _ = x
-    decay, added = _decay_and_added(x, A_UE)
-    state = decay * state_BUE + added
-    return state, _product("bu,bue->be", c, state) + D_E * u
+    decay, added = _decay_and_added(x, A_UI)
+    state = decay * state_BUI + added
+    return state, _product("bu,bui->bi", c, state) + D_I * u
 
 
 @jax.custom_vjp
-def _positions(state_BUE: Array, inputs, A_UE: Array, D_E: Array) -> tuple[jax.Array, jax.Array]:
-    """A chunk: the state after it, and y [T, B, E]; of its states the first alone is kept."""
-    return jax.lax.scan(lambda state, x: _step(state, x, A_UE, D_E), state_BUE, inputs)
+def _positions(
+    state_BUI: jax.Array, inputs, A_UI: Array, D_I: Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the state after a chunk, and its y [chunk, B, I]; keeps only the first state."""
+    return jax.lax.scan(lambda state, x: _step(state, x, A_UI, D_I), state_BUI, inputs)
 
 
-def _positions_forward(state_BUE, inputs, A_UE, D_E):
-    return _positions(state_BUE, inputs, A_UE, D_E), (state_BUE, inputs, A_UE, D_E)
+def _positions_forward(state_BUI, inputs, A_UI, D_I):
+    return _positions(state_BUI, inputs, A_UI, D_I), (state_BUI, inputs, A_UI, D_I)
 
 
 def _positions_backward(saved, slopes):
-    """The two recurrences position by position, all else of the whole chunk at once."""
-    state_BUE, inputs, A_UE, D_E = saved
+    """Runs the two recurrences position by position, the rest for the whole chunk at once."""
+    state_BUI, inputs, A_UI, D_I = saved
     u, delta, b, c, _ = inputs
     of_last, of_y = slopes
-    # What several of the following read is made once.
-    decay, added = jax.lax.optimization_barrier(_decay_and_added(inputs, A_UE))
+    # The barriers keep XLA from recomputing these values in each of their users.
+    decay, added = jax.lax.optimization_barrier(_decay_and_added(inputs, A_UI))
 
     def again(state, x):
         decay, added = x
@@ -185,17 +202,17 @@ def _positions_backward(saved, slopes):
         of_state = of_after + of_read
         return of_state * decay, of_state
 
-    _, after = jax.lax.scan(again, state_BUE, (decay, added))
-    before = jnp.concatenate([state_BUE[None], after[:-1]])
+    _, after = jax.lax.scan(again, state_BUI, (decay, added))
+    before = jnp.concatenate([state_BUI[None], after[:-1]])
     of_read = c[..., None] * of_y[..., None, :]
     of_first, of_state = jax.lax.scan(back, of_last, (decay, of_read), reverse=True)
     of_exponent = jax.lax.optimization_barrier(of_state * decay * before)
-    of_added = _product("tbue,tbu->tbe", of_state, b)
+    of_added = _product("tbui,tbu->tbi", of_state, b)
     of_inputs = (
-        of_added * delta + D_E * of_y,
-        sum(of_exponent[..., i, :] * A_UE[i] for i in range(len(A_UE))) + of_added * u,
-        _product("tbue,tbe->tbu", of_state, delta * u),
-        _product("tbue,tbe->tbu", after, of_y),
+        of_added * delta + D_I * of_y,
+        sum(of_exponent[..., i, :] * A_UI[i] for i in range(len(A_UI))) + of_added * u,
+        _product("tbui,tbi->tbu", of_state, delta * u),
+        _product("tbui,tbi->tbu", after, of_y),
         None,
     )
     of_A = jnp.sum(of_exponent * delta[..., None, :], axis=(0, 1))
@@ -209,19 +226,20 @@ _positions.defvjp(_positions_forward, _positions_backward)
 
 
 class _Spread(NamedTuple):
-    """Static: how rows and channels lie on a mesh."""
+    """Static: the mesh axes over which rows and channels are spread."""
 
     mesh: jax.sharding.AbstractMesh
     rows: tuple[str, ...] | str | None
-    inner: tuple[str, ...] | str | None
+    channels: tuple[str, ...] | str | None
 
     def specs(self, letters: str) -> tuple[PartitionSpec, ...]:
-        """Of arrays whose axes are named by words of the letters B, E, and others: whole."""
-        on = {"B": self.rows, "E": self.inner}
+        """Returns the specs of arrays; each word has a letter for each axis, of which B and I are
+        spread."""
+        on = {"B": self.rows, "I": self.channels}
         return tuple(PartitionSpec(*map(on.get, word)) for word in letters.split())
 
-    def summed(self, x: Array, over: tuple[str, ...] | str | None) -> jax.Array:
-        """Over the devices that each have a part of the sum."""
+    def summed(self, x: jax.Array, over: tuple[str, ...] | str | None) -> jax.Array:
+        """Sums over the devices of some mesh axes, each of which holds a part of the sum."""
         return x if over is None else jax.lax.psum(x, over)
 
 
@@ -231,7 +249,7 @@ def _spread(mesh, rows: int, channels: int) -> _Spread:
     return _Spread(mesh, *parts)
 
 
-# The derivative is of the whole, outside of `shard_map`, as in `ops.attention`.
+# The derivative is defined outside of `shard_map`, as in `ops.attention`.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -239,20 +257,15 @@ def _by_kernels(implementation, spread, u, delta, A, B, C, D, first, state):
     return _forward(implementation, spread, u, delta, A, B, C, D, first, state)[0]
 
 
-def _kernels(implementation: str) -> ModuleType:
-    """Imported when they are needed: Pallas takes most of a second."""
-    return importlib.import_module(f"geode_jax.ops.selective_scan_{implementation}")
-
-
 def _forward(implementation: str, spread: _Spread | None, u, delta, A, B, C, D, first, state):
-    function = _kernels(implementation).forward
+    function = _KERNELS[implementation]().forward
     if spread is not None:
         function = jax.shard_map(
             function,
             mesh=spread.mesh,
-            in_specs=spread.specs("BLE BLE EU BLU BLU E BL BUE"),
-            # What is kept of the channels has them with padding, and for TPUs as tiles.
-            out_specs=spread.specs("BLE BUE BNUE"),
+            in_specs=spread.specs("BLI BLI IU BLU BLU I BL BUI"),
+            # The kept states have padded channels, on TPUs as blocks of 128.
+            out_specs=spread.specs("BLI BUI BnUI"),
             check_vma=False,
         )
     y, last, before = function(u, delta, A, B, C, D, first, state)
@@ -261,20 +274,20 @@ def _forward(implementation: str, spread: _Spread | None, u, delta, A, B, C, D, 
 
 def _backward(implementation: str, spread: _Spread | None, saved, slopes):
     u, delta, A, B, C, D, first, before = saved
-    function = _kernels(implementation).backward
+    function = kernel = _KERNELS[implementation]().backward
     if spread is not None:
 
         def own(*arrays):
-            du, ddelta, dA, dB, dC, dD, dstate = _kernels(implementation).backward(*arrays)
+            du, ddelta, dA, dB, dC, dD, dstate = kernel(*arrays)
             dA, dD = (spread.summed(x, spread.rows) for x in (dA, dD))
-            dB, dC = (spread.summed(x, spread.inner) for x in (dB, dC))
+            dB, dC = (spread.summed(x, spread.channels) for x in (dB, dC))
             return du, ddelta, dA, dB, dC, dD, dstate
 
         function = jax.shard_map(
             own,
             mesh=spread.mesh,
-            in_specs=spread.specs("BLE BLE EU BLU BLU E BL BNUE BLE BUE"),
-            out_specs=spread.specs("BLE BLE EU BLU BLU E BUE"),
+            in_specs=spread.specs("BLI BLI IU BLU BLU I BL BnUI BLI BUI"),
+            out_specs=spread.specs("BLI BLI IU BLU BLU I BUI"),
             check_vma=False,
         )
     *gradients, dstate = function(u, delta, A, B, C, D, first, before, *slopes)

@@ -1,29 +1,29 @@
 """The selective scan as Mosaic GPU kernels for Hopper, forward and backward.
 
-A program is a warpgroup with 128 channels of a row of the batch, one of each thread, and goes over
-the chunks of positions of the row. Of each of the U states, 128 channels are one register of each
-thread, and what belongs to a position and not to a channel (B, C, whether the state before counts)
-is scalars: so threads have nothing to say to each other, but for dB and dC. Chunks come through a
-ring of buffers in shared memory, the next one while this one is computed; results go from registers
-to global memory, 512 bytes in a row. Forward keeps the state before each chunk, [chunks, U, E]
-floats; backward goes over the chunks in reverse and computes the states within a chunk again, into
-shared memory.
+A program is one warpgroup. It computes 128 channels of one row of the batch, one channel a thread,
+chunk by chunk. A state of these channels is one register of each thread; what all channels share
+(B, C, the reset at a segment's first position) is scalar. So threads exchange data only for dB and
+dC. A ring of buffers in shared memory holds the chunks, and the next chunk is copied while the
+current one is computed. Results go from registers to global memory in runs of 512 bytes. The
+forward pass keeps the state before each chunk. The backward pass visits the chunks in reverse and
+recomputes the states within a chunk into shared memory.
 
-dB and dC are sums over channels: the summands of a few positions are transposed by way of shared
-memory, so that a thread sums channels instead of holding one; XLA sums the blocks of channels.
-Everything is float32 inside. Positions, of which a chunk may have too many, and channels are padded
-with zeros: a step size of 0 leaves the state.
+dB and dC are sums over channels. The summands of a few positions are transposed through shared
+memory, so that each thread sums over channels; XLA then sums over the blocks of channels. All
+arithmetic is float32. Positions and channels are padded with zeros: a step size of 0 leaves the
+state unchanged.
 
-The arithmetic of a position is in functions of arrays (`advance`, `retreat`), which the kernels and
-the tests' simulator share; newer jax interprets all of a kernel, its copies too. Nobody has run
-these kernels on a GPU yet, and so `selective_scan` takes them only where it is told to. A GPU is
-full from 132 programs on, which a single row of 3,072 channels does not have.
+`advance` and `retreat` hold the arithmetic of one position, which the kernels and the tests'
+simulator share; newer JAX interprets whole kernels, copies included. The kernels have never run on
+a GPU, so they are off by default (`gpu.use_kernels`). A GPU needs 132 programs to be fully used; a
+single row of 3,072 channels has 24.
 
-Letters: N chunks of T positions; c channels with padding.
+Sizes beside those of `shapes`: n chunks of a row; i channels with their padding.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,26 +33,28 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from geode_jax.ops.attention_gpu import WHOLE
 from geode_jax.shapes import Array
 
-T = 16
-"""Positions of a chunk: their states, of 128 channels, are 128 of the 227 KiB of shared memory."""
+CHUNK = 16
+"""Positions of a chunk. Their states, for 128 channels and U = 16, fill 128 of the 227 KiB of
+shared memory."""
 
 CHANNELS = 128
-"""Of a program: as many as a warpgroup has threads."""
+"""Channels of a program: one for each thread of a warpgroup."""
 
 ROWS = 64
-"""Of what is summed over channels at a time, positions x states: the layout of sums has 64."""
+"""Rows (positions x states) that are summed over channels at a time: the layout of sums has 64."""
 
 PITCH = CHANNELS + 8
-"""Of these rows, in shared memory: the 4 that half a warp reads at a time are in other banks."""
+"""Distance of these rows in shared memory, in floats: the 4 rows that half a warp reads at a time
+lie in different banks."""
 
 STATES = (4, 8, 16)
-"""Those U that divide `ROWS` into positions that divide `T`."""
+"""Supported U: `ROWS` / U positions must divide `CHUNK`."""
 
 STAGES = 2
-"""Chunks that are in shared memory at a time."""
+"""Chunks in shared memory at a time."""
 
 UNROLL = 2
-"""Positions between two jumps: what the second reads is on its way while the first is computed."""
+"""Positions of an iteration: the second position's loads overlap the first one's arithmetic."""
 
 LN_2 = math.log(2)
 
@@ -61,14 +63,14 @@ LN_2 = math.log(2)
 
 
 def advance(before: Sequence, rates: Sequence, step, added, reset, b: Sequence) -> list:
-    """The states after a position.
+    """Returns the states after a position.
 
     Args:
-        before: [channels] of each state.
-        rates: like them, of the exponent base 2.
-        step, added: [channels] step size, and input times step size.
-        reset: scalar, -inf where the states before do not count, else 0.
-        b: scalars, of each state.
+        before: U arrays [channels], the states before the position.
+        rates: U arrays [channels], the columns of A / ln 2.
+        step, added: [channels], the step size, and the input times the step size.
+        reset: scalar, -inf at the first position of a segment, else 0.
+        b: U scalars.
     """
     return [
         jnp.exp2(step * rate + reset) * h + of * added
@@ -77,25 +79,26 @@ def advance(before: Sequence, rates: Sequence, step, added, reset, b: Sequence) 
 
 
 def read(states: Sequence, c: Sequence, skipped):
-    """y of a position, [channels]: what passes by the states, and what they give."""
+    """Returns y of a position, [channels]: the skipped input plus what the states contribute."""
     for h, of in zip(states, c, strict=True):
         skipped += of * h
     return skipped
 
 
 def retreat(after: Sequence, before: Sequence, rates: Sequence, step, u, dy, reset, b, c, D):
-    """The gradients of a position, whose later ones are known.
+    """Returns the gradients of a position from those of the positions after it.
 
     Args:
-        after: [channels] of each state, the gradient of the state after the position, but for what
-            this position's y reads of it.
+        after: U arrays [channels], the gradients of the states after the position, without the
+            part that comes through this position's y.
         before: the states before the position.
+        rates, step, reset, b: as in `advance`.
         u, dy, D: [channels].
-        others: as of `advance` and `read`.
+        c: U scalars.
 
     Returns:
-        Gradients of the states before the position, of u, of the step size, what is added to that
-        of each of A's columns, and for each state the summands of b's.
+        Gradients of the states before the position, of u and of the step size; for each state what
+        the position adds to the gradient of A's column, and the summands [channels] of b's.
     """
     of_before, of_rates, of_b = [], [], []
     of_added, of_exponent = jnp.zeros_like(u), jnp.zeros_like(u)
@@ -117,42 +120,42 @@ def retreat(after: Sequence, before: Sequence, rates: Sequence, step, u, dy, res
 
 
 def supports(states: int) -> bool:
-    """Whether the kernels know this number of states."""
+    """Returns whether the kernels support this number of states."""
     return states in STATES
 
 
 class _Sizes:
-    """Of arrays and blocks; see `forward` for the arguments."""
+    """Sizes of the arrays and blocks; the arguments are those of `forward`."""
 
-    def __init__(self, u_BLE: Array, A_EU: Array):
-        self.B, self.L, self.E = u_BLE.shape
-        self.U = A_EU.shape[1]
-        self.N = -(-self.L // T)
-        self.blocks = -(-self.E // CHANNELS)
-        self.c = self.blocks * CHANNELS
-        self.scalars = -(-(2 * self.U + 1) // 4) * 4  # copies are of whole 16 bytes
+    def __init__(self, u_BLI: Array, A_IU: Array):
+        self.B, self.L, self.I = u_BLI.shape
+        self.U = A_IU.shape[1]
+        self.chunks = -(-self.L // CHUNK)
+        self.blocks = -(-self.I // CHANNELS)
+        self.padded = self.blocks * CHANNELS
+        self.scalars = -(-(2 * self.U + 1) // 4) * 4  # a copy moves multiples of 16 bytes
 
     def channels(self, x: Array) -> jax.Array:
-        """[..., E] -> [..., c], float32."""
+        """Returns [..., I] as float32 [..., i], padded."""
         x = x.astype(jnp.float32)
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.c - self.E)])
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.padded - self.I)])
 
     def positions(self, x: Array) -> jax.Array:
-        """[B, L, X] -> [B * N * T, X]."""
-        x = jnp.pad(x, [(0, 0), (0, self.N * T - self.L), (0, 0)])
+        """Returns [B, L, width] as [B * n * CHUNK, width], padded."""
+        x = jnp.pad(x, [(0, 0), (0, self.chunks * CHUNK - self.L), (0, 0)])
         return x.reshape(-1, x.shape[-1])
 
-    def back(self, x: Array) -> jax.Array:
-        """[B * N * T, c] -> [B, L, E]."""
-        return x.reshape(self.B, self.N * T, -1)[:, : self.L, : self.E]
+    def back(self, x: jax.Array) -> jax.Array:
+        """Returns [B * n * CHUNK, i] as [B, L, I]."""
+        return x.reshape(self.B, self.chunks * CHUNK, -1)[:, : self.L, : self.I]
 
     def summed(self, x: Array) -> jax.Array:
-        """[B, blocks, N * T * U / 64, 64] -> [B, L, U]."""
-        x = x.reshape(self.B, self.blocks, self.N * T, self.U)
+        """Sums [B, blocks, n * CHUNK * U / 64, 64] over blocks to [B, L, U]."""
+        x = x.reshape(self.B, self.blocks, self.chunks * CHUNK, self.U)
         return jnp.sum(x, axis=1)[:, : self.L]
 
     def inputs(self, u, delta, A, B, C, D, first) -> list[jax.Array]:
-        """What both kernels read."""
+        """Returns the inputs of both kernels."""
         reset = jnp.where(first > 0, -jnp.inf, 0.0)[..., None]
         scalars = jnp.concatenate([x.astype(jnp.float32) for x in (B, C, reset)], axis=-1)
         pad = [(0, 0), (0, 0), (0, self.scalars - scalars.shape[-1])]
@@ -165,7 +168,7 @@ class _Sizes:
         ]
 
     def kernel(self, body, name: str, shapes: list[tuple[int, ...]], scratch: Sequence = ()):
-        """A kernel with one warpgroup, on a grid (blocks of channels, B)."""
+        """Builds a kernel of one warpgroup on a grid (blocks of channels, B)."""
         return plgpu.kernel(
             body,
             out_type=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
@@ -175,15 +178,15 @@ class _Sizes:
             kernel_name=name,
             compiler_params=plgpu.CompilerParams(
                 approx_math=True,
-                # Of shared memory a thread reads what it wrote itself; elsewhere, `commit_smem`.
+                # A thread reads only what it wrote to shared memory, or calls `commit_smem`.
                 unsafe_no_auto_barriers=True,
                 lowering_semantics=plgpu.LoweringSemantics.Lane,
             ),
         )
 
 
-def _place() -> tuple[jax.Array, jax.Array, pl.Slice]:
-    """This program's row of the batch, block of channels, and these channels."""
+def _place() -> tuple[jax.Array, jax.Array, Any]:
+    """Returns this program's row of the batch, its block of channels, and the block's slice."""
     batch, block = (jax.lax.axis_index(name) for name in ("batch", "block"))
     return batch, block, pl.ds(block * CHANNELS, CHANNELS)
 
@@ -192,7 +195,7 @@ _THREADS = plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=1)
 
 
 def _load(ref, *index) -> jax.Array:
-    """[channels], one of each thread."""
+    """Loads [channels], one channel a thread."""
     return plgpu.load(ref.at[index], *WHOLE, layout=_THREADS)
 
 
@@ -201,18 +204,23 @@ def _zero() -> jax.Array:
 
 
 def _scalars(ref, t, U: int) -> tuple[list, list, jax.Array]:
-    """b, c and reset of position t of a chunk."""
+    """Returns b, c and reset of position t of a chunk."""
     values = [ref[t, i] for i in range(2 * U + 1)]
     return values[:U], values[U : 2 * U], values[2 * U]
 
 
 def _over_chunks(p: _Sizes, body, order, carry, scalars, *arrays):
-    """Calls body(n, arrays' chunk n [T, 128] each, that of scalars, carry) for each chunk.
+    """Calls body(n, chunk n [CHUNK, 128] of each array, that of scalars, carry) for each chunk n.
 
     Args:
+        p: sizes.
+        body: the work on a chunk; returns the next carry.
         order: step -> n.
-        carry: before the first step; the one after the last is returned.
-        scalars, arrays: [B * N * T, ...] in global memory.
+        carry: value before the first step.
+        scalars, arrays: [B * n * CHUNK, ...] in global memory.
+
+    Returns:
+        The carry after the last step.
     """
     batch, block, _ = _place()
 
@@ -222,11 +230,11 @@ def _over_chunks(p: _Sizes, body, order, carry, scalars, *arrays):
         return carry
 
     def spec(width, column):
-        return plgpu.BlockSpec((T, width), lambda i: (batch * p.N + order(i), column))
+        return plgpu.BlockSpec((CHUNK, width), lambda i: (batch * p.chunks + order(i), column))
 
     return plgpu.emit_pipeline(
         step,
-        grid=(p.N,),
+        grid=(p.chunks,),
         in_specs=[spec(p.scalars, 0), *(spec(CHANNELS, block) for _ in arrays)],
         max_concurrent_steps=STAGES,
         init_carry=carry,
@@ -237,23 +245,23 @@ def _over_chunks(p: _Sizes, body, order, carry, scalars, *arrays):
 
 
 def forward(
-    u_BLE: Array,
-    delta_BLE: Array,
-    A_EU: Array,
+    u_BLI: Array,
+    delta_BLI: Array,
+    A_IU: Array,
     B_BLU: Array,
     C_BLU: Array,
-    D_E: Array,
+    D_I: Array,
     first_BL: Array,
-    state_BUE: Array,
+    state_BUI: Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """y [B, L, E], the state after the last position, and those before each chunk [B, N, U, c].
+    """Returns y [B, L, I], the last state [B, U, I], and the states before each chunk [B, n, U, i].
 
     Args:
-        u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, state_BUE: as of `selective_scan`; U of `STATES`.
+        u_BLI, delta_BLI, A_IU, B_BLU, C_BLU, D_I, state_BUI: as in `selective_scan`; U in `STATES`.
         first_BL: 1 where a segment begins, else 0.
     """
-    p = _Sizes(u_BLE, A_EU)
-    N, U = p.N, p.U
+    p = _Sizes(u_BLI, A_IU)
+    chunks, U = p.chunks, p.U
 
     def kernel(u, delta, scalars, A, D, first, y, last, before):
         batch, _, mine = _place()
@@ -267,48 +275,49 @@ def forward(
                 b, c, reset = _scalars(scalars, t, U)
                 step, own = _load(delta, t), _load(u, t)
                 states = advance(states, rates, step, step * own, reset, b)
-                y[(batch * N + n) * T + t, mine] = read(states, c, skip * own)
+                y[(batch * chunks + n) * CHUNK + t, mine] = read(states, c, skip * own)
                 return states
 
-            return jax.lax.fori_loop(0, T, position, states, unroll=UNROLL)
+            return jax.lax.fori_loop(0, CHUNK, position, states, unroll=UNROLL)
 
         states = [_load(first, batch, i, mine) for i in range(U)]
         states = _over_chunks(p, chunk, lambda n: n, states, scalars, u, delta)
         for i, h in enumerate(states):
             last[batch, i, mine] = h
 
-    state = (p.B, U, p.c)
-    shapes = [(p.B * N * T, p.c), state, (p.B, N, U, p.c)]
-    inputs = p.inputs(u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, first_BL)
+    state = (p.B, U, p.padded)
+    shapes = [(p.B * chunks * CHUNK, p.padded), state, (p.B, chunks, U, p.padded)]
+    inputs = p.inputs(u_BLI, delta_BLI, A_IU, B_BLU, C_BLU, D_I, first_BL)
     y, last, before = p.kernel(kernel, "selective_scan_forward", shapes)(
-        *inputs, p.channels(state_BUE)
+        *inputs, p.channels(state_BUI)
     )
-    return p.back(y).astype(u_BLE.dtype), last[..., : p.E], before
+    return p.back(y).astype(u_BLI.dtype), last[..., : p.I], before
 
 
 # --- Backward -------------------------------------------------------------------------------------
 
 
 def backward(
-    u_BLE: Array,
-    delta_BLE: Array,
-    A_EU: Array,
+    u_BLI: Array,
+    delta_BLI: Array,
+    A_IU: Array,
     B_BLU: Array,
     C_BLU: Array,
-    D_E: Array,
+    D_I: Array,
     first_BL: Array,
     before: Array,
-    dy_BLE: Array,
-    dlast_BUE: Array,
+    dy_BLI: Array,
+    dlast_BUI: Array,
 ) -> tuple[jax.Array, ...]:
-    """The gradients of u, delta, A, B, C, D and the first state, float32.
+    """Returns the gradients of u, delta, A, B, C, D and the first state, float32.
 
     Args:
-        before: the states before each chunk, of `forward`.
-        dy_BLE, dlast_BUE: of y, and of the state after the last position.
+        u_BLI, delta_BLI, A_IU, B_BLU, C_BLU, D_I, first_BL: as in `forward`.
+        before: the states before each chunk, from `forward`.
+        dy_BLI, dlast_BUI: cotangents of y and of the last state.
     """
-    p = _Sizes(u_BLE, A_EU)
-    N, U = p.N, p.U
+    p = _Sizes(u_BLI, A_IU)
+    chunks, U = p.chunks, p.U
     group = ROWS // U  # positions that are summed over channels at a time
 
     def kernel(
@@ -318,17 +327,21 @@ def backward(
         rates, skip = [_load(A, i, mine) for i in range(U)], _load(D, mine)
 
         def groups(n, position, sums, carry, reverse: bool):
-            """Calls position(t, put, carry) for each, and sums what is put in the place of state i.
+            """Calls position(t, put, carry) for each t; sums what `put(i, x)` gets over channels.
 
             Args:
-                n: chunk.
-                sums: of dB or dC, in global memory.
-                carry: before the first call; the one after the last is returned.
-                reverse: the last position comes first.
+                n: the chunk.
+                position: the work on a position; returns the next carry.
+                sums: the sums of dB or dC, in global memory.
+                carry: value before the first call.
+                reverse: visit the last position first.
+
+            Returns:
+                The carry after the last call.
             """
 
             def whole(k, carry):
-                g = T // group - 1 - k if reverse else k
+                g = CHUNK // group - 1 - k if reverse else k
 
                 def one(k, carry):
                     at = group - 1 - k if reverse else k
@@ -339,14 +352,14 @@ def backward(
                     return position(g * group + at, put, carry)
 
                 carry = jax.lax.fori_loop(0, group, one, carry, unroll=UNROLL)
-                plgpu.commit_smem()  # all threads have put their channels
+                plgpu.commit_smem()  # all threads have written their channels
                 x = rows.at[:, pl.ds(0, CHANNELS)]
                 x = plgpu.load(x, *WHOLE, layout=plgpu.Layout.WGMMA, optimized=False)
-                sums[batch, block, n * (T // group) + g] = jnp.sum(x, axis=1)
-                plgpu.commit_smem()  # and have read what they put next over
+                sums[batch, block, n * (CHUNK // group) + g] = jnp.sum(x, axis=1)
+                plgpu.commit_smem()  # and have read what the next group overwrites
                 return carry
 
-            return jax.lax.fori_loop(0, T // group, whole, carry)
+            return jax.lax.fori_loop(0, CHUNK // group, whole, carry)
 
         def chunk(n, u, delta, dy, scalars, carry):
             def again(t, put, states):
@@ -369,7 +382,7 @@ def backward(
                 )
                 for i, x in enumerate(of_b):
                     put(i, x)
-                at = (batch * N + n) * T + t
+                at = (batch * chunks + n) * CHUNK + t
                 du[at, mine], ddelta[at, mine] = of_u, of_step
                 of_A = [a + x for a, x in zip(of_A, of_rates, strict=True)]
                 return slopes, of_A, of_D + g * own
@@ -381,29 +394,29 @@ def backward(
         slopes = [_load(dlast, batch, i, mine) for i in range(U)]
         carry = slopes, [_zero() for _ in range(U)], _zero()
         slopes, of_A, of_D = _over_chunks(
-            p, chunk, lambda i: N - 1 - i, carry, scalars, u, delta, dy
+            p, chunk, lambda i: chunks - 1 - i, carry, scalars, u, delta, dy
         )
         for i in range(U):
             dfirst[batch, i, mine], dA[batch, i, mine] = slopes[i], of_A[i]
         dD[batch, mine] = of_D
 
-    of_channel, state = (p.B * N * T, p.c), (p.B, U, p.c)
-    of_sums = (p.B, p.blocks, N * T // group, ROWS)
+    of_channel, state = (p.B * chunks * CHUNK, p.padded), (p.B, U, p.padded)
+    of_sums = (p.B, p.blocks, chunks * CHUNK // group, ROWS)
     du, ddelta, dB, dC, dA, dD, dfirst = p.kernel(
         kernel,
         "selective_scan_backward",
-        [of_channel, of_channel, of_sums, of_sums, state, (p.B, p.c), state],
+        [of_channel, of_channel, of_sums, of_sums, state, (p.B, p.padded), state],
         [
-            plgpu.SMEM((T, U, CHANNELS), jnp.float32),
+            plgpu.SMEM((CHUNK, U, CHANNELS), jnp.float32),
             plgpu.SMEM((ROWS, PITCH), jnp.float32),
         ],
     )(
-        *p.inputs(u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, first_BL),
+        *p.inputs(u_BLI, delta_BLI, A_IU, B_BLU, C_BLU, D_I, first_BL),
         before,
-        p.positions(p.channels(dy_BLE)),
-        p.channels(dlast_BUE),
+        p.positions(p.channels(dy_BLI)),
+        p.channels(dlast_BUI),
     )
-    dA, dD = (jnp.sum(x, axis=0)[..., : p.E] for x in (dA, dD))
+    dA, dD = (jnp.sum(x, axis=0)[..., : p.I] for x in (dA, dD))
     return (
-        p.back(du), p.back(ddelta), dA.T, p.summed(dB), p.summed(dC), dD, dfirst[..., : p.E],
+        p.back(du), p.back(ddelta), dA.T, p.summed(dB), p.summed(dC), dD, dfirst[..., : p.I],
     )  # fmt: skip

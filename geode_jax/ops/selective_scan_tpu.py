@@ -1,16 +1,16 @@
 """The selective scan as Pallas kernels for TPUs, forward and backward.
 
-A visit is a chunk of positions of 1,024 channels of a row; the chunks of a row follow each other,
-and the state stays in vector memory between them. Of each of the U states, 1,024 channels are one
-vector register [8, 128], and what belongs to a position and not to a channel (B, C, whether the
-state before counts) is scalars: so nothing is ever moved between lanes. Forward keeps the state
-before each chunk, [chunks, U, E] floats; backward computes those within a chunk again.
+A grid step computes one chunk of positions for 1,024 channels of one row. The chunks of a row
+follow each other, and the state stays in vector memory between them. A state of 1,024 channels is
+one vector register [8, 128], and what all channels share (B, C, the reset at a segment's first
+position) is scalar, so nothing moves between lanes. The forward pass keeps the state before each
+chunk; the backward pass recomputes the states within a chunk.
 
-dB and dC are sums over channels: a visit adds sublanes, and XLA the 128 lanes and the visits.
-Everything is float32 inside. Positions, of which a chunk may have too many, and channels are padded
-with zeros: a step size of 0 leaves the state.
+dB and dC are sums over channels: a grid step sums over sublanes, and XLA over the 128 lanes and the
+grid steps. All arithmetic is float32. Positions and channels are padded with zeros: a step size of
+0 leaves the state unchanged.
 
-Letters: N chunks of T positions; c channels / 128.
+Sizes beside those of `shapes`: n chunks of a row; i blocks of 128 channels.
 """
 
 import math
@@ -24,82 +24,84 @@ from geode_jax.shapes import Array
 from geode_jax.sharding import platform
 
 POSITIONS = 64
-"""T, at most; a multiple of 8."""
+"""Most positions of a chunk; a multiple of 8."""
 
 LANES, SUBLANES = 128, 8
 
 VMEM_BYTES = 32 * 2**20
-"""What a kernel may take; the states of a chunk are 4 MiB."""
+"""Vector memory that a kernel may use; the states of a chunk take 4 MiB."""
 
 
 class _Sizes:
-    """Of arrays and blocks; see `forward` for the arguments."""
+    """Sizes of the arrays and blocks; the arguments are those of `forward`."""
 
-    def __init__(self, u_BLE: Array, A_EU: Array):
-        self.B, self.L, self.E = u_BLE.shape
-        self.U = A_EU.shape[1]
-        self.T = min(POSITIONS, -(-self.L // SUBLANES) * SUBLANES)
-        self.N = -(-self.L // self.T)
-        tiles = -(-self.E // LANES)
-        self.s = min(SUBLANES, tiles)
-        self.blocks = -(-tiles // self.s)
-        self.c = self.blocks * self.s
+    def __init__(self, u_BLI: Array, A_IU: Array):
+        self.B, self.L, self.I = u_BLI.shape
+        self.U = A_IU.shape[1]
+        self.chunk = min(POSITIONS, -(-self.L // SUBLANES) * SUBLANES)
+        self.chunks = -(-self.L // self.chunk)
+        tiles = -(-self.I // LANES)
+        self.sublanes = min(SUBLANES, tiles)
+        self.blocks = -(-tiles // self.sublanes)
+        self.tiles = self.blocks * self.sublanes
 
     def channels(self, x: Array) -> jax.Array:
-        """[..., E] -> [..., c, 128], float32."""
+        """Returns [..., I] as float32 [..., i, 128], padded."""
         x = x.astype(jnp.float32)
-        pad = [(0, 0)] * (x.ndim - 1) + [(0, self.c * LANES - self.E)]
-        return jnp.pad(x, pad).reshape(*x.shape[:-1], self.c, LANES)
+        pad = [(0, 0)] * (x.ndim - 1) + [(0, self.tiles * LANES - self.I)]
+        return jnp.pad(x, pad).reshape(*x.shape[:-1], self.tiles, LANES)
 
     def positions(self, x: Array) -> jax.Array:
-        """[B, L, ...] -> [B, N * T, ...]."""
-        return jnp.pad(x, [(0, 0), (0, self.N * self.T - self.L)] + [(0, 0)] * (x.ndim - 2))
+        """Pads [B, L, ...] to whole chunks."""
+        return jnp.pad(
+            x, [(0, 0), (0, self.chunks * self.chunk - self.L)] + [(0, 0)] * (x.ndim - 2)
+        )
 
-    def back(self, x: Array) -> jax.Array:
-        """[..., c, 128] -> [..., E]."""
-        return x.reshape(*x.shape[:-2], -1)[..., : self.E]
+    def back(self, x: jax.Array) -> jax.Array:
+        """Returns [..., i, 128] as [..., I]."""
+        return x.reshape(*x.shape[:-2], -1)[..., : self.I]
 
     def specs(self, reverse: bool) -> dict[str, pl.BlockSpec]:
-        """Where a visit (row b, block of channels e, chunk n) finds its blocks, by kind."""
+        """Returns the blocks of a grid step (row b, channel block i, chunk n), by kind of array."""
 
         def chunk(n):
-            return self.N - 1 - n if reverse else n
+            return self.chunks - 1 - n if reverse else n
 
-        U, T, s = self.U, self.T, self.s
+        U, T, s = self.U, self.chunk, self.sublanes
         return {
-            "channel": pl.BlockSpec((None, T, s, LANES), lambda b, e, n: (b, chunk(n), e, 0)),
+            "channel": pl.BlockSpec((None, T, s, LANES), lambda b, i, n: (b, chunk(n), i, 0)),
             "position": pl.BlockSpec(
-                (None, T, 2 * U + 1), lambda b, e, n: (b, chunk(n), 0), memory_space=pltpu.SMEM
+                (None, T, 2 * U + 1), lambda b, i, n: (b, chunk(n), 0), memory_space=pltpu.SMEM
             ),
-            "decay": pl.BlockSpec((U, s, LANES), lambda b, e, n: (0, e, 0)),
-            "skip": pl.BlockSpec((s, LANES), lambda b, e, n: (e, 0)),
-            "state": pl.BlockSpec((None, U, s, LANES), lambda b, e, n: (b, 0, e, 0)),
+            "decay": pl.BlockSpec((U, s, LANES), lambda b, i, n: (0, i, 0)),
+            "skip": pl.BlockSpec((s, LANES), lambda b, i, n: (i, 0)),
+            "state": pl.BlockSpec((None, U, s, LANES), lambda b, i, n: (b, 0, i, 0)),
             "states": pl.BlockSpec(
-                (None, None, U, s, LANES), lambda b, e, n: (b, chunk(n), 0, e, 0)
+                (None, None, U, s, LANES), lambda b, i, n: (b, chunk(n), 0, i, 0)
             ),
             "lanes": pl.BlockSpec(
-                (None, None, T, U, LANES), lambda b, e, n: (b, e, chunk(n), 0, 0)
+                (None, None, T, U, LANES), lambda b, i, n: (b, i, chunk(n), 0, 0)
             ),
-            "of skip": pl.BlockSpec((None, s, LANES), lambda b, e, n: (b, e, 0)),
+            "of skip": pl.BlockSpec((None, s, LANES), lambda b, i, n: (b, i, 0)),
         }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the results, by kind."""
-        B, N, T, U, c = self.B, self.N, self.T, self.U, self.c
+        """Returns the shapes of results, by kind of array."""
+        B, U, positions, tiles = self.B, self.U, self.chunks * self.chunk, self.tiles
         return {
-            "channel": (B, N * T, c, LANES),
-            "state": (B, U, c, LANES),
-            "states": (B, N, U, c, LANES),
-            "lanes": (B, self.blocks, N * T, U, LANES),
-            "of skip": (B, c, LANES),
+            "channel": (B, positions, tiles, LANES),
+            "state": (B, U, tiles, LANES),
+            "states": (B, self.chunks, U, tiles, LANES),
+            "lanes": (B, self.blocks, positions, U, LANES),
+            "of skip": (B, tiles, LANES),
         }
 
     def call(self, name, kernel, inputs, outputs, scratch, reverse=False):
-        """Runs a kernel; `inputs` are (kind, array), `outputs` kinds."""
+        """Runs a kernel; `inputs` are pairs (kind, array), `outputs` are kinds."""
         specs, shapes = self.specs(reverse), self.shapes()
         return pl.pallas_call(
             kernel,
-            grid=(self.B, self.blocks, self.N),
+            grid=(self.B, self.blocks, self.chunks),
             in_specs=[specs[kind] for kind, _ in inputs],
             out_specs=[specs[kind] for kind in outputs],
             out_shape=[jax.ShapeDtypeStruct(shapes[kind], jnp.float32) for kind in outputs],
@@ -109,14 +111,14 @@ class _Sizes:
                 vmem_limit_bytes=VMEM_BYTES,
             ),
             cost_estimate=self._cost([x for _, x in inputs], [shapes[kind] for kind in outputs]),
-            interpret=platform() != "tpu",  # in Pallas' interpreter, for tests
+            interpret=platform() != "tpu",  # Pallas' interpreter, for tests
             name=name,
         )(*(x for _, x in inputs))
 
     def _cost(self, inputs: list[Array], outputs: list[tuple[int, ...]]) -> pl.CostEstimate:
-        steps = self.B * self.L * self.E * self.U
+        steps = self.B * self.L * self.I * self.U
         numbers = sum(x.size for x in inputs) + sum(math.prod(shape) for shape in outputs)
-        # A step of a state: decay, what is added, what is read.
+        # Of each state and position: its decay, what is added to it, and its part of y.
         return pl.CostEstimate(flops=6 * steps, transcendentals=steps, bytes_accessed=4 * numbers)
 
 
@@ -124,34 +126,36 @@ class _Sizes:
 
 
 def forward(
-    u_BLE: Array,
-    delta_BLE: Array,
-    A_EU: Array,
+    u_BLI: Array,
+    delta_BLI: Array,
+    A_IU: Array,
     B_BLU: Array,
     C_BLU: Array,
-    D_E: Array,
+    D_I: Array,
     first_BL: Array,
-    state_BUE: Array,
+    state_BUI: Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """y [B, L, E], the state after the last position, and the states before each chunk.
+    """Returns y [B, L, I], the last state [B, U, I], and the states before each chunk.
+
+    The states before each chunk are [B, n, U, i, 128].
 
     Args:
-        u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, state_BUE: as of `selective_scan`.
+        u_BLI, delta_BLI, A_IU, B_BLU, C_BLU, D_I, state_BUI: as in `selective_scan`.
         first_BL: 1 where a segment begins, else 0.
     """
-    p = _Sizes(u_BLE, A_EU)
+    p = _Sizes(u_BLI, A_IU)
     y, last, before = p.call(
         "selective_scan_forward",
         _forward_kernel,
-        [*_inputs(p, u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, first_BL), _state(p, state_BUE)],
+        [*_inputs(p, u_BLI, delta_BLI, A_IU, B_BLU, C_BLU, D_I, first_BL), _state(p, state_BUI)],
         ["channel", "state", "states"],
-        [pltpu.VMEM((p.U, p.s, LANES), jnp.float32)],
+        [pltpu.VMEM((p.U, p.sublanes, LANES), jnp.float32)],
     )
-    return p.back(y[:, : p.L]).astype(u_BLE.dtype), p.back(last), before
+    return p.back(y[:, : p.L]).astype(u_BLI.dtype), p.back(last), before
 
 
 def _inputs(p: _Sizes, u, delta, A, B, C, D, first) -> list[tuple[str, jax.Array]]:
-    """What both kernels read, by kind."""
+    """Returns the inputs of both kernels as pairs (kind, array)."""
     scalars = jnp.concatenate([x.astype(jnp.float32) for x in (B, C, first[..., None])], axis=-1)
     return [
         ("channel", p.positions(p.channels(u))),
@@ -162,8 +166,17 @@ def _inputs(p: _Sizes, u, delta, A, B, C, D, first) -> list[tuple[str, jax.Array
     ]
 
 
-def _state(p: _Sizes, state_BUE: Array) -> tuple[str, jax.Array]:
-    return "state", p.channels(state_BUE)
+def _state(p: _Sizes, state_BUI: Array) -> tuple[str, jax.Array]:
+    return "state", p.channels(state_BUI)
+
+
+def _advance(states, rates, scalars, t, step, added) -> list:
+    """Returns the states after position t, see the equation of `selective_scan`."""
+    keep = 1.0 - scalars[t, 2 * len(rates)]
+    return [
+        keep * jnp.exp(step * rate) * h + scalars[t, i] * added
+        for i, (rate, h) in enumerate(zip(rates, states, strict=True))
+    ]
 
 
 def _forward_kernel(u, delta, scalars, A, D, first, y, last, before, state):
@@ -178,11 +191,8 @@ def _forward_kernel(u, delta, scalars, A, D, first, y, last, before, state):
 
     def position(t, states):
         step, own = delta[t], u[t]
-        added, out = step * own, D[...] * own
-        states = [
-            (1.0 - scalars[t, 2 * U]) * jnp.exp(step * rate) * h + scalars[t, i] * added
-            for i, (rate, h) in enumerate(zip(rates, states, strict=True))
-        ]
+        out = D[...] * own
+        states = _advance(states, rates, scalars, t, step, step * own)
         for i, h in enumerate(states):
             out += scalars[t, U + i] * h
         y[t] = out
@@ -201,36 +211,37 @@ def _forward_kernel(u, delta, scalars, A, D, first, y, last, before, state):
 
 
 def backward(
-    u_BLE: Array,
-    delta_BLE: Array,
-    A_EU: Array,
+    u_BLI: Array,
+    delta_BLI: Array,
+    A_IU: Array,
     B_BLU: Array,
     C_BLU: Array,
-    D_E: Array,
+    D_I: Array,
     first_BL: Array,
     before: Array,
-    dy_BLE: Array,
-    dlast_BUE: Array,
+    dy_BLI: Array,
+    dlast_BUI: Array,
 ) -> tuple[jax.Array, ...]:
-    """The gradients of u, delta, A, B, C, D and the first state, float32.
+    """Returns the gradients of u, delta, A, B, C, D and the first state, float32.
 
     Args:
-        before: the states before each chunk, of `forward`.
-        dy_BLE, dlast_BUE: of y, and of the state after the last position.
+        u_BLI, delta_BLI, A_IU, B_BLU, C_BLU, D_I, first_BL: as in `forward`.
+        before: the states before each chunk, from `forward`.
+        dy_BLI, dlast_BUI: cotangents of y and of the last state.
     """
-    p = _Sizes(u_BLE, A_EU)
-    of_state = pltpu.VMEM((p.U, p.s, LANES), jnp.float32)
+    p = _Sizes(u_BLI, A_IU)
+    of_state = pltpu.VMEM((p.U, p.sublanes, LANES), jnp.float32)
     du, ddelta, dB, dC, dA, dD, dfirst = p.call(
         "selective_scan_backward",
         _backward_kernel,
         [
-            *_inputs(p, u_BLE, delta_BLE, A_EU, B_BLU, C_BLU, D_E, first_BL),
+            *_inputs(p, u_BLI, delta_BLI, A_IU, B_BLU, C_BLU, D_I, first_BL),
             ("states", before),
-            ("channel", p.positions(p.channels(dy_BLE))),
-            _state(p, dlast_BUE),
+            ("channel", p.positions(p.channels(dy_BLI))),
+            _state(p, dlast_BUI),
         ],
         ["channel", "channel", "lanes", "lanes", "state", "of skip", "state"],
-        [of_state, pltpu.VMEM((p.T, p.U, p.s, LANES), jnp.float32)],
+        [of_state, pltpu.VMEM((p.chunk, p.U, p.sublanes, LANES), jnp.float32)],
         reverse=True,
     )
     du, ddelta = (p.back(x[:, : p.L]) for x in (du, ddelta))
@@ -253,13 +264,9 @@ def _backward_kernel(
 
     def again(t, own):
         """Keeps the state before each position."""
-        added = delta[t] * u[t]
         for i in range(U):
             states[t, i] = own[i]
-        return [
-            (1.0 - scalars[t, 2 * U]) * jnp.exp(delta[t] * rate) * h + scalars[t, i] * added
-            for i, (rate, h) in enumerate(zip(rates, own, strict=True))
-        ]
+        return _advance(own, rates, scalars, t, delta[t], delta[t] * u[t])
 
     after = jax.lax.fori_loop(0, T, again, [before[i] for i in range(U)])
 

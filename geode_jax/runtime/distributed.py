@@ -13,7 +13,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from geode_jax.runtime.coordinator import (
     refuse_unknown_host,
     wait_for_coordinator,
 )
+from geode_jax.runtime.jax_private import check_process_group, on_tpu_cluster, process_group
 
 HEARTBEAT_SECONDS = 20
 """A process that sends no heartbeat for this long counts as dead; the others end with an error."""
@@ -35,23 +35,6 @@ START_SECONDS = 300
 
 PREPARE_SECONDS = 4 * 3600
 """Time for process 0 to make what the others wait for: an export, records, a tokenizer."""
-
-
-def _global_state() -> Any:
-    """Returns JAX's own record of the processes of the run and its client of their service.
-
-    JAX has no public access to it: its public barrier is a collective of devices, which times out
-    long before an export is made. It is imported here, so that a JAX that has moved it breaks
-    neither the import of this package nor a run of one process.
-    """
-    from jax._src.distributed import global_state
-
-    return global_state
-
-
-def _client() -> Any:
-    """Returns the client of the coordination service; None in a run of one process."""
-    return _global_state().client if jax.distributed.is_initialized() else None
 
 
 def initialize(
@@ -86,6 +69,7 @@ def initialize(
             wait_for_coordinator(coordinator, START_SECONDS)
     elif not _found_by_jax():
         return
+    check_process_group()
     try:
         jax.distributed.initialize(
             address,
@@ -175,17 +159,14 @@ def _found_by_jax() -> bool:
     others = (os.environ.get(name) for name in _VARIABLES[1:])
     if os.environ.get(_VARIABLES[0]) and "KUBERNETES_SERVICE_HOST" in os.environ:
         return not any(others)  # a job of Kubernetes, which sets only the address
-    # Not at the top, as `_global_state`.
-    from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster, GkeTpuCluster
-
     # Even one host of a TPU may be one of several slices.
-    return any(cluster.is_env_present() for cluster in (GceTpuCluster, GkeTpuCluster))
+    return on_tpu_cluster()
 
 
 def is_main() -> bool:
     """Returns whether this is process 0, which prints and writes."""
     # Not JAX's process_index, which starts the devices.
-    return not jax.distributed.is_initialized() or _global_state().process_id == 0
+    return process_group().process == 0
 
 
 @contextlib.contextmanager
@@ -197,7 +178,7 @@ def main_first(what: str) -> Iterator[None]:
     """
 
     def meet():
-        if client := _client():
+        if client := process_group().client:
             client.wait_at_barrier(what, PREPARE_SECONDS * 1000)
 
     if not is_main():
@@ -217,7 +198,7 @@ def ends_together() -> Iterator[None]:
     The failed process publishes its line and exit status; a thread of every process polls for such
     a line. Process 0, which runs the coordination service, ends last.
     """
-    client = _client()
+    client, own, _ = process_group()
     if client is None:
         yield
         return
@@ -238,7 +219,7 @@ def ends_together() -> Iterator[None]:
         else:
             print(report[0], file=sys.stderr)
         with contextlib.suppress(Exception):  # another process was first, or the service is gone
-            client.key_value_set(_FAILED, json.dumps([_global_state().process_id, *report]))
+            client.key_value_set(_FAILED, json.dumps([own, *report]))
         _leave(client, report[1])
     finally:
         done.set()
@@ -276,8 +257,7 @@ def _published(client, key: str) -> str | None:
 
 def _leave(client, status: int) -> None:
     """Ends the process at once; JAX's own shutdown waits for all others."""
-    state = _global_state()
-    own, count = state.process_id, state.num_processes
+    _, own, count = process_group()
     with contextlib.suppress(Exception):
         client.key_value_set(f"{_FAILED}/left/{own}", "")
     if own == 0:

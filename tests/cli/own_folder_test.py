@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from geode_jax.cli.config_files import SHIPPED, config_names, find_config
+
 from geode_jax.errors import UserError
 from geode_jax.exports import Export
 from tests.helpers.runs import tiny_rooms

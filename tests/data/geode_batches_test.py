@@ -53,7 +53,7 @@ def test_images_and_points_come_with_the_batch(geode_export, tokenizer, config):
     batch = pipeline.batch(0)
     assert batch.vision_SVPC.shape == (4, 3, 6, 0)
     assert batch.image_SVhw3.shape == (4, 3, *IMAGE, 3) and batch.image_SVhw3.dtype == np.uint8
-    assert batch.point_SGC.shape == (4, 6, POINT_WIDTH) and batch.coord_SG3.shape == (4, 6, 3)
+    assert batch.point_SJC.shape == (4, 6, POINT_WIDTH) and batch.coord_SJ3.shape == (4, 6, 3)
     found = set()
     for scene_id in geode_export.scene_ids("train"):
         tensors = geode_export.read_scene(scene_id, ["images", "sonata/features", "sonata/coord"])
@@ -61,10 +61,10 @@ def test_images_and_points_come_with_the_batch(geode_export, tokenizer, config):
         for s in range(4):
             if np.array_equal(batch.image_SVhw3[s, :views], tensors["images"]):
                 assert batch.view_mask_SV[s].sum() == views
-                assert batch.point_mask_SG[s].sum() == points
+                assert batch.point_mask_SJ[s].sum() == points
                 if points:
                     np.testing.assert_array_equal(
-                        batch.coord_SG3[s, :points], tensors["sonata/coord"]
+                        batch.coord_SJ3[s, :points], tensors["sonata/coord"]
                     )
                 found.add(scene_id)
     assert found == set(geode_export.scene_ids("train"))
@@ -72,7 +72,7 @@ def test_images_and_points_come_with_the_batch(geode_export, tokenizer, config):
     assert digest(again) == digest(batch)
     ((records, last),) = Pipeline(geode_export, tokenizer, config, "val").eval_batches()
     assert [bool(row) for row in records] == [True, True, False, False]
-    assert not last.image_SVhw3[2:].any() and not last.point_mask_SG[2:].any()
+    assert not last.image_SVhw3[2:].any() and not last.point_mask_SJ[2:].any()
 
 
 def test_a_scene_without_images_is_bad(tmp_path, tokenizer, config):
@@ -160,7 +160,7 @@ def test_a_question_to_be_answered_holds_no_control_token(geode_export, tokenize
     record = {"scene_id": "scene004", "kind": "object_size_estimation", "question": "How long?"}
     batch = pipeline.one_question(record | {"unit": "cm"}, pipeline.one_scene("scene004"))
     assert batch.image_SVhw3.shape == (1, 3, *IMAGE, 3)
-    assert not {*config.controls} & {*batch.answer_SQA.flat, *batch.packed_SMR.flat}
+    assert not {*config.controls} & {*batch.answer_SQA.flat, *batch.packed_SWT.flat}
     assert not batch.value_mask_SQ.any()
 
 

@@ -88,9 +88,9 @@ def test_rows_hold_the_questions_and_nothing_else(problem, spare):
         placed, question, question_length, answer, answer_length, **size, slots=slots, pad_id=PAD
     )
     tokens, position, start, of_answer = (
-        out[f"packed{name}_SMR"].reshape(-1) for name in ("", "_position", "_start", "_answer")
+        out[f"packed{name}_SWT"].reshape(-1) for name in ("", "_position", "_start", "_answer")
     )
-    assert out["packed_SMR"].shape == (rows, columns)
+    assert out["packed_SWT"].shape == (rows, columns)
     assert out["answer_column_SQA"].shape == (slots, LA) and out["encoding_column_SQ"].shape == (
         slots,
     )
@@ -127,9 +127,9 @@ def test_a_scene_by_hand():
     placed = pack([0, 1], *lengths, rows=2, columns=6, limit=2)
     assert placed == [(0, 0), (1, 6)]
     out = lay_out(placed, question, lengths[0], answer, lengths[1], 2, 6, 3, PAD)
-    assert out["packed_SMR"].tolist() == [[1, 2, BOS, 10, 11, PAD], [3, BOS, PAD, PAD, PAD, PAD]]
-    assert out["packed_position_SMR"].tolist() == [[0, 1, 2, 3, 4, 0], [0, 1, 0, 0, 0, 0]]
-    assert out["packed_start_SMR"].tolist() == [[0, 0, 0, 0, 0, 6], [0, 0, 3, 4, 5, 6]]
-    assert out["packed_answer_SMR"].astype(int).tolist() == [[0, 0, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0]]
+    assert out["packed_SWT"].tolist() == [[1, 2, BOS, 10, 11, PAD], [3, BOS, PAD, PAD, PAD, PAD]]
+    assert out["packed_position_SWT"].tolist() == [[0, 1, 2, 3, 4, 0], [0, 1, 0, 0, 0, 0]]
+    assert out["packed_start_SWT"].tolist() == [[0, 0, 0, 0, 0, 6], [0, 0, 3, 4, 5, 6]]
+    assert out["packed_answer_SWT"].astype(int).tolist() == [[0, 0, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0]]
     assert out["answer_column_SQA"].tolist() == [[2, 3, 4], [7, 0, 0], [0, 0, 0]]
     assert out["encoding_column_SQ"].tolist() == [1, 6, 0]

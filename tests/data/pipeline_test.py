@@ -133,10 +133,10 @@ def test_iterating_ends_its_threads(tiny_export, tokenizer, config):
 
 def test_shapes_and_dtypes_are_those_of_the_key(pipeline):
     batch = pipeline.batch(0)
-    sizes = dict(S=3, Q=4, V=3, P=6, C=5, L=24, A=12, N=6, O=5, F=7, B=6, c=5, k=0, M=4, G=0)
+    sizes = dict(S=3, Q=4, V=3, P=6, C=5, L=24, A=12, N=6, O=5, F=7, Z=6, c=5, k=0, J=0, r=6)
+    sizes |= dict(W=4, T=60)
     for name in FIELDS:
         letters = name.rsplit("_", 1)[1]
-        sizes["R"] = 60 if name.startswith("packed") else 6
         # No scene has camera tokens; images and points are not what the student sees.
         sizes["C"] = 0 if name.startswith(("camera", "point")) else 5
         sizes |= dict(h=0, w=0) if name.startswith("image") else dict(h=4, w=6)
@@ -168,9 +168,9 @@ def test_questions_arrive_with_their_supervision(tiny_export, tokenizer, config)
                 seen[record["kind"]] += 1
             empty = batch.answer_length_SQ[s] == 0
             assert empty.sum() == 12 - len(asked(batch, tokenizer)[s])
-            for name in ("objects_mask_SQO", "relations_mask_SQR", "value_mask_SQ"):
+            for name in ("objects_mask_SQO", "relations_mask_SQr", "value_mask_SQ"):
                 assert not getattr(batch, name)[s][empty].any()
-            assert not batch.teacher_relations_mask_SQR[s][empty].any()
+            assert not batch.teacher_relations_mask_SQr[s][empty].any()
             assert (batch.question_SQL[s][empty] == tokenizer.pad_id).all()
     assert len(seen) == 5
 
@@ -195,19 +195,19 @@ def check_question(batch, s, q, record, tensors, tokenizer):
         shared = (tensors["target/labels"] == label).sum() > 1
         if item["name"] in text and not shared:
             # The text up to and with the token at its column ends with the name.
-            read = batch.packed_SMR[s].reshape(-1)[first : column + 1]
+            read = batch.packed_SWT[s].reshape(-1)[first : column + 1]
             assert text.startswith(tokenizer.decode(read))
             assert tokenizer.decode(read).endswith(item["name"])
             assert text.count(item["name"], 0, len(tokenizer.decode(read))) == 1
         else:
             assert column == -1
     assert (batch.object_column_SQO[s, q, len(objects) :] == -1).all()
-    relation = dict(zip(RELATIONS, batch.relations_SQR[s, q], strict=True))
-    mask = dict(zip(RELATIONS, batch.relations_mask_SQR[s, q], strict=True))
+    relation = dict(zip(RELATIONS, batch.relations_SQr[s, q], strict=True))
+    mask = dict(zip(RELATIONS, batch.relations_mask_SQr[s, q], strict=True))
     assert {name for name in mask if mask[name]} == set(record.get("relation", {}))
     assert all(relation[n] == np.float32(p) for n, p in record.get("relation", {}).items())
-    teacher = dict(zip(RELATIONS, batch.teacher_relations_SQR[s, q], strict=True))
-    mask = dict(zip(RELATIONS, batch.teacher_relations_mask_SQR[s, q], strict=True))
+    teacher = dict(zip(RELATIONS, batch.teacher_relations_SQr[s, q], strict=True))
+    mask = dict(zip(RELATIONS, batch.teacher_relations_mask_SQr[s, q], strict=True))
     if objects and "teacher/relations" in tensors:
         i, j = objects[0]["index"], objects[1]["index"]
         n = len(tensors["target/boxes"])

@@ -144,9 +144,9 @@ def test_teacher_arrays_reach_the_patch_grid(scene):
     assert (rows["teacher_features_SVPF"][:2] == scene["teacher/features"].reshape(2, 6, 7)).all()
     cells = scene["teacher/depth_bins"].reshape(2, 2, 2, 3, 2, 6).mean(axis=(2, 4))
     np.testing.assert_allclose(
-        rows["teacher_depth_bins_SVPB"][:2], cells.reshape(2, 6, 6), atol=1e-6
+        rows["teacher_depth_bins_SVPZ"][:2], cells.reshape(2, 6, 6), atol=1e-6
     )
-    np.testing.assert_allclose(rows["teacher_depth_bins_SVPB"][:2].sum(-1), 1, atol=1e-6)
+    np.testing.assert_allclose(rows["teacher_depth_bins_SVPZ"][:2].sum(-1), 1, atol=1e-6)
     assert (rows["teacher_detection_SNc"][:4] == scene["teacher/detection_probs"]).all()
     for name in ("features", "depth_bins", "detection"):
         assert rows[f"teacher_{name}_mask_S"]
@@ -209,10 +209,10 @@ def test_images_and_points_are_padded_and_masked(geode_export):
         assert rows["image_SVhw3"].dtype == np.uint8 and rows["image_SVhw3"].shape == (3, *IMAGE, 3)
         np.testing.assert_array_equal(rows["image_SVhw3"][:views], tensors["images"])
         assert not rows["image_SVhw3"][views:].any()
-        assert rows["point_mask_SG"].tolist() == [n < points for n in range(6)]
+        assert rows["point_mask_SJ"].tolist() == [n < points for n in range(6)]
         frames = [n % views if n < points else -1 for n in range(6)]
-        assert rows["point_frame_SG"].tolist() == frames
-        for name, key in (("point_SGC", "sonata/features"), ("coord_SG3", "sonata/coord")):
+        assert rows["point_frame_SJ"].tolist() == frames
+        for name, key in (("point_SJC", "sonata/features"), ("coord_SJ3", "sonata/coord")):
             assert rows[name].dtype == np.float32 and not rows[name][points:].any()
             if points:
                 np.testing.assert_array_equal(rows[name][:points], tensors[key])
@@ -228,7 +228,7 @@ def test_images_and_points_are_padded_and_masked(geode_export):
 def test_points_without_places_are_none(geode_export):
     tensors = geode_export.read_scene("scene001", ["images", "sonata/features"])
     rows = batch_rows(tensors, WITH_IMAGES)
-    assert not rows["point_mask_SG"].any() and not rows["point_SGC"].any()
+    assert not rows["point_mask_SJ"].any() and not rows["point_SJC"].any()
 
 
 @pytest.mark.parametrize("vision", ["vggt/tokens", "teacher/features"])
@@ -236,8 +236,8 @@ def test_the_student_sees_neither_images_nor_points(scene, vision):
     images = {"images": np.ones((2, *IMAGE, 3), np.uint8), "sonata/coord": np.ones((4, 3))}
     shapes = dataclasses.replace(SHAPES, vision=vision, token_width=scene[vision].shape[-1])
     rows = batch_rows(scene | images, shapes)
-    assert rows["image_SVhw3"].shape == (3, 0, 0, 3) and rows["point_mask_SG"].shape == (0,)
-    assert rows["point_SGC"].shape == (0, 0) and rows["coord_SG3"].shape == (0, 3)
+    assert rows["image_SVhw3"].shape == (3, 0, 0, 3) and rows["point_mask_SJ"].shape == (0,)
+    assert rows["point_SJC"].shape == (0, 0) and rows["coord_SJ3"].shape == (0, 3)
     images = {"images", "sonata/features", "sonata/coord", "sonata/frame"}
     assert not images & set(scene_tensors(vision))
 

@@ -48,11 +48,11 @@ def digest(batch: Batch) -> str:
 
 def check_packing(batch: Batch) -> int:
     """Every question of a batch lies in the rows as it should; returns how many there are."""
-    length, found = batch.packed_SMR.shape[2], 0
+    length, found = batch.packed_SWT.shape[2], 0
     for s, q in np.argwhere(batch.answer_length_SQ > 0):
         a, n = batch.answer_length_SQ[s, q], batch.question_length_SQ[s, q]
         ids, position, start, of_answer = (
-            getattr(batch, f"packed{name}_SMR")[s].reshape(-1)
+            getattr(batch, f"packed{name}_SWT")[s].reshape(-1)
             for name in ("", "_position", "_start", "_answer")
         )
         columns = batch.answer_column_SQA[s, q, :a]

@@ -83,7 +83,7 @@ class Pipeline:
             ones = np.ones((4, 1), np.int32)
             lengths = {"question_length_SQ": ones, "answer_length_SQ": ones}
             starts = np.zeros((4, 1, 1), np.int32)
-            yield step, ToyBatch(x=x, y=y, packed_start_SMR=starts, **lengths)
+            yield step, ToyBatch(x=x, y=y, packed_start_SWT=starts, **lengths)
 
 
 def kill(fault: str, workdir: Path) -> None:

@@ -29,7 +29,7 @@ def batch():
     return types.SimpleNamespace(
         question_length_SQ=np.array([[5, 3, 4]]),
         answer_length_SQ=np.array([[2, 1, 0]]),
-        packed_start_SMR=np.array([[[0] * 6 + [6] * 3 + [10]]]),
+        packed_start_SWT=np.array([[[0] * 6 + [6] * 3 + [10]]]),
     )
 
 

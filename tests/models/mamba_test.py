@@ -39,8 +39,8 @@ def close(got, want) -> None:
 
 def test_a_token_at_a_time_equals_the_whole(tiny, x_BLD, whole):
     y, cache = whole
-    assert cache.window_BWE.shape == (B, TINY.taps - 1, TINY.inner)
-    assert cache.state_BUE.shape == (B, TINY.states, TINY.inner)
+    assert cache.window_BtI.shape == (B, TINY.taps - 1, TINY.inner)
+    assert cache.state_BUI.shape == (B, TINY.states, TINY.inner)
     out, now = run(tiny, x_BLD[:, :2])  # a prompt shorter than the window
     steps = [out]
     for i in range(2, L):

@@ -140,33 +140,33 @@ def test_a_question_never_hears_its_neighbours(model, batch, before):
     """Another question in the same row changes, the others' states and encodings do not."""
     out, _ = before
     text = batch.answer_column_SQA[0, 0, 0] + 1 - QUESTION  # the first question is full length
-    columns = np.arange(batch.packed_SMR[0].size)
+    columns = np.arange(batch.packed_SWT[0].size)
     own = (columns >= text) & (columns < text + QUESTION + ANSWER - 1)
     rows = set(columns[own] // COLUMNS)
     assert rows & set(batch.answer_column_SQA[0, 1, :1] // COLUMNS)  # they share a row
-    where = np.zeros(batch.packed_SMR.shape, bool)
+    where = np.zeros(batch.packed_SWT.shape, bool)
     where[0] = own.reshape(where.shape[1:])
-    after, _ = compute(model, changed(batch, packed_SMR=other(batch.packed_SMR, where)))
+    after, _ = compute(model, changed(batch, packed_SWT=other(batch.packed_SWT, where)))
     rest = paid(batch)
     rest[0, 0] = False
     for got, want in (
         (after.answer_hidden_SQAD[rest], out.answer_hidden_SQAD[rest]),
-        (after.spatial.relations_SQR[0, 1], out.spatial.relations_SQR[0, 1]),
-        (after.spatial.relations_SQR[1], out.spatial.relations_SQR[1]),
+        (after.spatial.relations_SQr[0, 1], out.spatial.relations_SQr[0, 1]),
+        (after.spatial.relations_SQr[1], out.spatial.relations_SQr[1]),
     ):
         np.testing.assert_array_equal(got, want)
     # All that depends on it does change.
     assert (np.abs(after.answer_hidden_SQAD - out.answer_hidden_SQAD)[0, 0] > 0).any(-1).all()
-    assert not np.array_equal(after.spatial.relations_SQR[0, 0], out.spatial.relations_SQR[0, 0])
+    assert not np.array_equal(after.spatial.relations_SQr[0, 0], out.spatial.relations_SQr[0, 0])
 
 
 def test_padding_columns_are_seen_by_nobody(model, batch, before):
     out, terms = before
     column = np.arange(COLUMNS)
-    padding = batch.packed_start_SMR > column
-    assert padding.any() and (batch.packed_SMR[padding] == PAD_ID).all()
-    packed = other(batch.packed_SMR, padding)
-    after, after_terms = compute(model, changed(batch, packed_SMR=packed))
+    padding = batch.packed_start_SWT > column
+    assert padding.any() and (batch.packed_SWT[padding] == PAD_ID).all()
+    packed = other(batch.packed_SWT, padding)
+    after, after_terms = compute(model, changed(batch, packed_SWT=packed))
     where = paid(batch)
     np.testing.assert_array_equal(after.answer_hidden_SQAD[where], out.answer_hidden_SQAD[where])
     assert same(after_terms, terms)
@@ -218,7 +218,7 @@ def test_heads_do_not_see_the_thinking_tokens(model, batch, before):
         model.student.thinking[...] = thinking
     for got, want in zip(taught(batch, after.spatial), taught(batch, out.spatial), strict=True):
         np.testing.assert_array_equal(got, want)
-    for name in ("depth_logits_SVhwB", "patch_logits_SVPc", "detection", "features_SVPF"):
+    for name in ("depth_logits_SVhwZ", "patch_logits_SVPc", "detection", "features_SVPF"):
         assert same(getattr(after, name), getattr(out, name)), name
     difference = np.abs(after.answer_hidden_SQAD - out.answer_hidden_SQAD)[paid(batch)]
     assert (difference.max(-1) > 0).all()
@@ -228,7 +228,7 @@ def test_the_dense_heads_do_not_see_v(model, batch, before):
     """Whom the depth hint, which V alone is told, must not reach: it would tell them depth."""
     out, _ = before
     hinted, _ = compute(model, changed(batch, depth_hint_SVP=batch.depth_hint_SVP * 3))
-    for name in ("depth_logits_SVhwB", "patch_logits_SVPc", "detection", "features_SVPF"):
+    for name in ("depth_logits_SVhwZ", "patch_logits_SVPc", "detection", "features_SVPF"):
         assert same(getattr(hinted, name), getattr(out, name)), name
     for part in ("answer_hidden_SQAD", "spatial"):
         assert not same(getattr(hinted, part), getattr(out, part)), part
@@ -257,9 +257,9 @@ def test_a_later_answer_token_never_changes_an_earlier_state(model, batch, befor
     first = batch.answer_column_SQA[s, q, 0]  # bos; answers follow it
     assert batch.answer_length_SQ[s, q] == ANSWER
     for token in range(1, ANSWER):  # which predicts answer token `token`
-        packed = batch.packed_SMR.copy().reshape(batch.packed_SMR.shape[0], -1)
+        packed = batch.packed_SWT.copy().reshape(batch.packed_SWT.shape[0], -1)
         packed[s, first + token] = (packed[s, first + token] + 1) % VOCABULARY
-        after, _ = compute(model, changed(batch, packed_SMR=packed.reshape(batch.packed_SMR.shape)))
+        after, _ = compute(model, changed(batch, packed_SWT=packed.reshape(batch.packed_SWT.shape)))
         difference = np.abs(after.answer_hidden_SQAD - out.answer_hidden_SQAD)[s, q].max(-1)
         assert (difference[:token] == 0).all() and (difference[token:] > 0).all()
 

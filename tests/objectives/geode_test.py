@@ -67,7 +67,7 @@ def batch():
     answer, length = made.answer_SQA.copy(), made.answer_length_SQ.copy()
     answer[:, 0, :2], answer[:, 0, 2:], length[:, 0] = (REG_ID, EOS_ID), PAD_ID, 2
     answer[:, 1, :2], answer[:, 1, 2:], length[:, 1] = (BOX_ID, EOS_ID), PAD_ID, 2
-    tokens = made.packed_SMR.reshape(S, -1).copy()
+    tokens = made.packed_SWT.reshape(S, -1).copy()
     for slot, token in ((0, REG_ID), (1, BOX_ID)):
         tokens[np.arange(S), made.answer_column_SQA[:, slot, 0] + 1] = token
     column = made.answer_column_SQA.copy()
@@ -77,13 +77,13 @@ def batch():
     return dataclasses.replace(
         made,
         image_SVhw3=random.integers(0, 256, (S, VIEWS, 8, 8, 3), np.uint8),
-        point_SGC=random.normal(size=(S, POINTS, 4)).astype(np.float32),
-        coord_SG3=random.normal(size=(S, POINTS, 3)).astype(np.float32),
-        point_frame_SG=np.broadcast_to(np.arange(POINTS) % VIEWS, (S, POINTS)).astype(np.int32),
-        point_mask_SG=np.arange(POINTS) < np.array([[6], [4]]),
+        point_SJC=random.normal(size=(S, POINTS, 4)).astype(np.float32),
+        coord_SJ3=random.normal(size=(S, POINTS, 3)).astype(np.float32),
+        point_frame_SJ=np.broadcast_to(np.arange(POINTS) % VIEWS, (S, POINTS)).astype(np.int32),
+        point_mask_SJ=np.arange(POINTS) < np.array([[6], [4]]),
         answer_SQA=answer,
         answer_length_SQ=length,
-        packed_SMR=tokens.reshape(made.packed_SMR.shape),
+        packed_SWT=tokens.reshape(made.packed_SWT.shape),
         answer_column_SQA=column,
         value_mask_SQ=np.broadcast_to(known[:1], (S, Q)),
         box_SQ7=boxes,
@@ -129,10 +129,10 @@ read = jax.jit(
 
 def test_padding_views_and_points_are_nobodys_word(model, batch):
     parts = ("spatio", "visual")
-    image, coord = batch.image_SVhw3.copy(), batch.coord_SG3.copy()
+    image, coord = batch.image_SVhw3.copy(), batch.coord_SJ3.copy()
     image[-1, 1] = 255 - image[-1, 1]
     coord[1, 4:] += 3
-    other = dataclasses.replace(batch, image_SVhw3=image, coord_SG3=coord)
+    other = dataclasses.replace(batch, image_SVhw3=image, coord_SJ3=coord)
     seen = read(model, batch, parts, None)
     np.testing.assert_allclose(read(model, other, parts, None), seen, atol=1e-5)
     image[-1, 0] = 255 - image[-1, 0]
@@ -165,7 +165,7 @@ def test_without_views_nothing_stands_before_the_text(model, batch):
 def test_fewer_rationale_tokens_are_the_first_ones(model, batch):
     prefix = jax.jit(lambda m, b, n: m.prefix(b, ("spatio",), n), static_argnums=2)
     few, all_ = prefix(model, batch, 2), prefix(model, batch, None)
-    np.testing.assert_allclose(few.spatio_SMD, all_.spatio_SMD[:, :2], atol=1e-6)
+    np.testing.assert_allclose(few.spatio_SRD, all_.spatio_SRD[:, :2], atol=1e-6)
     assert few.length_S.tolist() == [2, 2] and all_.length_S.tolist() == [3, 3]
 
 
@@ -175,7 +175,7 @@ def test_points_and_cameras_of_some_frames_alone(model, batch):
     graph, state = nnx.split(model)
     one = nnx.merge(graph, state)
     one.config = some
-    spatio = jax.jit(lambda m, b: m.prefix(b, ("spatio",)).spatio_SMD)
+    spatio = jax.jit(lambda m, b: m.prefix(b, ("spatio",)).spatio_SRD)
     before = np.asarray(spatio(one, batch))
 
     def changed(name, index, by):
@@ -184,20 +184,20 @@ def test_points_and_cameras_of_some_frames_alone(model, batch):
         other = dataclasses.replace(batch, **{name: value})
         return np.abs(np.asarray(spatio(one, other)) - before)[0].max()
 
-    unseen = batch.point_frame_SG[0] == 1
+    unseen = batch.point_frame_SJ[0] == 1
     for name, index in (
-        ("coord_SG3", (0, unseen)), ("point_SGC", (0, unseen)),
+        ("coord_SJ3", (0, unseen)), ("point_SJC", (0, unseen)),
         ("extrinsic_SV34", (0, 1)), ("points_SVP3", (0, 1)),
     ):  # fmt: skip
         assert changed(name, index, 1) < 1e-6, name
-    assert changed("coord_SG3", (0, ~unseen), 1) > 1e-4
+    assert changed("coord_SJ3", (0, ~unseen), 1) > 1e-4
     assert changed("image_SVhw3", (0, 1, slice(None), 0), np.uint8(99)) > 1e-4
 
 
 def test_conditioned_on_the_scenes_question(batch):
     asked = dataclasses.replace(MODEL.drm, condition_on_question=True)
     model = materialize(stage("drm", model=dataclasses.replace(MODEL, drm=asked)).build)
-    spatio = jax.jit(lambda m, b: m.prefix(b, ("spatio",)).spatio_SMD)
+    spatio = jax.jit(lambda m, b: m.prefix(b, ("spatio",)).spatio_SRD)
     before = np.asarray(spatio(model, batch))
     question = np.array(batch.question_SQL)
     question[0, 0, : question.shape[2] - batch.question_length_SQ[0, 0]] += 1  # padding
@@ -293,10 +293,10 @@ def test_a_value_is_read_where_its_control_token_is_the_input(model, batch):
         model, batch
     )
     # The same tokens as if they were the answers.
-    packed = batch.packed_SMR.reshape(2, -1).copy()
+    packed = batch.packed_SWT.reshape(2, -1).copy()
     column = batch.answer_column_SQA[:, :2, 1]
     np.put_along_axis(packed, column, np.asarray(out["tokens"][:, :2, 0]), axis=1)
-    forced = dataclasses.replace(batch, packed_SMR=packed.reshape(batch.packed_SMR.shape))
+    forced = dataclasses.replace(batch, packed_SWT=packed.reshape(batch.packed_SWT.shape))
     state = pick(read(model, forced, objective.prefix_parts(), None), column)
     np.testing.assert_allclose(out["values"][:, :2, 0], model.drh.values(state), atol=1e-4)
     boxes = decode_boxes(model.drh.boxes(state))
@@ -359,7 +359,7 @@ def test_the_layouts_columns_pull_alike_as_boxes_turn(model, batch):
 def test_rationales_are_embedded_with_nothing_before_them(model, batch):
     part, count = jax.jit(stage("drm").terms)(model, batch)["rationale_alignment"]
     states = np.asarray(pick(read(model, batch, (), None), batch.answer_column_SQA))
-    spatio = np.asarray(model.prefix(batch, ("spatio",)).spatio_SMD).mean(1)
+    spatio = np.asarray(model.prefix(batch, ("spatio",)).spatio_SRD).mean(1)
     expected = 0.0
     for s in range(2):
         length = batch.answer_length_SQ[s]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from geode_jax.ops import attention as module
 from geode_jax.ops import attention_chunked, attention_tpu
 from geode_jax.ops.attention import IMPLEMENTATIONS, Intervals, attention, causal, choose, visible
+from geode_jax.ops.gpu import use_kernels
 
 B, L, M, H, E = 2, 5, 7, 4, 6
 
@@ -219,7 +220,7 @@ def test_memory_grows_with(implementation, growth):
 def test_the_choice_is_logged_once(caplog):
     q, k, v, _ = arrays(2)
     whole = Intervals(*(np.full((B, 1), x, np.int32) for x in (0, 0, M)))
-    module._say.cache_clear()
+    module._log_choice.cache_clear()
     with caplog.at_level("INFO", logger=module.__name__):
         for _ in range(2):
             attention(q, k, v, whole)
@@ -228,18 +229,17 @@ def test_the_choice_is_logged_once(caplog):
     ]
 
 
-def test_the_choice_by_platform_and_shape(monkeypatch):
+def test_the_choice_by_platform_and_shape():
     kind, large = (64, jnp.bfloat16), (1024, 1033)
-    monkeypatch.delenv("GEODE_JAX_GPU_KERNELS", raising=False)
     assert {choose("tpu", 1, 8192, *kind), choose("cpu", 256, 300, *kind)} == {"dense"}
     platforms = {"tpu": "tpu", "gpu": "dense", "cuda": "dense", "cpu": "chunked"}
     assert {p: choose(p, *large, *kind) for p in platforms} == platforms
-    monkeypatch.setenv("GEODE_JAX_GPU_KERNELS", "1")
-    assert {choose(p, *large, *kind) for p in ("gpu", "cuda")} == {"gpu"}
-    assert choose("gpu", 1, 1023, *kind) == choose("gpu", 2, 1024, *kind) == "dense"
-    assert choose("gpu", 1, 1024, *kind) == "gpu"
-    assert choose("gpu", *large, 80, jnp.bfloat16) == "dense"
-    assert choose("gpu", *large, 64, jnp.float32) == "dense"
+    with use_kernels(True):
+        assert {choose(p, *large, *kind) for p in ("gpu", "cuda")} == {"gpu"}
+        assert choose("gpu", 1, 1023, *kind) == choose("gpu", 2, 1024, *kind) == "dense"
+        assert choose("gpu", 1, 1024, *kind) == "gpu"
+        assert choose("gpu", *large, 80, jnp.bfloat16) == "dense"
+        assert choose("gpu", *large, 64, jnp.float32) == "dense"
 
 
 def test_an_implementation_that_does_not_exist():

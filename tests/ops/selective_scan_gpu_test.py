@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from geode_jax import sharding
 from geode_jax.ops import selective_scan_gpu as gpu
+from geode_jax.ops.gpu import use_kernels
 from geode_jax.ops.selective_scan import choose, selective_scan
 from tests.ops.selective_scan_test import NAMES, oracle
 
@@ -91,7 +92,7 @@ def both(inputs, first, cotangents):
 
     def f(*inputs):
         *rest, state = inputs
-        return selective_scan(*rest, first_BL=first, state_BUE=state, implementation="gpu")
+        return selective_scan(*rest, first_BL=first, state_BUI=state, implementation="gpu")
 
     out, vjp = jax.vjp(f, *inputs)
     return out, vjp(cotangents)
@@ -99,7 +100,7 @@ def both(inputs, first, cotangents):
 
 # Three chunks, of which the last is mostly padding, of two blocks of channels; and less than one.
 @pytest.mark.skipif(not hasattr(plgpu, "force_gpu_interpret_mode"), reason="jax is too old")
-@pytest.mark.parametrize("shape", [(1, 2 * gpu.T + 3, 130, 4), (2, 5, 24, 16)])
+@pytest.mark.parametrize("shape", [(1, 2 * gpu.CHUNK + 3, 130, 4), (2, 5, 24, 16)])
 def test_the_kernels_in_the_interpreter(shape):
     given = arrays(*shape)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
@@ -116,27 +117,31 @@ def test_the_kernels_lower_for_cuda(shape):
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 2
 
 
-def test_the_choice_by_platform_and_shape(monkeypatch):
-    monkeypatch.delenv("GEODE_JAX_GPU_KERNELS", raising=False)
+def test_the_choice_by_platform_and_shape():
     platforms = {"tpu": "tpu", "gpu": "chunked", "cuda": "chunked", "cpu": "chunked"}
     assert {p: choose(p, 512, 16) for p in platforms} == platforms
-    monkeypatch.setenv("GEODE_JAX_GPU_KERNELS", "1")
     gpus = {"gpu": "gpu", "cuda": "gpu"}
-    assert {p: choose(p, 512, 16) for p in platforms} == platforms | gpus
-    assert {choose(p, 1, 16) for p in platforms} == {choose("gpu", 512, 5)} == {"chunked"}
+    with use_kernels(True):
+        assert {p: choose(p, 512, 16) for p in platforms} == platforms | gpus
+        assert {choose(p, 1, 16) for p in platforms} == {choose("gpu", 512, 5)} == {"chunked"}
 
 
 def test_what_is_chosen_is_run(monkeypatch):
     (*rest, state), first, _ = jax.eval_shape(lambda: arrays(1, 40, 128, 8))
-    monkeypatch.setenv("GEODE_JAX_GPU_KERNELS", "1")
 
     def kernels(platform):
         monkeypatch.setattr(sharding, "platform", lambda: platform)
-        f = jax.jit(lambda *args: selective_scan(*args[:6], first_BL=args[6], state_BUE=args[7]))
-        lowered = f.trace(*rest, first, state).lower(lowering_platforms=("cuda",))
-        return lowered.as_text().count("stablehlo.custom_call @mosaic_gpu")
+        f = jax.jit(lambda *args: selective_scan(*args[:6], first_BL=args[6], state_BUI=args[7]))
 
-    assert (kernels("gpu"), kernels("cpu")) == (1, 0)
+        def count(wanted):
+            with use_kernels(wanted):
+                lowered = f.trace(*rest, first, state).lower(lowering_platforms=("cuda",))
+            return lowered.as_text().count("stablehlo.custom_call @mosaic_gpu")
+
+        # One function: what was traced under one setting is not reused under the other.
+        return [count(wanted) for wanted in (False, True, False)]
+
+    assert (kernels("gpu"), kernels("cpu")) == ([0, 1, 0], [0, 0, 0])
 
 
 def test_a_number_of_states_that_no_kernel_knows():

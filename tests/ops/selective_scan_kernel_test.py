@@ -32,7 +32,7 @@ def test_channels_in_two_blocks_of_registers_the_last_padded(monkeypatch):
 
     def scan(*inputs):
         *rest, state = inputs
-        return selective_scan(*rest, first_BL=first, state_BUE=state, implementation="tpu")
+        return selective_scan(*rest, first_BL=first, state_BUI=state, implementation="tpu")
 
     out, vjp = jax.jit(lambda *a: jax.vjp(scan, *a))(*inputs)
     want, gradients = oracle(inputs, first, *slopes)

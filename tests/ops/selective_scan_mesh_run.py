@@ -37,7 +37,7 @@ def measure(mesh) -> dict:
             return selective_scan(
                 *(u, delta, A, b, c, D),
                 first_BL=first,
-                state_BUE=state,
+                state_BUI=state,
                 implementation=implementation,
             )
 

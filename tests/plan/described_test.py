@@ -38,7 +38,7 @@ def test_described_rooms_have_the_shapes_of_real_ones(system, tmp_path):
     data = describe(settings)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     described, batch = abstract_batch(settings, data, sharding), real.batch(0)
-    points = batch.coord_SG3.shape[1]
+    points = batch.coord_SJ3.shape[1]
     for name, x in vars(batch).items():
         own = getattr(described, name)
         shape = tuple(
@@ -53,12 +53,12 @@ def test_full_sizes_are_the_upstream_models():
     batch = abstract_batch(settings, data, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     assert batch.vision_SVPC.shape == (1, 8, 37 * 37, 2048)
     assert batch.vision_SVPC.dtype == jnp.bfloat16
-    assert batch.packed_SMR.shape == (1, 1, 1024)
+    assert batch.packed_SWT.shape == (1, 1, 1024)
     assert batch.topk_id_SQAk.shape == (1, 1, 64, 64)
     settings = make_settings(geode("full"))
     data = describe(settings)
     batch = abstract_batch(settings, data, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     assert batch.image_SVhw3.shape == (1, 16, 448, 448, 3)
-    assert batch.point_SGC.shape == (1, 1024, 512)
+    assert batch.point_SJC.shape == (1, 1024, 512)
     assert data.id_of("<REG>") != data.id_of("<3DBBOX>")
     assert max(data.id_of("<REG>"), data.id_of("<3DBBOX>")) < settings.model.decoder.vocab_size

@@ -35,9 +35,9 @@ GEODE_ARRAYS = {
     "view_mask": "view_mask_SV",
     "places": "points_SVP3",
     "places_mask": "points_mask_SVP",
-    "points": "point_SGC",
-    "coords": "coord_SG3",
-    "point_mask": "point_mask_SG",
+    "points": "point_SJC",
+    "coords": "coord_SJ3",
+    "point_mask": "point_mask_SJ",
     "extrinsic": "extrinsic_SV34",
 }
 

@@ -169,9 +169,9 @@ def test_geodes_batches_have_the_points(export, write_base, tmp_path):
     batch = Pipeline(found, tokenizer, config, "train").batch(0)
     arrays = found.read_scene("a")
     count = len(arrays["sonata/coord"])
-    assert batch.point_mask_SG.sum() == count
-    np.testing.assert_array_equal(batch.point_frame_SG[0, :count], arrays["sonata/frame"])
-    np.testing.assert_array_equal(batch.coord_SG3[0, :count], arrays["sonata/coord"])
+    assert batch.point_mask_SJ.sum() == count
+    np.testing.assert_array_equal(batch.point_frame_SJ[0, :count], arrays["sonata/frame"])
+    np.testing.assert_array_equal(batch.coord_SJ3[0, :count], arrays["sonata/coord"])
 
 
 def test_all_that_would_shuffle_is_fixed(load, weights):

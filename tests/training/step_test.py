@@ -40,13 +40,13 @@ def uneven_batch():
     """Four scenes; some carry targets that others lack, and answers of every length."""
     batch = tiny_batch(scenes=4)
     known = np.array([True, False, False, True])
-    relations = batch.relations_mask_SQR & known[:, None, None]
+    relations = batch.relations_mask_SQr & known[:, None, None]
     batch = dataclasses.replace(
         batch,
         boxes_known_S=known,
         teacher_depth_bins_mask_S=~known,
         teacher_features_mask_S=np.array([False, False, True, False]),
-        relations_mask_SQR=relations,
+        relations_mask_SQr=relations,
         topk_mask_SQA=batch.topk_mask_SQA & known[:, None, None],
     )
     tokens = batch.answer_length_SQ.sum(axis=1)
@@ -62,9 +62,9 @@ class FewTerms(HiddenCoT):
         scene = student.look(batch)
         hidden, encoding, names = student.read(scene, batch)
         spatial = student.spatial_head(encoding, names)
-        relations = spatial.relations_SQR, batch.relations_SQR, batch.relations_mask_SQR
+        relations = spatial.relations_SQr, batch.relations_SQr, batch.relations_mask_SQr
         value = spatial.log_value_SQ[..., None], batch.value_SQ[..., None], batch.value_mask_SQ
-        depth = batch.teacher_depth_bins_SVPB, batch.teacher_depth_bins_mask_S[:, None, None]
+        depth = batch.teacher_depth_bins_SVPZ, batch.teacher_depth_bins_mask_S[:, None, None]
         return {
             "text": text_term(student.decoder, hidden, batch, self.config.temperature),
             "spatial/relations": losses.binary_kl(*relations),

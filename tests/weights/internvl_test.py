@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from geode_jax.errors import UserError
-from geode_jax.models.vit import INTERNVIT_300M
+from geode_jax.models.vit import VitConfig
 from geode_jax.weights import load_pretrained, save_pretrained
 from geode_jax.weights.convert import plan
 from tests.helpers.weights import close, randomize, reload, same_tensors
@@ -280,7 +280,8 @@ INTERNVIT_CONFIG = dict(
 def test_internvit_300m_and_its_projector_have_their_parameters(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(INTERNVIT_CONFIG))
     made = plan(tmp_path)
-    assert made.config == INTERNVIT_300M
+    sizes = dict(image_size=448, patch_size=14, width=1024, layers=24, heads=16, mlp_width=4096)
+    assert made.config == VitConfig(**sizes, dtype="bfloat16")
     assert sum(map(math.prod, made.shapes.values())) == 304_012_288
 
     text = TEXT | dict(hidden_size=1536, rms_norm_eps=1e-6)

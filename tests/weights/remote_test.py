@@ -113,10 +113,10 @@ def batch() -> Batch:
     return dataclasses.replace(
         made,
         image_SVhw3=random.integers(0, 256, (S, V, 8, 8, 3), np.uint8),
-        point_SGC=random.normal(size=(S, POINTS, 4)).astype(np.float32),
-        coord_SG3=random.normal(size=(S, POINTS, 3)).astype(np.float32),
-        point_frame_SG=np.broadcast_to(np.arange(POINTS) % V, (S, POINTS)).astype(np.int32),
-        point_mask_SG=np.arange(POINTS) < np.array([[6], [4]]),
+        point_SJC=random.normal(size=(S, POINTS, 4)).astype(np.float32),
+        coord_SJ3=random.normal(size=(S, POINTS, 3)).astype(np.float32),
+        point_frame_SJ=np.broadcast_to(np.arange(POINTS) % V, (S, POINTS)).astype(np.int32),
+        point_mask_SJ=np.arange(POINTS) < np.array([[6], [4]]),
         points_mask_SVP=random.random(made.points_mask_SVP.shape) < 0.7,
     )
 
@@ -194,11 +194,11 @@ def arrays_of(torch, batch: Batch) -> dict:
         "view_mask": batch.view_mask_SV,
         "places": batch.points_SVP3,
         "places_mask": batch.points_mask_SVP,
-        "points": batch.point_SGC,
-        "coords": batch.coord_SG3,
-        "point_mask": batch.point_mask_SG,
+        "points": batch.point_SJC,
+        "coords": batch.coord_SJ3,
+        "point_mask": batch.point_mask_SJ,
         "extrinsic": batch.extrinsic_SV34,
-        "point_frame": batch.point_frame_SG,
+        "point_frame": batch.point_frame_SJ,
     }
     return {name: torch.tensor(array) for name, array in arrays.items()}
 
