@@ -215,4 +215,4 @@ def abstract_batch(settings: Settings, data: Described, sharding: jax.sharding.S
             (own.scenes_per_batch, *row.shape), row.dtype, sharding=sharding
         )
 
-    return Batch(**{name: shape(row) for name, row in rows.items()})
+    return jax.tree.map(shape, Batch(**rows))

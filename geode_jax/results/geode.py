@@ -29,6 +29,7 @@ from geode_jax.runs.summary import (
 from geode_jax.runs.trained import Trained
 from geode_jax.runtime.distributed import is_main
 from geode_jax.training.step import TrainState
+from geode_jax.weights.convert import Model
 
 
 def evaluate_stage(
@@ -155,7 +156,7 @@ def refuse_to_publish(settings: Settings, workdir: Path, part: str | None) -> No
         )
 
 
-def published(model: nnx.Module, part: str | None) -> nnx.Module:
+def published(model: nnx.Module, part: str | None) -> Model:
     """Returns a GEODE, or its decoder alone."""
     assert isinstance(model, Geode)
     return model.vlm.decoder if part else model

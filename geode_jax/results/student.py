@@ -27,6 +27,7 @@ from geode_jax.runtime.distributed import is_main
 from geode_jax.sources.rooms.scene import render, scene_from_id
 from geode_jax.training.metrics import read_metrics
 from geode_jax.training.step import TrainState
+from geode_jax.weights.convert import Model
 
 PICTURE_SIDE = 240
 """Side in pixels of a rendered view in the report."""
@@ -142,7 +143,7 @@ def refuse_to_publish(settings: Settings, workdir: Path, part: str | None) -> No
         raise UserError(f"{workdir}: a blind baseline sees no scene; there is nothing to export")
 
 
-def published(model: nnx.Module, part: str | None) -> nnx.Module:
+def published(model: nnx.Module, part: str | None) -> Model:
     """Returns the student without the log-variances of its losses."""
     del part
     assert isinstance(model, HiddenCoTModel)

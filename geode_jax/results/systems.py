@@ -14,6 +14,7 @@ from geode_jax.runs.settings import Settings
 from geode_jax.runs.student import StudentSettings
 from geode_jax.runs.trained import Trained
 from geode_jax.training.step import TrainState
+from geode_jax.weights.convert import Model
 
 
 class Finish(Protocol):
@@ -46,7 +47,7 @@ class Results:
 
     finish: Finish
     show: Callable[[dict[str, Any], Path], None]
-    published: Callable[[nnx.Module, str | None], nnx.Module]
+    published: Callable[[nnx.Module, str | None], Model]
     entries: Callable[[Trained], dict[str, Any]]
     refuse: Callable[[Settings, Path, str | None], None]
 
