@@ -37,8 +37,8 @@ def export_run(
     results = results_of(settings)
     results.refuse(settings, workdir, part)
     trained = open_trained(workdir)
-    model = nnx.merge(trained.graph, trained.state.params, trained.state.frozen)
-    model = results.published(model, part)
+    whole = nnx.merge(trained.graph, trained.state.params, trained.state.frozen)
+    model = results.published(whole, part)
     write_model(
         model,
         out,

@@ -67,6 +67,7 @@ class Stop:
         for end in (self._read, self._write):
             os.set_blocking(end, end == self._read)
         self._before = {number: signal.signal(number, self._hear) for number in _NAMES}
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._report
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, daemon=True, name="signals")
         self._watcher.start()
@@ -77,6 +78,7 @@ class Stop:
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self._unraisable
         os.close(self._write)
         self._watcher.join()
         os.close(self._read)
@@ -94,6 +96,15 @@ class Stop:
         self.asked = self.asked or signum
         if not self._deferred and jax.process_count() == 1:
             raise Stopped(signum, "before its end, nothing is lost")
+
+    def _report(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        """Reports an exception that Python drops, except `Stopped`.
+
+        Python drops what a handler raises while a finalizer or a callback of the garbage collector
+        runs (JAX has one). The thread then ends the process.
+        """
+        if not isinstance(unraisable.exc_value, Stopped):
+            self._unraisable(unraisable)
 
     def _watch(self) -> None:
         """Reads the numbers of signals as they arrive; runs in a thread of its own."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
-import hashlib, signal, sys, threading, time
+import gc, hashlib, signal, sys, threading, time
 from geode_jax.runtime import stop as stopping
 from geode_jax.cli.reported import reported
 stopping.GRACE_SECONDS = 0.3
@@ -21,6 +21,12 @@ def away():
 def python():
     while True:
         time.sleep(0.01)
+
+def collecting():
+    "A signal within a callback of the garbage collector, whose exceptions Python drops."
+    gc.callbacks.append(lambda *_: [time.sleep(0.01) for _ in range(200) if not stop.asked])
+    gc.collect()
+    python()
 
 def unsaved():
     stop.unsaved = True
@@ -47,6 +53,7 @@ with reported(), stopping.Stop() as stop:
     [
         ("away", signal.SIGTERM, 143, "stopped by SIGTERM before its end, nothing is lost; "),
         ("python", signal.SIGINT, 130, "stopped by Ctrl-C before its end, nothing is lost; "),
+        ("collecting", signal.SIGINT, 130, "stopped by Ctrl-C before its end, nothing is lost; "),
         ("unsaved", signal.SIGINT, 130, "saving\nstopped by Ctrl-C at step 7, saved; "),
     ],
 )
