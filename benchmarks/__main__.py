@@ -1,4 +1,4 @@
-"""All benchmarks that a CPU can run, one after the other, and BENCHMARKS.md from their results.
+"""Runs all benchmarks of a CPU, and writes BENCHMARKS.md from their results.
 
 python -m benchmarks [--only NAME ...] [--document]
 """
@@ -20,30 +20,31 @@ NAMES = (
     "cold_start",
     "loader",
 )
-"""In the order of the document; `gpu`, which needs one, is added where it has been run."""
+"""Benchmarks in the order of the document; that of `gpu` follows if its results exist."""
 
-HEAD = """# What was measured
+HEAD = """# Benchmarks
 
-Each table is one run of one script, ours and theirs turn by turn, after their results were found
-equal. "Times better" is the median over the rounds of theirs / ours (for rates, ours / theirs),
-with its least and most: below 1 we lose, and the row stays. Language models, Mamba and the loss of
-PyTorch run in a process of their own, as their users have them; rows of "our memory setting" give
-them `keep_freed_memory` too, which PyTorch's attention always has. Written by `make bench` from
-`benchmarks/results/*.json`, which have the versions of everything.
+Each table is from one run of one script, which first compares the results of both sides and then
+times them in alternation. "Times better" is the median over the rounds of theirs / ours (for rates,
+ours / theirs), with its extremes; rows below 1, which we lose, are kept. PyTorch's language models,
+Mamba and loss run in a process of their own, with the settings that their users have. Rows of "our
+memory setting" give them `keep_freed_memory`, which PyTorch's attention always has here.
+`make bench` writes this page from `benchmarks/results/*.json`, which have the versions of all
+packages.
 """
 
 UNMEASURED = """## Not measured
 
-No row of a GPU or TPU: `python -m benchmarks.gpu` (attention against cuDNN, the scan, the loss,
-MFU of a training step, decoding against its bandwidth and against transformers, latency of the
-student) is one command for a machine that has one. What could be proven without: every program of
-it compiles for an H100 that is not there (`--compile h100:1x1`), and the kernels' numbers in
-interpreters (`tests/ops`).
+Nothing has been measured on a GPU or TPU. On a machine with a GPU, `python -m benchmarks.gpu`
+measures attention against cuDNN, the scan, the loss, the MFU of a training step, decoding against
+the memory bandwidth and against transformers, and the latency of the student. Checked without a
+GPU: each of these programs compiles for an H100 (`--compile h100:1x1`), and the kernels compute the
+right numbers in interpreters (`tests/ops`).
 """
 
 
 def section(name: str, result: dict) -> list[str]:
-    """A table with what it was measured on."""
+    """Returns the lines of a benchmark's section: machine, versions, table, notes."""
     machine, title = result["machine"], name.replace("_", " ").capitalize()
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
     where = f"{machine['processor']}, {machine['threads']} threads; Python {machine['python']}"
@@ -58,7 +59,7 @@ def section(name: str, result: dict) -> list[str]:
 
 
 def document() -> str:
-    """BENCHMARKS.md of all results there are."""
+    """Returns the text of BENCHMARKS.md from all existing results."""
     lines = [HEAD]
     for name in (*NAMES, "gpu"):
         path = ledger.RESULTS / f"{name}.json"
@@ -71,9 +72,9 @@ def document() -> str:
 
 def main() -> None:
     """Runs the scripts, each in a process of its own, and writes the document."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--document", action="store_true", help="write it, and run nothing")
+    parser.add_argument("--document", action="store_true", help="only write the document")
     arguments = parser.parse_args()
     for name in () if arguments.document else arguments.only:
         print(f"{name}:", flush=True)

@@ -1,14 +1,13 @@
-"""Masked attention by tiles against PyTorch's with the same mask: time, and memory as rows grow.
+"""Measures time and memory of tiled masked attention against PyTorch's with the same mask.
 
     python -m benchmarks.attention [--rounds 7]
 
-The mask is that of packed questions behind a prefix: four segments of a row, each causal and seeing
-the first eighth of the keys. PyTorch is given it as a boolean array, the only form its
-`scaled_dot_product_attention` takes such a mask in. fp32, 8 heads of 64, one row; forward and
-backward. Memory is what a call in a process of its own needs at its peak, as Linux counts it.
+The mask is that of packed questions behind a prefix: a row has four causal segments, which all see
+the first eighth of the keys. PyTorch gets it as a boolean array, the only form of such a mask that
+`scaled_dot_product_attention` takes. fp32, one row, 8 heads of 64; forward and backward. Memory is
+the increase of the resident set at the peak of a call, in a process of its own.
 """
 
-import argparse
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
@@ -26,20 +25,20 @@ LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 
 def intervals(length: int) -> Intervals:
-    """Of packed questions, [1, length]."""
+    """Returns the intervals of packed questions, [1, length]."""
     column = np.arange(length, dtype=np.int32)[None]
     start = column // (length // SEGMENTS) * (length // SEGMENTS)
     return Intervals(np.full_like(column, length // 8), start, column + 1)
 
 
 def arrays(length: int) -> list[np.ndarray]:
-    """q, k, v and the cotangent, [1, length, HEADS, WIDTH]."""
+    """Returns q, k, v and the cotangent, [1, length, HEADS, WIDTH]."""
     random = np.random.default_rng(0)
     return [random.standard_normal((1, length, HEADS, WIDTH), np.float32) for _ in range(4)]
 
 
 def ours(length: int, implementation: str | None = None) -> Callable[[], list]:
-    """Output and gradients, compiled."""
+    """Returns a compiled call for output and gradients."""
 
     @jax.jit
     def both(q, k, v, g, rows):
@@ -54,7 +53,7 @@ def ours(length: int, implementation: str | None = None) -> Callable[[], list]:
 
 
 def theirs(length: int) -> Callable[[], list]:
-    """The same of PyTorch."""
+    """Returns PyTorch's call for output and gradients."""
     q, k, v, g = (torch.tensor(x).transpose(1, 2).contiguous() for x in arrays(length))
     mask = torch.tensor(np.array(visible(intervals(length), length)))[:, None]
 
@@ -68,31 +67,31 @@ def theirs(length: int) -> Callable[[], list]:
 
 
 def check(length: int) -> None:
-    """Outputs and gradients agree within 1e-4 of the largest number."""
+    """Asserts that outputs and gradients agree within 1e-4 of the largest number."""
     for a, b in zip(ours(length)(), theirs(length)(), strict=True):
         b = b.transpose(1, 2).numpy()
         np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
 
 
 def _status(name: str) -> int:
-    """Of this process, in kilobytes."""
+    """Returns an entry of this process's status, in kilobytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def _grown(side: str, length: int, send) -> None:
-    """Megabytes that a second call needs beyond what the process has after the first."""
+    """Sends the megabytes that a second call needs beyond the process's memory after the first."""
     torch.set_num_threads(ledger.threads())
     call = {"ours": ours, "theirs": theirs}[side](length)
     call()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     call()
     send.put((_status("VmHWM") - before) / 1024)
 
 
 def peak_memory(side: str, length: int) -> float:
-    """Of a new process, in megabytes."""
+    """Returns the peak memory of a call in a new process, in megabytes."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_grown, args=(side, length, queue))
@@ -104,12 +103,11 @@ def peak_memory(side: str, length: int) -> float:
 
 def main() -> None:
     """Measures, prints a table and writes `attention.json`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    arguments = parser.parse_args()
+    arguments = ledger.parser(__doc__, rounds=7).parse_args()
     keep_freed_memory()
     torch.set_num_threads(ledger.threads())
-    rows, memory = [], {"ours": [], "theirs": []}
+    rows: list[dict] = []
+    memory: dict[str, list[float]] = {"ours": [], "theirs": []}
     for length in LENGTHS:
         check(length)
         shape = [1, length, HEADS, WIDTH]

@@ -1,13 +1,12 @@
-"""From nothing to a trained step, without and with a compilation cache.
+"""Measures the start of a run without and with a compilation cache.
 
     python -m benchmarks.cold_start [--rounds 3]
 
-The laptop student on a handful of rooms, two steps and their evaluation, in a process of its own
-each time: Python and its imports, opening the data, compiling, or reading what was compiled before.
-"Ours" is a run with a warm cache, "theirs" the same run with an empty one.
+Each run is a process that trains the laptop student for two steps on 16 rooms and evaluates it: it
+imports, opens the data, and compiles or reads compiled programs. "Ours" is a run with a warm cache,
+"theirs" the same run with an empty one.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -27,7 +26,7 @@ SMALL = {
 
 
 def start(root: Path, cache: Path, run: str) -> None:
-    """A whole run of two steps, with as little evaluation as there can be."""
+    """Runs two training steps and the smallest possible evaluation."""
     options = [f"--config.{name}={value}" for name, value in SMALL.items()]
     subprocess.run(
         [
@@ -42,9 +41,7 @@ def start(root: Path, cache: Path, run: str) -> None:
 
 def main() -> None:
     """Measures, prints a table and writes `cold_start.json`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
+    arguments = ledger.parser(__doc__, rounds=3).parse_args()
     warm, cold = [], []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

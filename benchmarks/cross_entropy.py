@@ -1,15 +1,13 @@
-"""Cross-entropy over Qwen's vocabulary, tile by tile, against all logits at once: time and memory.
+"""Measures time and memory of tiled cross-entropy against that of all logits at once.
 
     python -m benchmarks.cross_entropy [--rounds 3]
 
-Value and gradients, of states and matrix, at 151,936 entries and a width of 256, fp32. "XLA" is
-the same loss of materialised logits through the same compiler; "PyTorch" its
-`torch.nn.functional.cross_entropy` of a linear layer, in a process of its own. Memory is what the
-compiler reserves beside arguments and results; PyTorch's is that of the logits and their gradient,
-which it keeps at least. All tokens are paid; then half, as padding of answers leaves them.
+Value and gradients for states and matrix, with Qwen's 151,936 entries, width 256, in fp32. "XLA" is
+the same loss with materialised logits and the same compiler; "PyTorch" is its
+`torch.nn.functional.cross_entropy` of a linear layer, in a process of its own. Memory is that of
+the compiler's temporaries; for PyTorch it is that of logits and their gradient, which it keeps at
+least. First all tokens count in the loss ("paid"), then half of them, as with padded answers.
 """
-
-import argparse
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +24,13 @@ MB = 2**20
 
 
 def ours(hidden, matrix, labels, paid):
-    """Of paid tokens alone."""
+    """Returns the mean loss of the paid tokens, and computes no other."""
     args = hidden[None], matrix, labels[None, :, None], paid[None]
     return token_loss(token_cross_entropy, *args, tied=True) / jnp.sum(paid)
 
 
 def materialised(hidden, matrix, labels, paid):
-    """Of all logits, of which those that are not paid count nothing."""
+    """Returns the mean loss of the paid tokens from all logits."""
     logits = hidden @ matrix.T
     label = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
     loss = jax.nn.logsumexp(logits, axis=-1) - label
@@ -40,14 +38,15 @@ def materialised(hidden, matrix, labels, paid):
 
 
 def compiled(loss, *args):
-    """A call that awaits value and gradients, and the megabytes that it reserves."""
+    """Returns a call that waits for value and gradients, and the megabytes of its temporaries."""
     program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*args).compile()
-    memory = program.memory_analysis().temp_size_in_bytes / MB
-    return lambda: jax.block_until_ready(program(*args)), memory
+    memory = program.memory_analysis()
+    assert memory is not None  # compilers of CPUs and GPUs have the analysis
+    return lambda: jax.block_until_ready(program(*args)), memory.temp_size_in_bytes / MB
 
 
 def drawn(tokens: int, share: float) -> tuple[np.ndarray, ...]:
-    """States, matrix, labels, and which tokens are paid."""
+    """Returns random states, matrix, labels and mask of paid tokens."""
     random = np.random.default_rng(0)
     hidden = random.standard_normal((tokens, WIDTH), np.float32)
     matrix = random.standard_normal((ENTRIES, WIDTH), np.float32) * np.float32(WIDTH**-0.5)
@@ -55,7 +54,7 @@ def drawn(tokens: int, share: float) -> tuple[np.ndarray, ...]:
 
 
 class Theirs:
-    """The same of PyTorch, made where it runs."""
+    """The loss in PyTorch."""
 
     def __init__(self, tokens: int, share: float):
         hidden, matrix, labels, paid = drawn(tokens, share)
@@ -67,22 +66,23 @@ class Theirs:
         logits = torch.nn.functional.linear(self.x, self.w)
         loss = torch.nn.functional.cross_entropy(logits, self.labels)
         loss.backward()
+        assert self.x.grad is not None and self.w.grad is not None
         return loss.detach().numpy(), (self.x.grad.numpy(), self.w.grad.numpy())
 
 
 def check(got, want) -> None:
-    """Value and gradients agree within 1e-4 of the largest number."""
+    """Asserts that value and gradients agree within 1e-4 of the largest number."""
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         a, b = np.asarray(a), np.asarray(b)
         np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
 
 
 def measure(tokens: int, share: float, rounds: int) -> list[dict]:
-    """The rows of one size."""
+    """Returns the rows of one size."""
     args = tuple(map(jnp.asarray, drawn(tokens, share)))
     our_call, our_memory = compiled(ours, *args)
     xla_call, xla_memory = compiled(materialised, *args)
-    theirs = ledger.Apart(Theirs, tokens, share)
+    theirs = ledger.OtherProcess(Theirs, tokens, share)
     check(our_call(), xla_call())
     check(our_call(), theirs.get("__call__"))
     what = f"cross-entropy, {'all' if share == 1 else 'half'} of the tokens paid"
@@ -102,9 +102,7 @@ def measure(tokens: int, share: float, rounds: int) -> list[dict]:
 
 def main() -> None:
     """Measures, prints a table and writes `cross_entropy.json`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
+    arguments = ledger.parser(__doc__, rounds=3).parse_args()
     keep_freed_memory()
     rows = []
     for tokens, share in ((512, 1.0), (4096, 1.0), (4096, 0.5)):

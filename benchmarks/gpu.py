@@ -1,28 +1,27 @@
-"""The rows that only a GPU can settle: one command, parity before every time.
+"""Measures the rows that need a GPU; results are compared before they are timed.
 
     python -m benchmarks.gpu [--rows A1 C1 ...] [--rounds 20]
-    python -m benchmarks.gpu --compile h100:1x1     no GPU: does every program of ours compile?
-    python -m benchmarks.gpu --small                no GPU: does the script run, at toy sizes?
+    python -m benchmarks.gpu --compile h100:1x1     without a GPU: compile each of our programs
+    python -m benchmarks.gpu --small                without a GPU: run the script at toy sizes
 
 | row | what | against |
 |---|---|---|
 | A1 | attention forward, 16 heads of 64, 10,992 tokens (VGGT's global layers) | cuDNN |
 | A2 | attention forward, causal, 16 heads of 128, rows of 4,096 | cuDNN |
-| A3 | the same, 2,176 tokens, of which all see the first 2,048 | cuDNN with the mask as an array |
+| A3 | as A2, 2,176 tokens, which all see the first 2,048 | cuDNN with the mask as an array |
 | A4 | A2 forward and backward | cuDNN |
 | M1 | selective scan of 3,072 channels, 4,096 positions, and gradients, fp32 | associative scan |
 | C1 | cross-entropy, 4,096 tokens, 151,936 entries, and gradients | all logits at once |
 | T1 | training step of Qwen2.5-1.5B, 2 rows of 4,096: TFLOP/s | the chip's peak: MFU |
 | D1 | greedy text of Qwen2.5-1.5B, 64 + 256 tokens: GB/s of weights | the chip's bandwidth |
-| D2 | the same: tokens/s | transformers (needs PyTorch with CUDA) |
+| D2 | as D1: tokens/s | transformers (needs PyTorch with CUDA) |
 | D3 | one query, 12 heads of 128 over 2, to 32,768 keys: GB/s of cache | XLA, keys not split |
 | L1 | `full` student: an answer of 64 tokens to 8 views | the paper's 15,330 ms (Table IV) |
 
-bfloat16 but where said. Works with jax 0.11 and newer on CUDA 13 and with 0.10; a row that cannot
-run says why, and the others go on. Weights and inputs are random: zeros would run faster.
+In bfloat16 unless stated otherwise, with jax 0.10 or newer on CUDA 13. A row that fails prints its
+error, and the others continue. Weights and inputs are random, since zeros would run faster.
 """
 
-import argparse
 import dataclasses
 import functools
 import time
@@ -51,25 +50,25 @@ from geode_jax.plan.topology import Topology, devices_of, parse_topology
 from geode_jax.runs.config import make_settings
 from geode_jax.sharding import make_mesh
 
-NEVER = -1
-"""An end token that no model says."""
+NO_END_TOKEN = -1
+"""An id that no model predicts, so every answer has its full length."""
 
-SECONDS = 0.05
-"""A measurement lasts at least so long: calls follow each other without waiting."""
+LEAST_SECONDS = 0.05
+"""Minimum duration of a measurement, in which calls follow each other without waiting."""
 
 
 @dataclasses.dataclass
 class Row:
-    """A row to be measured.
+    """A row to measure.
 
     Attributes:
-        name: of the ledger.
+        name: name of the row.
         ours: function of `args`.
-        theirs: another of the same; or a number, which stands for itself.
-        args: arrays as shapes, filled with random numbers.
-        unit: of the row.
-        work: what a call does, in units of the row times seconds; None: the row is of the time.
-        tolerance: of the results' difference, by the largest number; None: nothing to compare.
+        theirs: another function of `args`, or a known result in the unit of the row.
+        args: shapes of arrays, which are filled with random numbers.
+        unit: unit of the row.
+        work: work of a call, in units of the row times seconds; None: the row is a time.
+        tolerance: largest difference of results relative to the largest number; None: not compared.
     """
 
     name: str
@@ -82,12 +81,12 @@ class Row:
 
 
 def shape(*size: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
-    """Of an array."""
+    """Returns the shape of an array."""
     return jax.ShapeDtypeStruct(size, dtype)
 
 
 def filled(tree: Any) -> Any:
-    """Random numbers: normal ones, and small integers."""
+    """Returns arrays of normal random numbers, or of random integers 0 and 1."""
     keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(tree))))
 
     def one(x):
@@ -99,7 +98,7 @@ def filled(tree: Any) -> Any:
 
 
 def differentiated(f: Callable) -> Callable:
-    """Output and gradients, for a cotangent that comes last."""
+    """Returns a function for output and gradients; its last argument is the cotangent."""
 
     def both(*args):
         out, vjp = jax.vjp(f, *args[:-1])
@@ -112,7 +111,12 @@ def differentiated(f: Callable) -> Callable:
 
 
 class Rows:
-    """Each makes a row; `small`: toy sizes, and what every platform has; `where`: see --compile."""
+    """Each method whose name is capitalised makes a row.
+
+    Args:
+        small: use toy sizes, and only operations that every platform has.
+        where: topology to compile for; None: measure on this machine.
+    """
 
     def __init__(self, small: bool = False, where: Topology | None = None):
         self.small, self.where = small, where
@@ -143,9 +147,8 @@ class Rows:
         x = shape(B, L, H, E)
         flops = 4 * B * H * L * L * E / (2 if causally else 1) * (3.5 if backward else 1)
         if backward:
-            return Row(
-                name, *map(differentiated, (ours, theirs)), (x,) * 4, "TFLOP/s", flops / 1e12
-            )
+            both = differentiated(ours), differentiated(theirs)
+            return Row(name, both[0], both[1], (x,) * 4, "TFLOP/s", flops / 1e12)
         return Row(name, ours, theirs, (x,) * 3, "TFLOP/s", flops / 1e12)
 
     def A1(self) -> Row:
@@ -190,8 +193,9 @@ class Rows:
             f32(E),
             f32(1, L, E),
         )
-        both = map(differentiated, (ours, theirs))
-        return Row("selective scan, forward and backward", *both, args, "s", tolerance=1e-3)
+        name = "selective scan, forward and backward"
+        both = differentiated(ours), differentiated(theirs)
+        return Row(name, both[0], both[1], args, "s", tolerance=1e-3)
 
     def C1(self) -> Row:
         T, D, X = (64, 32, 500) if self.small else (4096, 1536, 151_936)
@@ -207,8 +211,8 @@ class Rows:
             return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - label)
 
         args = shape(1, T, D), shape(X, D), shape(1, T, dtype=jnp.int32)
-        both = (jax.value_and_grad(f, (0, 1)) for f in (ours, theirs))
-        return Row("cross-entropy with gradients", *both, args, "s")
+        both = [jax.value_and_grad(f, (0, 1)) for f in (ours, theirs)]
+        return Row("cross-entropy with gradients", both[0], both[1], args, "s")
 
     def _qwen(self) -> tuple[nnx.GraphDef, nnx.State]:
         config = QWEN2P5_1P5B
@@ -238,34 +242,34 @@ class Rows:
             return optax.apply_updates(state, updates), moments, value
 
         c = nnx.merge(graph, state).config
-        matrices = sum(x.size for x in jax.tree.leaves(state))  # the tied head's counted once
+        matrices = sum(x.size for x in jax.tree.leaves(state))  # counts the tied head once
         attention_flops = 6 * c.layers * L * c.heads * c.head_width
         args = state, jax.eval_shape(optimizer.init, state), shape(B, L, dtype=jnp.int32)
         work = (6 * matrices + attention_flops) * B * L / 1e12
         peak = 1.0 if self.small else self.chip().flops / 1e12
         return Row("training step of Qwen2.5-1.5B, MFU", step, peak, args, "TFLOP/s", work, None)
 
-    def _say(self) -> tuple[Callable, tuple, int, int]:
+    def _decoding(self) -> tuple[Callable, tuple, int, int]:
         graph, state = self._qwen()
         prompt, new = (8, 8) if self.small else (64, 256)
         ready = nnx.eval_shape(for_decoding, nnx.merge(graph, state))
         graph, state = nnx.split(ready)
 
-        def say(state, ids):
+        def decode(state, ids):
             model = nnx.merge(graph, state)
             length = jnp.full((1, 1), prompt)
-            said = generate(
-                model, model.no_prefix(1), ids, length, max_new_tokens=new, eos_id=NEVER
-            )
-            return said.tokens_SQA
+            prefix = model.no_prefix(1)
+            return generate(
+                model, prefix, ids, length, max_new_tokens=new, eos_id=NO_END_TOKEN
+            ).tokens_SQA
 
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-        return say, (state, shape(1, 1, prompt, dtype=jnp.int32)), size, new
+        return decode, (state, shape(1, 1, prompt, dtype=jnp.int32)), size, new
 
     def D1(self) -> Row:
-        say, args, size, new = self._say()
+        decode, args, size, new = self._decoding()
         roof = 1.0 if self.small else self.chip().hbm_bandwidth / 1e9
-        return Row("greedy text, weights read", say, roof, args, "GB/s", size * new / 1e9, None)
+        return Row("greedy text, weights read", decode, roof, args, "GB/s", size * new / 1e9, None)
 
     def D2(self) -> Row:
         import torch
@@ -273,11 +277,11 @@ class Rows:
 
         if not (self.small or self.where or torch.cuda.is_available()):
             raise RuntimeError("PyTorch sees no GPU")
-        say, args, _, new = self._say()
+        decode, args, _, new = self._decoding()
         if self.where:
-            return Row("greedy text", say, 0.0, args, "tokens/s", new, None)
+            return Row("greedy text", decode, 0.0, args, "tokens/s", new, None)
         c, device = QWEN2P5_1P5B, "cuda" if torch.cuda.is_available() else "cpu"
-        sizes = dict(
+        sizes: dict[str, Any] = dict(
             vocab_size=c.vocab_size,
             hidden_size=c.width,
             num_hidden_layers=c.layers,
@@ -292,29 +296,31 @@ class Rows:
             )  # fmt: skip
         config = transformers.Qwen2Config(**sizes, tie_word_embeddings=True, eos_token_id=None)
         with torch.device(device):
-            model = transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).eval()
+            model: Any = transformers.Qwen2ForCausalLM(config)  # its stubs lack `generate`
+            model = model.to(torch.bfloat16).eval()
             ids = torch.zeros((1, args[1].shape[-1]), dtype=torch.long)
 
         def theirs(*_):
             with torch.inference_mode():
-                said = model.generate(
+                answer = model.generate(
                     ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False
                 )
-            return np.asarray(said.cpu())
+            return np.asarray(answer.cpu())
 
-        # In bfloat16 greedy texts part soon; parity is `benchmarks.language_model`'s.
-        return Row("greedy text", say, theirs, args, "tokens/s", new, None)
+        # In bfloat16 greedy texts soon differ; `benchmarks.language_model` compares them in fp32.
+        return Row("greedy text", decode, theirs, args, "tokens/s", new, None)
 
     def D3(self) -> Row:
         M = 160 if self.small else 32_768
         rows = Intervals(*(jnp.full((1, 1), x) for x in (0, 0, M)))
         cache = shape(1, M, 2, 128)
-        both = (
+        both = [
             functools.partial(attention, intervals=rows, implementation=implementation)
             for implementation in (self.kernel, "dense")
-        )
+        ]
         args = shape(1, 1, 12, 128), cache, cache
-        return Row("attention of one query", *both, args, "GB/s", 2 * cache.size * 2 / 1e9)
+        work = 2 * cache.size * 2 / 1e9
+        return Row("attention of one query", both[0], both[1], args, "GB/s", work)
 
     def L1(self) -> Row:
         config = hidden_cot.get_config("laptop" if self.small else "full")
@@ -326,13 +332,13 @@ class Rows:
         def answer(state, batch):
             model = nnx.merge(graph, state)
             encoded = objective.encode_scene(model, batch)
-            return objective.answer(model, encoded, batch, NEVER)["tokens"]
+            return objective.answer(model, encoded, batch, NO_END_TOKEN)["tokens"]
 
         plain = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), (state, run.batch()))
         return Row("an answer of the full student", answer, 15_330.0, plain, "ms", None, None)
 
     def chip(self) -> Chip:
-        """The device's data sheet."""
+        """Returns the data sheet of the device."""
         if self.where is not None:
             return self.where.chip
         device = jax.devices()[0]
@@ -345,10 +351,10 @@ class Rows:
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Seconds of a call, of many that follow each other."""
-    jax.block_until_ready(call())
+    """Returns the mean duration of calls that follow each other."""
+    out = jax.block_until_ready(call())
     started, calls = time.perf_counter(), 0
-    while time.perf_counter() - started < SECONDS:
+    while time.perf_counter() - started < LEAST_SECONDS:
         out = call()
         calls += 1
     jax.block_until_ready(out)
@@ -356,30 +362,31 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def measured(key: str, row: Row, rounds: int) -> dict:
-    """Parity, then times in turn."""
-    args = filled(row.args)
+    """Compares the results of a row, times them in alternation, and returns the ledger's row."""
+    args, work, known = filled(row.args), row.work, row.theirs
     ours = functools.partial(jax.jit(row.ours), *args)
-    compare = callable(row.theirs)
-    theirs = None
-    if compare:
-        of_jax = row.tolerance is not None
-        theirs = functools.partial(jax.jit(row.theirs) if of_jax else row.theirs, *args)
-    if row.tolerance is not None:
-        for a, b in zip(jax.tree.leaves(ours()), jax.tree.leaves(theirs()), strict=True):
-            a, b = (np.asarray(x, np.float32) for x in (a, b))
-            np.testing.assert_allclose(a, b, atol=row.tolerance * np.abs(b).max())
-    pairs = [(timed(ours), timed(theirs) if compare else None) for _ in range(rounds)]
-    work = row.work
 
     def value(seconds: float) -> float:
         if work is None:
             return seconds * (1000 if row.unit == "ms" else 1)
         return work / seconds
 
+    if callable(known):
+        jitted = jax.jit(known) if row.tolerance is not None else known
+        theirs = functools.partial(jitted, *args)
+        if row.tolerance is not None:
+            for a, b in zip(jax.tree.leaves(ours()), jax.tree.leaves(theirs()), strict=True):
+                a, b = (np.asarray(x, np.float32) for x in (a, b))
+                np.testing.assert_allclose(a, b, atol=row.tolerance * np.abs(b).max())
+        pairs = [(value(timed(ours)), value(timed(theirs))) for _ in range(rounds)]
+        our_values, their_values = [a for a, _ in pairs], [b for _, b in pairs]
+    else:
+        our_values = [value(timed(ours)) for _ in range(rounds)]
+        their_values = [float(known)] * rounds
     return ledger.row(
         f"{key}: {row.name}",
-        [value(a) for a, _ in pairs],
-        [value(b) if compare else row.theirs for _, b in pairs],
+        our_values,
+        their_values,
         unit=row.unit,
         dtype=next(str(x.dtype) for x in jax.tree.leaves(row.args) if x.dtype != jnp.int32),
         shape=list(jax.tree.leaves(row.args)[-1].shape),
@@ -388,7 +395,7 @@ def measured(key: str, row: Row, rounds: int) -> dict:
 
 
 def compiled(key: str, row: Row, mesh: jax.sharding.Mesh) -> str:
-    """What the compiler says of ours, for a device that is not there."""
+    """Compiles our side for an absent device; returns a line with the compiler's figures."""
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def put(x):
@@ -396,17 +403,18 @@ def compiled(key: str, row: Row, mesh: jax.sharding.Mesh) -> str:
 
     with jax.set_mesh(mesh):
         program = jax.jit(row.ours).lower(*jax.tree.map(put, row.args)).compile()
-    kernels = program.as_text().count('custom_call_target="mosaic_gpu')
-    temporary = program.memory_analysis().temp_size_in_bytes / 1e9
+    text, memory = program.as_text(), program.memory_analysis()
+    assert text is not None and memory is not None  # the compiler of GPUs has both
+    kernels = text.count('custom_call_target="mosaic_gpu')
+    temporary = memory.temp_size_in_bytes / 1e9
     return f"{key}: {row.name}: compiled, {kernels} kernels of ours, {temporary:.2f} GB temporaries"
 
 
 def main() -> None:
     """Measures, prints a table and writes `gpu.json`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ledger.parser(__doc__, rounds=20)
     names = [name for name in vars(Rows) if name[0].isupper()]
     parser.add_argument("--rows", nargs="+", choices=names, default=names)
-    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--compile", metavar="TOPOLOGY")
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
@@ -421,7 +429,7 @@ def main() -> None:
                 print(ledger.table(found)[-1], flush=True)
             else:
                 print(compiled(key, getattr(rows, key)(), mesh), flush=True)
-        except Exception as error:  # of whatever library: the other rows are worth having
+        except Exception as error:  # any library's; the other rows continue
             failed.append(f"{key}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
             print(f"failed: {failed[-1]}", flush=True)
     if found and not arguments.small:

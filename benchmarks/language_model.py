@@ -1,16 +1,15 @@
-"""Our decoder against transformers' with the same weights: reading, learning, saying.
+"""Measures the decoder against transformers' with the same weights: forward, training, decoding.
 
     python -m benchmarks.language_model [--rounds 7]
 
-Two sizes of Qwen2's architecture: 0.15B, and that of the laptop's student. A model of transformers
-with random weights is saved and imported by `geode_jax.weights`; logits, the loss's gradient and
-the greedy text must agree before anything is timed. Theirs runs eagerly with scaled dot-product
-attention, in a process of its own: as its users have it, again with the memory setting that ours
-comes with, and by `torch.compile` where that works. Ours reads and says with the matrices that
-`for_decoding` makes. fp32, which is what a CPU is fast in.
+Two sizes of Qwen2's architecture: 0.15B, and that of the laptop's student. `geode_jax.weights`
+imports a model of transformers with random weights; logits, the gradient of the loss and the greedy
+text must agree before anything is timed. Theirs runs eagerly with scaled dot-product attention in a
+process of its own: with the settings that its users have, with our memory setting, and with
+`torch.compile` if that works. Our forward pass and decoding use the matrices of `for_decoding`.
+fp32, in which CPUs are fast.
 """
 
-import argparse
 import functools
 import tempfile
 from collections.abc import Iterator
@@ -35,8 +34,8 @@ from geode_jax.weights import load_pretrained
 
 transformers.utils.logging.disable_progress_bar()
 
-NEVER = -1
-"""An end token that no model says."""
+NO_END_TOKEN = -1
+"""An id that no model predicts, so every answer has its full length."""
 
 SIZES = {
     "Qwen-shaped 0.15B": dict(
@@ -62,24 +61,24 @@ OTHERS = {
     "torch.compile": {"compiled": True},
 }
 READ = {"Qwen-shaped 0.15B": (1, 512), "laptop student": (16, 128)}
-"""Rows and columns that are read, and learned from, at once."""
-PROMPT, SAID = 64, 64
+"""Rows and columns of a batch of the forward pass and of training."""
+PROMPT_LENGTH, ANSWER_LENGTH = 64, 64
 
 
 def save(sizes: dict, folder: str) -> None:
-    """transformers' model with random weights, as files."""
+    """Saves a model of transformers with random weights."""
     torch.manual_seed(0)
     config = transformers.Qwen2Config(**sizes, tie_word_embeddings=True, eos_token_id=None)
     transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
 
 
 def close(ours, theirs: np.ndarray) -> None:
-    """Within 1e-4 of the largest number."""
+    """Asserts that two arrays agree within 1e-4 of the largest number."""
     np.testing.assert_allclose(np.asarray(ours), theirs, atol=1e-4 * np.abs(theirs).max())
 
 
 class Ours:
-    """What is timed of ours, compiled; each call awaits its result."""
+    """The timed calls of this package, compiled; each waits for its result."""
 
     def __init__(self, model: Decoder):
         self.graph, self.params = nnx.split(model)
@@ -104,19 +103,19 @@ class Ours:
             return optax.apply_updates(params, updates), state, value
 
         @functools.partial(jax.jit, static_argnums=2)
-        def say(model, prompt, new):
+        def decode(model, prompt, new):
             return generate(
                 model,
                 model.no_prefix(1),
                 prompt[None],
                 jnp.full((1, len(prompt)), prompt.shape[1]),
                 max_new_tokens=new,
-                eos_id=NEVER,
+                eos_id=NO_END_TOKEN,
             ).tokens_SQA[0]
 
         self._forward = jax.jit(lambda model, ids: model(ids))
         self._gradient = jax.jit(jax.grad(loss))
-        self._step, self._say = step, say
+        self._step, self._decode = step, decode
 
     def forward(self, ids):
         return self._forward(self.ready, ids).block_until_ready()
@@ -128,12 +127,12 @@ class Ours:
         self.params, self.state, value = self._step(self.params, self.state, ids)
         return value.block_until_ready()
 
-    def say(self, ids, new: int):
-        return self._say(self.ready, ids, new).block_until_ready()
+    def decode(self, ids, new: int):
+        return self._decode(self.ready, ids, new).block_until_ready()
 
 
 class Theirs:
-    """The same of theirs, made where it runs."""
+    """The timed calls of transformers."""
 
     def __init__(self, folder: str, compiled: bool):
         self.model = transformers.Qwen2ForCausalLM.from_pretrained(
@@ -150,46 +149,55 @@ class Theirs:
         ids = torch.tensor(ids)
         self.optimizer.zero_grad()
         self.called(ids, labels=ids, use_cache=False).loss.backward()
-        return self.model.get_input_embeddings().weight.grad.numpy()
+        gradient = self.model.model.embed_tokens.weight.grad
+        assert gradient is not None
+        return gradient.numpy()
 
     def train(self, ids):
         self.gradient(ids)
         self.optimizer.step()
 
-    def say(self, ids, new: int):
+    def decode(self, ids, new: int):
         ids = torch.tensor(ids)
         with torch.inference_mode():
-            said = self.model.generate(
+            answer = self.model.generate(  # pyright: ignore  # a mixin's, which stubs lack
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False
             )
-        return said[:, ids.shape[1] :].numpy()
+        return answer[:, ids.shape[1] :].numpy()
 
 
-def check(ours: Ours, theirs: ledger.Apart, ids: np.ndarray) -> None:
-    """Logits, a gradient and greedy text agree."""
+def check(ours: Ours, theirs: ledger.OtherProcess, ids: np.ndarray) -> None:
+    """Asserts that logits, a gradient and greedy text agree."""
     close(ours.forward(ids), theirs.get("forward", ids))
     gradient = nnx.merge(ours.graph, ours.gradient(ids)).embedding[...]
     close(gradient, theirs.get("gradient", ids))
-    prompt = ids[:1, :PROMPT]
-    np.testing.assert_array_equal(ours.say(prompt, SAID), theirs.get("say", prompt, SAID))
+    prompt = ids[:1, :PROMPT_LENGTH]
+    answer = theirs.get("decode", prompt, ANSWER_LENGTH)
+    np.testing.assert_array_equal(ours.decode(prompt, ANSWER_LENGTH), answer)
 
 
 def measure(name: str, rounds: int, notes: list[str]) -> Iterator[dict]:
-    """The rows of one size; what does not work is noted."""
+    """Yields the rows of one size; failures become notes."""
     read = READ[name]
     ids = np.random.default_rng(0).integers(0, SIZES[name]["vocab_size"], read)
     calls = {
         "forward": ("forward", (ids,), list(read)),
         "training step with AdamW": ("train", (ids,), list(read)),
-        "prefill and one token": ("say", (ids[:1], 1), [1, read[1]]),
-        "greedy text with a cache": ("say", (ids[:1, :PROMPT], SAID), [1, PROMPT, SAID]),
+        "prefill and one token": ("decode", (ids[:1], 1), [1, read[1]]),
+        "greedy text with a cache": (
+            "decode",
+            (ids[:1, :PROMPT_LENGTH], ANSWER_LENGTH),
+            [1, PROMPT_LENGTH, ANSWER_LENGTH],
+        ),
     }
     with tempfile.TemporaryDirectory() as folder:
         save(SIZES[name], folder)
         for other, how in OTHERS.items():
             compiled = how.get("compiled", False)
-            ours = Ours(load_pretrained(Path(folder)))
-            theirs = ledger.Apart(
+            model = load_pretrained(Path(folder))
+            assert isinstance(model, Decoder)
+            ours = Ours(model)
+            theirs = ledger.OtherProcess(
                 Theirs, folder, compiled, keep_memory=how.get("keep_memory", False)
             )
             try:
@@ -198,7 +206,7 @@ def measure(name: str, rounds: int, notes: list[str]) -> Iterator[dict]:
                 notes.append(f"{name}, {other}: {error}")
                 continue
             for what, (method, args, shape) in calls.items():
-                if compiled and method == "say":  # `generate` runs eagerly
+                if compiled and method == "decode":  # `generate` runs eagerly
                     continue
                 times = ledger.alternate(
                     functools.partial(getattr(ours, method), *args),
@@ -212,9 +220,7 @@ def measure(name: str, rounds: int, notes: list[str]) -> Iterator[dict]:
 
 def main() -> None:
     """Measures, prints a table and writes `language_model.json`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    arguments = parser.parse_args()
+    arguments = ledger.parser(__doc__, rounds=7).parse_args()
     keep_freed_memory()
     rows, notes = [], []
     for name in SIZES:

@@ -1,15 +1,16 @@
-"""What every benchmark shares: alternate timing, rows, the table, and what machine it was.
+"""Shared parts of the benchmarks: alternating timing, rows, tables, facts about the machine.
 
-A row says how many times better ours is than what a user would pick instead, measured in one run,
-turn by turn, so that both share the machine's moods:
+A row compares this package ("ours") with the alternative that a user would pick ("theirs"). Both
+are measured in one run and in alternation, so that noise of the machine affects both:
 
-    name, unit, dtype, shape    what was measured; a unit that starts with s is a time, MB memory
+    name, unit, dtype, shape    the measured quantity; s is a time, MB memory, others are rates
     ours, theirs                medians of the rounds
     ratio                       median over the rounds of theirs / ours, for rates of ours / theirs:
-                                above 1 ours is better
-    ratio_least, ratio_most     over the rounds
+                                above 1, ours is better
+    ratio_least, ratio_most     extremes over the rounds
 """
 
+import argparse
 import importlib.metadata
 import json
 import multiprocessing
@@ -27,57 +28,71 @@ PACKAGES = ("jax", "flax", "torch", "transformers", "numpy")
 
 
 def threads() -> int:
-    """Cores that this process may use; both sides are given so many threads."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """Returns the number of cores of this process, which is the number of threads of both sides."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-REST = 0.05
-"""Seconds before each turn: threads of the other side wait a while for more work, busily."""
+def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """Returns the command line of a benchmark with a docstring and a default of `--rounds`."""
+    made = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    made.add_argument("--rounds", type=int, default=rounds, help=f"timed calls ({rounds})")
+    return made
+
+
+PAUSE_SECONDS = 0.05
+"""Pause before each call, in which idle threads of the other side stop to spin for work."""
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Of one call, which awaits its result."""
-    time.sleep(REST)
+    """Returns the duration of a call that waits for its result."""
+    time.sleep(PAUSE_SECONDS)
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
 
 
-class Apart:
-    """PyTorch's side in a process of its own, where it runs as its users have it.
+class OtherProcess:
+    """Runs PyTorch's side in a process of its own, with the settings that its users have.
 
-    Within our process it would have the memory setting that ours comes with
-    (`keep_freed_memory`), which makes it faster; `keep_memory` gives it that.
+    In this process it would get this package's memory setting (`keep_freed_memory`), which makes it
+    faster; `keep_memory` sets it there, too.
     """
 
     def __init__(self, make: Callable[..., Any], *args: Any, keep_memory: bool = False):
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        told = (other, keep_memory, make, args)
-        self._process = context.Process(target=_serve, args=told, daemon=True)
+        given = (other, keep_memory, make, args)
+        self._process = context.Process(target=_serve, args=given, daemon=True)
         self._process.start()
         self._pipe.recv()
 
     def call(self, method: str, *args: Any) -> None:
-        """Returns when the method of what `make` made is done."""
-        self.get(method, *args, wanted=False)
+        """Calls a method of the object that `make` returned, and drops the result."""
+        self.get(method, *args, send_result=False)
 
-    def get(self, method: str, *args: Any, wanted: bool = True) -> Any:
-        """The method's result.
+    def get(self, method: str, *args: Any, send_result: bool = True) -> Any:
+        """Calls a method of the object that `make` returned; returns the result.
 
         Raises:
-            RuntimeError: it failed there.
+            RuntimeError: the method raised an error.
         """
-        self._pipe.send((method, args, wanted))
+        self._pipe.send((method, args, send_result))
         result, error = self._pipe.recv()
         if error is not None:
             raise RuntimeError(f"{method} in the other process: {error}")
         return result
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process, and waits until it has ended."""
         self._pipe.send(None)
         self._process.join()
+
+    @property
+    def running(self) -> bool:
+        """True until the process has ended."""
+        return self._process.is_alive()
 
 
 def _serve(pipe, keep_memory: bool, make: Callable[..., Any], args: tuple) -> None:
@@ -90,23 +105,23 @@ def _serve(pipe, keep_memory: bool, make: Callable[..., Any], args: tuple) -> No
     torch.set_num_threads(threads())
     made = make(*args)
     pipe.send(None)
-    while (told := pipe.recv()) is not None:
-        method, args, wanted = told
+    while (request := pipe.recv()) is not None:
+        method, args, send_result = request
         try:
             result, error = getattr(made, method)(*args), None
-        except Exception as found:  # of whatever library: told to who asked
+        except Exception as found:  # any library's; the caller raises it again
             result, error = None, f"{type(found).__name__}: {' '.join(str(found).split())[:300]}"
-        pipe.send((result if wanted else None, error))
+        pipe.send((result if send_result else None, error))
 
 
 def alternate(
     ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int, warm_up: int = 2
 ) -> tuple[list[float], list[float]]:
-    """Seconds of both, turn by turn, after calls that are not counted."""
+    """Returns the seconds of both, called in alternation after `warm_up` calls of each."""
     for _ in range(warm_up):
         ours(), theirs()
     pairs = [(seconds(ours), seconds(theirs)) for _ in range(rounds)]
-    return tuple(map(list, zip(*pairs, strict=True)))
+    return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def row(
@@ -120,7 +135,7 @@ def row(
     digits: int = 4,
     more_is_better: bool = False,
 ) -> dict[str, Any]:
-    """A row of the ledger, see the module's docstring."""
+    """Returns a row, which the docstring of the module describes."""
     pairs = zip(ours, theirs, strict=True)
     ratios = [a / b if more_is_better else b / a for a, b in pairs]
     return {
@@ -138,7 +153,7 @@ def row(
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads and versions."""
+    """Returns processor, threads and versions."""
     models = (
         [
             line.split(":", 1)[1].strip()
@@ -178,7 +193,7 @@ def write(name: str, rows: list[dict[str, Any]], notes: list[str] | None = None)
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines of a Markdown table."""
+    """Returns the lines of a Markdown table."""
     lines = [
         "| | ours | theirs | unit | times better | least to most |",
         "|---|---|---|---|---|---|",

@@ -1,17 +1,16 @@
-"""Reading speed of the pipeline against a PyTorch DataLoader, on the same files in the same run.
+"""Measures the pipeline's reading speed against a PyTorch DataLoader on the same files.
 
     python -m benchmarks.loader [--scenes 12] [--workers 1 2] [--rounds 5]
 
-The export is made on the spot, as large as VGGT's of ScanNet: 8 frames of 37 x 37 tokens of width
+The script makes an export with the sizes of VGGT's of ScanNet: 8 frames of 37 x 37 tokens of width
 2,048 in bfloat16, with depth and cameras, 45 MB a scene. A sample is a scene. The DataLoader reads
-the same tensors of it with safetensors and stacks them; it neither pads, masks nor checks anything
-and has no questions, so it is the least that a PyTorch project would do. Rounds of the two
-alternate; files come from the page cache after the first round. A round starts anew, with its
-workers (threads, or the DataLoader's processes), and is timed from its second batch on. The first
-round of ours stands apart: it checks every file's sha256 and every tensor's values, once.
+the same tensors with safetensors and stacks them. It does not pad, mask or check anything and has
+no questions, which is the least that a PyTorch project would do. Rounds of the two alternate; after
+the first round, files come from the page cache. Each round starts its own workers (threads here,
+processes of the DataLoader) and is timed from its second batch on. Our first round is reported on
+its own: it alone checks the sha256 of every file and the values of every tensor.
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ TENSORS = ("vggt/tokens", "vggt/depth", "camera/extrinsic", "camera/intrinsic")
 
 
 def make_export(folder: Path, scenes: int) -> Export:
-    """Random arrays in the sizes of VGGT's: bits that are finite in bfloat16 and float32."""
+    """Writes an export of random arrays with the sizes of VGGT's."""
     import ml_dtypes
 
     random = np.random.default_rng(0)
@@ -74,23 +73,23 @@ def make_export(folder: Path, scenes: int) -> Export:
 
 
 class Scenes(Dataset):
-    """The scenes of an export as PyTorch would read them."""
+    """The scenes of an export as a PyTorch data set."""
 
     def __init__(self, export: Export):
         self.paths = [export.folder / "scenes" / f"{i}.safetensors" for i in export.scene_ids()]
 
     def __len__(self) -> int:
-        """Scenes."""
+        """Number of scenes."""
         return len(self.paths)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        """Tensors of a scene."""
+        """Returns the tensors of a scene."""
         with safe_open(self.paths[i], framework="pt") as file:
             return {name: file.get_tensor(name) for name in TENSORS}
 
 
 def torch_batches(export: Export, workers: int, steps: int) -> Iterator:
-    """Batches of a DataLoader in random order."""
+    """Yields batches of a DataLoader in random order."""
     loader = DataLoader(
         Scenes(export), SCENES_PER_BATCH, shuffle=True, num_workers=workers, drop_last=True
     )
@@ -102,13 +101,13 @@ def torch_batches(export: Export, workers: int, steps: int) -> Iterator:
 
 
 def our_batches(pipeline: Pipeline, steps: int) -> Iterator:
-    """Batches of the pipeline."""
+    """Yields batches of the pipeline."""
     for _, batch in pipeline.iterate(0, steps):
         yield batch
 
 
 def scenes_per_second(batches: Iterator) -> float:
-    """Timed from the second batch on."""
+    """Returns the rate from the second batch on."""
     next(batches)
     started, seen = time.perf_counter(), 0
     for _ in batches:
@@ -118,10 +117,9 @@ def scenes_per_second(batches: Iterator) -> float:
 
 def main() -> None:
     """Measures, prints a table and writes `loader.json`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ledger.parser(__doc__, rounds=5)
     parser.add_argument("--scenes", type=int, default=12)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows, notes = [], []

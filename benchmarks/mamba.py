@@ -1,18 +1,16 @@
-"""Our Mamba block and its scan against PyTorch's ways of running the same, with the same weights.
+"""Measures the Mamba block and its scan against PyTorch's with the same weights.
 
     python -m benchmarks.mamba [--rounds 7]
 
-Width 512 (1,024 channels of 16 states), one row of 1,024 positions, fp32; output, and output with
-the gradients of input and weights. Against `transformers`' block as it runs without its CUDA
-kernels, and against loops over positions as fair as PyTorch allows: positions are unbound once
-(transformers' loop indexes its arrays in each step, whose gradient writes all of them each time:
-its training is measured on 128 positions). The usual loop reads the output of each position in its
-turn; the fairest does everything before or after the loop that can be done there. PyTorch runs in a
-process of its own, as its users have it; the fairest loop again with the memory setting that ours
-comes with.
+Width 512 (1,024 channels of 16 states), one row of 1,024 positions, fp32; forward alone, and with
+the gradients of input and weights. Compared with `transformers`' block without its CUDA kernels,
+and with loops over positions that unbind the positions once. (transformers' loop indexes its arrays
+in each step, so the gradient writes whole arrays in each step; its training is measured on 128
+positions.) The usual loop computes the output of each position inside; the fairest loop moves all
+work that can be moved in front of the loop or behind it. PyTorch runs in a process of its own with
+the settings that its users have, and the fairest loop again with our memory setting.
 """
 
-import argparse
 import functools
 from collections.abc import Callable, Iterator
 
@@ -34,19 +32,22 @@ WIDTH, POSITIONS, SHORT = 512, 1024, 128
 
 
 def reference() -> Reference:
-    """transformers' block with random weights; of a model, since a block alone sets not all."""
+    """Returns transformers' block with random weights; only a whole model initialises all."""
     torch.manual_seed(0)
     config = ReferenceConfig(
         vocab_size=1, hidden_size=WIDTH, num_hidden_layers=1, use_mambapy=False
     )
-    return MambaModel(config).layers[0]
+    block = MambaModel(config).layers[0]
+    assert isinstance(block, Reference)
+    return block
 
 
 def copied(theirs: Reference) -> MambaBlock:
-    """Our block with the same weights."""
+    """Returns this package's block with the same weights."""
     ours = MambaBlock(MambaConfig(width=WIDTH, layers=1), rngs=nnx.Rngs(0))
     weights = {name: jnp.asarray(w.detach().numpy()) for name, w in theirs.named_parameters()}
     mixer = ours.mixer
+    assert mixer.conv.bias is not None and mixer.dt_proj.bias is not None
     ours.norm.scale[...] = weights["norm.weight"]
     mixer.in_proj.kernel[...] = weights["mixer.in_proj.weight"].T.reshape(WIDTH, 2, -1)
     mixer.conv.kernel[...] = weights["mixer.conv1d.weight"][:, 0].T
@@ -59,7 +60,7 @@ def copied(theirs: Reference) -> MambaBlock:
 
 
 def by_loop(u, step, A, b, c, D, *, read_in_turn: bool = False) -> torch.Tensor:
-    """The scan as a loop over positions; arguments as of `selective_scan`."""
+    """Computes the scan as a loop over positions; arguments as in `selective_scan`."""
     decay = torch.exp(step[..., None] * A)
     added = (step * u)[..., None] * b[:, :, None]
     state, out = torch.zeros_like(added[:, 0]), []
@@ -71,7 +72,7 @@ def by_loop(u, step, A, b, c, D, *, read_in_turn: bool = False) -> torch.Tensor:
 
 
 def fair(block: Reference, x: torch.Tensor) -> torch.Tensor:
-    """The same block around the fairest loop."""
+    """Computes the block with the fairest loop."""
     m, length = block.mixer, x.shape[1]
     u, gate = m.in_proj(block.norm(x)).transpose(1, 2).chunk(2, dim=1)
     u = torch.nn.functional.silu(m.conv1d(u)[..., :length]).transpose(1, 2)
@@ -84,7 +85,7 @@ def fair(block: Reference, x: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def inputs_of_scan() -> list[np.ndarray]:
-    """u, delta, A, B, C and D."""
+    """Returns u, delta, A, B, C and D."""
     random, E, U = np.random.default_rng(0), 2 * WIDTH, 16
     shapes = (
         (1, POSITIONS, E),
@@ -104,7 +105,7 @@ def inputs_of_block(positions: int) -> np.ndarray:
 
 
 class Ours:
-    """What is timed of ours, compiled; each call awaits its result."""
+    """The timed calls of this package, compiled; each waits for its result."""
 
     def __init__(self):
         graph, self.state = nnx.split(copied(reference()))
@@ -120,7 +121,7 @@ class Ours:
         self._scan_slopes = jax.jit(jax.grad(_squared(scan), tuple(range(6)), has_aux=True))
 
     def block(self, positions: int, gradients: bool) -> tuple:
-        """Output, and where wanted the input's gradient, with the weights' beside it."""
+        """Returns the output and, if asked for, the input's gradient of a full backward pass."""
         x = inputs_of_block(positions)
         if not gradients:
             return (self._block(self.state, x).block_until_ready(),)
@@ -128,7 +129,7 @@ class Ours:
         return y, dx
 
     def scan(self, gradients: bool) -> tuple:
-        """Output, and where wanted the gradients of all inputs."""
+        """Returns the output and, if asked for, the gradients of all inputs."""
         inputs = inputs_of_scan()
         if not gradients:
             return (self._scan(*inputs).block_until_ready(),)
@@ -145,7 +146,7 @@ def _squared(function: Callable) -> Callable:
 
 
 class Theirs:
-    """The same of theirs, made where it runs; "transformers", "fairest" or "usual"."""
+    """The timed calls of PyTorch; the kind is "transformers", "fairest" or "usual"."""
 
     def __init__(self, kind: str):
         self.kind, self.model = kind, reference()
@@ -167,11 +168,11 @@ def _run(call: Callable, inputs: list[np.ndarray], gradients: bool) -> tuple:
     if not gradients:
         return (y.numpy(),)
     y.square().sum().backward()
-    return y.detach().numpy(), *(x.grad.numpy() for x in own)
+    return y.detach().numpy(), *(x.grad.numpy() for x in own if x.grad is not None)
 
 
 def measure(rounds: int) -> Iterator[dict]:
-    """Rows."""
+    """Yields the rows."""
     ours = Ours()
     kinds = {
         "transformers": ("transformers", False),
@@ -180,7 +181,7 @@ def measure(rounds: int) -> Iterator[dict]:
         "the usual loop": ("usual", False),
     }
     for name, (kind, keep) in kinds.items():
-        theirs = ledger.Apart(Theirs, kind, keep_memory=keep)
+        theirs = ledger.OtherProcess(Theirs, kind, keep_memory=keep)
         calls = [("scan", (gradients,)) for gradients in (False, True) if kind != "transformers"]
         if kind != "usual":
             short = SHORT if kind == "transformers" else POSITIONS
@@ -204,9 +205,7 @@ def measure(rounds: int) -> Iterator[dict]:
 
 def main() -> None:
     """Measures, prints a table and writes `mamba.json`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    arguments = parser.parse_args()
+    arguments = ledger.parser(__doc__, rounds=7).parse_args()
     keep_freed_memory()
     rows = []
     for row in measure(arguments.rounds):

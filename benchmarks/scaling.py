@@ -1,9 +1,9 @@
-"""The tables of docs/SCALING.md: python -m benchmarks.scaling [--rows N]
+"""Writes the tables of docs/SCALING.md: python -m benchmarks.scaling [--rows N]
 
-Plans every row that is not yet in `runs/plan/` (a JSON file each; delete one to plan it anew), most
-important first, and writes the tables between the document's markers. It may be stopped at any time
-and goes on where it was. A row takes one to five minutes on two cores; each runs in a process of
-its own, since a compiler that gives up may take the process with it.
+Plans each row that is not yet in `runs/plan/` (one JSON file a row; delete it to plan the row
+again), most important first, and writes the tables between the document's markers. It can be
+stopped at any time, and the next call continues. A row takes one to five minutes on two cores, in a
+process of its own, since a failing compiler may end its process.
 """
 
 import argparse
@@ -27,9 +27,9 @@ STUDENT, SMALL, GEODE = (
 )
 CACHE, DOCUMENT = Path("runs/plan"), Path("docs/SCALING.md")
 PER_CHIP = {STUDENT: 4, GEODE: 2, SMALL: 1}
-"""Scenes of a chip in the tables of meshes: weak scaling."""
+"""Scenes of each chip in tables of weak scaling."""
 STRONG = {STUDENT: 64, GEODE: 64}
-"""Scenes of a batch, however many chips share them: strong scaling."""
+"""Scenes of a batch in tables of strong scaling."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Row:
 
     @property
     def mesh(self) -> tuple[int, int, int]:
-        """Parameters spread over a TPU slice, or over a node's GPUs and the same on every node."""
+        """Mesh that spreads parameters over a TPU slice, or over the GPUs of each node."""
         topology = parse_topology(self.topology)
         return (1 if topology.chip.platform == "tpu" else topology.shape[0], -1, 1)
 
     @property
     def file(self) -> Path:
-        """Where its result is kept."""
+        """File of the row's result."""
         config = re.sub(r"\W+", "-", Path(self.config).name)
         mesh = "-".join(map(str, self.mesh))
         name = f"{config}_{self.topology.replace(':', '-')}_{mesh}_{self.scenes}.json"
@@ -56,7 +56,7 @@ class Row:
 
     @property
     def command(self) -> list[str]:
-        """What makes it."""
+        """Arguments of `geode-jax` that plan the row."""
         mesh = ",".join(map(str, self.mesh))
         options = ["--config", self.config, "--topology", self.topology, f"--mesh={mesh}"]
         return ["plan", *options, "--batch", str(self.scenes), "--train-only", "--json"]
@@ -64,23 +64,23 @@ class Row:
 
 NAMED = ("v5e:4x4", "h100:2x8", "v6e:8x8", "v5p:4x4x4", "h100:8x8")
 OTHERS = ("h100:1x1", "a100:1x8", "h100:64x8", "v5e:16x16", "v5p:8x8x8")
-"""With these the meshes from one chip to 512."""
+"""Further topologies, from one chip to 512."""
 SMALL_ON = ("rtx3080:1x1", "h100:1x1", "a100:1x8")
 STRONG_ON = ("h100:1x8", "h100:2x8", "h100:4x8", "h100:8x8")
 
 
 def weak(config: str, topology: str) -> Row:
-    """A mesh with as many scenes on every chip."""
+    """Returns the row of weak scaling: each chip has the same number of scenes."""
     return Row(config, topology, PER_CHIP[config] * parse_topology(topology).size)
 
 
 def strong(config: str, topology: str) -> Row:
-    """A mesh for the same batch."""
+    """Returns the row of strong scaling: each batch has the same number of scenes."""
     return Row(config, topology, STRONG[config])
 
 
 def rows() -> list[Row]:
-    """All, most important first."""
+    """Returns all rows, most important first."""
     found = [weak(config, topology) for config in (STUDENT, GEODE) for topology in NAMED]
     found += [weak(SMALL, topology) for topology in SMALL_ON]
     found += [weak(config, topology) for topology in OTHERS[:3] for config in (STUDENT, GEODE)]
@@ -90,7 +90,7 @@ def rows() -> list[Row]:
 
 
 def make(row: Row) -> None:
-    """Plan a row and keep its result; where a compiler fails, its last words.
+    """Plans a row and writes its result, or the last line of a compiler's error.
 
     Raises:
         UserError: a compiler is missing.
@@ -110,7 +110,7 @@ def make(row: Row) -> None:
 
 
 def result(row: Row) -> dict[str, Any] | None:
-    """What was kept of a row; None where nothing was, or the compiler failed."""
+    """Returns the result of a row; None: not planned, or the compiler failed."""
     facts = json.loads(row.file.read_text()) if row.file.exists() else {"failed": ""}
     return None if "failed" in facts else facts
 
@@ -124,7 +124,7 @@ HEADER = (
 
 
 def line(row: Row) -> str:
-    """A row of a table; of one that was not planned, that it was not."""
+    """Returns a row as a line of the table."""
     p = result(row)
     if p is None:
         why = "failed to compile" if row.file.exists() else "not planned yet"
@@ -149,12 +149,12 @@ def _milliseconds(seconds: float) -> str:
 
 
 def table(chosen: list[Row]) -> str:
-    """Markdown."""
+    """Returns rows as a Markdown table."""
     return "\n".join([HEADER, "|" + " --- |" * HEADER.count("|", 1), *map(line, chosen)])
 
 
 def collectives(chosen: list[Row]) -> str:
-    """What a chip sends in a step, by kind and mesh axes."""
+    """Returns a table of the bytes that a chip sends in a step, by kind and mesh axes."""
     out = ["| topology | sent by a chip in a step |", "| --- | --- |"]
     for row in chosen:
         p = result(row)
@@ -172,9 +172,10 @@ def collectives(chosen: list[Row]) -> str:
 
 
 def growth(chosen: list[Row]) -> str:
-    """Chips against scenes a second, of the first row's times the chips.
+    """Returns a table of scenes a second of a chip, relative to the first row.
 
-    Twice: with all overlapped (the longest bound is the step), and with nothing (their sum).
+    It has two estimates: with full overlap (a step takes the longest of its bounds), and with none
+    (a step takes their sum).
     """
     out = [
         "| topology | chips | scenes | a step, all overlapped | of linear | nothing overlapped | "
@@ -196,7 +197,7 @@ def growth(chosen: list[Row]) -> str:
 
 
 def sections() -> dict[str, str]:
-    """Marker -> what stands there."""
+    """Returns the text of each marker."""
     out = {}
     for name, config in (("student", STUDENT), ("geode", GEODE)):
         chips = sorted(
@@ -219,7 +220,7 @@ def sections() -> dict[str, str]:
 
 
 def write(document: Path) -> None:
-    """The tables into the document, between `<!-- NAME -->` and `<!-- end -->`.
+    """Writes the tables into the document, between `<!-- NAME -->` and `<!-- end -->`.
 
     Raises:
         UserError: a marker is missing.
@@ -234,9 +235,11 @@ def write(document: Path) -> None:
 
 
 def main() -> None:
-    """See the module's docstring."""
+    """Plans the missing rows, and writes the document after each."""
     parser = argparse.ArgumentParser(description="Plan the rows of docs/SCALING.md.")
-    parser.add_argument("--rows", type=int, help="at most so many new ones; 0: only write tables")
+    parser.add_argument(
+        "--rows", type=int, help="maximum number of rows to plan; 0: only write tables"
+    )
     count = parser.parse_args().rows
     with reported():
         missing = [row for row in rows() if not row.file.exists()]

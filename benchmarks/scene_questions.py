@@ -1,14 +1,13 @@
-"""A hundred questions about one scene: what of the scene is computed once, and what it costs.
+"""Measures a hundred questions about one scene, whose state is computed once.
 
     python -m benchmarks.scene_questions [--rounds 7]
 
-The laptop student (untrained: it says as many words), asked through `Predictor.answer` one question
-after the other, as `geode-jax ask` does. Against it, in turn: the same, but looking at the scene
-anew for each question; and the compiled answering alone, a hundred times, with the scene's state
-given and the questions' arrays made beforehand, which nothing that asks one by one can beat.
+`Predictor.answer` answers one question after the other with the laptop student, as `geode-jax ask`
+does (untrained, which changes no times). Compared with the same when each question encodes the
+scene again ("looking anew"), and with the compiled answering alone on given scene state and
+question arrays, which is a lower bound for single questions.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
@@ -23,9 +22,7 @@ QUESTIONS = 100
 
 def main() -> None:
     """Measures, prints a table and writes `scene_questions.json`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    arguments = parser.parse_args()
+    arguments = ledger.parser(__doc__, rounds=7).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         start(root, root / "cache", "run")
@@ -35,7 +32,7 @@ def main() -> None:
 
 
 def measure(predictor: Predictor, rounds: int) -> list[dict]:
-    """The two rows."""
+    """Returns the two rows."""
     scene_id = predictor.export.scene_ids("test")[0]
     own = [record["question"] for record in predictor.questions(scene_id)]
     asked = [own[i % len(own)] for i in range(QUESTIONS)]

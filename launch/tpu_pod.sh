@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains on a TPU pod slice made of TPU VMs: the same command on every host, again after preemption.
+# Trains on a TPU pod slice of TPU VMs: runs a command on every host, and again after preemption.
 #
 #   launch/tpu_pod.sh NAME ZONE setup                      copies the checkout, installs it
 #   launch/tpu_pod.sh NAME ZONE train --config=... --workdir=gs-mounted/folder/runs/full
 #
-# Hosts find each other by the TPU's metadata. WORKDIR and the export must be seen by all of them.
+# Hosts find each other by the TPU's metadata. All of them need access to WORKDIR and the export.
 set -euo pipefail
 
 if (($# < 3)) || [[ $3 != setup && $3 != train ]]; then
@@ -28,9 +28,9 @@ if [[ $WHAT == setup ]]; then
     exit
 fi
 
-# Every host says how it ended, since gcloud's own code says little of many hosts: 0 is done, 2 an
-# error that would only come again. Whatever else (143: stopped and saved; 1: another host was lost;
-# silence: this one was) is started anew.
+# Every host prints its exit code, since gcloud's own code does not tell hosts apart. 0 = done; 2 = an
+# error that would repeat. The command starts again after any other code (143: stopped and saved;
+# 1: another host was lost) and if a host printed none (it was lost).
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 for ((attempt = 1; attempt <= 100; attempt++)); do
@@ -42,7 +42,7 @@ for ((attempt = 1; attempt <= 100; attempt++)); do
     elif [[ " $codes" == *" 2 "* ]]; then
         exit 2
     fi
-    echo "hosts ended with: ${codes:-nothing said}; again in ${RETRY_SECONDS:=60} seconds" >&2
+    echo "hosts ended with: ${codes:-no exit code}; again in ${RETRY_SECONDS:=60} seconds" >&2
     sleep "$RETRY_SECONDS"
 done
 exit 1

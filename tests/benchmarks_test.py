@@ -31,14 +31,14 @@ def test_calls_take_turns():
 
 
 def test_the_other_side_runs_in_a_process_of_its_own():
-    theirs = ledger.Apart(collections.Counter, "aab")
+    theirs = ledger.OtherProcess(collections.Counter, "aab")
     assert theirs.get("most_common", 1) == [("a", 2)]
     theirs.call("update", "bb")
     assert theirs.get("total") == 5
     with pytest.raises(RuntimeError, match="lost in the other process: AttributeError"):
         theirs.call("lost")
     theirs.close()
-    assert not theirs._process.is_alive()
+    assert not theirs.running
 
 
 def test_results_become_the_document(tmp_path, monkeypatch):

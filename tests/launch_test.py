@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jaxlib
 import pytest
@@ -104,8 +105,8 @@ def test_bars_are_shown_now_and_then():
         ([], "no command behind --"),
         (["--processes", "0", "--", "true"], "at least 1"),
         (["--devices", "0", "--", "true"], "at least 1"),
-        (["--grace", "nan", "--", "true"], "no number of seconds"),
-        (["--grace", "-1", "--", "true"], "no number of seconds"),
+        (["--grace", "nan", "--", "true"], "not a number of seconds"),
+        (["--grace", "-1", "--", "true"], "not a number of seconds"),
         (["--", "./no-such-program"], "No such file"),
     ],
 )
@@ -159,20 +160,22 @@ DIRECTIVES = {
 def test_directives_are_sbatchs():
     for script in LAUNCH.glob("*.sbatch"):
         lines = [x for x in script.read_text().splitlines() if x.startswith("#SBATCH")]
-        names = [re.fullmatch(r"#SBATCH --([a-z-]+)(?:=\S+)?", line)[1] for line in lines]
-        assert names and DIRECTIVES.issuperset(names)
+        found = [re.fullmatch(r"#SBATCH --([a-z-]+)(?:=\S+)?", line) for line in lines]
+        assert found and all(match and match[1] in DIRECTIVES for match in found)
 
 
 def check_arguments(arguments: list[str]) -> None:
-    """Every flag is one of ours, every field one of the configuration's."""
+    """Asserts that flags and fields of the configuration exist."""
     for argument in arguments:
-        name = re.match(r"--([\w.]+)=", argument)[1]
-        if name.startswith("config."):
-            field = hidden_cot.get_config("full")
-            for part in name.split(".")[1:]:
-                field = field[part]
+        match = re.match(r"--([\w.]+)=", argument)
+        assert match, argument
+        section, _, field = match[1].partition(".")
+        if section == "config" and field:
+            fields: Any = hidden_cot.get_config("full")
+            for part in field.split("."):
+                fields = fields[part]
         else:
-            assert name in flags.FLAGS, argument
+            assert match[1] in flags.FLAGS, argument
     (config,) = (a.partition("=")[2] for a in arguments if a.startswith("--config="))
     file, _, argument = config.partition(":")
     assert (REPOSITORY / file).exists() and hidden_cot.get_config(argument)

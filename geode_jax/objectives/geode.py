@@ -307,9 +307,9 @@ def layout_alignment(spatio_SRD: Array, layout: LayoutEncoder, batch: Batch) -> 
 
     Slot i is compared with category i; further slots or categories are left out.
     """
-    error_SM = layout.distance(spatio_SRD, batch)
-    known_SM = jnp.broadcast_to(jnp.asarray(batch.boxes_known_S)[:, None], error_SM.shape)
-    return losses.masked_sum(error_SM, known_SM)
+    error_SR = layout.distance(spatio_SRD, batch)
+    known_SR = jnp.broadcast_to(jnp.asarray(batch.boxes_known_S)[:, None], error_SR.shape)
+    return losses.masked_sum(error_SR, known_SR)
 
 
 def value_regression(codes: Array, values: Array, base_unit: Array, mask: Array) -> Pair:

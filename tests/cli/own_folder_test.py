@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from geode_jax.cli.config_files import SHIPPED, config_names, find_config
 
 from geode_jax.errors import UserError
 from geode_jax.exports import Export
+from geode_jax.runs.shipped import SHIPPED, config_names, find_config
 from tests.helpers.runs import tiny_rooms
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -9,8 +9,7 @@ import pytest
 
 from geode_jax.geometry.boxes import decode_boxes, encode_boxes, generalized_iou, other_code
 from geode_jax.objectives import losses
-from geode_jax.objectives.geode import box_loss
-from geode_jax.objectives.spatial import huber_box
+from geode_jax.objectives.geode import box_regression
 
 
 def draw_boxes(*shape, seed=0):
@@ -83,8 +82,8 @@ def test_both_codes_are_of_the_same_box():
 # sum, the squared cosine of the angle, which weighs two overlaps of weight 2 in [-1, 1], by 1.
 BOX_LOSSES = {
     "detection": (losses.box_loss, lambda x: x, 8**0.5 + 4),
-    "regression": (box_loss, np.sqrt, 2.0),
-    "named objects": (huber_box, lambda x: x, 8**0.5),
+    "regression": (box_regression, np.sqrt, 2.0),
+    "named objects": (losses.huber_box, lambda x: x, 8**0.5),
 }
 box_losses = pytest.mark.parametrize(
     ("loss", "grown", "slope"), BOX_LOSSES.values(), ids=BOX_LOSSES.keys()
