@@ -7,6 +7,7 @@ system alone stand beside it, in `runs.student` and `runs.geode`.
 import abc
 import dataclasses
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
@@ -35,6 +36,16 @@ POSITIVE: tuple[Callable[[Any, Any], bool], str] = (
     lambda value, _: 0 < value < float("inf"),
     "positive",
 )
+
+PATH: tuple[Callable[[Any, Any], bool], str] = (
+    lambda value, _: (
+        "\0" not in value
+        and len(value.encode(errors="surrogatepass")) < 4096
+        and all(len(name.encode(errors="surrogatepass")) <= 255 for name in re.split("[/,]", value))
+    ),
+    "a path: file systems hold names of up to 255 bytes",
+)
+"""The predicate and the words of a rule for paths, several with commas between them."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -212,6 +223,7 @@ class Settings(abc.ABC):
             "eval.val_scenes eval.test_scenes",
             *at_least(1),
         ),
+        ("data.root data.export data.rgbd tokenizer init_from eval.blind", *PATH),
         ("data.rooms_scenes", *at_least(4)),  # fewer have no val or no test split
         ("optimizer.learning_rate optimizer.clip_norm", *POSITIVE),
         # Its own error names the bad part.
@@ -269,7 +281,9 @@ class Settings(abc.ABC):
 
 def refusal(name: str, value: Any, rule: str) -> UserError:
     """Returns the error for a field whose value breaks a rule."""
-    return UserError(f"config: {name}: {value if value != '' else repr(value)} is not {rule}")
+    text = str(value) if value != "" else repr(value)
+    shown = text if len(text) <= 200 else f"{text[:197]}..."
+    return UserError(f"config: {name}: {shown} is not {rule}")
 
 
 # --- Systems --------------------------------------------------------------------------------------

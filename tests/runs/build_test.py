@@ -49,6 +49,7 @@ def test_rooms_are_made_with_the_pictures_asked_for(tmp_path, monkeypatch):
     [
         ("rooms_images", -1, "data.rooms_images: -1 is not at least 0"),
         ("vision", "images", "data.vision: images is not what the student sees"),
+        ("root", "ok/" + "x" * 5000, r"data.root: ok/x+\.\.\. is not a path: file systems hold"),
     ],
 )
 def test_what_the_data_cannot_be_is_refused_by_name(field, value, said):
@@ -149,7 +150,7 @@ def test_a_stage_that_starts_from_nothing_is_refused(stage, tmp_path):
 
 BAD = (
     -2, 0, 1, 3, 7, 0.5, 1.5, float("nan"), "", "nothing", "scanqa=-1", "images", "vggt/tokens",
-    "internvit/tokens",
+    "internvit/tokens", 256 * "x",
     (), (1, 2), (9, 9, -9), (3, 1), [99], ["nothing"], False,
 )  # fmt: skip
 """Values of which at least one breaks any rule."""
