@@ -1,7 +1,7 @@
 """The first losses of both systems are those of `golden/losses.json` (make test-slow).
 
-A change of the code that is meant to leave the numbers as they are leaves this test as it is. For
-one that is meant to change them: python -m tests.golden_run FOLDER, without XLA_FLAGS.
+They are those of before the files were rearranged by layers. For a change that is meant to change
+the numbers, take new ones from `python -m tests.golden_run FOLDER`, without XLA_FLAGS.
 """
 
 import json

@@ -316,7 +316,8 @@ def value_regression(codes: Array, values: Array, base_unit: Array, mask: Array)
     """Eq. 6 on values: squared error of the codes of `drh.encode_values`; count = values."""
     mask = jnp.asarray(mask)
     target = encode_values(losses.keep(values, mask, 1.0), base_unit)
-    return losses.masked_sum(jnp.square(jnp.where(mask, codes - target, 0.0)), mask)
+    error = jnp.where(mask, codes - target, 0.0)
+    return jnp.sum(jnp.square(error)), jnp.sum(mask, dtype=jnp.float32)
 
 
 def box_regression(codes_8: Array, boxes_7: Array, mask: Array) -> Pair:

@@ -7,8 +7,7 @@ example without a target is not counted; a count of 0 comes with a sum of 0.
 
 Masks are bool, True = counted, and may lack trailing axes: a mask [S] holds for whole scenes. `...`
 in a shape stands for any leading axes; the other letters are those of `geode_jax.shapes` (M =
-queries of the detection head, c = categories, k = entries of a top-k list). Arrays `8` are boxes as
-encoded by `geometry.boxes.encode_boxes`.
+queries of the detection head, c = categories, k = entries of a top-k list, 8 = an encoded box).
 """
 
 import functools
@@ -493,13 +492,14 @@ def binary_kl(logit: Array, prob: Array, mask: Array) -> Pair:
 def huber(prediction_F: Array, target_F: Array, mask: Array) -> Pair:
     """Huber loss (delta 1) summed over the last axis; count = True entries of the mask [...]."""
     mask = jnp.asarray(mask)
-    return masked_sum(_huber(jnp.where(mask[..., None], prediction_F - target_F, 0.0)), mask)
+    loss = _huber(jnp.where(mask[..., None], prediction_F - target_F, 0.0))
+    return jnp.sum(loss), jnp.sum(mask, dtype=jnp.float32)
 
 
 def huber_box(boxes_8: Array, target_boxes_7: Array, mask: Array) -> Pair:
     """`huber` of encoded boxes to the nearer code (`geometry.boxes.nearer_code`) of the targets."""
     mask = jnp.asarray(mask)
-    boxes_8, target_8 = keep(boxes_8, mask), _encode_known(target_boxes_7, mask)
+    boxes_8, target_8 = keep(boxes_8, mask), encode_boxes(target_boxes_7)
     return masked_sum(nearer_code(lambda code_8: _huber(boxes_8 - code_8), target_8), mask)
 
 

@@ -1,15 +1,14 @@
 """Checkpoints: the latest two for resuming, the best one for using. Orbax v1, asynchronous, atomic.
 
-Every process writes its own shards; a run may go on with another mesh and another number of
-processes. Beside the position stand a fingerprint of every array and a checksum of all that, so
-that a file that was damaged later is seen whenever it is read; whoever resumes uses the checkpoint
-before.
+Every process writes its own shards; a run may resume on another mesh and with another number of
+processes. The position is stored with a fingerprint of every array and a checksum of both, so that
+reading finds later damage; a run then resumes from the checkpoint before.
 
     WORKDIR/checkpoints/latest/<step>   training state + position
     WORKDIR/checkpoints/best/<step>     the model's parameters at the best validation loss
 
-The position is the global step (the data order is a pure function of it) plus the few numbers the
-loop carries: no iterator is ever pickled.
+The position is the global step, which determines the data order, and the few other numbers that
+the training loop carries. No iterator is pickled.
 """
 
 import errno
@@ -65,17 +64,17 @@ def _checkpointer(folder: Path, keep: int) -> ocp.training.Checkpointer:
 
 
 class Checkpoints:
-    """Saves and restores a run; use as a context manager, so that writes are finished.
+    """Saves and restores a run; as a context manager it finishes all writes at the end.
 
     Raises:
-        UserError: a checkpoint could not be written (disk full, say); the ones before it stay.
+        UserError: a checkpoint could not be written (full disk); the ones before it stay.
     """
 
     def __init__(self, workdir: Path, made_with: Mapping[str, str] | None = None):
         """Args:
         workdir: of the run.
-        made_with: what a checkpoint belongs to -> its checksum, as of `runs.build.made_with`; one
-            that names other checksums is refused.
+        made_with: name -> checksum of what the run is made with (`runs.identity`); a
+            checkpoint that stores other checksums is refused.
         """
         self._folder = workdir.absolute() / "checkpoints"
         self._made_with = dict(made_with or {})
@@ -89,15 +88,14 @@ class Checkpoints:
         self._best = _checkpointer(self._folder / "best", _KEPT["best"])
 
     def _put_unreadable_aside(self, kind: str) -> None:
-        """Of checkpoints whose metadata Orbax, which reads all of it at once, would fail at."""
+        """Renames checkpoints with unreadable metadata: Orbax reads all metadata when it opens."""
         with main_first(f"unreadable {kind} {next(_OPENED)}"):
             folders = step_folders(self._folder.parent, kind)
             readable = {int(folder.name) for folder in folders if has_metadata(folder)}
             damaged = [folder for folder in folders if int(folder.name) not in readable]
             if damaged and not readable:
                 raise UserError(f"{self._folder / kind}: every checkpoint is damaged")
-            # A process that was killed while it deleted a checkpoint, which newer ones replace,
-            # leaves some of its files.
+            # A process that is killed while it deletes an old checkpoint leaves some of its files.
             kept = sorted(readable)[-_KEPT[kind] :]
             half_deleted = [
                 folder
@@ -122,7 +120,7 @@ class Checkpoints:
 
     def __exit__(self, kind, *_):
         if kind is not None and kind is not SystemExit and jax.process_count() > 1:
-            return  # the others may wait elsewhere, and all end: `distributed.ends_together`
+            return  # a wait for the other processes could hang: `distributed.ends_together`
         try:
             self.finish()
         finally:
@@ -130,11 +128,11 @@ class Checkpoints:
             self._best.close()
 
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Save the training state at its step, in the background."""
+        """Saves the training state at its step, in the background."""
         self._save(self._latest, int(position["step"]), state, position)
 
     def save_best(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Save the model's parameters as the best so far, in the background."""
+        """Saves the model's parameters as the best so far, in the background."""
         model = {"params": state.params, "frozen": state.frozen}
         self._save(self._best, int(position["step"]), model, position)
 
@@ -142,7 +140,7 @@ class Checkpoints:
         if any(c.step == step for c in checkpointer.checkpoints):
             return  # a resumed run passes this step again with the same state
         self.finish()
-        # A copy: the loop goes on counting in `position` while this is being written.
+        # A copy: the loop changes `position` while the copy is written.
         own = {"made_with": self._made_with, "fingerprint": fingerprint(tree)}
         metadata = seal({**position, **own})
         try:
@@ -151,18 +149,18 @@ class Checkpoints:
             raise self._failure(error) from error
 
     def finish(self) -> None:
-        """Finish background writes; a failure of theirs surfaces here."""
+        """Waits for background writes and raises their errors."""
         try:
             self._latest.wait()
             self._best.wait()
-        except Exception as error:  # Orbax re-raises whatever its writer thread met
+        except Exception as error:  # Orbax re-raises any error of its writer thread
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> UserError:
         silence_orbax()
         reason = first_line(error)
         for known in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)):
-            if known in str(error):  # TensorStore says much before it
+            if known in str(error):  # after much text of TensorStore's
                 reason = known
         return UserError(
             f"{self._folder}: the checkpoint could not be written ({reason}); earlier ones are "
@@ -170,10 +168,10 @@ class Checkpoints:
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The latest undamaged training state, sharded as `like`, and its position.
+        """Returns the latest undamaged training state, sharded as `like`, and its position.
 
         Returns:
-            None at the start.
+            None if no checkpoint was saved.
 
         Raises:
             UserError: all are damaged, or of another configuration.
@@ -181,7 +179,7 @@ class Checkpoints:
         return self._restore("latest", like)
 
     def restore_best(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """`like` with the best parameters, and their position; None if none was saved."""
+        """Returns `like` with the best parameters, and their position; None if none was saved."""
         found = self._restore("best", {"params": like.params, "frozen": like.frozen})
         if found is None:
             return None
@@ -208,7 +206,7 @@ class Checkpoints:
         return found
 
     def _put_aside(self, kind: str, steps: list[int]) -> None:
-        """Renames them, so that their steps can be saved again."""
+        """Renames damaged checkpoints, so that their steps can be saved again."""
         self._latest.close()
         self._best.close()
         with main_first(f"damaged {kind} {steps}"):
@@ -218,7 +216,7 @@ class Checkpoints:
         self._open()
 
     def _load(self, checkpointer, step: int, like) -> tuple[Any, dict[str, Any]] | None:
-        """A checkpoint and its position; None where it is damaged, for any process."""
+        """Returns a checkpoint and its position; None if it is damaged for any process."""
         state, metadata = None, None
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
@@ -247,18 +245,18 @@ class Checkpoints:
 
 
 _KEPT = {"latest": 2, "best": 1}
-"""How many checkpoints of a kind are kept."""
+"""Number of checkpoints that are kept."""
 _OPENED = itertools.count()
 
 
 def _rename_damaged(folder: Path) -> None:
-    """To `damaged_STEP`, or the next free name after it."""
+    """Renames a checkpoint to `damaged_STEP`, or to the next free name after it."""
     names = (f"damaged_{folder.name}", *(f"damaged_{folder.name}_{n}" for n in range(2, 1000)))
     folder.rename(next(p for n in names if not (p := folder.with_name(n)).exists()))
 
 
 def find_model(workdir: Path) -> Path:
-    """The folder of a run's best checkpoint, or of its latest where none was best yet.
+    """Returns the folder of a run's best checkpoint, or of its latest if it has no best one.
 
     Raises:
         UserError: there is none.
@@ -285,16 +283,16 @@ def save_model(folder: Path, params: dict[str, jax.Array]) -> None:
 
 
 def stored_dtypes(folder: Path) -> dict[str, Any]:
-    """The dtypes of what `save_model` wrote, by name; empty where it is damaged."""
+    """Returns name -> dtype of what `save_model` wrote; empty if it is damaged."""
     try:
         params = _stored(open_checkpoint(folder))["params"]
         return {name: stored.dtype for name, stored in params.items()}
     except (Unreadable, KeyError, TypeError, AttributeError):
-        return {}  # `load_model` says it
+        return {}  # `load_model` raises the error
 
 
 def load_model(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
-    """The model of a checkpoint, to be used; nothing is written, the run may still be going on.
+    """Returns the model of a checkpoint without writing, so that a run may train at the same time.
 
     Args:
         folder: from `find_model`, or of `save_model`.
@@ -318,7 +316,7 @@ def load_model(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
 def load_leaves(
     folder: Path, like: Sequence[tuple[tuple, nnx.Variable]]
 ) -> list[tuple[tuple, nnx.Variable]]:
-    """Variables by their path, from wherever a checkpoint has them, trainable or frozen there.
+    """Returns variables by their path, whether the checkpoint has them as trainable or as frozen.
 
     Args:
         folder: from `find_model`.
@@ -362,15 +360,15 @@ def load_leaves(
 
 
 def _stored(opened: Any) -> Any:
-    """The tree that a checkpoint holds, of shapes and dtypes; errors as of `read_quietly`."""
+    """Returns the shapes and dtypes of a checkpoint's tree; raises as `read_quietly`."""
     stored = opened.metadata["state"]
-    if stored is None:  # Orbax goes on without what it cannot read
+    if stored is None:  # Orbax leaves out what it cannot read
         raise Unreadable("no metadata")
     return stored
 
 
 def _load_state(folder: Path, like: Any, opened: Any) -> Any:
-    """A part of a checkpoint's tree, found to have the values that were saved.
+    """Returns a part of a checkpoint's tree, checked against the fingerprint of the saved values.
 
     Raises:
         Unreadable: the files are damaged.
@@ -389,7 +387,7 @@ def _load_state(folder: Path, like: Any, opened: Any) -> Any:
         if unsealed is None:
             raise Unreadable("its fingerprint is not what was stored")
         stored = unsealed["fingerprint"]
-    # As a bag: a part of the tree has no place of its own in the list.
+    # As a multiset: the list does not name its arrays, and `loaded` is a part of the tree.
     if Counter(fingerprint(loaded)) - Counter(stored):
         raise Unreadable("its values are not what was stored")
     return loaded

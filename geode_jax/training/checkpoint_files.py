@@ -1,6 +1,6 @@
-"""The folder of a checkpoint: its position, fingerprint and checksum, read and checked.
+"""Reads and checks the folder of a checkpoint: its position, fingerprint and checksum.
 
-Damage ends in `Unreadable`, which is one line, before Orbax waits for a file or prints about it.
+Damage raises `Unreadable`, in one line, before Orbax waits for a file or prints about it.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _METADATA = "_CHECKPOINT_METADATA"
 
 
 def has_metadata(folder: Path) -> bool:
-    """Whether a checkpoint has metadata, which is a JSON object of fields that Orbax knows."""
+    """Returns whether a checkpoint has metadata that Orbax can read."""
     try:
         open_checkpoint(folder)
     except Unreadable:
@@ -36,12 +36,12 @@ def has_metadata(folder: Path) -> bool:
 
 
 class Metadata(NamedTuple):
-    """What stands beside the arrays of a checkpoint.
+    """What a checkpoint stores besides its arrays.
 
     Attributes:
-        position: of the loop; has `step`.
-        fingerprint: a number of every array, in the order of the saved tree's leaves.
-        made_with: what the checkpoint belongs to -> its checksum; empty in older ones.
+        position: of the training loop; has `step`.
+        fingerprint: one number per array, in the order of the saved tree's leaves.
+        made_with: name -> checksum of what the run is made with; empty in older checkpoints.
     """
 
     position: dict[str, Any]
@@ -70,7 +70,7 @@ _UNSEALED: dict[str, Callable[[Any], bool]] = {
 
 
 def checked(metadata: Any, step: int) -> Metadata:
-    """A checkpoint's metadata, of the step that its folder names.
+    """Returns a checkpoint's metadata, checked against the step that its folder names.
 
     Raises:
         Unreadable: it is damaged.
@@ -92,15 +92,15 @@ def checked(metadata: Any, step: int) -> Metadata:
 
 
 def refuse_others(where: str, stored: Mapping[str, str], own: Mapping[str, str]) -> None:
-    """Refuses a checkpoint that belongs to another configuration, tokenizer or export.
+    """Refuses a checkpoint that was made with another configuration, tokenizer or export.
 
     Args:
-        where: begins the message.
-        stored: of `Metadata.made_with`.
-        own: the same of what is here.
+        where: start of the message.
+        stored: `Metadata.made_with` of the checkpoint.
+        own: that of the run.
 
     Raises:
-        UserError: a name that both have stands for another checksum.
+        UserError: the checksums of a name that both have differ.
     """
     for name in stored.keys() & own.keys():
         if stored[name] != own[name]:
@@ -111,21 +111,21 @@ def refuse_others(where: str, stored: Mapping[str, str], own: Mapping[str, str])
 
 
 class Unreadable(Exception):
-    """What the reading of damaged files ended in, in one line."""
+    """The files are damaged; the message is one line."""
 
 
 def read_quietly(read: Callable[..., Any], *arguments) -> Any:
-    """`read(*arguments)`, a function of Orbax's.
+    """Returns `read(*arguments)`, a function of Orbax.
 
     Raises:
-        Unreadable: the files are damaged, or not what was asked for.
+        Unreadable: the files are damaged, or hold something else.
     """
     silence_orbax()
     try:
         return read(*arguments)
-    except Exception as error:  # damaged files raise whatever they end in
+    except Exception as error:  # damaged files raise errors of any type
         failure = first_line(error)
-    gc.collect()  # abandoned reads, which the error's traceback kept
+    gc.collect()  # collects abandoned reads that the error's traceback kept alive
     raise Unreadable(failure)
 
 
@@ -169,7 +169,7 @@ def first_line(error: Exception) -> str:
 
 
 def fingerprint(tree) -> list[int]:
-    """A number of every array: the sum of its bits read as integers, the same on every mesh."""
+    """Returns one number per array, the sum of its bits as integers; the same on every mesh."""
     return np.asarray(_bit_sums(jax.tree.leaves(tree))).tolist()
 
 
@@ -184,41 +184,42 @@ def _bit_sums(leaves: list[jax.Array]) -> jax.Array:
 
 
 def shapes_of(tree) -> list[tuple[int, ...]]:
-    """The shapes of a tree, to be compared before reading: Orbax's failed read leaves tasks behind.
+    """Returns the sorted shapes of a tree, to compare before reading.
 
-    Sorted, because a stored tree is of dicts, whose order is another.
+    A failed read of Orbax leaves tasks behind. Sorted, because a stored tree is made of dicts in
+    another order.
     """
     return sorted(tuple(x.shape) for x in jax.tree.leaves(tree))
 
 
 def step_folders(workdir: Path, kind: str) -> list[Path]:
-    """The finished checkpoints of a kind, "best" or "latest"."""
+    """Returns the folders of the finished checkpoints of a kind, "best" or "latest"."""
     # A checkpoint gets its final name, the step, when it is complete.
     found = (workdir / "checkpoints" / kind).glob("*")
     return [path for path in found if path.name.isdecimal()]
 
 
 def has_checkpoint(workdir: Path) -> bool:
-    """Whether a run in this folder would resume."""
+    """Returns whether a run in this folder would resume."""
     return bool(step_folders(workdir, "latest"))
 
 
 def has_model(workdir: Path) -> bool:
-    """Whether a folder has any checkpoint of a run."""
+    """Returns whether a folder has any checkpoint of a run."""
     return any(step_folders(workdir, kind) for kind in ("best", "latest"))
 
 
 def stored_made_with(workdir: Path) -> dict[str, str]:
-    """What a run's checkpoints say they were made with; empty where none can be read."""
+    """Returns `Metadata.made_with` of a run's checkpoints; empty if none can be read."""
     for kind in ("latest", "best"):
         for folder in step_folders(workdir, kind):
-            with contextlib.suppress(UserError):  # damage is said where the arrays are read
+            with contextlib.suppress(UserError):  # reading the arrays reports damage
                 return read_metadata(folder).made_with
     return {}
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What stands beside the arrays of a run's checkpoint.
+    """Returns the metadata of a run's checkpoint.
 
     Args:
         folder: from `find_model`.
@@ -233,11 +234,11 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def open_checkpoint(folder: Path) -> Any:
-    """Orbax's description of a checkpoint.
+    """Returns Orbax's description of a checkpoint.
 
     Raises:
-        Unreadable: it is damaged, or one of its files is a pipe, a device or a link to nothing:
-            Orbax would wait for the first and fill the memory from the second.
+        Unreadable: it is damaged, or one of its files is a pipe, on which Orbax would wait, a
+            device, from which it would fill the memory, or a broken link.
     """
     for place, _, names in os.walk(folder):
         for path in (Path(place, name) for name in names):

@@ -113,7 +113,7 @@ def make_optimizer(config: OptimizerConfig, params: nnx.State) -> optax.Gradient
     structure = jax.tree.structure(params)
     leaf_labels = labels(params, config.name)
     if "muon" in leaf_labels:
-        # optax hands a stacked [layer, in, out] kernel to Adam unless told its matrix axes.
+        # optax hands a stacked [layer, in, out] kernel to Adam unless it is given its matrix axes.
         variables = [variable for _, variable in nnx.to_flat_state(params)]
         axes = [
             _matrix_axes(v) if label == "muon" else optax.MaskedNode()

@@ -1,11 +1,8 @@
 """Checkpoints: round trip, retention, and a disk that fills up while saving."""
 
-import contextlib
 import dataclasses
 import gc
 import os
-import resource
-import signal
 from pathlib import Path
 
 import jax
@@ -18,6 +15,7 @@ from geode_jax.training import checkpoint
 from geode_jax.training.checkpoint import Checkpoints
 from geode_jax.training.checkpoint_files import fingerprint
 from geode_jax.training.step import TrainState
+from tests.helpers.full_disk import full_disk
 
 
 def state(step: int, size: int = 4096) -> TrainState:
@@ -57,19 +55,6 @@ def test_another_model_is_refused_in_one_line(tmp_path):
         checkpoints.save(state(1), {"step": 1})
         with pytest.raises(UserError, match=r"step 1 does not fit .* use another --workdir$"):
             checkpoints.restore(state(0, size=8))
-
-
-@contextlib.contextmanager
-def full_disk(limit: int):
-    """No file may grow past `limit` bytes: what a full disk does to a writer."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
@@ -135,8 +120,8 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(tmp_path, capsys, 
         if position["step"] == 2:
             assert which != "largest"  # what is not needed to read it may be damaged
             return
-        said = capsys.readouterr().out
-        assert f"{latest / '2'}: damaged" in said and "going on from step 1" in said
+        printed = capsys.readouterr().out
+        assert f"{latest / '2'}: damaged" in printed and "going on from step 1" in printed
         checkpoints.save(state(2), {"step": 2})
     assert {p.name for p in latest.iterdir()} == {"1", "2", "damaged_2"}
     with Checkpoints(tmp_path) as checkpoints:
@@ -159,7 +144,7 @@ def test_what_a_kill_left_of_a_deleted_checkpoint_is_no_damage(tmp_path, capsys)
 
 
 def test_values_that_changed_on_disk_are_noticed(tmp_path, monkeypatch):
-    """Whatever the file format lets through, the fingerprint does not."""
+    """The fingerprint finds changes that the file format does not."""
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state(1), {"step": 1})
         other = state(2)
@@ -171,8 +156,8 @@ def test_values_that_changed_on_disk_are_noticed(tmp_path, monkeypatch):
         assert checkpoints.restore(state(0))[1]["step"] == 1
 
 
-def test_where_all_are_damaged_nothing_starts_afresh(tmp_path, capfd, caplog):
-    """And it is said in one line: the many reads that Orbax abandons stay silent."""
+def test_no_run_starts_from_scratch_where_all_checkpoints_are_damaged(tmp_path, capfd, caplog):
+    """The error is one line, without those of the many reads that Orbax abandons."""
     many = dataclasses.replace(state(1), params={f"w{i}": jnp.full(9, i) for i in range(40)})
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(many, {"step": 1})
@@ -186,6 +171,6 @@ def test_where_all_are_damaged_nothing_starts_afresh(tmp_path, capfd, caplog):
         checkpoints.restore(many)
     assert folder.exists()
     gc.collect()
-    said = capfd.readouterr()
-    assert not said.err and not caplog.records
-    assert len(said.out.splitlines()) == 1
+    printed = capfd.readouterr()
+    assert not printed.err and not caplog.records
+    assert len(printed.out.splitlines()) == 1

@@ -9,6 +9,7 @@ from tensorboardX.proto import event_pb2
 from geode_jax.errors import UserError
 from geode_jax.training.event_file import EventFile
 from geode_jax.training.metrics import MetricsWriter
+from tests.helpers.full_disk import full_disk
 
 
 def events(folder: Path) -> list[event_pb2.Event]:
@@ -32,13 +33,10 @@ def test_scalars_come_back_with_what_they_replace(tmp_path):
     assert scalar.summary.value[0].simple_value == 1.5
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_is_one_line_with_the_path(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
-    (tmp_path / "metrics.jsonl").unlink()
-    writer._file.close()
-    writer._file = open("/dev/full", "ab")  # noqa: SIM115 - the writer closes it
-    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written: No space left"):
-        writer.write(1, {"loss": 1.0})
-    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written: No space left"):
-        writer.close()
+    with full_disk(0):
+        with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written: File too large"):
+            writer.write(1, {"loss": 1.0})
+        with pytest.raises(UserError, match=r"events.*: cannot be written: File too large"):
+            writer.close()
