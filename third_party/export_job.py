@@ -1,12 +1,12 @@
-"""What the exporters of this folder share: shards, resuming, one line for what is wrong.
+"""Shared by the exporters of this folder: shards, resuming, one-line error messages.
 
-An exporter runs inside the environment of the project whose arrays it exports, so this file and
-what it loads, the folder `geode_jax/exports`, need Python 3.9, numpy and safetensors alone, and
-nothing of geode_jax is imported as a package.
+An exporter runs in the environment of the project whose arrays it exports. So this file and the
+folder `geode_jax/exports`, which it loads by path, need only Python 3.9, numpy and safetensors, and
+geode_jax is not imported as a package.
 
 A job is a list of scenes, the same in every process. Shard I of N makes the scenes I, I + N, ...;
-each finished scene stays, whatever happens to the process. When all are there, `--merge` (or the
-only shard, by itself) writes the manifest, and the folder is an export.
+finished scenes are kept if the process is interrupted. When all are finished, `--merge` (or the
+only shard itself) writes the manifest, which makes the folder an export.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from typing import Any, NamedTuple
 
 _CONTRACT = Path(__file__).resolve().parent.parent / "geode_jax" / "exports"
 _QUESTIONS = ".questions"
-"""Folder of the questions of scenes that are done, where an exporter answers them."""
+"""Folder of the questions of finished scenes, if the exporter adds answers to them."""
 
 
 class InputError(ValueError):
-    """One line: where, what, which rule."""
+    """Invalid input; the message is one line: where, what, which rule."""
 
 
 class Scene(NamedTuple):
     """A scene to export.
 
     Attributes:
-        id: its name.
+        id: the scene's name.
         split: train, val or test.
-        source: what the exporter makes it of: a path, or a value that JSON can say. A scene that
-            was made from another one is made anew.
+        source: input of the exporter, a path or a JSON value. A finished scene is made anew if its
+            source has changed.
     """
 
     id: str
@@ -47,11 +47,11 @@ class Scene(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What an exporter made of a scene: tensors of the contract by name, those of the teacher too.
+    """A scene, as made by an exporter.
 
     Attributes:
-        arrays: {name: array}.
-        questions: the scene's question records; None where the exporter has nothing to say.
+        arrays: name -> tensor of the contract, including the teacher's.
+        questions: the scene's question records; None if the exporter does not change them.
         report: a few words for the terminal.
     """
 
@@ -61,7 +61,7 @@ class Made(NamedTuple):
 
 
 def load_contract(folder: str | Path) -> Any:
-    """The package `geode_jax/exports` in a folder, without the package around it.
+    """Returns the package `geode_jax/exports` in a folder, loaded without its parent package.
 
     Raises:
         InputError: the folder holds no such package.
@@ -70,20 +70,22 @@ def load_contract(folder: str | Path) -> Any:
     if not path.is_file():
         raise InputError(f"{path}: no such file (--contract: geode_jax/exports of the checkout)")
     name = "geode_jax_exports"
+    loaded = sys.modules.get(name)
+    if loaded is not None and loaded.__file__ and Path(loaded.__file__).samefile(path):
+        return loaded
     spec = importlib.util.spec_from_file_location(
         name, path, submodule_search_locations=[str(path.parent)]
     )
-    loaded = sys.modules.get(name)
-    if loaded is not None and Path(loaded.__file__).samefile(path):
-        return loaded
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # its relative imports look it up there
+    sys.modules[name] = module  # for its relative imports
     spec.loader.exec_module(module)
     return module
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that all exporters have."""
+    """Adds the arguments that all exporters have."""
     parser.add_argument("--out", required=True, type=Path, help="folder of the new export")
     parser.add_argument("--shard", default="0/1", help="I/N: scenes I, I + N, ... (I from 0)")
     parser.add_argument("--merge", action="store_true", help="only write the manifest, at the end")
@@ -101,10 +103,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def shard_of(text: str) -> tuple[int, int]:
-    """(I, N) of I/N.
+    """Returns (I, N) of "I/N".
 
     Raises:
-        InputError: it is none.
+        InputError: the text has another form.
     """
     with contextlib.suppress(ValueError):
         index, count = (int(part) for part in text.split("/"))
@@ -123,23 +125,23 @@ def run(
     """Makes this shard's scenes, or merges.
 
     Args:
-        args: with those of `add_arguments`.
+        args: arguments, including those of `add_arguments`.
         contract: the loaded package `exports`.
-        scenes: of all shards, in the manifest's order.
+        scenes: scenes of all shards, in the manifest's order.
         begin: loads the model; returns the header (keyword arguments of `ExportWriter`) and the
             function that makes a scene.
-        questions: records for the whole export; those of a scene give way to its own (`Made`).
+        questions: returns records for the whole export; `Made.questions` replace those of a scene.
 
     Returns:
         The process's exit code: 1 if a scene could not be made.
 
     Raises:
-        ExportError, InputError: nothing could be done.
+        ExportError, InputError: the job cannot start, or cannot be merged.
     """
     if len({scene.id for scene in scenes}) != len(scenes):
         raise InputError(f"{len(scenes)} scenes have the same id twice: rename a folder")
     index, count = shard_of(args.shard)
-    if (args.out / "manifest.json").exists():  # said before a model is loaded
+    if (args.out / "manifest.json").exists():  # checked before a model is loaded
         raise InputError(f"{args.out}: is an export already; it is not overwritten")
     failed = 0
     if not args.merge:
@@ -150,6 +152,7 @@ def run(
 
 
 def _make_scenes(args: argparse.Namespace, contract: Any, scenes: list[Scene], begin) -> int:
+    """Makes the scenes that are not finished; returns the number of those that failed."""
     header, make = begin()
     writer = contract.ExportWriter(args.out, **header, resume=True)
     sources = _sources(contract, scenes)
@@ -175,7 +178,7 @@ def _make_scenes(args: argparse.Namespace, contract: Any, scenes: list[Scene], b
             teacher = {n[8:]: a for n, a in made.arrays.items() if n.startswith("teacher/")}
             writer.add_scene(scene.id, own, split=scene.split, teacher=teacher)
         except (ValueError, OSError, RuntimeError) as error:
-            # A scene that does not fit in memory or cannot be decoded costs itself alone.
+            # A scene that does not fit in memory or cannot be decoded does not stop the others.
             failed += 1
             text = " ".join(str(error).split())
             place = "" if text.startswith("scene ") else f"scene {scene.id}: "
@@ -194,6 +197,7 @@ def _sources(contract: Any, scenes: list[Scene]) -> dict[str, str]:
 
 
 def _merge(args: argparse.Namespace, contract: Any, scenes: list[Scene], questions) -> None:
+    """Writes the manifest and the questions of an export whose scenes are finished."""
     writer = contract.ExportWriter.reopen(args.out)
     changed = set(contract.made_from.changed(writer, _sources(contract, scenes)))
     if changed:
@@ -209,7 +213,7 @@ def _merge(args: argparse.Namespace, contract: Any, scenes: list[Scene], questio
     kept = [scene for scene in scenes if scene.id in done]
     for scene in kept:
         writer.register({**done[scene.id], "split": scene.split})
-    dropped, missing = 0, set(missing)
+    dropped = 0
     for record in questions():
         scene_id = str(record.get("scene_id"))
         if scene_id in missing:
@@ -235,17 +239,17 @@ def _questions_file(out: Path, scene_id: str) -> Path:
 
 
 def _write_questions(contract: Any, out: Path, scene_id: str, records: list[dict]) -> None:
-    # Read only when the scene's entry is there, which is written after it.
+    # Complete whenever it is read, because the scene's entry is written after it.
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     contract.files.write_text(_questions_file(out, scene_id), text)
 
 
 def read_records(contract: Any, path: Path) -> Iterator[dict]:
-    """JSON objects, one a line.
+    """Yields JSON objects, one a line.
 
     Args:
         contract: the loaded package `exports`.
-        path: of the file.
+        path: the file.
 
     Raises:
         UserError: the file cannot be read, or a line is not JSON.
@@ -267,20 +271,20 @@ def splits_of(
     allow_missing: bool = False,
     contract: str | Path = _CONTRACT,
 ) -> dict[str, str]:
-    """{scene: split}; `table` lists pairs of a scene and its split, and the rest gets `split`.
+    """Returns {scene: split}.
 
     Args:
-        ids: of the scenes.
-        split: of scenes that the table does not name.
-        table: a list as `files.read_list` reads it.
-        allow_missing: entries that name no scene are counted on the terminal, not refused, as long
-            as another names one.
+        ids: the scenes.
+        split: split of scenes that the table does not name.
+        table: list of pairs of a scene and its split, read by `files.read_list`.
+        allow_missing: whether entries that name no scene are counted on the terminal instead of
+            refused. At least one entry must name a scene.
         contract: folder of the package `exports`.
 
     Raises:
         UserError: the table cannot be read.
-        InputError: an entry of it names no split, or no scene and that is not allowed; or two
-            scans of a room would be of different splits.
+        InputError: an entry names no split, or no scene, or two scans of a room would have
+            different splits.
     """
     splits = dict.fromkeys(ids, split)
     if table is None:
@@ -315,27 +319,27 @@ def splits_of(
 
 
 def commit_of(module: Any, given: str) -> str:
-    """The commit of an installed project: as given, or as git says where it is installed from.
+    """Returns the commit of an installed project: the given one, or that of its git checkout.
 
     Raises:
-        InputError: neither knows.
+        InputError: none is given, and the project is in no git checkout.
     """
     if given:
         return given
     folder = str(Path(module.__file__ or next(iter(module.__path__))).resolve().parent)
     command = ["git", "-C", folder, "rev-parse", "HEAD"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        # A copy inside somebody else's checkout would answer with that one's commit.
+        # A copy inside another project's checkout must not get that project's commit.
         tracked = subprocess.run([*command[:3], "ls-files"], capture_output=True, check=True)
         if tracked.stdout.strip():
             return subprocess.run(
                 command, capture_output=True, check=True, text=True
             ).stdout.strip()
-    raise InputError(f"{folder} is no git checkout: say its commit with --commit")
+    raise InputError(f"{folder} is no git checkout: give its commit with --commit")
 
 
 def name_of(weights: str) -> str:
-    """What a manifest says of weights: the name on a hub, or the file's name and sha256."""
+    """Returns the name of weights for a manifest: that on a hub, or the file's name and sha256."""
     path = Path(weights)
     if not path.is_file():
         return weights if not path.exists() else path.resolve().name
@@ -347,10 +351,10 @@ def name_of(weights: str) -> str:
 
 
 def load_weights(torch: Any, path: Path) -> Any:
-    """What a .pt, .pth, .bin or .safetensors file holds, without running anything in it.
+    """Returns the content of a .pt, .pth, .bin or .safetensors file, without running code in it.
 
     Raises:
-        InputError: it holds more than tensors and plain values, or cannot be read.
+        InputError: the file has more than tensors and plain values, or cannot be read.
     """
     try:
         if path.suffix == ".safetensors":
@@ -358,13 +362,13 @@ def load_weights(torch: Any, path: Path) -> Any:
 
             return load_file(str(path))
         return torch.load(str(path), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or malicious file makes the reader say
+    except Exception as error:  # damaged files raise many types of errors
         reason = str(error).strip().splitlines()
         raise InputError(f"{path}: no weights: {reason[0][:200] if reason else error!r}") from None
 
 
 def guarded(name: str, main: Callable[[list[str] | None], int]) -> Callable[..., int]:
-    """`main` with what is wrong said in one line."""
+    """Returns `main` with errors of input printed as one line, and exit status 1."""
 
     def guarded_main(argv: list[str] | None = None) -> int:
         try:
@@ -373,7 +377,7 @@ def guarded(name: str, main: Callable[[list[str] | None], int]) -> Callable[...,
             print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
             return 1
         except ValueError as error:
-            # The contract's errors are classes of the package that `main` has loaded.
+            # Compared by name, because the classes belong to the package that `main` has loaded.
             if not isinstance(error, InputError) and type(error).__name__ not in (
                 "ExportError",
                 "UserError",
@@ -386,6 +390,7 @@ def guarded(name: str, main: Callable[[list[str] | None], int]) -> Callable[...,
 
 
 def _bar(items: list[Scene]) -> Iterable[Scene]:
+    """Returns the scenes with a progress bar, if tqdm is installed."""
     with contextlib.suppress(ImportError):
         from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""Pictures and videos as VGGT takes them: numpy, Pillow and a video decoder; Python 3.9."""
+"""Reads pictures and videos as inputs of VGGT; needs Python 3.9, numpy, Pillow, video decoders."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import numpy as np
 from PIL import Image
 
 UNREAD = (".avif", ".dng", ".heic", ".heif", ".jp2", ".tif", ".tiff")
-"""Pictures that would be missing without a word."""
+"""Endings of pictures that are refused, because skipping them would lose frames silently."""
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 
 
 def natural_order(path: Path) -> list:
-    """Sorts 2.jpg before 10.jpg."""
+    """Returns a sort key that puts 2.jpg before 10.jpg."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def chosen(count: int, most: int) -> list[int]:
-    """At most `most` of `count` frames, evenly spaced from the first."""
+    """Returns at most `most` of `count` indices, evenly spaced from 0."""
     return list(range(count)) if count <= most else [i * count // most for i in range(most)]
 
 
-# Every decoder gives the same frames: those of the first video stream in the order in which they
-# are shown, each as often as it is stored, turned as the container says, as players do it; pixels
-# that are not square stay so. One that cannot turn a video which is to be turned refuses it.
+# All decoders give the same frames: those of the first video stream in display order, each as
+# often as it is stored, rotated by the container's flag as in players; non-square pixels are not
+# scaled. A decoder that cannot rotate a video with such a flag raises an error.
 
 
 def _opencv_frames(path: Path) -> Iterator[np.ndarray]:
@@ -51,7 +51,7 @@ def _pyav_frames(path: Path) -> Iterator[np.ndarray]:
 
     with av.open(str(path)) as video:
         for frame in video.decode(video=0):
-            # Degrees against the clock; before version 14 nobody tells.
+            # Degrees anticlockwise. PyAV has this attribute from version 14 on.
             quarters, rest = divmod(frame.rotation, 90)
             if rest:
                 raise ValueError("it is turned by no quarter")
@@ -61,42 +61,42 @@ def _pyav_frames(path: Path) -> Iterator[np.ndarray]:
 def _imageio_frames(path: Path) -> Iterator[np.ndarray]:
     import imageio.v3
 
-    # ffmpeg turns frames, which imageio's other plug-ins do not, and repeats none if so told.
+    # Only the ffmpeg plug-in rotates frames; the option keeps it from repeating any.
     options = {"plugin": "FFMPEG", "output_params": ["-fps_mode", "passthrough"]}
     yield from imageio.v3.imiter(str(path), **options)
 
 
 def video_frames(path: Path, most: int) -> list[np.ndarray]:
-    """At most `most` frames [H, W, 3] of a video as a person sees it, by what can decode it here.
+    """Returns at most `most` frames [H, W, 3] of a video, upright, by the first working decoder.
 
     Raises:
-        InputError: nothing can.
+        InputError: no installed decoder can read the video.
     """
     tried = []
     for decode in (_opencv_frames, _pyav_frames, _imageio_frames):
         name = decode.__name__.split("_")[1]
         try:
-            # Decoded twice: containers are often wrong about how many frames they have.
+            # Decoded twice, because the number of frames in containers is often wrong.
             wanted = set(chosen(sum(1 for _ in decode(path)), most))
             if wanted:
                 return [frame for i, frame in enumerate(decode(path)) if i in wanted]
             tried.append(f"{name} finds no frame")
-        except Exception as error:  # not installed, or no such codec: each library has its own
-            said = " ".join(str(error).split())[:80]
-            tried.append(f"{name}: {type(error).__name__}: {said}")
+        except Exception as error:  # not installed or no codec; each library has its own types
+            words = " ".join(str(error).split())[:80]
+            tried.append(f"{name}: {type(error).__name__}: {words}")
     raise job.InputError(f"{path}: cannot be decoded ({'; '.join(tried)})")
 
 
 def read_pictures(source: Path, most: int, contract: str | Path) -> list[Image.Image]:
-    """The pictures of a scene, RGB, as a person sees them (`exports.pictures`).
+    """Returns the pictures of a scene, RGB, upright (`exports.pictures`).
 
     Args:
         source: a folder of pictures, or a video.
-        most: how many at most, spread evenly.
+        most: largest number of pictures; they are spread evenly.
         contract: folder of the package `exports`.
 
     Raises:
-        InputError: there is none, or one cannot be read.
+        InputError: there is no picture, or one cannot be read.
     """
     if source.suffix.lower() in VIDEOS:
         return [Image.fromarray(np.ascontiguousarray(f)) for f in video_frames(source, most)]
@@ -115,27 +115,30 @@ def read_pictures(source: Path, most: int, contract: str | Path) -> list[Image.I
 
 
 def _reader(contract: str | Path) -> Any:
-    """The module `pictures` of the package `exports`, which that does not load by itself."""
+    """Returns the module `pictures` of the package `exports`, which does not import it itself."""
     return importlib.import_module(f"{job.load_contract(contract).__name__}.pictures")
 
 
 def prepare(
     picture: Image.Image, mode: str, size: int, patch: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A picture as VGGT takes it, by the rule of its own `load_and_preprocess_images`.
+    """Returns a picture preprocessed as in VGGT's `load_and_preprocess_images`.
 
-    crop: the width becomes `size`, the height follows, in whole patches; what is taller than
-    `size` loses its top and bottom. pad: the longer side becomes `size`, the other follows, white
-    fills the square. Bicubic.
+    "crop" resizes the width to `size` and the height in proportion, in whole patches; pictures
+    taller than `size` lose their top and bottom. "pad" resizes the longer side to `size` and fills
+    a square with white. Both resize bicubically.
 
     Returns:
-        uint8 [H, W, 3], and bool [H, W], which pixels are of the picture.
+        uint8 [H, W, 3], and bool [H, W], True for pixels of the picture.
     """
     width, height = picture.size
     longest = width if mode == "crop" else max(width, height)
-    whole = [max(1, round(side * (size / longest) / patch)) * patch for side in picture.size]
-    new = [size if side == longest else side_ for side, side_ in zip(picture.size, whole)]
-    pixels = np.asarray(picture.resize(tuple(new), Image.BICUBIC))
+
+    def resized(side: int) -> int:
+        return size if side == longest else max(1, round(side * (size / longest) / patch)) * patch
+
+    new = (resized(width), resized(height))
+    pixels = np.asarray(picture.resize(new, Image.Resampling.BICUBIC))
     if mode == "crop":
         top = max(0, (pixels.shape[0] - size) // 2)
         pixels = pixels[top : top + size]

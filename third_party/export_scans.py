@@ -1,4 +1,4 @@
-"""Point clouds from .ply and .npz files: numpy alone, Python 3.9."""
+"""Reads point clouds from .ply and .npz files; needs only Python 3.9 and numpy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Cloud(NamedTuple):
         points: [N, 3], in the export's world.
         colour: [N, 3] in 0 to 255, or None.
         normal: [N, 3] unit vectors, or None.
-        view: [N] the view that sees a point, or None.
+        view: [N] index of the view that sees a point, or None.
     """
 
     points: np.ndarray
@@ -36,42 +36,46 @@ class Cloud(NamedTuple):
     view: np.ndarray | None
 
     def taken(self, index: np.ndarray) -> Cloud:
-        """Some of the points."""
-        return Cloud(*(None if field is None else field[index] for field in self))
+        """Returns the points at `index`."""
+        colour, normal, view = (
+            None if field is None else field[index]
+            for field in (self.colour, self.normal, self.view)
+        )
+        return Cloud(self.points[index], colour, normal, view)
 
 
 def read_scan(path: Path) -> Cloud:
-    """A cloud from a .ply file, or an .npz file with points, and colour and normal if it has them.
+    """Returns a cloud from a .ply file, or an .npz file with points and perhaps colour and normal.
 
     Raises:
-        InputError: it is neither, or has no points.
+        InputError: the file is neither, or has no points.
     """
     try:
         if not path.is_file():
             raise ValueError("not a regular file")
-        fields = _read_npz(path) if path.suffix == ".npz" else _read_ply(path)
-    except Exception as error:  # zip archives and numpy raise whatever a damaged file makes them
+        cloud = _read_npz(path) if path.suffix == ".npz" else _read_ply(path)
+    except Exception as error:  # damaged files raise many types of errors
         words = " ".join(str(error).split())[:300]
         raise job.InputError(f"{path}: no scan: {words or type(error).__name__}") from None
-    points = fields["points"]
+    points = cloud.points
     if points.ndim != 2 or points.shape[1:] != (3,) or not len(points):
         raise job.InputError(f"{path}: points of shape {list(points.shape)} are not [N, 3]")
-    for name, array in fields.items():
+    for name, array in cloud._asdict().items():
         if array is not None and (array.shape != points.shape or not np.isfinite(array).all()):
             raise job.InputError(f"{path}: {name} is not a finite {list(points.shape)}")
-    return Cloud(points, fields["colour"], fields["normal"], None)
+    return cloud
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray | None]:
+def _read_npz(path: Path) -> Cloud:
     with np.load(path, allow_pickle=False) as file:
-        return {
-            name: file[name].astype(np.float64) if name in file or name == "points" else None
-            for name in ("points", "colour", "normal")
-        }
+        colour, normal = (
+            file[name].astype(np.float64) if name in file else None for name in ("colour", "normal")
+        )
+        return Cloud(file["points"].astype(np.float64), colour, normal, None)
 
 
-def _read_ply(path: Path) -> dict[str, np.ndarray | None]:
-    """The vertices of a PLY file, ascii or binary."""
+def _read_ply(path: Path) -> Cloud:
+    """Returns the vertices of a PLY file, ascii or binary."""
     with open(path, "rb") as file:
         layout, count, kind = [], 0, ""
         if file.readline(100).strip() != b"ply":
@@ -96,7 +100,7 @@ def _read_ply(path: Path) -> dict[str, np.ndarray | None]:
                 layout.append((words[2], _PLY_TYPES[words[1]]))
         names = [name for name, _ in layout]
         if kind == "ascii":
-            # numpy makes room for all rows before it reads the first.
+            # numpy allocates all rows before it reads the first.
             most = min(count, path.stat().st_size)
             rows = np.loadtxt(file, max_rows=most, ndmin=2, usecols=range(len(names)))
             columns, found = dict(zip(names, rows.T)), len(rows)
@@ -116,8 +120,4 @@ def _read_ply(path: Path) -> dict[str, np.ndarray | None]:
     points = stacked("x", "y", "z")
     if points is None:
         raise ValueError("has no x, y, z")
-    return {
-        "points": points,
-        "colour": stacked("red", "green", "blue"),
-        "normal": stacked("nx", "ny", "nz"),
-    }
+    return Cloud(points, stacked("red", "green", "blue"), stacked("nx", "ny", "nz"), None)

@@ -1,4 +1,4 @@
-"""Arithmetic on views that the exporters share: numpy alone, Python 3.9.
+"""Arithmetic on views, shared by the exporters; needs only Python 3.9 and numpy.
 
 Pixel centres are at integers, as everywhere in the array contract.
 """
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def nearest(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """[V, h, w, ...] with the pixels whose centres are nearest: depths must not be averaged."""
+    """Returns images [V, h, w, ...] resized by nearest pixels, which does not average depths."""
     pairs = zip(size, image.shape[1:])
     rows, columns = (((np.arange(n) + 0.5) * old / n).astype(int) for n, old in pairs)
     return image[:, rows[:, None], columns]
@@ -18,7 +18,7 @@ def nearest(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def resized_intrinsic(
     intrinsic: np.ndarray, old: tuple[int, int], new: tuple[int, int]
 ) -> np.ndarray:
-    """[V, 3, 3] for another size (h, w): u' = (u + 1/2) w' / w - 1/2."""
+    """Returns intrinsics [V, 3, 3] for another size (h, w): u' = (u + 1/2) w' / w - 1/2."""
     (h, w), (new_h, new_w) = old, new
     move = np.diag([new_w / w, new_h / h, 1.0])
     move[:2, 2] = 0.5 * new_w / w - 0.5, 0.5 * new_h / h - 0.5
@@ -26,7 +26,7 @@ def resized_intrinsic(
 
 
 def area_mean(tokens: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Means [V, gh, gw, C] over equal areas: of 2 x 2 tokens where the grid was twice as fine."""
+    """Returns means [V, gh, gw, C] over equal areas, so of 2 x 2 tokens if the grid is halved."""
     for axis, size in ((1, grid[0]), (2, grid[1])):
         old = tokens.shape[axis]
         edges = np.arange(size + 1)[:, None] * old / size
@@ -40,7 +40,7 @@ def area_mean(tokens: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def unprojected(depth: np.ndarray, intrinsic: np.ndarray, extrinsic: np.ndarray) -> np.ndarray:
-    """World points of depth maps, float64.
+    """Returns the world points of depth maps, float64.
 
     A camera-from-world pose takes world x to camera R x + t, so world = R^T (camera - t).
 

@@ -207,9 +207,8 @@ def test_patch_features_are_the_towers_on_the_exports_grid(load, export, tmp_pat
     arrays = Export(tmp_path / "out").read_scene("a")
     _, model, processor, _ = load_pretrained_model("llava", None, "llava")
     image = processor["image"]
-    pixels = np.stack(
-        [np.asarray(Image.fromarray(i).resize((8, 8), Image.BICUBIC)) for i in arrays["images"]]
-    )
+    small = [Image.fromarray(i).resize((8, 8), Image.Resampling.BICUBIC) for i in arrays["images"]]
+    pixels = np.stack([np.asarray(image) for image in small])
     pixels = (pixels / 255 - image.image_mean) / image.image_std
     with torch.no_grad():
         wanted = model.get_vision_tower()(torch.tensor(pixels.transpose(0, 3, 1, 2)).float())

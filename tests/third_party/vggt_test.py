@@ -260,7 +260,7 @@ def test_another_header_does_not_go_on_an_export(export, capsys):
     [
         (["--shard", "2/2"], "--shard: '2/2' is not I/N"),
         (["--overlap", 0], "needs 0 < --overlap < --chunk"),
-        (["--weights", "somebody/else"], "--licence: say that of the weights somebody/else"),
+        (["--weights", "somebody/else"], "--licence: is needed for the weights somebody/else"),
         (["--subfolder", "rgb"], "0 scenes with 0 different names"),
         (["--scene", "nowhere"], "nowhere/color: no such folder or video"),
         (["--contract", "nowhere"], "nowhere/__init__.py: no such file"),

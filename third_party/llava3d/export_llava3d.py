@@ -1,13 +1,13 @@
-"""LLaVA-3D's answers, their top-k logits and its patch features, as an export with a teacher.
+"""Adds LLaVA-3D's answers, their top-k logits and its patch features to an export, as a teacher.
 
-Runs in the environment, and the checkout, of https://github.com/ZCMax/LLaVA-3D (README.md beside
+Runs in the environment and the checkout of https://github.com/ZCMax/LLaVA-3D (README.md beside
 this file):
 
     python export_llava3d.py --export prepared --videos playground/data/LLaVA-3D-Pretrain/scannet \\
         --out taught --tokenizer student_tokenizer --efficiency teacher.json
 
 The model gives no depth and no boxes: posed depth is its input, and its grounding decoder is not
-released. Those come from the data set.
+released. Depth and boxes come from the data set.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ import export_views as views
 
 LICENCE = "CC BY-NC-SA 4.0 (LLaVA-3D)"
 SEED = 0
-"""Of the draw that keeps 2,560 of a scene's voxels; set anew before every question."""
+"""Seed of the draw that keeps 2,560 of a scene's voxels; set again before every question."""
 
 
 def same_tokenizer(contract: Any, tokenizer: Any, folder: Path) -> tuple[str, int]:
-    """sha256 of the folder's tokenizer.json, whose ids must be the teacher's, and its size.
+    """Returns the sha256 and the size of a student's tokenizer.json with the teacher's ids.
 
     Raises:
-        InputError: it cannot be read, or gives a token another id.
+        InputError: the file cannot be read, or gives a token another id.
     """
     path = folder / "tokenizer.json"
-    if path.exists() and not path.is_file():  # a pipe would wait for somebody who writes
+    if path.exists() and not path.is_file():  # reading a pipe could block forever
         raise job.InputError(f"{path}: not a regular file")
     try:
         data = contract.files.read_bytes(path)
@@ -57,14 +57,14 @@ def same_tokenizer(contract: Any, tokenizer: Any, folder: Path) -> tuple[str, in
 
 
 def spelled(student: Any, words: str) -> list[int]:
-    """The ids that the trainer has for an answer (`Tokenizer.encode_answers` of geode_jax)."""
+    """Returns the ids of an answer in training (`Tokenizer.encode_answers` of geode_jax)."""
     own = student.encode("a", add_special_tokens=False).tokens[:1] or [""]
     space = "" if own[0].startswith("▁") else " "
     return student.encode(space + words, add_special_tokens=False).ids
 
 
 def prompt_ids(torch: Any, model: Any, tokenizer: Any, text: str, conversation: str) -> Any:
-    """Ids [1, L] of the conversation with the scene and one question, as upstream asks."""
+    """Returns ids [1, L] of upstream's prompt with the scene and one question."""
     from llava import constants
     from llava.conversation import conv_templates
     from llava.mm_utils import tokenizer_image_token
@@ -85,8 +85,8 @@ def prompt_ids(torch: Any, model: Any, tokenizer: Any, text: str, conversation: 
 
 
 def answer(torch: Any, model: Any, ids: Any, scene: dict, most: int) -> tuple[Any, Any]:
-    """Greedy answer: ids [T] and the logits [T, X] that they are the largest of."""
-    torch.manual_seed(SEED)  # which voxels are kept is drawn by torch.randperm
+    """Returns the greedy answer: ids [T] and logits [T, X]."""
+    torch.manual_seed(SEED)  # torch.randperm draws the voxels that are kept
     with torch.inference_mode():
         out = model.generate(
             ids,
@@ -104,12 +104,12 @@ def answer(torch: Any, model: Any, ids: Any, scene: dict, most: int) -> tuple[An
 
 
 def top_logits(torch: Any, logits: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k likeliest tokens of [T, X] logits.
+    """Returns the k most likely tokens of logits [T, X].
 
     Returns:
-        ids int32 [T, k], and float16 log-probabilities over the whole vocabulary, largest first.
+        Ids int32 [T, k], and float16 log-probabilities over the whole vocabulary, largest first.
     """
-    # Less the logsumexp over all X: so it is in every number, and needs no place of its own.
+    # Log-probabilities include the logsumexp over all X, so it need not be stored.
     logprob, index = torch.topk(torch.log_softmax(logits, dim=-1), k, dim=-1)
     return index.cpu().numpy().astype(np.int32), logprob.cpu().numpy().astype(np.float16)
 
@@ -117,11 +117,11 @@ def top_logits(torch: Any, logits: Any, k: int) -> tuple[np.ndarray, np.ndarray]
 def patch_features(
     torch: Any, model: Any, processor: Any, arrays: dict, grid: tuple[int, int], with_place: bool
 ) -> np.ndarray:
-    """Features [V, gh, gw, F] of the export's own views, float16.
+    """Returns features [V, gh, gw, F] of the export's own views, float16.
 
-    The vision tower's patches of the whole picture (resized to the tower's square, not cropped),
-    plus, `with_place`, the learned code of the point that each patch sees; area means onto the
-    export's grid.
+    They are the vision tower's patches of the whole picture (resized to the tower's square, not
+    cropped), as area means over the export's patches. `with_place` adds the learned position
+    embedding of the point that each patch sees.
 
     Raises:
         InputError: the scene lacks images, or true depth and cameras.
@@ -137,8 +137,9 @@ def patch_features(
     tower = model.get_vision_tower()
     side = tower.num_patches_per_side
     size = (processor["image"].crop_size["width"], processor["image"].crop_size["height"])
-    pixels = [Image.fromarray(image).resize(size, Image.BICUBIC) for image in arrays["images"]]
-    pixels = np.stack([np.asarray(image, np.float32) / 255 for image in pixels])
+    bicubic = Image.Resampling.BICUBIC
+    resized = [Image.fromarray(image).resize(size, bicubic) for image in arrays["images"]]
+    pixels = np.stack([np.asarray(image, np.float32) / 255 for image in resized])
     pixels = (pixels - processor["image"].image_mean) / processor["image"].image_std
     given = torch.from_numpy(pixels.transpose(0, 3, 1, 2)).to(model.device, model.dtype)
     with torch.inference_mode():
@@ -154,23 +155,23 @@ def patch_features(
 
 
 class Cost:
-    """What the teacher takes, for the tables of efficiency."""
+    """The teacher's time and memory, for the efficiency tables."""
 
     def __init__(self, torch: Any, model: Any, warm_up: int):
-        """Args: the module, the model, and how many answers come before those that count."""
+        """Takes the module, the model, and the number of first answers that are not counted."""
         self._torch, self._model, self._skip = torch, model, warm_up
         self.seconds: list[float] = []
         self.tokens: list[int] = []
         self.reading: list[float] = []
 
     def now(self) -> float:
-        """Seconds, when the device has done what it was given."""
+        """Returns the time in seconds, after all work on the device is done."""
         if self._torch.cuda.is_available():
             self._torch.cuda.synchronize()
         return time.perf_counter()
 
     def add(self, seconds: float, tokens: int) -> None:
-        """One answer."""
+        """Counts one answer."""
         if self._skip:
             self._skip -= 1
             return
@@ -178,7 +179,7 @@ class Cost:
         self.tokens.append(tokens)
 
     def summary(self) -> dict[str, Any]:
-        """Names as in geode_jax/measure/cost.py; times are None without an answer."""
+        """Returns figures named as in geode_jax/measure/cost.py; times are None without answers."""
         parameters = list(self._model.parameters())
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         found: dict[str, Any] = {
@@ -202,8 +203,8 @@ class Cost:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Returns the command's arguments."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     job.add_arguments(parser)
     parser.add_argument("--export", required=True, type=Path, help="scenes and their questions")
     parser.add_argument("--videos", required=True, type=Path, help="SCENE below it is what is read")
@@ -226,7 +227,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def header_of(args: argparse.Namespace, base: Any, commit: str, tokenizer: str) -> dict:
-    """The header of the new export."""
+    """Returns the header of the new export."""
     producer = dict(base.manifest["producer"])
     producer["licence"] += f"; teacher: {args.licence}"
     producer.update({"teacher": job.name_of(args.model), "teacher_commit": commit})
@@ -244,15 +245,15 @@ def header_of(args: argparse.Namespace, base: Any, commit: str, tokenizer: str) 
 
 
 class Teacher:
-    """LLaVA-3D, asked about the scenes of an export."""
+    """LLaVA-3D, which answers the questions about the scenes of an export."""
 
     def __init__(self, args: argparse.Namespace, base: Any, questions: dict[str, list[dict]]):
         """Loads the model.
 
         Args:
-            args: of the command.
-            base: the export that has the scenes.
-            questions: {scene: its records, in their order}.
+            args: the command's arguments.
+            base: the export with the scenes.
+            questions: {scene: its records in order}.
 
         Raises:
             InputError: not in LLaVA-3D's environment, or the tokenizer is not the teacher's.
@@ -281,10 +282,10 @@ class Teacher:
         self.cost = Cost(torch, self._model, args.warm_up)
 
     def read_video(self, scene_id: str) -> dict:
-        """What LLaVA-3D's own reader makes of a scene.
+        """Returns a scene as read by LLaVA-3D's own reader.
 
         Raises:
-            InputError: it does not know the scene.
+            InputError: the reader does not know the scene.
         """
         from llava.mm_utils import process_videos
 
@@ -293,7 +294,7 @@ class Teacher:
         try:
             video = process_videos(path, self._processor["video"], mode="random", device=device)
         except (KeyError, NotImplementedError) as error:
-            # It looks a scene up in its file of cameras by the last two parts of the path.
+            # The reader finds a scene's cameras by the last two parts of the path.
             raise job.InputError(f"{path}: unknown to LLaVA-3D: {error!r}") from None
         names = ("images", "depths", "poses", "intrinsics")
         scene = {name: video[name].to(device, dtype) for name in names}
@@ -301,7 +302,7 @@ class Teacher:
         return scene
 
     def ask(self, record: dict, video: dict) -> tuple[str, Any, Any]:
-        """The answer to a question, its ids [T] and their logits [T, X]."""
+        """Returns the answer to a question, its ids [T] and their logits [T, X]."""
         args = self._args
         text = "\n".join(filter(None, (self._prompts.prompt(record), args.suffix)))
         start = self.cost.now()
@@ -311,27 +312,27 @@ class Teacher:
         return self._tokenizer.decode(tokens, skip_special_tokens=True).strip(), tokens, logits
 
     def make(self, scene: job.Scene) -> job.Made:
-        """The scene with what the teacher says of it; see `job.run`."""
+        """Returns the scene with the teacher's answers; see `job.run`."""
         arrays = self._base.read_scene(scene.id)
         asked = self._questions.get(scene.id, [])
         video = self.read_video(scene.id) if asked else {}
         end = self._tokenizer.eos_token_id
-        records, rows, said, top = [], [], [], []
+        records, rows, answer_ids, top = [], [], [], []
         cut = empty = respelled = 0
         for row, record in enumerate(asked):
             words, tokens, logits = self.ask(record, video)
             records.append({**record, "teacher_answer": words} if words else record)
             empty += not words
             if int(tokens[-1]) != end:
-                cut += 1  # an answer that does not end is not one to imitate token by token
+                cut += 1  # unfinished answers are no targets for single tokens
             elif self._student and words:
                 rows += [row] * len(tokens)
-                said.append(tokens.cpu().numpy().astype(np.int32))
+                answer_ids.append(tokens.cpu().numpy().astype(np.int32))
                 top.append(top_logits(self._torch, logits[:, : self._size], self._args.topk))
                 respelled += [*spelled(self._student, words), end] != tokens.tolist()
         if rows:
             arrays["teacher/answer_question"] = np.array(rows, np.int32)
-            arrays["teacher/answer_id"] = np.concatenate(said)
+            arrays["teacher/answer_id"] = np.concatenate(answer_ids)
             arrays["teacher/topk_id"] = np.concatenate([index for index, _ in top])
             arrays["teacher/topk_logprob"] = np.concatenate([logprob for _, logprob in top])
         if self._args.features != "none":

@@ -1,13 +1,13 @@
-"""Sonata's coarse point tokens of the scenes of an export, as a new export that has them too.
+"""Adds Sonata's coarse point tokens to the scenes of an export, as a new export.
 
 Runs in the environment of https://github.com/facebookresearch/sonata (README.md beside this file):
 
     python export_sonata.py --export vggt_export --out with_points
     python export_sonata.py --export prepared --scans meshes --out with_points
 
-A metric export keeps its world, and `sonata/coord` is in it. One without scale (VGGT's) is moved
-as a whole, cameras and points too, into the frame that Sonata was trained in: metres (by a rule),
-z up, centred, the floor at 0.
+A metric export keeps its world frame, which `sonata/coord` uses too. An export without scale
+(VGGT's) is transformed, with cameras and points, to the frame that Sonata was trained in: metres
+(estimated), z up, centred, the floor at 0.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ import export_job as job
 import export_views as views
 from export_scans import Cloud, read_scan
 
-VOXEL = 0.02
-"""Metres, as Sonata was trained."""
+VOXEL_EDGE = 0.02
+"""Edge of the input's voxels in metres, as in Sonata's training."""
 LICENCE = "CC-BY-NC-4.0 (weights)"
+
+
 # --- Points of an export --------------------------------------------------------------------------
 
 
 def image_normals(points: np.ndarray, known: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Normals [V, h, w, 3] of the surface through neighbouring pixels, turned to the camera.
+    """Returns normals [V, h, w, 3] of the surface through neighbouring pixels, facing the camera.
 
-    Zero where a neighbour is missing.
+    They are zero where a neighbour is missing.
 
     Args:
         points: [V, h, w, 3].
-        known: [V, h, w].
-        centres: [V, 3] of the cameras.
+        known: [V, h, w] whether a pixel has a point.
+        centres: [V, 3] camera centres.
     """
     right, down = np.zeros_like(points), np.zeros_like(points)
     right[:, :, :-1] = points[:, :, 1:] - points[:, :, :-1]
@@ -55,12 +57,12 @@ def image_normals(points: np.ndarray, known: np.ndarray, centres: np.ndarray) ->
 
 
 def cloud_of(arrays: dict[str, np.ndarray], source: str, unsure: float) -> Cloud:
-    """The points that a scene's views see.
+    """Returns the points that a scene's views see.
 
     Args:
         arrays: tensors of the scene.
-        source: depth (VGGT's, unprojected), points (VGGT's) or target (the true depth).
-        unsure: share of the points, those of least confidence, that is left out.
+        source: "depth" (VGGT's, unprojected), "points" (VGGT's) or "target" (the true depth).
+        unsure: share of points, those of least confidence, that is left out.
 
     Raises:
         InputError: the scene lacks what the source needs.
@@ -95,13 +97,13 @@ def cloud_of(arrays: dict[str, np.ndarray], source: str, unsure: float) -> Cloud
 
 
 def choose_voxels(points: np.ndarray, size: float) -> tuple[np.ndarray, np.ndarray]:
-    """One point of every voxel: the one nearest to its centre, of equally near ones the first.
+    """Returns the point of every voxel that is nearest to its centre, the first on a tie.
 
     Upstream's own transform draws one at random.
 
     Args:
         points: [N, 3].
-        size: of a voxel.
+        size: edge of a voxel.
 
     Returns:
         indices [n] in the lexicographic order of the voxels, and grid coordinates [n, 3] from 0.
@@ -120,12 +122,12 @@ def choose_voxels(points: np.ndarray, size: float) -> tuple[np.ndarray, np.ndarr
 
 
 def load_model(torch: Any, weights: str, device: str) -> Any:
-    """Sonata's encoder, its orders fixed.
+    """Returns Sonata's encoder, with serialization orders that are not shuffled.
 
     Args:
         torch: the module.
         weights: a file of {"config", "state_dict"}, or a name in facebook/sonata, as `sonata`.
-        device: of torch.
+        device: name of the torch device.
 
     Raises:
         InputError: the file is no such checkpoint.
@@ -148,7 +150,7 @@ def load_model(torch: Any, weights: str, device: str) -> Any:
     model = PointTransformerV3(**config)
     model.load_state_dict(checkpoint["state_dict"])
     for module in model.modules():
-        # The pooling layers are built without the option and would shuffle on.
+        # Pooling layers do not get the option from the configuration.
         if hasattr(module, "shuffle_orders"):
             module.shuffle_orders = False
         if hasattr(module, "traceable"):
@@ -157,17 +159,17 @@ def load_model(torch: Any, weights: str, device: str) -> Any:
 
 
 def encode(torch: Any, model: Any, features: np.ndarray, grid: np.ndarray) -> tuple:
-    """The coarsest stage.
+    """Returns the coarsest stage of Sonata.
 
     Args:
         torch: the module.
         model: Sonata.
-        features: [n, 6 or 9]; the first three are the place.
-        grid: int [n, 3].
+        features: [n, 6 or 9]; the first three are the position.
+        grid: int [n, 3] voxel coordinates.
 
     Returns:
-        features [G, C], coordinates [G, 3] (means of the stage before), and for every input point
-        the coarse one that it went into, [n].
+        Features [G, C], coordinates [G, 3] (means of the stage before), and [n] the index of the
+        coarse point that each input point was pooled into.
     """
     device = next(model.parameters()).device
     feat = torch.from_numpy(np.ascontiguousarray(features, np.float32)).to(device)
@@ -191,7 +193,7 @@ def encode(torch: Any, model: Any, features: np.ndarray, grid: np.ndarray) -> tu
 
 
 def majority(cell: np.ndarray, view: np.ndarray, cells: int) -> np.ndarray:
-    """The view that most points of a cell come from; of equally many the first. int32 [cells]."""
+    """Returns int32 [cells], the view that most points of a cell come from, the first on a tie."""
     count = int(view.max()) + 1
     votes = np.bincount(cell * count + view, minlength=cells * count)
     return votes.reshape(cells, count).argmax(-1).astype(np.int32)
@@ -201,10 +203,10 @@ def majority(cell: np.ndarray, view: np.ndarray, cells: int) -> np.ndarray:
 
 
 def moved(arrays: dict[str, np.ndarray], similarity: Any) -> dict[str, np.ndarray]:
-    """A scene's cameras, depths and points in the frame that a similarity leads to.
+    """Returns a scene with cameras, depths and points transformed by a similarity.
 
     Raises:
-        InputError: it has boxes, whose yaw about z such a turn does not keep.
+        InputError: the scene has boxes, which cannot be rotated about other axes than z.
     """
     if "target/boxes" in arrays:
         raise job.InputError(
@@ -234,7 +236,7 @@ def add_points(
     run_model: Any,
     channels: int,
 ) -> tuple[dict[str, np.ndarray], str]:
-    """The scene with `sonata/` tensors, and a few words about it."""
+    """Returns the scene with `sonata/` tensors, and a few words about it for the terminal."""
     missing = [
         name
         for name, field, wanted in (
@@ -254,7 +256,7 @@ def add_points(
         height=args.height,
     )
     points = similarity.points(cloud.points)
-    index, grid = choose_voxels(points, VOXEL)
+    index, grid = choose_voxels(points, VOXEL_EDGE)
     chosen = cloud.taken(index)
     fed = [points[index]]
     for field, wanted, scale in (
@@ -267,7 +269,7 @@ def add_points(
     fed[2] = fed[2] @ similarity.rotation.T
     features, coord, cell = run_model(np.concatenate(fed, -1)[:, :channels], grid)
     out = arrays if metric else moved(arrays, similarity)
-    if metric:  # back from Sonata's centred frame to the export's own world
+    if metric:  # from Sonata's centred frame to the export's world
         coord = (coord - similarity.translation) @ similarity.rotation
     out = {**out, "sonata/features": features, "sonata/coord": coord.astype(np.float32)}
     if chosen.view is not None:
@@ -277,8 +279,8 @@ def add_points(
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Returns the command's arguments."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     job.add_arguments(parser)
     parser.add_argument("--export", required=True, type=Path, help="the export that has the scenes")
     parser.add_argument("--scans", type=Path, help="folder of SCENE.ply or SCENE.npz, instead")
@@ -307,10 +309,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def header_of(args: argparse.Namespace, base: Any, commit: str) -> dict:
-    """The header of the new export.
+    """Returns the header of the new export.
 
     Raises:
-        InputError: the points would have no known place in the export's world.
+        InputError: scans have no known position in an export without scale.
     """
     metric = base.manifest["scale"] == "metric"
     if args.scans and not metric:
@@ -324,8 +326,8 @@ def header_of(args: argparse.Namespace, base: Any, commit: str) -> dict:
     up = args.up or ("z" if metric else "-y of the first camera")
     notes = (
         f"Sonata: {'scans' if args.scans else args.points + ' of the views'}, the least confident "
-        f"{args.unsure} left out; {rule}; up is {up}; voxels of {VOXEL} m, the point nearest to "
-        f"the centre; orders fixed; colour {args.colour}, normals {args.normal}."
+        f"{args.unsure} left out; {rule}; up is {up}; voxels of {VOXEL_EDGE} m, the point nearest "
+        f"to the centre; orders fixed; colour {args.colour}, normals {args.normal}."
     )
     producer = dict(base.manifest["producer"])
     producer["licence"] += f"; Sonata: {args.licence}"

@@ -1,4 +1,4 @@
-"""VGGT's tokens, depth, points and cameras of pictures or videos, as an export of geode_jax.
+"""Exports VGGT's tokens, depth, points and cameras of pictures or videos for geode_jax.
 
 Runs in the environment of https://github.com/facebookresearch/vggt (README.md beside this file):
 
@@ -36,7 +36,7 @@ MAX_MISFIT = 0.1
 
 
 def load_model(torch: Any, weights: str, device: str) -> Any:
-    """VGGT with weights from a file (.pt, .safetensors), a folder, or a name of Hugging Face."""
+    """Returns VGGT with weights from a file (.pt, .safetensors), a folder, or Hugging Face."""
     from vggt.models.vggt import VGGT
 
     if Path(weights).is_file():
@@ -48,7 +48,7 @@ def load_model(torch: Any, weights: str, device: str) -> Any:
 
 
 def reconstruct(torch: Any, model: Any, pictures: np.ndarray) -> dict[str, np.ndarray]:
-    """One pass of VGGT over views that see each other.
+    """Returns the outputs of one pass of VGGT over overlapping views.
 
     Args:
         torch: the module.
@@ -72,11 +72,14 @@ def reconstruct(torch: Any, model: Any, pictures: np.ndarray) -> dict[str, np.nd
         # As upstream: the aggregator in half precision, the heads in float32.
         with torch.autocast(device.type, dtype=half, enabled=cuda):
             layers, start = model.aggregator(images)
+        # The aggregator keeps the layers that the heads need; the others are None.
         layers = [None if layer is None else layer.float() for layer in layers]
         pose = model.camera_head(layers)[-1]
         depth, depth_conf = model.depth_head(layers, images=images, patch_start_idx=start)
         points, points_conf = model.point_head(layers, images=images, patch_start_idx=start)
         extrinsic, intrinsic = pose_encoding_to_extri_intri(pose, images.shape[-2:])
+        if layers[-1] is None:
+            raise RuntimeError("VGGT's aggregator does not return its last layer")
         last = layers[-1][0]
         patch = model.aggregator.patch_size
         grid = (images.shape[-2] // patch, images.shape[-1] // patch)
@@ -97,7 +100,7 @@ def reconstruct(torch: Any, model: Any, pictures: np.ndarray) -> dict[str, np.nd
 
 
 def chunk_ranges(count: int, chunk: int, overlap: int) -> list[tuple[int, int]]:
-    """Ranges of at most `chunk` views; each shares `overlap` views with the one before."""
+    """Returns ranges of at most `chunk` views; each shares `overlap` views with the previous."""
     if count <= chunk:
         return [(0, count)]
     starts = range(0, count - overlap, chunk - overlap)
@@ -105,15 +108,15 @@ def chunk_ranges(count: int, chunk: int, overlap: int) -> list[tuple[int, int]]:
 
 
 def alignment(moving: np.ndarray, fixed: np.ndarray, weight: np.ndarray) -> tuple:
-    """The similarity that takes points nearest to others, weighted least squares (Umeyama 1991).
+    """Returns the similarity that aligns points by weighted least squares (Umeyama 1991).
 
     Args:
         moving, fixed: [N, 3], the same points in two frames.
         weight: [N], not negative.
 
     Returns:
-        (rotation [3, 3], scale, translation [3], misfit): the RMS distance that is left, as a
-        share of the RMS distance of the fixed points from their centre.
+        (rotation [3, 3], scale, translation [3], misfit). The misfit is the remaining RMS distance,
+        as a share of the RMS distance of the fixed points from their centre.
     """
     weight = weight / weight.sum()
     centre_m, centre_f = weight @ moving, weight @ fixed
@@ -130,17 +133,17 @@ def alignment(moving: np.ndarray, fixed: np.ndarray, weight: np.ndarray) -> tupl
 def reconstruct_long(
     torch: Any, model: Any, frames: Any, pictures: np.ndarray, chunk: int, overlap: int
 ) -> tuple[dict[str, np.ndarray], float]:
-    """`reconstruct`, in chunks that are brought into the first chunk's frame and scale.
+    """Returns `reconstruct` of many views, in chunks aligned to the first chunk's frame and scale.
 
-    Two chunks share `overlap` views, whose pixels are the same points in both. The surer half of
-    them decides the similarity. Depths, points and cameras follow it; tokens cannot: those of a
-    later chunk speak of that chunk's own first camera.
+    Two chunks share `overlap` views, whose pixels are the same points in both. The similarity is
+    fitted to the half with higher confidence. Depths, points and cameras are transformed by it.
+    Tokens cannot be: those of a later chunk refer to that chunk's own first camera.
 
     Returns:
         The arrays, and the largest misfit (0 for one chunk).
 
     Raises:
-        InputError: two chunks do not fit.
+        InputError: the misfit of two chunks is too large.
     """
     whole: dict[str, np.ndarray] = {}
     worst = 0.0
@@ -176,7 +179,7 @@ def reconstruct_long(
 
 
 def half(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """float16, and how many values had to be clipped to its range."""
+    """Returns values as float16, and the number of those clipped to its range."""
     limit = np.finfo(np.float16).max
     return np.clip(values, -limit, limit).astype(np.float16), int((np.abs(values) > limit).sum())
 
@@ -189,7 +192,7 @@ def to_contract(
     pixels: int,
     with_images: bool,
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Tensors of the contract, and how many values were clipped.
+    """Returns the tensors of the contract, and the number of clipped values.
 
     Depth outside the picture (padding) is 0, which means missing.
     """
@@ -215,10 +218,10 @@ def to_contract(
 
 
 def scenes_of(args: argparse.Namespace) -> list[job.Scene]:
-    """The scenes that the arguments name, with their splits.
+    """Returns the scenes that the arguments name, with their splits.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no scene, or two have the same name.
     """
     places = [Path(path) for path in args.scene or ()]
     if args.root:
@@ -253,8 +256,8 @@ def scenes_of(args: argparse.Namespace) -> list[job.Scene]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Returns the command's arguments."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     job.add_arguments(parser)
     parser.add_argument(
         "--root", type=Path, help="data set: a folder of scenes (folders or videos)"
@@ -288,7 +291,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def notes_of(args: argparse.Namespace) -> str:
-    """What a reader must know about how the arrays came to be."""
+    """Returns the manifest's notes: how the arrays were made."""
     pooled = "area means onto half the grid (--pool)" if args.pool else "as they are"
     return (
         f"preprocessing: {args.preprocess}, {args.size} pixels; at most {args.views} views, "
@@ -310,7 +313,7 @@ def begin(args: argparse.Namespace, scenes: list[job.Scene]):
         raise job.InputError(f"not in VGGT's environment: {error}") from None
     licence = args.licence or LICENCES.get(args.weights)
     if not licence:
-        raise job.InputError(f"--licence: say that of the weights {args.weights}")
+        raise job.InputError(f"--licence: is needed for the weights {args.weights}")
     commit = job.commit_of(vggt, args.commit)
     frames = job.load_contract(args.contract).frames
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -332,7 +335,7 @@ def begin(args: argparse.Namespace, scenes: list[job.Scene]):
         h, w = (side // patch for side in pictures.shape[1:3])
         return (max(1, h // 2), max(1, w // 2)) if args.pool else (h, w)
 
-    # Of the whole job's first scene, so that all shards write the same header.
+    # The grid of the whole job's first scene, so that all shards write the same header.
     grid = grid_of(views_of(scenes[0], 1)[0])
 
     def make(scene: job.Scene) -> job.Made:
