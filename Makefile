@@ -77,6 +77,7 @@ lint: $(VENV)/.installed-test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/basedpyright --level error --pythonpath $(RUN)
 
 $(VENV)/.installed: pyproject.toml
 	@echo "Installing geode_jax for Python $(VERSION) into $(VENV) (once; a few minutes)"

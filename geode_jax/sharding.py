@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -119,7 +120,7 @@ def constrain(x: Array, *names: str | None) -> jax.Array:
     """Spreads an activation as its axes' names say, where a mesh is active (`jax.set_mesh`)."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return x
+        return jnp.asarray(x)
     return jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh.shape))
 
 
@@ -161,7 +162,7 @@ def batch_sharding(mesh: jax.sharding.Mesh, scenes: int) -> NamedSharding:
 def rows_of_process(mesh: jax.sharding.Mesh, scenes: int) -> slice:
     """The rows of a batch of so many scenes that this process's devices hold."""
     indices = batch_sharding(mesh, scenes).addressable_devices_indices_map((scenes,))
-    parts = [rows.indices(scenes)[:2] for (rows,) in indices.values()]
+    parts = [index[0].indices(scenes)[:2] for index in indices.values() if index]
     return slice(min(start for start, _ in parts), max(stop for _, stop in parts))
 
 

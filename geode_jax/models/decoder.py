@@ -262,7 +262,7 @@ class CrossAttention(nnx.Module):
         end = seen_length_S[:, None].astype(jnp.int32)
         zero = jnp.zeros_like(end)
         out = self.out(attention(q, *seen, Intervals(zero, zero, end)))
-        return x_BLD + out.reshape(B, L, D)
+        return jnp.asarray(x_BLD) + out.reshape(B, L, D)
 
 
 class Stage(nnx.Module):
@@ -340,7 +340,7 @@ class Decoder(nnx.Module):
     ) -> jax.Array:
         """The sum over answer tokens of what a loss reads of their logits; see `ops`' function."""
         tied = self.head is None
-        matrix = self.embedding[...] if tied else self.head.kernel[...]
+        matrix = self.embedding[...] if self.head is None else self.head.kernel[...]
         return token_loss(
             loss, hidden_SLD, matrix, ids_SLk, mask_SL, *targets_SL, tied=tied, rest=rest
         )

@@ -55,7 +55,7 @@ def _rounded(kernel: Array) -> tuple[jax.Array, jax.Array]:
         import qwix
     except ImportError as error:
         raise UserError("int8 needs qwix: pip install -e '.[int8]' in the checkout") from error
-    rounded = qwix.quantize(kernel.astype(jnp.float32), jnp.int8, channelwise_axes=[1])
+    rounded = qwix.quantize(jnp.asarray(kernel, jnp.float32), jnp.int8, channelwise_axes=[1])
     return rounded.qvalue, rounded.scale[0]
 
 

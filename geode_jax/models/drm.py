@@ -179,6 +179,7 @@ class Drm(nnx.Module):
         )
         valid = jnp.repeat(jnp.asarray(visual_mask_SV), P, axis=1)
         if c.condition_on_question:
+            assert question_SLD is not None and question_mask_SL is not None
             question = self.question(question_SLD.astype(fused.dtype))
             fused = jnp.concatenate([fused, question], axis=1)
             valid = jnp.concatenate([valid, jnp.asarray(question_mask_SL)], axis=1)

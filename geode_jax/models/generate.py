@@ -174,7 +174,8 @@ def generate(
     hidden = jnp.zeros((B, A, prompt.shape[-1]), prompt.dtype) if states else None
     carry = (start, token, done, cache, tokens, hidden)
     *_, tokens, hidden = jax.lax.while_loop(going, advance, carry)
-    return Generated(tokens.reshape(S, Q, A), hidden.reshape(S, Q, A, -1) if states else None)
+    shaped = None if hidden is None else hidden.reshape(S, Q, A, -1)
+    return Generated(tokens.reshape(S, Q, A), shaped)
 
 
 def text_positions(pad_B: Array, columns: int) -> jax.Array:

@@ -124,6 +124,7 @@ class Geode(nnx.Module):
 
     def patch_logits(self, batch: Batch) -> jax.Array:
         """Category logits [S, V, P, categories + 1] of the patches; the last class is "none"."""
+        assert self.patch_classifier is not None
         return self.patch_classifier(self.features(batch)[:, :, 1:]).astype(jnp.float32)
 
     def rationale(self, batch: Batch, features_SVLC: Array) -> jax.Array:
@@ -131,17 +132,19 @@ class Geode(nnx.Module):
 
         Where it is conditioned on the question, that is the scene's first: it has but one.
         """
+        drm, config = self.drm, self.config.drm
+        assert drm is not None and config is not None
         view_mask_SV, point_mask_SJ = batch.view_mask_SV, batch.point_mask_SJ
         here = nearest_patches(self.config.vlm.vision.grid, self.config.patch_grid)
         place, known = batch.points_SVP3[:, :, here], jnp.asarray(batch.points_mask_SVP)[:, :, here]
-        if self.config.drm.frames:
-            view_mask_SV = spread(view_mask_SV, self.config.drm.frames)
+        if config.frames:
+            view_mask_SV = spread(view_mask_SV, config.frames)
             frame = jnp.asarray(batch.point_frame_SJ)
             of_these = jnp.take_along_axis(view_mask_SV, jnp.maximum(frame, 0), axis=1)
             point_mask_SJ = jnp.asarray(point_mask_SJ) & of_these & (frame >= 0)
             known &= view_mask_SV[..., None]
         question, mask = None, None
-        if self.config.drm.condition_on_question:
+        if config.condition_on_question:
             ids_SL, length_S1 = (
                 jnp.asarray(x)[:, 0]
                 for x in (batch.question_SQL, batch.question_length_SQ[..., None])
@@ -149,7 +152,7 @@ class Geode(nnx.Module):
             question = self.vlm.decoder.embed(ids_SL)
             mask = jnp.arange(ids_SL.shape[1]) >= ids_SL.shape[1] - length_S1  # left-padded
         with jax.named_scope("drm"):
-            return self.drm(
+            return drm(
                 features_SVLC[:, :, 1:],
                 batch.view_mask_SV,
                 place,
@@ -178,12 +181,15 @@ class Geode(nnx.Module):
             jax.lax.stop_gradient(self.features(batch)) if {"spatio", "visual"} & {*parts} else None
         )
         if "layout" in parts:
+            assert self.layout is not None
             columns.append(self.layout(batch))
         if "spatio" in parts:
+            assert features is not None
             spatio = self.rationale(batch, features)[:, :slots]
             columns.append(spatio)
         length_S = jnp.full(S, sum(x.shape[1] for x in columns), jnp.int32)
         if "visual" in parts:
+            assert features is not None
             seen = self.vlm.projector(features.reshape(S * V, *features.shape[2:]))
             columns.append(seen.reshape(S, -1, seen.shape[-1]))
             # Padding views stand last.

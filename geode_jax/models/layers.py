@@ -125,11 +125,12 @@ def rotary_angles(
             the longest row of the batch, where it is longer than that, makes the base larger. A
             cache keeps the keys that earlier calls have rotated, there as here.
     """
+    base: float | jax.Array = theta
     if dynamic:
         trained, factor = dynamic
         longest = jnp.maximum(jnp.max(positions_BL) + 1, trained).astype(jnp.float32)
-        theta *= (factor * longest / trained - (factor - 1)) ** (head_width / (head_width - 2))
-    frequency = theta ** -(jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+        base *= (factor * longest / trained - (factor - 1)) ** (head_width / (head_width - 2))
+    frequency = base ** -(jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
     angle = positions_BL.astype(jnp.float32)[..., None, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 

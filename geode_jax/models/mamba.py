@@ -140,6 +140,7 @@ class MambaMixer(nnx.Module):
         )
         low, high = map(math.log, STEP_SIZES)
         delta = jnp.exp(jax.random.uniform(rngs.params(), (inner,), minval=low, maxval=high))
+        assert self.dt_proj.bias is not None
         self.dt_proj.bias[...] = delta + jnp.log(-jnp.expm1(-delta))  # the inverse of softplus
         # "S4D-real": A = -1, ..., -U in every channel (Sec. 3.6).
         A_log = jnp.log(jnp.arange(1, c.states + 1, dtype=jnp.float32))
@@ -203,4 +204,4 @@ class MambaBlock(nnx.Module):
             [B, L, D], and the cache for the positions that follow.
         """
         out, cache = self.mixer(self.norm(x_BLD), cache, first_BL)
-        return x_BLD + out, cache
+        return jnp.asarray(x_BLD) + out, cache

@@ -144,6 +144,7 @@ class DetectionHead(nnx.Module):
         self.norm = LayerNorm(w)
         self.classes = Projection((w,), (config.categories,), (None, None), bias=True, rngs=rngs)
         # Focal loss starts from rare positives [Lin et al. 2017, Sec. 3.3]: p = 0.05 everywhere.
+        assert self.classes.bias is not None
         self.classes.bias[...] = jnp.full((config.categories,), -2.94, jnp.float32)
         self.boxes = Mlp(w, w, BOX_CODE, rngs=rngs)
 

@@ -151,7 +151,7 @@ def pixel_shuffle(x_BghD: Array) -> jax.Array:
     Version 2 of InternVL's two; the first gives a transposed grid.
     """
     B, g, h, D = x_BghD.shape
-    x = x_BghD.reshape(B, g // 2, 2, h // 2, 2, D).transpose(0, 1, 3, 2, 4, 5)
+    x = jnp.asarray(x_BghD).reshape(B, g // 2, 2, h // 2, 2, D).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(B, g // 2, h // 2, 4 * D)
 
 
