@@ -127,4 +127,4 @@ def test_the_published_pytorch_code_has_the_same_depth_bins():
     pytest.importorskip("torch")
     from geode_jax.weights.remote import modeling_hidden_cot as remote
 
-    assert (remote.NEAREST, remote.FARTHEST) == targets.BIN_RANGE
+    assert (remote.NEAREST_DEPTH, remote.FARTHEST_DEPTH) == targets.BIN_RANGE

@@ -29,6 +29,7 @@ _FIELDS: dict[str, type] = {
     "remarks": dict,
     "val": dict,
     "vsi": dict,
+    "software": str,
 }
 
 

@@ -129,7 +129,6 @@ def read_quietly(read: Callable[..., Any], *arguments) -> Any:
     raise Unreadable(failure)
 
 
-@functools.cache
 def silence_orbax() -> None:
     """Drops what Orbax logs and prints besides the errors that it raises, from now on.
 
@@ -139,6 +138,25 @@ def silence_orbax() -> None:
     in a coroutine that is collected; or in one that asyncio logs. Records of other libraries, and
     the levels of their loggers, stay as they are.
     """
+    _filter_records()
+    others = sys.unraisablehook
+    if getattr(others, "drops_abandoned_reads", False):
+        return
+
+    def hook(unraisable):
+        of, error = unraisable.object, unraisable.exc_value
+        abandoned = inspect.iscoroutine(of) and "orbax" in of.cr_code.co_filename
+        half_made = "'_ssock'" in str(error)  # an event loop for which there was no file left
+        if not (abandoned or half_made or str(error) == "Event loop is closed"):
+            others(unraisable)
+
+    hook.drops_abandoned_reads = True  # another library may have put its own hook in place
+    sys.unraisablehook = hook
+
+
+@functools.cache
+def _filter_records() -> None:
+    """Filters what Orbax logs by absl and by asyncio, once."""
 
     def not_of_orbax(record):
         serious = record.levelno > logging.WARNING and not record.exc_info
@@ -151,16 +169,6 @@ def silence_orbax() -> None:
     # Filters, and no levels: absl's are set anew where its flags are parsed.
     logging.getLogger("absl").addFilter(not_of_orbax)
     logging.getLogger("asyncio").addFilter(no_abandoned_read)
-    others = sys.unraisablehook
-
-    def hook(unraisable):
-        of, error = unraisable.object, unraisable.exc_value
-        abandoned = inspect.iscoroutine(of) and "orbax" in of.cr_code.co_filename
-        half_made = "'_ssock'" in str(error)  # an event loop for which there was no file left
-        if not (abandoned or half_made or str(error) == "Event loop is closed"):
-            others(unraisable)
-
-    sys.unraisablehook = hook
 
 
 def first_line(error: Exception) -> str:

@@ -196,19 +196,19 @@ def _end_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
 
 
 def _write_answered(folder: Path) -> None:
-    from geode_jax.evaluate.answered import Answered
+    from geode_jax.evaluate.finished_batches import FinishedBatches
 
-    with Answered(folder / "model.jsonl", "x") as answered:
+    with FinishedBatches(folder / "model.jsonl", "x") as finished:
         for n in range(4):
             batch = [{"id": str(n), "prediction": "a chair"}]
-            answered.keep({"predictions": batch, "scenes": [{"loss": n / 3}]})
+            finished.append({"predictions": batch, "scenes": [{"loss": n / 3}]})
 
 
 def _read_answered(folder: Path) -> list:
-    from geode_jax.evaluate.answered import Answered
+    from geode_jax.evaluate.finished_batches import FinishedBatches
 
-    with Answered(folder / "model.jsonl", "x") as answered:
-        return answered.before
+    with FinishedBatches(folder / "model.jsonl", "x") as finished:
+        return list(finished.earlier)
 
 
 def _answered_silent(before: list, after: list, done: Damage, folder: Path) -> str:

@@ -36,7 +36,7 @@ from geode_jax.objectives.hidden_cot import (
 )
 from geode_jax.plan.described import describe
 from geode_jax.results.card import inherited
-from geode_jax.runs import systems
+from geode_jax.runs.config import make_settings
 from geode_jax.shapes import Batch, without_vision
 from geode_jax.targets import LOG_EDGES, LOG_VALUES
 from geode_jax.weights import load_pretrained
@@ -297,8 +297,9 @@ def test_default_sizes_are_those_of_the_full_configs(torch, system):
 
 def full(config):
     """The sizes of a full configuration's objective, on the data that a plan describes."""
-    data = describe(config)
-    return systems.make_objective(config, data, data, data).config
+    settings = make_settings(config)
+    data = describe(settings)
+    return settings.system.make_objective(settings, data, data, data).config
 
 
 # --- Folders --------------------------------------------------------------------------------------

@@ -111,22 +111,24 @@ def test_targets_imply_the_answer(kind):
     records = [record for _, record in of_kind(kind)]
     rows = targets_of(records)
     for i, record in enumerate(records):
-        n = int(rows["objects_mask"][i].sum())
+        n = int(rows["objects_mask_SQO"][i].sum())
         name_of = {tuple(np.float32(item["box"])): item["name"] for item in record["objects"]}
-        boxes = rows["objects"][i, :n]
+        boxes = rows["objects_SQO7"][i, :n]
         names = [name_of[tuple(box)] for box in boxes]
         relation = {
-            name: rows["relations"][i, r]
+            name: rows["relations_SQr"][i, r]
             for r, name in enumerate(ALL_RELATIONS)
-            if rows["relations_mask"][i, r]
+            if rows["relations_mask_SQr"][i, r]
         }
-        angle = np.degrees(np.arctan2(*rows["angle"][i])) if rows["angle_mask"][i] else np.nan
-        found = answer_from_targets(kind, names, boxes, rows["gaps"][i, :n], angle, relation)
+        angle = (
+            np.degrees(np.arctan2(*rows["angle_SQ2"][i])) if rows["angle_mask_SQ"][i] else np.nan
+        )
+        found = answer_from_targets(kind, names, boxes, rows["gaps_SQO"][i, :n], angle, relation)
         answer = chosen(record) if "options" in record else record["answer"]
         if "value" in record:  # boxes are given to 0.1 mm
             step = {"m": 0.101, "cm": 1}[record["unit"]]
             assert float(found) == pytest.approx(float(answer), abs=step)
-            assert rows["value"][i] == np.float32(answer)
+            assert rows["value_SQ"][i] == np.float32(answer)
         else:
             # Of a route with two turns it is the first.
             assert found == answer.split(", ")[0], record
@@ -140,7 +142,7 @@ def test_distances_are_from_the_anchor_in_any_order_of_the_objects():
         assert record["objects"][0]["name"] == anchor
     last = [{**r, "objects": [*r["objects"][1:], r["objects"][0]]} for r in records]
     rows, again = targets_of(records), targets_of(last)
-    for name in ("objects", "objects_mask", "gaps", "object_place"):
+    for name in ("objects_SQO7", "objects_mask_SQO", "gaps_SQO", "object_place"):
         np.testing.assert_array_equal(rows[name], again[name])
     # The teacher's relations are of the record's first two, as `relation` is.
     for found, own in ((rows, records), (again, last)):
@@ -170,4 +172,4 @@ def test_unreadable_routes_and_coinciding_objects_have_no_turn_target():
         "objects": [objects[0], {**objects[1], "box": objects[0]["box"]}, objects[2]],
     }
     rows = targets_of([record, {**record, "objects": objects[:2]}, five, still])
-    assert rows["angle_mask"].tolist() == [True, False, False, False]
+    assert rows["angle_mask_SQ"].tolist() == [True, False, False, False]
