@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import logging
 import os
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from geode_jax.training.checkpoint import Checkpoints
 from geode_jax.training.checkpoint_files import fingerprint
 from geode_jax.training.step import TrainState
 from tests.helpers.full_disk import full_disk
+from tests.helpers.own_process import output_of
 
 
 def state(step: int, size: int = 4096) -> TrainState:
@@ -174,3 +176,8 @@ def test_no_run_starts_from_scratch_where_all_checkpoints_are_damaged(tmp_path, 
     printed = capfd.readouterr()
     assert not printed.err and not caplog.records
     assert len(printed.out.splitlines()) == 1
+
+
+def test_absl_logs_the_messages_of_other_libraries_as_before(tmp_path):
+    printed = output_of("tests.training.logger_run", str(tmp_path)).splitlines()
+    assert printed == ["a message of another library", str(logging.INFO)]
