@@ -161,7 +161,7 @@ def _on_devices(function, how: _How, out_specs, hidden, matrix, *of_tokens):
     return function(hidden, matrix.astype(hidden.dtype), *of_tokens)
 
 
-# --- On each device: its scenes and its part of the vocabulary ---------------------------------------
+# --- On each device: its scenes and its part of the vocabulary ------------------------------------
 
 
 class _Tiles:

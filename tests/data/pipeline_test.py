@@ -493,7 +493,7 @@ def check_packing(batch: Batch) -> int:
     for s, q in np.argwhere(batch.answer_length_SQ > 0):
         a, n = batch.answer_length_SQ[s, q], batch.question_length_SQ[s, q]
         ids, position, start, of_answer = (
-            getattr(batch, f"packed{name}_SMR")[s].reshape(-1)
+            getattr(batch, f"packed{name}_SWT")[s].reshape(-1)
             for name in ("", "_position", "_start", "_answer")
         )
         columns = batch.answer_column_SQA[s, q, :a]
