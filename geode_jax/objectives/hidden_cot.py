@@ -134,7 +134,7 @@ class HiddenCoT:
 
     def look(self, model: HiddenCoTModel, batch: Batch) -> Scene:
         """What the questions of a scene share."""
-        return model.student.look(self.prepare(batch))
+        return model.student.encode_scene(self.prepare(batch))
 
     def answer(
         self,
@@ -183,7 +183,7 @@ class HiddenCoT:
         """What the heads see: depth [S, V, h, w] in metres, and of M detected objects boxes
         [S, M, 7], categories [S, M] and their probabilities [S, M]."""
         student = model.student
-        scene = student.look(self.prepare(batch))
+        scene = student.encode_scene(self.prepare(batch))
         S, V, P, D = scene.z_SVPD.shape
         logits = student.depth_head(scene.z_SVPD, student.config.patch_grid)
         centres = losses.depth_bin_centres(logits.shape[-1])
