@@ -32,8 +32,8 @@ import jax
 import numpy as np
 
 MAX_OBJECTS = 5
-"""O: at most this many objects of a question are targets of the spatial head (VSI-Bench's
-relative distance names five)."""
+"""O, the most objects of a question that are targets of the spatial head: VSI-Bench's questions of
+relative distance name five."""
 
 Array = jax.Array | np.ndarray
 
@@ -47,74 +47,76 @@ class Batch:
     token; answers are right-padded to A.
     """
 
-    # What the model sees of a scene.
-    vision_SVPC: Array  # `vggt/tokens` in the dtype they are stored in; see SceneShapes.vision
+    # Inputs of a scene.
+    vision_SVPC: Array  # `vggt/tokens` in their stored dtype; see SceneShapes.vision
     view_mask_SV: Array  # bool, False = padding view
-    camera_SVC: Array  # likewise `vggt/camera_tokens`; width 0 where the export has none
+    camera_SVC: Array  # `vggt/camera_tokens` in their stored dtype; C = 0 if absent
     camera_mask_S: Array  # bool
     depth_hint_SVP: Array  # float32 metres, `vggt/depth` averaged over the patch; 0 = unknown
-    points_SVP3: (
-        Array  # float32 world frame, the point seen at the patch centre; for geometry terms
-    )
+    points_SVP3: Array  # float32 metres, world frame: the point at the patch centre
     points_mask_SVP: Array  # bool
     extrinsic_SV34: Array  # float32 camera-from-world
     intrinsic_SV33: Array  # float32 pixels of the patch grid (gh, gw), integer patch centres
-    # Of size zero for the student. GEODE sees points and pictures (vision_SVPC is of width 0), or
-    # in place of pictures `internvit/tokens`: vision_SVPC, P then their number, not the grid's.
+    # Empty for the student. GEODE reads points and images (then vision_SVPC has C = 0), or instead
+    # of images `internvit/tokens` in vision_SVPC, whose P is the number of tokens, not of patches.
     image_SVhw3: Array  # uint8, `images`; 0 in padding views
     point_SJC: Array  # float32, `sonata/features`
     coord_SJ3: Array  # float32 metres, `sonata/coord`
-    point_frame_SJ: Array  # int32 view that most of the point is of, `sonata/frame`; -1 unknown
+    point_frame_SJ: (
+        Array  # int32 view that contributes most to the point, `sonata/frame`; -1 unknown
+    )
     point_mask_SJ: Array  # bool, False = padding point
 
     # Dense and object supervision of a scene.
     target_depth_SVhw: Array  # float32 metres, 0 = unknown; (h, w) = (gh * r, gw * r)
     target_boxes_SN7: Array  # float32
     target_labels_SN: Array  # int32 category, -1 = no box
-    boxes_known_S: Array  # bool: the data set knows all boxes of this scene
-    target_segmentation_SVP: Array  # int32 category of most of the patch, -1 = none, -2 = unknown
+    boxes_known_S: Array  # bool: the boxes of this scene are complete
+    target_segmentation_SVP: Array  # int32 majority category, -1 = none, -2 = unknown
     teacher_features_SVPF: Array  # float32
     teacher_features_mask_S: Array  # bool
     teacher_depth_bins_SVPZ: Array  # float32 probabilities
     teacher_depth_bins_mask_S: Array  # bool
-    teacher_detection_SNc: Array  # float32 class probabilities of box n
+    teacher_detection_SNc: Array  # float32 class probabilities of each box
     teacher_detection_mask_S: Array  # bool
 
     # Questions.
-    question_SQL: Array  # int32, prompt + bos (which opens the answer), left-padded
+    question_SQL: Array  # int32, prompt + bos (which starts the answer), left-padded
     question_length_SQ: Array  # int32
     answer_SQA: Array  # int32, answer + eos, right-padded
     answer_length_SQ: Array  # int32, 0 = padding question
-    objects_SQO7: Array  # float32 boxes of the named objects, the one distances are from first
+    objects_SQO7: Array  # float32 boxes of the named objects; first the one that distances start at
     objects_mask_SQO: Array  # bool
-    gaps_SQO: Array  # float32 metres between the closest points of the first of them and each
-    angle_SQ2: Array  # float32 (sin, cos) of the turn that is asked, left positive
+    gaps_SQO: Array  # float32 metres, closest-point distance from the first object to each
+    angle_SQ2: Array  # float32 (sin, cos) of the turn, left positive
     angle_mask_SQ: Array  # bool
     relations_SQr: Array  # float32 probability of the first alternative
     relations_mask_SQr: Array  # bool
-    teacher_relations_SQr: Array  # float32, same convention, from `teacher/relations`
+    teacher_relations_SQr: Array  # float32, as relations_SQr, from `teacher/relations`
     teacher_relations_mask_SQr: Array  # bool
     value_SQ: Array  # float32 numeric answer in the question's unit
     value_mask_SQ: Array  # bool
-    base_unit_SQ: Array  # float32, one of the question's unit in the unit that is regressed
-    box_SQ7: Array  # float32 box that answers the question
+    base_unit_SQ: Array  # float32, factor from the question's unit to the base unit
+    box_SQ7: Array  # float32, the box that is the answer
     box_mask_SQ: Array  # bool, all False in pipelines without control tokens
 
     # The same questions packed for training, see `data.packing`.
     packed_SWT: Array  # int32 token ids
     packed_position_SWT: Array  # int32, position in its segment
     packed_start_SWT: Array  # int32, first column of its segment
-    packed_answer_SWT: Array  # bool, bos or answer: sees T
-    answer_column_SQA: Array  # int32, flat column (of W * T) that predicts the answer token
+    packed_answer_SWT: Array  # bool, bos or answer token: sees the thinking tokens
+    answer_column_SQA: Array  # int32, flat column (of W * T) that predicts each answer token
     encoding_column_SQ: Array  # int32, flat column of the prompt's last token
-    object_column_SQO: Array  # int32, of the last token of each named object's name, -1 = nowhere
+    object_column_SQO: (
+        Array  # int32, flat column of the last token of each object's name, -1 = none
+    )
 
-    # Teacher logits at the answer positions; width 0 where no teacher answered.
+    # Teacher logits at the answer positions; k = 0 if there is no teacher.
     topk_id_SQAk: Array  # int32
     topk_logprob_SQAk: Array  # float32, normalised over the whole vocabulary
     topk_mask_SQA: Array  # bool
 
 
 def without_vision(batch: Batch) -> Batch:
-    """The same questions in scenes that have no view; on the host or traced."""
+    """Returns the batch with all views masked; works on host arrays and on traced arrays."""
     return dataclasses.replace(batch, view_mask_SV=batch.view_mask_SV & False)

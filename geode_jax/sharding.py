@@ -1,8 +1,8 @@
-"""The mesh, and the one table that maps logical axis names to mesh axes.
+"""The device mesh, and the table that maps logical axis names to mesh axes.
 
-Every parameter names its axes where it is created (`models.layers.param`), every block's boundary
-names those of its activations (`constrain`). RULES says on which mesh axes a name is spread; the
-compiler does the rest. An axis that its mesh axes do not divide is left whole.
+`models.layers.param` names the axes of every parameter, and `constrain` those of the activations
+between blocks. `RULES` maps a name to the mesh axes over which it is sharded; the compiler
+propagates the rest. An axis whose size the mesh axes do not divide is replicated.
 """
 
 import math
@@ -35,24 +35,24 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "inner": ("model",),
     "vocab": ("model",),
 }
-"""Logical axis -> the mesh axes it is spread on; a name that is missing here is a KeyError."""
+"""Logical axis -> mesh axes over which it is sharded; another name raises a KeyError."""
 
 
 def make_mesh(
     shape: tuple[int, int, int] = (1, -1, 1), devices: list | None = None
 ) -> jax.sharding.Mesh:
-    """A mesh with axes data, fsdp, model; one size may be -1 (the rest).
+    """Returns a mesh with the axes data, fsdp, model.
 
-    Axes are `Auto`: the compiler propagates shardings from the parameters' and the activations'
-    annotations, which keeps gathers and reshapes of the vision side free of annotations.
+    Axes are `Auto`: the compiler propagates shardings from the annotations of parameters and
+    activations, so gathers and reshapes need none.
 
     Args:
-        shape: sizes of the axes.
-        devices: None: all there are, of all processes.
+        shape: sizes of the axes; one size may be -1 (all remaining devices).
+        devices: devices of the mesh; None: all devices of all processes.
 
     Raises:
-        UserError: there are none.
-        ValueError: the sizes do not multiply to the number of devices.
+        UserError: no device is found.
+        ValueError: the product of the sizes is not the number of devices.
     """
     devices = find_devices() if devices is None else devices
     count = len(devices)
@@ -70,12 +70,15 @@ def make_mesh(
 def spec(
     names: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int]
 ) -> PartitionSpec:
-    """How an array is spread.
+    """Returns the partition spec of an array.
 
     Args:
-        names: logical name of each axis, None: whole.
-        shape: of the array.
-        sizes: of the mesh's axes.
+        names: logical name of each axis; None: replicated.
+        shape: shape of the array.
+        sizes: size of each mesh axis.
+
+    Raises:
+        KeyError: a name is not in `RULES`.
     """
     parts: list[tuple[str, ...] | None] = []
     for name, size in zip(names, shape, strict=True):
@@ -85,12 +88,14 @@ def spec(
 
 
 def placed(tree, mesh: jax.sharding.Mesh):
-    """Abstract variables with the shardings that their axes' names say; other leaves are whole.
+    """Returns abstract variables with the shardings of their axis names.
+
+    Other leaves are replicated.
 
     Args:
-        tree: of `nnx.Variable`s and plain leaves that hold `jax.ShapeDtypeStruct`s: a model's
-            state, or an optimizer's, whose moments bear the names of their parameters.
-        mesh: of the shardings.
+        tree: `nnx.Variable`s and plain leaves that hold `jax.ShapeDtypeStruct`s: the state of a
+            model, or of an optimizer, whose moments have the axis names of their parameters.
+        mesh: mesh of the shardings.
     """
 
     def place(leaf):
@@ -107,17 +112,18 @@ def placed(tree, mesh: jax.sharding.Mesh):
 
 
 def abstract_model(build: Callable[[nnx.Rngs], nnx.Module], mesh: jax.sharding.Mesh) -> nnx.Module:
-    """A model whose variables are shapes with shardings: nothing is computed."""
+    """Returns a model whose variables are shapes with shardings, without computing anything."""
     return placed(jax.eval_shape(lambda key: build(nnx.Rngs(key)), jax.random.key(0)), mesh)
 
 
 def shardings(tree):
-    """The shardings of a tree of arrays, or of shapes with shardings."""
+    """Returns the shardings of a tree of arrays, or of shapes with shardings."""
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def constrain(x: Array, *names: str | None) -> jax.Array:
-    """Spreads an activation as its axes' names say, where a mesh is active (`jax.set_mesh`)."""
+    """Shards an activation by its axis names if a mesh is active (`jax.set_mesh`)."""
+    x = jnp.asarray(x)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return jnp.asarray(x)
@@ -125,53 +131,53 @@ def constrain(x: Array, *names: str | None) -> jax.Array:
 
 
 def by_scenes(function: Callable, *arrays: Array):
-    """`function(*arrays)`, on every device for its own scenes where a mesh is active.
+    """Returns `function(*arrays)`; if a mesh is active, each device computes its own scenes.
 
-    For loops that go on until they are done: left to the compiler, every pass asks all devices
-    whether one of them is not.
+    Use it for loops with a data-dependent end. If the compiler shards such a loop, every iteration
+    exchanges the condition among all devices.
 
     Args:
-        function: of scenes that have nothing to do with each other.
-        arrays: [S, ...] each, as are the results.
+        function: treats each scene independently.
+        *arrays: [S, ...] each, as are the results.
     """
     mesh = jax.sharding.get_abstract_mesh()
     own = PartitionSpec() if mesh.empty else spec(("batch",), arrays[0].shape[:1], mesh.shape)
     if not any(own):
         return function(*arrays)
-    # Without the check of what varies: a loop's first carry is a constant.
+    # The check must be off: the first carry of a loop is a constant, which does not vary.
     return jax.shard_map(function, in_specs=own, out_specs=own, check_vma=False)(*arrays)
 
 
 def platform() -> str:
-    """Of the mesh's devices, which may not be there; without a mesh, of those that are."""
+    """Returns the platform of the active mesh, which may be abstract, or else JAX's default."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Whole on every device, so that every process can fetch it."""
+    """Returns the sharding of an array that every device holds, so every process can fetch it."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: jax.sharding.Mesh, scenes: int) -> NamedSharding:
-    """Of a batch's arrays [S, ...]: over data x fsdp, or whole where these do not divide S."""
+    """Returns the sharding of arrays [S, ...]: over data x fsdp if these divide S."""
     return NamedSharding(mesh, spec(("batch",), (scenes,), mesh.shape))
 
 
 def rows_of_process(mesh: jax.sharding.Mesh, scenes: int) -> slice:
-    """The rows of a batch of so many scenes that this process's devices hold."""
+    """Returns the rows of a batch of `scenes` scenes that this process's devices hold."""
     indices = batch_sharding(mesh, scenes).addressable_devices_indices_map((scenes,))
-    parts = [index[0].indices(scenes)[:2] for index in indices.values() if index]
+    parts = [index[0].indices(scenes)[:2] for index in indices.values() if index is not None]
     return slice(min(start for start, _ in parts), max(stop for _, stop in parts))
 
 
 def shard_batch(batch, mesh: jax.sharding.Mesh, scenes: int):
-    """Host arrays, of the rows that `rows_of_process` names, as arrays of the whole batch.
+    """Returns global arrays of a batch, of which each process passes the rows of `rows_of_process`.
 
     Args:
-        batch: tree of arrays [rows, ...].
-        mesh: over whose data x fsdp they are spread.
+        batch: tree of host arrays [rows, ...].
+        mesh: the arrays are sharded over its axes data and fsdp.
         scenes: S of the whole batch.
     """
     sharding, first = batch_sharding(mesh, scenes), rows_of_process(mesh, scenes).start

@@ -1,10 +1,10 @@
-"""Which patches of two views show the same place, and where a depth lands in another view.
+"""Patches of two views that show the same point, and the reprojection of depth between views.
 
-Pure geometry for the cross-view and multi-view terms of the Hidden-CoT paper (Sec. III-D.2, eq. 1).
+Geometry of the cross-view and multi-view terms of the Hidden-CoT paper (Sec. III-D.2, eq. 1).
 Cameras are camera-from-world with OpenCV axes; intrinsics are pixels of the patch grid with
-integer patch centres, so that patch (row, column) is at (v, u) = (row, column) and has the
-row-major index `row * gw + column`. In names with two V the first is the view a point is seen in
-(a), the second the view it is projected into (b).
+integer patch centres: patch (row, column) has its centre at (v, u) = (row, column) and the
+row-major index `row * gw + column`. In suffixes with two V, the first is the source view a, the
+second the target view b.
 """
 
 import functools
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from geode_jax.shapes import Array
 
-# Positions lose centimetres in the one-pass bf16 products that are the default on accelerators.
+# Single-pass bfloat16 products, the default on accelerators, lose centimetres.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -27,25 +27,25 @@ def correspondences(
     grid: tuple[int, int],
     tolerance: float = 0.1,
 ) -> tuple[jax.Array, jax.Array]:
-    """For every patch of every view, the patch of every other view that shows the same place.
+    """Returns, for every patch of every view, the patch of every other view that shows its point.
 
-    The point seen at a patch is projected into the other views. A pair is kept when the point lies
-    in front of the other camera, falls into its grid, and has there the depth that this camera
-    sees, up to a relative tolerance: otherwise something else hides it.
+    The point at a patch is projected into the other views. A pair is kept if the point lies in
+    front of the other camera, inside its grid, and at the depth that the other camera measures
+    there, up to a relative tolerance; otherwise the point is occluded.
 
     Args:
         points_SVP3: world points at the patch centres, metres.
-        points_mask_SVP: which points are known; False for all of a padding view.
-        depth_SVP: metres, the depth each camera sees at a patch; 0 = unknown. An average over the
-            patch will do: the tolerance is meant for that.
+        points_mask_SVP: bool, True = known point; all False in padding views.
+        depth_SVP: metres, the depth of each patch, for example averaged; 0 = unknown.
         extrinsic_SV34: camera-from-world.
         intrinsic_SV33: pixels of the patch grid.
         grid: (gh, gw) with gh * gw = P.
-        tolerance: largest |z - depth| / z of a visible point.
+        tolerance: largest |z - depth| / z of a visible point; covers the average over a patch.
 
     Returns:
-        index_SVVP, int32: [s, a, b, p] is the patch of view b where patch p of view a appears (0
-        where there is none), and its bool mask, False for a = b. Both are constants to autodiff.
+        index_SVVP, int32: [s, a, b, p] is the patch of view b that shows the point of patch p of
+        view a, 0 if none does; and its bool mask, False for a = b. No gradient flows through
+        either.
     """
     gh, gw = grid
     mask_SVP = jnp.asarray(points_mask_SVP, bool)
@@ -72,7 +72,7 @@ def correspondences(
 
 
 def gather_views(value_SVP: Array, index_SVVP: Array) -> jax.Array:
-    """The values of view b at the patches an index of `correspondences` names: [S, Va, Vb, P]."""
+    """Returns the values of view b at the patches of `correspondences`: [S, Va, Vb, P]."""
 
     def of_view(value_P, index_VP):
         return value_P.at[index_VP].get(mode="clip")
@@ -84,10 +84,10 @@ def gather_views(value_SVP: Array, index_SVVP: Array) -> jax.Array:
 def reprojection(
     extrinsic_SV34: Array, intrinsic_SV33: Array, grid: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array]:
-    """How a depth along a patch's ray becomes a depth in another camera: z_b = d * slope + offset.
+    """Returns the affine map from a patch's depth to its depth in another camera.
 
-    Unprojecting depth d at patch p of camera a, moving the point to the world and on into camera b
-    is affine in d, so that both numbers can be computed once from the cameras.
+    Depth d at patch p of camera a is unprojected, moved to the world, and moved into camera b. The
+    depth there is z_b = d * slope + offset, whose numbers depend on the cameras only.
 
     Args:
         extrinsic_SV34: camera-from-world.
@@ -95,10 +95,10 @@ def reprojection(
         grid: (gh, gw).
 
     Returns:
-        slope_SVVP and offset_SVV (metres), not finite for padding views with zero intrinsics.
+        slope_SVVP and offset_SVV (metres); not finite for padding views with zero intrinsics.
     """
     gh, gw = grid
-    # Zero intrinsics of padding views divide to inf quietly in jax, with a warning in numpy.
+    # Division by the zero intrinsics of padding views gives inf; numpy would also warn.
     extrinsic_SV34, intrinsic_SV33 = jnp.asarray(extrinsic_SV34), jnp.asarray(intrinsic_SV33)
     row, column = jnp.meshgrid(jnp.arange(gh), jnp.arange(gw), indexing="ij")
     k = intrinsic_SV33[:, :, None]

@@ -1,4 +1,8 @@
-"""Boxes that stand upright: footprints, and the gaps between boxes."""
+"""Footprints of upright boxes, and the gaps between boxes.
+
+Boxes are [centre xyz, size xyz, yaw about z], metres and radians. Horizontal points are complex
+numbers x + iy. Sizes beside those of `shapes`: i and j boxes of two sets.
+"""
 
 import numpy as np
 
@@ -6,27 +10,28 @@ _SQUARE = np.array([1 + 1j, -1 + 1j, -1 - 1j, 1 - 1j]) / 2
 
 
 def centres(boxes: np.ndarray) -> np.ndarray:
-    """Centres [N] of boxes [N, 7] as complex numbers."""
+    """Returns the horizontal centres [N] of boxes [N, 7], complex."""
     return boxes[:, 0] + 1j * boxes[:, 1]
 
 
 def footprints(boxes: np.ndarray) -> np.ndarray:
-    """Corners [4, N] of the footprints of boxes [N, 7] in the world, counter-clockwise, complex."""
+    """Returns the corners [4, N] of the footprints of boxes [N, 7], counter-clockwise, complex."""
     corners = _SQUARE.real[:, None] * boxes[:, 3] + 1j * _SQUARE.imag[:, None] * boxes[:, 4]
     return centres(boxes) + np.exp(1j * boxes[:, 6]) * corners
 
 
 def to_box_plane(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Horizontal x, y [..., B, 2] of complex points [...] in the frames of boxes [B, 7]."""
+    """Returns x, y [..., N, 2] of complex points [...] in the frames of boxes [N, 7]."""
     local = (points[..., None] - centres(boxes)) * np.exp(-1j * boxes[:, 6])
     return local.view(np.float64).reshape(*local.shape, 2)
 
 
 def footprint_gaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Horizontal distance between the footprints of a [A, 7] and b [B, 7]; 0 where they overlap.
+    """Returns the horizontal distance [i, j] between the footprints of boxes a [i, 7] and b [j, 7].
 
-    Two disjoint rectangles are closest at a corner of one of them, so corners to rectangles, both
-    ways, is exact; overlap is the separating-axis test with the four edge directions.
+    It is 0 if they overlap. Two disjoint rectangles are closest at a corner of one of them, so the
+    distances of each one's corners from the other give the exact result. Overlap is the
+    separating-axis test with the four edge directions.
     """
     apart, square = _corner_gaps(a, b)
     apart_too, square_too = _corner_gaps(b, a)
@@ -34,7 +39,8 @@ def footprint_gaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _corner_gaps(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether an edge direction of b separates a from b, and a's least squared corner distance."""
+    """Returns whether an edge direction of b separates a from b, and the smallest squared
+    distance of a's corners from b."""
     corners = to_box_plane(footprints(a), b)
     half = b[:, 3:5] / 2
     apart = (corners.min(0) > half) | (corners.max(0) < -half)
@@ -43,16 +49,16 @@ def _corner_gaps(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def box_gaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Closest-point distance between upright boxes a [A, 7] and b [B, 7], metres, [A, B].
+    """Returns the closest-point distances [i, j] between boxes a [i, 7] and b [j, 7], metres.
 
-    Both are footprint x height interval, so the squared distance is the sum of the squared
-    horizontal and vertical gaps.
+    A box is its footprint times an interval of heights, so the squared distance is the sum of the
+    squared horizontal and vertical gaps.
     """
     low_a, high_a = a[:, 2] - a[:, 5] / 2, a[:, 2] + a[:, 5] / 2
     low_b, high_b = b[:, 2] - b[:, 5] / 2, b[:, 2] + b[:, 5] / 2
     above = low_b[None, :] - high_a[:, None]
     below = low_a[:, None] - high_b[None, :]
     vertical = np.maximum(np.maximum(above, below), 0)
-    # Millimetre-rounded boxes: a thing standing on another has a gap of 0, not of 1e-16.
+    # Boxes are rounded to millimetres: an object that stands on another has a gap of exactly 0.
     vertical = np.where(vertical < 1e-9, 0.0, vertical)
     return np.hypot(footprint_gaps(a, b), vertical)

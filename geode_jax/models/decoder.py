@@ -1,8 +1,8 @@
-"""The decoder trunk: one pre-norm transformer of which the student and Qwen2.5 are two configs.
+"""The decoder: one pre-norm transformer, of which the student's trunk and Qwen2.5 are two configs.
 
 Hidden-CoT Sec. III-C: 24 layers, width 2048, 16 heads, feed-forward 8192, from scratch, with
-"cross-modal attention" to the vision features in chosen layers. Grouped-query attention, qkv bias,
-SwiGLU, RMSNorm, a tied head and the RoPE base are switches, which is all that Qwen2.5 needs.
+"cross-modal attention" to the vision features in chosen layers. Qwen2.5 needs only switches:
+grouped-query attention, qkv bias, SwiGLU, RMSNorm, a tied head and the RoPE base.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-"""What the backward pass keeps of a layer: everything, nothing, or the matrix products."""
+"""Rematerialization: what is kept of a layer for the backward pass."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,19 +48,19 @@ class DecoderConfig:
         layers: number of self-attention blocks.
         heads: query heads H; `kv_heads` (G) divides it.
         head_width: E.
-        mlp_width: W.
+        mlp_width: inner width of the feed-forward layers.
         mlp: "gelu" (two matrices) or "swiglu" (three).
         norm: "layer" or "rms".
         qkv_bias: bias on query, key and value.
         linear_bias: bias on the attention output and the feed-forward matrices.
         tied_head: logits from the embedding matrix.
         rope_theta: base of the rotary frequencies.
-        dynamic_rope: (trained length, factor) where rows longer than the trained length get a
-            larger base ("dynamic NTK"); None: the base is the same for all.
+        dynamic_rope: (trained length, factor) of "dynamic NTK" scaling, see `rotary_angles`; None:
+            no scaling.
         norm_eps: epsilon of the norms.
-        cross_layers: blocks that are preceded by cross-attention to the vision features.
+        cross_layers: numbers of the blocks that follow a cross-attention to the vision features.
         remat: key of `REMAT`.
-        dtype: of the activations; parameters are float32, or what a checkpoint stores.
+        dtype: dtype of the activations; parameters are float32, or as stored in a checkpoint.
     """
 
     vocab_size: int
@@ -87,7 +87,7 @@ class DecoderConfig:
             self,
             {
                 "width layers heads kv_heads head_width": ranges.whole(1),
-                "vocab_size mlp_width": ranges.whole(0),  # 0: of attention alone, as in `drm`
+                "vocab_size mlp_width": ranges.whole(0),  # 0: attention only, as in `drm`
                 "mlp": ranges.one_of(("gelu", "swiglu")),
                 "norm": ranges.one_of(("layer", "rms")),
                 "rope_theta norm_eps": ranges.real(0, above=True),
@@ -97,14 +97,14 @@ class DecoderConfig:
         )
         ranges.check_divides(self, "kv_heads", of="heads")
         if self.head_width % 2:
-            rule = "odd, and rotary positions turn pairs of channels"
+            rule = "odd, but rotary positions rotate pairs of channels"
             raise UserError(f"DecoderConfig: head_width: {self.head_width} is {rule}")
         if not all(0 <= layer < self.layers for layer in self.cross_layers):
             rule = f"layers below {self.layers}"
             raise UserError(f"DecoderConfig: cross_layers: {self.cross_layers} are not {rule}")
 
     def make_norm(self) -> nnx.Module:
-        """The norm of this config over the width."""
+        """Returns a norm over the width."""
         kind = {"layer": LayerNorm, "rms": RMSNorm}[self.norm]
         return kind(self.width, eps=self.norm_eps)
 
@@ -129,7 +129,7 @@ QWEN2P5_1P5B = DecoderConfig(
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of all blocks, [layer, B, M, G, E] each; one block's are [B, M, G, E]."""
+    """Keys and values [layer, B, M, G, E] of the blocks of a stage, or [B, M, G, E] of a block."""
 
     k: Array
     v: Array
@@ -166,12 +166,12 @@ class SelfAttention(nnx.Module):
         return self.out(attention(q, k, v, intervals)), KeyValues(k, v)
 
     def project(self, x_BLD: Array) -> list[jax.Array]:
-        """Queries [B, L, H, E], keys and values [B, L, G, E]."""
+        """Returns queries [B, L, H, E], keys and values [B, L, G, E]."""
         return [self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)]
 
 
 def _append(cache: Array, new: Array, offset: Array | int) -> jax.Array:
-    """New keys or values behind the first `offset` columns; a cache without room grows."""
+    """Writes new keys or values behind the first `offset` columns; a full cache grows."""
     new = new.astype(cache.dtype)
     if isinstance(offset, int) and offset == cache.shape[1]:
         return jnp.concatenate([cache, new], axis=1)
@@ -204,7 +204,7 @@ class FeedForward(nnx.Module):
         return self.down(jax.nn.silu(gate[0]) * up)
 
     def widen(self, x: Array) -> list[jax.Array]:
-        """The product with the matrix up, and that with the gate where there is one."""
+        """Returns the products with the matrix `up` and, if there is one, with the gate."""
         return [self.up(x)] if self.gate is None else [self.up(x), self.gate(x)]
 
 
@@ -225,23 +225,25 @@ class Block(nnx.Module):
             return x_BLD + self.mlp(self.mlp_norm(x_BLD)), kv
 
 
-SHARP = 2**0.5
-"""Scale of a new cross-attention's query and key kernels. At 1 a word gives a feature that looks
-like it too little of its attention, beside hundreds that do not, to learn from what it finds."""
+CROSS_ATTENTION_SCALE = 2**0.5
+"""Initial scale of a cross-attention's query and key kernels. At scale 1, a word gives a similar
+feature too little attention beside hundreds of dissimilar ones to learn from it."""
 
 
 class CrossAttention(nnx.Module):
-    """ "Cross-modal attention" (Sec. III-C): every position attends to the vision features Z.
+    """Hidden-CoT's "cross-modal attention" (Sec. III-C): text attends to the vision features Z.
 
-    The key kernel starts as a copy of the query kernel, so that at the start a word attends to the
-    features that look like it; with independent kernels this has to be discovered first.
+    The key kernel starts as a copy of the query kernel, so that a word initially attends to
+    features similar to its embedding. With independent kernels this would have to be learned first.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         c, names = config, ("embed", "heads", "head_dim")
         heads = (c.heads, c.head_width)
         self.norm = c.make_norm()
-        self.q = Projection((c.width,), heads, names, bias=c.qkv_bias, scale=SHARP, rngs=rngs)
+        self.q = Projection(
+            (c.width,), heads, names, bias=c.qkv_bias, scale=CROSS_ATTENTION_SCALE, rngs=rngs
+        )
         self.k = Projection((c.width,), heads, names, bias=c.qkv_bias, rngs=rngs)
         self.v = Projection((c.width,), heads, names, bias=c.qkv_bias, rngs=rngs)
         self.out = Projection(
@@ -250,11 +252,14 @@ class CrossAttention(nnx.Module):
         self.k.kernel[...] = self.q.kernel[...]
 
     def keys(self, z_SMD: Array) -> KeyValues:
-        """Keys and values of the vision features, [S, M, H, E]; computed once per scene."""
+        """Returns keys and values [S, M, H, E] of the vision features, once per scene."""
         return KeyValues(self.k(z_SMD), self.v(z_SMD))
 
-    def __call__(self, x_BLD: Array, seen: KeyValues, seen_length_S: Array) -> jax.Array:
-        """B = S * Q rows in scene order attend to the first `seen_length` features of theirs."""
+    def __call__(self, x_BLD: jax.Array, seen: KeyValues, seen_length_S: Array) -> jax.Array:
+        """Adds the attention of each row to the first `seen_length_S` features of its scene.
+
+        Rows are in scene order, so B is a multiple of S.
+        """
         B, L, D = x_BLD.shape
         S = seen.k.shape[0]
         q = self.q(self.norm(x_BLD))
@@ -266,7 +271,7 @@ class CrossAttention(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """A run of equal blocks, stacked and scanned, after an optional cross-attention."""
+    """An optional cross-attention, then equal blocks, stacked and scanned."""
 
     def __init__(self, config: DecoderConfig, blocks: int, cross: bool, *, rngs: nnx.Rngs):
         self.remat = config.remat
@@ -284,7 +289,7 @@ class Stage(nnx.Module):
             x, kv = block(x, angles, intervals, layer_cache, offset)
             return constrain(x, "batch", "length", "width"), kv
 
-        if isinstance(self.blocks, nnx.List):  # as `decoding` has them
+        if isinstance(self.blocks, nnx.List):  # of a decoder that `decoding` has prepared
             kvs = []
             for layer in zip(self.blocks, cache or [None] * self.length, strict=True):
                 x_BLD, kv = body(x_BLD, layer)
@@ -292,7 +297,7 @@ class Stage(nnx.Module):
             return x_BLD, kvs
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[self.remat])
-        # Without remat all that a block computes is kept; a loop would copy it into stacked arrays.
+        # Without remat all intermediate values are kept; a loop would copy them to stacked arrays.
         unroll = self.remat == "none"
         return jax.lax.scan(body, x_BLD, (self.blocks, cache), unroll=unroll)
 
@@ -317,11 +322,11 @@ class Decoder(nnx.Module):
         )
 
     def embed(self, ids: Array) -> jax.Array:
-        """Token embeddings [..., D] in the activations' dtype."""
+        """Returns token embeddings [..., D] of ids [...] in the dtype of the activations."""
         return self.embedding[...].astype(self.config.dtype)[ids]
 
     def logits(self, x: Array) -> jax.Array:
-        """Vocabulary logits [..., X] in fp32 of normed hidden states [..., D]."""
+        """Returns vocabulary logits [..., X], float32, of normed hidden states [..., D]."""
         if self.head is not None:
             out = self.head(x)
         else:
@@ -338,15 +343,15 @@ class Decoder(nnx.Module):
         *targets_SL: Array,
         rest: int | None = None,
     ) -> jax.Array:
-        """The sum over answer tokens of what a loss reads of their logits; see `ops`' function."""
+        """Returns the sum of a loss of the tokens' logits; see `ops.cross_entropy.token_loss`."""
         tied = self.head is None
         matrix = self.embedding[...] if self.head is None else self.head.kernel[...]
         return token_loss(
             loss, hidden_SLD, matrix, ids_SLk, mask_SL, *targets_SL, tied=tied, rest=rest
         )
 
-    def see(self, z_SMD: Array) -> list[KeyValues | None]:
-        """Keys and values of the vision features for every stage; computed once per scene."""
+    def cross_keys(self, z_SMD: Array) -> list[KeyValues | None]:
+        """Returns every stage's keys and values of the vision features, once per scene."""
         return [None if s.cross is None else s.cross.keys(z_SMD) for s in self.stages]
 
     def run(
@@ -360,20 +365,21 @@ class Decoder(nnx.Module):
         seen: list[KeyValues | None] | None = None,
         seen_length_S: Array | None = None,
     ) -> tuple[jax.Array, list[KeyValues]]:
-        """Embeddings in, normed hidden states and keys/values out.
+        """Returns the normed hidden states of embeddings, and their keys and values.
 
         Args:
             x_BLD: embeddings.
             positions_BL: rotary positions, int32.
-            intervals: visible keys; columns count from the cache's start where there is one.
-            cache: per stage, keys and values [layer, B, M, G, E], for `decoding` [B, M, G, E] of
-                each layer; the queries' own keys are written at columns [offset, offset + L).
+            intervals: visible keys; with a cache, columns count from its start.
+            cache: per stage, keys and values [layer, B, M, G, E]; for a decoder that `decoding` has
+                prepared, a list of [B, M, G, E]. The rows' own keys are written at columns
+                [offset, offset + L).
             offset: see `cache`.
-            seen: result of `see`, for S scenes; rows are in scene order, B = S * Q.
+            seen: result of `cross_keys` for S scenes; rows are in scene order.
             seen_length_S: valid vision tokens per scene; 0 = no vision.
 
         Returns:
-            [B, L, D], and per stage the keys and values: of the queries, or the updated cache.
+            Hidden states [B, L, D], and per stage the keys and values, or the updated cache.
         """
         c = self.config
         angles = rotary_angles(positions_BL, c.head_width, c.rope_theta, c.dynamic_rope)
@@ -393,7 +399,7 @@ class Decoder(nnx.Module):
         return self.norm(x_BLD), out
 
     def no_prefix(self, scenes: int) -> list[KeyValues]:
-        """What `run_prefix` returns of a prefix without columns: text that nothing precedes."""
+        """Returns the keys and values of a prefix without columns, as `run_prefix` returns them."""
         c = self.config
         return [
             KeyValues(*jnp.zeros((2, s.length, scenes, 0, c.kv_heads, c.head_width), c.dtype))
@@ -406,17 +412,17 @@ class Decoder(nnx.Module):
         seen: list[KeyValues | None] | None,
         seen_length_S: Array | None,
     ) -> tuple[jax.Array, list[KeyValues]]:
-        """Run embeddings that stand before all text of a scene, causally, positions 0..L-1.
+        """Runs the embeddings before a scene's text, with a causal mask and positions 0 to L - 1.
 
         Returns:
-            Hidden states [S, L, D], and the keys and values that `fan_out` hands to the text.
+            Hidden states [S, L, D], and the keys and values that `fan_out` copies for the text.
         """
         S, L, _ = prefix_SLD.shape
         positions = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (S, L))
         return self.run(prefix_SLD, positions, causal(S, L), seen=seen, seen_length_S=seen_length_S)
 
     def __call__(self, tokens_BL: Array) -> jax.Array:
-        """Plain causal language model: ids [B, L] -> logits [B, L, X]."""
+        """Returns logits [B, L, X] of ids [B, L], as a plain causal language model."""
         B, L = tokens_BL.shape
         positions = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
         x, _ = self.run(self.embed(tokens_BL), positions, causal(B, L))
@@ -424,10 +430,10 @@ class Decoder(nnx.Module):
 
 
 def fan_out(cache: list[KeyValues], copies: int, columns: int = 0) -> list[KeyValues]:
-    """The keys and values of S prefixes, for `copies` rows each, with room for `columns` more.
+    """Returns the keys and values of S prefixes for `copies` rows each, with free columns behind.
 
-    [..., S, M, G, E] becomes [..., S * copies, M + columns, G, E]: every question of a scene reads
-    the same prefix, which was computed once.
+    [..., S, M, G, E] becomes [..., S * copies, M + columns, G, E], so that all questions of a scene
+    read its prefix, which is computed once.
     """
 
     def widen(x):

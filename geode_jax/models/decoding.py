@@ -1,12 +1,13 @@
-"""The decoder as answering reads it: every matrix once for every token.
+"""A decoder prepared for decoding, which reads every matrix once per token.
 
-A token at a time, the work is to fetch the weights. So each block has arrays of its own (a slice of
-stacked ones is copied for every token) in the activations' dtype (training keeps float32), matrices
-that read the same input are one, and on many devices they are gathered over `fsdp` once instead of
-for every token: a device holds the whole decoder, but for what `model` divides.
+Decoding one token at a time is bound by reading the weights. So each block has its own arrays (a
+slice of stacked arrays would be copied for every token) in the dtype of the activations (training
+keeps float32), and matrices with the same input are fused. On a mesh, matrices are gathered over
+`fsdp` once instead of for every token: each device holds the whole decoder, except for what the
+mesh axis `model` divides.
 
-With `int8`, the blocks' matrices take a byte a number, and a scale for each of their columns, as
-vectors are quantised in LLM.int8() [2208.07339, Sec. 2.1]; weights alone, rounded by qwix.
+With `int8`, the blocks' matrices take one byte a number and a scale for each column, as in the
+vector-wise quantisation of LLM.int8() [2208.07339, Sec. 2.1]. Only weights are rounded, by qwix.
 """
 
 import math
@@ -23,7 +24,7 @@ from geode_jax.sharding import constrain
 
 
 class Matrix(nnx.Module):
-    """Projections of one input as one matrix [inputs, outputs], side by side."""
+    """Projections of the same input, fused into one matrix [inputs, outputs]."""
 
     def __init__(self, *projections: Projection, int8: bool):
         inputs = projections[0].contracted
@@ -39,7 +40,7 @@ class Matrix(nnx.Module):
         self.bias = nnx.Param(jnp.concatenate(biases)) if biases else None
 
     def __call__(self, x: Array) -> list[jax.Array]:
-        """The results [..., outputs] of each projection."""
+        """Returns the result [..., outputs] of each projection."""
         x = x.reshape(*x.shape[: x.ndim - self.contracted], self.rows)
         y = x @ self.kernel[...].astype(x.dtype)
         if self.scale is not None:
@@ -49,8 +50,8 @@ class Matrix(nnx.Module):
         return jnp.split(y, self.ends, axis=-1)
 
 
-def _rounded(kernel: Array) -> tuple[jax.Array, jax.Array]:
-    """int8 numbers, and the step between them of each column."""
+def _rounded(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the kernel as int8, and each column's scale."""
     try:
         import qwix
     except ImportError as error:
@@ -60,7 +61,7 @@ def _rounded(kernel: Array) -> tuple[jax.Array, jax.Array]:
 
 
 class FusedAttention(SelfAttention):
-    """Query, key and value as one matrix."""
+    """Self-attention with query, key and value as one matrix."""
 
     def __init__(self, own: SelfAttention, *, int8: bool):
         self.shapes = [p.kernel.shape[1:] for p in (own.q, own.k, own.v)]
@@ -78,7 +79,7 @@ class FusedAttention(SelfAttention):
 
 
 class FusedFeedForward(FeedForward):
-    """Gate and up as one matrix."""
+    """Feed-forward layer with gate and up as one matrix."""
 
     def __init__(self, own: FeedForward, *, int8: bool):
         self.ups = Matrix(*([own.up] if own.gate is None else [own.up, own.gate]), int8=int8)
@@ -92,17 +93,17 @@ class FusedFeedForward(FeedForward):
 
 
 def for_decoding(decoder: Decoder, *, int8: bool = False) -> Decoder:
-    """The same decoder as decoding reads it; itself where it is that already.
+    """Returns the decoder prepared for decoding; a prepared decoder is returned as it is.
 
-    Where heads are spread (mesh axis `model`), a block's matrices stay apart, since side by side
-    they would lie on other devices than their parts.
+    If heads are sharded (mesh axis `model`), matrices are not fused: the shards of a fused matrix
+    would lie on other devices than those of its parts.
 
     Args:
-        decoder: as training has it.
+        decoder: the decoder in the form of training.
         int8: see the module's docstring.
 
     Raises:
-        ValueError: `int8` where heads are spread.
+        ValueError: `int8` with sharded heads.
         UserError: `int8` without qwix.
     """
     if isinstance(decoder.stages[0].blocks, nnx.List):
@@ -123,7 +124,7 @@ def for_decoding(decoder: Decoder, *, int8: bool = False) -> Decoder:
 
 
 def with_decoding(model: nnx.Module, *, int8: bool = False) -> nnx.Module:
-    """A model with each decoder in it as of `for_decoding`; the model itself is changed."""
+    """Replaces each decoder in a model by `for_decoding` of it, in place; returns the model."""
     for _, module in list(nnx.iter_modules(model)):
         for name, part in list(vars(module).items()):
             if isinstance(part, Decoder):
@@ -132,7 +133,7 @@ def with_decoding(model: nnx.Module, *, int8: bool = False) -> nnx.Module:
 
 
 def _gathered(state: nnx.State, dtype: str) -> nnx.State:
-    """Matrices whole over fsdp, in the activations' dtype; norms and biases as they are."""
+    """Returns matrices gathered over fsdp in the activations' dtype; norms and biases unchanged."""
 
     def gathered(path, variable):
         names = variable.get_metadata().get("out_sharding")
@@ -146,7 +147,7 @@ def _gathered(state: nnx.State, dtype: str) -> nnx.State:
 
 
 def by_layer(cache: list) -> list[list[KeyValues]]:
-    """Per stage, the keys and values [B, M, G, E] of each block; of stacked ones, or of such."""
+    """Returns, per stage, the keys and values [B, M, G, E] of each block, if they are stacked."""
     return [
         stage if isinstance(stage, list) else [KeyValues(*kv) for kv in zip(*stage, strict=True)]
         for stage in cache

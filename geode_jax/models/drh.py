@@ -1,6 +1,6 @@
-"""The Direct Regression Head (GEODE Sec. 2.2, eq. 5): the state at a control token is a value.
+"""The Direct Regression Head (GEODE Sec. 2.2, eq. 5) reads a value from a control token's state.
 
-The tokens, and the base units that codes are in, are those of `data.control`.
+`data.control` has the control tokens and the base units of the codes.
 """
 
 import jax
@@ -14,22 +14,25 @@ from geode_jax.targets import LOG_VALUES
 
 
 def encode_values(values: Array, base_unit: Array) -> jax.Array:
-    """Values in their question's unit -> what is regressed, the log in the base unit.
+    """Returns the codes that are regressed: logarithms of the values in their base unit.
 
-    Values are those that `control.number_of` admits: positive, and within `LOG_VALUES`.
-    Lengths, areas and counts are judged by their relative error (VSI-Bench's mean relative
-    accuracy), which a difference of logarithms is.
+    Benchmarks score lengths, areas and counts by their relative error (VSI-Bench's mean relative
+    accuracy), which a difference of logarithms measures.
+
+    Args:
+        values: [...], positive, with logarithms in the base unit within `LOG_VALUES`.
+        base_unit: [...], factor from the question's unit to the base unit.
     """
     return jnp.log(values * base_unit)
 
 
 def decode_values(codes: Array, base_unit: Array) -> jax.Array:
-    """The inverse of `encode_values`; within `LOG_VALUES`, whatever the code."""
+    """Inverts `encode_values`; codes are clipped to `LOG_VALUES`."""
     return jnp.exp(jnp.clip(codes, *LOG_VALUES)) / base_unit
 
 
 class Drh(nnx.Module):
-    """Two small MLPs on the hidden state at a control token (eq. 5)."""
+    """Two small MLPs on the hidden state at a control token (GEODE eq. 5)."""
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
         self.norm = LayerNorm(width)
@@ -37,9 +40,9 @@ class Drh(nnx.Module):
         self.box = Mlp(width, hidden, BOX_CODE, rngs=rngs)
 
     def values(self, hidden_D: Array) -> jax.Array:
-        """States at `<REG>` [..., D] -> codes [...], see `encode_values`."""
+        """Returns codes [...] of states [..., D] at `<REG>`; see `encode_values`."""
         return self.scalar(self.norm(hidden_D)).astype(jnp.float32)[..., 0]
 
     def boxes(self, hidden_D: Array) -> jax.Array:
-        """States at `<3DBBOX>` [..., D] -> box codes [..., 8] (`geometry.boxes.encode_boxes`)."""
+        """Returns box codes [..., 8] of states [..., D] at `<3DBBOX>`; see `geometry.boxes`."""
         return self.box(self.norm(hidden_D)).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The Decoupled Rationale Module (GEODE Sec. 2.1): a room in R rationale tokens.
+"""The Decoupled Rationale Module (GEODE Sec. 2.1) summarizes a room in R rationale tokens.
 
     frozen ViT tokens + Fourier code of the places they show --own projection--> F_2D [S, M, D]
     point features + Fourier code of their places, camera poses --own projections--> F_3D
@@ -6,16 +6,15 @@
     [F_fused | (question)] --Mamba--> F_ST                                      Sec. 2.1.1
     R learned <Spatio> queries --attention to F_ST--> projection--> E_spatio    Sec. 2.1.2
 
-The paper leaves open how R tokens come out of F_ST. Slots at the end of Mamba's row would have to
-find what they are about in its 16 states: on rooms they learned nothing in the steps in which
+The paper does not specify how R tokens are read from F_ST. Slots at the end of Mamba's row would
+have to carry all content in its 16 states: on rooms they learned nothing in the steps in which
 queries learned presence, place and size of every category.
 
-What the paper does not say either: here a 2D token knows the place that it shows, which VGGT's
-depth and camera give. With appearance alone it looked at no place in particular, unless a loss of
-its own taught it which points are near.
+The paper does not mention positions of 2D tokens either. Here each 2D token has a Fourier code of
+the point that it shows, from VGGT's depth and camera. With appearance alone, the cross-attention
+found no place in particular, unless a separate loss taught it which points are near.
 
-Letters as in `shapes`: M = V * P tokens of the ViT's frames. The cameras may be those of other
-views than the frames (Table 2).
+M = V * P is the number of ViT tokens. Cameras and frames may be of different views (Table 2).
 """
 
 import dataclasses
@@ -33,22 +32,22 @@ from geode_jax.shapes import Array
 
 @dataclasses.dataclass(frozen=True)
 class DrmConfig:
-    """Sizes of the module; the paper's are not public, so all of them are ours.
+    """Sizes of the module; the paper does not give them.
 
     Attributes:
         width: D of the module.
-        heads: of its cross-attention.
-        layers: Mamba blocks.
+        heads: H of its cross-attentions.
+        layers: number of Mamba blocks.
         slots: R.
         bands: octaves of the Fourier code of a place; the lowest has a period of 16 m.
-        visual_width: of a frozen ViT token.
-        point_width: of a point's feature.
-        llm_width: of the decoder whose prefix the rationale tokens are.
+        visual_width: C of the ViT tokens.
+        point_width: C of the point features.
+        llm_width: D of the decoder that reads the rationale tokens.
         max_frames: size of the frame embedding.
-        condition_on_question: the question's embeddings stand before the slots; the paper's module
-            does not see the question.
-        frames: of so many views, spread evenly, does the module see cameras and points (Table 2);
-            0: of all.
+        condition_on_question: if True, the question's embeddings follow F_fused; the paper's module
+            does not read the question.
+        frames: number of views, evenly spaced, whose cameras and points are read (Table 2);
+            0: all.
     """
 
     width: int
@@ -70,10 +69,10 @@ class DrmConfig:
 
 
 def fourier_code(place_3: Array, bands: int) -> jax.Array:
-    """Places [..., 3] in metres as [..., 3 + 6 * bands]: themselves / 4, sines and cosines.
+    """Returns codes [..., 3 + 6 * bands] of places [..., 3], metres: place / 4, sines, cosines.
 
-    Without it a point's feature, which says what is there, does not say where (Sonata's features
-    are centred); bands of one octave, from a period of 16 m.
+    Periods halve from 16 m on. Point features need this code, because Sonata's features are centred
+    and hold no position.
     """
     place = jnp.asarray(place_3, jnp.float32)
     angle = place[..., None] * (2 * jnp.pi / 16 * 2.0 ** jnp.arange(bands))
@@ -82,7 +81,7 @@ def fourier_code(place_3: Array, bands: int) -> jax.Array:
 
 
 def camera_code(extrinsic_34: Array, bands: int) -> jax.Array:
-    """Camera-from-world poses [..., 3, 4] as [..., 9 + 3 + 6 * bands]: its axes and its place."""
+    """Returns codes [..., 12 + 6 * bands] of camera-from-world poses [..., 3, 4]: axes, place."""
     pose = jnp.asarray(extrinsic_34, jnp.float32)
     rotation = pose[..., :3]
     # x_camera = R x + t is 0 at x = -R^T t.
@@ -92,21 +91,21 @@ def camera_code(extrinsic_34: Array, bands: int) -> jax.Array:
 
 
 def spread(mask_SV: Array, most: int) -> jax.Array:
-    """At most so many of every row's True entries, spread evenly, the first among them."""
+    """Returns a mask of at most `most` True entries of each row, evenly spaced, with the first."""
     order = jnp.cumsum(mask_SV, axis=1) - 1
     count = jnp.maximum(jnp.sum(mask_SV, axis=1, keepdims=True), 1)
-    # Entry i of n opens the next of the `most` shares, or lies within one.
+    # Entry i of n is kept if it is the first of one of `most` equal shares.
     return jnp.asarray(mask_SV) & ((order * most) % count < most)
 
 
-def sort_rows(x_SLD: Array, key_SL: Array) -> jax.Array:
-    """Every row's entries, those whose key is False before the others, their order kept."""
+def sort_rows(x_SLD: jax.Array, key_SL: Array) -> jax.Array:
+    """Sorts each row, entries with a False key first, stably."""
     order = jnp.argsort(key_SL, axis=1, stable=True)
     return jnp.take_along_axis(x_SLD, order[..., None], axis=1)
 
 
 class Drm(nnx.Module):
-    """See the module's docstring."""
+    """The rationale module; see the file's docstring."""
 
     def __init__(self, config: DrmConfig, *, rngs: nnx.Rngs):
         c = self.config = config
@@ -157,19 +156,25 @@ class Drm(nnx.Module):
         question_SLD: Array | None = None,
         question_mask_SL: Array | None = None,
     ) -> jax.Array:
-        """E_spatio [S, R, llm_width]. No slot sees another, so the first m are those of a module
-        with m slots (Table 3 varies R at inference on one checkpoint).
+        """Returns E_spatio [S, R, llm_width].
+
+        No slot reads another, so the first r slots equal those of a module with r slots: Table 3
+        varies R at inference with one checkpoint.
 
         Args:
             visual_SVPC: P frozen ViT tokens of each frame.
             visual_mask_SV: False = padding frame.
-            place_SVP3: the point that a token shows, metres; `place_mask_SVP` False = unknown.
-            point_SJC: point features; `coord_SJ3` their places, in the same world, metres, z up,
-                centred in x and y, floor at 0 (`exports.frames`); `point_mask_SJ` False = padding.
-            extrinsic_SV34: camera-from-world poses in the same world; `camera_mask_SV` False =
-                padding. They need not be those of the ViT's frames (Table 2).
-            question_SLD: embeddings of the question and their mask, where the module is
-                conditioned on it.
+            place_SVP3: the point that a token shows, metres.
+            place_mask_SVP: False = unknown place.
+            point_SJC: point features.
+            coord_SJ3: their places in the same world, metres, z up, centred in x and y, floor at 0
+                (`exports.frames`).
+            point_mask_SJ: False = padding point.
+            extrinsic_SV34: camera-from-world poses in the same world; their views may differ from
+                the ViT's frames (Table 2).
+            camera_mask_SV: False = padding camera.
+            question_SLD: embeddings of the question, required with `condition_on_question`.
+            question_mask_SL: False = padding token.
         """
         c = self.config
         S, _, P = visual_SVPC.shape[:3]
@@ -180,10 +185,10 @@ class Drm(nnx.Module):
         valid = jnp.repeat(jnp.asarray(visual_mask_SV), P, axis=1)
         if c.condition_on_question:
             assert question_SLD is not None and question_mask_SL is not None
-            question = self.question(question_SLD.astype(fused.dtype))
+            question = self.question(jnp.asarray(question_SLD, fused.dtype))
             fused = jnp.concatenate([fused, question], axis=1)
             valid = jnp.concatenate([valid, jnp.asarray(question_mask_SL)], axis=1)
-        # Mamba reads from left to right: what is not there does no harm at the end of the row.
+        # Padding goes to the end of the row: Mamba reads from left to right.
         x = sort_rows(fused, ~valid)
         with jax.named_scope("mamba"):
             for block in self.mamba:
@@ -196,7 +201,7 @@ class Drm(nnx.Module):
         return self.project(self.norm(slots))
 
     def _flat(self, visual_SVPC: Array, place_SVP3: Array, place_mask_SVP: Array) -> jax.Array:
-        """F_2D [S, V * P, D]."""
+        """Returns F_2D [S, M, D]."""
         S, V, P = visual_SVPC.shape[:3]
         known = jnp.asarray(place_mask_SVP)[..., None]
         place = jnp.where(known, fourier_code(place_SVP3, self.config.bands), 0.0)
@@ -207,7 +212,7 @@ class Drm(nnx.Module):
         return flat.reshape(S, V * P, -1)
 
     def _fused(self, flat_SMD, point_SJC, coord_SJ3, point_mask_SJ, extrinsic, camera_mask):
-        """F_fused [S, V * P, D] = F_2D + cross-attention to points and cameras (Sec. 2.1.1)."""
+        """Returns F_fused [S, M, D] = F_2D + cross-attention to points and cameras (Sec. 2.1.1)."""
         bands = self.config.bands
         coord = fourier_code(coord_SJ3, bands)
         points = self.point(jnp.concatenate([point_SJC, coord], axis=-1))

@@ -1,4 +1,4 @@
-"""Decoding with a KV cache: one prefill, one compiled loop that stops early."""
+"""Autoregressive decoding with a KV cache: one prefill, then one loop that stops early."""
 
 import dataclasses
 import math
@@ -20,9 +20,9 @@ class Generated:
     """Answers to the Q questions of S scenes.
 
     Attributes:
-        tokens_SQA: generated ids; from the end token on, `eos_id`.
-        hidden_SQAD: last hidden state at the position of each generated token before the end one;
-            None unless asked for.
+        tokens_SQA: generated ids, `eos_id` from the end token on.
+        hidden_SQAD: final hidden state at the position of each generated token before the end
+            token; None unless `generate` has `states`.
     """
 
     tokens_SQA: Array
@@ -32,17 +32,17 @@ class Generated:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Tokens drawn from the model's distribution instead of its most likely one.
+    """How tokens are sampled; without a `Sampling`, answers are greedy.
 
-    The settings compose as in transformers: temperature, then `top_k`, then `top_p` of what that
-    leaves. Of equally likely tokens those with lower ids come first.
+    The settings compose as in transformers: temperature, then `top_k`, then `top_p` of the
+    remaining tokens. Ties are broken by the lower id.
 
     Attributes:
-        key: of the random numbers (`jax.random.key`).
-        temperature: divides the logits; > 0. Greedy answers are those without a `Sampling`.
-        top_k: of exactly so many most likely tokens; 0: of all.
-        top_p: of the fewest most likely tokens that have this probability together [1904.09751];
-            0 < p <= 1.
+        key: random key (`jax.random.key`).
+        temperature: > 0, divides the logits.
+        top_k: number of most likely tokens to sample from; 0: all.
+        top_p: sample from the fewest most likely tokens whose probabilities sum to at least this
+            (nucleus sampling [1904.09751]); 0 < p <= 1.
 
     Raises:
         UserError: a setting is out of its range.
@@ -66,20 +66,20 @@ class Sampling:
             raise UserError(f"top_p {self.top_p} is not above 0 and at most 1")
 
     def draw(self, logits_BX: Array, step: Array) -> jax.Array:
-        """Ids [B] of the answers' token number `step`."""
+        """Samples ids [B] for token number `step` of the answers."""
         return jax.random.categorical(jax.random.fold_in(self.key, step), self.allowed(logits_BX))
 
     def allowed(self, logits_BX: Array) -> jax.Array:
-        """Logits [B, X] at the temperature, less the row's largest; -inf where none is drawn."""
+        """Returns logits [B, X] at the temperature, minus each row's maximum; -inf if excluded."""
         logits = jnp.asarray(logits_BX, jnp.float32)
         logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
         X = logits.shape[-1]
         k = min(self.top_k, X) or X
         if k == X and self.top_p == 1:
             return logits
-        best, ids = jax.lax.top_k(logits, k)  # of equal ones the lower id first
+        best, ids = jax.lax.top_k(logits, k)  # ties: the lower id first
         share = jax.nn.softmax(best)
-        # The first is always kept: the probability before it is 0.
+        # The first token is always kept: the cumulative probability before it is 0.
         kept = jnp.cumsum(share, axis=-1) - share < self.top_p
         rows = jnp.arange(len(logits))[:, None]
         return jnp.full_like(logits, -jnp.inf).at[rows, ids].set(jnp.where(kept, best, -jnp.inf))
@@ -100,21 +100,21 @@ def generate(
     seen_length_S: Array | None = None,
     sampling: Sampling | None = None,
 ) -> Generated:
-    """Answers to left-padded prompts that share their scene's prefix.
+    """Generates answers to left-padded prompts that share their scene's prefix.
 
     Args:
-        decoder: the trunk; as of `for_decoding` it is read as it is.
+        decoder: the decoder, prepared by `for_decoding` or not.
         prefix: keys and values of the prefix embeddings, from `Decoder.run_prefix`.
         prompt_SQL: ids, left-padded.
-        prompt_length_SQ: real ids of each prompt.
+        prompt_length_SQ: number of ids of each prompt; 0 = padding question.
         max_new_tokens: A.
-        eos_id: ends an answer.
-        states: whether the result has `hidden_SQAD`; the last token then goes through the decoder,
-            too.
-        prefix_length_S: valid columns of the prefix, the others stand behind them; None = all.
-        prompt_prefix: columns of the prefix that the prompt sees; its last token, which opens the
-            answer, and the answer see all that are valid. None: the prompt does too.
-        seen: result of `Decoder.see`.
+        eos_id: end token.
+        states: if True, the result has `hidden_SQAD`, and the last token also runs through the
+            decoder.
+        prefix_length_S: valid columns of the prefix, which come first; None: all.
+        prompt_prefix: number of prefix columns that the prompt sees. Its last token, which starts
+            the answer, and the answer see all valid columns. None: the prompt sees them too.
+        seen: result of `Decoder.cross_keys`.
         seen_length_S: valid vision tokens.
         sampling: None: greedy.
     """
@@ -140,8 +140,8 @@ def generate(
         **vision,
     )
 
-    def said(hidden_BD, i, done, tokens):
-        """Token i of the answers, after the state before it; none is wanted behind the last."""
+    def next_token(hidden_BD, i, done, tokens):
+        """Writes token i of the answers, given the state before it; drops tokens from A on."""
         logits = decoder.logits(hidden_BD)
         token = jnp.argmax(logits, axis=-1) if sampling is None else sampling.draw(logits, i)
         token = jnp.where(done, eos_id, token.astype(jnp.int32))
@@ -160,31 +160,31 @@ def generate(
         )
         if states:
             hidden = jax.lax.dynamic_update_slice_in_dim(hidden, state, i, axis=1)
-        token, done, tokens = said(state[:, 0], i + 1, done, tokens)
+        token, done, tokens = next_token(state[:, 0], i + 1, done, tokens)
         return i + 1, token, done, cache, tokens, hidden
 
     def going(carry):
         return (carry[0] < read) & ~jnp.all(carry[2])
 
-    # A padding question (length 0) is done before it starts.
+    # A padding question (length 0) is done from the start.
     done = jnp.asarray(prompt_length_SQ).reshape(B) == 0
     tokens = jnp.full((B, A), eos_id, jnp.int32)
     start = jnp.zeros((), jnp.int32)
-    token, done, tokens = said(prompt[:, -1], start, done, tokens)
+    token, done, tokens = next_token(prompt[:, -1], start, done, tokens)
     hidden = jnp.zeros((B, A, prompt.shape[-1]), prompt.dtype) if states else None
     carry = (start, token, done, cache, tokens, hidden)
     *_, tokens, hidden = jax.lax.while_loop(going, advance, carry)
-    shaped = None if hidden is None else hidden.reshape(S, Q, A, -1)
-    return Generated(tokens.reshape(S, Q, A), shaped)
+    hidden = None if hidden is None else hidden.reshape(S, Q, A, -1)
+    return Generated(tokens.reshape(S, Q, A), hidden)
 
 
 def text_positions(pad_B: Array, columns: int) -> jax.Array:
-    """Positions [B, columns] of left-padded rows, 0 for the first real token and before it."""
+    """Returns positions [B, columns] of left-padded rows; padding has position 0."""
     column = jnp.arange(columns, dtype=jnp.int32)
     return jnp.maximum(column - pad_B[:, None], 0)
 
 
 def before_end(tokens_A: np.ndarray, eos_id: int) -> list[int]:
-    """The ids before the first end token."""
+    """Returns the ids before the first end token."""
     ids = [int(i) for i in tokens_A]
     return ids[: ids.index(eos_id)] if eos_id in ids else ids

@@ -1,12 +1,12 @@
-"""GEODE (Fig. 2): InternVL reads the frames, the rationale module the room, control tokens a value.
+"""GEODE (Fig. 2): InternVL with a rationale module before it and regression heads behind it.
 
     frames --frozen InternViT--> features --projector--> visual tokens
                                  features, points, cameras --DRM--> E_spatio   (Sec. 2.1)
     [E_spatio][visual tokens] --decoder--> keys and values of the prefix, once for a scene
     [question][bos][answer] --decoder (sees the prefix)--> text; at <REG>, <3DBBOX> --DRH--> (eq. 5)
 
-Which parts stand in the prefix is the stage's: E_spatio alone in stage 1 (eq. 4), the visual tokens
-alone where there is no rationale module (Table 4), nothing for the blind baseline.
+The stage determines which parts form the prefix: only E_spatio in stage 1 (eq. 4), only the visual
+tokens without a rationale module (Table 4), nothing in the blind baseline.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from geode_jax.models.vit import InternViT
 from geode_jax.shapes import Array, Batch
 
 Part = Literal["layout", "spatio", "visual"]
-"""What may stand in the prefix, in this order."""
+"""The parts of a prefix, in this order."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -42,12 +42,13 @@ class GeodeConfig:
 
     Attributes:
         vlm: vision encoder, projector and decoder.
-        drm: the rationale module; None is Table 4's model without it.
-        drh_width: inner width of the regression head; 0 is Table 4's model that writes numbers as
+        drm: the rationale module; None: Table 4's model without it.
+        drh_width: inner width of the regression heads; 0: Table 4's model that writes numbers as
             text.
-        patch_grid: (gh, gw) patches of the export's views; the encoder's may be others.
-        categories, views: of the export, for what stands in for pretrained parts on a laptop: the
-            layout encoder, the classifier of patches, the spatial head; 0 categories: no such part.
+        patch_grid: (gh, gw) patches of the export's views; the encoder's grid may differ.
+        categories, views: numbers of categories and views of the export, for the parts that replace
+            pretraining on small machines: layout encoder, patch classifier, spatial head. With 0
+            categories there are none.
     """
 
     vlm: InternVLConfig
@@ -64,12 +65,12 @@ class GeodeConfig:
 
 
 class Prefix(NamedTuple):
-    """What all questions of a scene see.
+    """The prefix of a scene, which all its questions see.
 
     Attributes:
-        keys: keys and values of its columns.
-        length_S: how many columns are valid; the others stand behind them.
-        spatio_SRD: E_spatio, where it is among them.
+        keys: keys and values of the columns.
+        length_S: number of valid columns, which come first.
+        spatio_SRD: E_spatio, if it is part of the prefix.
     """
 
     keys: list[KeyValues]
@@ -78,15 +79,16 @@ class Prefix(NamedTuple):
 
 
 def nearest_patches(grid: int, patch_grid: tuple[int, int]) -> np.ndarray:
-    """For each of grid * grid tokens of a picture, row-major, the export's patch at its centre."""
+    """Returns the export's patch at the centre of each of the grid * grid tokens of a frame."""
     row, column = ((np.arange(grid) + 0.5) * size // grid for size in patch_grid)
     return (row[:, None] * patch_grid[1] + column).astype(np.int32).reshape(-1)
 
 
 def encode_frames(encoder: InternViT, image_Bhw3: Array) -> jax.Array:
-    """Hidden states [B, 1 + P, width] of uint8 frames, the class token first.
+    """Returns hidden states [B, 1 + P, C] of uint8 frames, the class token first.
 
-    Frames of another size are squeezed to the encoder's square, as InternVL's single tile.
+    Frames are resized to the encoder's square without keeping their aspect ratio, as InternVL does
+    for a single tile.
     """
     pixels = jnp.asarray(image_Bhw3).astype(jnp.float32) / 255
     square = (len(pixels), encoder.config.image_size, encoder.config.image_size, 3)
@@ -96,7 +98,7 @@ def encode_frames(encoder: InternViT, image_Bhw3: Array) -> jax.Array:
 
 
 class Geode(nnx.Module):
-    """See the module's docstring."""
+    """The GEODE model; see the file's docstring."""
 
     def __init__(self, config: GeodeConfig, *, rngs: nnx.Rngs):
         c = self.config = config
@@ -104,17 +106,17 @@ class Geode(nnx.Module):
         self.drm = None if c.drm is None else Drm(c.drm, rngs=rngs)
         width, seen = c.vlm.decoder.width, c.vlm.vision.width
         self.drh = Drh(width, c.drh_width, rngs=rngs) if c.drh_width else None
-        stands_in = c.categories > 0
-        self.layout = LayoutEncoder(c.categories, c.views, width, rngs=rngs) if stands_in else None
-        self.spatial_head = SpatialHead(width, rngs=rngs) if stands_in else None
+        small = c.categories > 0
+        self.layout = LayoutEncoder(c.categories, c.views, width, rngs=rngs) if small else None
+        self.spatial_head = SpatialHead(width, rngs=rngs) if small else None
         self.patch_classifier = (
             Projection((seen,), (c.categories + 1,), ("embed", None), bias=True, rngs=rngs)
-            if stands_in
+            if small
             else None
         )
 
     def features(self, batch: Batch) -> jax.Array:
-        """The encoder's hidden states of all frames, [S, V, 1 + P, width], made before or now."""
+        """Returns the encoder's hidden states [S, V, 1 + P, C], stored in the batch or computed."""
         if not batch.image_SVhw3.size:
             return jnp.asarray(batch.vision_SVPC).astype(self.config.vlm.vision.dtype)
         S, V, *frame = batch.image_SVhw3.shape
@@ -123,28 +125,33 @@ class Geode(nnx.Module):
         return hidden.reshape(S, V, *hidden.shape[1:])
 
     def patch_logits(self, batch: Batch) -> jax.Array:
-        """Category logits [S, V, P, categories + 1] of the patches; the last class is "none"."""
-        assert self.patch_classifier is not None
+        """Returns category logits [S, V, P, c + 1] of the patches; the last class is "none"."""
+        assert self.patch_classifier is not None, "the model has no patch classifier"
         return self.patch_classifier(self.features(batch)[:, :, 1:]).astype(jnp.float32)
 
     def rationale(self, batch: Batch, features_SVLC: Array) -> jax.Array:
-        """E_spatio [S, R, D] of the encoder's hidden states, without its class tokens.
+        """Returns E_spatio [S, R, D].
 
-        Where it is conditioned on the question, that is the scene's first: it has but one.
+        A module that is conditioned on the question reads the scene's first question, so each scene
+        must have one question only.
+
+        Args:
+            batch: the scenes.
+            features_SVLC: result of `features`; L = 1 + P.
         """
-        drm, config = self.drm, self.config.drm
-        assert drm is not None and config is not None
+        drm = self.drm
+        assert drm is not None, "the model has no rationale module"
         view_mask_SV, point_mask_SJ = batch.view_mask_SV, batch.point_mask_SJ
         here = nearest_patches(self.config.vlm.vision.grid, self.config.patch_grid)
         place, known = batch.points_SVP3[:, :, here], jnp.asarray(batch.points_mask_SVP)[:, :, here]
-        if config.frames:
-            view_mask_SV = spread(view_mask_SV, config.frames)
+        if drm.config.frames:
+            view_mask_SV = spread(view_mask_SV, drm.config.frames)
             frame = jnp.asarray(batch.point_frame_SJ)
             of_these = jnp.take_along_axis(view_mask_SV, jnp.maximum(frame, 0), axis=1)
             point_mask_SJ = jnp.asarray(point_mask_SJ) & of_these & (frame >= 0)
             known &= view_mask_SV[..., None]
         question, mask = None, None
-        if config.condition_on_question:
+        if drm.config.condition_on_question:
             ids_SL, length_S1 = (
                 jnp.asarray(x)[:, 0]
                 for x in (batch.question_SQL, batch.question_length_SQ[..., None])
@@ -167,21 +174,21 @@ class Geode(nnx.Module):
             )
 
     def prefix(self, batch: Batch, parts: tuple[Part, ...], slots: int | None = None) -> Prefix:
-        """Runs the parts, in the order of `Part`, through the decoder.
+        """Runs the parts of the prefix, in the order of `Part`, through the decoder.
 
         Args:
             batch: the scenes.
-            parts: what stands in the prefix.
-            slots: so many of the rationale tokens (Table 3); None: all.
+            parts: parts of the prefix.
+            slots: number of rationale tokens to use (Table 3); None: all.
         """
         S, V = batch.view_mask_SV.shape
         columns, spatio = [], None
-        # No stage learns the encoder from what stands in the prefix.
+        # Every stage freezes the encoder.
         features = (
             jax.lax.stop_gradient(self.features(batch)) if {"spatio", "visual"} & {*parts} else None
         )
         if "layout" in parts:
-            assert self.layout is not None
+            assert self.layout is not None, "the model has no layout encoder"
             columns.append(self.layout(batch))
         if "spatio" in parts:
             assert features is not None
@@ -192,7 +199,7 @@ class Geode(nnx.Module):
             assert features is not None
             seen = self.vlm.projector(features.reshape(S * V, *features.shape[2:]))
             columns.append(seen.reshape(S, -1, seen.shape[-1]))
-            # Padding views stand last.
+            # Padding views come last.
             views_S = jnp.sum(batch.view_mask_SV, axis=1, dtype=jnp.int32)
             length_S += views_S * seen.shape[1]
         decoder = self.vlm.decoder
@@ -200,11 +207,11 @@ class Geode(nnx.Module):
             return Prefix(decoder.no_prefix(S), length_S)
         dtype = decoder.config.dtype
         x = jnp.concatenate([part.astype(dtype) for part in columns], axis=1)
-        # Of a scene without views nothing is known.
+        # A scene without views has an empty prefix.
         length_S = jnp.where(jnp.any(batch.view_mask_SV, axis=1), length_S, 0)
         return Prefix(decoder.run_prefix(x, None, None)[1], length_S, spatio)
 
     def read(self, batch: Batch, prefix: Prefix) -> jax.Array:
-        """States [S, W * T, D] of the packed questions and answers, see `packed.read_packed`."""
+        """Returns states [S, W * T, D] of the packed questions and answers; see `read_packed`."""
         sees = jnp.broadcast_to(prefix.length_S[:, None, None], batch.packed_SWT.shape)
         return read_packed(self.vlm.decoder, batch, prefix.keys, prefix.length_S, sees)

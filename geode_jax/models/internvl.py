@@ -1,4 +1,4 @@
-"""InternVL: InternViT, its projector, and a decoder that reads vision tokens among its own."""
+"""InternVL: InternViT, a projector, and a decoder that reads vision tokens among text tokens."""
 
 import dataclasses
 
@@ -14,15 +14,15 @@ INTERNVL_TOKENS = (
     *("<img>", "</img>", "<IMG_CONTEXT>"),
     *("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"),
 )
-"""What InternVL2.5's tokenizers add to Qwen2.5's, ids 151,665 on."""
+"""The tokens that InternVL2.5 adds to Qwen2.5's tokenizer, from id 151,665 on."""
 
 IMAGE_ID = 151_667
-"""`<IMG_CONTEXT>` of InternVL2.5's tokenizers over Qwen2.5."""
+"""Id of `<IMG_CONTEXT>` in InternVL2.5 with Qwen2.5's tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class InternVLConfig:
-    """Sizes of the parts, and the token id in whose place a vision token is read."""
+    """Sizes of the parts, and the token id that vision tokens replace."""
 
     vision: VitConfig
     decoder: DecoderConfig
@@ -30,7 +30,7 @@ class InternVLConfig:
 
 
 class InternVL(nnx.Module):
-    """See the module's docstring."""
+    """InternVL; see the file's docstring."""
 
     def __init__(self, config: InternVLConfig, *, rngs: nnx.Rngs):
         c = self.config = config
@@ -38,17 +38,17 @@ class InternVL(nnx.Module):
         self.projector = Projector(c.vision.width, c.decoder.width, rngs=rngs)
         self.decoder = Decoder(c.decoder, rngs=rngs)
 
-    def look(self, pixels_Bhw3: Array) -> jax.Array:
-        """Vision tokens [B, P / 4, D] of B pictures, see `InternViT`."""
+    def vision_tokens(self, pixels_Bhw3: Array) -> jax.Array:
+        """Returns vision tokens [B, P / 4, D] of B images; see `InternViT`."""
         return self.projector(self.vision(pixels_Bhw3))
 
     def __call__(self, tokens_BL: Array, pixels_Bhw3: Array) -> jax.Array:
-        """Ids [B, L] and the pictures they mention, in order, to logits [B, L, X]."""
+        """Returns logits [B, L, X] of ids [B, L] that mention the images, in their order."""
         tokens_BL = jnp.asarray(tokens_BL)
         x_BLD = self.decoder.embed(tokens_BL)
-        seen = self.look(pixels_Bhw3).reshape(-1, x_BLD.shape[-1]).astype(x_BLD.dtype)
+        seen = self.vision_tokens(pixels_Bhw3).reshape(-1, x_BLD.shape[-1]).astype(x_BLD.dtype)
         here = tokens_BL == self.config.image_id
-        # The n-th image token of the batch, row by row, stands for the n-th vision token.
+        # The n-th image token of the batch, row by row, is replaced by the n-th vision token.
         n = jnp.cumsum(here).reshape(here.shape) - 1
         x_BLD = jnp.where(here[..., None], seen[n], x_BLD)
         hidden, _ = self.decoder.run_prefix(x_BLD, None, None)

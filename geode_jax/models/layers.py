@@ -1,4 +1,4 @@
-"""Pieces every model shares: annotated parameters, projections, norms, rotary positions."""
+"""Layers that all models share: annotated parameters, projections, norms, rotary positions."""
 
 import math
 from collections.abc import Callable
@@ -13,19 +13,22 @@ LAYER_NORM_EPS = 1e-5
 
 
 def param(value: jax.Array, *names: str | None, contracted: int = 0) -> nnx.Param:
-    """A parameter with one logical axis name (or None) per axis; see `sharding.RULES`.
+    """Returns a parameter with a logical axis name (or None) for each axis; see `sharding.RULES`.
 
-    `contracted` is the number of input axes of a matrix (0: it is not one); Muon reads it.
+    Args:
+        value: initial value.
+        *names: of the axes.
+        contracted: number of input axes of a matrix, which Muon reads; 0: not a matrix.
     """
-    # Names alone: shardings are given where a model is made, see `sharding.placed`.
+    # Only names: `sharding.placed` adds the shardings when a model is built.
     return nnx.Param(value, out_sharding=names, contracted=contracted, eager_sharding=False)
 
 
 class Projection(nnx.Module):
     """y[..., *outputs] = x[..., *inputs] @ kernel[*inputs, *outputs] (+ bias[*outputs]).
 
-    One class for every matrix of the models, with as many input and output axes as the maths has,
-    e.g. inputs (D,), outputs (H, E) for a query projection.
+    All matrices of the models are of this class, with the input and output axes of their equations,
+    for example inputs (D,) and outputs (H, E) for a query projection.
 
     Args:
         inputs: sizes of the contracted axes.
@@ -55,15 +58,15 @@ class Projection(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype)
         inputs, outputs = kernel.shape[: self.contracted], kernel.shape[self.contracted :]
         rows = x.shape[: x.ndim - self.contracted]
-        # One axis of rows: for the kernel's gradient, which sums over them, XLA's CPU compiler
-        # would else write what was computed from x a second time, transposed.
+        # Rows are flattened to one axis: XLA's CPU compiler would otherwise write x a second time,
+        # transposed, for the kernel's gradient, which sums over rows.
         y = jnp.tensordot(x.reshape(-1, *inputs), kernel, axes=self.contracted)
         y = y.reshape(*rows, *outputs)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Equal layers as one module to scan over: parameters get a first axis, "layer"."""
+    """Returns equal layers as one module to scan over; parameters get a first axis, "layer"."""
 
     @nnx.vmap
     @nnx.transform_metadata(in_axes=0, out_axes=0, partition="layer")
@@ -115,15 +118,15 @@ class Mlp(nnx.Module):
 def rotary_angles(
     positions_BL: Array, head_width: int, theta: float, dynamic: tuple[int, float] | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, L, 1, E/2] of rotary positions, in fp32 (bf16 rounds 257 to 256).
+    """Returns cos and sin [B, L, 1, E/2] of rotary positions, float32 (bfloat16 rounds 257 to 256).
 
     Args:
         positions_BL: whole numbers from 0.
         head_width: E.
         theta: base of the frequencies.
-        dynamic: trained length and factor of "dynamic NTK" scaling, as transformers computes it:
-            the longest row of the batch, where it is longer than that, makes the base larger. A
-            cache keeps the keys that earlier calls have rotated, there as here.
+        dynamic: (trained length, factor) of "dynamic NTK" scaling, as in transformers: the base
+            grows with the longest row of the batch if that exceeds the trained length. As there,
+            the keys in a cache keep the rotation of earlier calls.
     """
     base: float | jax.Array = theta
     if dynamic:
@@ -136,7 +139,7 @@ def rotary_angles(
 
 
 def rotate(x_BLHE: Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary position embedding in the rotate-half convention: pairs are (e, e + E/2)."""
+    """Rotates queries or keys by `rotary_angles`; rotate-half convention, pairs (e, e + E/2)."""
     cos, sin = angles
     a, b = jnp.split(x_BLHE.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHE.dtype)

@@ -1,13 +1,13 @@
-"""A scene's layout as rationale tokens: the laptop's stand-in for a frozen text encoder.
+"""A scene's layout as rationale tokens, which replaces a frozen text encoder on small machines.
 
-GEODE's Sec. 2.1.2 embeds rationales with a pretrained text encoder, and stage 1 trusts a frozen
-LLM to read what stands before its text. Nothing is pretrained on a laptop, so `geode_pretrain`
-teaches its decoder to answer behind these c columns, one for each category of the export:
+GEODE's Sec. 2.1.2 embeds rationales with a pretrained text encoder, and stage 1 relies on a frozen
+LLM to read a prefix of embeddings. Without pretrained parts, `geode_pretrain` trains its decoder to
+answer after these c columns, one for each category of the export:
 
-    column m = embedding of slot m + W facts of category m
+    column m = embedding of slot m + projection of the facts of category m
 
-Numbers enter by value [xVal, Golkar et al. 2023] and not as digits, which one column could not
-hold apart.
+Numbers enter by value [xVal, Golkar et al. 2023] and not as digits, which would need several
+columns. Sizes beside those of `shapes`: f facts of a category.
 """
 
 import jax
@@ -21,21 +21,21 @@ from geode_jax.shapes import Array, Batch
 from geode_jax.targets import MOST_PLACE
 
 _CODE = slice(2, 10)
-"""Where the facts of a category hold its box code."""
+"""The part of a category's facts that is its box code."""
 
 
 def _box_codes(batch: Batch) -> jax.Array:
-    """Codes [S, N, 8] of the boxes; of padding, those of any box."""
+    """Returns codes [S, N, 8] of the boxes; padding gets the code of an arbitrary box."""
     known = jnp.asarray(batch.target_labels_SN) >= 0
     return encode_boxes(jnp.where(known[..., None], batch.target_boxes_SN7, 1.0))
 
 
 def layout_facts(batch: Batch, categories: int) -> jax.Array:
-    """Facts [S, c, 14 + V] of every category, about 1 in size.
+    """Returns facts [S, c, 14 + V] of every category, scaled to about 1.
 
-    Whether it is there; how many / 3; mean box code of its boxes (`boxes.encode_boxes`); in
-    each view the share of the patches that show it, times 8, at most 1; and, the same for all
-    categories, the extent of what is seen, its largest and smallest x and y / 4.
+    The facts are: presence; number of boxes / 3; mean box code (`boxes.encode_boxes`); in each view
+    the share of the patches that show the category, times 8, at most 1; and, equal for all
+    categories, the extent of the known points, largest and smallest x and y / 4.
     """
     label = jnp.asarray(batch.target_labels_SN)
     is_SNc = jax.nn.one_hot(label, categories)
@@ -65,28 +65,29 @@ def layout_facts(batch: Batch, categories: int) -> jax.Array:
 
 
 class LayoutEncoder(nnx.Module):
-    """See the module's docstring."""
+    """The layout encoder; see the file's docstring."""
 
     def __init__(self, categories: int, views: int, width: int, *, rngs: nnx.Rngs):
         self.slots = param(jax.random.normal(rngs.params(), (categories, width)), None, "embed")
         self.facts = Projection((14 + views,), (width,), (None, "embed"), bias=True, rngs=rngs)
 
     def __call__(self, batch: Batch) -> jax.Array:
-        """Columns [S, c, D] of the scenes' known boxes."""
+        """Returns columns [S, c, D] of the scenes' known boxes."""
         return self.facts(layout_facts(batch, len(self.slots[...]))) + self.slots[...]
 
     def distance(self, spatio_SRD: Array, batch: Batch) -> jax.Array:
-        """Mean squared difference [S, R] of states [S, R, D] and the first R of the columns.
+        """Returns mean squared differences [S, R] of states [S, R, D] and the first R columns.
 
-        Of a category with boxes it is the mean over them of that to a column which has the box's
-        own code for the mean code: as far as the state goes, a constant more than the difference
-        to the column itself. So it can be told of every box which of its two codes is meant
-        (`geometry.boxes.nearer_code`), or the difference would jump where a box turns through 45
-        degrees.
+        For a category with boxes, the column's mean code is replaced by each box's own code, and
+        the differences are averaged over the boxes. This differs from the difference to the column
+        itself by a constant, but allows each box to use the nearer of its two codes
+        (`geometry.boxes.nearer_code`); otherwise the difference would jump where a box turns
+        through 45 degrees.
 
-        The columns that the decoder learned to read are of the code that `encode_boxes` gives, and
-        away from 45 degrees they alone are meant: to the difference to the column of the other
-        code is added, times the squared cosine of the doubled yaw, that of the two columns.
+        The decoder has learned to read columns with the code of `encode_boxes`, so away from 45
+        degrees only that code is right. Therefore the difference to the other code's column has a
+        penalty: the squared difference of the two columns times the squared cosine of the doubled
+        yaw.
         """
         categories = len(self.slots[...])
         both = min(categories, spatio_SRD.shape[1])

@@ -19,10 +19,10 @@ from geode_jax.ops.selective_scan import selective_scan
 from geode_jax.shapes import Array
 
 STEP_SIZES = (1e-3, 1e-1)
-"""Step sizes delta at the start, drawn log-uniformly for each channel [Gu & Dao 2023, Sec. 3.6]."""
+"""Range of the initial step sizes, log-uniform for each channel [Gu & Dao 2023, Sec. 3.6]."""
 
-PYTORCH = 3**-0.5
-"""`Projection.scale` with the standard deviation of PyTorch's default, U(±fan-in^-1/2)."""
+PYTORCH_SCALE = 3**-0.5
+"""`Projection.scale` that gives the standard deviation of PyTorch's default, U(±fan-in^-1/2)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class MambaConfig:
 
     Attributes:
         width: D.
-        layers: number of blocks in the stack; scales the output projections at the start.
+        layers: number of blocks in the stack, which scales the initial output projections.
         expand: inner channels per unit of width, I = expand * D.
         states: U.
         taps: of the convolution.
@@ -61,17 +61,17 @@ class MambaConfig:
 
 
 class MambaCache(NamedTuple):
-    """What a mixer remembers of the positions so far."""
+    """What a mixer keeps of the positions so far."""
 
-    window_BtI: Array  # the last taps - 1 inputs of the convolution; zero: none
+    window_BtI: Array  # the last taps - 1 inputs of the convolution, zero before the first
     state_BUI: Array  # float32
 
 
 class CausalConvolution(nnx.Module):
-    """Depthwise convolution over a position and the taps - 1 before it, of the same segment."""
+    """Depthwise convolution over a position and the taps - 1 positions before it in its segment."""
 
     def __init__(self, channels: int, taps: int, *, rngs: nnx.Rngs):
-        # PyTorch's default; the fan-in is the taps. Filters and no matrix: no decay, no Muon.
+        # PyTorch's default, whose fan-in is the taps. Not a matrix: no weight decay, no Muon.
         bound = taps**-0.5
         kernel, bias = (
             jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
@@ -83,12 +83,12 @@ class CausalConvolution(nnx.Module):
     def __call__(
         self, x_BLI: Array, window_BtI: Array | None, first_BL: Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Output [B, L, I], and the window for the positions that follow.
+        """Returns the output [B, L, I], and the window for the positions that follow.
 
         Args:
             x_BLI: input.
             window_BtI: the taps - 1 inputs before x; None: zeros.
-            first_BL: bool, a segment begins here; None: nowhere.
+            first_BL: bool, True at the first position of a segment; None: no segments.
         """
         B, L, channels = x_BLI.shape
         before = self.kernel.shape[0] - 1
@@ -98,7 +98,7 @@ class CausalConvolution(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype)
         if first_BL is None:
             own = None
-        else:  # segments in order of their beginning, 0 for what continues the window
+        else:  # number of each position's segment; segment 0 continues the window
             segment = jnp.pad(jnp.cumsum(first_BL, axis=1), ((0, 0), (before, 0)))[..., None]
             own = segment[:, before:]
         y = self.bias[...].astype(x.dtype)
@@ -106,9 +106,8 @@ class CausalConvolution(nnx.Module):
             shifted = x[:, i : i + L]
             if own is not None:
                 shifted = jnp.where(segment[:, i : i + L] == own, shifted, 0)
-            # Broadcast here, a tap has a sum over rows and positions for its gradient. What the
-            # product would make of it, a sum over the positions of a single row, takes XLA's CPU
-            # compiler ten times as long.
+            # With an explicit broadcast, a tap's gradient is one sum over rows and positions.
+            # Otherwise XLA's CPU compiler sums over the positions of each row, ten times as slowly.
             y = y + jnp.broadcast_to(tap, shifted.shape) * shifted
         window = x[:, L:]
         return y, window if own is None else jnp.where(segment[:, L:] == own[:, -1:], window, 0)
@@ -120,9 +119,9 @@ class MambaMixer(nnx.Module):
     def __init__(self, config: MambaConfig, *, rngs: nnx.Rngs):
         c, D, inner = config, config.width, config.inner
         self.config = c
-        # x and z are an axis of their own, so that a shard of the channels has both of its own.
+        # x and z are a separate axis, so that each shard of the channels holds its x and its z.
         self.in_proj = Projection(
-            (D,), (2, inner), ("embed", None, "inner"), bias=False, scale=PYTORCH, rngs=rngs
+            (D,), (2, inner), ("embed", None, "inner"), bias=False, scale=PYTORCH_SCALE, rngs=rngs
         )
         self.conv = CausalConvolution(inner, c.taps, rngs=rngs)
         self.x_proj = Projection(
@@ -130,7 +129,7 @@ class MambaMixer(nnx.Module):
             (c.rank + 2 * c.states,),
             ("inner", None),
             bias=False,
-            scale=PYTORCH,
+            scale=PYTORCH_SCALE,
             rngs=rngs,
         )
         self.dt_proj = Projection((c.rank,), (inner,), (None, "inner"), bias=True, rngs=rngs)
@@ -151,7 +150,7 @@ class MambaMixer(nnx.Module):
             (D,),
             ("inner", "embed"),
             bias=False,
-            scale=PYTORCH * c.layers**-0.5,
+            scale=PYTORCH_SCALE * c.layers**-0.5,
             rngs=rngs,
         )
 
@@ -166,7 +165,7 @@ class MambaMixer(nnx.Module):
             x, window = self.conv(x, window, first_BL)
             x = jax.nn.silu(x)
         delta, b, c = jnp.split(self.x_proj(x), (rank, rank + U), axis=-1)
-        # In fp32: the bias is near -7 where delta is 1e-3, and bf16 would round that by 3%.
+        # In float32: for delta = 1e-3 the bias is near -7, and bfloat16 would change delta by 3%.
         delta = jax.nn.softplus(self.dt_proj(delta.astype(jnp.float32)))
         with jax.named_scope("selective_scan"):
             y, state = selective_scan(
@@ -190,18 +189,18 @@ class MambaBlock(nnx.Module):
         self.mixer = MambaMixer(config, rngs=rngs)
 
     def __call__(
-        self, x_BLD: Array, cache: MambaCache | None = None, first_BL: Array | None = None
+        self, x_BLD: jax.Array, cache: MambaCache | None = None, first_BL: Array | None = None
     ) -> tuple[jax.Array, MambaCache]:
-        """Any number of positions, one for a step of decoding.
+        """Runs any number of positions; decoding runs one at a time.
 
         Args:
             x_BLD: hidden states.
             cache: of the positions before; None: there are none.
-            first_BL: bool, a segment of a packed row begins here, which sees nothing from before;
-                None: nowhere.
+            first_BL: bool, True at the first position of a segment of a packed row, which reads
+                nothing before it; None: no segments.
 
         Returns:
-            [B, L, D], and the cache for the positions that follow.
+            Hidden states [B, L, D], and the cache for the positions that follow.
         """
         out, cache = self.mixer(self.norm(x_BLD), cache, first_BL)
         return jnp.asarray(x_BLD) + out, cache

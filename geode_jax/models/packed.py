@@ -1,4 +1,4 @@
-"""Reading the packed questions of a scene behind the prefix they share; see `data.packing`."""
+"""Runs a scene's packed questions behind their shared prefix; see `data.packing`."""
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,15 @@ def read_packed(
     seen: list[KeyValues | None] | None = None,
     seen_length_S: Array | None = None,
 ) -> jax.Array:
-    """Hidden states [S, W * T, D] of all questions of the scenes with their answers, at once.
+    """Returns hidden states [S, W * T, D] of all questions of the scenes with their answers.
 
     Args:
         decoder: the trunk.
-        batch: its packed text.
+        batch: holds the packed text.
         prefix: keys and values of the prefix embeddings, from `Decoder.run_prefix`.
         prefix_length_S: valid columns of the prefix; the text's positions follow them.
-        sees_SWT: how many columns of the prefix each token sees, int32.
-        seen: result of `Decoder.see`.
+        sees_SWT: int32, number of prefix columns that each token sees.
+        seen: result of `Decoder.cross_keys`.
         seen_length_S: valid vision tokens.
     """
     S, W, T = batch.packed_SWT.shape
@@ -55,7 +55,7 @@ def read_packed(
 
 
 def pick(hidden_SLD: Array, column: Array) -> jax.Array:
-    """States at flat columns [S, ...] of a scene's rows, [S, ..., D]; -1 gives some state."""
+    """Returns states [S, ..., D] at flat columns [S, ...] of a scene's rows; -1 gives any state."""
     flat = jnp.maximum(jnp.asarray(column), 0).reshape(len(column), -1, 1)
     taken = jnp.take_along_axis(hidden_SLD, flat, axis=1)
     taken = constrain(taken, "batch", "length", "width")

@@ -8,9 +8,9 @@ Z, V and T of a scene are computed once and shared by all its questions:
     [Q]    --trunk (sees V, cross-attends to Z)----------> spatial head
     [bos][A] --trunk (sees V, T, Q, cross-attends to Z)--> answer logits
 
-The paper trains T from the answer loss alone, so nothing an auxiliary head reads may have seen T.
-Hence the one restriction of the causal mask: T is seen from bos on, which opens the answer, and
-not by the question. What the heads teach of a question is then what its answer reads.
+The paper trains T from the answer loss alone, so auxiliary heads must not read states that saw T.
+Therefore the causal mask has one restriction: T is visible from bos on, which starts the answer,
+but not to the question. So the answer reads the same question states that the heads train.
 """
 
 import dataclasses
@@ -44,14 +44,14 @@ class StudentConfig:
         decoder: the trunk.
         heads: the task heads.
         vision_width: C of the vision tokens (2048 for VGGT-1B).
-        camera_width: C of the camera tokens, 0 where there are none.
+        camera_width: C of the camera tokens; 0: no camera tokens.
         patch_grid: (gh, gw) patches of a view, P = gh * gw.
         max_views: size of the view embedding.
         projector_width: inner width of the projector.
-        thinking_tokens: K; 0 gives the baseline without Hidden CoT.
+        thinking_tokens: K; 0: the baseline without Hidden CoT.
         vision_prefix: number of V tokens, 1 in the paper.
-        category_ids: token ids of every category's noun; the patch classifier's weights are their
-            embeddings.
+        category_ids: token ids of every category's noun, whose embeddings are the weights of the
+            patch classifier.
     """
 
     decoder: DecoderConfig
@@ -73,14 +73,14 @@ class StudentConfig:
 
     @property
     def prefix_length(self) -> int:
-        """Columns of `[V][T]`."""
+        """Number of columns of `[V][T]`."""
         return self.vision_prefix + self.thinking_tokens
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Everything of S scenes that their questions share."""
+    """What the questions of a scene share, for S scenes."""
 
     z_SVPD: Array
     seen_length_S: Array  # valid vision tokens, int32; 0 = vision removed
@@ -92,7 +92,7 @@ class Scene:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StudentOutput:
-    """Everything the losses of Sec. III-D read."""
+    """The inputs of the losses of Sec. III-D."""
 
     answer_hidden_SQAD: Array  # states that predict the answers' tokens
     depth_logits_SVhwZ: Array
@@ -103,7 +103,7 @@ class StudentOutput:
 
 
 class Student(nnx.Module):
-    """See the module's docstring."""
+    """The Hidden-CoT student; see the file's docstring."""
 
     def __init__(self, config: StudentConfig, *, rngs: nnx.Rngs):
         c = self.config = config
@@ -123,7 +123,7 @@ class Student(nnx.Module):
         patches = c.patch_grid[0] * c.patch_grid[1]
         self.depth_encoder = Projection((patches,), (D,), (None, "embed"), bias=True, rngs=rngs)
         thinking = 0.02 * jax.random.normal(rngs.params(), (1, c.thinking_tokens, D))
-        # No parameter of size 0: checkpoints cannot hold one.
+        # Checkpoints cannot hold a parameter of size 0.
         self.thinking = param(thinking, None, None, "embed") if c.thinking_tokens else None
         self.decoder = Decoder(c.decoder, rngs=rngs)
         self.depth_head = DepthHead(D, c.heads, rngs=rngs)
@@ -139,12 +139,12 @@ class Student(nnx.Module):
 
     # --- the scene, once for all its questions ---
 
-    def look(self, batch: Batch) -> Scene:
-        """Z, and the keys and values of `[V][T]`, for the S scenes of a batch."""
+    def encode_scene(self, batch: Batch) -> Scene:
+        """Returns Z, and the keys and values of `[V][T]`, for the S scenes of a batch."""
         z_SVPD, seen_length_S = self._project(batch)
         S, V, P, D = z_SVPD.shape
         z_SMD = z_SVPD.reshape(S, V * P, D)
-        seen = self.decoder.see(z_SMD)
+        seen = self.decoder.cross_keys(z_SMD)
         columns = self._vision_prefix(batch, z_SMD, seen_length_S)
         if self.thinking is not None:
             thinking = self.thinking[...].astype(columns.dtype)
@@ -160,7 +160,10 @@ class Student(nnx.Module):
         )
 
     def _project(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Z = norm(MLP(norm(tokens)) + view embedding + camera token), zero at padding views."""
+        """Returns Z [S, V, P, D] and the number of its valid tokens [S].
+
+        Z = norm(MLP(norm(tokens)) + view embedding + camera token), zero at padding views.
+        """
         with jax.named_scope("projector"):
             x = jnp.asarray(batch.vision_SVPC).astype(self.config.decoder.dtype)
             V, P = x.shape[1:3]
@@ -173,11 +176,11 @@ class Student(nnx.Module):
                 z = z + jnp.where(known, camera, 0)[:, :, None]
             z = self.z_norm(z)
             mask = jnp.asarray(batch.view_mask_SV)
-            # Padding views stand last, so that the valid tokens are one interval.
+            # Padding views come last, so the valid tokens are one interval.
             return z * mask[..., None, None], jnp.sum(mask, axis=1).astype(jnp.int32) * P
 
     def _vision_prefix(self, batch: Batch, z_SMD: Array, seen_length_S: Array) -> jax.Array:
-        """V = attention pooling of Z + encoding of the depth map -> [S, n_v, D]."""
+        """Returns V [S, vision_prefix, D]: attention pooling of Z + encoding of the depth map."""
         S = z_SMD.shape[0]
         query = self.pool_query[...].astype(z_SMD.dtype)
         query = jnp.broadcast_to(query, (S, *query.shape))[:, :, None]
@@ -192,18 +195,18 @@ class Student(nnx.Module):
         return pooled + depth_SD[:, None].astype(pooled.dtype)
 
     def thinking_logits(self, scene: Scene) -> jax.Array:
-        """Diagnostic mode (Sec. V-d): vocabulary logits [S, K, X] at the thinking positions."""
+        """Returns the logits [S, K, X] at the thinking positions (diagnostic mode, Sec. V-d)."""
         return self.decoder.logits(scene.thinking_SKD)
 
     # --- the questions ---
 
     def read(self, scene: Scene, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """All questions of the scenes at once, packed, with their answers (teacher forcing).
+        """Runs all packed questions of the scenes with their answers (teacher forcing).
 
         Returns:
-            Hidden states [S, Q, A, D] that predict the answer tokens; and of each question, which
-            does not see T, its encoding [S, Q, D] (its last state) and the states [S, Q, O, D] at
-            the names of the objects it is about.
+            Hidden states [S, Q, A, D] that predict the answer tokens; each question's encoding
+            [S, Q, D], its last state; and the states [S, Q, O, D] at the names of its objects. The
+            question's states have not seen T.
         """
         columns = self.config.prefix_length
         hidden = read_packed(
@@ -222,10 +225,10 @@ class Student(nnx.Module):
         )
 
     def patch_logits(self, z_SVPD: Array) -> jax.Array:
-        """Category logits [S, V, P, classes + 1] of every patch against the nouns' embeddings.
+        """Returns category logits [S, V, P, c + 1] of patches; the last class is "none".
 
-        Tying the classifier to the word embeddings puts a patch and its noun in one space, so that
-        a question's noun finds its patches by cross-attention.
+        The weights are the embeddings of the categories' nouns. This puts a patch and its noun into
+        one space, so that a question's noun finds its patches by cross-attention.
         """
         nouns = jnp.stack(
             [
@@ -240,8 +243,8 @@ class Student(nnx.Module):
         return logits * (jnp.exp(self.patch_scale[...]) * z_SVPD.shape[-1] ** -0.5)
 
     def __call__(self, batch: Batch) -> StudentOutput:
-        """All outputs of training."""
-        scene = self.look(batch)
+        """Returns all outputs that training needs."""
+        scene = self.encode_scene(batch)
         S, V, P, D = scene.z_SVPD.shape
         answer_hidden, encoding, names = self.read(scene, batch)
         with jax.named_scope("heads"):

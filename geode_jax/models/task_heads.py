@@ -1,7 +1,7 @@
 """Depth, detection and spatial heads (Hidden-CoT Sec. III-C "Multi-task Heads").
 
-They read the vision features Z and, for the spatial head, a question encoding that never attends to
-the thinking tokens: the paper trains those from the answer loss alone.
+The depth and detection heads read the vision features Z. The spatial head reads question states
+that have not seen the thinking tokens, since the paper trains those from the answer loss alone.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from geode_jax.ops.attention import Intervals, attention
 from geode_jax.shapes import MAX_OBJECTS, Array
 
 BOX_CODE = 8
-"""Width of an encoded box; see `geometry.boxes.encode_boxes`."""
+"""b, the width of an encoded box; see `geometry.boxes.encode_boxes`."""
 GAP_FLOOR = 0.1
-"""Metres added to a gap before its logarithm: contact is a number, and a clear one."""
+"""Metres added to a gap before the logarithm, so that contact (gap 0) has a finite target."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +30,10 @@ class HeadsConfig:
         width: inner width of every head.
         depth_bins: Z, log-spaced.
         depth_cells: r; every patch predicts r x r depth values.
-        queries: object queries of the detection head.
+        queries: Y, object queries of the detection head.
         detection_layers: rounds of query attention.
-        categories: object classes.
-        teacher_width: F, width of the teacher's patch features; 0 = no teacher features.
+        categories: c, object classes.
+        teacher_width: F, width of the teacher's patch features; 0: no teacher features.
     """
 
     width: int
@@ -62,18 +62,18 @@ class DetectionOutput:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SpatialOutput:
-    """What the question is about, in space."""
+    """Predictions of the spatial head for each question."""
 
-    relations_SQr: Array  # logits of the first alternative, order of `RELATIONS`
-    objects_SQOb: Array  # box codes of the objects the question names, read at their names
-    places_SQO3: Array  # their centres, world frame, metres, read where the question ends
-    log_gaps_SQO: Array  # log(gap + GAP_FLOOR) from the first of them to each
-    angle_SQ2: Array  # (sin, cos) of the turn that is asked, left positive
+    relations_SQr: Array  # logits of the first alternative, in the order of `RELATIONS`
+    objects_SQOb: Array  # box codes of the named objects, from the states at their names
+    places_SQO3: Array  # their centres, world frame, metres, from the question's encoding
+    log_gaps_SQO: Array  # log(gap + GAP_FLOOR) from the first object to each
+    angle_SQ2: Array  # (sin, cos) of the turn, left positive
     log_value_SQ: Array  # log of the numeric answer, in the question's unit
 
 
 class DepthHead(nnx.Module):
-    """Bins of log depth for the r x r cells of every patch."""
+    """Logits of log-depth bins for the r x r cells of every patch."""
 
     def __init__(self, width: int, config: HeadsConfig, *, rngs: nnx.Rngs):
         self.cells, self.bins = config.depth_cells, config.depth_bins
@@ -81,7 +81,7 @@ class DepthHead(nnx.Module):
         self.mlp = Mlp(width, config.width, out, rngs=rngs)
 
     def __call__(self, z_SVPD: Array, grid: tuple[int, int]) -> jax.Array:
-        """Features [S, V, P, D] -> bin logits [S, V, h, w, Z] with (h, w) = r * grid."""
+        """Returns bin logits [S, V, h, w, Z] of features [S, V, P, D], with (h, w) = r * grid."""
         S, V = z_SVPD.shape[:2]
         r = self.cells
         x = self.mlp(z_SVPD).reshape(S, V, *grid, r, r, self.bins)
@@ -90,7 +90,10 @@ class DepthHead(nnx.Module):
 
 
 class QueryLayer(nnx.Module):
-    """Object queries attend to the scene's features, then to each other, then through an MLP."""
+    """Object queries attend to the scene's features, then to each other; an MLP follows.
+
+    Checkpoints contain the names: `look` is the cross-attention, `talk` the self-attention.
+    """
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
         names = ("embed", "heads", "head_dim")
@@ -130,7 +133,7 @@ class QueryLayer(nnx.Module):
 
 
 class DetectionHead(nnx.Module):
-    """Set prediction of oriented boxes by learned object queries."""
+    """Set prediction of oriented boxes by learned object queries (DETR [2005.12872])."""
 
     HEADS = 4
 
@@ -143,7 +146,7 @@ class DetectionHead(nnx.Module):
         )
         self.norm = LayerNorm(w)
         self.classes = Projection((w,), (config.categories,), (None, None), bias=True, rngs=rngs)
-        # Focal loss starts from rare positives [Lin et al. 2017, Sec. 3.3]: p = 0.05 everywhere.
+        # The focal loss starts from rare positives, p = 0.05 [Lin et al. 2017, Sec. 3.3].
         assert self.classes.bias is not None
         self.classes.bias[...] = jnp.full((config.categories,), -2.94, jnp.float32)
         self.boxes = Mlp(w, w, BOX_CODE, rngs=rngs)
@@ -165,11 +168,11 @@ class DetectionHead(nnx.Module):
 
 
 class SpatialHead(nnx.Module):
-    """What a question is about: boxes from the states at the names, the rest from its encoding.
+    """Predicts boxes from the states at the objects' names, the rest from the question's encoding.
 
-    Linear: what the head can read, the trunk holds in a form that the language-model head can read
-    too. The steps are the order of learning: a name finds its object, the end of the question
-    collects the places, and only then can relations between them be told.
+    The head is linear, so the trunk must represent these quantities in a form that the linear
+    language-model head can also read. Learning follows the outputs: a name finds its object, the
+    end of the question collects the places, and then relations between them become predictable.
     """
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):

@@ -18,7 +18,7 @@ from geode_jax.shapes import Array
 from geode_jax.sharding import constrain
 
 LAYER_SCALE = 0.1
-"""What a LayerScale starts at."""
+"""Initial value of a LayerScale."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,15 +26,15 @@ class VitConfig:
     """Sizes of a vision encoder.
 
     Attributes:
-        image_size: height and width of a picture in pixels.
-        patch_size: of a patch; divides `image_size`.
+        image_size: height and width of an image in pixels.
+        patch_size: height and width of a patch; divides `image_size`.
         width: D.
         layers: number of blocks.
         heads: H; divides `width`.
-        mlp_width: W.
+        mlp_width: inner width of the feed-forward layers.
         qkv_bias: bias on query, key and value.
         norm_eps: epsilon of the norms.
-        dtype: of the activations.
+        dtype: dtype of the activations.
     """
 
     image_size: int
@@ -67,7 +67,7 @@ class VitConfig:
 
 
 class VitAttention(nnx.Module):
-    """Self-attention in which every token sees every token."""
+    """Self-attention without a mask."""
 
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
         c = config
@@ -90,7 +90,7 @@ class VitAttention(nnx.Module):
 
 
 class VitBlock(nnx.Module):
-    """x += scale * attention(norm(x)); x += scale * mlp(norm(x)), a scale for each channel."""
+    """x += scale * attention(norm(x)); x += scale * mlp(norm(x)), with a scale for each channel."""
 
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
         c = config
@@ -125,10 +125,10 @@ class InternViT(nnx.Module):
         self.blocks = stack(lambda r: VitBlock(c, rngs=r), c.layers, rngs)
 
     def __call__(self, pixels_Bhw3: Array) -> jax.Array:
-        """Pictures to hidden states [B, 1 + P, D]: the class token, then the patches row-major.
+        """Returns hidden states [B, 1 + P, D] of images: class token, then patches row-major.
 
         Args:
-            pixels_Bhw3: RGB in 0..1, less ImageNet's mean, over its deviation.
+            pixels_Bhw3: RGB in 0..1, minus ImageNet's mean, divided by its standard deviation.
         """
         c, B = self.config, len(pixels_Bhw3)
         p, g = c.patch_size, c.grid
@@ -140,15 +140,15 @@ class InternViT(nnx.Module):
         def body(x, block):
             return constrain(block(x), "batch", "length", "width"), None
 
-        # Unless it is told, the compiler spreads the frames' channels as the parameters' are, and
-        # every product is summed over all devices.
+        # Without this constraint the compiler shards the channels of the frames as those of the
+        # parameters, and every product needs a sum over all devices.
         return jax.lax.scan(body, constrain(x, "batch", "length", "width"), self.blocks)[0]
 
 
-def pixel_shuffle(x_BghD: Array) -> jax.Array:
-    """[B, g, h, D] to [B, g/2, h/2, 4D]: four neighbours become one token, row-major in it.
+def pixel_shuffle(x_BghD: jax.Array) -> jax.Array:
+    """Returns [B, g/2, h/2, 4D] of [B, g, h, D]: four neighbours, row-major, become one token.
 
-    Version 2 of InternVL's two; the first gives a transposed grid.
+    This is version 2 of InternVL's pixel shuffle; version 1 gives a transposed grid.
     """
     B, g, h, D = x_BghD.shape
     x = jnp.asarray(x_BghD).reshape(B, g // 2, 2, h // 2, 2, D).transpose(0, 1, 3, 2, 4, 5)
@@ -156,14 +156,14 @@ def pixel_shuffle(x_BghD: Array) -> jax.Array:
 
 
 class Projector(nnx.Module):
-    """InternVL's `mlp1`: from shuffled patches to the decoder's width."""
+    """InternVL's `mlp1`, from shuffled patches to the decoder's width."""
 
     def __init__(self, vision_width: int, width: int, *, rngs: nnx.Rngs):
         self.norm = LayerNorm(4 * vision_width)
         self.mlp = Mlp(4 * vision_width, width, width, rngs=rngs)
 
-    def __call__(self, hidden_BLD: Array) -> jax.Array:
-        """`InternViT`'s hidden states [B, 1 + P, D] to vision tokens [B, P / 4, width]."""
+    def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
+        """Returns vision tokens [B, P / 4, width] of hidden states [B, 1 + P, D] of `InternViT`."""
         B, L, D = hidden_BLD.shape
         side = round((L - 1) ** 0.5)
         x = pixel_shuffle(hidden_BLD[:, 1:].reshape(B, side, side, D))

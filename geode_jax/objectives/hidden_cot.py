@@ -143,7 +143,7 @@ class HiddenCoT:
 
     def encode_scene(self, model: HiddenCoTModel, batch: Batch) -> Scene:
         """Returns what the questions of a scene share."""
-        return model.student.look(self.prepare(batch))
+        return model.student.encode_scene(self.prepare(batch))
 
     def answer(
         self,
@@ -191,7 +191,7 @@ class HiddenCoT:
     def predict_scene(self, model: HiddenCoTModel, batch: Batch) -> ScenePrediction:
         """Returns the depth and the objects that the task heads predict."""
         student = model.student
-        scene = student.look(self.prepare(batch))
+        scene = student.encode_scene(self.prepare(batch))
         S, V, P, D = scene.z_SVPD.shape
         logits = student.depth_head(scene.z_SVPD, student.config.patch_grid)
         centres = losses.depth_bin_centres(logits.shape[-1])

@@ -44,7 +44,7 @@ def run_whole(model, rows_BLD, z_SMD, seen_length_S):
     """Rows in scene order through the trunk at once, causally."""
     B, L, _ = rows_BLD.shape
     positions = jnp.broadcast_to(jnp.arange(L), (B, L))
-    vision = {"seen": model.see(z_SMD), "seen_length_S": seen_length_S}
+    vision = {"seen": model.cross_keys(z_SMD), "seen_length_S": seen_length_S}
     return model.run(rows_BLD, positions, causal(B, L), **vision)[0]
 
 
@@ -64,7 +64,7 @@ def whole(tiny, scenes) -> np.ndarray:
 def test_a_token_at_a_time_equals_the_whole(tiny, scenes, whole):
     @jax.jit
     def start(model, prefix, z, seen_length):
-        seen = model.see(z)
+        seen = model.cross_keys(z)
         hidden, cache = model.run_prefix(prefix, seen, seen_length)
         return hidden, fan_out(cache, Q, TEXT), seen
 
@@ -331,7 +331,7 @@ def test_layers_of_full_width_train():
                 x,
                 jnp.arange(6)[None],
                 causal(1, 6),
-                seen=model.see(jnp.asarray(z, config.dtype)),
+                seen=model.cross_keys(jnp.asarray(z, config.dtype)),
                 seen_length_S=jnp.array([4]),
             )
             assert x.dtype == hidden.dtype == kv[0].k.dtype == jnp.bfloat16

@@ -33,7 +33,7 @@ class Case:
 
 @functools.partial(jax.jit, static_argnames="states")
 def answer_until(student, batch, eos_id, sampling=None, states=True):
-    scene = student.look(batch)
+    scene = student.encode_scene(batch)
     generated = generate(
         student.decoder,
         scene.prefix,
@@ -86,7 +86,7 @@ def forward(student, batch, text_SQL):
         rows,
         positions,
         intervals,
-        seen=student.decoder.see(z),
+        seen=student.decoder.cross_keys(z),
         seen_length_S=seen_length,
     )
     hidden = hidden.reshape(S, Q, *hidden.shape[1:])

@@ -89,7 +89,7 @@ def other(ids, where):
 @jax.jit
 def unpacked(student, batch):
     """As `student.read`, every question and its answer in rows of its own, padded on the left."""
-    scene = student.look(batch)
+    scene = student.encode_scene(batch)
     S, Q, L = batch.question_SQL.shape
     text = jnp.concatenate([batch.question_SQL, batch.answer_SQA[..., :-1]], axis=-1)
     pad = L - jnp.asarray(batch.question_length_SQ).reshape(-1)

@@ -66,7 +66,7 @@ def test_the_nth_image_token_reads_the_nth_vision_token(model, pixels):
 
     @jax.jit
     def both(model, tokens, pixels, order):
-        seen = model.look(pixels)
+        seen = model.vision_tokens(pixels)
         rows = model.decoder.embed(jnp.where(tokens == IMAGE_ID, 0, tokens))
         rows = rows.at[0, 1:5].set(seen[0]).at[0, 6:10].set(seen[1]).at[1, 7:11].set(seen[2])
         hidden, _ = model.decoder.run_prefix(rows, None, None)

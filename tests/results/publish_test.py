@@ -55,7 +55,7 @@ def model_of(trained: Trained) -> nnx.Module:
 
 @jax.jit
 def student_logits(model, batch):
-    return model.decoder.logits(model.read(model.look(batch), batch)[0])
+    return model.decoder.logits(model.read(model.encode_scene(batch), batch)[0])
 
 
 def geode_logits(parts):

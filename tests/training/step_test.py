@@ -59,7 +59,7 @@ class FewTerms(HiddenCoT):
 
     def terms(self, model, batch):
         student = model.student
-        scene = student.look(batch)
+        scene = student.encode_scene(batch)
         hidden, encoding, names = student.read(scene, batch)
         spatial = student.spatial_head(encoding, names)
         relations = spatial.relations_SQr, batch.relations_SQr, batch.relations_mask_SQr

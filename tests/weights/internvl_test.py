@@ -80,7 +80,7 @@ def test_hidden_states_vision_tokens_and_logits_are_those_of_transformers(
 
     @jax.jit
     def all_of_it(model, pixels, tokens):
-        return model.vision(pixels), model.look(pixels), model(tokens, pixels)
+        return model.vision(pixels), model.vision_tokens(pixels), model(tokens, pixels)
 
     hidden, seen, logits = all_of_it(model, pixels, tokens)
     picture = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())

@@ -151,8 +151,8 @@ def test_the_students_twin_computes_what_the_student_computes(torch, trained, ba
     @jax.jit
     def ours(model, batch):
         student = model.student
-        out = OBJECTIVE.answer(model, student.look(batch), batch, EOS_ID)
-        logits = student.decoder.logits(student.read(student.look(batch), batch)[0])
+        out = OBJECTIVE.answer(model, student.encode_scene(batch), batch, EOS_ID)
+        logits = student.decoder.logits(student.read(student.encode_scene(batch), batch)[0])
         return logits, out["tokens"], out["thinking"], OBJECTIVE.predict_scene(model, batch)
 
     for shown in (batch, without_vision(batch)):
