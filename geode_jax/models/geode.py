@@ -139,19 +139,19 @@ class Geode(nnx.Module):
             batch: the scenes.
             features_SVLC: result of `features`; L = 1 + P.
         """
-        drm = self.drm
-        assert drm is not None, "the model has no rationale module"
+        drm, config = self.drm, self.config.drm
+        assert drm is not None and config is not None, "the model has no rationale module"
         view_mask_SV, point_mask_SJ = batch.view_mask_SV, batch.point_mask_SJ
         here = nearest_patches(self.config.vlm.vision.grid, self.config.patch_grid)
         place, known = batch.points_SVP3[:, :, here], jnp.asarray(batch.points_mask_SVP)[:, :, here]
-        if drm.config.frames:
-            view_mask_SV = spread(view_mask_SV, drm.config.frames)
+        if config.frames:
+            view_mask_SV = spread(view_mask_SV, config.frames)
             frame = jnp.asarray(batch.point_frame_SJ)
             of_these = jnp.take_along_axis(view_mask_SV, jnp.maximum(frame, 0), axis=1)
             point_mask_SJ = jnp.asarray(point_mask_SJ) & of_these & (frame >= 0)
             known &= view_mask_SV[..., None]
         question, mask = None, None
-        if drm.config.condition_on_question:
+        if config.condition_on_question:
             ids_SL, length_S1 = (
                 jnp.asarray(x)[:, 0]
                 for x in (batch.question_SQL, batch.question_length_SQ[..., None])
