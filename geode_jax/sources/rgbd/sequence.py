@@ -91,9 +91,15 @@ def rigid(pose: np.ndarray) -> np.ndarray:
 
 
 def pose_of_row(row: Sequence[float]) -> np.ndarray:
-    """Returns world-from-camera [4, 4] of tx ty tz qx qy qz qw, NaN for the quaternion 0."""
+    """Returns world-from-camera [4, 4] of tx ty tz qx qy qz qw.
+
+    The rotation is NaN where the quaternion has no direction: its length is 0, or not finite.
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        length = np.linalg.norm(row[3:])
+    has_direction = 0 < length < np.inf
     pose = np.eye(4)
-    pose[:3, :3] = Rotation.from_quat(row[3:]).as_matrix() if any(row[3:]) else np.nan
+    pose[:3, :3] = Rotation.from_quat(row[3:]).as_matrix() if has_direction else np.nan
     pose[:3, 3] = row[:3]
     return pose
 
