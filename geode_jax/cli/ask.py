@@ -51,9 +51,7 @@ def _ask(arguments: argparse.Namespace) -> None:
         raise UserError("--diagnostic: --json prints the thinking tokens already")
     system = load_settings(arguments.workdir).system
     if arguments.diagnostic and not system.has_thinking_tokens:
-        raise UserError(
-            f"--diagnostic: only hidden_cot has thinking tokens, this run is {system.name}"
-        )
+        raise UserError(f"--diagnostic: a {system.name} run has no thinking tokens")
     sampling = _sampling(arguments)
     predictor = Predictor(arguments.workdir, rationale=arguments.rationale, int8=arguments.int8)
     if arguments.question is None:

@@ -160,13 +160,13 @@ def test_json_of_a_student_has_its_thinking_tokens(run, tiny_run):
     assert list(said) == ["scene_id", "question", "kind", "prediction", "thinking_tokens"]
     assert said["prediction"] + "\n" == run(*asked)[1]
     assert len(said["thinking_tokens"]) == tiny_run.config.model.thinking_tokens
-    assert "--json has" in one_error(run(*asked, "--json", "--diagnostic"))
+    assert "--json prints the thinking tokens" in one_error(run(*asked, "--json", "--diagnostic"))
     assert "not hidden_cot" in one_error(run(*asked, "--rationale"))
 
 
 def test_thinking_tokens_are_the_students(run, geode_runs):
     line = one_error(run(*ask(geode_runs["joint"], "--diagnostic")))
-    assert "thinking tokens are the student's, this run is geode_joint" in line
+    assert "--diagnostic: a geode_joint run has no thinking tokens" in line
 
 
 # --- Rationales -----------------------------------------------------------------------------------
