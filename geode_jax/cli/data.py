@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from geode_jax import exports
 from geode_jax.cli.options import Commands, add_command, positive, seed
@@ -128,14 +130,7 @@ def _add_rgbd(commands: Commands) -> None:
     add("--source", type=Path, required=True, metavar="DIR", help="folder of the recording")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the new export")
     add("--views", type=positive, default=4, help="views of a scene; default 4")
-    add(
-        "--grid",
-        type=positive,
-        nargs=2,
-        default=(8, 8),
-        metavar=("GH", "GW"),
-        help="rows and columns of patches in a view; default 8 8",
-    )
+    _add_grid(add)
     add("--questions", type=positive, default=24, help="most questions of a scene; default 24")
     add("--max-frames", type=positive, default=300, help="most frames that are read; default 300")
     add(
@@ -168,6 +163,17 @@ def _rgbd(arguments: argparse.Namespace) -> None:
     print(_made(arguments.out, started))
 
 
+def _add_grid(add: Callable[..., Any]) -> None:
+    add(
+        "--grid",
+        type=positive,
+        nargs=2,
+        default=(8, 8),
+        metavar=("GH", "GW"),
+        help="rows and columns of patches in a view; default 8 8",
+    )
+
+
 def _add_prepare(commands: Commands) -> None:
     parser = add_command(
         commands,
@@ -198,14 +204,7 @@ def _add_prepare(commands: Commands) -> None:
         help="count entries of that list that the data set lacks, instead of refusing them",
     )
     add("--views", type=positive, default=8, help="views of a scene; default 8")
-    add(
-        "--grid",
-        type=positive,
-        nargs=2,
-        default=(8, 8),
-        metavar=("GH", "GW"),
-        help="rows and columns of patches in a view; default 8 8",
-    )
+    _add_grid(add)
     add("--seed", type=seed, default=0, help="seed of the splits and views; default 0")
 
 

@@ -59,10 +59,10 @@ def evaluate_and_report(
     settings, pipeline = run.settings, run.pipelines["test"]
     reference, scenes = settings.eval.reference, settings.eval.test_scenes
 
-    def answer(name: str, label: str, **settings) -> Evaluation:
+    def answer(name: str, label: str, **options) -> Evaluation:
         kept = kept_answers(workdir, name)
         return run.evaluator.run(
-            state, pipeline, scenes, label=label, kept=kept, check=check, **settings
+            state, pipeline, scenes, label=label, kept=kept, check=check, **options
         )
 
     model = answer("model", "test", heads=True)

@@ -47,6 +47,20 @@ class Request:
         if len(self.patch_grid) != 2 or min(self.patch_grid) < 1:
             raise UserError(f"--grid: {self.patch_grid} are not two numbers above 0")
 
+    def refuse_question_options(self, name: str) -> None:
+        """Refuses, for a source of scenes, the options of sources of questions.
+
+        Args:
+            name: of the source, for the message.
+
+        Raises:
+            UserError: `parts` or `scenes` is given.
+        """
+        if self.parts:
+            raise UserError(f"--part: {name} has none")
+        if self.scenes:
+            raise UserError(f"--scenes: {name} has scenes of its own")
+
 
 @dataclasses.dataclass
 class Report:

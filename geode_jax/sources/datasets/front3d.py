@@ -76,10 +76,7 @@ def prepare(request: Request) -> Report:
         UserError: the folder is not in the layout, or no room can be used.
         ExportError: the export cannot be written.
     """
-    if request.parts:
-        raise UserError("--part: 3D-FRONT has none")
-    if request.scenes:
-        raise UserError("--scenes: 3D-FRONT has scenes of its own")
+    request.refuse_question_options("3D-FRONT")
     if request.patch_grid[0] != request.patch_grid[1]:
         raise UserError("--grid: the views are square, and so must the grid be")
     houses = request.root / "3D-FRONT"

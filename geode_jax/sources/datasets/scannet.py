@@ -78,10 +78,7 @@ def prepare(request: Request) -> Report:
         UserError: the folder is not in the layout, or no scan can be used.
         ExportError: the export cannot be written.
     """
-    if request.parts:
-        raise UserError("--part: ScanNet has none")
-    if request.scenes:
-        raise UserError("--scenes: ScanNet has scenes of its own")
+    request.refuse_question_options("ScanNet")
     scans = request.root / "scans"
     found = sorted(p.name for p in scans.glob("*") if p.is_dir())
     if not found:
