@@ -54,9 +54,11 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
     Raises:
         UserError: anything that is wrong with a flag or in the configuration.
     """
-    sys.modules.pop("config_config", None)  # ml_collections loads the next file into the same one,
+    # ml_collections gives every file the same module name, so an earlier file would show through,
+    # and loads it by a function that a later Python drops.
+    sys.modules.pop("config_config", None)
     try:
-        with warnings.catch_warnings():  # by a function that Python is about to drop
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             rest = values(argv)
         if values["config"].value is None:

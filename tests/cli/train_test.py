@@ -149,6 +149,12 @@ def test_every_command_has_a_sentence_and_an_example(run):
         assert run(name, "--help")[0] == 0
 
 
+def test_the_help_of_absl_is_no_error():
+    command = [sys.executable, "-m", "geode_jax.main", "--help"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert "--workdir" in done.stdout and not done.stderr
+
+
 def test_help_imports_no_slow_library():
     slow = "{'jax', 'flax', 'transformers', 'ml_collections', 'grain'}"
     code = (
