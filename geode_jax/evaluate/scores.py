@@ -10,7 +10,6 @@ from geode_jax.evaluate.metrics import spatial as spatial_metrics
 from geode_jax.evaluate.metrics import text as text_metrics
 from geode_jax.evaluate.text_table import text_table
 from geode_jax.exports.kinds import (
-    DIRECTION_TASK,
     KINDS,
     RELATION_KINDS,
     SENTENCE,
@@ -38,6 +37,12 @@ class Row:
     bounded: bool = True
 
 
+VSI_CHOICES = tuple(
+    dict.fromkeys(name for kind in VSI_CHOICE_KINDS for name in (KINDS[kind].task, kind))
+)
+"""Scores of VSI-Bench's choices in the order of its tables; the mean of a task stands before its
+kinds."""
+
 _SPATIAL = "Spatial relations"
 _VSI = "Numbers and VSI-Bench tasks"
 _OTHER = "Other questions"
@@ -52,8 +57,10 @@ ROWS = (
     Row("mra", "mean relative accuracy (mean)", _VSI),
     Row("metric_mra", "mean relative accuracy without counting", _VSI),
     *(Row(kind, KINDS[kind].label, _VSI) for kind in VSI_NUMERIC_KINDS),
-    Row(DIRECTION_TASK, "relative direction (mean)", _VSI),
-    *(Row(kind, KINDS[kind].label, _VSI) for kind in VSI_CHOICE_KINDS),
+    *(
+        Row(name, KINDS[name].label if name in KINDS else "relative direction (mean)", _VSI)
+        for name in VSI_CHOICES
+    ),
     Row("vsi_overall", "VSI-Bench overall (macro)", _VSI),
     Row("vsi_tasks", "VSI-Bench tasks present (of 8)", _VSI, better="", bounded=False),
     *(Row(name, kind.label, _OTHER) for name, kind in KINDS.items() if kind.form == SENTENCE),

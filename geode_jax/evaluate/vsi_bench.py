@@ -38,13 +38,12 @@ from geode_jax.evaluate.row_files import (
     require,
     unmatched_notes,
 )
-from geode_jax.evaluate.scores import frequency_baseline, row_of
+from geode_jax.evaluate.scores import VSI_CHOICES, frequency_baseline, row_of
 from geode_jax.evaluate.text_table import text_table
 from geode_jax.exports import files, prompts
 from geode_jax.exports.kinds import (
     DIRECTION_KINDS,
     DIRECTION_TASK,
-    KINDS,
     VSI_CHOICE_KINDS,
     VSI_NUMERIC_KINDS,
     VSI_TASKS,
@@ -336,8 +335,7 @@ def table(scores: Mapping[str, Mapping[str, Any]]) -> str:
     Args:
       scores: column ("model", "frequency", ...) to the keys of `averages`.
     """
-    choices = dict.fromkeys(name for kind in VSI_CHOICE_KINDS for name in (KINDS[kind].task, kind))
-    keys = ("overall", "na", *VSI_NUMERIC_KINDS, "mca", *choices)
+    keys = ("overall", "na", *VSI_NUMERIC_KINDS, "mca", *VSI_CHOICES)
     rows = []
     for key in keys:
         values = [(column | column["per_type"]).get(key) for column in scores.values()]

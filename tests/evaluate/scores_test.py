@@ -92,3 +92,14 @@ def test_table():
     following = lines[lines.index("Other questions") + 1]
     assert following.split() == ["left", "right", "1.000", "-", "-"]
     assert len({len(line) for line in lines if line.startswith("  ")}) == 1
+
+
+def test_the_mean_of_the_directions_stands_before_them_and_after_the_closest_object():
+    shown = [row.key for row in scores.ROWS if row.group == "Numbers and VSI-Bench tasks"]
+    assert shown[6:13] == [
+        "object_rel_distance",
+        "object_rel_direction",
+        *(f"object_rel_direction_{level}" for level in ("easy", "medium", "hard")),
+        "route_planning",
+        "obj_appearance_order",
+    ]
