@@ -215,6 +215,38 @@ def test_an_error_of_one_process_ends_both_with_its_line(export, tmp_path, damag
         assert "Traceback" not in said and "Fatal" not in said
 
 
+_AN_ERROR_WHILE_THE_LINE_OF_ANOTHER_IS_PRINTED = """
+import time
+from geode_jax.errors import UserError
+from geode_jax.runtime import distributed, jax_private
+
+class Client:
+    "Process 1 has failed, and takes a second to end."
+    end = time.monotonic() + 1
+
+    def key_value_try_get(self, key):
+        if key.endswith("left/1") and time.monotonic() < self.end:
+            raise KeyError(key)
+        return '[1, "error: of process 1", 2]'
+
+    def key_value_set(self, key, value):
+        pass
+
+distributed.process_group = lambda: jax_private.ProcessGroup(Client(), 0, 2)
+distributed._LOOK_SECONDS = 0.1
+with distributed.ends_together():
+    time.sleep(0.5)
+    raise UserError("what comes of the other's end")
+"""
+
+
+def test_the_line_of_another_process_is_printed_once():
+    """A sum over devices fails while the thread that has found the line still waits."""
+    command = [sys.executable, "-c", _AN_ERROR_WHILE_THE_LINE_OF_ANOTHER_IS_PRINTED]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert (ended.returncode, ended.stderr) == (2, "error: of process 1 (process 1)\n")
+
+
 def listen(answer: bytes | None) -> str:
     """The address of a program that sends `answer` to whoever connects; None: not a word."""
     server = socket.create_server(("127.0.0.1", 0))

@@ -211,22 +211,25 @@ def ends_together() -> Iterator[None]:
         raise
     except BaseException as error:
         done.set()
-        _leave_as_others(client)  # a sum over devices fails where another process has left
-        report = line_and_status(error)
-        if report is None:
-            traceback.print_exc()
-            report = f"error: {type(error).__name__}: {one_line(str(error), 200)}", 1
-        else:
-            print(report[0], file=sys.stderr)
-        with contextlib.suppress(Exception):  # another process was first, or the service is gone
-            client.key_value_set(_FAILED, json.dumps([own, *report]))
-        _leave(client, report[1])
+        with _ENDING:  # never released where `_watch` is ending the process
+            _leave_as_others(client)  # a sum over devices fails where another process has left
+            report = line_and_status(error)
+            if report is None:
+                traceback.print_exc()
+                report = f"error: {type(error).__name__}: {one_line(str(error), 200)}", 1
+            else:
+                print(report[0], file=sys.stderr)
+            with contextlib.suppress(Exception):  # another was first, or the service is gone
+                client.key_value_set(_FAILED, json.dumps([own, *report]))
+            _leave(client, report[1])
     finally:
         done.set()
         watcher.join()  # before JAX shuts its client down
 
 
 _FAILED = "geode_jax/failed"
+_ENDING = threading.Lock()
+"""Held by the thread that ends the process, so that one line is printed."""
 _LOOK_SECONDS = 2.0
 """Time between two polls for the failure of another process."""
 _LEAVE_SECONDS = 20.0
@@ -236,7 +239,9 @@ _LEAVE_SECONDS = 20.0
 def _watch(client, done: threading.Event) -> None:
     """Ends the process when another one has published an error."""
     while not done.wait(_LOOK_SECONDS):
-        _leave_as_others(client)
+        with _ENDING:
+            if not done.is_set():
+                _leave_as_others(client)
 
 
 def _leave_as_others(client) -> None:
