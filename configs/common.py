@@ -71,6 +71,7 @@ DATA = {
     "kind_weights": {},
     "mixture": "",  # weights of data sets, as scanqa=2,vsi590k=0.5
     "fraction": 1.0,  # of the training questions of every data set and kind
+    "min_learned": 0.5,  # a data set of which a smaller share can be learned is refused
 }
 
 OPTIMIZER = {

@@ -203,6 +203,7 @@ class Pipeline:
                 raise UserError(f"data: source_weights: {name}: the questions are of {known}")
             if weight == 0:
                 drop(f"source {name}", source == name)
+        wanted = keep.copy()
         drop(f"no {config.answer_field}", answer == 0)
         by_token = bool(config.controls) and config.answer_field == "answer"
         whys = sorted(set(lengths["not_regressed"].tolist()) - {""})
@@ -213,6 +214,7 @@ class Pipeline:
         drop("question too long", lengths["question"] > config.question_length)
         drop("answer too long", answer > config.answer_length)
         drop("longer than a packed row", lengths["question"] + answer - 1 > config.row_length)
+        fits = keep.copy()
         if config.fraction < 1:
             part = stratified_part((source, kind), keep, config.fraction, config.seed)
             drop("outside data.fraction", ~part)
@@ -228,6 +230,8 @@ class Pipeline:
                 f"{self._export.folder}: no question to use in split {self.split}"
                 + (f" ({why})" if why else "")
             )
+        if self.split == "train":
+            self._refuse_lost_source(source, wanted, fits)
         of_source = np.array([config.source_weights.get(name, 1.0) for name in source.tolist()])
         weights = of_source * [config.kind_weights.get(name, 1.0) for name in kind.tolist()]
         scene_weights = []
@@ -243,6 +247,29 @@ class Pipeline:
                 self._weights.append(weights[a:b][keep[a:b]])
                 scene_weights.append(of_source[a:b][keep[a:b]].max())
         self._scene_weights = np.array(scene_weights) / max(scene_weights)
+
+    def _refuse_lost_source(self, source: np.ndarray, wanted: np.ndarray, fits: np.ndarray) -> None:
+        """Refuses a data set of which too few of the wanted questions can be learned.
+
+        Args:
+            source: strings [n], the data set of each question.
+            wanted: bool [n], the questions that no setting leaves out.
+            fits: bool [n], those of them that can be learned.
+
+        Raises:
+            UserError: their share is below `min_learned` in one of the data sets.
+        """
+        for name in sorted(set(source[wanted].tolist())):
+            total = int((source[wanted] == name).sum())
+            learned = int((source[fits] == name).sum())
+            if learned < self.config.min_learned * total:
+                whys = ", ".join(f"{n} {why}" for why, n in self.dropped.items() if n)
+                raise UserError(
+                    f"{self._export.folder}: data set {name}: only {learned} of {total} training "
+                    f"questions can be learned (left out in all data sets: {whys}); "
+                    f"data.mixture={name}=0 leaves the data set out, and data.min_learned=0 "
+                    "trains on what is left"
+                )
 
     # --- The order: pure functions of the seed ----------------------------------------------------
 

@@ -47,6 +47,8 @@ class PipelineConfig:
         kind_weights: {kind: weight of its questions in the draw}, 1 by default; 0 leaves them out.
         source_weights: {data set: weight}, likewise, see `data.mixture`.
         fraction: share of the questions of every source and kind that is used, drawn by `seed`.
+        min_learned: smallest share of a source's training questions that must have the learned
+            field and fit; a smaller one is refused, so that no data set is lost in silence.
         logits: whether to read the teacher's logits if the export has them; logits over another
             vocabulary are refused.
         depth_ratio: r; target depth is [gh * r, gw * r].
@@ -69,6 +71,7 @@ class PipelineConfig:
     kind_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     source_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     fraction: float = 1.0
+    min_learned: float = 0.5
     logits: bool = True
     depth_ratio: int = 2
 
@@ -104,6 +107,8 @@ class PipelineConfig:
                     raise UserError(f"data: {field}: {name}: {weight} is no weight >= 0")
         if not 0 < self.fraction <= 1:
             raise UserError(f"data: fraction: {self.fraction} is not in (0, 1]")
+        if not 0 <= self.min_learned <= 1:
+            raise UserError(f"data: min_learned: {self.min_learned} is not in [0, 1]")
 
     def asking_all(self) -> "PipelineConfig":
         """Returns the settings without weights and fraction, which only training uses."""

@@ -88,6 +88,7 @@ def pipeline_config(settings: Settings, export: Export, tokenizer: Tokenizer) ->
         kind_weights=data.kind_weights,
         source_weights=parse_mixture(data.mixture),
         fraction=data.fraction,
+        min_learned=data.min_learned,
         logits=settings.teacher_logits,
         depth_ratio=settings.depth_ratio,
         vision=data.vision,

@@ -13,9 +13,17 @@ from geode_jax.sealed import checksum
 from geode_jax.training.checkpoint import find_model
 from geode_jax.training.checkpoint_files import read_metadata, refuse_others, stored_made_with
 
-MAY_CHANGE = ("mesh", "data/workers", "data/root", "data/on_bad_scene", "eval/examples",
-              "eval/test_scenes", "train/checkpoint_every",
-              "train/checkpoint_minutes")  # fmt: skip
+MAY_CHANGE = (
+    "mesh",
+    "data/workers",
+    "data/root",
+    "data/on_bad_scene",
+    "data/min_learned",
+    "eval/examples",
+    "eval/test_scenes",
+    "train/checkpoint_every",
+    "train/checkpoint_minutes",
+)
 """Fields that a resumed run may change: they do not affect what is learned."""
 
 _PLACES = ("data/export", "data/rgbd", "tokenizer", "init_from", "eval/blind")

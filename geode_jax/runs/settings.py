@@ -76,6 +76,7 @@ class DataSettings:
         kind_weights: kind of question -> its weight in the draw; 1 where it is not named.
         mixture: weights of data sets, as "scanqa=2,vsi590k=0.5".
         fraction: share of the training questions of every data set and kind, in (0, 1].
+        min_learned: see `data.settings.PipelineConfig`.
     """
 
     root: str
@@ -101,6 +102,7 @@ class DataSettings:
     kind_weights: Mapping[str, float]
     mixture: str = ""
     fraction: float = 1.0
+    min_learned: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,6 +231,7 @@ class Settings(abc.ABC):
         # Its own error names the bad part.
         ("data.mixture", lambda v, _: parse_mixture(v) is not None, "weights"),
         ("data.fraction", lambda v, _: 0 < v <= 1, "in (0, 1]"),
+        ("data.min_learned", lambda v, _: 0 <= v <= 1, "in [0, 1]"),
         ("mesh", lambda v, _: all(x >= -1 for x in v), "sizes of data, fsdp, model"),
         (
             "train.microbatches",

@@ -343,7 +343,7 @@ def test_what_is_too_long_is_left_out_and_counted(tiny_export, tokenizer, config
     questions = [q for q in tiny_export.questions() if q["scene_id"] < "scene007"]
     length = {q["id"]: len(tokenizer.encode(prompt(q))) + 1 for q in questions}
     answer = {q["id"]: len(tokenizer.encode(" " + q["answer"])) + 1 for q in questions}
-    limits = changed(config, question_length=8, answer_length=3)
+    limits = changed(config, question_length=8, answer_length=3, min_learned=0)
     pipeline = Pipeline(tiny_export, tokenizer, limits, "train")
     too_long = {i for i in length if length[i] > 8}
     also = {i for i in answer if answer[i] > 3} - too_long
@@ -355,6 +355,29 @@ def test_what_is_too_long_is_left_out_and_counted(tiny_export, tokenizer, config
     assert {record["id"] for record in found} == set(length) - too_long - also
 
 
+def test_a_data_set_of_which_little_can_be_learned_is_refused(tmp_path, tokenizer, config):
+    """A stage that learns rationales would else lose a data set without them in silence."""
+    random = np.random.default_rng(0)
+    with ExportWriter(tmp_path / "mixed", **HEADER) as writer:
+        for i in range(4):
+            arrays, _ = tiny_scene(random, 1, 3)
+            writer.add_scene(f"scene{i}", arrays, split="train" if i < 3 else "val")
+            for record in tiny_questions(random, f"scene{i}", arrays["target/boxes"]):
+                own = {"source": "vsi590k"}
+                if i % 2:
+                    own = {"source": "vica322k", "rationale": record["answer"]}
+                writer.add_questions([record | own])
+    export = Export(tmp_path / "mixed")
+    rationales = changed(config, answer_field="rationale")
+    with pytest.raises(UserError, match=r"vsi590k: only 0 of \d+ training .*no rationale"):
+        Pipeline(export, tokenizer, rationales, "train")
+    for chosen in ({"source_weights": {"vsi590k": 0}}, {"min_learned": 0.0}):
+        pipeline = Pipeline(export, tokenizer, changed(rationales, **chosen), "train")
+        found = [record for rows, _ in pipeline.eval_batches() for row in rows for record in row]
+        assert {record["source"] for record in found} == {"vica322k"}
+    Pipeline(export, tokenizer, rationales, "val")  # an evaluation asks what can be asked
+
+
 def test_what_no_packed_row_holds_is_left_out_and_counted(tiny_export, tokenizer, config):
     lengths = {}
     for q in tiny_export.questions():
@@ -362,7 +385,7 @@ def test_what_no_packed_row_holds_is_left_out_and_counted(tiny_export, tokenizer
             a, b = (len(tokenizer.encode(text)) + 1 for text in (prompt(q), " " + q["answer"]))
             lengths[q["id"]] = a + b - 1
     limit = sorted(lengths.values())[len(lengths) // 2]
-    few = changed(config, rows_per_scene=1, row_length=limit)
+    few = changed(config, rows_per_scene=1, row_length=limit, min_learned=0)
     pipeline = Pipeline(tiny_export, tokenizer, few, "train")
     fits = {i for i in lengths if lengths[i] <= limit}
     assert pipeline.dropped == {"longer than a packed row": len(lengths) - len(fits)}
@@ -385,7 +408,7 @@ def test_boxes_beyond_the_limit_are_counted(tiny_export, tokenizer, config):
 
 
 def test_the_teachers_answers_can_be_the_reference(tiny_export, tokenizer, config):
-    teacher = changed(config, answer_field="teacher_answer", answer_length=20)
+    teacher = changed(config, answer_field="teacher_answer", answer_length=20, min_learned=0)
     pipeline = Pipeline(tiny_export, tokenizer, teacher, "train")
     texts = [a for scene in asked(pipeline.batch(0), tokenizer) for _, a in scene]
     assert texts and all(text.startswith("I see") for text in texts)

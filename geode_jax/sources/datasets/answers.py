@@ -116,6 +116,14 @@ def referenced(
     return fields | ({"answers": texts} if len(texts) > 1 and not options else {})
 
 
+def learned_before_stage_2(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a question whose answer GEODE's stages 0 and 1 learn.
+
+    These stages learn the text of `rationale`; a data set decides whether that is its answer.
+    """
+    return fields | {"rationale": fields["answer"]}
+
+
 def _letter(answer: str, options: list[str]) -> str:
     """Returns the letter of the option that an answer names; raises MisfitError if none is."""
     found = _OPTION.fullmatch(answer)

@@ -1,13 +1,12 @@
 """Captions, by which stage 0 of GEODE aligns vision tokens with language.
 
-A caption is the answer to one fixed instruction. It is also the `rationale`, the text that all
-stages before the last are trained on.
+A caption is the answer to one fixed instruction.
 """
 
 from pathlib import Path
 
 from geode_jax.sources.datasets import Report, Request
-from geode_jax.sources.datasets.answers import text_of
+from geode_jax.sources.datasets.answers import learned_before_stage_2, text_of
 from geode_jax.sources.datasets.conversations import media_of, turns_of
 from geode_jax.sources.datasets.questions import Asked, Layout, MisfitError, make_questions
 
@@ -43,5 +42,5 @@ def s_mit(request: Request) -> Report:
 
 def caption_question(place: str, caption: str) -> Asked:
     """Returns the question of which a caption of the scene at `place` is the answer."""
-    fields = {"kind": "caption", "question": INSTRUCTION, "answer": caption, "rationale": caption}
-    return Asked(place, [fields])
+    fields = {"kind": "caption", "question": INSTRUCTION, "answer": caption}
+    return Asked(place, [learned_before_stage_2(fields)])

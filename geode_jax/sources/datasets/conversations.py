@@ -12,7 +12,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from geode_jax.sources.datasets import Report, Request
-from geode_jax.sources.datasets.answers import read_prompt, referenced, text_of
+from geode_jax.sources.datasets.answers import (
+    learned_before_stage_2,
+    read_prompt,
+    referenced,
+    text_of,
+)
 from geode_jax.sources.datasets.questions import NAME, Asked, Layout, MisfitError, make_questions
 
 VSI590K_KINDS = {
@@ -44,11 +49,14 @@ def vsi590k(request: Request) -> Report:
 def vica322k(request: Request) -> Report:
     """Prepares ViCA-322K: `{arkitscenes,scannet,scannetpp}/{base,complex}/TYPE.json`.
 
-    `--part base` or `complex` selects one part.
+    `--part base` or `complex` selects one part. GEODE's stage 0 learns the answers of the base
+    part and its stage 1 those of the complex part (Sec. 3.1), so that every answer is also the
+    `rationale`, which is what these stages learn.
     """
 
     def parse(record: dict, path: Path) -> Asked:
-        return conversation_questions(record, VICA_KINDS.get(path.stem, path.stem))
+        found = conversation_questions(record, VICA_KINDS.get(path.stem, path.stem))
+        return Asked(found.place, [learned_before_stage_2(fields) for fields in found.questions])
 
     parts = {part: (f"*/{part}/*.json", f"*/{part}/*.jsonl") for part in ("base", "complex")}
     return make_questions(Layout("vica322k", parts, parse), request)

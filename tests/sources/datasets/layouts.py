@@ -275,6 +275,7 @@ def _vica322k(train: str, held_out: str) -> Case:
                 "kind": "obj_appearance_order_open",
                 "question": order,
                 "answer": "lamp, chair",
+                "rationale": "lamp, chair",
             },
             {
                 "id": "vica322k-scannet-base-object_count-1",
@@ -282,6 +283,7 @@ def _vica322k(train: str, held_out: str) -> Case:
                 "kind": "object_counting",
                 "question": "How many lamps are there?",
                 "answer": "2",
+                "rationale": "2",
                 "value": 2.0,
                 "unit": "items",
             },
@@ -292,6 +294,7 @@ def _vica322k(train: str, held_out: str) -> Case:
                     "kind": "conversation",
                     "question": question,
                     "answer": answer,
+                    "rationale": answer,
                 }
                 for turn, question, answer in (
                     (0, "Where can I sit?", "On the sofa."),
