@@ -59,6 +59,10 @@ class OneScene(NamedTuple):
     rows: dict[str, np.ndarray]
 
 
+QUESTION_TARGETS = "objects, relation or value of a question"
+"""Fields of a question's record that a loss learns from besides its answer."""
+
+
 class Pipeline:
     """Makes the batches of one split of an export; several threads may call it at the same time.
 
@@ -77,6 +81,8 @@ class Pipeline:
         max_question_length, max_answer_length: the longest of the split (of the wanted kinds), bos
             and eos included; questions that do not fit count too.
         shapes: sizes of a batch's scene arrays.
+        targets: what losses can learn from: the tensors that any scene of the split has, and
+            `QUESTION_TARGETS` if a question has such a field.
     """
 
     def __init__(
@@ -130,6 +136,10 @@ class Pipeline:
             point_width=sizes.point_width,
             point_frames=sizes.point_frames,
         )
+        self.targets = frozenset[str]().union(*(sizes.tensors[i] for i in self._scene_ids))
+        fields = ("objects", "relation", "value")
+        if any(not record.keys().isdisjoint(fields) for record in self._records.of_split(split)):
+            self.targets |= {QUESTION_TARGETS}
         beyond = [max(sizes.box_counts[i] - config.max_boxes, 0) for i in self._scene_ids]
         self.dropped += Counter({"boxes beyond max_boxes": sum(beyond)})
         scenes = scenes_per_epoch(self._scene_weights)

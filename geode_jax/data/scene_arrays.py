@@ -97,7 +97,7 @@ class SceneShapes:
 
 @dataclasses.dataclass(frozen=True)
 class ExportSizes:
-    """The largest sizes in an export, and the number of boxes of every scene.
+    """The largest sizes in an export, and the tensors and the number of boxes of every scene.
 
     `image` (h, w) is 0 unless the model sees images, `view_tokens` and `view_width` are 0 unless it
     sees InternViT's tokens, `points` and `point_width` are 0 unless it sees one of the two.
@@ -107,6 +107,7 @@ class ExportSizes:
     features: int
     depth_bins: int
     topk: int
+    tensors: dict[str, frozenset[str]]
     box_counts: dict[str, int]
     has_detection_probs: bool
     has_camera_tokens: bool
@@ -132,6 +133,8 @@ def export_sizes(export: Export, vision: str = "vggt/tokens") -> ExportSizes:
             between scenes.
     """
     views, box_counts, has_detection_probs, has_camera_tokens = 1, {}, False, False
+    tensors: dict[str, frozenset[str]] = {}
+    kept: dict[frozenset[str], frozenset[str]] = {}  # most scenes have the same tensors
     widths = {"teacher/features": 0, "teacher/depth_bins": 0, "teacher/topk_id": 0}
     of_views, view, points, point_frames = "vggt/tokens", None, 0, True
     if vision in GEODE_VISION:
@@ -142,6 +145,8 @@ def export_sizes(export: Export, vision: str = "vggt/tokens") -> ExportSizes:
             shapes = export.scene_shapes(scene_id)
         except ExportError:
             shapes = {}
+        names = frozenset(shapes)
+        tensors[scene_id] = kept.setdefault(names, names)
         views = max(views, shapes.get(of_views, [0])[0])
         if vision in GEODE_VISION and vision in shapes:
             size = tuple(shapes[vision][1:])
@@ -166,6 +171,7 @@ def export_sizes(export: Export, vision: str = "vggt/tokens") -> ExportSizes:
         features=widths["teacher/features"],
         depth_bins=widths["teacher/depth_bins"],
         topk=widths["teacher/topk_id"],
+        tensors=tensors,
         box_counts=box_counts,
         has_detection_probs=has_detection_probs,
         has_camera_tokens=has_camera_tokens,

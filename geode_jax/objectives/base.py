@@ -73,6 +73,14 @@ class Objective(TrainingObjective[ModelT], Protocol[ModelT]):
         """Sizes of the model's InternVL, which pretrained weights can fill; None if it has none."""
         ...
 
+    def missing_targets(self, targets: frozenset[str]) -> dict[str, str]:
+        """Returns the terms of the loss that can learn nothing, and the arrays that each needs.
+
+        Args:
+            targets: `Pipeline.targets` of the training split.
+        """
+        ...
+
     def prefix_length(self, views: int) -> int:
         """Returns the largest number of positions before a question, in scenes of `views` views."""
         ...

@@ -29,6 +29,7 @@ import numpy as np
 from flax import nnx
 
 from geode_jax import ranges
+from geode_jax.data.pipeline import QUESTION_TARGETS
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
 from geode_jax.geometry.boxes import decode_boxes
@@ -58,6 +59,23 @@ WEIGHTS_INSIDE = {
 }
 """Weights inside a term of eq. 2 other than 1. That of `cross_view` is lambda_cross of eq. 1. Every
 question needs the patches' categories, whose loss is small beside that of the boxes."""
+
+_DEPTH = frozenset({"target/depth"})
+_CAMERA = frozenset({"camera/extrinsic", "camera/intrinsic"})
+TARGETS: Mapping[str, tuple[frozenset[str], ...]] = {
+    "depth_ce": (_DEPTH,),
+    "depth_reg": (_DEPTH,),
+    "depth_kl": (frozenset({"teacher/depth_bins"}),),
+    "detection": (frozenset({"target/boxes"}), frozenset({"target/segmentation"})),
+    "spatial": (frozenset({"teacher/features"}), frozenset({QUESTION_TARGETS})),
+    "multiview": tuple(_CAMERA | {of} for of in ("vggt/depth", "vggt/points", "target/depth")),
+    "feature": (
+        frozenset({"teacher/depth_bins"}),
+        frozenset({"target/boxes", "teacher/detection_probs"}),
+        frozenset({"teacher/relations"}),
+    ),
+}
+"""Term of eq. 2 -> the sets of tensors of a scene, any one of which it can learn from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +149,16 @@ class HiddenCoT:
             terms |= detection_terms(out, batch)
             terms |= spatial_terms(out, batch)
         return {name: pair for name, pair in terms.items() if term_of(name) in self.config.terms}
+
+    def missing_targets(self, targets: frozenset[str]) -> dict[str, str]:
+        """Returns the used terms of eq. 2 without a target: {term: the tensors that it needs}."""
+        if not self.config.vision:
+            return {}
+        return {
+            term: " or ".join(" with ".join(sorted(needed)) for needed in TARGETS[term])
+            for term in self.config.terms
+            if term in TARGETS and not any(needed <= targets for needed in TARGETS[term])
+        }
 
     def prefix_length(self, views: int) -> int:
         """Returns the number of positions before a question, whatever the number of views."""

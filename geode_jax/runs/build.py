@@ -24,7 +24,7 @@ from geode_jax.runs.export import prepare_export
 from geode_jax.runs.identity import open_run
 from geode_jax.runs.settings import Settings, refusal
 from geode_jax.runs.start import pretrained_folders, start_from_pretrained, start_from_run
-from geode_jax.runtime.distributed import main_first
+from geode_jax.runtime.distributed import is_main, main_first
 from geode_jax.sharding import make_mesh, replicated
 from geode_jax.training.checkpoint_files import has_checkpoint
 from geode_jax.training.optimizer import make_optimizer
@@ -89,6 +89,7 @@ def build(settings: Settings, workdir: Path) -> Run:
     train = pipelines["train"]
     steps = settings.train.steps or settings.train.epochs * train.steps_per_epoch
     objective = system.make_objective(settings, export, tokenizer, train)
+    _check_targets(settings, objective, train, resumes=has_checkpoint(workdir))
     optimizer_config = settings.optimizer.over(steps)
     graph, optimizer, state = init_state(
         objective, functools.partial(make_optimizer, optimizer_config), settings.seed, mesh
@@ -106,6 +107,25 @@ def build(settings: Settings, workdir: Path) -> Run:
     return Run(
         settings, export, tokenizer, pipelines, objective, mesh, graph, optimizer, state, steps
     )
+
+
+def _check_targets(
+    settings: Settings, objective: Objective, train: Pipeline, resumes: bool
+) -> None:
+    """Refuses, or prints, terms of the loss that no training scene has a target for.
+
+    Raises:
+        UserError: there are some, and the settings do not skip them. A run that resumes goes on.
+    """
+    missing = objective.missing_targets(train.targets)
+    shown = "; ".join(f"{term} learns from {tensors}" for term, tensors in missing.items())
+    if missing and settings.data.on_missing_targets == "stop" and not resumes:
+        raise UserError(
+            f"{train.config.export}: no training scene has what {len(missing)} of the losses need: "
+            f"{shown}; data.on_missing_targets=skip trains on the others"
+        )
+    if missing and is_main():
+        print(f"not trained on, as no training scene has it: {shown}", flush=True)
 
 
 def _learned(run: Path) -> frozenset[str]:

@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "data/workers",
     "data/root",
     "data/on_bad_scene",
+    "data/on_missing_targets",
     "data/min_learned",
     "eval/examples",
     "eval/test_scenes",

@@ -73,6 +73,8 @@ class DataSettings:
         row_length: tokens of such a row.
         workers: threads that make batches.
         on_bad_scene: "stop" or "skip", see `data.settings.PipelineConfig`.
+        on_missing_targets: what happens where no training scene has what a term of the loss
+            learns from: "stop" refuses the run, "skip" trains on the other terms.
         kind_weights: kind of question -> its weight in the draw; 1 where it is not named.
         mixture: weights of data sets, as "scanqa=2,vsi590k=0.5".
         fraction: share of the training questions of every data set and kind, in (0, 1].
@@ -99,6 +101,7 @@ class DataSettings:
     row_length: int
     workers: int
     on_bad_scene: str
+    on_missing_targets: Literal["stop", "skip"] = "stop"
     kind_weights: Mapping[str, float]
     mixture: str = ""
     fraction: float = 1.0

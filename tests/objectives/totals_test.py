@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from geode_jax.objectives import losses
+from geode_jax.objectives.hidden_cot import TARGETS, HiddenCoT, HiddenCoTConfig
 from tests.helpers.losses import draw
+from tests.helpers.tiny_models import STUDENT
 
 
 def test_means_are_taken_after_the_sums_are_added():
@@ -99,3 +101,13 @@ def test_static_total():
 def test_a_term_without_a_weight_is_an_error(total):
     with pytest.raises(KeyError, match="spatial"):
         total({"spatial": (1.0, 1.0)}, {"text": 0.0})
+
+
+def test_a_term_learns_from_any_of_its_targets():
+    objective = HiddenCoT(HiddenCoTConfig(STUDENT))
+    everything = frozenset().union(*(needed for of in TARGETS.values() for needed in of))
+    assert objective.missing_targets(everything) == {}
+    assert set(objective.missing_targets(frozenset())) == set(losses.TERMS) - {"text"}
+    for name in everything:
+        needing = {term for term, of in TARGETS.items() if all(name in needed for needed in of)}
+        assert set(objective.missing_targets(everything - {name})) == needing

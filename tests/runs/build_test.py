@@ -9,13 +9,14 @@ from types import SimpleNamespace
 
 import jax
 import ml_collections
+import numpy as np
 import pytest
 from flax import nnx
 
 from configs.hidden_cot import get_config
 from geode_jax.data.scene_arrays import SceneShapes
 from geode_jax.errors import UserError
-from geode_jax.exports import Export
+from geode_jax.exports import Export, ExportWriter
 from geode_jax.exports.files import write_json
 from geode_jax.runs import build
 from geode_jax.runs import export as run_export
@@ -24,7 +25,8 @@ from geode_jax.runs.data import make_pipelines, prepare_tokenizer
 from geode_jax.runs.export import export_folder, prepare_export
 from geode_jax.runs.systems import SYSTEMS
 from geode_jax.sharding import abstract_model, make_mesh, spec
-from tests.helpers.runs import tiny_geode_config, tiny_rooms
+from tests.helpers.exports import HEADER, tiny_questions, tiny_scene
+from tests.helpers.runs import tiny_config, tiny_geode_config, tiny_rooms
 
 
 def test_rooms_with_pictures_are_another_export():
@@ -144,6 +146,42 @@ def test_a_stage_that_starts_from_nothing_is_refused(stage, tmp_path):
     settings = make_settings(tiny_geode_config(stage, tmp_path / "nothing"))
     with pytest.raises(UserError, match="config: init_from: '' is not a run or folders"):
         build.build(settings, tmp_path / "run")
+
+
+def test_a_term_of_the_loss_that_no_scene_has_a_target_for_is_refused(tmp_path, monkeypatch):
+    """Two views with cameras, true depth and boxes, and no teacher."""
+    random = np.random.default_rng(0)
+    with ExportWriter(tmp_path / "export", **HEADER) as writer:
+        for i, split in enumerate(("train", "train", "train", "val")):
+            arrays, _ = tiny_scene(random, 2, 3)
+            writer.add_scene(f"scene{i}", arrays, split=split)
+            writer.add_questions(tiny_questions(random, f"scene{i}", arrays["target/boxes"]))
+
+    def built(arg, **data):
+        config = tiny_config(tmp_path / "export", arg)
+        config.data.update(data)
+        build.build(make_settings(config), tmp_path / "run")
+
+    class IsBuiltError(Exception):
+        """The check has passed."""
+
+    def init(*_):
+        raise IsBuiltError
+
+    monkeypatch.setattr(build, "init_state", init)
+    said = (
+        "no training scene has what 2 of the losses need: depth_kl learns from "
+        "teacher/depth_bins; feature learns from teacher/depth_bins or target/boxes with "
+        "teacher/detection_probs or teacher/relations; data.on_missing_targets=skip"
+    )
+    with pytest.raises(UserError, match=said):
+        built("")
+    with pytest.raises(UserError, match="what 1 of the losses need: feature learns from"):
+        built("only=feature")
+    with pytest.raises(IsBuiltError):
+        built("", on_missing_targets="skip")
+    with pytest.raises(IsBuiltError):
+        built("vision=off")  # learns from answers alone
 
 
 # --- Every rule of a configuration ----------------------------------------------------------------
