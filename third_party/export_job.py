@@ -186,8 +186,8 @@ def _make_scenes(args: argparse.Namespace, contract: Any, scenes: list[Scene], b
         else:
             if made.report:
                 print(f"scene {scene.id}: {made.report}")
-            for reason, size in contract.cameras.shown_faults(made.arrays).items():
-                print(f"scene {scene.id}: warning: {reason} {size:.2f}", file=sys.stderr)
+            for warning, share in contract.cameras.scene_warnings(made.arrays).items():
+                print(f"scene {scene.id}: warning: {warning} {share:.2f}", file=sys.stderr)
     print(f"{len(left) - failed} scenes made, {failed} could not be")
     return failed
 

@@ -189,7 +189,7 @@ def _topk_rule(ids: np.ndarray, manifest: Manifest, dtype: str) -> str | None:
         return wrong
     ordered = np.sort(ids, axis=-1)
     bad = (ordered[:, 1:] == ordered[:, :-1]).any(axis=-1)
-    return f"an id stands twice at {_first(bad)}" if bad.any() else None
+    return f"an id is repeated at {_first(bad)}" if bad.any() else None
 
 
 def _question_rule(rows: np.ndarray, manifest: Manifest, dtype: str) -> str | None:

@@ -116,7 +116,7 @@ BAD_TENSORS = {
     "an id twice": (
         _set("teacher/topk_id", (2, slice(None)), (0, 1, 2, 1)),
         "teacher/topk_id",
-        "an id stands twice at [2]",
+        "an id is repeated at [2]",
     ),
     "more than all the probability": (
         _set("teacher/topk_logprob", (1, slice(None)), -1.2),

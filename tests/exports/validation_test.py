@@ -11,7 +11,7 @@ def test_answers_are_of_questions_that_there_are(tmp_path):
     arrays = make_scene()
     arrays["teacher/answer_question"][-1] = 1
     folder = write(tmp_path / "e", arrays)
-    rule = "question 1, and the scene has 1"
+    rule = "question 1 does not exist, the scene has 1"
     assert refusal(exports.validate, folder).endswith(rule)
     dropped = exports.validate(folder, on_error="skip")["dropped"]
     assert dropped == [("scene a", "tensor teacher/answer_question", rule)]

@@ -102,11 +102,11 @@ def of_one_view(
             for one, size in zip(given, _original_sizes(depth, color, sizes), strict=True)
         ]
         wide = _field_of_view(found[1], color.size) / _field_of_view(found[0], depth.size)
-        if not ((wide >= 1 / cameras.FIELD) & (wide <= cameras.FIELD)).all():
+        if not ((wide >= 1 / cameras.MAX_FIELD_RATIO) & (wide <= cameras.MAX_FIELD_RATIO)).all():
             raise UserError(
                 f"{color.where}: colour sees {wide[0]:.2f} times as wide and {wide[1]:.2f} times "
-                f"as high as depth by {depth.where}, not within {cameras.FIELD}: an intrinsic is "
-                "for another size, or colour and depth are not registered"
+                f"as high as depth by {depth.where}, not within {cameras.MAX_FIELD_RATIO}: an "
+                "intrinsic is for another size, or colour and depth are not registered"
             )
         return found[0], found[1], notes
     only = depth if depth is not None else color
@@ -266,7 +266,7 @@ def _size_by_field(
     apart: dict[Size, float] = {}
     for size in _known_sizes(sizes) - {one.size}:
         off = cameras.off_centre(one.matrix, size) - 0.5 / np.array(size)
-        if (off <= cameras.CENTRE).all() and same_shape(size, one.size):
+        if (off <= cameras.MAX_CENTRE_OFFSET).all() and same_shape(size, one.size):
             wide = _field_of_view(one.matrix, size) / _field_of_view(other.matrix, other_size)
             if _resize_between([one, other], [size, other_size]) is None:
                 apart[size] = float(np.abs(np.log(wide)).max())

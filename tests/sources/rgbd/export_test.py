@@ -375,8 +375,8 @@ def test_a_bad_frame_is_dropped_and_counted(small_hall, tmp_path, name):
         (False, 1000, ()),
         (True, 1000, ("views disagree", "with inverted poses only 0% differ: are they camera-to")),
         (False, 5000, ("views disagree", "with depth times 5 only 0% differ: is the depth scale")),
-        (False, 1, ("the room reaches over more than 30 m",)),
-        (False, 1e6, ("the room reaches over less than 0.5 m",)),
+        (False, 1, ("the room extends over more than 30 m",)),
+        (False, 1e6, ("the room extends over less than 0.5 m",)),
     ],
 )
 def test_wrong_poses_and_depth_scales_are_warned_of(
