@@ -385,7 +385,7 @@ def test_no_code_of_a_folder_is_run_and_nothing_is_fetched(tmp_path, monkeypatch
 
     monkeypatch.setattr("builtins.input", never)
     monkeypatch.setattr("socket.socket.connect", never)
-    with pytest.raises(UserError, match="needs Python code of its own, which is never run here"):
+    with pytest.raises(UserError, match="needs its own Python code, which is never run here"):
         load_tokenizer(tmp_path)
     damaged(tmp_path, CONFIG, tokenizer_class="PreTrainedTokenizerFast", auto_map=None)
     assert load_tokenizer(tmp_path).encode(TEXTS[0]) == TOKENIZER.encode(TEXTS[0])
@@ -398,7 +398,7 @@ def test_a_folder_whose_files_disagree_is_refused(tmp_path, data_root):
         shutil.copy(path, tmp_path)
     damaged(tmp_path, pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True,
             "trim_offsets": False, "use_regex": True})  # fmt: skip
-    with pytest.raises(UserError, match="reads a text otherwise than tokenizer"):
+    with pytest.raises(UserError, match="encodes a text differently from tokenizer"):
         load_tokenizer(tmp_path)
 
 
