@@ -168,7 +168,7 @@ def encode(torch: Any, model: Any, features: np.ndarray, grid: np.ndarray) -> tu
         grid: int [n, 3] voxel coordinates.
 
     Returns:
-        Features [G, C], coordinates [G, 3] (means of the stage before), and [n] the index of the
+        Features [J, C], coordinates [J, 3] (means of the stage before), and [n] the index of the
         coarse point that each input point was pooled into.
     """
     device = next(model.parameters()).device
