@@ -26,12 +26,12 @@ SIZE = {"kind": "object_size_estimation", "question": "How tall is the bed?", "a
 @pytest.mark.parametrize(
     ("changes", "number", "unit"),
     [
-        ({}, (190, 0.01), "cm"),  # the kind's
+        ({}, (190, 0.01), "cm"),  # the unit of the kind
         ({"value": 190.0, "unit": "cm"}, (190, 0.01), "cm"),
         ({"value": 190.0, "unit": "centimetres"}, (190, 0.01), "cm"),
         ({"question": "How many meters tall is the bed?", "answer": "1.9"}, (1.9, 1), "m"),
         ({"answer": "6 ft 2 in"}, (74, 0.0254), "in"),
-        # A value that was converted from the answer's number.
+        # The value was converted from the number of the answer.
         (
             {"question": "How tall, in feet?", "answer": "6.2", "value": 1.9, "unit": "m"},
             (1.9, 1),

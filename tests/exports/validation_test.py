@@ -57,7 +57,7 @@ def test_validate_stops_or_skips_and_counts(export):
     records = [question(id=f"q{i}") for i in range(5)]
     data = b"".join(json.dumps(record).encode() + b"\n" for record in records)
     forge(export, "questions.jsonl", data)
-    (export / "scenes" / "a.safetensors").unlink()  # each question about it fails too: one line
+    (export / "scenes" / "a.safetensors").unlink()  # its questions fail too, with the same line
     line = ("scene a", "tensor *", "scenes/a.safetensors is missing")
     assert validate(export, on_error="skip")["dropped"] == [line]
     text = exports.format_summary(summary)
