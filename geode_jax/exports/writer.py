@@ -177,7 +177,7 @@ class ExportWriter:
             token_width: C.
             patch_grid: (gh, gw), P = gh * gw.
             tokens_contain_depth: whether the tokens are made from the true depth; reports must
-                then say that depth metrics are not meaningful.
+                then state that depth metrics are not meaningful.
             categories: nouns; label i means categories[i].
             notes: any text.
             teacher_tokenizer: sha256 of the `tokenizer.json` of the teacher's token ids; needed if

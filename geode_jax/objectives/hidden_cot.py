@@ -133,7 +133,7 @@ class HiddenCoT:
         return {name: pair for name, pair in terms.items() if term_of(name) in self.config.terms}
 
     def prefix_length(self, views: int) -> int:
-        """Returns the number of positions before a question, whatever the number of views."""
+        """Returns the number of positions before a question, for any number of views."""
         del views
         return self.config.student.prefix_length
 

@@ -5,7 +5,7 @@ import pytest
 from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.settings import measure_lengths
 from geode_jax.exports.prompts import prompt
-from tests.helpers.batches import changed, check_packing, digest, question_texts
+from tests.helpers.batches import asked, changed, check_packing, digest
 
 
 @pytest.mark.parametrize("row", [(4, 60), (2, 36), (1, 60)])
@@ -16,7 +16,7 @@ def test_eval_batches_ask_every_question_once_in_order(tiny_export, tokenizer, c
     found = []
     for records, batch in pipeline.eval_batches():
         assert len(records) == batch.vision_SVPC.shape[0] == 3
-        texts = question_texts(batch, tokenizer)
+        texts = asked(batch, tokenizer)
         for row, scene in zip(records, texts, strict=True):
             assert [(prompt(r), r["answer"]) for r in row] == scene
         assert check_packing(batch) == sum(map(len, records))
@@ -34,7 +34,7 @@ def test_shuffled_questions_stand_beside_the_scene_before(tiny_export, tokenizer
         views, asked_of = {}, []
         for records, batch in pipeline.eval_batches(4, shuffled=shuffled):
             for row, text, vision in zip(
-                records, question_texts(batch, tokenizer), batch.vision_SVPC, strict=True
+                records, asked(batch, tokenizer), batch.vision_SVPC, strict=True
             ):
                 assert [(prompt(r), r["answer"]) for r in row] == text
                 if row:

@@ -13,7 +13,7 @@ from geode_jax.data.settings import PipelineConfig, measure_lengths
 from geode_jax.data.tokens import Tokenizer, train_tokenizer
 from geode_jax.exports import Export, ExportError, ExportWriter, write_scene
 from geode_jax.exports.prompts import prompt
-from tests.helpers.batches import changed, check_packing, digest, question_texts
+from tests.helpers.batches import asked, changed, check_packing, digest
 from tests.helpers.exports import (
     CATEGORIES,
     HEADER,
@@ -126,7 +126,7 @@ def test_without_control_tokens_no_box_is_asked_for(geode_export, tokenizer, con
     pipeline = Pipeline(geode_export, tokenizer, changed(config, controls=None), "train")
     assert pipeline.dropped == {"kind object_box": 4}
     for records, batch in pipeline.eval_batches():
-        for row, scene in zip(records, question_texts(batch, tokenizer), strict=True):
+        for row, scene in zip(records, asked(batch, tokenizer), strict=True):
             assert not any("box" in record for record in row)
             assert [(prompt(r), r["answer"]) for r in row] == scene
         assert not batch.box_mask_SQ.any() and np.float32(0.01) in batch.base_unit_SQ
@@ -143,7 +143,7 @@ def test_rationales_can_be_learned(geode_export, tokenizer, config):
     assert pipeline.dropped == {"no rationale": len(questions) - len(explained)}
     found = []
     for records, batch in pipeline.eval_batches():
-        for row, scene in zip(records, question_texts(batch, tokenizer), strict=True):
+        for row, scene in zip(records, asked(batch, tokenizer), strict=True):
             assert [(prompt(r), r["rationale"]) for r in row] == scene
             found += [record["id"] for record in row]
     assert sorted(found) == sorted(q["id"] for q in explained)

@@ -13,7 +13,7 @@ from geode_jax.errors import UserError
 from geode_jax.exports import RELATIONS, Export, ExportError, ExportWriter
 from geode_jax.exports.prompts import prompt
 from geode_jax.geometry.upright_boxes import box_gaps
-from tests.helpers.batches import FIELDS, changed, check_packing, digest, question_texts, scenes_of
+from tests.helpers.batches import FIELDS, asked, changed, check_packing, digest, scenes_of
 from tests.helpers.exports import HEADER, tiny_questions, tiny_scene, write_tiny_export
 
 # --- The order ------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def test_questions_are_drawn_without_replacement_and_differ_by_epoch(pipeline, t
     draws = {}
     for step in range(pipeline.steps_per_epoch * 8):
         epoch = step // pipeline.steps_per_epoch
-        for slot, scene in enumerate(question_texts(pipeline.batch(step), tokenizer)):
+        for slot, scene in enumerate(asked(pipeline.batch(step), tokenizer)):
             assert len(scene) <= 4
             draws.setdefault(epoch, {})[step, slot] = scene
     for epoch in range(8):
@@ -162,12 +162,12 @@ def test_questions_arrive_with_their_supervision(tiny_export, tokenizer, config)
         batch = pipeline.batch(step)
         for s, scene_id in enumerate(scenes_of(batch, tiny_export)):
             tensors = tiny_export.read_scene(scene_id)
-            for q, pair in enumerate(question_texts(batch, tokenizer)[s]):
+            for q, pair in enumerate(asked(batch, tokenizer)[s]):
                 record = records[scene_id, *pair]
                 check_question(batch, s, q, record, tensors, tokenizer)
                 seen[record["kind"]] += 1
             empty = batch.answer_length_SQ[s] == 0
-            assert empty.sum() == 12 - len(question_texts(batch, tokenizer)[s])
+            assert empty.sum() == 12 - len(asked(batch, tokenizer)[s])
             for name in ("objects_mask_SQO", "relations_mask_SQr", "value_mask_SQ"):
                 assert not getattr(batch, name)[s][empty].any()
             assert not batch.teacher_relations_mask_SQr[s][empty].any()
@@ -260,7 +260,7 @@ def test_the_teachers_logits_stand_at_its_answers_tokens(tmp_path, tokenizer, co
     for s, scene_id in enumerate(scenes_of(batch, export)):
         own = [r for r in records if r["scene_id"] == scene_id]
         tensors = export.read_scene(scene_id)
-        for q, pair in enumerate(question_texts(batch, tokenizer)[s]):
+        for q, pair in enumerate(asked(batch, tokenizer)[s]):
             row = [(prompt(r), r["answer"]) for r in own].index(pair)
             n, mask = batch.answer_length_SQ[s, q], batch.topk_mask_SQA[s, q]
             if row in (0, len(own) - 1):
@@ -311,10 +311,10 @@ def test_a_number_in_words_of_the_answer_is_the_value(tmp_path, tokenizer, confi
         Export(export.folder), tokenizer, config, "train", kinds=["object_counting"]
     )
     batch = pipeline.batch(0)
-    ones = [i for i, a in enumerate(question_texts(batch, tokenizer)) if ("1" in {x for _, x in a})]
+    ones = [i for i, a in enumerate(asked(batch, tokenizer)) if ("1" in {x for _, x in a})]
     assert ones
     for s in ones:
-        q = [answer for _, answer in question_texts(batch, tokenizer)[s]].index("1")
+        q = [answer for _, answer in asked(batch, tokenizer)[s]].index("1")
         assert batch.value_mask_SQ[s, q] and batch.value_SQ[s, q] == 1
 
 
@@ -335,7 +335,7 @@ def test_kinds_and_weights_choose(tiny_export, tokenizer, config):
     assert sum(map(len, none._used)) == kinds["proximity"]
     heavy = changed(config, questions_per_scene=1, kind_weights={"object_counting": 1e6})
     batches = [Pipeline(tiny_export, tokenizer, heavy, "train").batch(step) for step in range(2)]
-    texts = [scene[0][0] for batch in batches for scene in question_texts(batch, tokenizer)]
+    texts = [scene[0][0] for batch in batches for scene in asked(batch, tokenizer)]
     assert all("How many" in text for text in texts)
 
 
@@ -387,7 +387,7 @@ def test_boxes_beyond_the_limit_are_counted(tiny_export, tokenizer, config):
 def test_the_teachers_answers_can_be_the_reference(tiny_export, tokenizer, config):
     teacher = changed(config, answer_field="teacher_answer", answer_length=20)
     pipeline = Pipeline(tiny_export, tokenizer, teacher, "train")
-    texts = [a for scene in question_texts(pipeline.batch(0), tokenizer) for _, a in scene]
+    texts = [a for scene in asked(pipeline.batch(0), tokenizer) for _, a in scene]
     assert texts and all(text.startswith("I see") for text in texts)
     assert pipeline.dropped["no teacher_answer"] > 0
 

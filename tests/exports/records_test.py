@@ -169,7 +169,7 @@ def test_more_bad_questions(export):
     line = "questions.jsonl: does not have the manifest's sha256"
     assert refusal(list, Export(export).questions()) == line
     forge(export, "questions.jsonl", twice[:-1])  # one line, where `forge` counts its end
-    line = "questions.jsonl: count: 1 lines, the manifest says 0"
+    line = "questions.jsonl: count: 1 lines, the manifest has 0"
     assert refusal(list, Export(export).questions()) == line
     (export / "questions.jsonl").unlink()
     assert "cannot be read" in refusal(list, Export(export).questions())

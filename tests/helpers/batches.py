@@ -17,7 +17,7 @@ def changed(config: PipelineConfig, **changes) -> PipelineConfig:
     return dataclasses.replace(config, **changes)
 
 
-def question_texts(batch: Batch, tokenizer: Tokenizer) -> list[list[tuple[str, str]]]:
+def asked(batch: Batch, tokenizer: Tokenizer) -> list[list[tuple[str, str]]]:
     """Returns the texts (prompt, answer) of every scene of a batch, without padding."""
     return [
         [

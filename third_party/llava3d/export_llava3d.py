@@ -218,7 +218,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--efficiency", type=Path, help="JSON file for times, bytes and memory")
     parser.add_argument("--warm-up", type=int, default=1, help="answers before times count")
     parser.add_argument("--licence", default=LICENCE, help="of the model")
-    parser.add_argument("--commit", default="", help="of the checkout, where git cannot say")
+    parser.add_argument(
+        "--commit", default="", help="commit of the checkout, if git does not know it"
+    )
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(argv)
     if min(args.topk, args.max_new_tokens) < 1 or args.warm_up < 0:

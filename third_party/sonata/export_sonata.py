@@ -295,7 +295,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--weights", default="sonata", help="name in facebook/sonata, or a file")
     parser.add_argument("--licence", default=LICENCE, help="of the weights")
-    parser.add_argument("--commit", default="", help="of the sonata checkout, where git cannot say")
+    parser.add_argument(
+        "--commit", default="", help="commit of the sonata checkout, if git does not know it"
+    )
     parser.add_argument("--device", default="", help="cuda where there is one, else cpu")
     args = parser.parse_args(argv)
     if not 0 <= args.unsure < 1:

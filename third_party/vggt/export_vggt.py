@@ -272,7 +272,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--questions", type=Path, help="questions.jsonl about the scenes")
     parser.add_argument("--weights", default="facebook/VGGT-1B", help="name, folder or file")
     parser.add_argument("--licence", default="", help="of the weights, where they are others")
-    parser.add_argument("--commit", default="", help="of the vggt checkout, where git cannot say")
+    parser.add_argument(
+        "--commit", default="", help="commit of the vggt checkout, if git does not know it"
+    )
     parser.add_argument("--device", default="", help="cuda where there is one, else cpu")
     parser.add_argument("--preprocess", default="crop", choices=("crop", "pad"))
     parser.add_argument("--size", type=int, default=SIZE, help="pixels (%(default)s)")

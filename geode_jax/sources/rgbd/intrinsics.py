@@ -32,7 +32,7 @@ _EXACT_CENTRE, _NEAR_CENTRE = 0.003, 0.01
 """Largest offset of a principal point from the middle, as a share of the side (or one pixel), that
 identifies a picture size: any size; a sensor's size, if the present size is impossible."""
 _SAME_FIELD_RATIO, _SAME_SIZE_RATIO = 1.05, 1.02
-"""Largest ratio of two equal fields of view; of two sizes that cannot be told apart."""
+"""Largest ratio of two fields of view, or two picture sizes, that count as equal."""
 _MIN_RESIZE_LOG, _MAX_LOG_SPREAD = 0.02, 0.015
 """Two cameras show that pictures were resized if principal points and fields of view differ by
 more than the first, and by the same factor within the second; both are logarithms."""
@@ -80,7 +80,7 @@ def of_one_view(
 
     A principal point off the middle may mean that the intrinsic is for pictures of another size,
     which were resized. Where that size is certain, the intrinsic is scaled to the pictures'. Where
-    nothing identifies a size, the intrinsic is taken as it is, and a note says so.
+    nothing identifies a size, the intrinsic is used unchanged, with a note.
 
     Args:
         depth, color: at most one of them may be None; it then equals the other's, scaled.
