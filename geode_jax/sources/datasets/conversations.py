@@ -13,7 +13,13 @@ from typing import Any
 
 from geode_jax.sources.datasets import Report, Request
 from geode_jax.sources.datasets.answers import read_prompt, referenced, text_of
-from geode_jax.sources.datasets.questions import NAME, Asked, Layout, MisfitError, make_questions
+from geode_jax.sources.datasets.questions import (
+    NAME,
+    Layout,
+    MisfitError,
+    RecordQuestions,
+    make_questions,
+)
 
 VSI590K_KINDS = {
     "absolute_count": "object_counting",
@@ -34,7 +40,7 @@ VICA_KINDS = {
 def vsi590k(request: Request) -> Report:
     """Prepares VSI-590K: `vsi_590k.jsonl`. Its questions about lengths have several units."""
 
-    def parse(record: dict, path: Path) -> Asked:
+    def parse(record: dict, path: Path) -> RecordQuestions:
         kind = question_type(record)
         return conversation_questions(record, VSI590K_KINDS.get(kind, kind))
 
@@ -47,7 +53,7 @@ def vica322k(request: Request) -> Report:
     `--part base` or `complex` selects one part.
     """
 
-    def parse(record: dict, path: Path) -> Asked:
+    def parse(record: dict, path: Path) -> RecordQuestions:
         return conversation_questions(record, VICA_KINDS.get(path.stem, path.stem))
 
     parts = {part: (f"*/{part}/*.json", f"*/{part}/*.jsonl") for part in ("base", "complex")}
@@ -61,7 +67,7 @@ def vlm3r(request: Request) -> Report:
     `--part vsibench` or `vstibench` selects one part.
     """
 
-    def parse(record: dict, path: Path) -> Asked:
+    def parse(record: dict, path: Path) -> RecordQuestions:
         return conversation_questions(record, question_type(record))
 
     parts = {
@@ -78,7 +84,7 @@ def llava3d(request: Request) -> Report:
     Questions that refer to a place by `<boxes>` are dropped and counted.
     """
 
-    def parse(record: dict, path: Path) -> Asked:
+    def parse(record: dict, path: Path) -> RecordQuestions:
         return conversation_questions(record, "instruction")
 
     return make_questions(Layout("llava3d", {"all": ("*.json",)}, parse), request)
@@ -92,13 +98,13 @@ def question_type(record: dict) -> str:
     return kind
 
 
-def conversation_questions(record: dict, kind: str) -> Asked:
+def conversation_questions(record: dict, kind: str) -> RecordQuestions:
     """Returns the questions of a record, all of the given kind; see `Layout.parse`."""
     questions = []
     for prompt, answers in turns_of(record):
         question, options = read_prompt(prompt)
         questions.append(referenced(kind, question, answers, options))
-    return Asked(media_of(record), questions)
+    return RecordQuestions(media_of(record), questions)
 
 
 def media_of(record: dict) -> str:

@@ -28,7 +28,12 @@ from geode_jax.sources.datasets import (
 )
 from geode_jax.sources.datasets.answers import question_fields, read_prompt
 from geode_jax.sources.datasets.prepare import SOURCES, prepare
-from geode_jax.sources.datasets.questions import Asked, MisfitError, Scenes, UnansweredError
+from geode_jax.sources.datasets.questions import (
+    MisfitError,
+    RecordQuestions,
+    Scenes,
+    UnansweredError,
+)
 from tests.helpers.exports import write_tiny_export
 from tests.sources.datasets.layouts import Case, cases, talk
 
@@ -386,7 +391,7 @@ def test_a_parser_gives_questions_or_a_reason(name, record, talks, video):
         asked = PARSERS[name](record, Path("a.json"))
     except (MisfitError, UnansweredError):
         return
-    assert isinstance(asked, Asked)
+    assert isinstance(asked, RecordQuestions)
     for question in asked.questions:
         assert set(question) >= {"kind", "question", "answer"}
         assert all(question[name].strip() for name in ("kind", "question", "answer"))
