@@ -4,7 +4,7 @@ COMMAND   python -m geode_jax.main --config=configs/geode_drm.py [--config.init_
 
 ARG (they compose)
     laptop | full       sizes
-    spatio=4|8|16       M, the rationale tokens
+    spatio=4|8|16       number of rationale tokens (M in the paper)
     drm_frames=8|16     Table 2: cameras and points of so many frames; the ViT's frames stay
 
 LOSS      eq. 4: the rationales that the frozen decoder reads behind E_spatio alone. Two alignments

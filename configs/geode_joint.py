@@ -6,7 +6,7 @@ ARG (they compose)
     laptop | full       sizes
     drm=on|off          Table 4: off leaves the visual tokens alone before the text
     drh=on|off          Table 4: off writes numbers as text
-    spatio=4|8|16       M, as of the stage before
+    spatio=4|8|16       rationale tokens, as in the stage before
     drm_frames=8|16     Table 2: cameras and points of so many frames; the ViT's frames stay
     vision=off          the blind baseline: nothing precedes the text
 

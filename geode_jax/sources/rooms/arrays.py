@@ -108,7 +108,7 @@ def point_tokens(seen: Observation) -> dict[str, np.ndarray]:
 
 
 def _categories(scene: RoomScene) -> np.ndarray:
-    """Returns the category [S] of every surface, -1 for the room's own."""
+    """Returns the category [s] of every surface, -1 for the room's own."""
     return np.array([item.category for item in scene.objects] + [-1] * raycast.STRUCTURES)
 
 
