@@ -114,8 +114,8 @@ def base() -> ml_collections.ConfigDict:
             "loss": {
                 "terms": TERMS,
                 "weights": "uncertainty",
-                "logits": True,  # learn from the teacher's, where the export has them
-                "temperature": 2.0,  # of their ratios; what they leave to other tokens is held at 1
+                "logits": True,  # learn from the teacher's logits, if the export has them
+                "temperature": 2.0,  # among listed tokens; at 1 for the mass of the others
                 "literal_cross_view": False,
                 "vision": True,
                 "log_variance_bounds": (-7.0, 7.0),

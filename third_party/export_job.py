@@ -87,8 +87,10 @@ def load_contract(folder: str | Path) -> Any:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that all exporters have."""
     parser.add_argument("--out", required=True, type=Path, help="folder of the new export")
-    parser.add_argument("--shard", default="0/1", help="I/N: scenes I, I + N, ... (I from 0)")
-    parser.add_argument("--merge", action="store_true", help="only write the manifest, at the end")
+    parser.add_argument("--shard", default="0/1", help="I/N: only scenes I, I + N, ... (I from 0)")
+    parser.add_argument(
+        "--merge", action="store_true", help="after all shards: write the manifest only"
+    )
     parser.add_argument(
         "--skip-missing",
         action="store_true",
