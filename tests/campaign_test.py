@@ -29,7 +29,7 @@ def hangs(folder: Path) -> int:
 
 
 def fills(folder: Path) -> int:
-    kept = bytearray(2 * machine.MAX_MEMORY if read_number(folder) != ord("7") else 1)
+    kept = bytearray(2 * machine.MEMORY if read_number(folder) != ord("7") else 1)
     kept[:: 1 << 12] = b"x" * len(kept[:: 1 << 12])
     return 7
 
@@ -64,7 +64,7 @@ def test_every_verdict_is_seen(read, verdict, tmp_path, monkeypatch):
         return damage.Damage("flip", "number.txt", False)
 
     monkeypatch.setattr(machine, "damage", flip)
-    monkeypatch.setattr(machine, "MAX_MEMORY", 1 << 26)
+    monkeypatch.setattr(machine, "MEMORY", 1 << 26)
     campaign = machine.Campaign({"number": Target(write_number, read)}, tmp_path, 0, alarm=1)
     assert campaign.try_input("number", 0).verdict == verdict
 

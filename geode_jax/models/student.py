@@ -208,7 +208,7 @@ class Student(nnx.Module):
         Returns:
             Hidden states [S, Q, A, D] that predict the answer tokens; each question's encoding
             [S, Q, D], its last state; and the states [S, Q, O, D] at the names of its objects. The
-            question's states have not seen the thinking tokens.
+            question's states have not seen T.
         """
         columns = self.config.prefix_length
         hidden = read_packed(

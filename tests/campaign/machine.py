@@ -30,7 +30,7 @@ GOOD = ("refused", "read")
 HANG_SECONDS = 20
 LOST_SECONDS = 30
 """Seconds after the alarm at which a worker that has not returned to Python is killed."""
-MAX_MEMORY = 1 << 30
+MEMORY = 1 << 30
 """Most bytes of memory for reading one of these small inputs."""
 MAX_DATA = 6 << 30
 """Most bytes of data of the worker."""
@@ -293,7 +293,7 @@ class Campaign:
             verdict, message = "traceback", f"in a thread: {printed.strip().splitlines()[-1]}"
         if verdict in GOOD and _waits():
             verdict, message = "hang", "a thread waits on a pipe, and the process will not end"
-        if verdict in GOOD and _peak() - peak > MAX_MEMORY:
+        if verdict in GOOD and _peak() - peak > MEMORY:
             verdict, message = "memory", f"{(_peak() - peak) / 1e9:.1f} GB"
         return Outcome(name, number, verdict, damaged, " ".join(message.split())[:400], seconds)
 
