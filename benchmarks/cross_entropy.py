@@ -6,7 +6,7 @@ Value and gradients for states and matrix, with Qwen's 151,936 entries, width 25
 the same loss with materialised logits and the same compiler; "PyTorch" is its
 `torch.nn.functional.cross_entropy` of a linear layer, in a process of its own. Memory is that of
 the compiler's temporaries; for PyTorch it is that of logits and their gradient, which it keeps at
-least. First all tokens count in the loss ("paid"), then half of them, as with padded answers.
+least. First all tokens count in the loss, then half of them, as with padded answers.
 """
 
 import jax
@@ -23,18 +23,18 @@ ENTRIES, WIDTH = 151_936, 256
 MB = 2**20
 
 
-def ours(hidden, matrix, labels, paid):
-    """Returns the mean loss of the paid tokens, and computes no other."""
-    args = hidden[None], matrix, labels[None, :, None], paid[None]
-    return token_loss(token_cross_entropy, *args, tied=True) / jnp.sum(paid)
+def ours(hidden, matrix, labels, counted):
+    """Returns the mean loss of the counted tokens, without computing the others."""
+    args = hidden[None], matrix, labels[None, :, None], counted[None]
+    return token_loss(token_cross_entropy, *args, tied=True) / jnp.sum(counted)
 
 
-def materialised(hidden, matrix, labels, paid):
-    """Returns the mean loss of the paid tokens from all logits."""
+def materialised(hidden, matrix, labels, counted):
+    """Returns the mean loss of the counted tokens from all logits."""
     logits = hidden @ matrix.T
     label = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
     loss = jax.nn.logsumexp(logits, axis=-1) - label
-    return jnp.sum(jnp.where(paid, loss, 0)) / jnp.sum(paid)
+    return jnp.sum(jnp.where(counted, loss, 0)) / jnp.sum(counted)
 
 
 def compiled(loss, *args):
@@ -46,7 +46,7 @@ def compiled(loss, *args):
 
 
 def drawn(tokens: int, share: float) -> tuple[np.ndarray, ...]:
-    """Returns random states, matrix, labels and mask of paid tokens."""
+    """Returns random states, matrix, labels and mask of counted tokens."""
     random = np.random.default_rng(0)
     hidden = random.standard_normal((tokens, WIDTH), np.float32)
     matrix = random.standard_normal((ENTRIES, WIDTH), np.float32) * np.float32(WIDTH**-0.5)
@@ -57,9 +57,9 @@ class Theirs:
     """The loss in PyTorch."""
 
     def __init__(self, tokens: int, share: float):
-        hidden, matrix, labels, paid = drawn(tokens, share)
+        hidden, matrix, labels, counted = drawn(tokens, share)
         self.x, self.w = (torch.tensor(a).requires_grad_() for a in (hidden, matrix))
-        self.labels = torch.tensor(np.where(paid, labels, -100)).long()
+        self.labels = torch.tensor(np.where(counted, labels, -100)).long()
 
     def __call__(self):
         self.x.grad = self.w.grad = None
@@ -85,7 +85,7 @@ def measure(tokens: int, share: float, rounds: int) -> list[dict]:
     theirs = ledger.OtherProcess(Theirs, tokens, share)
     check(our_call(), xla_call())
     check(our_call(), theirs.get("__call__"))
-    what = f"cross-entropy, {'all' if share == 1 else 'half'} of the tokens paid"
+    what = f"cross-entropy, {'all' if share == 1 else 'half of the'} tokens in the loss"
     facts = {"dtype": "float32", "shape": [tokens, WIDTH, ENTRIES]}
     rows = []
     for name, call in (("XLA", xla_call), ("PyTorch", lambda: theirs.call("__call__"))):

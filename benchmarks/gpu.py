@@ -201,9 +201,9 @@ class Rows:
         T, D, X = (64, 32, 500) if self.small else (4096, 1536, 151_936)
 
         def ours(x, matrix, labels):
-            paid = jnp.ones(labels.shape, bool)
-            args = x, matrix, labels[..., None], paid
-            return token_loss(token_cross_entropy, *args, tied=True) / paid.size
+            counted = jnp.ones(labels.shape, bool)
+            args = x, matrix, labels[..., None], counted
+            return token_loss(token_cross_entropy, *args, tied=True) / counted.size
 
         def theirs(x, matrix, labels):
             logits = jnp.einsum("std,xd->stx", x, matrix, preferred_element_type=jnp.float32)
@@ -232,9 +232,9 @@ class Rows:
             model = nnx.merge(graph, state)
             positions = jnp.broadcast_to(jnp.arange(L), (B, L))
             hidden, _ = model.run(model.embed(ids), positions, causal(B, L))
-            paid = jnp.broadcast_to(jnp.arange(L) < L - 1, (B, L))
+            counted = jnp.broadcast_to(jnp.arange(L) < L - 1, (B, L))
             labels = jnp.roll(ids, -1, axis=1)[..., None]
-            return model.token_loss(token_cross_entropy, hidden, labels, paid) / (B * L - B)
+            return model.token_loss(token_cross_entropy, hidden, labels, counted) / (B * L - B)
 
         def step(state, moments, ids):
             value, gradient = jax.value_and_grad(loss)(state, ids)

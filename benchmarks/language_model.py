@@ -91,10 +91,10 @@ class Ours:
             B, L = ids.shape
             positions = jnp.broadcast_to(jnp.arange(L), ids.shape)
             hidden, _ = model.run(model.embed(ids), positions, causal(B, L))
-            paid = jnp.ones((B, L - 1), bool)
+            counted = jnp.ones((B, L - 1), bool)
             labels = ids[:, 1:, None]
-            total = model.token_loss(token_cross_entropy, hidden[:, :-1], labels, paid)
-            return total / paid.size
+            total = model.token_loss(token_cross_entropy, hidden[:, :-1], labels, counted)
+            return total / counted.size
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def step(params, state, ids):

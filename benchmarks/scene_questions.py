@@ -3,9 +3,9 @@
     python -m benchmarks.scene_questions [--rounds 7]
 
 `Predictor.answer` answers one question after the other with the laptop student, as `geode-jax ask`
-does (untrained, which changes no times). Compared with the same when each question encodes the
-scene again ("looking anew"), and with the compiled answering alone on given scene state and
-question arrays, which is a lower bound for single questions.
+does (untrained, which changes no times). It is compared with encoding the scene again for each
+question, and with the compiled answering alone on given scene state and question arrays, a lower
+bound for single questions.
 """
 
 import tempfile
@@ -50,7 +50,7 @@ def measure(predictor: Predictor, rounds: int) -> list[dict]:
         for question in asked:
             predictor.answer(scene_id, question)
 
-    def anew():
+    def again():
         for question in asked:
             forget()
             predictor.answer(scene_id, question)
@@ -64,7 +64,10 @@ def measure(predictor: Predictor, rounds: int) -> list[dict]:
 
         shape = [QUESTIONS]
         rows = []
-        for name, other in (("looking anew", anew), ("the scene's state given", given)):
+        for name, other in (
+            ("encoding the scene again", again),
+            ("the scene's state given", given),
+        ):
             times = ledger.alternate(ours, other, rounds)
             what = f"questions about one scene, against {name}"
             rows.append(ledger.row(what, *times, unit="s", dtype="float32", shape=shape))

@@ -114,7 +114,7 @@ def base(stage: str) -> ml_collections.ConfigDict:
             },
             "optimizer": OPTIMIZER,
             "train": TRAIN,
-            # A run without vision, shown beside where it is there.
+            # A run without vision, shown beside this one if it exists.
             "eval": EVAL | {"blind": "runs/geode_joint-vision=off"},
         }
     )

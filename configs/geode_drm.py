@@ -1,10 +1,10 @@
-"""GEODE stage 1: the rationale module learns to say what stands where (Sec. 2.1, eq. 4).
+"""GEODE stage 1: the rationale module learns to describe the layout (Sec. 2.1, eq. 4).
 
 COMMAND   python -m geode_jax.main --config=configs/geode_drm.py [--config.init_from=RUN]
 
 ARG (they compose)
     laptop | full       sizes
-    spatio=4|8|16       M, the rationale tokens
+    spatio=4|8|16       number of rationale tokens (M in the paper)
     drm_frames=8|16     Table 2: cameras and points of so many frames; the ViT's frames stay
 
 LOSS      eq. 4: the rationales that the frozen decoder reads behind E_spatio alone. Two alignments
@@ -17,7 +17,7 @@ RESULT    (of 2026-11-22, rooms version 5; not measured again since)
           0.764, 0.815; behind nothing 1.385, 1.218.
 TRIED     drafts of the module by `layout` at step 600: with a correspondence loss that teaches
           which points are near, instead of places on the 2D tokens, 0.037; with places 0.035; with
-          a second look at F_ST besides 0.032, but at 1,000 steps 0.026, as with correspondence
+          a second attention to F_ST besides 0.032, but at 1,000 steps 0.026, as with correspondence
           (0.027).
 
 OURS      sizes of the module, learning rate, the alignments and their weights, and that a 2D token

@@ -6,9 +6,9 @@ ARG (they compose)
     laptop | full       sizes
     drm=on|off          Table 4: off leaves the visual tokens alone before the text
     drh=on|off          Table 4: off writes numbers as text
-    spatio=4|8|16       M, as of the stage before
+    spatio=4|8|16       rationale tokens, as in the stage before
     drm_frames=8|16     Table 2: cameras and points of so many frames; the ViT's frames stay
-    vision=off          the blind baseline: nothing stands before the text
+    vision=off          the blind baseline: nothing precedes the text
 
 LOSS      eq. 7: the words of the answers, and lambda times the squared error of values (their
           logarithms) and boxes at their control tokens. The rationale module is frozen.

@@ -1,16 +1,16 @@
-"""GEODE, laptop only: what stands in for pretrained weights before the stages.
+"""GEODE, laptop only: replaces pretrained weights before the stages.
 
 COMMAND   python -m geode_jax.main --config=configs/geode_pretrain.py     (make geode: all stages)
 
 LOSS      the rationales of rooms' questions, read behind the room's layout (`models/layout.py`);
           what a question is about, by a linear head on its tokens (boxes of the objects at their
-          nouns, gaps, turn, relations and the number asked for at its end); and the category of
-          every patch: a decoder that finds in what stands before its text what a question names,
-          and a ViT that tells furniture apart. InternVL's weights are these for `full`.
+          nouns, gaps, turn, relations and the numeric answer at its end); and the category of every
+          patch. So the decoder learns to find the objects of a question in the columns before its
+          text, and the ViT to distinguish furniture. For `full`, InternVL's weights do both.
 
 TRIED     no linear head, in an earlier design: 43.1 overall on 60 rooms (seed 0; 1,000 steps of
-          the rationale module, 600 joint), since the decoder found what a question names late or
-          not. With the head 50.1, of 800 and 500 steps.
+          the rationale module, 600 joint), since the decoder learned late or never to find the
+          objects of a question. With the head 50.1, of 800 and 500 steps.
 
 OURS      everything: the paper starts from pretrained models.
 """

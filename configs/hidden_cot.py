@@ -25,7 +25,7 @@ RESULT    laptop, rooms version 6, seed 0 (2026-11-30): four relations 0.852, nu
           1,500 steps, three seeds: 0.906 (0.893 to 0.915), 0.749 (0.744 to 0.757), 0.807 (0.800
           to 0.811); with K = 0 (`thinking=0`): 0.906 (0.895 to 0.913), 0.754 (0.747 to 0.758),
           0.810 (0.807 to 0.811).
-TRIED     (with earlier versions of the rooms; 1,500 steps where none are said)
+TRIED     (with earlier versions of the rooms; 1,500 steps unless stated)
           Each question's own copy, which saw neither V nor T, for the heads, and T seen by the
           question itself: the same losses at the same step, a step of 730 instead of 560 ms on one
           core. No gain or worse, by their losses in the first 200 to 600 steps: half the scenes a
@@ -114,8 +114,8 @@ def base() -> ml_collections.ConfigDict:
             "loss": {
                 "terms": TERMS,
                 "weights": "uncertainty",
-                "logits": True,  # learn from the teacher's, where the export has them
-                "temperature": 2.0,  # of their ratios; what they leave to other tokens is held at 1
+                "logits": True,  # learn from the teacher's logits, if the export has them
+                "temperature": 2.0,  # among listed tokens; at 1 for the mass of the others
                 "literal_cross_view": False,
                 "vision": True,
                 "log_variance_bounds": (-7.0, 7.0),

@@ -98,7 +98,7 @@ def left_out(tensors: Mapping[str, np.ndarray]) -> Counter:
         found[f"pixel of vggt/points beyond {MOST_PLACE:g} m"] = int(bad.sum())
     if "target/boxes" in tensors:
         bad = ~held_boxes(tensors["target/boxes"])
-        found["box of target/boxes that no code holds"] = int(bad.sum())
+        found["box of target/boxes that cannot be encoded"] = int(bad.sum())
     if not held_features(tensors.get("teacher/features", np.zeros(0))):
         found[f"teacher/features of a scene beyond {MOST_FEATURE:g}"] = 1
     return +found

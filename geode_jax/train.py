@@ -185,7 +185,7 @@ def _train(
     def leave() -> NoReturn:
         checkpoints.finish()
         stop.unsaved = False
-        raise Stopped(stop.asked or signal.SIGTERM, f"at step {position['step']}, saved")
+        raise Stopped(stop.signum or signal.SIGTERM, f"at step {position['step']}, saved")
 
     started = time.monotonic() - position["seconds"]
     saved = time.monotonic()
@@ -223,7 +223,7 @@ def _train(
                     checkpoints.save_best(state, position)
             done = step >= run.steps or position["stopped_early"]
             due = is_main() and 0 < every <= time.monotonic() - saved
-            stopping, due = vote.cast(stop.asked != 0, due)
+            stopping, due = vote.cast(stop.signum != 0, due)
             due |= step % train.checkpoint_every == 0
             if step > first and (due or done or stopping):
                 save()

@@ -28,7 +28,7 @@ if [[ $WHAT == setup ]]; then
     exit
 fi
 
-# Every host prints its exit code, since gcloud's own code does not tell hosts apart. 0 = done; 2 = an
+# Every host prints its exit code, since gcloud's own code does not distinguish hosts. 0 = done; 2 = an
 # error that would repeat. The command starts again after any other code (143: stopped and saved;
 # 1: another host was lost) and if a host printed none (it was lost).
 log=$(mktemp)

@@ -1,4 +1,4 @@
-"""The campaign of damaged inputs: whether its machine sees what it shall, and its verdict on us."""
+"""The fuzzing campaign: its verdicts on known faults, and on the readers of this project."""
 
 import os
 import random
@@ -93,7 +93,7 @@ def test_every_target_reads_its_own_inputs_and_is_in_the_campaign():
 
 
 TRAINED = ("config", "ask", "export", "leaves", "tokenizer", "restore", "resume")
-"""Targets that train a model first, which takes its time."""
+"""Targets that train a model first, which is slow."""
 
 
 def test_a_few_damaged_inputs_of_the_other_readers():
@@ -104,9 +104,9 @@ def test_a_few_damaged_inputs_of_the_other_readers():
 
 def check(targets: dict[str, Target], inputs: int) -> None:
     bad: list[machine.Outcome] = []
-    outcomes = machine.run(machine.shares(targets, inputs), seed=0, say=bad.append)
+    outcomes = machine.run(machine.shares(targets, inputs), seed=0, report=bad.append)
     print(machine.table(outcomes))
-    assert not bad, "\n".join(f"{one.verdict}: {one.where}: {one.said}" for one in bad)
+    assert not bad, "\n".join(f"{one.verdict}: {one.where}: {one.message}" for one in bad)
 
 
 @pytest.mark.slow
@@ -116,4 +116,4 @@ def test_damaged_inputs_are_refused_in_one_line_or_read_aright():
 
 @pytest.mark.slow
 def test_random_kills_lose_nothing():
-    print(kills.kill(5, seed=random.randrange(1 << 30), say=print))
+    print(kills.kill(5, seed=random.randrange(1 << 30), report=print))

@@ -108,7 +108,7 @@ def test_a_box_that_no_code_holds_is_masked_and_counted(place, number):
     assert targets.left_out(tensors) == {
         "pixel of target/depth beyond 0.001 to 1000": 2,
         "pixel of vggt/points beyond 1000 m": 4,
-        "box of target/boxes that no code holds": 1,
+        "box of target/boxes that cannot be encoded": 1,
         "teacher/features of a scene beyond 1e+06": 1,
     }
 

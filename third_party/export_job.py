@@ -87,8 +87,10 @@ def load_contract(folder: str | Path) -> Any:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that all exporters have."""
     parser.add_argument("--out", required=True, type=Path, help="folder of the new export")
-    parser.add_argument("--shard", default="0/1", help="I/N: scenes I, I + N, ... (I from 0)")
-    parser.add_argument("--merge", action="store_true", help="only write the manifest, at the end")
+    parser.add_argument("--shard", default="0/1", help="I/N: only scenes I, I + N, ... (I from 0)")
+    parser.add_argument(
+        "--merge", action="store_true", help="after all shards: write the manifest only"
+    )
     parser.add_argument(
         "--skip-missing",
         action="store_true",
@@ -186,8 +188,8 @@ def _make_scenes(args: argparse.Namespace, contract: Any, scenes: list[Scene], b
         else:
             if made.report:
                 print(f"scene {scene.id}: {made.report}")
-            for reason, size in contract.cameras.shown_faults(made.arrays).items():
-                print(f"scene {scene.id}: warning: {reason} {size:.2f}", file=sys.stderr)
+            for warning, share in contract.cameras.scene_warnings(made.arrays).items():
+                print(f"scene {scene.id}: warning: {warning} {share:.2f}", file=sys.stderr)
     print(f"{len(left) - failed} scenes made, {failed} could not be")
     return failed
 

@@ -1,4 +1,4 @@
-"""Control tokens: which questions GEODE answers by a regressed value (Sec. 2.2), and the values."""
+"""Control tokens: the questions that GEODE answers by regression (Sec. 2.2), and the values."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ REG, BOX = "<REG>", "<3DBBOX>"
 
 
 class NoNumberError(ValueError):
-    """A question has no number that can be regressed. The message holds the reason alone."""
+    """A question has no number that can be regressed; the message is the reason."""
 
 
 class Number(NamedTuple):
@@ -52,15 +52,15 @@ def number_of(record: Mapping[str, Any]) -> Number:
     if not low <= math.log(value) + math.log(base) <= high:
         raise NoNumberError("the value is not from 0.01 to 59,874 base units")
     if unit is not None and not plausible(value, units.UNITS[unit].dimension, base):
-        raise NoNumberError("the value is one that no room has: too large, or a part of an item")
+        raise NoNumberError("the value is impossible for a room: too large, or a part of an item")
     return Number(float(value), base)
 
 
 def why_not_regressed(record: Mapping[str, Any]) -> str:
-    """Returns why a question with a control token has nothing to regress, else ""."""
+    """Returns why a question with a control token has no value to regress, "" if it has one."""
     token = control_of(record)
     if token == BOX and not held_boxes(record["box"]):
-        return "the box is one that no code holds"
+        return "the box cannot be encoded"
     if token == REG:
         try:
             number_of(record)

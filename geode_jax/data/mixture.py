@@ -1,10 +1,10 @@
-"""Which questions training draws from: weights of data sets, and a stratified part of all.
+"""Sampling of training questions: weights of data sets, and a stratified subset.
 
 The weight of a question is the weight of its kind times the weight of its source
-(`data.kind_weights`, `data.mixture`). The questions of a scene are drawn in the order of their
-weights. That alone has no effect on sources with scenes of their own, so a scene has the largest
-weight of its questions' sources, and an epoch visits a scene of half the largest weight half as
-often.
+(`data.kind_weights`, `data.mixture`) and decides which questions of a scene are drawn. That has no
+effect on a source whose scenes have no other questions, so scenes are weighted too: a scene has the
+largest weight of its questions' sources, and an epoch visits a scene of half the largest weight
+half as often.
 """
 
 import zlib
@@ -15,7 +15,7 @@ import numpy as np
 from geode_jax.errors import UserError
 
 OWN = "own"
-"""Name for the questions without a source: those of the export itself."""
+"""Source of the questions that name none: the export itself."""
 
 
 def parse_mixture(text: str) -> dict[str, float]:

@@ -1,11 +1,13 @@
-"""Packing: the questions of a scene share a few short rows instead of one padded row each.
+"""Packs the questions of a scene into a few shared rows instead of one padded row each.
 
-A question and its answer form one segment, [Q][bos][A without its last token]. It attends to V
-and, causally, to itself. From bos on, which opens the answer, it also attends to the thinking
-tokens T. The task heads must not see T, so they read the columns of Q; bos and A predict A.
+A question and its answer form one segment, [prompt][bos][answer without its last token]. It attends
+to the vision tokens and, causally, to itself. From bos on, which begins the answer, it also attends
+to the thinking tokens. The task heads must not see these, so they read the columns of the prompt;
+bos and answer columns predict the answer.
 
-Padding every question to the longest would compute several columns for each real one; the interval
-mask of `ops.attention` keeps the segments of a row apart.
+Padding every question to the longest would compute several columns for each real one. The interval
+mask of `ops.attention` separates the segments of a row. Sizes are those of `geode_jax.shapes`: W
+rows of T columns.
 """
 
 from collections.abc import Iterable
@@ -29,7 +31,7 @@ def pack(
         candidates: indices of questions, in order of preference.
         question_length, answer_length: tokens of every question with its bos (> 1) and of every
             answer (> 0).
-        rows, columns: M and R.
+        rows, columns: W and T.
         limit: largest number of questions.
         in_order: stop at the first question that does not fit instead of trying the next one.
 
@@ -67,19 +69,19 @@ def lay_out(
 
     Args:
         placed: result of `pack`; entry i fills question slot i.
-        question: [n, Lq] ids, bos last, left-padded; `question_length` [n].
-        answer: [n, La] ids, right-padded; `answer_length` [n].
-        rows, columns: M and R.
+        question: [n, L] ids, bos last, left-padded; `question_length` [n].
+        answer: [n, A] ids, right-padded; `answer_length` [n].
+        rows, columns: W and T.
         slots: Q.
         pad_id: id of padding.
 
     Returns:
         Rows of one scene under the names of the fields of `Batch`, without the axis S:
-        `packed_SWT` [M, R] ids; `packed_position_SWT` [M, R] position in its segment;
-        `packed_start_SWT` [M, R] first column of its segment (for padding the column after itself,
-        so that padding sees no text); `packed_answer_SWT` [M, R] True for bos and answer tokens,
-        which see T; `answer_column_SQA` [Q, La] flat column that predicts each answer token;
-        `encoding_column_SQ` [Q] flat column of the last token of Q.
+        `packed_SWT` [W, T] ids; `packed_position_SWT` [W, T] position in its segment;
+        `packed_start_SWT` [W, T] first column of its segment (for padding the column after itself,
+        so that padding sees no text); `packed_answer_SWT` [W, T] True for bos and answer tokens,
+        which see the thinking tokens; `answer_column_SQA` [Q, A] flat column that predicts each
+        answer token; `encoding_column_SQ` [Q] flat column of the prompt's last token.
     """
     size = rows * columns
     tokens = np.full(size, pad_id, np.int32)

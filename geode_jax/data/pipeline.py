@@ -69,17 +69,17 @@ class Pipeline:
     Attributes:
         steps_per_epoch: number of steps in which every scene is seen once (up to S - 1 scenes of an
             epoch's order move to the next epoch; scenes of less weight are sampled).
-        dropped: counts of what is left out, by reason. Questions: `kind <name>` not wanted (or,
-            without control tokens, answered by a box), `source <name>`, `no <field>`, `question too
-            long`, `answer too long`, `longer than a packed row`, `outside data.fraction`, `bad
-            question`. Others: `boxes beyond max_boxes`, `bad scene`. In training, a question whose
-            control token has nothing to regress (`targets`) is left out, `nothing to regress:
-            <why>`; a question that words answer is kept without its number, `number that words
-            alone learn: <why>`. Further `box of a named object that no code holds`, and what
-            `targets.left_out` counts in the scenes read so far.
-        bad_scenes: {scene id: what is wrong} of the scenes read so far.
-        max_question_length, max_answer_length: the longest of the split (of the wanted kinds), bos
-            and eos included; questions that do not fit count too.
+        dropped: {reason: count} of what is left out. Questions: `kind <name>` (of an unwanted kind,
+            or answered by a box without control tokens), `source <name>`, `no <field>`, `question
+            too long`, `answer too long`, `longer than a packed row`, `outside data.fraction`, `bad
+            question`. Others: `boxes beyond max_boxes`, `bad scene`. In training a question whose
+            control token has no value to regress (`targets`) is left out, `nothing to regress:
+            <why>`; a question answered in words is kept without its value, `value not regressed,
+            answer in words kept: <why>`. Further `box of a named object that cannot be encoded`,
+            and the counts of `targets.left_out` in the scenes read so far.
+        bad_scenes: {scene id: error} of the scenes read so far.
+        max_question_length, max_answer_length: longest question and answer of the wanted kinds in
+            the split, with bos and eos; questions that do not fit count too.
         shapes: sizes of a batch's scene arrays.
         targets: what losses can learn from: the tensors that any scene of the split has, and
             `QUESTION_TARGETS` if a question has such a field.
@@ -147,20 +147,20 @@ class Pipeline:
         self._questions: dict[int, dict[str, np.ndarray]] = {}
         self._cached_bytes = 0
         self._orders: dict[int, np.ndarray] = {}
-        self._looked_through: set[str] = set()  # scenes whose targets were counted
+        self._counted: set[str] = set()  # scenes whose targets were counted
         self._lock = threading.Lock()
 
     def _check_logits(self) -> None:
-        why, mend = "", "loss.logits=False trains without them"
+        why, remedy = "", "loss.logits=False trains without them"
         if self._export.manifest.get("teacher_tokenizer") != self._tokenizer.sha256:
             why = (
                 "over another vocabulary (manifest teacher_tokenizer is not the sha256 of this "
-                "run's tokenizer.json; config tokenizer names the teacher's folder)"
+                "run's tokenizer.json; set the config's tokenizer to the teacher's folder)"
             )
         elif self._records.dropped:
-            why = "of questions by their number, and bad questions were skipped"
+            why = "assigned by question number, which skipped bad questions have shifted"
         if why:
-            raise UserError(f"{self._export.folder}: the teacher's logits are {why}; {mend}")
+            raise UserError(f"{self._export.folder}: the teacher's logits are {why}; {remedy}")
 
     def _token_width(self, sizes) -> int:
         if self.config.vision == "vggt/tokens":
@@ -177,12 +177,12 @@ class Pipeline:
         return own.get(self.config.vision, "float32")
 
     def _camera_width(self, sizes) -> int:
-        # Camera tokens are VGGT's; another encoder's features do not come with them.
+        # Camera tokens belong to VGGT's tokens, not to another encoder's features.
         vggt = self.config.vision == "vggt/tokens"
         return self._export.token_width if vggt and sizes.has_camera_tokens else 0
 
     def _choose_questions(self, kinds: Sequence[str] | None) -> None:
-        """Sets the scenes and which of their questions are used, and counts the others."""
+        """Chooses the scenes and questions that are used, and counts the others."""
         config = self.config
         lengths = question_lengths(self._records, self.split, self._tokenizer)
         kind, source = lengths["kind"], lengths["source"]
@@ -231,9 +231,9 @@ class Pipeline:
         if self.split == "train":  # other splits use every question
             for why in whys:
                 left = int((keep & (lengths["not_regressed"] == why)).sum())
-                self.dropped += Counter({f"number that words alone learn: {why}": left})
+                self.dropped += Counter({f"value not regressed, answer in words kept: {why}": left})
             bad_objects = int(lengths["bad_objects"][keep].sum())
-            self.dropped += Counter({"box of a named object that no code holds": bad_objects})
+            self.dropped += Counter({"box of a named object that cannot be encoded": bad_objects})
         if not keep.any():
             why = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items())
             raise UserError(
@@ -246,7 +246,7 @@ class Pipeline:
         weights = of_source * [config.kind_weights.get(name, 1.0) for name in kind.tolist()]
         scene_weights = []
         self._scene_ids: list[str] = []
-        self._used: list[np.ndarray] = []  # rows of a scene's questions, and their weights
+        self._used: list[np.ndarray] = []  # numbers of a scene's used questions, and their weights
         self._weights: list[np.ndarray] = []
         all_ids = self._records.scene_ids(self.split)
         first = np.searchsorted(lengths["scene"], np.arange(len(all_ids) + 1))
@@ -287,7 +287,7 @@ class Pipeline:
         return np.random.default_rng((self.config.seed, *stream))
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Returns the scenes of an epoch in order: a permutation if all have the same weight."""
+        """Returns the scenes of an epoch in order; a permutation if all have the same weight."""
         with self._lock:
             if epoch not in self._orders:
                 if len(self._orders) > 2:
@@ -365,11 +365,11 @@ class Pipeline:
         tensors = self._export.read_scene(scene_id, scene_tensors(self.config.vision))
         if self.config.vision not in tensors:
             raise ExportError(f"scene {scene_id}", f"tensor {self.config.vision}", "missing")
-        if scene_id not in self._looked_through:
+        if scene_id not in self._counted:
             found = left_out(tensors)
             with self._lock:
-                if scene_id not in self._looked_through:
-                    self._looked_through.add(scene_id)
+                if scene_id not in self._counted:
+                    self._counted.add(scene_id)
                     self.dropped += found
         return tensors
 
@@ -472,8 +472,8 @@ class Pipeline:
         Raises:
             ExportError, UserError: as `batch`.
         """
-        # Threads rather than grain's processes: batches of VGGT's tokens are 100 MB, and a process
-        # would copy them twice more. One more batch than workers keeps every worker busy.
+        # Threads, because grain's processes would copy each batch (100 MB of VGGT's tokens) twice
+        # more. One more batch than workers keeps every worker busy.
         workers = self.config.workers
         reading = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers + 1)
         steps = grain.MapDataset.range(start_step, start_step + num_steps)
@@ -482,7 +482,7 @@ class Pipeline:
         try:
             yield from enumerate(iterator, start=start_step)
         finally:
-            iterator.close()  # its threads
+            iterator.close()  # ends its threads
 
     def eval_batches(
         self,
@@ -501,14 +501,14 @@ class Pipeline:
         Args:
             max_scenes: largest number of scenes; None for all.
             seed: seed of the choice and order of the scenes; None takes the first ones, sorted.
-            shuffled: whether the questions of a scene are put to the scene before it (those of the
-                first scene to the last one).
+            shuffled: whether every scene gets the questions of the next one (the last scene those
+                of the first).
             rows: the scenes of every batch to make; None for all.
             first: number of batches to skip, unread.
 
         Yields:
-            The records of every row (one list per row, in the order of the batch), and the batch,
-            which has the wanted rows alone.
+            The records of every row (one list per row, in the order of the batch), and the batch
+            of the wanted rows.
         """
         order = np.arange(len(self._scene_ids))
         if seed is not None:
@@ -537,7 +537,8 @@ class Pipeline:
     def _eval_rows(self, order: np.ndarray, shuffled: bool) -> Iterator[tuple]:
         """Yields the records of every row and a function that makes its scene and question arrays.
 
-        A scene in the rows of another process is only read to check whether it is left out.
+        Scenes in the rows of other processes are read only with `on_bad_scene` "skip", to check
+        whether they are left out.
         """
         beside = np.roll(order, int(shuffled))
         for scene, other in zip(order.tolist(), beside.tolist(), strict=True):

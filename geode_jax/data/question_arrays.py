@@ -1,4 +1,4 @@
-"""Question records as the question rows of a `Batch`: tokens, targets, packed text."""
+"""Makes the question rows of a `Batch` from question records: tokens, targets, packed text."""
 
 import bisect
 import contextlib
@@ -24,11 +24,12 @@ TEACHER_LOGITS = (
     "teacher/topk_logprob",
 )
 """Tensors of a scene that `add_teacher_logits` reads."""
-_TEACHER_COLUMN = {"left_right": 0, "above_below": 2}  # P(left) and P(above), contract section 3
+_TEACHER_COLUMN = {"left_right": 0, "above_below": 2}
+"""Columns of `teacher/relations` with P(left) and P(above)."""
 
 _TURN = (0, 1, 0, 2)
-"""Objects (a, b, c, d) that define the turn of a question: who walks or looks from a to b has to
-turn at c to face d. This order belongs to "stand by object 0 and face object 1"."""
+"""Objects (a, b, c, d) that define the turn of a question: the heading is from a to b, and the turn
+at c is to face d. This order is for "stand by object 0 and face object 1"."""
 _ROUTE_TURN = {3: (0, 1, 1, 2), 4: (0, 1, 0, 3)}
 """The same for the first turn of a route, by the number of named objects: start, object faced,
 destination and, if the first turn is on the spot, the stop before the destination."""
@@ -54,7 +55,7 @@ def stack_questions(
     Args:
         records: n question records whose prompts and answers fit.
         tokenizer: tokenizer of the run.
-        question_length, answer_length: Lq and La.
+        question_length, answer_length: L and A.
         answer_field: "answer", "teacher_answer" or "rationale".
         controls: ids of REG and BOX, which replace an "answer" that is a number or a box.
     """
@@ -130,7 +131,7 @@ def stack_questions(
             arrays["relations_SQr"][i, RELATIONS.index(name)] = probability
             arrays["relations_mask_SQr"][i, RELATIONS.index(name)] = True
         if control_of(record) == REG:
-            with contextlib.suppress(NoNumberError):  # counted where the questions were chosen
+            with contextlib.suppress(NoNumberError):  # the pipeline has counted it
                 arrays["value_SQ"][i], arrays["base_unit_SQ"][i] = number_of(record)
                 arrays["value_mask_SQ"][i] = True
         if controls and "box" in record and held_boxes(record["box"]):
@@ -140,7 +141,7 @@ def stack_questions(
 
 
 def _roles(record: Mapping[str, Any]) -> str:
-    """What the named objects of a question are, see `kinds.Kind.objects`."""
+    """Returns the roles of the named objects of a question, see `kinds.Kind.objects`."""
     kind = KINDS.get(record["kind"])
     return kind.objects if kind else ""
 
@@ -148,7 +149,7 @@ def _roles(record: Mapping[str, Any]) -> str:
 def _anchor_first(record: Mapping[str, Any]) -> list[dict]:
     """Returns the objects of a question; the object that distances are measured from comes first.
 
-    In "which of these is the closest to ..." that is the object which is not an option.
+    In "which of these is the closest to ..." it is the object that is not an option.
     """
     objects = list(record.get("objects", ()))
     if _roles(record) == CANDIDATES:
@@ -179,7 +180,7 @@ def _is_held(item: Mapping[str, Any]) -> bool:
 def add_teacher_logits(
     arrays: dict[str, np.ndarray], tensors: Mapping[str, np.ndarray], rows: np.ndarray, topk: int
 ) -> None:
-    """Fills `topk_id`, `topk_logprob` [n, La, k] and `topk_mask` [n, La] of `stack_questions`.
+    """Fills `topk_id`, `topk_logprob` [n, A, k] and `topk_mask` [n, A] of `stack_questions`.
 
     Questions whose teacher answer differs from the learned answer in any id are left masked: the
     logits then belong to another continuation.
@@ -219,15 +220,15 @@ def lay_out_questions(
     """Returns the rows of Q questions of a scene: {field of `Batch`: array without the axis S}.
 
     Unused slots hold empty questions. An object whose category has several instances in the scene
-    has no column: a question may name which of them it means ("the chair that is nearest to the
-    lamp") only after the category.
+    has no column: a question may specify the instance ("the chair that is nearest to the lamp")
+    only after the category.
 
     Args:
         arrays: result of `stack_questions`.
         placed: result of `packing.pack`.
         tensors: tensors of the scene.
         slots: Q.
-        rows, columns: M and R of the packed text.
+        rows, columns: W and T of the packed text.
         pad_id: id of padding.
     """
     chosen = [question for question, _ in placed]
@@ -283,7 +284,7 @@ def _teacher_relations(
         pairs: [Q, 2] rows of `target/boxes`, -1 unknown.
 
     Returns:
-        Probabilities and mask [Q, R].
+        Probabilities and mask [Q, r], r = len(RELATIONS).
     """
     target = np.zeros((len(pairs), len(RELATIONS)), np.float32)
     mask = np.zeros(target.shape, bool)

@@ -1,9 +1,9 @@
-"""The questions of an export as ArrayRecord, read by scene at random.
+"""The questions of an export as ArrayRecord, for random access by scene.
 
 `questions.jsonl` is for people and other programs; training reads all questions of one scene at
-once. A TFDS builder (TensorFlow is never imported) writes them once as ArrayRecord, one record a
-scene: a record a question took 127 us to write and 180 us to read, a record a scene 17 us and
-4 us for each of its 30 questions.
+once. A TFDS builder (TensorFlow is never imported) writes them once as ArrayRecord, one record per
+scene. Per question that takes 17 us to write and 4 us to read (30 questions per scene); one record
+per question took 127 us and 180 us.
 
     records = open_question_records(Export(folder))
     records.read("scene0042")        # [{"id": ..., "question": ...}, ...]
@@ -43,14 +43,14 @@ from geode_jax.targets import held_boxes
 
 _FORMAT = "1.0.1"  # of the records; part of the cache key, so a change makes new records
 _INDEX = "index.json"
-_LENGTHS = "lengths4"  # the number changes with what `question_lengths` keeps
+_LENGTHS = "lengths5"  # the number changes with what `question_lengths` keeps
 
 ANSWER_FIELDS = ("answer", "teacher_answer", "rationale")
 """Fields of a question record that a model can learn to answer with."""
 
 
 class SceneQuestions(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder: one record a scene, `questions` = its question records as JSON lines.
+    """TFDS builder: one record per scene, `questions` = its question records as JSON lines.
 
     Splits are the export's. Record i of a split belongs to the i-th of its scenes in sorted
     order; scenes without a question have no record.
@@ -109,13 +109,13 @@ class QuestionRecords:
         self._sources: dict[str, Any] = {}
 
     def scene_ids(self, split: str | None = None) -> list[str]:
-        """Scenes that have questions, sorted within a split; all splits where None."""
+        """Returns the scenes that have questions, sorted within a split; None for all splits."""
         if split is not None:
             return list(self._scene_ids.get(split, ()))
         return list(self._position)
 
     def read(self, scene_id: str) -> list[dict]:
-        """The question records of a scene, in the order of `questions.jsonl`.
+        """Returns the question records of a scene, in the order of `questions.jsonl`.
 
         A scene without questions gives an empty list.
 
@@ -127,7 +127,7 @@ class QuestionRecords:
         split, i = self._position[scene_id]
         if split not in self._sources:
             builder = tfds.builder_from_directory(self._dataset_folder())
-            # TFDS decorates the method, and checkers then see one without arguments.
+            # TFDS decorates the method, which hides its arguments from type checkers.
             found = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
             self._sources[split] = found
         record = self._sources[split][i]
@@ -136,7 +136,7 @@ class QuestionRecords:
         return [json.loads(line) for line in record["questions"].decode().split("\n")]
 
     def of_split(self, split: str) -> Iterator[dict]:
-        """All question records of a split, scene by scene."""
+        """Yields all question records of a split, scene by scene."""
         for scene_id in self.scene_ids(split):
             yield from self.read(scene_id)
 
@@ -148,8 +148,8 @@ def open_question_records(export: Export, on_bad: str = "stop") -> QuestionRecor
     """Opens the records of an export's questions; the first call makes them.
 
     They are in `.questions/` of the export, or in the user's cache folder if the export is read
-    only, under a key of the questions' checksum and the splits. Records get their final name when
-    they are complete, so a killed process leaves none; of two processes one waits for the other.
+    only, under a key of the questions' checksum and the splits. Records get their final name once
+    complete, so a killed process leaves no partial ones. Of two processes one waits for the other.
 
     Args:
         export: an opened export.
@@ -163,9 +163,8 @@ def open_question_records(export: Export, on_bad: str = "stop") -> QuestionRecor
     split_of = {scene["id"]: scene["split"] for scene in manifest["scenes"]}
     key = json.dumps([_FORMAT, manifest["questions"], sorted(split_of.items())])
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
-    names = (
-        [name] if on_bad == "stop" else [name, name + "-skip"]
-    )  # "stop" never meets a partial one
+    # With "stop", records from which bad questions were skipped are not used.
+    names = [name] if on_bad == "stop" else [name, name + "-skip"]
     places = _places(export)
     found = _find(places, names)
     if found:
@@ -205,7 +204,7 @@ def _find(places: list[Path], names: list[str]) -> QuestionRecords | None:
             try:
                 return QuestionRecords(folder)
             except UserError as error:
-                print(f"{error}; made anew", file=sys.stderr, flush=True)
+                print(f"{error}; made again", file=sys.stderr, flush=True)
                 _discard(folder)
     return None
 
@@ -217,7 +216,7 @@ def _readable(folder: Path) -> bool:
     return all(
         os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK)
         for path in folder.rglob("*")
-        if path.suffix != ".npz"  # token counts, which are made anew
+        if path.suffix != ".npz"  # token counts, which are made again
     )
 
 
@@ -234,7 +233,7 @@ def _writable(places: list[Path], names: list[str]) -> Path:
     for place in places:
         with contextlib.suppress(OSError):  # a read-only export
             place.mkdir(parents=True, exist_ok=True)
-            # What another user keeps there under these names cannot be read: see `_find`.
+            # `_find` could not read what is there under these names: another user's records.
             taken = any(os.path.lexists(place / name) for name in names)
             if os.access(place, os.W_OK | os.X_OK) and not taken:
                 return place
@@ -242,8 +241,10 @@ def _writable(places: list[Path], names: list[str]) -> Path:
 
 
 def _lock(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Holds the folder's lock. On a file system without locks two processes may do the same work;
-    the first to finish wins."""
+    """Holds the folder's lock.
+
+    On a file system without locks two processes may do the same work; the first result is kept.
+    """
     return locked(folder / LOCK, f"{folder}: records", wait=True)
 
 
@@ -349,7 +350,7 @@ def question_lengths(
     name = f"{_LENGTHS}-{split}-{tokenizer.sha256[:16]}.npz"
     own = user_cache("questions")
     places = [records.folder / name]
-    if own:  # for records of another user, in a folder that cannot be written
+    if own:  # used if the records are in another user's folder
         places.append(own / f"{records.folder.name}-lengths" / name)
     for file in places:
         kept = _read_lengths(file) if os.access(file, os.R_OK) else None
@@ -433,7 +434,7 @@ def _token_counts(texts: list[str | None], encode: Callable) -> np.ndarray:
 
 
 def _keep(places: list[Path], arrays: dict[str, np.ndarray]) -> None:
-    """Writes the arrays to the first writable file; without one they are computed again later."""
+    """Writes the arrays to the first writable file; if there is none, nothing is cached."""
     for file in places:
         with contextlib.suppress(UserError), files.writing(file) as out:
             np.savez(out, **arrays)  # pyright: ignore[reportArgumentType]: numpy types only one name

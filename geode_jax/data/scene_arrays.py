@@ -1,4 +1,4 @@
-"""A scene of an export as the rows of a `Batch`: resampled to the patch grid, padded, masked.
+"""Makes the scene rows of a `Batch` from an export: resampled to the patch grid, padded, masked.
 
 Every function is pure. An absent tensor gives zeros and a False mask. The sizes V, P, N, ... come
 from `SceneShapes` and are the same for every scene of an export, so a step is compiled once.
@@ -31,10 +31,10 @@ SCENE_TENSORS = (
     "teacher/detection_probs",
     "teacher/relations",
 )
-"""Tensors of a scene that the student's arrays are made of."""
+"""Tensors of a scene from which the student's arrays are made."""
 
 GEODE_VISION = ("images", "internvit/tokens")
-"""Tensors that GEODE may see of a scene: its pictures, or InternViT's tokens of them."""
+"""Tensors of a scene that GEODE may see: its pictures, or their InternViT tokens."""
 _POINTS = ("sonata/features", "sonata/coord", "sonata/frame")
 
 
@@ -60,13 +60,13 @@ class SceneShapes:
         boxes: N; a scene with more keeps its first N and is not `boxes_known`.
         categories: c, width of the teacher's detection probabilities, 0 without a teacher.
         features: F, width of the teacher's patch features, 0 without a teacher.
-        depth_bins: B of the teacher's depth distribution, 0 without a teacher.
+        depth_bins: Z of the teacher's depth distribution, 0 without a teacher.
         topk: k of the teacher's logits, 0 without logits over this vocabulary.
         vision: the tensor that the model sees.
         token_dtype: dtype of vision and camera tokens. VGGT's tokens keep their stored dtype: a
             scene of them takes 90 MB in float32.
         image: (h, w) of the images, (0, 0) if the model does not see images.
-        points: G, the most points of any scene; 0 without points and for the student.
+        points: J, the most points of any scene; 0 without points and for the student.
         point_width: C of the points.
         point_frames: whether the view of every point is known.
     """

@@ -1,4 +1,4 @@
-"""Settings of a pipeline, and lengths measured on its data."""
+"""Settings of a pipeline, and the lengths of its questions and answers."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -26,14 +26,14 @@ class PipelineConfig:
     Attributes:
         export: folder of the export.
         scenes_per_batch, questions_per_scene: S and Q.
-        question_length, answer_length: Lq (prompt + bos) and La (answer + eos). A longer question
+        question_length, answer_length: L (prompt + bos) and A (answer + eos). A longer question
             is left out and counted in `Pipeline.dropped`, never truncated.
         max_boxes: N.
-        rows_per_scene, row_length: M and R of the packed text; the Q drawn questions are packed in
+        rows_per_scene, row_length: W and T of the packed text; the Q drawn questions are packed in
             the order in which they were drawn, as far as they fit.
         vision: the tensor the model sees: "vggt/tokens" or "teacher/features" (the student),
-            "images" or "internvit/tokens" (GEODE, which also sees the points of `sonata/features`
-            if there are some).
+            "images" or "internvit/tokens" (GEODE, which also sees `sonata/features` if the export
+            has them).
         seed: seed of the order of scenes and the draw of questions, >= 0.
         workers: threads that prepare batches ahead of the training step. Reading and copying large
             tensors releases Python's lock, so threads run in parallel. On a CPU that also trains,
@@ -43,9 +43,9 @@ class PipelineConfig:
         answer_field: "answer", or "teacher_answer" to learn from and score against the teacher, or
             "rationale"; questions without this field are left out and counted.
         controls: ids of `<REG>` and `<3DBBOX>`, which replace an "answer" that is a number or a
-            box. Without them, questions that a box answers are left out and counted.
+            box. Without them, questions whose answer is a box are left out and counted.
         kind_weights: {kind: weight of its questions in the draw}, 1 by default; 0 leaves them out.
-        source_weights: {data set: weight}, likewise, see `data.mixture`.
+        source_weights: {data set: weight of its questions}, see `data.mixture`.
         fraction: share of the questions of every source and kind that is used, drawn by `seed`.
         min_learned: smallest share of a source's training questions that must have the learned
             field and fit; a smaller one is refused, so that no data set is lost in silence.
@@ -131,7 +131,7 @@ def measure_lengths(
     on_bad_scene: str = "stop",
     controls: tuple[int, int] | None = None,
 ) -> Longest | None:
-    """Measures the longest question and answer of a split, from which Lq and La are chosen.
+    """Measures the longest question and answer of a split, from which L and A are chosen.
 
     Args:
         export: opened export.
@@ -143,7 +143,7 @@ def measure_lengths(
             measured.
 
     Returns:
-        The longest, or None without a question.
+        The lengths; None if there is no question.
     """
     lengths = question_lengths(open_question_records(export, on_bad_scene), split, tokenizer)
     answer = answer_lengths(lengths, answer_field, bool(controls))

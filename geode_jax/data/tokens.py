@@ -1,9 +1,8 @@
-"""Text to ids: a small superword tokenizer trained on the questions, or any Hugging Face one.
+"""Tokenizers: a small superword tokenizer trained on the questions, or any Hugging Face tokenizer.
 
-Templated questions repeat long stretches of wording that carry one bit of information together.
-A superword tokenizer gives such a stretch one id, so that a question costs 6 to 16 positions
-instead of 60, while everything the answer depends on (nouns, digits, option letters) stays an id
-of its own. Both kinds are ordinary Hugging Face tokenizer folders on disk.
+Templated questions repeat long phrases. The superword tokenizer gives such a phrase one id, so a
+question takes 6 to 16 tokens instead of 60, while everything the answer depends on (nouns, digits,
+option letters) keeps ids of its own. Both are stored as ordinary Hugging Face tokenizer folders.
 """
 
 import contextlib
@@ -29,32 +28,32 @@ from geode_jax.exports.files import (
 )
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
-_MANY = 1000
-"""Texts that are worth all cores. A scene's few take three times the CPU time there, beside a
-training step that wants the same cores."""
+_MIN_PARALLEL = 1000
+"""Texts from which on a batch is encoded on all cores. For a scene's few texts that takes three
+times the CPU time, and takes it from the training step on the same cores."""
 
-# The smallest pieces: a digit, a word, a white space, a sign; all but the white space carry the
+# The smallest pieces: a digit, a word, a white space, a sign. All but the white space include the
 # space before them, so that decoding is plain concatenation.
 _UNIT = r" ?[0-9]| ?[\p{L}\p{M}]+|\s| ?[^\s\p{L}\p{M}0-9]"
-_LETTER = r"[^\W\d_]"  # for Python's re, which knows no \p{L}
+_LETTER = r"[^\W\d_]"  # for Python's re, which has no \p{L}
 _PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 
 
 class Tokenizer:
-    """A tokenizer and the four ids that the trainer needs.
+    """A tokenizer and the ids of the four special tokens that the trainer needs.
 
-    `encode` adds no special ids: the pipeline places bos and eos itself. Special tokens that
-    appear in a text as text are read as text.
+    `encode` adds no special ids: the pipeline places bos and eos itself. The names of special
+    tokens in a text are encoded as ordinary text.
 
     Attributes:
         pad_id, bos_id, eos_id, unk_id: ids of the special tokens. Where a Hugging Face tokenizer
             lacks one: pad falls back to eos, bos to pad (Qwen's `<|endoftext|>`), unk to pad.
-        vocab_size: largest id + 1, the rows an embedding needs.
+        vocab_size: largest id + 1, the number of rows of an embedding.
         sha256: hex digest of the `tokenizer.json` that `save` writes.
     """
 
     def __init__(self, tokenizer_json: str, special_tokens: dict[str, str]):
-        """Args: the text of a `tokenizer.json`, and pad/bos/eos/unk_token -> token."""
+        """Args: tokenizer_json: text of a `tokenizer.json`. special_tokens: {"eos_token": ...}."""
         self._json = tokenizer_json
         self._special = dict(special_tokens)
         self._backend = tokenizers.Tokenizer.from_str(tokenizer_json)
@@ -76,43 +75,43 @@ class Tokenizer:
         return Tokenizer, (self._json, self._special)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without bos or eos."""
+        """Returns the ids of a text, without bos or eos."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of every text; of many on all cores."""
-        if len(texts) < _MANY:
+        """Returns the ids of every text; many texts are encoded on all cores."""
+        if len(texts) < _MIN_PARALLEL:
             return [self.encode(text) for text in texts]
         batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in batch]
 
     def encode_answers(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode_batch` of texts that follow a prompt: with one space before each.
+        """Returns the ids of texts that follow a prompt, with one space before each.
 
-        Llama's tokenizers put it there by themselves, and the older ones would put a second before
-        one that stands already, which is not how a Llama answers.
+        Llama's tokenizers add this space themselves, the older ones even if there is one already;
+        a second space would not match the answers of a Llama teacher.
         """
         own = self._backend.encode("a", add_special_tokens=False).tokens[:1] or [""]
         space = "" if own[0].startswith("▁") else " "
         return self.encode_batch([space + text for text in texts])
 
     def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """As `encode_batch`, and where in its text (in characters) every token ends."""
+        """Returns (ids, end of every token in characters of the text) of every text."""
         found = (self._backend.encode(text, add_special_tokens=False) for text in texts)
         return [(encoding.ids, [end for _, end in encoding.offsets]) for encoding in found]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of ids; special tokens are left out unless `skip_special` is False.
+        """Decodes ids to text, without special tokens unless `skip_special` is False.
 
         Ids beyond the vocabulary (padding rows of an embedding) decode to nothing.
         """
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def id_of(self, token: str) -> int:
-        """The id of a token of the vocabulary.
+        """Returns the id of a token.
 
         Raises:
-            UserError: it has no such token.
+            UserError: the vocabulary has no such token.
         """
         found = self._backend.token_to_id(token)
         if found is None:
@@ -120,13 +119,14 @@ class Tokenizer:
         return found
 
     def with_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
-        """The same tokenizer with further special tokens.
+        """Returns this tokenizer with further special tokens.
 
         Args:
-            tokens: get the next free ids in this order; one that it has already keeps its id.
+            tokens: special tokens. New ones get the next ids in this order; one that exists keeps
+                its id.
 
         Raises:
-            UserError: the ids have gaps, among which the new ones would be lost.
+            UserError: the existing ids have gaps, so the new ids would not be the next ones.
         """
         backend = tokenizers.Tokenizer.from_str(self._json)
         new = [t for t in dict.fromkeys(tokens) if backend.token_to_id(t) is None]
@@ -155,14 +155,14 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Reads a tokenizer folder: one written by `Tokenizer.save`, or any Hugging Face one.
+    """Reads a tokenizer folder, written by `Tokenizer.save` or any Hugging Face tokenizer.
 
     Args:
         folder: local folder; nothing is downloaded, and no code in it is ever run.
 
     Raises:
-        UserError: the folder is missing, is no tokenizer folder, is damaged, needs code of its
-            own, or names no eos token.
+        UserError: the folder is missing, is no tokenizer folder, is damaged, needs its own Python
+            code, or names no eos token.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -179,7 +179,7 @@ _OBJECTS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "config.json"),
 )
-"""Those that transformers takes for JSON objects."""
+"""Those of them that transformers reads as JSON objects."""
 
 
 def _read_folder(folder: Path) -> Tokenizer:
@@ -187,7 +187,7 @@ def _read_folder(folder: Path) -> Tokenizer:
     for path in sorted(folder.iterdir()):
         if path.suffix in _FILES and not path.is_dir():
             refuse_foreign_link(path)
-            open_regular(path).close()  # transformers would wait for a pipe
+            open_regular(path).close()  # reading a pipe would block transformers
             if path.name in _OBJECTS:
                 objects[path.name] = read_json_object(path)
     config = objects.get("tokenizer_config.json", {})
@@ -196,19 +196,20 @@ def _read_folder(folder: Path) -> Tokenizer:
         text = read_text(folder / "tokenizer.json")
     ours = [config.get(f"{name}_token") for name in ("pad", "bos", "eos", "unk")]
     if text is not None and ours == [PAD, BOS, EOS, UNK]:
-        tokenizer, _ = _tried(text, _specials(config.get))
+        tokenizer, _ = _tested(text, _specials(config.get))
         return tokenizer
     text, specials, expected = _through_transformers(folder, text)
-    tokenizer, ids = _tried(text, specials)
+    tokenizer, ids = _tested(text, specials)
     if ids != expected:
         raise UserError(
-            "transformers reads a text otherwise than tokenizer.json says, by tokenizer_config.json"
+            "transformers encodes a text differently from tokenizer.json, because of "
+            "tokenizer_config.json"
         )
     return tokenizer
 
 
 def _through_transformers(folder: Path, text: str | None) -> tuple[str, dict[str, str], list[int]]:
-    """Any Hugging Face tokenizer: its `tokenizer.json`, special tokens, and ids of `_TRIAL`."""
+    """Returns `tokenizer.json`, special tokens and ids of `_TEST_TEXT`, read by transformers."""
     from transformers import AutoTokenizer  # slow to import, and rarely needed
     from transformers.utils import logging
 
@@ -220,10 +221,10 @@ def _through_transformers(folder: Path, text: str | None) -> tuple[str, dict[str
                 str(folder), local_files_only=True, trust_remote_code=False
             )
             text = text or fast.backend_tokenizer.to_str()
-            expected = list(fast.encode(_TRIAL, add_special_tokens=False))
+            expected = list(fast.encode(_TEST_TEXT, add_special_tokens=False))
         except ValueError as error:
             if "trust_remote_code" in str(error):
-                raise UserError("needs Python code of its own, which is never run here") from None
+                raise UserError("needs its own Python code, which is never run here") from None
             raise
         finally:
             logging.set_verbosity(verbosity)
@@ -235,37 +236,37 @@ def _through_transformers(folder: Path, text: str | None) -> tuple[str, dict[str
 
 @contextlib.contextmanager
 def _refused(what: str) -> Iterator[None]:
-    """Whatever a library raises of a damaged tokenizer as one line that begins with `what`."""
+    """Turns any error of a library about a damaged tokenizer into one line, `what` first."""
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # a panic of the library's Rust code is no Exception
+    except BaseException as error:  # a panic of Rust code is no Exception
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{what} ({one_line(reason[0], 200)})") from None
 
 
-_TRIAL = "How many chairs?\nA. 2.4 m \u00fc\u5b57\ue000\U0010fffd"
-"""Words, digits and signs, and letters that few vocabularies have."""
+_TEST_TEXT = "How many chairs?\nA. 2.4 m \u00fc\u5b57\ue000\U0010fffd"
+"""Words, digits, signs, and characters that few vocabularies have."""
 
 
-def _tried(text: str, specials: dict[str, str]) -> tuple[Tokenizer, list[int]]:
-    """A tokenizer that has proved to read and write, and its ids of `_TRIAL`."""
+def _tested(text: str, specials: dict[str, str]) -> tuple[Tokenizer, list[int]]:
+    """Returns a tokenizer that encoded and decoded `_TEST_TEXT`, and the ids of that text."""
     with _refused("tokenizer.json: damaged"):
         tokenizer = Tokenizer(text, specials)
-        ids = tokenizer.encode(_TRIAL)
+        ids = tokenizer.encode(_TEST_TEXT)
         tokenizer.decode(ids, skip_special=False)
     if any(i >= tokenizer.vocab_size for i in ids):
-        raise UserError("tokenizer.json: damaged (it gives ids that are in no vocabulary)")
+        raise UserError("tokenizer.json: damaged (it gives ids outside its vocabulary)")
     return tokenizer, ids
 
 
 MAX_VOCABULARY = 1 << 24
-"""An embedding needs as many rows as the largest id; published vocabularies end at a million."""
+"""Limit of the ids, each a row of the embedding; published vocabularies end at a million."""
 
 
 def _check_vocabulary(vocabulary: dict[str, int], specials: dict[str, str]) -> None:
-    """Refuses ids that are too large or of two tokens, and special tokens that have none."""
+    """Refuses ids that are too large, ids of two tokens, and special tokens without an id."""
     if not vocabulary:
         raise UserError("tokenizer.json: no token")
     last = max(vocabulary, key=vocabulary.__getitem__)
@@ -294,21 +295,21 @@ def _specials(get: Callable[[str], Any]) -> dict[str, str]:
 
 
 def train_tokenizer(texts: Iterable[str], nouns: Sequence[str], min_count: int) -> Tokenizer:
-    """Learns a superword tokenizer.
+    """Trains a superword tokenizer.
 
-    Nouns, digits and option markers (a new line with `A.`) are atoms: always one id each. What
-    stands between two atoms is a run, and an option's line ends one; a run seen at least
-    `min_count` times is one id, any other run is spelled by its words and signs. A word that no
-    text contained becomes `<unk>`. Every known word has an id with and one without the space
-    before it, so `decode(encode(x)) == x` for every text made of known words.
+    Nouns, digits and option markers (a new line with `A.`) are atoms: always one id each. The text
+    between two atoms is a run; the end of an option's line also ends a run. A run that occurs at
+    least `min_count` times gets one id, any other run is spelled by its words and signs. A word
+    that occurs in no text becomes `<unk>`. Every known word has an id with and one without the
+    space before it, so `decode(encode(x)) == x` for every text made of known words.
 
     Args:
         texts: prompts and answers (answers with the space that will precede them).
-        nouns: words or phrases that are atoms, lower case as they appear in the texts.
-        min_count: how often a run must occur to become one id.
+        nouns: words or phrases that are atoms, in lower case as in the texts.
+        min_count: occurrences from which on a run gets one id.
 
     Returns:
-        The tokenizer; its ids depend on the texts as a multiset, not on their order.
+        The tokenizer; its ids do not depend on the order of the texts.
     """
     atom = _atom_pattern(nouns)
     runs, markers = Counter(), set()
@@ -353,8 +354,8 @@ def train_tokenizer(texts: Iterable[str], nouns: Sequence[str], min_count: int) 
 
 
 def _atom_pattern(nouns: Sequence[str]) -> re.Pattern[str]:
-    """Splits a text so that the odd pieces are atoms and the even ones the runs between them."""
-    # Longest first: Python's alternation takes the first that fits, "table" or "table lamp".
+    """Returns the pattern that splits a text into runs (even pieces) and atoms (odd pieces)."""
+    # Longest first: Python's alternation takes the first match, so "table lamp" before "table".
     longest_first = sorted({re.escape(noun) for noun in nouns}, key=lambda n: (-len(n), n))
     atoms = [r" ?[0-9]", r"\n[A-Z]\."]
     if longest_first:
@@ -367,7 +368,7 @@ def _ranked(counts: Counter) -> list[str]:
 
 
 def _word_level(vocabulary: Iterable[str], long_pieces: Iterable[str]) -> tokenizers.Tokenizer:
-    """A WordLevel tokenizer that cuts a text into the longest known pieces, else into units."""
+    """Returns a WordLevel tokenizer: a text is split into the longest known pieces, else units."""
     ids = {piece: i for i, piece in enumerate(vocabulary)}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(ids, unk_token=UNK))
     pattern = "|".join([*_trie_patterns(long_pieces), _UNIT])
@@ -378,11 +379,11 @@ def _word_level(vocabulary: Iterable[str], long_pieces: Iterable[str]) -> tokeni
 
 
 def _trie_patterns(pieces: Iterable[str]) -> list[str]:
-    """A regular expression for "the longest of these", as a trie: three times as fast as a list.
+    """Returns [a pattern that matches the longest of the pieces], [] without pieces.
 
-    A piece that ends in a letter must not be followed by one ("the b" is no piece of "the bed").
-    Chains without a branch are written out in one go, so nesting stays far below Oniguruma's
-    limit of 4096 levels.
+    The pattern is a trie, three times as fast as an alternation of the pieces. A piece that ends in
+    a letter must not be followed by one ("the b" is no piece of "the bed"). Chains without a
+    branch add no level, so the nesting stays far below Oniguruma's limit of 4096.
     """
     trie: dict = {}
     for piece in pieces:

@@ -186,9 +186,9 @@ class Evaluator:
         """Returns a checksum of everything that the answers depend on."""
         model = fingerprint({"params": state.params, "frozen": state.frozen})
         manifest = Export(pipeline.config.export).manifest
-        asked = [pipeline.split, repr(pipeline.config), manifest["scenes"], manifest["questions"]]
+        data = [pipeline.split, repr(pipeline.config), manifest["scenes"], manifest["questions"]]
         ids = [self._tokenizer.sha256, self._tokenizer.eos_id]
-        return checksum([__version__, model, *asked, *ids, *settings])
+        return checksum([__version__, model, *data, *ids, *settings])
 
     def answer_batch(self, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
         """Returns the result of `Objective.answer` for a whole host batch, on the device."""

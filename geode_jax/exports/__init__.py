@@ -1,11 +1,16 @@
-"""The array contract, and what it stands on; loaded by path in other projects' environments, too.
+"""The array contract. The package can be loaded by path in other projects' environments.
 
-`contract` is the contract itself, `files` reads and writes small files, `scene_names` knows which
-scene a name means, `cameras` what a pinhole camera can be, `prompts` has the words in which
-questions are put, `units` reads numbers with units, `question_rules` finds contradictions in a
-question, `made_from` knows what scenes were made from, and `frames` has the frame of a VGGT
-reconstruction. The package stands alone: Python 3.9, numpy and safetensors (tqdm for the progress
-bar when installed), relative imports only; `pictures`, which needs Pillow, is imported by name.
+* `contract` specifies the tensors, `records` the JSON files, `kinds` the kinds of questions.
+* `reader`, `writer` and `validation` read, write and check an export.
+* `files` reads and writes small files, `pictures` reads pictures.
+* `scene_names` matches names of scenes, `cameras` checks whether cameras are plausible, `frames`
+  transforms a VGGT reconstruction.
+* `prompts` words the questions for the model, `units` reads numbers with units, `question_rules`
+  finds contradictions in a question.
+* `made_from` detects that the source of a scene has changed.
+
+The package stands alone: Python 3.9, numpy and safetensors (tqdm for the progress bar if
+installed), relative imports only. `pictures` needs Pillow, so it is not imported here.
 """
 
 from . import cameras, files, frames, made_from, prompts, question_rules, scene_names, units

@@ -1,9 +1,10 @@
-"""What a pinhole camera of a room can be, and what of an export shows that its cameras are wrong.
+"""Plausibility checks of a room's pinhole cameras, poses and depth scale.
 
-Intrinsics that belong to pictures of another size are the commonest silent fault of RGB-D data:
-nothing is out of range, and every point is in the wrong place. Three facts give them away. The
-principal point of a camera is near the middle of its picture; depth and colour, taken from one
-place, see about as wide; and a resized picture moves both by the same factor.
+The commonest silent fault of RGB-D data is an intrinsic for pictures of another size: every number
+is in range, and every point is in the wrong place. Three facts reveal it. The principal point of a
+camera is near the middle of its picture; the depth and colour cameras of one device have about the
+same field of view; and resizing a picture scales its focal lengths and principal point by the same
+factor.
 
 Pixel centres are at integers, so the middle of a picture of n pixels is at (n - 1) / 2. This module
 stands alone (Python 3.9, numpy), as the whole package does.
@@ -15,196 +16,203 @@ from collections.abc import Mapping
 
 import numpy as np
 
-CENTRE = 0.06
-"""How far the principal point may be from the middle, as a share of the side, and half a pixel.
-Sensors measured 0.033 at most (TUM's first Kinect); pictures scaled by 1.125 have 0.0625."""
-FIELD = 1.15
-"""How many times as wide one of two cameras may see as the other. Kinects that are not registered
-have 1.12."""
-WIDEST, NARROWEST = 8.0, 0.1
-"""Side over focal length: 152 and 5.7 degrees."""
-STRETCH = 2.0
-"""How many times as long as high a pixel may be, or the other way: 16 : 9 in a square has 1.78."""
+MAX_CENTRE_OFFSET = 0.06
+"""Largest distance of the principal point from the middle as a share of the side, besides half a
+pixel. Real sensors have at most 0.033 (TUM's first Kinect); resizing by 1.125 without adapting the
+intrinsic gives 0.0625."""
+MAX_FIELD_RATIO = 1.15
+"""Largest ratio of the fields of view (side over focal length) of depth and colour. It is 1.12 for
+Kinects that are not registered."""
+_MAX_FIELD, _MIN_FIELD = 8.0, 0.1
+"""Largest and smallest side over focal length: 152 and 5.7 degrees."""
+_MAX_STRETCH = 2.0
+"""Largest ratio of the two focal lengths; a 16 : 9 picture resized to a square has 1.78."""
 
-BLACK = 0.2
-"""Share of pictures that is exactly black, from which it is said."""
-OUTSIDE = 0.02
-"""Share of points outside the bulk, from which it is said."""
-_BULK = 2.0
-"""The bulk of a room reaches so many times as far from its middle as 90 % of its points do."""
-_MOST_POINTS = 100_000
-"""Points of a scene that are looked at."""
+_MAX_BLACK = 0.2
+"""Share of exactly black pixels above which a scene is reported."""
+_MAX_OUTSIDE = 0.02
+"""Share of points far outside the room above which a scene is reported."""
+_OUTSIDE_FACTOR = 2.0
+"""A point is far outside if its distance from the median point is more than this many times the
+distance within which 90 % of the points lie."""
+_MAX_POINTS = 100_000
+"""Points of a scene that are examined."""
 
-FLOATING = 0.1
-"""Share of points before what another view sees, from which it is said. Rooms have 0.03, recordings
-0.04 at most; with inverted poses 0.12 to 0.3."""
-DISAGREE, BETTER = 0.03, 0.6
-"""It is also said where more than the one share disagrees, and another reading of poses or of depth
-has less than the other share of that."""
-_SAME_DEPTH = 0.2
-"""By what share two views may differ about the depth of a point."""
-_MOST_VIEWS, _POINTS_OF_VIEW, _SHARED, _ENOUGH = 8, 512, 0.2, 300
-"""Views of a scene that are compared, points of each, the share of these that two views that
-overlap have in common, and how many of an export are enough to say something."""
-LARGEST, SMALLEST = 30.0, 0.5
-"""Metres that the middle 96 % of a room's points may, and must, reach over."""
-_READINGS = {
+_MAX_FLOATING = 0.1
+"""Share of points in front of the surface that another view measured, above which an export is
+reported. Correct exports have 0.03 (rooms) to 0.04 (recordings), inverted poses 0.12 to 0.3."""
+_MAX_DISAGREEMENT, _BETTER = 0.03, 0.6
+"""An export is also reported if more than `_MAX_DISAGREEMENT` of the points differ, and another
+interpretation of poses or depth has less than `_BETTER` times that share."""
+_DEPTH_TOLERANCE = 0.2
+"""Relative difference of depth above which two views disagree about a point."""
+_MAX_VIEWS, _POINTS_PER_VIEW = 8, 512
+"""Views of a scene that are compared, and points of each."""
+_MIN_OVERLAP = 0.2
+"""Share of a view's points that must fall into another view for the two to be compared."""
+_MIN_COMPARED = 300
+"""Points of an export that must have been compared before a disagreement is reported."""
+_MAX_EXTENT, _MIN_EXTENT = 30.0, 0.5
+"""Metres over which the middle 96 % of a room's points may, and must, extend."""
+_INTERPRETATIONS = {
     "": (False, 1.0),
     "inverted poses": (True, 1.0),
     **{f"depth times {factor:g}": (False, factor) for factor in (0.2, 0.5, 2.0, 5.0)},
 }
-"""What an export may be instead: whether its poses are inverted, and the factor of its depth."""
+"""How the stored arrays may be interpreted: {name: (poses are inverted, factor of depth)}."""
 
 
 def off_centre(intrinsic: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """How far principal points are from the middle, as a share of the sides [..., 2].
+    """Returns the distances of principal points from the middle, as shares of the sides [..., 2].
 
     Args:
         intrinsic: [..., 3, 3].
-        size: (width, height) of the picture that it is for.
+        size: (width, height) of the picture that the intrinsic is for.
     """
     sides = np.array(size, np.float64)
     return np.abs(np.asarray(intrinsic, np.float64)[..., :2, 2] + 0.5 - sides / 2) / sides
 
 
 def fault(intrinsic: np.ndarray, size: tuple[int, int]) -> str | None:
-    """Why no camera of a picture has this intrinsic; None where one may have it.
+    """Returns why an intrinsic is implausible for a picture, None if it is plausible.
 
     Args:
-        intrinsic: [3, 3]; the focal lengths' signs play no part.
-        size: (width, height).
+        intrinsic: [3, 3]; the signs of the focal lengths are ignored.
+        size: (width, height) of the picture.
     """
     fx, fy, cx, cy = (abs(intrinsic[0, 0]), abs(intrinsic[1, 1]), *intrinsic[:2, 2])
-    said = f"focal lengths {fx:g}, {fy:g} and centre {cx:g}, {cy:g}"
+    numbers = f"focal lengths {fx:g}, {fy:g} and centre {cx:g}, {cy:g}"
     if not np.isfinite([fx, fy, cx, cy]).all() or min(fx, fy) <= 0:
-        return f"{said} are no camera"
+        return f"{numbers} are no camera"
     picture = f"pictures of {size[0]} x {size[1]} pixels"
-    if (off_centre(intrinsic, size) > CENTRE + 0.5 / np.array(size)).any():
+    if (off_centre(intrinsic, size) > MAX_CENTRE_OFFSET + 0.5 / np.array(size)).any():
         shares = ", ".join(f"{(c + 0.5) / n:.2f}" for c, n in zip((cx, cy), size))
         return (
             f"the centre {cx:g}, {cy:g} is at {shares} of the sides of {picture}, not within "
-            f"{CENTRE} of the middle: is the intrinsic for another size?"
+            f"{MAX_CENTRE_OFFSET} of the middle: is the intrinsic for another size?"
         )
     width, height = size[0] / fx, size[1] / fy
-    if not (min(width, height) >= NARROWEST and max(width, height) <= WIDEST):
-        return f"{said} see 2 atan({width / 2:.3g}) wide: no camera's for {picture}"
-    if not 1 / STRETCH <= fx / fy <= STRETCH:
-        return f"{said}: pixels {fx / fy:.2g} times as high as wide are no camera's"
+    if not (min(width, height) >= _MIN_FIELD and max(width, height) <= _MAX_FIELD):
+        angle = 2 * np.degrees(np.arctan(width / 2))
+        return f"{numbers}: no camera sees {angle:.3g} degrees wide in {picture}"
+    if not 1 / _MAX_STRETCH <= fx / fy <= _MAX_STRETCH:
+        return f"{numbers}: no camera has pixels {fx / fy:.2g} times as high as wide"
     return None
 
 
-def shown_faults(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """What of a scene shows that its cameras may be wrong: reason -> how large, 0 to 1.
+def scene_warnings(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Returns the signs of wrong cameras in one scene: {warning: the share that it ends with}.
 
     Args:
-        arrays: tensors of the contract by name; what is absent is not looked at.
+        arrays: tensors of the contract by name; the checks of absent ones are skipped.
     """
     found = {}
     depth = arrays.get("vggt/depth", arrays.get("target/depth"))
     if "camera/intrinsic" in arrays and depth is not None:
         off = off_centre(arrays["camera/intrinsic"], depth.shape[:0:-1])
         slack = 0.5 / np.array(depth.shape[:0:-1])
-        if (off > CENTRE + slack).any():
-            reason = "the principal point is off the middle of the picture (is the intrinsic for "
-            found[reason + "another size?), as a share of the side,"] = off
+        if (off > MAX_CENTRE_OFFSET + slack).any():
+            warning = "the principal point is off the middle of the picture (is the intrinsic for "
+            found[warning + "another size?) by this share of the side:"] = off
     if "images" in arrays:
         black = (arrays["images"].max(-1) == 0).mean()
-        if black > BLACK:
-            found["pictures are black where colour saw nothing, a share of"] = black
+        if black > _MAX_BLACK:
+            found["pictures are black where colour saw nothing, share of pixels:"] = black
     points = _known_points(arrays.get("vggt/points"), depth)
     if points is not None and len(points):
-        points = points[:: max(1, len(points) // _MOST_POINTS)].astype(np.float64)
+        points = points[:: max(1, len(points) // _MAX_POINTS)].astype(np.float64)
         away = np.linalg.norm(points - np.median(points, axis=0), axis=-1)
-        outside = (away > _BULK * np.quantile(away, 0.9)).mean()
-        if outside > OUTSIDE:
-            found["points lie far outside the room, twice as far as 90 % of them, a share of"] = (
-                outside
-            )
-    return {reason: float(np.max(size)) for reason, size in found.items()}
+        outside = (away > _OUTSIDE_FACTOR * np.quantile(away, 0.9)).mean()
+        if outside > _MAX_OUTSIDE:
+            warning = "points are more than twice as far away as 90 % of them, share of points:"
+            found[warning] = outside
+    return {warning: float(np.max(share)) for warning, share in found.items()}
 
 
-class Watch:
-    """What the scenes of an export show together: of wrong cameras, poses and depth scales.
+class CameraCheck:
+    """Collects the signs of wrong cameras, poses and depth scales over the scenes of an export.
 
     Use:
-        watch = Watch(metric=True)
+        check = CameraCheck(metric=True)
         for arrays in scenes:
-            watch.add(arrays)
-        print(*watch.lines(), sep="\\n")
+            check.add(arrays)
+        print(*check.lines(), sep="\\n")
     """
 
     def __init__(self, metric: bool) -> None:
         """Args: metric: whether lengths are metres."""
         self._metric = metric
         self._scenes = 0
-        self._shown: dict[str, list[float]] = {}
-        self._views = np.zeros((len(_READINGS), 3), np.int64)
+        self._found: dict[str, list[float]] = {}
+        self._counts = np.zeros((len(_INTERPRETATIONS), 3), np.int64)
 
     def add(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Takes note of a scene, of its tensors by name; absent ones are not looked at."""
+        """Examines a scene, given its tensors by name; the checks of absent ones are skipped."""
         self._scenes += 1
-        for reason, size in shown_faults(arrays).items():
-            self._shown.setdefault(reason, []).append(size)
+        for warning, share in scene_warnings(arrays).items():
+            self._found.setdefault(warning, []).append(share)
         depth = arrays.get("vggt/depth", arrays.get("target/depth"))
         if depth is None or "camera/intrinsic" not in arrays or "camera/extrinsic" not in arrays:
             return
-        seen = [
-            np.asarray(array[:_MOST_VIEWS], np.float64)
+        views = [
+            np.asarray(array[:_MAX_VIEWS], np.float64)
             for array in (depth, arrays["camera/intrinsic"], arrays["camera/extrinsic"])
         ]
-        for row, (inverted, factor) in enumerate(_READINGS.values()):
-            self._views[row] += compared(seen[0] * factor, *seen[1:], inverted=inverted)
-        points = [_world(*view) for view in zip(*seen)]
+        for row, (inverted, factor) in enumerate(_INTERPRETATIONS.values()):
+            self._counts[row] += _compare_views(views[0] * factor, *views[1:], inverted=inverted)
+        points = [_world(*view) for view in zip(*views)]
         points = np.concatenate([p for p in points if len(p)] or [np.zeros((0, 3))])
         if self._metric and len(points):
             low, high = np.quantile(points, (0.02, 0.98), axis=0)
-            reach = float((high - low).max())
-            if not SMALLEST <= reach <= LARGEST:
-                limit = f"more than {LARGEST:g}" if reach > LARGEST else f"less than {SMALLEST:g}"
-                reason = f"the room reaches over {limit} m (the depth scale?): metres,"
-                self._shown.setdefault(reason, []).append(reach)
+            extent = float((high - low).max())
+            if not _MIN_EXTENT <= extent <= _MAX_EXTENT:
+                limit = f"less than {_MIN_EXTENT:g}"
+                if extent > _MAX_EXTENT:
+                    limit = f"more than {_MAX_EXTENT:g}"
+                warning = f"the room extends over {limit} m (is the depth scale right?), metres:"
+                self._found.setdefault(warning, []).append(extent)
 
     def lines(self) -> list[str]:
-        """What is wrong, a line each."""
+        """Returns the warnings, one line each; scenes with the same warning share a line."""
         found = [
-            f"in {len(sizes)} of {self._scenes} scenes {reason} up to {max(sizes):.2f}"
-            for reason, sizes in sorted(self._shown.items())
+            f"in {len(sizes)} of {self._scenes} scenes {warning} up to {max(sizes):.2f}"
+            for warning, sizes in sorted(self._found.items())
         ]
         line = self._disagreement()
         return found if line is None else [*found, line]
 
     def _disagreement(self) -> str | None:
-        if self._views[0, 2] < _ENOUGH:
+        if self._counts[0, 2] < _MIN_COMPARED:
             return None
         shares = {
-            reading: ((before + behind) / count, before / count)
-            for reading, (before, behind, count) in zip(_READINGS, self._views.tolist())
-            if count >= _ENOUGH
+            name: ((before + behind) / count, before / count)
+            for name, (before, behind, count) in zip(_INTERPRETATIONS, self._counts.tolist())
+            if count >= _MIN_COMPARED
         }
         apart, floating = shares[""]
-        best = min(shares, key=lambda reading: shares[reading])
-        better = apart > DISAGREE and shares[best][0] < BETTER * apart
-        if not better and floating <= FLOATING:
+        best = min(shares, key=lambda name: shares[name])
+        better = apart > _MAX_DISAGREEMENT and shares[best][0] < _BETTER * apart
+        if not better and floating <= _MAX_FLOATING:
             return None
         question = "are the poses camera-to-world, is the depth scale right?"
         if better:
-            inverted, _ = _READINGS[best]
-            asked = "are they camera-to-world?" if inverted else "is the depth scale right?"
-            question = f"with {best} only {shares[best][0]:.0%} differ: {asked}"
+            inverted, _ = _INTERPRETATIONS[best]
+            question = "are they camera-to-world?" if inverted else "is the depth scale right?"
+            question = f"with {best} only {shares[best][0]:.0%} differ: {question}"
         return (
             f"views disagree about where surfaces are: {apart:.0%} of the points that two views "
-            f"show differ by more than {_SAME_DEPTH:.0%} in depth, {floating:.0%} float before "
-            f"what the other sees; {question}"
+            f"show differ by more than {_DEPTH_TOLERANCE:.0%} in depth, {floating:.0%} are in "
+            f"front of the surface that the other view measured; {question}"
         )
 
 
-def compared(
+def _compare_views(
     depth: np.ndarray, intrinsic: np.ndarray, extrinsic: np.ndarray, *, inverted: bool = False
 ) -> np.ndarray:
-    """How views that overlap agree: points of one in the pictures of others, counted.
+    """Counts the points of each view that contradict the depth of an overlapping view.
 
-    A point of one view must be as far away as another measured there, or be hidden behind what that
-    sees. What floats before it is wrong, or at an edge.
+    A point of one view, projected into another, must have the depth that is stored there, or be
+    hidden behind that surface. A point in front of the surface is wrong, or at an edge.
 
     Args:
         depth: [views, h, w], 0 = unknown.
@@ -213,7 +221,7 @@ def compared(
         inverted: the extrinsics are world from camera instead.
 
     Returns:
-        [3]: of the points, those before, those behind, all.
+        [3]: points in front of the other view's surface, points behind it, all points.
     """
     if inverted:
         rotation = extrinsic[:, :, :3].swapaxes(1, 2)
@@ -225,26 +233,26 @@ def compared(
         for j in range(len(depth)):
             if i == j or not len(world):
                 continue
-            seen = world @ extrinsic[j, :, :3].T + extrinsic[j, :, 3]
-            seen = seen[seen[:, 2] > 1e-6]
-            pixels = seen @ intrinsic[j].T
+            moved = world @ extrinsic[j, :, :3].T + extrinsic[j, :, 3]
+            moved = moved[moved[:, 2] > 1e-6]
+            pixels = moved @ intrinsic[j].T
             across, down = np.round(pixels[:, :2] / pixels[:, 2:]).T
             inside = (across >= 0) & (across < width) & (down >= 0) & (down < height)
             there = depth[j][down[inside].astype(int), across[inside].astype(int)]
-            here = seen[inside, 2][there > 0]
+            here = moved[inside, 2][there > 0]
             there = there[there > 0]
-            if len(here) < _SHARED * len(world):
+            if len(here) < _MIN_OVERLAP * len(world):
                 continue
-            before = (here < (1 - _SAME_DEPTH) * there).sum()
-            behind = (here > (1 + _SAME_DEPTH) * there).sum()
+            before = (here < (1 - _DEPTH_TOLERANCE) * there).sum()
+            behind = (here > (1 + _DEPTH_TOLERANCE) * there).sum()
             counts += (before, behind, len(here))
     return counts
 
 
 def _world(depth: np.ndarray, intrinsic: np.ndarray, extrinsic: np.ndarray) -> np.ndarray:
-    """Points [n, 3] of a view, evenly chosen among those whose depth is known."""
+    """Returns points [n, 3] of a view, evenly chosen among those whose depth is known."""
     rows, columns = np.nonzero(depth > 0)
-    chosen = slice(None, None, max(1, len(rows) // _POINTS_OF_VIEW))
+    chosen = slice(None, None, max(1, len(rows) // _POINTS_PER_VIEW))
     rows, columns = rows[chosen], columns[chosen]
     far = depth[rows, columns]
     x = (columns - intrinsic[0, 2]) / intrinsic[0, 0] * far
@@ -253,7 +261,7 @@ def _world(depth: np.ndarray, intrinsic: np.ndarray, extrinsic: np.ndarray) -> n
 
 
 def _known_points(points: np.ndarray | None, depth: np.ndarray | None) -> np.ndarray | None:
-    """Points [n, 3] where there is a depth, or that are not the origin."""
+    """Returns the points [n, 3] with a known depth; without depth, those other than the origin."""
     if points is None:
         return None
     if depth is not None and depth.shape == points.shape[:-1]:

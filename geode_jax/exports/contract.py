@@ -189,7 +189,7 @@ def _topk_rule(ids: np.ndarray, manifest: Manifest, dtype: str) -> str | None:
         return wrong
     ordered = np.sort(ids, axis=-1)
     bad = (ordered[:, 1:] == ordered[:, :-1]).any(axis=-1)
-    return f"an id stands twice at {_first(bad)}" if bad.any() else None
+    return f"an id is repeated at {_first(bad)}" if bad.any() else None
 
 
 def _question_rule(rows: np.ndarray, manifest: Manifest, dtype: str) -> str | None:
@@ -242,9 +242,9 @@ SPECS: dict[str, TensorSpec] = {
     "vggt/points_conf": TensorSpec("V h w", _FLOAT, needs="vggt/points"),
     "camera/extrinsic": TensorSpec("V 3 4", ("F32",), _extrinsic_rule),
     "camera/intrinsic": TensorSpec("V 3 3", ("F32",), _intrinsic_rule, largest=LARGEST_PIXEL),
-    "sonata/features": TensorSpec("G Cp", _FLOAT, largest=LARGEST_FEATURE),
-    "sonata/coord": TensorSpec("G 3", _FLOAT, largest=LARGEST_PLACE),
-    FRAME: TensorSpec("G", ("I32", "I64"), _frame_rule, "sonata/coord"),
+    "sonata/features": TensorSpec("J Cp", _FLOAT, largest=LARGEST_FEATURE),
+    "sonata/coord": TensorSpec("J 3", _FLOAT, largest=LARGEST_PLACE),
+    FRAME: TensorSpec("J", ("I32", "I64"), _frame_rule, "sonata/coord"),
     "internvit/tokens": TensorSpec("V I E", _FLOAT, largest=LARGEST_FEATURE),
     "images": TensorSpec("V H W 3", ("U8",)),
     "target/depth": TensorSpec("V h w", _FLOAT, _depth_rule),
@@ -252,7 +252,7 @@ SPECS: dict[str, TensorSpec] = {
     BOXES: TensorSpec("N 7", ("F32",), _boxes_rule),
     "target/labels": TensorSpec("N", ("I32", "I64"), _category_rule(0), BOXES),
     "teacher/features": TensorSpec("V gh gw F", _FLOAT),
-    "teacher/depth_bins": TensorSpec("V hb wb B", _FLOAT, _probability_rule(slice(None))),
+    "teacher/depth_bins": TensorSpec("V hb wb Z", _FLOAT, _probability_rule(slice(None))),
     "teacher/detection_probs": TensorSpec(
         "N categories", _FLOAT, _probability_rule(slice(None)), BOXES
     ),
@@ -266,7 +266,7 @@ SPECS: dict[str, TensorSpec] = {
 }
 """All tensors of the contract: {name: specification}.
 
-Sizes: V views, h x w pixels of depth maps (a multiple of the patch grid), H x W pixels of images, G
+Sizes: V views, h x w pixels of depth maps (a multiple of the patch grid), H x W pixels of images, J
 points, N boxes, T answer tokens of the teacher, k alternatives of each.
 
 `vggt/tokens` and `vggt/camera_tokens` are VGGT's aggregated tokens, `sonata/frame` is the view that

@@ -1,12 +1,12 @@
-"""Reading and writing of small files, for everything that a user or another program may have made.
+"""Reads and writes small files. Everything that a user or another program made is read here.
 
 All text, lists, JSON and JSON lines that come from outside are read here, and all small files are
-written here. What cannot be read is a `UserError`: one line that names the path and the rule.
+written here. A file that cannot be read raises `UserError`: one line with the path and the rule.
 
-* Only regular files are read (a link is followed): never a pipe, which waits, nor a device.
+* Only regular files and links to them are read; a pipe or device could block.
 * Text is UTF-8, with or without a byte order mark.
-* JSON that Python cannot hold (nesting, digits, numbers beyond float) is not JSON here.
-* A file is written whole or not at all, with the mode that the user's umask gives.
+* JSON that Python cannot hold (nesting, digits, numbers beyond float) is refused as not JSON.
+* A file is written atomically, whole or not at all, with the mode that the user's umask gives.
 
 This module stands alone (Python 3.9, standard library): exporters load it in other environments.
 """
@@ -29,16 +29,16 @@ MAX_TEXT_BYTES = 1 << 30
 """Largest text or JSON file that is read whole."""
 
 MAX_MESSAGE = 600
-"""Longest message, in characters; a longer one loses its middle."""
+"""Longest message, in characters; the middle of a longer one is cut out."""
 
 
 def one_line(text: str, most: int = MAX_MESSAGE) -> str:
-    """Text as one line of at most `most` printable characters.
+    """Returns a text as one line of at most `most` printable characters.
 
-    Whitespace runs become one space, control characters and lone surrogates their escapes, and a
-    text that is too long loses its middle, which `...` replaces.
+    Runs of white space become one space, control characters and lone surrogates become their
+    escapes, and `...` replaces the middle of a text that is too long.
     """
-    if len(text) > 8 * most:  # before the work on each character
+    if len(text) > 8 * most:  # first, since the steps below take time per character
         text = f"{text[: 4 * most]} {text[-4 * most :]}"
     text = " ".join(text.split())
     if not text.isprintable():
@@ -50,10 +50,9 @@ def one_line(text: str, most: int = MAX_MESSAGE) -> str:
 
 
 class UserError(ValueError):
-    """Bad input, said in one line: what, where, which rule. Entry points print it and exit with 2.
+    """Bad input in one line: what, where, which rule. Entry points print it and exit with 2.
 
-    The message becomes one printable line of at most `MAX_MESSAGE` characters, whatever the input
-    that it quotes.
+    Any message becomes one printable line of at most `MAX_MESSAGE` characters, see `one_line`.
     """
 
     def __init__(self, message: str):
@@ -68,13 +67,13 @@ def _reason(error: OSError) -> str:
 
 
 def open_regular(path: str | os.PathLike) -> Any:
-    """The file, open for reading bytes.
+    """Opens a file for reading bytes.
 
     Raises:
-        UserError: it is not there, no regular file (a folder, pipe or device), or not readable.
+        UserError: the path is missing, no regular file (a folder, pipe or device), or not readable.
     """
     try:
-        # Without O_NONBLOCK opening a pipe waits for somebody who writes.
+        # Without O_NONBLOCK, opening a pipe blocks until a process opens it for writing.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = _reason(error) if isinstance(error, OSError) else str(error)
@@ -88,13 +87,13 @@ def open_regular(path: str | os.PathLike) -> Any:
 
 
 def refuse_foreign_link(path: Path) -> None:
-    """Refuses a link out of its folder, whose target would pass for a part of a model.
+    """Refuses a symbolic link that leaves its folder, so that no other file is read as a model's.
 
-    In the cache of huggingface_hub a file is a link from `MODEL/snapshots/REVISION` to
-    `MODEL/blobs`, which is followed.
+    The cache of huggingface_hub has links from `MODEL/snapshots/REVISION` to `MODEL/blobs`; these
+    are allowed.
 
     Raises:
-        UserError: it is such a link.
+        UserError: the path is such a link.
     """
     folder, target = (Path(os.path.realpath(p)) for p in (path.parent, path))
     allowed = [folder]
@@ -106,14 +105,14 @@ def refuse_foreign_link(path: Path) -> None:
 
 
 def read_bytes(path: str | os.PathLike, most: int = MAX_TEXT_BYTES) -> bytes:
-    """The content of a regular file of at most `most` bytes.
+    """Returns the content of a regular file of at most `most` bytes.
 
     Raises:
         UserError: see `open_regular`, or the file is larger.
     """
     with open_regular(path) as file:
         try:
-            # Not read(most + 1), which takes memory for so many bytes first.
+            # Not read(most + 1), which would allocate that many bytes first.
             fits = os.fstat(file.fileno()).st_size <= most
             data = file.read() if fits else b""
         except OSError as error:
@@ -124,10 +123,10 @@ def read_bytes(path: str | os.PathLike, most: int = MAX_TEXT_BYTES) -> bytes:
 
 
 def decode(where: str | os.PathLike, data: bytes) -> str:
-    """The text of UTF-8 bytes; a byte order mark at their beginning is no part of it.
+    """Decodes UTF-8 bytes; a byte order mark at their beginning is dropped.
 
     Raises:
-        UserError: the bytes are not UTF-8; `where` begins the message.
+        UserError: the bytes are not UTF-8; the message begins with `where`.
     """
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{where}: is UTF-16; save it as UTF-8")
@@ -139,10 +138,10 @@ def decode(where: str | os.PathLike, data: bytes) -> str:
 
 
 def read_text(path: str | os.PathLike, most: int = MAX_TEXT_BYTES) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
+    """Returns the text of a UTF-8 file, without a byte order mark.
 
     Raises:
-        UserError: it cannot be read, is larger than `most` bytes, or is not UTF-8.
+        UserError: the file cannot be read, is larger than `most` bytes, or is not UTF-8.
     """
     return decode(path, read_bytes(path, most))
 
@@ -163,21 +162,21 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in found if names.count(name) > 1)
-        raise ValueError(f"{one_line(twice, 40)!r} stands twice in an object")
+        raise ValueError(f"{one_line(twice, 40)!r} appears twice in an object")
     return found
 
 
 def parse_json(where: str | os.PathLike, data: bytes | str, *, nan: bool = False) -> Any:
-    """The value of a JSON text.
+    """Parses a JSON text.
 
     Args:
-        where: begins the message of an error, as `PATH` or `PATH:LINE`.
+        where: beginning of error messages, `PATH` or `PATH:LINE`.
         data: UTF-8 bytes, or text.
-        nan: whether NaN, Infinity and -Infinity are read, which Python's writer makes.
+        nan: whether NaN, Infinity and -Infinity, which Python's writer makes, are accepted.
 
     Raises:
-        UserError: not UTF-8, not JSON, nested too deeply, a number beyond a float, or a name that
-            stands twice in one object.
+        UserError: the text is not UTF-8, not JSON, nested too deeply, has a number beyond a float,
+            or repeats a name in one object.
     """
     constant: Callable[[str], float] = float if nan else _constant
     text = decode(f"{where}: not JSON", data) if isinstance(data, bytes) else data
@@ -192,7 +191,7 @@ def parse_json(where: str | os.PathLike, data: bytes | str, *, nan: bool = False
 
 
 def read_json(path: str | os.PathLike, *, nan: bool = False, most: int = MAX_TEXT_BYTES) -> Any:
-    """The value of a JSON file.
+    """Returns the value of a JSON file.
 
     Raises:
         UserError: see `read_bytes` and `parse_json`.
@@ -203,10 +202,10 @@ def read_json(path: str | os.PathLike, *, nan: bool = False, most: int = MAX_TEX
 def read_json_object(
     path: str | os.PathLike, *, nan: bool = False, most: int = MAX_TEXT_BYTES
 ) -> dict[str, Any]:
-    """The object of a JSON file.
+    """Returns the object of a JSON file.
 
     Raises:
-        UserError: see `read_json`; or its value is no object.
+        UserError: see `read_json`; or the value is no object.
     """
     value = read_json(path, nan=nan, most=most)
     if not isinstance(value, dict):
@@ -224,10 +223,10 @@ MAX_LINE_BYTES = 1 << 26
 
 
 def json_lines(path: str | os.PathLike, *, nan: bool = False) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, value) of a file of JSON lines; blank lines are passed over.
+    """Yields (line number from 1, value) of a file of JSON lines; blank lines are skipped.
 
-    A line that is not JSON yields its `UserError` in place of a value, so that the caller decides
-    whether to stop, to skip and count it, or to end there.
+    A line that is not JSON yields its `UserError` in place of a value, so the caller decides
+    whether to raise it, to skip and count the line, or to end there.
 
     Raises:
         UserError: the file cannot be read.
@@ -258,8 +257,8 @@ class Entry(NamedTuple):
     """An entry of a list file.
 
     Attributes:
-        where: `PATH: line N`, of a JSON list `PATH: entry N`; begins a complaint about it.
-        fields: the words of the line; a single one in a list of names.
+        where: beginning of error messages: `PATH: line N`, or `PATH: entry N` of a JSON list.
+        fields: the words of the line; one word in a list of names.
     """
 
     where: str
@@ -267,25 +266,25 @@ class Entry(NamedTuple):
 
 
 MAX_LIST_BYTES = 1 << 26
-"""Largest file of a list."""
+"""Largest list file."""
 
 
 def read_list(path: str | os.PathLike, fields: int = 1) -> list[Entry]:
-    """The entries of a list file: the one reader of all lists of scenes, splits and question ids.
+    """Reads a list file; all lists of scenes, splits and question ids are read here.
 
-    Three forms are read: lines of words between spaces or tabs; CSV, whose lines have commas or
+    Three formats are read: lines of words separated by spaces or tabs; CSV with commas or
     semicolons; and a JSON list (a file that begins with `[`) of texts or whole numbers, or of
     lists of `fields` of these. In lines, `#` at the beginning or after a space begins a comment,
-    but not between double quotation marks, which have to be closed. A line has `fields` words or
-    cells; in a list of single names it may have any number. A byte order mark, Windows line ends
-    and blank lines are no part of any. An entry that stands there again is left out.
+    except between double quotation marks, which must be closed. A line has `fields` words or
+    cells; with `fields` = 1 it may have any number, each an entry. A byte order mark, Windows line
+    ends and blank lines are ignored, and so are repetitions of an entry.
 
-    What an entry means is the caller's, who refuses one that names nothing: so the heading of a
-    table, or another form of list, never passes as a list of nothing.
+    Callers must refuse entries that match nothing; otherwise a table's heading, or a list in
+    another format, would be read as an empty list.
 
     Raises:
         UserError: the file cannot be read, has no entry, an entry has another number of fields, or
-            an entry stands there twice with different fields.
+            entries with the same first field differ in the others.
     """
     text = read_text(path, MAX_LIST_BYTES)
     if text.lstrip().startswith("["):
@@ -309,7 +308,7 @@ def read_list(path: str | os.PathLike, fields: int = 1) -> list[Entry]:
         before = seen.setdefault(entry.fields[0], entry)
         if before.fields != entry.fields:
             place = before.where.rpartition(": ")[2]
-            raise UserError(f"{entry.where}: {entry.fields[0]} stands in {place} otherwise")
+            raise UserError(f"{entry.where}: {entry.fields[0]} has other values in {place}")
     if not seen:
         raise UserError(f"{path}: has no entry")
     return list(seen.values())
@@ -330,12 +329,12 @@ _QUOTED = re.compile(r'"[^"]*"')
 
 
 def _without_comment(where: str, line: str) -> str:
-    """A line up to the `#` that begins its comment, which no quoted cell's is.
+    """Returns a line without its comment; a `#` in a quoted cell begins none.
 
     Raises:
         UserError: a quoted cell does not end.
     """
-    mark, begins = "", True  # the quotation mark that is open; whether a cell or word may begin
+    mark, begins = "", True  # the open quotation mark; True where a cell or word may begin
     for place, char in enumerate(line):
         if mark:
             mark = "" if char == mark else mark  # "" inside of a cell closes and opens it
@@ -350,7 +349,7 @@ def _without_comment(where: str, line: str) -> str:
 
 
 def _line_entries(path: str | os.PathLike, text: str) -> Iterator[Entry]:
-    # Not splitlines, by which more than line ends would end a line and move its number.
+    # Not splitlines, which also splits at form feeds and other signs, so line numbers would differ.
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     for number, line in enumerate(lines, 1):
         where = f"{path}: line {number}"
@@ -363,7 +362,7 @@ def _line_entries(path: str | os.PathLike, text: str) -> Iterator[Entry]:
                 cells = next(csv.reader([line], delimiter=comma, skipinitialspace=True), [])
             except csv.Error as error:
                 raise UserError(f"{where}: not CSV: {error}") from None
-            while cells and not cells[-1].strip():  # a comma at the line's end
+            while cells and not cells[-1].strip():  # a comma at the end of the line
                 cells.pop()
         else:
             cells = [word.strip("\"'") for word in line.split()]
@@ -375,23 +374,23 @@ def _line_entries(path: str | os.PathLike, text: str) -> Iterator[Entry]:
 
 
 def cannot_write(path: str | os.PathLike, error: OSError) -> UserError:
-    """The error of a file that the operating system does not let us write, with its path."""
+    """Returns the UserError of a file that cannot be written, from the system's error."""
     return UserError(f"{path}: cannot be written: {_reason(error)}")
 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike, *, durable: bool = False) -> Iterator[Any]:
-    """A binary file that takes its place at the end of the block, whole, or not at all.
+    """Opens a binary file that replaces `path` atomically at the end of the block.
 
-    Its mode is what the umask gives; missing folders above it are made. A link keeps being one:
-    the file that it points to is replaced.
+    If the block raises, `path` stays as it was. The mode is what the umask gives; missing parent
+    folders are made. A symbolic link stays: the file that it points to is replaced.
 
     Args:
-        path: of the file; may exist.
-        durable: whether the bytes are on the disk when the block ends.
+        path: path of the file, which may exist.
+        durable: whether to fsync, so that the bytes are on the disk when the block ends.
 
     Raises:
-        UserError: the file cannot be written, or something that is no regular file has its name.
+        UserError: the file cannot be written, or the path is something other than a regular file.
     """
     path = Path(path)
     if "\0" in str(path):
@@ -418,7 +417,7 @@ def writing(path: str | os.PathLike, *, durable: bool = False) -> Iterator[Any]:
 def write_bytes(
     path: str | os.PathLike, data: bytes | Iterable[Any], *, durable: bool = False
 ) -> None:
-    """Writes bytes, or one chunk after another, whole or not at all; see `writing`."""
+    """Writes bytes, or an iterable of chunks, whole or not at all; see `writing`."""
     with writing(path, durable=durable) as file:
         for chunk in [data] if isinstance(data, bytes) else data:
             file.write(chunk)
@@ -427,7 +426,7 @@ def write_bytes(
 def write_text(path: str | os.PathLike, text: str, *, durable: bool = False) -> None:
     """Writes text as UTF-8, whole or not at all; see `writing`.
 
-    A lone surrogate, as a name of bytes that are not UTF-8 has it, becomes its escape.
+    A lone surrogate (Python's form of a file name that is not UTF-8) becomes its escape.
     """
     write_bytes(path, text.encode("utf-8", "backslashreplace"), durable=durable)
 
@@ -446,5 +445,5 @@ def write_json(
 
 
 def is_full(error: OSError) -> bool:
-    """Whether an error says that there is no room left: on the disk, or in the user's quota."""
+    """Returns whether an error means that the disk or the user's quota is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,11 +1,11 @@
-"""Words of measure that `units` does not know, found in the words of a question.
+"""Detects questions that may ask for a unit or quantity that `units` does not know.
 
-The usual unit of a kind of question holds only for a question that says nothing of another one.
-There is no list of all the ways to ask for another, so whatever looks like one counts: a word of
-measure that is not in `units.UNITS`, a share or a multiple, an abbreviation with full stops, a unit
-glued to another word, writing that is not Latin, a question that is not English. One question too
-many without a value costs less than one value in a wrong unit. Python 3.9, the standard library
-alone.
+A question that names no unit is answered in the usual unit of its kind. That is wrong if the
+question asks for another unit in words that `units` cannot read. No list of such words can be
+complete, so anything that may be one counts: a word of measure that is not in `units.UNITS`, a
+share or a multiple, an abbreviation with full stops, a unit joined to another word, script that is
+not Latin, a question that is not English. A false alarm loses one question's value; a miss would
+train on a value in the wrong unit. Python 3.9, the standard library alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SHARES = re.compile(
     rf"{_START}(?:ratios?|fractions?|proportions?|percent(?:ages?|iles?)?|per cent"
     rf"|times|multiples? of|pixels?|voxels?|normali[sz]ed|logarithms?|on a scale){_STOP}|%"
 )
-"""Numbers that are in no unit of length, area or count."""
+"""Words for numbers that have no unit of length, area or count."""
 _WORDS = re.compile(
     rf"{_START}(?:(?!(?:milli|centi|kilo)[ -]?met(?:er|re)s?{_STOP})"
     rf"{_PREFIX}[ -]?met(?:er|re|ro|ri)[sn]?|met(?:ros?|ri|ern)|d[km]|dam|hm|um|nm"
@@ -36,14 +36,14 @@ _GLUED = re.compile(
     r"(?<=[a-z)\]])[/_-](?:sq ?)?(?:(?:[mck]m|m|ft|yd|fts|yds)[23]?"
     rf"|met(?:er|re)s?|foot|feet|inch(?:es)?|yards?|degrees?){_STOP}|(?<=[a-z)\]])[/_]in{_STOP}"
 )
-"""A unit that a sign joins to a word before it: "height/mm"."""
+"""A unit that is joined to the word before it: "height/mm"."""
 _DOTTED = re.compile(
     rf"(?<![a-z0-9.])(?!(?:e\.g|i\.e|a\.k\.a|w\.r\.t|t\.v|a\.m|p\.m){_STOP})"
     rf"(?!sq\.)[a-z](?:\.[a-z])+{_STOP}|{_START}[cmkd]\. m{_STOP}"
 )
 """An abbreviation of single letters: "c.m."."""
 _MARKS = re.compile(r"(?:\bin |\bunits?:? |[(\[/] ?)['\"]+(?! ?\w)")
-"""Signs of feet or inches without a number before them."""
+"""Quotation marks that may mean feet or inches, without a number before them."""
 _NUMBERS = (
     r"(?!(?:an?|the|this|that|these|those|it|its|your|only|just|one|single|exactly|no|any|each|both"
     r"|all|integers?|numbers?|digits?|numerals?|numeric(?:al)?|decimals?|values?|words?|english"
@@ -60,7 +60,7 @@ _ASKED = re.compile(
     rf"|\b(?:give|use|using|provide) {_NUMBERS}[a-z]+ ?(?:[.?!,;)]|$)"
     rf"|\bround(?:ed|ing)?(?: \w+){{0,4}} to the nearest {_NUMBERS}[a-z]+|__+ ?\(?[a-z]"
 )
-"""Where the question says how to answer, and not with one of the words for numbers."""
+"""An instruction how to answer, such as "answer in ...", with a word that may be a unit."""
 _OTHER_QUANTITY = {
     "length": r"\bvolumes?\b|\b(?:surface|floor) (?:area|space)|\bwhat is the (?:total )?area\b"
     r"|\bsquare footage\b",
@@ -82,17 +82,17 @@ _LETTERS = re.compile(r"[a-z]{2,}")
 
 
 def foreign_measure(question: str, dimension: str | None, unit: str | None) -> str:
-    """Why a question may ask for something else than a number in a unit, "" where nothing says so.
+    """Returns why a question may ask for another unit or quantity than `units` found, or "".
 
     Args:
-        question: lower case, white space collapsed, quotation marks plain.
-        dimension: of the answer: "length", "area" or "count"; None where it is not known.
-        unit: that the question asks in; None: the kind's usual one is to be taken.
+        question: the text in lower case, white space collapsed, quotation marks plain.
+        dimension: dimension of the answer, "length", "area" or "count"; None if unknown.
+        unit: unit that the question asks for; None if it names none.
     """
     folded = unicodedata.normalize("NFKD", question)
     folded = "".join(char for char in folded if not unicodedata.combining(char))
     if _SHARES.search(folded):
-        return "its question asks for a share, a multiple or alike"
+        return "its question asks for a share, a multiple or similar"
     if _WORDS.search(folded) or _DOTTED.search(folded) or _MARKS.search(question):
         return "its question names an unknown unit"
     if unit is not None:
@@ -108,7 +108,7 @@ def foreign_measure(question: str, dimension: str | None, unit: str | None) -> s
 
 
 def _is_foreign_sign(char: str) -> bool:
-    """Whether a character is of another writing than Latin, or a sign that may stand for a unit."""
+    """Returns whether a character is of a script other than Latin, or may be a sign for a unit."""
     if char.isascii() or char == "\u00b0":
         return False
     kind = unicodedata.category(char)
@@ -118,7 +118,7 @@ def _is_foreign_sign(char: str) -> bool:
 
 
 def _is_english(question: str) -> bool:
-    """Whether the words can be English; what has fewer than three says too little to tell."""
+    """Returns whether the words may be English; True for fewer than three words."""
     words = len(_LETTERS.findall(question))
     foreign = len(_FOREIGN_GRAMMAR.findall(question))
     return words < 3 or (len(_ENGLISH.findall(question)) > 0 and foreign < 2)

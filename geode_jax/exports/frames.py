@@ -1,8 +1,8 @@
-"""From the frame of a VGGT reconstruction to the one that Sonata's points are expected in.
+"""Transforms a VGGT reconstruction to the frame that Sonata expects.
 
-VGGT's cloud has no scale (its unit is a mean distance), stands in its first camera's OpenCV frame
-(x right, y down, z ahead), and has its origin there. Sonata was trained on metres, z up, the cloud
-centred in x and y, the floor at 0, and is not invariant to any of it.
+VGGT's point cloud has no metric scale (its unit is a mean distance); its frame is the OpenCV frame
+of the first camera (x right, y down, z forward). Sonata was trained on metres, z up, the cloud
+centred in x and y, the floor at 0, and is not invariant to any of these.
 
 This file stands alone (numpy; Python 3.9), as `exports` does.
 """
@@ -14,18 +14,18 @@ from typing import NamedTuple
 import numpy as np
 
 Y_DOWN = (0.0, -1.0, 0.0)
-"""Up in an OpenCV camera that is held level, which is what VGGT's first camera is taken for."""
+"""The up direction in the OpenCV frame of a level camera; VGGT's first camera is assumed level."""
 
 ROOM_HEIGHT = 3.0
-"""Metres from floor to ceiling where nothing better is known, as Concerto's own demo assumes."""
+"""Assumed metres from floor to ceiling, as in Concerto's demo."""
 
 
 class Similarity(NamedTuple):
-    """x -> scale * rotation @ x + translation.
+    """The map x -> scale * rotation @ x + translation.
 
     Attributes:
         rotation: [3, 3].
-        scale: metres a unit of the source.
+        scale: metres per unit of the source frame.
         translation: [3] metres.
     """
 
@@ -34,11 +34,11 @@ class Similarity(NamedTuple):
     translation: np.ndarray
 
     def points(self, points: np.ndarray) -> np.ndarray:
-        """Points [..., 3] in the new frame."""
+        """Returns points [..., 3] in the new frame."""
         return self.scale * points @ self.rotation.T + self.translation
 
     def extrinsic(self, extrinsic: np.ndarray) -> np.ndarray:
-        """Camera-from-world poses [..., 3, 4] for the new world; their cameras see in metres.
+        """Returns camera-from-world poses [..., 3, 4] for the new world frame, in metres.
 
         With y = s Q x + b, R x + t in units is R Q^T y + (s t - R Q^T b) in metres.
         """
@@ -55,23 +55,24 @@ def to_sonata_frame(
     height: float = ROOM_HEIGHT,
     outliers: float = 0.01,
 ) -> Similarity:
-    """The similarity that takes a cloud to metres, z up, centred in x and y, its floor at z = 0.
+    """Returns the similarity to metres, z up, the cloud centred in x and y, its floor at z = 0.
 
     Args:
-        points: [N, 3], the cloud (of confident points) that decides centre, floor and scale.
-        up: direction of up in the cloud's frame, any length.
-        metres_per_unit: the scale where it is known (1 for a metric cloud), above 0; None takes the
-            cloud to be `height` high.
-        height: metres, above 0; plays no part where the scale is known.
-        outliers: share of the points that may lie beyond the extent on each side, below a half.
+        points: [n, 3], confident points, from which centre, floor and scale are measured.
+        up: up direction in the frame of the points, of any length.
+        metres_per_unit: the scale if known (1 for a metric cloud), above 0; None assumes that the
+            cloud is `height` high.
+        height: metres, above 0; ignored if the scale is known.
+        outliers: share of the points, below a half, that are ignored on each side when the extent
+            is measured.
 
     Raises:
-        ValueError: an argument out of its range, no point, a point that is not finite, no
-            direction, or a cloud without height that has no known scale.
+        ValueError: an argument is out of range, there is no point, a point is not finite, `up` is
+            no direction, or the scale is unknown and the cloud has no height.
     """
     points = np.asarray(points, np.float64)
     if points.ndim != 2 or points.shape[1:] != (3,) or not len(points):
-        raise ValueError(f"frames: points of shape {list(points.shape)} are not [N, 3]")
+        raise ValueError(f"frames: points of shape {list(points.shape)} are not [n, 3]")
     if not np.isfinite(points).all():
         raise ValueError("frames: a point is not finite")
     for name, value in (("metres_per_unit", metres_per_unit), ("height", height)):
@@ -91,12 +92,12 @@ def to_sonata_frame(
 
 
 def _rotation_to_z(up: np.ndarray) -> np.ndarray:
-    """The rotation [3, 3] that turns `up` to +z by the shortest way."""
+    """Returns the rotation [3, 3] with the smallest angle that turns `up` to +z."""
     length = np.linalg.norm(up)
     if not 0 < length < np.inf:
         raise ValueError(f"frames: up {up.tolist()} is no direction")
     x, y, z = up / length
-    if z < -1 + 1e-12:  # straight down: every half turn about a level axis is as short
+    if z < -1 + 1e-12:  # straight down: half a turn about any horizontal axis
         return np.diag([1.0, -1.0, -1.0])
     # Rodrigues' formula about up x z.
     cross = np.array([[0, 0, -x], [0, 0, -y], [x, y, 0]])

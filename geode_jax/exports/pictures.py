@@ -1,16 +1,16 @@
-"""Reading of pictures, as a person sees them: the one reader for all paths that a picture takes.
+"""Reads pictures as viewers show them; every picture of the project is read here.
 
-* A picture is turned as its orientation flag says. What belongs to a picture, such as an intrinsic
-  or a depth map, belongs to the picture as it is shown, which is what programs of calibration get.
-* Whatever its colour mode, it becomes RGB of 8 bits: palettes, grey, black and white, CMYK, 16 bit
-  (the higher byte). What is transparent becomes white. Of several pictures in a file the first is
-  taken; colour profiles are not applied.
-* A depth map is 16 bit grey and comes as it is stored. One with an orientation flag is refused:
-  what made it turned the pixels or not, and nothing says which.
-* What is cut off, damaged, or too large to be a picture is refused in one line.
+* A picture is rotated and mirrored by its EXIF orientation flag. Intrinsics and depth maps refer
+  to the picture as it is shown, which is what calibration programs see.
+* Every colour mode becomes 8-bit RGB: palettes, grey, black and white, CMYK, 16 bit (the higher
+  byte). Transparent pixels become white. Of several pictures in a file the first is read. Colour
+  profiles are not applied.
+* A depth map is 16-bit grey and is returned as stored. One with an orientation flag is refused,
+  since the program that set the flag may or may not have rotated the pixels.
+* A file that is truncated, damaged or too large is refused in one line.
 
-This module needs Pillow, and is loaded by those who do; apart from that it stands alone (Python
-3.9, numpy), as the whole package does.
+This module needs Pillow, so it is not imported with the package; otherwise it stands alone (Python
+3.9, numpy).
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from PIL import Image, UnidentifiedImageError
 from .files import UserError, one_line, read_bytes
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
-"""Of names of pictures, in small letters; large ones are the same."""
+"""Endings of the names of pictures; upper case counts as lower case."""
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM")
-"""As Pillow names them, MPO among JPEG; what a file is, its content says and not its name."""
+"""Pillow's names of the formats (JPEG includes MPO). The format is read from the content of a file,
+not from its name."""
 MAX_BYTES = 1 << 28
-"""Largest file of a picture."""
+"""Largest picture file."""
 MAX_PIXELS = 1 << 27
-"""Largest picture, whatever its file's size: 134 million pixels."""
+"""Most pixels of a picture, 134 million; a small file may hold more."""
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -44,14 +45,14 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""Orientation flag -> what brings a stored picture to how it is shown."""
+"""Orientation flag -> the operation that turns the stored picture into the shown one."""
 
 
 class PictureError(UserError):
     """A picture that cannot be used.
 
     Attributes:
-        rule: that it breaks, as "with an orientation flag"; empty where it cannot be decoded.
+        rule: the rule that it breaks, as "with an orientation flag"; "" if it cannot be decoded.
     """
 
     def __init__(self, where: str | os.PathLike, what: str, rule: str, reason: str = ""):
@@ -64,16 +65,16 @@ def read_picture(
     where: str | os.PathLike = "",
     formats: tuple[str, ...] = FORMATS,
 ) -> Image.Image:
-    """A picture, RGB, as it is shown; see the module's docstring.
+    """Reads a picture as it is shown, in RGB; see the module's docstring.
 
     Args:
-        source: its path, or the content of its file.
-        where: begins the complaint about content.
-        formats: that it may have.
+        source: path of the file, or its content.
+        where: beginning of error messages about content.
+        formats: the formats that are accepted.
 
     Raises:
         UserError: the file cannot be read.
-        PictureError: what it holds is no picture.
+        PictureError: the content is no picture.
     """
     data, where = _content(source, where)
     image = _opened(data, where, "picture", formats)
@@ -89,7 +90,7 @@ def read_picture(
 
 
 def _as_rgb(image: Image.Image, where: str) -> Image.Image:
-    """Any mode as RGB; PictureError where nothing says what is black and what is white."""
+    """Returns a picture of any mode as RGB; raises PictureError if its range of grey is unknown."""
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
@@ -106,11 +107,11 @@ def _as_rgb(image: Image.Image, where: str) -> Image.Image:
 
 
 def read_depth(source: str | os.PathLike | bytes, where: str | os.PathLike = "") -> np.ndarray:
-    """The stored values [h, w] of a 16-bit depth picture (PNG or PGM).
+    """Returns the stored values [h, w] of a 16-bit depth picture (PNG or PGM).
 
     Raises:
         UserError: the file cannot be read.
-        PictureError: what it holds is no depth picture.
+        PictureError: the content is no depth picture.
     """
     data, where = _content(source, where)
     image = _opened(data, where, "depth picture", ("PNG", "PPM"))
@@ -121,7 +122,7 @@ def read_depth(source: str | os.PathLike | bytes, where: str | os.PathLike = "")
         raise PictureError(where, "depth picture", "with an orientation flag")
     values = np.asarray(image)
     if image.format == "PPM":
-        # Pillow stretches the values of a PGM file to 16 bits.
+        # Pillow scales the values of a PGM file to 16 bits; this undoes it.
         words = re.sub(rb"#[^\n\r]*", b"", data[:4096]).split()
         if len(words) < 4 or not words[3].isdigit():
             raise PictureError(where, "depth picture", "with a header that is no PGM file's")
@@ -132,11 +133,11 @@ def read_depth(source: str | os.PathLike | bytes, where: str | os.PathLike = "")
 
 
 def shown_size(source: str | os.PathLike) -> tuple[int, int]:
-    """(width, height) of a picture as it is shown, without decoding it.
+    """Returns (width, height) of a picture as it is shown, without decoding it.
 
     Raises:
         UserError: the file cannot be read.
-        PictureError: what it holds is no picture.
+        PictureError: the content is no picture.
     """
     data, where = _content(source)
     image = _opened(data, where, "picture", FORMATS)
@@ -145,37 +146,37 @@ def shown_size(source: str | os.PathLike) -> tuple[int, int]:
 
 
 def orientation(source: str | os.PathLike | bytes, where: str | os.PathLike = "") -> int:
-    """The orientation flag of a picture, 1 to 8 as the EXIF standard numbers them; 1 = as stored.
+    """Returns the EXIF orientation flag of a picture, 1 to 8; 1 = shown as stored.
 
     Raises:
         UserError: the file cannot be read.
-        PictureError: what it holds is no picture.
+        PictureError: the content is no picture.
     """
     data, where = _content(source, where)
     return _orientation(_opened(data, where, "picture", FORMATS))
 
 
 def _content(source: str | os.PathLike | bytes, where: str | os.PathLike = "") -> tuple[bytes, str]:
-    """The bytes of a picture file, and the beginning of messages about it."""
+    """Returns the bytes of a picture file, and the beginning of messages about it."""
     if isinstance(source, bytes):
         return source, str(where) or "content"
     return read_bytes(source, MAX_BYTES), str(where) or str(source)
 
 
 def _opened(data: bytes, where: str, what: str, formats: tuple[str, ...]) -> Image.Image:
-    """A picture that is not decoded yet; PictureError where there is none, or a huge one."""
+    """Opens a picture without decoding it; raises PictureError if it is none, or too large."""
     too_large = f"of more than {MAX_PIXELS:,} pixels"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large pictures, which are refused here
+            warnings.simplefilter("ignore")  # about large pictures, which are refused below
             image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError:
         raise PictureError(where, what, too_large) from None
-    except Exception as error:  # Pillow raises whatever a damaged file makes its decoders
+    except Exception as error:  # Pillow's decoders raise many types for damaged files
         reason = one_line(str(error), 120) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = f"none of {', '.join(formats)}"
-        elif re.match(rb"P\d", data):  # Pillow's words for these are Python's
+        elif re.match(rb"P\d", data):  # Pillow's messages for these are Python's own
             reason = "the numbers of its header, such as its size, cannot be read"
         raise PictureError(where, what, "", reason) from None
     if image.size[0] * image.size[1] > MAX_PIXELS:
@@ -186,17 +187,17 @@ def _opened(data: bytes, where: str, what: str, formats: tuple[str, ...]) -> Ima
 def _decode(image: Image.Image, where: str, what: str) -> None:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata
+            warnings.simplefilter("ignore")  # about odd metadata
             image.load()
-    except Exception as error:  # as above
+    except Exception as error:  # any type, as in _opened
         reason = one_line(str(error), 120) or type(error).__name__
         raise PictureError(where, what, "", reason) from None
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8, as the EXIF standard numbers them; 1, as stored, where none is readable."""
+    """Returns the EXIF orientation flag, 1 to 8; 1 (shown as stored) if none is readable."""
     try:
         flag = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged metadata, which viewers pass over
+    except Exception:  # damaged metadata, which viewers ignore
         return 1
     return flag if flag in _TURNS else 1

@@ -15,7 +15,7 @@ from .kinds import COUNT_KINDS
 _LETTERED = re.compile(r"\(?([A-Z])(?:[.):]+(?:\s.*)?|\))", re.DOTALL)
 _LETTER = re.compile(r"\(?([A-Z])[.):]*")
 _ROUNDED = 1.001
-"""Largest error of a written number in units of its last digit: it is rounded or cut off."""
+"""Largest error of a written number, which may be truncated, in units of its last digit."""
 
 
 def contradiction(record: Mapping[str, Any], numeric: bool) -> tuple[str, str] | None:
@@ -52,14 +52,14 @@ def options_fault(options: Sequence[str], answer: str | None = None) -> tuple[st
         if len(set(letters)) < len(letters):
             return "options", "two have the same letter"
     elif any(found):
-        return "options", "some have a letter in front and some have none"
+        return "options", "some begin with a letter and some do not"
     else:
         letters = expected
-    said = None if answer is None else _LETTER.fullmatch(answer.strip())
-    if said is None and answer is not None and all(found):
-        said = _LETTERED.fullmatch(answer.strip())
-    if said and said[1] not in letters and answer not in options:
-        return "answer", f"{said[1]} is the letter of none of the {len(options)} options"
+    letter = None if answer is None else _LETTER.fullmatch(answer.strip())
+    if letter is None and answer is not None and all(found):
+        letter = _LETTERED.fullmatch(answer.strip())
+    if letter and letter[1] not in letters and answer not in options:
+        return "answer", f"{letter[1]} is the letter of none of the {len(options)} options"
     return None
 
 
@@ -70,22 +70,22 @@ def _unit_fault(record: Mapping[str, Any]) -> str:
     if usual is None or unit is None:
         return ""
     own, asked = units.UNITS[unit].dimension, units.UNITS[usual].dimension
-    return "" if own == asked else f"one of {own}, where the kind asks for one of {asked}"
+    return "" if own == asked else f"a unit of {own}, but the kind asks for one of {asked}"
 
 
 def _number_fault(record: Mapping[str, Any]) -> str:
-    said = units.read_quantity(record["answer"])
-    value = record.get("value", said.number if said else None)
+    answer = units.read_quantity(record["answer"])
+    value = record.get("value", answer.number if answer else None)
     if value is None:
         return ""
     if record["kind"] in COUNT_KINDS and (value < 0 or value != int(value)):
         return "a count must be a whole number, not negative"
-    if said is None or "value" not in record or _same(record, said):
+    if answer is None or "value" not in record or _same(record, answer):
         return ""
-    return "another number than that of the answer"
+    return "differs from the number in the answer"
 
 
-def _same(record: Mapping[str, Any], said: units.Quantity) -> bool:
+def _same(record: Mapping[str, Any], quantity: units.Quantity) -> bool:
     """Returns whether an answer's number is the value, rounded or in another unit of its dimension.
 
     A number without a unit may have the unit of the record, of the question or of the kind.
@@ -93,7 +93,7 @@ def _same(record: Mapping[str, Any], said: units.Quantity) -> bool:
     value, answer = float(record["value"]), record["answer"]
     decimals = re.search(r"\.([0-9]+)", answer)
     step = 10.0 ** -len(decimals[1]) if decimals else 1.0
-    if "e" in answer.lower() and said.number == value:
+    if "e" in answer.lower() and quantity.number == value:
         return True
     unit = units.read_unit(record["unit"]) if "unit" in record else None
     try:
@@ -101,14 +101,14 @@ def _same(record: Mapping[str, Any], said: units.Quantity) -> bool:
     except units.UnclearUnitError:
         return True  # the unit of the number is unknown
     usual = units.KIND_UNITS.get(record["kind"])
-    unit = unit or said.unit or asked or usual
-    names = [said.unit] if said.unit else [unit, asked, usual]
+    unit = unit or quantity.unit or asked or usual
+    names = [quantity.unit] if quantity.unit else [unit, asked, usual]
     for name in names:
         scale = 1.0
         if name and unit:
             if units.UNITS[name].dimension != units.UNITS[unit].dimension:
                 continue
             scale = units.UNITS[unit].base / units.UNITS[name].base
-        if abs(value * scale - said.number) <= _ROUNDED * step + 1e-6 * abs(said.number):
+        if abs(value * scale - quantity.number) <= _ROUNDED * step + 1e-6 * abs(quantity.number):
             return True
     return False

@@ -214,4 +214,4 @@ class Export:
             yield record
         if count != self.manifest["questions"]["count"]:
             wanted = self.manifest["questions"]["count"]
-            raise ExportError(QUESTIONS, "count", f"{count} lines, the manifest says {wanted}")
+            raise ExportError(QUESTIONS, "count", f"{count} lines, the manifest has {wanted}")

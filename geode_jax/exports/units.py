@@ -1,12 +1,12 @@
-"""Units: the one place that reads numbers with units out of words, and the unit that is asked for.
+"""Reads numbers with units from answers, and from questions the unit to answer in.
 
     read_quantity("about 1,900 mm")                         # Quantity(1900.0, "mm")
     asked_unit("How many meters tall is the bed?", "length")   # "m"
 
-A text is read whole or not at all: a range, a fraction, several numbers, a unit that is not known
-here give no value, never a wrong one. Nor does a comma that may be a decimal one ("1,500 m"), and
-a question that seems to ask for something unknown has no unit, see `foreign_measures`. Python 3.9
-and the standard library alone.
+A text is read completely or not at all: a range, a fraction, several numbers or an unknown unit
+give no value instead of a wrong one. So does a comma that may be a decimal comma ("1,500 m"). A
+question that may ask for an unknown unit has no unit, see `foreign_measures`. Python 3.9 and the
+standard library alone.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Unit(NamedTuple):
 
     Attributes:
         dimension: "length", "area", "count", "volume" or "angle".
-        base: what one of it is in metres, square metres, items, cubic metres or radians.
-        decimals: that a number in this unit is written with.
+        base: size of the unit in metres, square metres, items, cubic metres or radians.
+        decimals: decimals of a number that is written in this unit.
     """
 
     dimension: str
@@ -43,8 +43,8 @@ _LENGTHS = {
     "in": ("inch(?:es)?", Unit("length", 0.0254)),
     "yd": ("yards?|yds?", Unit("length", 0.9144)),
 }
-"""Unit of length -> how it is written in words, and what it is. "in" is most often a preposition,
-and stands for inches in few places alone."""
+"""{unit of length: (pattern of its spellings, unit)}. "in" is missing among the spellings: it is
+mostly a preposition, and means inches only where `_INCHES` and `_INCH_PLACES` apply."""
 _OTHERS = {
     "items": ("items?", Unit("count", 1.0, 0)),
     "deg": ("degrees?|degs?|°", Unit("angle", math.pi / 180)),
@@ -60,25 +60,25 @@ UNITS: dict[str, Unit] = {
         for power, dimension in ((2, "area"), (3, "volume"))
     },
 }
-"""All units by the names that records have for them."""
+"""All units by their names in records."""
 
 BASE_UNIT = {
     name: unit.base for name, unit in UNITS.items() if unit.dimension in ("length", "area", "count")
 }
-"""What one of a unit is in the unit that is regressed: metres, square metres, items. VSI-Bench asks
-for sizes in centimetres and for distances in metres: without this, one hundredth of a size would
-weigh as much as a distance. Angles are not regressed: they may be 0, which has no logarithm."""
+"""Size of each unit in the unit that is regressed: metres, square metres, items. VSI-Bench asks for
+sizes in centimetres and for distances in metres, which would differ by log(100) without this.
+Angles are not regressed: they may be 0, which has no logarithm."""
 
 KIND_UNITS = {name: kind.unit for name, kind in KINDS.items() if kind.unit}
-"""The unit of a kind of question where the question names none."""
+"""Unit of a kind's answers if neither question nor answer names one."""
 
 
 class UnclearUnitError(ValueError):
-    """A question does not say in which one known unit it is answered; the message says why."""
+    """A question does not ask for exactly one known unit; the message is the reason."""
 
 
 class Quantity(NamedTuple):
-    """A number, and the name of its unit in `UNITS` where one stands with it."""
+    """A number, and the name of its unit in `UNITS`, None if it has no unit."""
 
     number: float
     unit: str | None
@@ -97,13 +97,13 @@ _SIGNS = str.maketrans(
 
 
 def _plain(text: str) -> str:
-    """Lower case, single spaces, plain quotation marks, raised digits as "^2"."""
+    """Returns a text in lower case, with single spaces, plain quotation marks and "^2" for "²"."""
     text = text.translate(_SIGNS).replace("\u00b2", "^2").replace("\u00b3", "^3")
     return " ".join(text.lower().replace("''", '"').split())
 
 
 def _spelling(length_words: str) -> str:
-    """The pattern of a unit of length or its powers, groups `square` (or cubic), and `power`."""
+    """Returns the pattern of units of length and their powers; groups `square` and `power`."""
     return (
         r"(?:(?P<square>square|sq\.?|cubic|cu\.)[ -]?)?"
         rf"(?:{length_words})"
@@ -113,7 +113,7 @@ def _spelling(length_words: str) -> str:
 
 _SPELT = "|".join(rf"(?P<u_{name}>{words})" for name, (words, _) in _LENGTHS.items())
 _INCHES = r"(?P<u_in_>ins?(?:\.(?! ?[0-9]))?)"
-"""The abbreviation, for places where no preposition can stand."""
+"""The abbreviation "in", for places that exclude the preposition."""
 _SPELT_OTHER = "|".join(rf"(?P<u_{name}>{words})" for name, (words, _) in _OTHERS.items())
 _END = r"(?![\w°^])"
 _UNIT_ALONE = re.compile(rf"(?:{_spelling(_SPELT + '|' + _INCHES)}|{_SPELT_OTHER}){_END}\.?")
@@ -121,11 +121,11 @@ _MENTION = re.compile(
     rf"(?<![\w'/°^-])(?:{_spelling(_SPELT)}|sq\.? ?(?P<sq_in>in)|(?P<in_power>in(?:\^| \^ )?2)"
     rf"|{_SPELT_OTHER}){_END}"
 )
-"""A unit in running text. A hyphen before it belongs to a number or another word."""
+"""A unit in running text. After a hyphen it is part of another word."""
 
 
 def _name(found: re.Match) -> str | None:
-    """The unit's name, None where it has another power than 1, 2 or 3."""
+    """Returns the name of a matched unit, None if its power is not 1, 2 or 3."""
     groups = found.groupdict()
     if groups.get("sq_in") or groups.get("in_power"):
         return "in2"
@@ -142,7 +142,7 @@ def _name(found: re.Match) -> str | None:
 
 
 def read_unit(text: str) -> str | None:
-    """The unit that a text is the name of ("Square meters", "ft²", "in"), None where it is none."""
+    """Returns the unit that a text names ("Square meters", "ft²", "in"), None if it names none."""
     plain = _plain(text)
     found = _UNIT_ALONE.fullmatch(plain)
     return _name(found) if found else None
@@ -152,9 +152,9 @@ def read_unit(text: str) -> str | None:
 
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?|\.[0-9]+"
 _ONE_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]{3}(?:e.*)?")
-"""Thousands, or a decimal comma."""
+"""One comma before three digits: it separates thousands, or is a decimal comma."""
 _WHOLE_UNITS = ("mm", "items")
-"""Of which nobody writes three decimals."""
+"""Units in which numbers never have three decimals, so that such a comma separates thousands."""
 _ABOUT = r"(?:(?:about|around|approximately|approx\.?|roughly|circa|ca\.?|~|≈) ?)?"
 _AFTER = r"(?: (?:tall|long|wide|high|deep|thick|apart|away))?"
 _WHOLE = re.compile(rf"{_ABOUT}(?P<number>[+-]?(?:{_NUMBER}))(?P<rest>.*)")
@@ -170,18 +170,18 @@ _PAIRS = (("ft", "in"), ("yd", "ft"), ("yd", "in"), ("m", "cm"), ("m", "mm"), ("
 
 
 def read_quantity(text: str, asked: str | None = None) -> Quantity | None:
-    """The one number of a text, which has a unit behind it or nothing.
+    """Reads a text that consists of one number, with or without a unit behind it.
 
     "1.9", "1,900 mm", "about 1.9 meters tall.", "20 m²", "5 ft 11 in" (71 inches), "5'11\\"".
 
     Args:
         text: an answer.
-        asked: the unit that its question asks in, where known.
+        asked: the unit that its question asks for, if known.
 
     Returns:
-        None where it is anything else ("2-3 m", "two", "3 chairs", "1,9 m"), or not finite. A
-        single comma before three digits is read where no decimal comma can be meant: before a
-        point ("1,900.5"), and in millimetres and items.
+        The quantity; None for any other text ("2-3 m", "two", "3 chairs", "1,9 m") and for numbers
+        that are not finite. A single comma before three digits separates thousands where it cannot
+        be a decimal comma: before a point ("1,900.5"), and in millimetres and items.
     """
     plain = _plain(text)
     feet = _FEET.fullmatch(plain)
@@ -217,7 +217,7 @@ def _value(digits: str) -> float:
 
 
 def _sum(large: str, a: float, small: str, b: float) -> Quantity | None:
-    """`a` of one unit and `b` of a smaller one, of which there are fewer than one of the first."""
+    """Returns `a` large plus `b` small units; None if `a` is not whole or `b` makes a large one."""
     each = UNITS[large].base / UNITS[small].base
     if a != int(a) or b >= round(each, 6):
         return None
@@ -225,12 +225,12 @@ def _sum(large: str, a: float, small: str, b: float) -> Quantity | None:
 
 
 def _quantity(number: float, unit: str | None) -> Quantity | None:
-    good = math.isfinite(number) and abs(number) <= 1e300  # as the contract's numbers
+    good = math.isfinite(number) and abs(number) <= 1e300  # the contract's limit
     return Quantity(number, unit) if good else None
 
 
 def write_number(value: float, unit: str | None) -> str:
-    """A number as answers in a unit are written: whole centimetres and items, else one decimal."""
+    """Returns a number as text, with the decimals of its unit, or one decimal without a unit."""
     return f"{value:.{UNITS[unit].decimals if unit in UNITS else 1}f}"
 
 
@@ -242,7 +242,7 @@ _ASKING = re.compile(
     r"|\bunits?(?: of (?:measure|measurement|length|area|distance))?"
     r"(?: (?:is|are|of|in|should be|must be|to be|to use is))* ?[:=]?) ?$"
 )
-"""What stands before the unit that is asked for, without a bracket."""
+"""Words before the unit to answer in, if it is not in brackets."""
 _OPENED = re.compile(
     rf"[(\[](?:(?:measured |given |answer )?in{_FILLER}|units?(?: is)? ?[:=]?)? ?$"
 )
@@ -257,9 +257,9 @@ _NUMBERED = re.compile(
 )
 _BODY = re.compile(r"(?:\bthe|'s|\bits|\btheir|\bmy|\byour) $")
 _BODY_OF = re.compile(r" of (?:the|a|an|this|that)\b")
-"""Before and behind feet that are no unit: "the feet", "foot of the bed"."""
+"""Words around feet that are no unit: "the feet", "foot of the bed"."""
 _NEAR = 80
-"""Characters before and behind a unit that tell what it is."""
+"""Characters before and after a unit that are examined to classify it."""
 _INCH_PLACES = re.compile(
     r"[(\[](?:in )?in\.?[)\]]|\bin in\b(?=\.? ?(?:[?!,;)\]]|$))"
     r"|\bunits?(?: is| are)?[:=]? in\b(?=\.? ?(?:[?!,;)\]]|$))"
@@ -274,7 +274,7 @@ _NO_UNIT = (
     r"|numbers?|one|single|digits|figures|words|decimals?|detail|most|length|width|height|depth|size"
     r"|e?s|or|and)\b)"
 )
-"""Not these words, which may follow "in" or stand in brackets."""
+"""Excludes words that follow "in" or are in brackets without being a unit."""
 _UNKNOWN = re.compile(
     r"\bhow many\b"
     rf"|\bin {_NO_UNIT}[^\W\d_]+\.?(?: [^\W\d_]+)? ?(?:[?.!,;)\]]|$)"
@@ -283,28 +283,28 @@ _UNKNOWN = re.compile(
     r"|\bunits?\b"
     r"|[^\W\d_]-(?:met(?:er|re)s?|foot|feet|inch(?:es)?|yards?)\b"
 )
-"""Where a unit is asked for, whatever its name."""
+"""Phrases that ask for a unit, known or not."""
 
 
 def asked_unit(question: str, dimension: str | None = None) -> str | None:
-    """The unit that a question wants to be answered in.
+    """Returns the unit in which a question asks to be answered.
 
-    It is read where a unit is asked for ("in feet", "how many meters tall", "(mm)", "the unit is
-    meters"), not where one belongs to a number ("the chair that is 2 feet wide") or to a body ("the
-    foot of the bed").
+    It is read from phrases that ask for a unit ("in feet", "how many meters tall", "(mm)", "the
+    unit is meters"). A unit that belongs to a number ("the chair that is 2 feet wide") or is a body
+    part ("the foot of the bed") is ignored.
 
     Args:
         question: the text.
-        dimension: of the answer, where its kind of question is known to have one: "length", "area"
-            or "count". A question with one is held to it, and may not ask in a unit that is not
-            known.
+        dimension: dimension of the answer if the kind of question fixes it: "length", "area" or
+            "count". The question must then ask for a known unit of it, or for none.
 
     Returns:
-        The name of the unit; None where none is asked for.
+        The name of the unit; None if the question asks for none.
 
     Raises:
-        UnclearUnitError: several units, one of another dimension, or one that is not known; with a
-            dimension or a unit also where the question may ask for anything else.
+        UnclearUnitError: the question asks for several units, for one of another dimension or for
+            an unknown one. With a dimension or a unit also if it may ask for another quantity, see
+            `foreign_measures`.
     """
     name, unclear = _asked(question, dimension)
     if unclear:
@@ -314,7 +314,7 @@ def asked_unit(question: str, dimension: str | None = None) -> str | None:
 
 @functools.lru_cache(maxsize=16384)
 def _asked(question: str, dimension: str | None) -> tuple[str | None, str]:
-    """The unit that is asked for and "", or None and why it is unclear; rooms ask in few words."""
+    """Returns (unit, ""), or (None, why it is unclear). Cached, since questions of rooms repeat."""
     name, unclear = _known_unit(question, dimension)
     if not unclear and (name or dimension):
         unclear = foreign_measure(_plain(question), dimension, name)
@@ -322,7 +322,7 @@ def _asked(question: str, dimension: str | None) -> tuple[str | None, str]:
 
 
 def _known_unit(question: str, dimension: str | None) -> tuple[str | None, str]:
-    """The same from the known units alone."""
+    """Returns the same as `_asked`, from the known units alone."""
     plain = _QUOTES.sub("", _plain(question))
     measures = dimension is not None or bool(_MEASURED.search(plain))
     asked, loose, last = set(), set(), None
@@ -360,11 +360,15 @@ def _known_unit(question: str, dimension: str | None) -> tuple[str | None, str]:
 
 
 def _place(before: str, found: re.Match, after: str, measures: bool) -> str:
-    """What a unit between two texts is: "asked" for, of a number ("number"), "loose", or "none".
+    """Classifies a unit in a question.
 
     Args:
-        before, found, after: the texts around the unit, and the unit.
-        measures: the question is about a measure: "how many feet" may else be those of a chair.
+        before, found, after: the text before the unit, the unit, and the text after it.
+        measures: whether the question is about a measure; otherwise "how many feet" counts feet.
+
+    Returns:
+        "asked" if it is the unit to answer in, "number" if it belongs to a number, "none" if it is
+        no unit, else "loose".
     """
     if _NUMBERED.search(before):
         return "number"

@@ -1,4 +1,4 @@
-"""Checking a whole export, and the summary of it for a terminal."""
+"""Checks a whole export, and formats the summary for a terminal."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
     Returns:
         {"producer": dict, "scenes": int, "splits": {split: scenes}, "questions": {kind: count},
         "tensors": [{"name", "shape", "dtype", "scenes"}], "bytes": int,
-        "warnings": [str] (what shows that cameras may be wrong, see `cameras.Watch`, and
-        that a room is in several splits),
-        "dropped_questions": int (bad ones and those of dropped scenes, counted nowhere else),
+        "warnings": [str] (signs of wrong cameras, see `cameras.CameraCheck`, and rooms that are in
+        several splits),
+        "dropped_questions": int (bad questions and those of dropped scenes; `questions` has
+        neither),
         "dropped": [(scene or questions.jsonl:LINE, tensor or field, rule)]}. A size that differs
         between scenes is written low-high.
 
@@ -40,8 +41,8 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
     splits: Counter = Counter()
     shapes: dict[str, list[tuple]] = {}
     dtypes: dict[str, set] = {}
-    watch = cameras.Watch(export.manifest["scale"] == "metric")
-    answered: dict[str, int] = {}  # scene -> the last of its questions that the teacher answered
+    check = cameras.CameraCheck(export.manifest["scale"] == "metric")
+    answered: dict[str, int] = {}  # scene -> last question that the teacher answered
     for scene_id in _bar(export.scene_ids(), progress):
         try:
             arrays = export.read_scene(scene_id)
@@ -56,7 +57,7 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
         for name, array in arrays.items():
             shapes.setdefault(name, []).append(array.shape)
             dtypes.setdefault(name, set()).add(array.dtype.name)
-        watch.add(arrays)
+        check.add(arrays)
     dropped_questions = None if on_error == "stop" else errors
     dropped_scenes = {error.where[len("scene ") :] for error in errors}
     kinds: Counter = Counter()
@@ -67,7 +68,7 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
             kinds[record["kind"]] += 1
     for scene_id, last in answered.items():
         if last >= asked[scene_id] and not dropped_questions:
-            rule = f"question {last}, and the scene has {asked[scene_id]}"
+            rule = f"question {last} does not exist, the scene has {asked[scene_id]}"
             error = scene_error(scene_id, ASKED, rule)
             if on_error == "stop":
                 raise error
@@ -89,18 +90,18 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
         "questions": dict(sorted(kinds.items())),
         "tensors": tensors,
         "warnings": [
-            *watch.lines(),
+            *check.lines(),
             *_divided_rooms(export),
         ],
         "bytes": sum(path.stat().st_size for path in export.files() if path.is_file()),
         "dropped_questions": export.manifest["questions"]["count"] - sum(kinds.values()),
-        # Once each: a scene that cannot be opened fails again with every question about it.
+        # Without repetitions: a scene that cannot be opened fails again with each of its questions.
         "dropped": list(dict.fromkeys((e.where, e.field, e.rule) for e in errors)),
     }
 
 
 def _divided_rooms(export: Export) -> list[str]:
-    """A line about rooms whose scans are in several splits, if there are any."""
+    """Returns [a warning about rooms whose scans are in several splits], [] if there are none."""
     rooms: dict[str, list[str]] = {}
     for scene_id in export.scene_ids():
         rooms.setdefault(scene_names.room_of(scene_id), []).append(scene_id)
@@ -127,7 +128,7 @@ def _bar(items: Sequence[str], progress: bool) -> Iterable[str]:
 
 
 def format_summary(summary: dict) -> str:
-    """`validate`'s summary as text for a terminal."""
+    """Returns the summary of `validate` as text for a terminal."""
     producer = ", ".join(f"{key} {value}" for key, value in summary["producer"].items())
     splits = ", ".join(f"{count} {split}" for split, count in summary["splits"].items())
     rows = [("tensor", "shape", "dtype", "scenes")]

@@ -1,4 +1,4 @@
-"""Writing an export: scene by scene, resumable, by one process or by many."""
+"""Writes an export scene by scene, resumable, from one process or several."""
 
 from __future__ import annotations
 
@@ -125,12 +125,12 @@ def write_scene(
 
 
 def _link(source: Path, target: Path) -> None:
-    """Gives a file a second name; it is copied where the file system cannot do that.
+    """Makes a hard link to a file, or a copy if the file system cannot link.
 
-    Where `source` is a symbolic link, the second name is that of the file it points to: a link to
-    a relative link would point elsewhere.
+    If `source` is a symbolic link, the file that it points to is linked: a relative link would
+    point elsewhere from the new folder.
     """
-    os.stat(source)  # says so where the link points nowhere
+    os.stat(source)  # raises FileNotFoundError for a dangling link
     try:
         os.link(os.path.realpath(source), target)
     except OSError:  # another file system, one without hard links, or the name is taken
@@ -142,14 +142,14 @@ class ExportWriter:
     """Writes an export; a context manager.
 
     `manifest.json` is written last (temporary file, fsync, rename), so a folder without it is not
-    an export, whatever interrupted the writer. An existing export, or a folder with anything else
-    in it, is never touched. An unfinished export whose header (producer, dtype, ...) is the
-    same is started over: its files are removed.
+    an export, even if the writer is interrupted. An existing export, or a folder with anything
+    else in it, is never touched. An unfinished export with the same header (producer, dtype, ...)
+    is started over: its files are removed.
 
     With `resume`, several processes may fill one folder, one after the other or at once, each
-    scene once: a scene that `add_scene` has finished stays, and `finished` tells of it, to all of
-    them and to later ones. One more writer then registers the finished scenes in the order that
-    the manifest shall have, adds the questions, and closes.
+    scene once: a scene that `add_scene` has finished is kept, and `finished` lists it in all these
+    processes and in later ones. One more writer then registers the finished scenes in the order
+    of the manifest, adds the questions, and closes.
     """
 
     def __init__(
@@ -171,18 +171,18 @@ class ExportWriter:
 
         Args:
             folder: absent, empty, or an unfinished export of the same producer.
-            producer: strings `project`, `commit`, `weights`, `licence`, and more if wanted.
+            producer: strings `project`, `commit`, `weights`, `licence`, and optionally others.
             dtype: float16, bfloat16 or float32, of the token tensors.
-            scale: metric (metres) or scene (units of the producer's own).
+            scale: metric (metres) or scene (the producer's own units).
             token_width: C.
             patch_grid: (gh, gw), P = gh * gw.
-            tokens_contain_depth: whether the tokens are made from the true depth, which makes
-                depth metrics on them an honesty problem that reports must mention.
+            tokens_contain_depth: whether the tokens are made from the true depth; reports must
+                then state that depth metrics are not meaningful.
             categories: nouns; label i means categories[i].
-            notes: anything for the reader.
-            teacher_tokenizer: sha256 of the `tokenizer.json` behind the teacher's token ids; needed
-                where a scene has them.
-            resume: keep what an unfinished export of the same header has.
+            notes: any text.
+            teacher_tokenizer: sha256 of the `tokenizer.json` of the teacher's token ids; needed if
+                a scene has such ids.
+            resume: whether to keep the scenes of an unfinished export with the same header.
 
         Raises:
             ExportError: a bad argument, or a folder that may not be written to.
@@ -211,15 +211,15 @@ class ExportWriter:
         self._box_counts = BoxCounts(self.folder, self._scenes)
         self._question_ids: set[str] = set()
         self._digest = hashlib.sha256()
-        # With `resume`, only the one that has questions, or closes, may open their file.
+        # With `resume`, only the writer that adds questions or closes may open their file.
         self._questions = None if resume else self._open_questions()
 
     @classmethod
     def reopen(cls, folder: str | os.PathLike) -> ExportWriter:
-        """Resumes an unfinished export under the header that it was begun with.
+        """Resumes an unfinished export with its own header.
 
         Raises:
-            ExportError: there is none.
+            ExportError: the folder is no unfinished export.
         """
         if not (Path(folder) / _MARKER).is_file():
             raise ExportError(str(folder), "", "is no unfinished export")
@@ -274,7 +274,7 @@ class ExportWriter:
         self.register(entry)
 
     def finished(self) -> dict[str, dict]:
-        """{scene: entry} of all scenes that any writer with `resume` has finished in this folder.
+        """Returns {scene: entry} of all scenes that writers with `resume` have finished here.
 
         Raises:
             ExportError: an entry is damaged.
@@ -287,13 +287,14 @@ class ExportWriter:
         return entries
 
     def adopt_scene(self, export: Export, scene_id: str) -> None:
-        """Takes over a scene of another export with the same header, in the same split.
+        """Adds a scene of another export with the same header, in the same split.
 
-        Its files are hard links where the file system allows, copies otherwise. They are not read:
-        whoever reads the new export checks them against the same sha256.
+        Its files become hard links if the file system allows it, else copies. They are not checked
+        here: readers of the new export check them against the same sha256.
 
         Raises:
-            ExportError: an unknown scene, another header, or a file cannot be had.
+            ExportError: the scene is unknown, the headers differ, or a file is missing or cannot be
+                linked.
         """
         entry = export._entry(scene_id)
         for name in MEANING:
@@ -306,7 +307,7 @@ class ExportWriter:
             if key in entry:
                 source = tensor_file(export.folder, kind, scene_id)
                 target = tensor_file(self.folder, kind, scene_id)
-                if source.exists() and not source.is_file():  # it would be copied without end
+                if source.exists() and not source.is_file():  # copying a pipe or device may not end
                     raise ExportError(str(source), "", "is not a regular file")
                 try:
                     target.parent.mkdir(parents=True, exist_ok=True)
@@ -328,7 +329,7 @@ class ExportWriter:
         Args:
             records: {id, scene_id, kind, question, answer} and optional {teacher_answer, options,
                 value, unit, box, rationale, relation, objects, answers, source}; the source is the
-                name of the data set that asks.
+                name of the question's data set.
 
         Raises:
             ExportError: `questions.jsonl:LINE: field: rule`; the records before it were added.
@@ -345,7 +346,7 @@ class ExportWriter:
                 raise _cannot_write(self.folder / QUESTIONS, error) from None
 
     def close(self) -> None:
-        """Writes the manifest: from here on the folder is an export."""
+        """Writes the manifest, which makes the folder an export."""
         try:
             with self._questions or self._open_questions() as file:
                 file.flush()
@@ -356,7 +357,7 @@ class ExportWriter:
         manifest = {**self.manifest, "scenes": self._entries, "questions": questions}
         check_manifest(manifest)
         _write_file(self.folder / MANIFEST, [_json_bytes(manifest, indent=1)], durable=True)
-        with contextlib.suppress(OSError):  # the export is complete; a stale marker means nothing
+        with contextlib.suppress(OSError):  # the export is complete; a leftover marker is ignored
             (self.folder / _MARKER).unlink()
             if self._resume:
                 for pattern in (*_LEFTOVERS, f"{ENTRIES}/*.json"):

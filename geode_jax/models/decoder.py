@@ -231,7 +231,7 @@ feature too little attention beside hundreds of dissimilar ones to learn from it
 
 
 class CrossAttention(nnx.Module):
-    """Hidden-CoT's "cross-modal attention" (Sec. III-C): text attends to the vision features Z.
+    """Hidden-CoT's "cross-modal attention" (Sec. III-C): text attends to the vision features.
 
     The key kernel starts as a copy of the query kernel, so that a word initially attends to
     features similar to its embedding. With independent kernels this would have to be learned first.

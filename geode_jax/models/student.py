@@ -1,12 +1,14 @@
 """The Hidden-CoT student (paper Sec. III-C): `[V][T1..TK][Q][A]` over VGGT features.
 
-Z, V and T of a scene are computed once and shared by all its questions:
+The parts of the sequence have the paper's symbols V, T, Q and A (as axes, letters are those of
+`geode_jax.shapes`). The vision features z, V and T are computed once per scene and shared by all
+its questions:
 
-    vision tokens --MLP--> Z ---------------------------> depth, detection, feature heads
+    vision tokens --MLP--> z ---------------------------> depth, detection, feature heads
                            |-- pooling + depth map --> V
-    [V][T] --trunk (cross-attends to Z)--> keys and values of the prefix
-    [Q]    --trunk (sees V, cross-attends to Z)----------> spatial head
-    [bos][A] --trunk (sees V, T, Q, cross-attends to Z)--> answer logits
+    [V][T] --trunk (cross-attends to z)--> keys and values of the prefix
+    [Q]    --trunk (sees V, cross-attends to z)----------> spatial head
+    [bos][A] --trunk (sees V, T, Q, cross-attends to z)--> answer logits
 
 The paper trains T from the answer loss alone, so auxiliary heads must not read states that saw T.
 Therefore the causal mask has one restriction: T is visible from bos on, which starts the answer,
@@ -49,7 +51,7 @@ class StudentConfig:
         max_views: size of the view embedding.
         projector_width: inner width of the projector.
         thinking_tokens: K; 0: the baseline without Hidden CoT.
-        vision_prefix: number of V tokens, 1 in the paper.
+        vision_prefix: length of V in tokens, 1 in the paper.
         category_ids: token ids of every category's noun, whose embeddings are the weights of the
             patch classifier.
     """
@@ -84,7 +86,7 @@ class Scene:
 
     z_SVPD: Array
     seen_length_S: Array  # valid vision tokens, int32; 0 = vision removed
-    seen: list[KeyValues | None]  # keys and values of Z for cross-attention
+    seen: list[KeyValues | None]  # keys and values of z for cross-attention
     prefix: list[KeyValues]  # keys and values of [V][T]
     thinking_SKD: Array  # hidden states at the thinking positions, for the diagnostic mode
 
@@ -140,7 +142,7 @@ class Student(nnx.Module):
     # --- the scene, once for all its questions ---
 
     def encode_scene(self, batch: Batch) -> Scene:
-        """Returns Z, and the keys and values of `[V][T]`, for the S scenes of a batch."""
+        """Returns z, and the keys and values of `[V][T]`, for the S scenes of a batch."""
         z_SVPD, seen_length_S = self._project(batch)
         S, V, P, D = z_SVPD.shape
         z_SMD = z_SVPD.reshape(S, V * P, D)
@@ -160,9 +162,9 @@ class Student(nnx.Module):
         )
 
     def _project(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Returns Z [S, V, P, D] and the number of its valid tokens [S].
+        """Returns z [S, V, P, D] and the number of its valid tokens [S].
 
-        Z = norm(MLP(norm(tokens)) + view embedding + camera token), zero at padding views.
+        z = norm(MLP(norm(tokens)) + view embedding + camera token), zero at padding views.
         """
         with jax.named_scope("projector"):
             x = jnp.asarray(batch.vision_SVPC).astype(self.config.decoder.dtype)
@@ -180,7 +182,7 @@ class Student(nnx.Module):
             return z * mask[..., None, None], jnp.sum(mask, axis=1).astype(jnp.int32) * P
 
     def _vision_prefix(self, batch: Batch, z_SMD: Array, seen_length_S: Array) -> jax.Array:
-        """Returns V [S, vision_prefix, D]: attention pooling of Z + encoding of the depth map."""
+        """Returns the prefix [S, vision_prefix, D]: attention pooling of z + encoded depth map."""
         S = z_SMD.shape[0]
         query = self.pool_query[...].astype(z_SMD.dtype)
         query = jnp.broadcast_to(query, (S, *query.shape))[:, :, None]

@@ -1,6 +1,6 @@
 """Depth, detection and spatial heads (Hidden-CoT Sec. III-C "Multi-task Heads").
 
-The depth and detection heads read the vision features Z. The spatial head reads question states
+The depth and detection heads read the vision features. The spatial head reads question states
 that have not seen the thinking tokens, since the paper trains those from the answer loss alone.
 """
 

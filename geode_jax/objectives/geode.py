@@ -268,7 +268,7 @@ class GeodeStage:
         record: Mapping[str, Any],
         tokenizer: Tokenizer,
     ) -> dict[str, Any]:
-        """Returns one answer as text, in which a value stands for its control token.
+        """Returns one answer as text, with values in place of control tokens.
 
         Returns:
             `prediction`; where there is a control token, of the last one of its kind

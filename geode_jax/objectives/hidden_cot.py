@@ -86,7 +86,7 @@ class HiddenCoTConfig:
     weights: "uncertainty" (eq. 2) or "static" (all 1).
     temperature: T of the teacher's logits, see `objectives.losses.distillation`.
     literal_cross_view: True uses the printed sign of eq. 1; see `objectives.losses.cross_view`.
-    vision: False trains the blind baseline: no vision tokens, no V, answers only.
+    vision: False trains the blind baseline: no vision tokens or prefix of them, answers only.
     log_variance_bounds: of log sigma^2.
     """
 
@@ -161,7 +161,7 @@ class HiddenCoT:
         }
 
     def prefix_length(self, views: int) -> int:
-        """Returns the number of positions before a question, whatever the number of views."""
+        """Returns the number of positions before a question, for any number of views."""
         del views
         return self.config.student.prefix_length
 
@@ -256,12 +256,12 @@ def term_of(name: str) -> str:
 
 
 def patch_depth_logits(depth_logits_SVhwZ: Array, grid: tuple[int, int]) -> jax.Array:
-    """Returns the log of the mean bin probabilities of each patch's r x r cells, [S, V, P, B]."""
-    S, V, h, w, B = depth_logits_SVhwZ.shape
+    """Returns the log of the mean bin probabilities of each patch's r x r cells, [S, V, P, Z]."""
+    S, V, h, w, Z = depth_logits_SVhwZ.shape
     gh, gw = grid
     prob = jax.nn.softmax(depth_logits_SVhwZ, axis=-1)
-    prob = prob.reshape(S, V, gh, h // gh, gw, w // gw, B).mean(axis=(3, 5))
-    return jnp.log(prob.reshape(S, V, gh * gw, B) + 1e-9)
+    prob = prob.reshape(S, V, gh, h // gh, gw, w // gw, Z).mean(axis=(3, 5))
+    return jnp.log(prob.reshape(S, V, gh * gw, Z) + 1e-9)
 
 
 def _grid(out: StudentOutput, batch: Batch) -> tuple[int, int]:

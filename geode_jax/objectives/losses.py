@@ -6,8 +6,8 @@ devices; then means are taken (`mean`, `combine`) and weighted (`uncertainty_tot
 example without a target is not counted; a count of 0 comes with a sum of 0.
 
 Masks are bool, True = counted, and may lack trailing axes: a mask [S] holds for whole scenes. `...`
-in a shape stands for any leading axes; the other letters are those of `geode_jax.shapes` (M =
-queries of the detection head, c = categories, k = entries of a top-k list, 8 = an encoded box).
+in a shape means any leading axes; the other letters are those of `geode_jax.shapes`. Sizes beside
+those: n any number of entries, 8 the numbers of an encoded box.
 """
 
 import functools
@@ -78,11 +78,11 @@ def cross_entropy(logits_X: Array, labels: Array, mask: Array) -> Pair:
 
 
 def token_cross_entropy(scores: Scores, mask: Array) -> Array:
-    """`cross_entropy` for `ops.cross_entropy.token_loss`: the sum alone, of N tokens.
+    """`cross_entropy` for `ops.cross_entropy.token_loss`: the sum alone, of n tokens.
 
     Args:
         scores: whose first listed id is the label.
-        mask: [N].
+        mask: [n].
     """
     return jnp.sum(keep(scores.lse_n - scores.listed_nk[:, 0], jnp.asarray(mask)))
 
@@ -153,94 +153,94 @@ def depth_l1(depth: Array, target: Array, mask: Array) -> Pair:
 
 
 def depth_bin_centres(bins: int) -> jax.Array:
-    """Returns centres [B] of the depth bins in metres, float32; see `targets.depth_bin_centres`."""
+    """Returns centres [Z] of the depth bins in metres, float32; see `targets.depth_bin_centres`."""
     return jnp.asarray(targets.depth_bin_centres(bins), jnp.float32)
 
 
-def expected_depth(logits_B: Array, centres_B: Array) -> jax.Array:
+def expected_depth(logits_Z: Array, centres_Z: Array) -> jax.Array:
     """Returns the depth [...] in metres of a distribution over bins: exp of the mean log centre.
 
     In log depth the bins are even, so this inverts `assign_bins` exactly; a mean in metres would
     not. For probabilities pass their logarithm.
     """
-    prob_B = jax.nn.softmax(jnp.asarray(logits_B).astype(jnp.float32), axis=-1)
-    return jnp.exp(jnp.sum(prob_B * jnp.log(centres_B), axis=-1))
+    prob_Z = jax.nn.softmax(jnp.asarray(logits_Z).astype(jnp.float32), axis=-1)
+    return jnp.exp(jnp.sum(prob_Z * jnp.log(centres_Z), axis=-1))
 
 
-def assign_bins(depth: Array, centres_B: Array) -> jax.Array:
-    """Returns weights [..., B] of the two centres nearest to a depth [...] > 0, in log depth.
+def assign_bins(depth: Array, centres_Z: Array) -> jax.Array:
+    """Returns weights [..., Z] of the two centres nearest to a depth [...] > 0, in log depth.
 
     A depth beyond the first or last centre has weight 1 on that centre.
     """
-    bin_B = jnp.arange(centres_B.shape[0], dtype=jnp.float32)
-    position = jnp.interp(jnp.log(depth), jnp.log(centres_B), bin_B)
-    return jnp.maximum(1.0 - jnp.abs(position[..., None] - bin_B), 0.0)
+    bin_Z = jnp.arange(centres_Z.shape[0], dtype=jnp.float32)
+    position = jnp.interp(jnp.log(depth), jnp.log(centres_Z), bin_Z)
+    return jnp.maximum(1.0 - jnp.abs(position[..., None] - bin_Z), 0.0)
 
 
-def depth_bin_ce(logits_B: Array, target: Array, mask: Array, centres_B: Array) -> Pair:
+def depth_bin_ce(logits_Z: Array, target: Array, mask: Array, centres_Z: Array) -> Pair:
     """Cross-entropy over depth bins, Sec. III-D.2; count = known pixels (target > 0).
 
     Args:
-        logits_B: [..., B].
+        logits_Z: [..., Z].
         target: [...] metres, turned into the weights of `assign_bins`.
         mask: [...].
-        centres_B: increasing metres, of `depth_bin_centres`.
+        centres_Z: increasing metres, of `depth_bin_centres`.
     """
     mask = _mask(mask, target.shape) & (target > 0)
-    weight_B = jax.lax.stop_gradient(assign_bins(keep(target, mask, 1.0), centres_B))
-    log_prob_B = jax.nn.log_softmax(keep(logits_B, mask), axis=-1)
-    return masked_sum(-jnp.sum(weight_B * log_prob_B, axis=-1), mask)
+    weight_Z = jax.lax.stop_gradient(assign_bins(keep(target, mask, 1.0), centres_Z))
+    log_prob_Z = jax.nn.log_softmax(keep(logits_Z, mask), axis=-1)
+    return masked_sum(-jnp.sum(weight_Z * log_prob_Z, axis=-1), mask)
 
 
-def depth_bin_kl(logits_B: Array, teacher_probs_B: Array, mask: Array) -> Pair:
+def depth_bin_kl(logits_Z: Array, teacher_probs_Z: Array, mask: Array) -> Pair:
     """KL(teacher || student) over depth bins, Sec. III-D.2; count = pixels with a teacher.
 
     Args:
-        logits_B: [..., B].
-        teacher_probs_B: [..., B], normalised here because float16 rounds them; a row of zeros is no
+        logits_Z: [..., Z].
+        teacher_probs_Z: [..., Z], normalised here because float16 rounds them; a row of zeros is no
             target.
         mask: [...].
     """
-    mask = _mask(mask, teacher_probs_B.shape[:-1])
-    mask &= jnp.sum(keep(teacher_probs_B, mask), axis=-1) > 0
-    prob_B = keep(teacher_probs_B, mask, 1.0)
-    prob_B = jax.lax.stop_gradient(prob_B / jnp.sum(prob_B, axis=-1, keepdims=True))
-    log_prob_B = jax.nn.log_softmax(keep(logits_B, mask), axis=-1)
-    return masked_sum(jnp.sum(xlogy(prob_B, prob_B) - prob_B * log_prob_B, axis=-1), mask)
+    mask = _mask(mask, teacher_probs_Z.shape[:-1])
+    mask &= jnp.sum(keep(teacher_probs_Z, mask), axis=-1) > 0
+    prob_Z = keep(teacher_probs_Z, mask, 1.0)
+    prob_Z = jax.lax.stop_gradient(prob_Z / jnp.sum(prob_Z, axis=-1, keepdims=True))
+    log_prob_Z = jax.nn.log_softmax(keep(logits_Z, mask), axis=-1)
+    return masked_sum(jnp.sum(xlogy(prob_Z, prob_Z) - prob_Z * log_prob_Z, axis=-1), mask)
 
 
 # Detection (Sec. III-D.2)
 
 
-def match(cost_NM: Array, mask_N: Array) -> jax.Array:
+def match(cost_NY: Array, mask_N: Array) -> jax.Array:
     """Assigns boxes to queries one to one at the lowest total cost (Hungarian algorithm).
 
     Args:
-        cost_NM: [..., N, M]; entries that are not finite are replaced by 1e4.
+        cost_NY: [..., N, Y]; entries that are not finite are replaced by 1e4.
         mask_N: [..., N], False = padding. Padding costs more than any real difference, so that it
             takes no query from a box where boxes outnumber queries.
 
     Returns:
-        int32 [..., N]: the query of each box; -1 for padding and for boxes left over when N > M.
+        int32 [..., N]: the query of each box; -1 for padding and for boxes left over when N > Y.
     """
-    N = cost_NM.shape[-2]
-    mask_NM = jnp.broadcast_to(jnp.asarray(mask_N, bool)[..., None], cost_NM.shape)
+    N = cost_NY.shape[-2]
+    mask_NY = jnp.broadcast_to(jnp.asarray(mask_N, bool)[..., None], cost_NY.shape)
     # The algorithm does not end on infinities; huge costs would round real differences away.
-    cost = jnp.where(mask_NM & jnp.isfinite(cost_NM), cost_NM, 1e4).astype(jnp.float32)
+    cost = jnp.where(mask_NY & jnp.isfinite(cost_NY), cost_NY, 1e4).astype(jnp.float32)
     cost = jnp.clip(cost, -1e4, 1e4)
-    low = jnp.min(cost, axis=(-2, -1), keepdims=True, where=mask_NM, initial=1e4)
-    high = jnp.max(cost, axis=(-2, -1), keepdims=True, where=mask_NM, initial=-1e4)
+    low = jnp.min(cost, axis=(-2, -1), keepdims=True, where=mask_NY, initial=1e4)
+    high = jnp.max(cost, axis=(-2, -1), keepdims=True, where=mask_NY, initial=-1e4)
     padding = N * jnp.maximum(high - low, 0.0) + 1.0
-    cost = jax.lax.stop_gradient(jnp.where(mask_NM, cost - low, padding))
+    cost = jax.lax.stop_gradient(jnp.where(mask_NY, cost - low, padding))
 
-    def assign(cost_NM, mask_N):
-        box, query = hungarian_algorithm(cost_NM)
+    def assign(cost_NY, mask_N):
+        box, query = hungarian_algorithm(cost_NY)
         query_N = jnp.full(N, -1, jnp.int32).at[box].set(query.astype(jnp.int32))
         return jnp.where(mask_N, query_N, -1)
 
-    for _ in cost_NM.shape[:-2]:
+    for _ in cost_NY.shape[:-2]:
         assign = jax.vmap(assign)
-    return assign(cost, mask_NM[..., 0])
+    return assign(cost, mask_NY[..., 0])
 
 
 def _focal(logits: jax.Array, target: jax.Array | float, alpha: float, gamma: float) -> jax.Array:
@@ -253,7 +253,7 @@ def _focal(logits: jax.Array, target: jax.Array | float, alpha: float, gamma: fl
 
 def focal_loss(
     class_logits_SYc: Array,
-    target_SM: Array,
+    target_SY: Array,
     known_S: Array,
     alpha: float = 0.25,
     gamma: float = 2.0,
@@ -262,7 +262,7 @@ def focal_loss(
 
     Args:
         class_logits_SYc: one binary decision per category; no object = all of them negative.
-        target_SM: int category of each query, -1 = no object.
+        target_SY: int category of each query, -1 = no object.
         known_S: scenes whose boxes are all known; the others are not counted.
         alpha: weight of the positive decisions.
         gamma: exponent that reduces the weight of decisions that are already right.
@@ -271,11 +271,11 @@ def focal_loss(
         The sum over all decisions; count = objects, at least 1 per scene, so that an empty room
         counts too.
     """
-    known = _mask(known_S, target_SM.shape[:1])
-    one_hot = jax.nn.one_hot(target_SM, class_logits_SYc.shape[-1])
-    loss_SMc = _focal(keep(class_logits_SYc, known), one_hot, alpha, gamma)
-    total, _ = masked_sum(jnp.sum(loss_SMc, axis=(1, 2)), known)
-    objects = jnp.maximum(jnp.sum(target_SM >= 0, axis=1), 1)
+    known = _mask(known_S, target_SY.shape[:1])
+    one_hot = jax.nn.one_hot(target_SY, class_logits_SYc.shape[-1])
+    loss_SYc = _focal(keep(class_logits_SYc, known), one_hot, alpha, gamma)
+    total, _ = masked_sum(jnp.sum(loss_SYc, axis=(1, 2)), known)
+    objects = jnp.maximum(jnp.sum(target_SY >= 0, axis=1), 1)
     return total, jnp.sum(jnp.where(known, objects, 0), dtype=jnp.float32)
 
 
@@ -328,7 +328,7 @@ class Detection(NamedTuple):
 
 def detection(
     class_logits_SYc: Array,
-    boxes_SM8: Array,
+    boxes_SY8: Array,
     target_boxes_SN7: Array,
     target_labels_SN: Array,
     known_S: Array,
@@ -339,38 +339,38 @@ def detection(
     to the focal loss of its category (Deformable DETR, 2010.04159). It gets no gradient.
 
     Args:
-        class_logits_SYc: of M queries.
-        boxes_SM8: encoded boxes of the queries.
+        class_logits_SYc: of Y queries.
+        boxes_SY8: encoded boxes of the queries.
         target_boxes_SN7: world frame, metres.
         target_labels_SN: int category, -1 = no box.
         known_S: scenes whose boxes are all known; the others are not counted.
     """
     known = _mask(known_S, target_labels_SN.shape[:1])
     mask_SN = known[:, None] & (target_labels_SN >= 0)
-    boxes_SM8, logits_SMc = keep(boxes_SM8, known), keep(class_logits_SYc, known)
+    boxes_SY8, logits_SYc = keep(boxes_SY8, known), keep(class_logits_SYc, known)
     target_SN8 = _encode_known(target_boxes_SN7, mask_SN)
     label_SN = jnp.where(mask_SN, target_labels_SN, 0)
-    logits_SMN = jnp.take_along_axis(logits_SMc, label_SN[:, None, :], axis=2, mode="clip")
-    difference_SMN = _focal(logits_SMN, 1.0, 0.25, 2.0) - _focal(logits_SMN, 0.0, 0.25, 2.0)
-    cost_SNM = _box_distance(boxes_SM8[:, None], target_SN8[:, :, None])
-    cost_SNM += BOX_CLASS_WEIGHT * jnp.swapaxes(difference_SMN, 1, 2)
-    query_SN = by_scenes(match, cost_SNM, mask_SN)
+    logits_SYN = jnp.take_along_axis(logits_SYc, label_SN[:, None, :], axis=2, mode="clip")
+    difference_SYN = _focal(logits_SYN, 1.0, 0.25, 2.0) - _focal(logits_SYN, 0.0, 0.25, 2.0)
+    cost_SNY = _box_distance(boxes_SY8[:, None], target_SN8[:, :, None])
+    cost_SNY += BOX_CLASS_WEIGHT * jnp.swapaxes(difference_SYN, 1, 2)
+    query_SN = by_scenes(match, cost_SNY, mask_SN)
     matched = query_SN >= 0
     # Unmatched boxes write to a column past the end, which is dropped.
-    S, M = class_logits_SYc.shape[:2]
-    column = jnp.where(matched, query_SN, M)
-    target_SM = jnp.full((S, M), -1, jnp.int32)
-    target_SM = target_SM.at[jnp.arange(S)[:, None], column].set(label_SN, mode="drop")
+    S, Y = class_logits_SYc.shape[:2]
+    column = jnp.where(matched, query_SN, Y)
+    target_SY = jnp.full((S, Y), -1, jnp.int32)
+    target_SY = target_SY.at[jnp.arange(S)[:, None], column].set(label_SN, mode="drop")
     return Detection(
-        classes=focal_loss(logits_SMc, target_SM, known),
-        boxes=box_loss(take_matched(boxes_SM8, query_SN), target_boxes_SN7, matched),
+        classes=focal_loss(logits_SYc, target_SY, known),
+        boxes=box_loss(take_matched(boxes_SY8, query_SN), target_boxes_SN7, matched),
         query_SN=query_SN,
     )
 
 
-def take_matched(value_SM: Array, query_SN: Array) -> jax.Array:
+def take_matched(value_SY: Array, query_SN: Array) -> jax.Array:
     """Returns the matched query's value for each box, [S, N, ...] (query 0 where there is none)."""
-    return jax.vmap(lambda value, query: value[query])(value_SM, jnp.maximum(query_SN, 0))
+    return jax.vmap(lambda value, query: value[query])(value_SY, jnp.maximum(query_SN, 0))
 
 
 # Spatial and multi-view terms (Sec. III-D.2 and III-D.3)
@@ -489,10 +489,10 @@ def binary_kl(logit: Array, prob: Array, mask: Array) -> Pair:
     return masked_sum(negative_entropy + jax.nn.softplus(logit) - prob * logit, mask)
 
 
-def huber(prediction_F: Array, target_F: Array, mask: Array) -> Pair:
+def huber(prediction_n: Array, target_n: Array, mask: Array) -> Pair:
     """Huber loss (delta 1) summed over the last axis; count = True entries of the mask [...]."""
     mask = jnp.asarray(mask)
-    loss = _huber(jnp.where(mask[..., None], prediction_F - target_F, 0.0))
+    loss = _huber(jnp.where(mask[..., None], prediction_n - target_n, 0.0))
     return jnp.sum(loss), jnp.sum(mask, dtype=jnp.float32)
 
 
@@ -503,9 +503,9 @@ def huber_box(boxes_8: Array, target_boxes_7: Array, mask: Array) -> Pair:
     return masked_sum(nearer_code(lambda code_8: _huber(boxes_8 - code_8), target_8), mask)
 
 
-def _huber(error_F: Array) -> jax.Array:
-    size = jnp.abs(error_F)
-    return jnp.sum(jnp.where(size < 1, 0.5 * error_F**2, size - 0.5), axis=-1)
+def _huber(error_n: Array) -> jax.Array:
+    size = jnp.abs(error_n)
+    return jnp.sum(jnp.where(size < 1, 0.5 * error_n**2, size - 0.5), axis=-1)
 
 
 # Totals (Sec. III-D.4)

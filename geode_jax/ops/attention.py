@@ -1,14 +1,14 @@
 """Attention with one mask contract: every query sees keys [0, prefix_end) and [start, end).
 
 This form covers causal masks, prefixes, padding, cross-attention, a KV cache that is not full yet,
-and many questions of a scene that share `[V][T]` as their prefix. So one contract and one tile plan
-(`attention_plan`) serve all uses:
+and many questions of a scene that share its vision and thinking tokens as their prefix. So one
+contract and one tile plan (`attention_plan`) serve all uses:
 
 | use | prefix_end | start | end |
 |---|---|---|---|
 | causal, row padded on the left by p | 0 | p | i + 1 |
-| question of a scene, V in keys [0, n) | n | first column of the question | i + 1 |
-| its answer, `[V][T]` in keys [0, m) | m | first column of the question | i + 1 |
+| question of a scene, vision tokens in keys [0, n) | n | first column of the question | i + 1 |
+| its answer, vision and thinking tokens in keys [0, m) | m | first column of the question | i + 1 |
 | cross-attention to k valid vision tokens | 0 | 0 | k |
 
 `attention` chooses among a dense computation, which is fast for few logits, and computations by

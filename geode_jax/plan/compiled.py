@@ -163,7 +163,7 @@ class Run:
             lowered = step.lower(*args)
             try:
                 compiled = lowered.compile(compiler_options=self.compiler_options)
-            except Exception as error:  # of whatever type the plugin raises
+            except Exception as error:  # plugins raise any type
                 peak = missing_memory(str(error))
                 if peak is None:
                     raise
@@ -236,10 +236,10 @@ def make_run(
 
 
 def _text(compiled: Any, compiler: str) -> str:
-    """Returns the compiled program's text, which jax can read of a compiler of its own version."""
+    """Returns the compiled program's text; jax reads only programs of its compiler's version."""
     try:
         return compiled.as_text()
-    except Exception as error:  # of whatever type
+    except Exception as error:  # of any type
         raise UserError(
             f"plan: jax {jax.__version__} cannot read the programs of {compiler}; install the "
             "version that the extra `plan` names"

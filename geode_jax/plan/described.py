@@ -43,7 +43,7 @@ class Described:
         shapes: shapes of the scenes of a batch.
         categories: names, as many as the export would have.
         vocab_size: size of the tokenizer.
-        question_length, answer_length: Lq and La, if the configuration leaves them to the data.
+        question_length, answer_length: L and A, if the configuration leaves them to the data.
         scenes: number of scenes of the training split, each read once an epoch.
     """
 

@@ -163,11 +163,11 @@ class Predictor:
             if self._trained.objective.caches_scene:
                 scene.encoded = encoded
             answers = jax.device_get(answer(parameters, encoded, batch, sampling))
-        said = self._trained.objective.decode_answer(answers, (0, 0), record, self._tokenizer)
-        box, thinking = said.get("predicted_box"), said.get("thinking_tokens")
-        value = said.get("predicted_value")
+        found = self._trained.objective.decode_answer(answers, (0, 0), record, self._tokenizer)
+        box, thinking = found.get("predicted_box"), found.get("thinking_tokens")
+        value = found.get("predicted_value")
         return Answer(
-            text=said["prediction"],
+            text=found["prediction"],
             kind=record["kind"],
             value=value,
             unit=None if value is None else answer_unit(record),

@@ -210,7 +210,7 @@ def _examples(export: Export, model: Evaluation, reference: str, count: int) -> 
 
 
 def view_images(export: Export, scene_id: str) -> np.ndarray | None:
-    """Returns images [V, H, W, 3] uint8 of a scene, stored or rendered; None if it has none."""
+    """Returns images [V, h, w, 3] uint8 of a scene, stored or rendered; None if it has none."""
     stored = export.read_scene(scene_id, ["images"]).get("images")
     if stored is not None:
         return stored

@@ -100,9 +100,9 @@ def make_pipelines(settings: Settings, export: Export, tokenizer: Tokenizer) -> 
     common = pipeline_config(settings, export, tokenizer)
     splits = {"train": "train", "val": "val", "test": test_split(export)}
     # Evaluation asks every question once, however often training draws it.
-    asked = common.asking_all()
+    whole = common.asking_all()
     return {
-        name: Pipeline(export, tokenizer, common if name == "train" else asked, split)
+        name: Pipeline(export, tokenizer, common if name == "train" else whole, split)
         for name, split in splits.items()
     }
 

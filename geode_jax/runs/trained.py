@@ -110,8 +110,8 @@ def open_trained(
     # A system that adds tokens to a tokenizer folder keeps the result with the run.
     shared = settings.tokenizer if system.tokenizer.shares_folder else ""
     tokenizer = load_run_tokenizer(shared or workdir / "tokenizer", checkpoint)
-    asked = as_stage_1(settings) if rationale else settings
-    pipeline = Pipeline(export, tokenizer, pipeline_config(asked, export, tokenizer), "train")
+    stage = as_stage_1(settings) if rationale else settings
+    pipeline = Pipeline(export, tokenizer, pipeline_config(stage, export, tokenizer), "train")
     mesh = make_mesh()
     # The checkpoint separates learned from frozen parameters as the run's own stage does.
     learned = system.make_objective(settings, export, tokenizer, pipeline)
@@ -119,7 +119,7 @@ def open_trained(
     model = load_model(checkpoint, {"params": params, "frozen": frozen})
     step = np.array(int(checkpoint.name), np.int32)
     state = TrainState(step, model["params"], model["frozen"], ())
-    objective = asked.system.make_objective(asked, export, tokenizer, pipeline)
+    objective = stage.system.make_objective(stage, export, tokenizer, pipeline)
     if slots is not None:
         objective = objective.with_slots(slots)
     evaluator = Evaluator(objective, graph, tokenizer, mesh)

@@ -47,16 +47,16 @@ class Stop:
     """Listens for SIGTERM and Ctrl-C; a context manager of the main thread.
 
     A signal raises `Stopped` in the main thread, except within `deferred`, whose code checks
-    `asked` itself. In one of several processes the signal is only recorded (see `Ballot`): the
+    `signum` itself. In one of several processes the signal is only recorded (see `Ballot`): the
     others would wait for that process at the next barrier.
 
     Attributes:
-        asked: number of the signal that arrived; 0: none yet.
+        signum: number of the signal that arrived; 0: none yet.
         unsaved: whether steps would be lost if the process ended now.
     """
 
     def __init__(self):
-        self.asked = 0
+        self.signum = 0
         self.unsaved = False
         self._deferred = 0
         self._since = 0.0
@@ -85,7 +85,7 @@ class Stop:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within the block, a signal is only recorded in `asked`."""
+        """Within the block, a signal is only recorded in `signum`."""
         self._deferred += 1
         try:
             yield
@@ -93,7 +93,7 @@ class Stop:
             self._deferred -= 1
 
     def _hear(self, signum: int, _) -> None:
-        self.asked = self.asked or signum
+        self.signum = self.signum or signum
         if not self._deferred and jax.process_count() == 1:
             raise Stopped(signum, "before its end, nothing is lost")
 
@@ -107,7 +107,7 @@ class Stop:
             self._unraisable(unraisable)
 
     def _watch(self) -> None:
-        """Reads the numbers of signals as they arrive; runs in a thread of its own."""
+        """Reads the numbers of signals as they arrive; runs in its own thread."""
         while number := os.read(self._read, 1):
             if number[0] not in _NAMES:
                 continue
@@ -147,8 +147,8 @@ class Ballot:
         Raises:
             Stopped: a signal arrived at any of the processes.
         """
-        asked = self._stop.asked
+        signum = self._stop.signum
         if self._vote is not None:
-            asked = self._vote.cast(bool(asked))[0] and (asked or signal.SIGTERM)
-        if asked:
-            raise Stopped(asked, "before its end, nothing is lost")
+            signum = self._vote.cast(bool(signum))[0] and (signum or signal.SIGTERM)
+        if signum:
+            raise Stopped(signum, "before its end, nothing is lost")

@@ -146,7 +146,7 @@ def make_train_step(
         total, sums, counts, weights, grads = accumulate(state.params, state.frozen, batch)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            # optax's types do not say that it returns the tree of its argument.
+            # optax's annotations lack that it returns the tree type of its argument.
             params = cast(nnx.State, optax.apply_updates(state.params, updates))
         assert isinstance(opt_state, optax.ApplyIfFiniteState)  # of `optimizer.make_optimizer`
         metrics = {"loss": total, "grad_norm": optax.tree.norm(grads)}

@@ -1,4 +1,4 @@
-"""The command; see the package."""
+"""The command line of the campaign; see the package."""
 
 import argparse
 import os
@@ -13,21 +13,25 @@ from tests.campaign import machine
 
 
 def main() -> int:
-    """Runs a campaign, or what its worker does; exit status 1 where a verdict is bad."""
+    """Runs a campaign, or its worker; returns exit status 1 if a verdict is bad."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaign")
     parser.add_argument("--inputs", type=int, default=2000, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", metavar="TARGET,...", help="names begin with these")
-    parser.add_argument("--at", metavar="TARGET:NUMBER", help="one input again")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the folder of --at there")
+    parser.add_argument(
+        "--only", default="", metavar="TARGET,...", help="only targets whose names begin so"
+    )
+    parser.add_argument("--at", metavar="TARGET:NUMBER", help="repeat one input")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="copy the damaged folder of --at there"
+    )
     parser.add_argument("--alarm", type=float, default=machine.HANG_SECONDS, metavar="SECONDS")
-    parser.add_argument("--kills", type=int, metavar="N", help="kill a run so often instead")
+    parser.add_argument("--kills", type=int, metavar="N", help="instead, kill a run N times")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.kills:
         from tests.campaign.kills import kill
 
-        print(kill(options.kills, options.seed, say=print))
+        print(kill(options.kills, options.seed, report=print))
         return 0
     from tests.campaign.targets import TARGETS
 
@@ -53,7 +57,7 @@ def main() -> int:
         machine.shares(chosen, options.inputs),
         options.seed,
         options.alarm,
-        say=lambda one: print(f"{one.verdict}: {one.where}: {one.said}", flush=True),
+        report=lambda one: print(f"{one.verdict}: {one.where}: {one.message}", flush=True),
     )
     print(machine.table(outcomes))
     print(f"{time.monotonic() - start:.0f} s, seed {options.seed}")

@@ -1,4 +1,4 @@
-"""One damage to one file of a folder, drawn by chance from what happens to files."""
+"""Damages one file of a folder in a random way that occurs in practice."""
 
 import dataclasses
 import json
@@ -13,13 +13,13 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Damage:
-    """What was done.
+    """One damage.
 
     Attributes:
-        kind: the function of this module that did it.
-        path: of the file, relative to the folder.
-        plain: whether any reader of the file can see it, without a checksum or knowing the values:
-            it is no regular file, no UTF-8, or no JSON.
+        kind: name of the function of this module that made it.
+        path: path of the file, relative to the folder.
+        plain: whether every reader can notice it without a checksum or the true values: the file
+            is not regular, not UTF-8, or not JSON.
     """
 
     kind: str
@@ -91,7 +91,7 @@ def _longer(path: Path, draw: random.Random) -> None:
 
 
 def _huge(path: Path, draw: random.Random) -> None:
-    """A size or count near the beginning becomes enormous."""
+    """Makes a size or count near the beginning huge."""
     data = bytearray(path.read_bytes() + bytes(8))[:-8] or bytearray(8)
     start = 4 * draw.randrange(max(1, min(len(data), 512) // 4))
     value = draw.choice((2**31 - 1, 2**32 - 1, 2**62, 10**12, 2**63))
@@ -111,7 +111,7 @@ def _utf16(path: Path, draw: random.Random) -> None:
 
 
 def _latin(path: Path, draw: random.Random) -> None:
-    """A byte that no UTF-8 has."""
+    """Inserts a byte that UTF-8 never has."""
     data = path.read_bytes()
     start = draw.randrange(len(data) + 1)
     path.write_bytes(data[:start] + b"\xff" + data[start:])
@@ -142,7 +142,7 @@ def _number(path: Path, draw: random.Random) -> None:
 
 
 def _line(path: Path, draw: random.Random) -> None:
-    """A line is lost, stands twice, or is moved."""
+    """Removes, moves or duplicates a line."""
     lines = path.read_bytes().splitlines(keepends=True)
     if lines:
         line = lines.pop(draw.randrange(len(lines)))
@@ -165,7 +165,7 @@ _PLAIN = {
     "nested": "[" * 50_000 + "]" * 50_000,
     "nested objects": '{"a":' * 50_000 + "1" + "}" * 50_000,
 }
-"""Values that no reader can hold, as JSON spells them."""
+"""JSON of values that no reader can hold."""
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
@@ -188,7 +188,7 @@ def _replaced(value: Any, at: tuple, change: Callable[[Any], Any]) -> Any:
 
 
 def _changed(value: Any, draw: random.Random) -> tuple[str, Any, str]:
-    """(kind, the value with one change, JSON to put in place of `_RAW`)."""
+    """Returns (kind, the value with one change, JSON that replaces `_RAW`)."""
     by_depth: dict[int, list] = {}
     for at in _places(value):
         by_depth.setdefault(len(at), []).append(at)
@@ -222,11 +222,11 @@ def _changed(value: Any, draw: random.Random) -> tuple[str, Any, str]:
 
 
 def _json(path: Path, draw: random.Random) -> tuple[str, bool]:
-    """A change of one place of a JSON file, or of one line of JSON lines."""
+    """Changes one value of a JSON file, or of one line of JSON lines; returns (kind, plain)."""
     data = path.read_bytes()
     lines = data.splitlines(keepends=True) if path.suffix == ".jsonl" else [data]
     number = draw.randrange(len(lines))
-    if draw.random() < 0.1:  # a name that stands twice
+    if draw.random() < 0.1:  # repeat a name
         names = list(re.finditer(rb'"(?:[^"\\]|\\.)*"\s*:\s*(?=["\d\[{tfn-])', lines[number]))
         if names:
             name = draw.choice(names)
@@ -265,7 +265,7 @@ def _is_text(path: Path) -> bool:
 
 
 def files_of(folder: Path, patterns: Iterable[str] = ("**/*",)) -> list[Path]:
-    """The files that may be damaged, sorted."""
+    """Returns the files that may be damaged, sorted."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return sorted(found)
 
@@ -274,9 +274,9 @@ def damage(folder: Path, draw: random.Random, patterns: Iterable[str] = ("**/*",
     """Damages one file that matches a pattern.
 
     Args:
-        folder: is changed.
-        draw: decides.
-        patterns: of files, relative to the folder.
+        folder: the folder, which is changed.
+        draw: source of randomness.
+        patterns: patterns of the files, relative to the folder.
     """
     files = files_of(folder, patterns)
     path = draw.choice(files)

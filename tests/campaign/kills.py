@@ -1,4 +1,4 @@
-"""A run that is killed at random moments, over and over, ends bitwise as one that is not."""
+"""Kills a run at random moments; it must end bitwise like an uninterrupted run."""
 
 import os
 import random
@@ -15,8 +15,8 @@ import numpy as np
 from geode_jax.training.metrics import read_metrics
 from tests.campaign.machine import REPOSITORY
 
-STEPS_A_KILL = 12
-"""So many steps more has a run for every kill."""
+STEPS_PER_KILL = 12
+"""Steps by which a run is longer for every kill."""
 
 
 def _start(workdir: Path, steps: int) -> subprocess.Popen:
@@ -36,30 +36,30 @@ def _rows(workdir: Path) -> list[dict]:
 
 
 def _step(workdir: Path) -> int:
-    """The last step in metrics.jsonl, which is being written."""
+    """Returns the last step in metrics.jsonl, which is being written."""
     file = workdir / "metrics.jsonl"
     return file.read_bytes().count(b'"loss"') if file.exists() else 0
 
 
-def kill(kills: int, seed: int, say: Callable[[str], None] = lambda _: None) -> str:
-    """Kills a toy run at random moments and compares its end with that of an unbroken one.
+def kill(kills: int, seed: int, report: Callable[[str], None] = lambda _: None) -> str:
+    """Kills a toy run at random moments and compares its end with that of an uninterrupted run.
 
-    A moment is some milliseconds behind the start, or behind a step that is new: so that imports,
-    restoring, steps, saving and the end are all met.
+    A moment is some milliseconds after the start, or after a new step, so that kills fall on
+    imports, restoring, steps, saving and the end.
 
     Args:
-        kills: how many.
-        seed: of the moments.
-        say: is told the progress.
+        kills: number of kills.
+        seed: seed of the moments.
+        report: function that gets lines about the progress.
 
     Returns:
-        A line that says what was done.
+        A summary line.
 
     Raises:
-        AssertionError: a start ended in an error, weights or metrics differ, or a checkpoint was
+        AssertionError: a process ended in an error, weights or metrics differ, or a checkpoint was
             found damaged.
     """
-    draw, steps = random.Random(seed), STEPS_A_KILL * (kills + 2)
+    draw, steps = random.Random(seed), STEPS_PER_KILL * (kills + 2)
     with tempfile.TemporaryDirectory(prefix="kills") as folder:
         whole, broken = Path(folder) / "whole", Path(folder) / "broken"
         assert _start(whole, steps).wait() == 0, (whole / "output").read_text()
@@ -67,18 +67,18 @@ def kill(kills: int, seed: int, say: Callable[[str], None] = lambda _: None) -> 
         while done < kills:
             process, before = _start(broken, steps), _step(broken)
             early = draw.random() < 0.2
-            goal = before + draw.randrange(1, STEPS_A_KILL)
+            goal = before + draw.randrange(1, STEPS_PER_KILL)
             while not early and process.poll() is None and _step(broken) < goal:
                 time.sleep(0.002)
             time.sleep(draw.uniform(0, 3 if early else 0.05))
             if process.poll() is not None:
                 assert process.returncode == 0, (broken / "output").read_text()[-3000:]
-                break  # it came to its end: there is nothing left to kill
+                break  # the run has ended: there is nothing left to kill
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             done += 1
             if done % 10 == 0:
-                say(f"{done} kills, step {_step(broken)} of {steps}")
+                report(f"{done} kills, step {_step(broken)} of {steps}")
         process = _start(broken, steps)
         output = (broken / "output").read_text
         assert process.wait() == 0, output()[-3000:]
@@ -87,4 +87,4 @@ def kill(kills: int, seed: int, say: Callable[[str], None] = lambda _: None) -> 
         assert _rows(whole) == _rows(broken), "metrics differ"
         found = [line for line in output().splitlines() if "damaged" in line]
         assert not found, found
-    return f"{done} kills of {steps} steps: weights and metrics are bitwise those of no kill"
+    return f"{done} kills of {steps} steps: weights and metrics equal those without kills"

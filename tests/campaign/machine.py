@@ -1,7 +1,7 @@
-"""Reads damaged folders and decides on the verdict of each.
+"""Reads damaged folders and gives a verdict on each.
 
-The inputs are read in a process of their own, the worker, so that one that takes the process with
-it (or never comes back to Python) costs only itself: the worker is started again behind it.
+The inputs are read in a worker process, which is started again after an input that crashes it or
+never returns to Python.
 """
 
 import contextlib
@@ -29,20 +29,20 @@ VERDICTS = ("refused", "read", "traceback", "silent", "hang", "memory")
 GOOD = ("refused", "read")
 HANG_SECONDS = 20
 LOST_SECONDS = 30
-"""Beyond the alarm: the worker does not come back to Python and is killed."""
+"""Seconds after the alarm at which a worker that has not returned to Python is killed."""
 MEMORY = 1 << 30
-"""Bytes that the reading of one of these small inputs may take at most."""
-LIMIT = 6 << 30
-"""Bytes of data that the worker may have."""
-MOST_SAID = 640
-"""Characters of a refusal: `MAX_MESSAGE` and what stands around it."""
-MOST_THREADS = 150
-"""Of the worker: Orbax leaves some behind at every restoring, which a process does once."""
+"""Most bytes of memory for reading one of these small inputs."""
+MAX_DATA = 6 << 30
+"""Most bytes of data of the worker."""
+MAX_REFUSAL = 640
+"""Most characters of a refusal: `MAX_MESSAGE` and the prefix `error: `."""
+MAX_THREADS = 150
+"""Threads from which on the worker is restarted: every restore of Orbax leaves some running."""
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
 class Refused(Exception):
-    """The one line with which a reader refuses an input."""
+    """A reader refused an input; the message is its line."""
 
 
 class _Hang(BaseException):
@@ -51,61 +51,62 @@ class _Hang(BaseException):
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A reader and what it reads.
+    """A reader and its input.
 
     Attributes:
         make: writes an intact input into an empty folder.
-        read: what is read from a folder; raises `Refused` or one of `refusals`.
-        weight: how often it is tried, relative to others; 1 costs about 50 ms.
+        read: reads a folder and returns a value; raises `Refused` or one of `refusals`.
+        weight: share of the inputs, relative to other targets; 1 costs about 50 ms.
         files: patterns of the files that are damaged.
-        silent: (what is read from the intact folder, from the damaged one, the damage, the damaged
-            folder) -> why the difference had to be noticed, "" where it had not. It is asked
-            where the two differ.
-        refusals: exceptions that are refusals, beside UserError.
+        silent: (value of the intact folder, value of the damaged one, the damage, the damaged
+            folder) -> why the damage had to be noticed, "" if not. Called if the values differ.
+        refusals: exceptions that count as refusals, besides UserError.
     """
 
     make: Callable[[Path], Any]
     read: Callable[[Path], Any]
     weight: float = 1
     files: tuple[str, ...] = ("**/*",)
-    silent: Callable[[Any, Any, Damage, Path], str] = lambda *_: "what is read has changed"
+    silent: Callable[[Any, Any, Damage, Path], str] = lambda *_: "the value has changed"
     refusals: tuple[type[Exception], ...] = ()
 
 
 def any_reader_sees(before: Any, after: Any, done: Damage, folder: Path) -> str:
-    """For inputs without checksums, where only some damages can be seen."""
-    return "it is no such file, and what is read has changed" if done.plain else ""
+    """`silent` of inputs without checksums: only a plain damage must be noticed."""
+    return "the file is not readable, and the value has changed" if done.plain else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Attributes:
-    target, number: of the input.
-    verdict: one of `VERDICTS`.
-    damage: in words.
-    said: the refusal, or what went wrong.
-    seconds: that the reading took.
+    """The result of one input.
+
+    Attributes:
+        target, number: target and number of the input.
+        verdict: one of `VERDICTS`.
+        damage: description of the damage.
+        message: the refusal, or the fault.
+        seconds: time of reading.
     """
 
     target: str
     number: int
     verdict: str
     damage: str
-    said: str
+    message: str
     seconds: float
 
     @property
     def where(self) -> str:
-        """Target, number and damage."""
+        """Target, number and damage of the input."""
         return f"{self.target}:{self.number}: {self.damage}"
 
 
 def shared(name: str, make: Callable[[Path], Any]) -> Path:
-    """A folder that is made once for all targets and workers of a campaign.
+    """Returns a folder that is made once for all targets and workers of a campaign.
 
     Args:
-        name: of it.
-        make: fills it.
+        name: name of the folder.
+        make: function that fills it.
     """
     folder = Path(tempfile.gettempdir()) / name
     done = folder / ".done"
@@ -121,11 +122,11 @@ def shared(name: str, make: Callable[[Path], Any]) -> Path:
 
 
 def command(arguments: Sequence[str | Path]) -> str:
-    """What `geode-jax ARGUMENTS` prints.
+    """Runs `geode-jax ARGUMENTS` and returns what it prints.
 
     Raises:
-        Refused: it ends with one line on stderr and exit status 2.
-        AssertionError: it ends in another way.
+        Refused: it ended with one line on stderr and exit status 2.
+        AssertionError: it ended with another error.
     """
     from geode_jax.cli.command import main
 
@@ -135,12 +136,12 @@ def command(arguments: Sequence[str | Path]) -> str:
         main([str(argument) for argument in arguments])
     except SystemExit as end:
         sys.stderr.flush()
-        said = os.pread(err, 1 << 20, begun).decode(errors="replace")
-        lines = [line.rpartition("\r")[2] for line in said.split("\n")]
+        message = os.pread(err, 1 << 20, begun).decode(errors="replace")
+        lines = [line.rpartition("\r")[2] for line in message.split("\n")]
         errors = [line for line in lines if line.startswith("error: ")]
-        assert end.code == 2, f"exit status {end.code}: {said[-300:]}"
-        assert len(errors) == 1, f"{len(errors)} lines of error: {said[-300:]}"
-        assert lines[-2:] == [errors[0], ""], f"more than the line: {said[-300:]}"
+        assert end.code == 2, f"exit status {end.code}: {message[-300:]}"
+        assert len(errors) == 1, f"{len(errors)} lines of error: {message[-300:]}"
+        assert lines[-2:] == [errors[0], ""], f"more than one line: {message[-300:]}"
         raise Refused(errors[0]) from None
     sys.stdout.flush()
     return os.pread(sys.stdout.fileno(), 1 << 24, out_begun).decode(errors="replace")
@@ -148,7 +149,7 @@ def command(arguments: Sequence[str | Path]) -> str:
 
 @contextlib.contextmanager
 def _files_for_output(folder: Path) -> Iterator[Callable[[], str]]:
-    """stdout and stderr of the block in files; gives a function that reads what is in stderr."""
+    """Redirects stdout and stderr of the block to files; yields a function that reads stderr."""
     sys.stdout.flush(), sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]
     names = [folder / "stdout", folder / "stderr"]
@@ -166,7 +167,7 @@ def _files_for_output(folder: Path) -> Iterator[Callable[[], str]]:
 
 
 def _peak() -> int:
-    """The most memory of this process since `_reset_peak`, in bytes; 0 where it is not known."""
+    """Returns the peak memory of this process since `_reset_peak`, in bytes; 0 if unknown."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.split("VmHWM:")[1].split()[0])
@@ -179,7 +180,7 @@ def _reset_peak() -> None:
 
 
 def _waits() -> bool:
-    """Whether a thread of this process waits for somebody who writes into a pipe."""
+    """Returns whether a thread of this process waits for a writer of a pipe."""
     waiting = False
     for task in Path("/proc/self/task").glob("*/wchan"):
         with contextlib.suppress(OSError):  # it has ended
@@ -187,14 +188,14 @@ def _waits() -> bool:
     return waiting
 
 
-def _ring(*_):
+def _raise_hang(*_):
     raise _Hang
 
 
 def _read(target: Target, folder: Path, alarm: float) -> tuple[str, Any, str]:
-    """(verdict, what is read, what is said); "read" whether or not it has changed."""
+    """Returns (verdict, value, message); the verdict is "read" even if the value has changed."""
     try:
-        signal.signal(signal.SIGALRM, _ring)
+        signal.signal(signal.SIGALRM, _raise_hang)
         signal.setitimer(signal.ITIMER_REAL, alarm)
         found = _read_in_time(target, folder)
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -206,33 +207,33 @@ def _read(target: Target, folder: Path, alarm: float) -> tuple[str, Any, str]:
 def _read_in_time(target: Target, folder: Path) -> tuple[str, Any, str]:
     from geode_jax.errors import UserError
 
-    value, verdict, said = None, "read", ""
+    value, verdict, message = None, "read", ""
     try:
         value = target.read(folder)
     except (Refused, UserError, *target.refusals) as error:
-        verdict, said = "refused", str(error)
-        if len(said) > MOST_SAID or not said.isprintable() or not said:
-            verdict, said = "traceback", f"the refusal is no line: {said[:300]!r}"
+        verdict, message = "refused", str(error)
+        if len(message) > MAX_REFUSAL or not message.isprintable() or not message:
+            verdict, message = "traceback", f"the refusal is no line: {message[:300]!r}"
     except MemoryError:
-        verdict, said = "memory", "the memory was full"
+        verdict, message = "memory", "the memory was full"
     except (Exception, SystemExit) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         own = [f for f in traceback.extract_tb(error.__traceback__) if "geode_jax/" in f.filename]
         place = own[-1] if own else place
         where = f"{Path(place.filename).name}:{place.lineno}"
-        verdict, said = "traceback", f"{type(error).__name__} in {where}: {error}"
-    return verdict, value, said
+        verdict, message = "traceback", f"{type(error).__name__} in {where}: {error}"
+    return verdict, value, message
 
 
 class Campaign:
-    """Intact folders of targets, and verdicts on damaged copies of them."""
+    """Makes intact folders of targets, and gives verdicts on damaged copies of them."""
 
     def __init__(self, targets: dict[str, Target], folder: Path, seed: int, alarm: float):
         """Args:
-        targets: by name.
-        folder: for templates and copies.
-        seed: of the damages.
-        alarm: seconds after which a reader hangs.
+        targets: the targets by name.
+        folder: folder for templates and copies.
+        seed: seed of the damages.
+        alarm: seconds after which a reader counts as hanging.
         """
         self._targets, self._folder, self._seed, self._alarm = targets, folder, seed, alarm
         self._intact: dict[str, Any] = {}
@@ -248,7 +249,7 @@ class Campaign:
         return folder / "whole"
 
     def _copy(self, name: str) -> Path:
-        # The same path every time: some readers keep it.
+        # Always the same path, which some readers store.
         copy = self._folder / "copy"
         _remove(copy)
         copy.mkdir()
@@ -259,20 +260,20 @@ class Campaign:
         """Makes and reads an input.
 
         Args:
-            name: of the target.
-            number: of the input.
-            keep: where to leave the damaged folder.
+            name: name of the target.
+            number: number of the input.
+            keep: folder that gets a copy of the damaged folder.
 
         Raises:
-            RuntimeError: the target cannot even read its intact folder.
+            RuntimeError: the target cannot read its intact folder.
         """
         target = self._targets[name]
         if name not in self._intact:
             intact = self._copy(name)
             with _files_for_output(intact.parent):
-                verdict, value, said = _read(target, intact, 10 * self._alarm)
+                verdict, value, message = _read(target, intact, 10 * self._alarm)
             if verdict != "read":
-                raise RuntimeError(f"{name}: the intact input is not read: {verdict}: {said}")
+                raise RuntimeError(f"{name}: the intact input is not read: {verdict}: {message}")
             self._intact[name] = value
         input = self._copy(name)
         done = damage(input, random.Random(f"{self._seed}/{name}/{number}"), target.files)
@@ -282,19 +283,19 @@ class Campaign:
         _reset_peak()
         peak, start = _peak(), time.monotonic()
         with _files_for_output(input.parent) as stderr:
-            verdict, value, said = _read(target, input, self._alarm)
+            verdict, value, message = _read(target, input, self._alarm)
             printed = stderr()
         seconds = time.monotonic() - start
         if verdict == "read" and value != self._intact[name]:
             why = target.silent(self._intact[name], value, done, input)
-            verdict, said = ("silent", why) if why else (verdict, "another value")
+            verdict, message = ("silent", why) if why else (verdict, "another value")
         if verdict in GOOD and "Traceback (most recent call last)" in printed:
-            verdict, said = "traceback", f"a thread's: {printed.strip().splitlines()[-1]}"
+            verdict, message = "traceback", f"in a thread: {printed.strip().splitlines()[-1]}"
         if verdict in GOOD and _waits():
-            verdict, said = "hang", "a thread waits on a pipe, and the process will not end"
+            verdict, message = "hang", "a thread waits on a pipe, and the process will not end"
         if verdict in GOOD and _peak() - peak > MEMORY:
-            verdict, said = "memory", f"{(_peak() - peak) / 1e9:.1f} GB"
-        return Outcome(name, number, verdict, damaged, " ".join(said.split())[:400], seconds)
+            verdict, message = "memory", f"{(_peak() - peak) / 1e9:.1f} GB"
+        return Outcome(name, number, verdict, damaged, " ".join(message.split())[:400], seconds)
 
 
 def _remove(folder: Path) -> None:
@@ -306,23 +307,23 @@ def _remove(folder: Path) -> None:
 
 
 def shares(targets: dict[str, Target], inputs: int) -> list[tuple[str, int]]:
-    """(target, number) of a campaign's inputs: of every target by its weight, at least one."""
+    """Returns (target, number) of a campaign's inputs; every target has its share, at least one."""
     total = sum(target.weight for target in targets.values())
     counts = {n: max(1, round(inputs * t.weight / total)) for n, t in targets.items()}
     return [(name, number) for name, count in counts.items() for number in range(count)]
 
 
 def use_only(folder: Path) -> None:
-    """Puts whatever this process keeps into a folder, and takes nothing from the user's cache."""
+    """Sets the temporary and the cache folder of this process, so that it uses no other ones."""
     tempfile.tempdir = str(folder)
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
 
 
 def work(targets: dict[str, Target], folder: Path, seed: int, alarm: float) -> None:
-    """The worker: reads `[target, number]` a line from stdin and writes outcomes to stdout."""
+    """Runs the worker: reads lines `[target, number]` from stdin, writes outcomes to stdout."""
     use_only(folder)  # the parent removes it
-    # A reader that fills the memory ends in a MemoryError, and the machine goes on.
-    resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
+    # A reader that needs too much memory then raises MemoryError, and the worker goes on.
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_DATA, MAX_DATA))
     with os.fdopen(os.dup(1), "w") as answers, os.fdopen(os.dup(0)) as questions:
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
@@ -332,7 +333,7 @@ def work(targets: dict[str, Target], folder: Path, seed: int, alarm: float) -> N
             answers.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
             answers.flush()
             if outcome.verdict in ("hang", "memory"):
-                os._exit(0)  # what is left of it would tell on the next
+                os._exit(0)  # what it leaves behind would affect the next input
 
 
 class _Worker:
@@ -347,8 +348,8 @@ class _Worker:
                 stderr=log,
             )
 
-    def ask(self, name: str, number: int, seconds: float) -> Outcome | None:
-        """The outcome of an input; None where the worker died or did not answer in time."""
+    def try_input(self, name: str, number: int, seconds: float) -> Outcome | None:
+        """Returns the outcome of an input; None if the worker died or did not answer in time."""
         timer = threading.Timer(seconds, self._process.kill)
         timer.start()
         try:
@@ -363,9 +364,9 @@ class _Worker:
 
     @property
     def worn_out(self) -> bool:
-        """Whether it has so many threads that what is read next would suffer from them."""
+        """True if the worker has so many threads that they would slow down the next inputs."""
         folder = Path(f"/proc/{self._process.pid}/task")
-        return folder.is_dir() and len(os.listdir(folder)) > MOST_THREADS
+        return folder.is_dir() and len(os.listdir(folder)) > MAX_THREADS
 
     def end(self) -> None:
         self._process.stdin.close()
@@ -374,15 +375,15 @@ class _Worker:
 
 
 def run(
-    inputs: Iterable[tuple[str, int]], seed: int, alarm: float = HANG_SECONDS, say=lambda _: None
+    inputs: Iterable[tuple[str, int]], seed: int, alarm: float = HANG_SECONDS, report=lambda _: None
 ) -> list[Outcome]:
-    """The outcomes of inputs.
+    """Returns the outcomes of inputs.
 
     Args:
-        inputs: (target, number), as of `shares`.
-        seed: of the damages.
-        alarm: seconds after which a reader hangs.
-        say: is told every outcome that is not good.
+        inputs: (target, number), as from `shares`.
+        seed: seed of the damages.
+        alarm: seconds after which a reader counts as hanging.
+        report: function that gets every bad outcome.
 
     Raises:
         RuntimeError: the worker cannot be started, or a target cannot read its intact folder.
@@ -395,9 +396,9 @@ def run(
             if worker is None:
                 worker, fresh = _Worker(folder, seed, alarm), True
             start = time.monotonic()
-            # The first of a target makes its intact folder, and of a worker imports JAX.
+            # A target's first input makes its intact folder; a worker's first one imports JAX.
             first = fresh or name not in ready
-            outcome = worker.ask(name, number, alarm + (300 if first else LOST_SECONDS))
+            outcome = worker.try_input(name, number, alarm + (300 if first else LOST_SECONDS))
             ready.add(name)
             if outcome is None:
                 worker.end()
@@ -407,8 +408,8 @@ def run(
                     raise RuntimeError(log.strip().splitlines()[-1])
                 took = time.monotonic() - start
                 verdict = "hang" if took > alarm else "traceback"
-                said = f"the process ended after {took:.0f} s: {log[-200:]}"
-                outcome = Outcome(name, number, verdict, "?", said, took)
+                message = f"the process ended after {took:.0f} s: {log[-200:]}"
+                outcome = Outcome(name, number, verdict, "?", message, took)
                 if fresh and len(outcomes) and outcomes[-1].damage == "?":
                     raise RuntimeError(f"the worker does not start: {log[-500:]}")
             elif outcome.verdict in ("hang", "memory") or worker.worn_out:
@@ -416,7 +417,7 @@ def run(
                 worker = None
             fresh = False
             if outcome.verdict not in GOOD:
-                say(outcome)
+                report(outcome)
             outcomes.append(outcome)
         if worker:
             worker.end()
@@ -424,7 +425,7 @@ def run(
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
-    """Counts by target and verdict, and the seconds of reading, for a terminal."""
+    """Returns the counts by target and verdict, and the seconds of reading, as a text table."""
     counts: dict[str, Counter] = {}
     seconds: Counter = Counter()
     for one in outcomes:

@@ -1,4 +1,4 @@
-"""Targets that others made: exports, data sets, benchmark files, pretrained folders."""
+"""Targets for inputs from outside: exports, data sets, benchmark files, pretrained folders."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from tests.campaign.machine import REPOSITORY, Target, any_reader_sees, command
 
 
 def bits(array: Any) -> str:
-    """A name of an array's shape, dtype and content."""
+    """Returns a text that identifies an array's shape, dtype and content."""
     array = np.asarray(array)
     return f"{array.shape} {array.dtype} {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
 
@@ -33,7 +33,7 @@ def _write_exports(folder: Path) -> None:
 
 
 def export_content(folder: Path) -> dict[str, Any]:
-    """Everything that a trainer reads of an export, and what its manifest says of it."""
+    """Returns everything that a trainer reads from an export."""
     from geode_jax.exports import Export
 
     export = Export(folder)
@@ -54,8 +54,8 @@ def _read_exports(folder: Path) -> dict[str, Any]:
 
 
 def _export_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
-    # The manifest has the checksums and none of its own: a scene that it no longer names, another
-    # split or another noun is what it says.
+    # The manifest holds the checksums but none of itself, so a lost scene, a changed split or a
+    # changed noun in it cannot be noticed.
     for name, old in before.items():
         new = after[name]
         scenes = {scene: old["scenes"].get(scene) for scene in new["scenes"]}
@@ -63,7 +63,7 @@ def _export_silent(before: dict, after: dict, done: Damage, folder: Path) -> str
             return "arrays have changed"
         if new["questions"] != old["questions"]:
             return "questions have changed"
-    return "" if "manifest.json" in done.path and not done.plain else "what is read has changed"
+    return "" if "manifest.json" in done.path and not done.plain else "the value has changed"
 
 
 def _validate(folder: Path) -> str:
@@ -91,17 +91,17 @@ def _prepare(source: str, *more: str):
 
         out = folder.parent / "out"
         arguments = ["--root", folder / "root", "--scenes", folder / "export", "--out", out, *more]
-        said = command(["prepare", "--source", source, *arguments])
+        printed = command(["prepare", "--source", source, *arguments])
         questions = [q for q in Export(out).questions() if q.get("source") == source]
         shutil.rmtree(out)
-        said = [re.sub(r" in \d+.*", "", line) for line in said.splitlines()]
-        return {"questions": questions, "said": said}
+        printed = [re.sub(r" in \d+.*", "", line) for line in printed.splitlines()]
+        return {"questions": questions, "printed": printed}
 
     return read
 
 
 def _prepare_scenes(folder: Path) -> dict[str, Any]:
-    """The export that questions are added to, as it is in the one that is made."""
+    """Reads the scenes' export, through the export that adds questions to it."""
     out = folder.parent / "out"
     places = ["--root", folder / "root", "--scenes", folder / "export", "--out", out]
     command(["prepare", "--source", "scanqa", *places])
@@ -111,7 +111,7 @@ def _prepare_scenes(folder: Path) -> dict[str, Any]:
 
 
 def _records(folder: Path) -> int:
-    """Records of the files of a data set, read by the standard library alone."""
+    """Counts the records of a data set's files with the standard library alone."""
     count = 0
     for path in (folder / "root").glob("**/*"):
         if "annotations" in path.name or not path.is_file():
@@ -133,12 +133,12 @@ def _records(folder: Path) -> int:
 
 
 def _questions_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
-    """Every record is a question, or counted as dropped."""
-    if done.plain and before["said"] == after["said"]:
-        return "a file is none, and nothing is said"
+    """Requires that every record is a question or counted as dropped."""
+    if done.plain and before["printed"] == after["printed"]:
+        return "a file is not readable, and nothing is printed"
     dropped = sum(
         int(found[1].replace(",", ""))
-        for line in after["said"]
+        for line in after["printed"]
         if (found := re.match(r"dropped ([\d,]+): (?!old|scene)", line))
     )
     lost = _records(folder) - len(after["questions"]) - dropped
@@ -159,9 +159,9 @@ def _read_excluded(folder: Path) -> dict[str, Any]:
 
 
 def _excluded_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
-    """As long as the list still names the scene, in whatever spelling, it is not trained on."""
+    """Requires that the scene is excluded as long as the list names it in some spelling."""
     if done.plain:
-        return "the list is none"
+        return "the list is not readable"
     text = (folder / "excluded.txt").read_bytes().decode("utf-8-sig", errors="replace")
     lines = [line.partition("#")[0] for line in text.splitlines()]
     if "scene000" in re.split(r"[^A-Za-z0-9_]+", "\n".join(lines)):
@@ -186,18 +186,18 @@ def _read_scannet(folder: Path) -> dict[str, Any]:
 
     scannet.IMAGE_SIDE = 32
     out = folder.parent / "out"
-    said = command(
+    printed = command(
         ["prepare", "--source", "scannet", "--root", folder, "--out", out]
         + ["--views", "2", "--grid", "2", "2"]
     )
     content = export_content(out)
     shutil.rmtree(out)
-    said = [re.sub(r" in \d+.*", "", line) for line in said.splitlines()]
-    return {"content": content, "said": said}
+    printed = [re.sub(r" in \d+.*", "", line) for line in printed.splitlines()]
+    return {"content": content, "printed": printed}
 
 
 def _scannet_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
-    """Nothing has a checksum; what is lost has to be counted."""
+    """Requires that losses are counted; there are no checksums."""
     fewer = [
         what
         for what, old, new in (
@@ -206,9 +206,12 @@ def _scannet_silent(before: dict, after: dict, done: Damage, folder: Path) -> st
         )
         if len(new) < len(old)
     ]
-    told = len(after["said"]) > len(before["said"]) or after["said"][1:] != before["said"][1:]
-    if (done.plain or fewer) and not told:
-        return f"fewer {' and '.join(fewer)}, or a file is none, and nothing is said"
+    reported = (
+        len(after["printed"]) > len(before["printed"])
+        or after["printed"][1:] != before["printed"][1:]
+    )
+    if (done.plain or fewer) and not reported:
+        return f"fewer {' and '.join(fewer)}, or a file is not readable, and nothing is printed"
     return ""
 
 
@@ -220,7 +223,7 @@ def _write_sens(folder: Path) -> None:
 
 
 def _frames(sequence) -> dict[str, list[str]]:
-    """Of every frame: its pose, depth and colour, or why it is dropped."""
+    """Returns pose, depth and colour of every frame, or why it is dropped."""
     from geode_jax.sources.rgbd.sequence import Dropped
 
     found: dict[str, list[str]] = {}
@@ -260,12 +263,12 @@ def _rgbd_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
     lost = [name for name in before if name not in after]
     if lost and not done.path.startswith("color"):
         return f"frames {lost} are lost"
-    told = [name for name, frame in after.items() if any("dropped" in part for part in frame)]
-    return "a file is none, and no frame is dropped" if done.plain and not told else ""
+    reported = [name for name, frame in after.items() if any("dropped" in part for part in frame)]
+    return "a file is not readable, and no frame is dropped" if done.plain and not reported else ""
 
 
 def _write_rows(folder: Path) -> None:
-    """The same with pose.txt and one intrinsic."""
+    """Writes the same folder with pose.txt and one intrinsic."""
     from scipy.spatial.transform import Rotation
 
     from tests.sources.rgbd.export_test import camera_pose
@@ -275,7 +278,7 @@ def _write_rows(folder: Path) -> None:
     (folder / "intrinsic" / "intrinsic_color.txt").unlink()
     with Image.open(next((folder / "depth").iterdir())) as depth:
         size = depth.size
-    for path in (folder / "color").iterdir():  # one intrinsic is of pictures of one shape
+    for path in (folder / "color").iterdir():  # one intrinsic needs pictures of one shape
         with Image.open(path) as image:
             image.resize(size).save(path)
     poses = [camera_pose(n) for n in range(4)]
@@ -306,7 +309,7 @@ def _read_front(folder: Path) -> dict[str, Any]:
 
 
 def _front_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
-    """Every piece of furniture that a room refers to is there, or counted."""
+    """Requires that every piece of furniture is in its room or counted."""
 
     def pieces(found: dict) -> int:
         return sum(len(room[0]) for room in found["rooms"].values())
@@ -314,13 +317,13 @@ def _front_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
     if after["dropped"] != before["dropped"]:
         return ""
     if done.plain and "model_info" not in done.path:
-        return "a file is none, and nothing is counted"
+        return "a file is not readable, and nothing is counted"
     if pieces(after) < pieces(before) and not done.kind.startswith(("json", "line")):
         return "furniture is lost"
     return any_reader_sees(before, after, done, folder)
 
 
-# --- What exporters read --------------------------------------------------------------------------
+# --- Inputs of exporters --------------------------------------------------------------------------
 
 
 def _write_for_exporters(folder: Path) -> None:
@@ -336,7 +339,7 @@ def _write_for_exporters(folder: Path) -> None:
 
 
 def _read_as_exporters(folder: Path) -> list:
-    """Every reader by itself, since a scene that cannot be made costs itself alone."""
+    """Calls every reader separately, since one bad scene must not stop the others."""
     sys.path.insert(0, str(REPOSITORY / "third_party"))
     import export_job
     import export_scans
@@ -360,12 +363,12 @@ def _read_as_exporters(folder: Path) -> list:
 
 def _exporters_silent(before: list, after: list, done: Damage, folder: Path) -> str:
     names = ("a.ply", "b.ply", "c.npz", "records.jsonl", "splits.txt")
-    told = any(value == "refused" for value in after)
+    reported = any(value == "refused" for value in after)
     unknown = [name for name in names if name not in done.path]
     changed = [n for n, a, b in zip(names, before, after, strict=True) if a != b and n in unknown]
     if changed:
-        return f"{changed} are read otherwise"
-    return "a file is none, and nothing is refused" if done.plain and not told else ""
+        return f"other files {changed} are read differently"
+    return "a file is not readable, and nothing is refused" if done.plain and not reported else ""
 
 
 # --- Benchmarks -----------------------------------------------------------------------------------
@@ -388,8 +391,8 @@ def _write_vsi(folder: Path) -> None:
     ]
     _lines(folder / "test.jsonl", rows)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "test.parquet")
-    said = ("4", "about 21", "B.", "A")
-    _lines(folder / "answers.jsonl", [{"id": i, "prediction": x} for i, x in enumerate(said)])
+    answers = ("4", "about 21", "B.", "A")
+    _lines(folder / "answers.jsonl", [{"id": i, "prediction": x} for i, x in enumerate(answers)])
     _lines(folder / "blind.jsonl", [{"id": i, "prediction": "B"} for i in range(4)])
     (folder / "ids.txt").write_text("0\n2\n3\n")
 
@@ -428,13 +431,12 @@ def _read_text_answers(folder: Path) -> dict:
 
 
 def _scores_silent(before: Any, after: Any, done: Damage, folder: Path) -> str:
-    """Answers that are there count; what is missing is noted."""
+    """Requires that a plain damage changes the reported number of questions or the notes."""
     old, new = (value if isinstance(value, list) else [value] for value in (before, after))
     for a, b in zip(old, new, strict=True):
-        # Without a question, or with another, another number of them is told; the notes too.
         same = a["questions"] == b["questions"] and a["notes"] == b["notes"]
         if done.plain and same:
-            return "a file is none, and the scores have changed"
+            return "a file is not readable, and the scores have changed without a note"
     return ""
 
 
@@ -472,7 +474,7 @@ def _read_qwen(folder: Path) -> dict[str, Any]:
 
 def _pretrained_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
     if done.kind in ("cut", "longer") and done.path.endswith((".json", ".safetensors")):
-        return "a file of another length is taken"
+        return "a file of another length is accepted"
     return any_reader_sees(before, after, done, folder)
 
 
@@ -494,7 +496,7 @@ def _write_hub_tokenizer(folder: Path) -> None:
 
 
 def tokenizer_content(folder: Path) -> list:
-    """What a tokenizer does with a few texts."""
+    """Returns what a tokenizer makes of a few texts."""
     from geode_jax.data.tokens import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
@@ -531,4 +533,4 @@ TARGETS = {
         _write_hub_tokenizer, tokenizer_content, 1.5, silent=any_reader_sees
     ),
 }
-"""Name -> target."""
+"""The targets of this module by name."""

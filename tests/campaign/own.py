@@ -1,4 +1,4 @@
-"""Targets in a run's own folder: what changes what it says or learns must not pass in silence."""
+"""Targets in a run's folder: a damage must not silently change its results or its training."""
 
 import contextlib
 import dataclasses
@@ -22,34 +22,34 @@ from tests.campaign.machine import REPOSITORY, Target, command, shared
 from tests.campaign.outside import bits, tokenizer_content
 
 STEPS, STOP = 9, 6
-"""Of the run of one matrix: how many, and where it stands when it is damaged."""
+"""Steps of the toy run, and the step of its checkpoint when it is damaged."""
 
 
-def _heard(act: Callable[[], Any]) -> tuple[Any, str]:
-    """(what a function gives, what it prints)."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        return act(), said.getvalue()
+def _with_output(act: Callable[[], Any]) -> tuple[Any, str]:
+    """Returns (what a function returns, what it prints)."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        return act(), printed.getvalue()
 
 
 # --- A run of the real loop -----------------------------------------------------------------------
 
 
 def _tiny_run() -> Path:
-    """A folder with `rooms`, and `run`, which has ended."""
+    """Returns a folder with an export `rooms` and a finished run `run`."""
     from tests.helpers.runs import make_tiny_run
 
     return shared("tiny_run", lambda folder: make_tiny_run(folder))
 
 
 def _write_run(folder: Path) -> None:
-    """A finished run; its export stays where it was, since the run names it."""
+    """Copies a finished run, without its export, whose path the run holds."""
     shutil.copytree(_tiny_run() / "run", folder / "run")
 
 
 @functools.cache
 def _built():
-    """The run with its state, as a process has it that resumes."""
+    """Returns the run with its state, as a resuming process builds it."""
     from geode_jax.runs.build import build
     from geode_jax.runs.config import make_settings
     from tests.helpers.runs import tiny_config
@@ -92,7 +92,7 @@ def _run_tokenizer(folder: Path) -> list:
 
 
 def _leaves(folder: Path) -> list:
-    """What the next stage takes over of a run."""
+    """Returns the parameters that a next stage takes from a run."""
     from flax import nnx
 
     from geode_jax.runs.identity import open_run
@@ -104,7 +104,7 @@ def _leaves(folder: Path) -> list:
 
 
 def _write_latest(folder: Path) -> None:
-    """The same with another checkpoint behind that of step 3."""
+    """Writes the same run with one more checkpoint, after that of step 3."""
     import jax
 
     from geode_jax.training.checkpoint import Checkpoints
@@ -135,16 +135,16 @@ def _restore(folder: Path) -> dict:
             state, position = checkpoints.restore(_built().state)
         return json.loads(json.dumps([position, _bits_of(state)]))
 
-    found, said = _heard(act)
-    return {"found": found, "told": "damaged" in said}
+    found, printed = _with_output(act)
+    return {"found": found, "reported": "damaged" in printed}
 
 
 def _restore_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
-    """The checkpoint before is used in place of a damaged one, and that is said."""
+    """Requires that a damaged checkpoint is replaced by the one before, with a message."""
     older = json.loads((folder / "before.json").read_text())
-    if after["found"] == before["found"] or (after["found"] == older and after["told"]):
+    if after["found"] == before["found"] or (after["found"] == older and after["reported"]):
         return ""
-    return "neither the newest state nor, with a word, the one before"
+    return "neither the newest state nor, with a message, the one before"
 
 
 def _export_run(folder: Path) -> Any:
@@ -157,11 +157,11 @@ def _export_run(folder: Path) -> Any:
     return [found, tokenizer_content(out)]
 
 
-# --- What a run leaves at its end -----------------------------------------------------------------
+# --- Files of a finished run -----------------------------------------------------------------
 
 
 def _write_end(folder: Path) -> None:
-    """A finished run's folder without checkpoints, which a finished run does not read."""
+    """Writes a finished run's folder without checkpoints, which it does not need."""
     from geode_jax.runs.config import make_settings, save_settings
     from geode_jax.runs.summary import end, write_predictions
     from tests.helpers.runs import tiny_config
@@ -182,14 +182,14 @@ def _read_end(folder: Path) -> dict:
     from tests.helpers.runs import tiny_config
 
     run = folder / "run"
-    ended = (run / SUMMARY).exists()  # else it is evaluated again, as the documentation says
-    found = _heard(lambda: train_and_evaluate(tiny_config("nowhere"), run)) if ended else None
+    ended = (run / SUMMARY).exists()  # else it is evaluated again, as documented
+    found = _with_output(lambda: train_and_evaluate(tiny_config("nowhere"), run)) if ended else None
     return {"summary": found, "predictions": read_predictions(run / "predictions.jsonl")}
 
 
 def _end_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
     if after["summary"] not in (before["summary"], None):
-        return "the summary is another"
+        return "the summary has changed"
     if after["predictions"] != before["predictions"]:
         return "predictions have changed"
     return ""
@@ -212,8 +212,8 @@ def _read_answered(folder: Path) -> list:
 
 
 def _answered_silent(before: list, after: list, done: Damage, folder: Path) -> str:
-    # What is not kept is evaluated again.
-    return "" if after == before[: len(after)] else "a batch is not what was answered"
+    # Lost batches are evaluated again.
+    return "" if after == before[: len(after)] else "a batch has changed"
 
 
 # --- Metrics --------------------------------------------------------------------------------------
@@ -230,36 +230,40 @@ def _write_metrics(folder: Path) -> None:
     shutil.rmtree(folder / "events")
 
 
-def _go_on(folder: Path, *, checked: bool) -> dict:
-    """The rows of a run that goes on; `checked`: with a checkpoint that knows their checksum."""
+def _read_resumed(folder: Path, *, checked: bool) -> dict:
+    """Reads the rows of a resumed run; `checked`: its checkpoint holds their checksum."""
     from geode_jax.training.metrics import MetricsWriter, read_metrics
 
     file, copy = folder / "metrics.jsonl", folder / "metrics.jsonl.damaged"
     if file.is_file() and not file.is_symlink():
         shutil.copyfile(file, copy)
     written = json.loads((folder / "written.json").read_text()) if checked else None
-    _, said = _heard(lambda: MetricsWriter(folder, 12, written).close())
-    return {"rows": read_metrics(file), "told": "kept as" in said}
+    _, printed = _with_output(lambda: MetricsWriter(folder, 12, written).close())
+    return {"rows": read_metrics(file), "reported": "kept as" in printed}
 
 
 def _metrics_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
-    return _lost(before, after, folder) if after["told"] else "the rows are others, without a word"
+    return (
+        _lost(before, after, folder)
+        if after["reported"]
+        else "the rows have changed without a message"
+    )
 
 
 def _older_metrics_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
-    """Without a checksum another number in a row is another number."""
+    """Requires no lost row; without a checksum, changed numbers cannot be noticed."""
     return _lost(before, after, folder)
 
 
 def _lost(before: dict, after: dict, folder: Path) -> str:
-    """Every row whose line is intact goes on, or is said to be in the file that is kept."""
+    """Returns a fault unless every intact row is kept, or is in the damaged file that is kept."""
     damaged, kept = folder / "metrics.jsonl.damaged", folder / "metrics_damaged_12.jsonl"
     data = damaged.read_bytes() if damaged.is_file() else b""
-    if after["told"] and damaged.is_file() and kept.read_bytes() != data:
+    if after["reported"] and damaged.is_file() and kept.read_bytes() != data:
         return "the damaged file is not kept"
     lines = [line.rstrip(b"\r") for line in data.split(b"\n")]
     pairs = [(row, json.dumps(row).encode()) for row in before["rows"]]
-    if after["told"]:  # behind a row that has another step, others are out of order
+    if after["reported"]:  # rows after one with a changed step are out of order
         same = itertools.takewhile(
             lambda both: both[0][1] == both[1], zip(pairs, lines, strict=False)
         )
@@ -268,17 +272,17 @@ def _lost(before: dict, after: dict, folder: Path) -> str:
     return "an intact row is lost" if any(row not in after["rows"] for row in intact) else ""
 
 
-# --- A run of one matrix that goes on -------------------------------------------------------------
+# --- A toy run that is resumed -------------------------------------------------------------
 
 
 @functools.cache
 def _toy():
-    """The toy run's module, which keeps what it has compiled."""
+    """Returns the toy run's module, which caches its compiled step."""
     return importlib.import_module("tests.helpers.toy_run")
 
 
 def _write_toy(folder: Path) -> None:
-    """Killed when it takes the batch behind the checkpoint of step STOP."""
+    """Writes a run that was killed at the batch after the checkpoint of step STOP."""
     arguments = [folder / "run", STEPS, f"before:shard_batch:{STOP + 2}"]
     command = [sys.executable, "-m", "tests.helpers.toy_run", *map(str, arguments)]
     code = subprocess.run(command, cwd=REPOSITORY, check=False).returncode
@@ -290,18 +294,18 @@ def _resume(folder: Path) -> dict:
     from geode_jax.training.metrics import read_metrics
 
     run = folder / "run"
-    _, said = _heard(lambda: _toy().main(run, STEPS))
+    _, printed = _with_output(lambda: _toy().main(run, STEPS))
     rows = read_metrics(run / "metrics.jsonl")
     rows = [{k: v for k, v in row.items() if "speed/" not in k} for row in rows]
-    return {"weights": bits(np.load(run / "weights.npy")), "rows": rows, "said": said}
+    return {"weights": bits(np.load(run / "weights.npy")), "rows": rows, "printed": printed}
 
 
 def _resume_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
     if before["weights"] != after["weights"]:
-        return "the weights at the end are others"
+        return "the final weights differ"
     lost = [row["step"] for row in before["rows"] if row not in after["rows"]]
-    told = "metrics.jsonl" in done.path and "kept as" in after["said"]
-    return f"rows of steps {lost} are lost or have changed" if lost and not told else ""
+    reported = "metrics.jsonl" in done.path and "kept as" in after["printed"]
+    return f"rows of steps {lost} are lost or have changed" if lost and not reported else ""
 
 
 # --- Cached questions -----------------------------------------------------------------------------
@@ -351,11 +355,11 @@ TARGETS = {
     "run/end": Target(_write_end, _read_end, 2, ("run/*",), _end_silent),
     "run/answered": Target(_write_answered, _read_answered, 1, silent=_answered_silent),
     "run/metrics": Target(
-        _write_metrics, lambda folder: _go_on(folder, checked=True), 2, ("metrics.jsonl",),
+        _write_metrics, lambda folder: _read_resumed(folder, checked=True), 2, ("metrics.jsonl",),
         _metrics_silent,
     ),
     "run/metrics/older": Target(
-        _write_metrics, lambda folder: _go_on(folder, checked=False), 1, ("metrics.jsonl",),
+        _write_metrics, lambda folder: _read_resumed(folder, checked=False), 1, ("metrics.jsonl",),
         _older_metrics_silent,
     ),
     "run/resume": Target(
@@ -363,4 +367,4 @@ TARGETS = {
     ),
     "run/questions": Target(_write_cache, _read_cache, 2, ("export/.questions/**/*",)),
 }  # fmt: skip
-"""Name -> target."""
+"""The targets of this module by name."""

@@ -3,4 +3,4 @@
 from tests.campaign import outside, own, texts
 
 TARGETS = outside.TARGETS | own.TARGETS | texts.TARGETS
-"""Name -> target."""
+"""All targets by name."""

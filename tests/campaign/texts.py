@@ -1,4 +1,4 @@
-"""Targets that are texts: answers, mixtures, topologies, fields of a configuration, programs."""
+"""Targets that parse text: answers, mixtures, topologies, configuration fields and programs."""
 
 import functools
 import json
@@ -19,8 +19,8 @@ WILD = (
 )  # fmt: skip
 
 
-def _seen(before: Any, after: Any, done: Damage, folder: Path) -> str:
-    return ""  # a text that says something else is something else
+def _any_change_is_allowed(before: Any, after: Any, done: Damage, folder: Path) -> str:
+    return ""  # a changed text may be a valid text with another meaning
 
 
 # --- Answers of data sets -------------------------------------------------------------------------
@@ -48,9 +48,9 @@ def _read_prompts(folder: Path) -> list:
         if not isinstance(record, list) or len(record) != 3:
             found.append("no record")
             continue
-        kind, said, answer = record
+        kind, text, answer = record
         try:
-            question, options = read_prompt(text_of(said, "question"))
+            question, options = read_prompt(text_of(text, "question"))
             fields = question_fields(str(kind), question, text_of(answer, "answer"), options)
         except MisfitError as misfit:
             fields = {"misfit": str(misfit)}
@@ -64,7 +64,7 @@ def _read_prompts(folder: Path) -> list:
 
 
 def _text(path: Path) -> str:
-    """The text of what may be any file; of what is none, its kind."""
+    """Returns the text of a file, or "none" if it is no regular file."""
     return path.read_bytes().decode(errors="replace") if path.is_file() else "none"
 
 
@@ -113,14 +113,14 @@ def _write_draw(folder: Path) -> None:
 
 
 def _drawn(folder: Path) -> random.Random | None:
-    """Draws by the damaged file: every damage is another configuration, None that of no damage."""
+    """Returns a generator seeded by the damaged file, None if it is intact."""
     path = folder / "draw.txt"
     data = path.read_bytes() if path.is_file() else b""
     return random.Random(zlib.crc32(data)) if data != _INTACT else None
 
 
 def _read_flags(folder: Path) -> list:
-    """The command line of training, up to the sizes of the model, which needs no compiling."""
+    """Reads the command line of training, up to the model's shapes, which needs no compilation."""
     from geode_jax.cli import flags
 
     draw = _drawn(folder)
@@ -138,7 +138,7 @@ def _read_flags(folder: Path) -> list:
     make_settings(config)
     config.data.export = str(_export())
     if "init_from" in config:
-        config.init_from = ""  # what is there plays no part here
+        config.init_from = ""  # no run to start from here
     _build_to_shapes(make_settings(config), folder / "run")
     return changed
 
@@ -146,7 +146,7 @@ def _read_flags(folder: Path) -> list:
 def _parse(arguments: list[str]) -> None:
     from geode_jax.cli import flags
 
-    # As in a new process: ml_collections defines a flag for every override that it finds there.
+    # As in a new process: ml_collections defines a flag for every override in the arguments.
     for name in [name for name in flags.flags.FLAGS if name.startswith("config.")]:
         delattr(flags.flags.FLAGS, name)
     sys.argv = ["main", *arguments]
@@ -160,7 +160,7 @@ def _export() -> Path:
 
 
 def _build_to_shapes(settings, workdir: Path) -> None:
-    """What `runs.build` does, without a number: objective, the model's shapes, optimizer."""
+    """Builds objective, shapes of the model and optimizer as `runs.build` does, without values."""
     from geode_jax.exports import Export
     from geode_jax.runs.data import make_pipelines, prepare_tokenizer
     from geode_jax.sharding import make_mesh
@@ -177,7 +177,7 @@ def _build_to_shapes(settings, workdir: Path) -> None:
 
 
 def _read_changes(folder: Path) -> list:
-    """`geode-jax plan --set FIELD=VALUE`."""
+    """Reads `geode-jax plan --set FIELD=VALUE`."""
     from geode_jax.runs.config_file import read_settings
 
     draw = _drawn(folder)
@@ -247,11 +247,11 @@ def _read_program(folder: Path) -> list:
 
 
 TARGETS = {
-    "texts/answers": Target(_write_prompts, _read_prompts, 3, silent=_seen),
-    "texts/mixture": Target(_write_words, _read_mixture, 1, silent=_seen),
-    "texts/topology": Target(_write_topology, _read_topology, 0.5, silent=_seen),
-    "config/flags": Target(_write_draw, _read_flags, 2, silent=_seen),
-    "config/set": Target(_write_draw, _read_changes, 1.5, silent=_seen),
-    "config/program": Target(_write_program, _read_program, 1, silent=_seen),
+    "texts/answers": Target(_write_prompts, _read_prompts, 3, silent=_any_change_is_allowed),
+    "texts/mixture": Target(_write_words, _read_mixture, 1, silent=_any_change_is_allowed),
+    "texts/topology": Target(_write_topology, _read_topology, 0.5, silent=_any_change_is_allowed),
+    "config/flags": Target(_write_draw, _read_flags, 2, silent=_any_change_is_allowed),
+    "config/set": Target(_write_draw, _read_changes, 1.5, silent=_any_change_is_allowed),
+    "config/program": Target(_write_program, _read_program, 1, silent=_any_change_is_allowed),
 }
-"""Name -> target."""
+"""The targets of this module by name."""

@@ -1,4 +1,4 @@
-"""A pipeline over the tiny export."""
+"""A pipeline of the tiny export."""
 
 import pytest
 

@@ -26,12 +26,12 @@ SIZE = {"kind": "object_size_estimation", "question": "How tall is the bed?", "a
 @pytest.mark.parametrize(
     ("changes", "number", "unit"),
     [
-        ({}, (190, 0.01), "cm"),  # the kind's
+        ({}, (190, 0.01), "cm"),  # the unit of the kind
         ({"value": 190.0, "unit": "cm"}, (190, 0.01), "cm"),
         ({"value": 190.0, "unit": "centimetres"}, (190, 0.01), "cm"),
         ({"question": "How many meters tall is the bed?", "answer": "1.9"}, (1.9, 1), "m"),
         ({"answer": "6 ft 2 in"}, (74, 0.0254), "in"),
-        # A value that was converted from the answer's number.
+        # The value was converted from the number of the answer.
         (
             {"question": "How tall, in feet?", "answer": "6.2", "value": 1.9, "unit": "m"},
             (1.9, 1),
@@ -64,8 +64,11 @@ def test_a_number_is_in_the_unit_that_its_record_or_words_name(changes, number, 
         ({"answer": "1e300"}, "not from 0.01"),
         ({"answer": "1e-320"}, "not from 0.01"),
         ({"answer": "0.9"}, "not from 0.01"),  # centimetres
-        ({"value": 101.0, "unit": "m"}, "no room has"),
-        ({"kind": "object_counting", "question": "How many?", "value": 2.5}, "no room has"),
+        ({"value": 101.0, "unit": "m"}, "impossible for a room"),
+        (
+            {"kind": "object_counting", "question": "How many?", "value": 2.5},
+            "impossible for a room",
+        ),
         ({"value": 10**300, "answer": "1"}, "not from 0.01"),
     ],
 )

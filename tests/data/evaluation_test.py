@@ -27,7 +27,7 @@ def test_eval_batches_ask_every_question_once_in_order(tiny_export, tokenizer, c
 
 
 def test_shuffled_questions_stand_beside_the_scene_before(tiny_export, tokenizer, config):
-    rows = changed(config, questions_per_scene=3)  # so that a scene takes several
+    rows = changed(config, questions_per_scene=3)  # so that a scene needs several rows
     pipeline = Pipeline(tiny_export, tokenizer, rows, "train")
 
     def seen(shuffled):

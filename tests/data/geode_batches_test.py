@@ -1,4 +1,4 @@
-"""Batches that GEODE learns from: images, points, rationales, control tokens."""
+"""Batches for GEODE: images, points, rationales, control tokens."""
 
 import hashlib
 import json
@@ -105,8 +105,8 @@ def test_numbers_and_boxes_are_answered_by_control_tokens(geode_export, tokenize
                 answer = tokenizer.encode(" " + record["answer"])
                 if control_of(record):
                     answer = [token[control_of(record)]]
-                said = batch.answer_SQA[s, q, : batch.answer_length_SQ[s, q]].tolist()
-                assert said == [*answer, tokenizer.eos_id]
+                ids = batch.answer_SQA[s, q, : batch.answer_length_SQ[s, q]].tolist()
+                assert ids == [*answer, tokenizer.eos_id]
                 assert batch.box_mask_SQ[s, q] == ("box" in record)
                 box = np.float32(record.get("box", np.zeros(7)))
                 np.testing.assert_array_equal(batch.box_SQ7[s, q], box)
@@ -139,15 +139,15 @@ def test_rationales_can_be_learned(geode_export, tokenizer, config):
     pipeline = Pipeline(geode_export, tokenizer, stage1, "train")
     train = set(geode_export.scene_ids("train"))
     questions = [q for q in geode_export.questions() if q["scene_id"] in train]
-    told = [q for q in questions if "rationale" in q]
-    assert pipeline.dropped == {"no rationale": len(questions) - len(told)}
+    explained = [q for q in questions if "rationale" in q]
+    assert pipeline.dropped == {"no rationale": len(questions) - len(explained)}
     found = []
     for records, batch in pipeline.eval_batches():
         for row, scene in zip(records, asked(batch, tokenizer), strict=True):
             assert [(prompt(r), r["rationale"]) for r in row] == scene
             found += [record["id"] for record in row]
-    assert sorted(found) == sorted(q["id"] for q in told)
-    longest = max(len(tokenizer.encode(" " + q["rationale"])) + 1 for q in told)
+    assert sorted(found) == sorted(q["id"] for q in explained)
+    longest = max(len(tokenizer.encode(" " + q["rationale"])) + 1 for q in explained)
     measured = measure_lengths(
         geode_export, tokenizer, answer_field="rationale", controls=config.controls
     )
@@ -174,8 +174,8 @@ BOX_7 = [1.0, 2.0, 0.5, 0.6, 0.4, 1.0, 0.0]
         ({"question": "How long in cm?", "unit": "m"}, "its unit is not the one that"),
         ({"answer": "0", "value": 0.0}, "the value is zero or negative"),
         ({"answer": "9" * 30, "value": 1e30}, "the value is not from 0.01"),
-        ({"box": [*BOX_7[:3], 1e-30, *BOX_7[4:]]}, "the box is one that no code holds"),
-        ({"box": [1e20, *BOX_7[1:]]}, "the box is one that no code holds"),
+        ({"box": [*BOX_7[:3], 1e-30, *BOX_7[4:]]}, "the box cannot be encoded"),
+        ({"box": [1e20, *BOX_7[1:]]}, "the box cannot be encoded"),
     ],
 )
 def test_what_cannot_be_regressed_is_left_out_and_counted(tmp_path, tokenizer, config, fields, why):
@@ -195,9 +195,9 @@ def test_what_cannot_be_regressed_is_left_out_and_counted(tmp_path, tokenizer, c
     np.testing.assert_allclose(batch.base_unit_SQ[0, 0], 0.3048)
     asked = Pipeline(export, tokenizer, config, "test")
     assert asked.dropped.total() == 0 and not asked.batch(0).value_mask_SQ.any()
-    if "box" not in fields:  # which words cannot answer
+    if "box" not in fields:  # a box cannot be answered in words
         plain = Pipeline(export, tokenizer, changed(config, controls=None), "train")
         words = plain.batch(0)
-        (count,) = (n for key, n in plain.dropped.items() if "words alone learn" in key and n)
+        (count,) = (n for key, n in plain.dropped.items() if "value not regressed" in key and n)
         assert count == 1 and words.value_mask_SQ[0].sum() == 1
         assert (words.question_length_SQ[0] > 0).sum() == 2

@@ -1,4 +1,4 @@
-"""Packed rows, checked column by column against the questions they were made of."""
+"""Packed rows, checked column by column against their questions."""
 
 import numpy as np
 from hypothesis import given
@@ -12,7 +12,7 @@ LQ, LA = 9, 6
 
 @st.composite
 def problems(draw):
-    """Random questions of a scene, and rows to put them into."""
+    """Draws questions of a scene, and sizes of rows."""
     n = draw(st.integers(0, 8))
     lengths = [
         draw(st.lists(st.integers(least, most), min_size=n, max_size=n))
@@ -30,7 +30,7 @@ def problems(draw):
 
 
 def owners(placed, question_length, answer_length, size) -> np.ndarray:
-    """How many segments own each flat column; fails where one leaves its row."""
+    """Returns how many segments own each flat column; fails if a segment leaves its row."""
     count = np.zeros(size["rows"] * size["columns"], int)
     for i, first in placed:
         length = question_length[i] + answer_length[i] - 1
@@ -51,7 +51,7 @@ def test_no_column_has_two_owners_and_no_question_two_places(problem):
     # In the order of preference.
     positions = [order.index(i) for i in chosen]
     assert positions == sorted(positions)
-    # First fit: whoever was passed over had no room, whatever came after.
+    # First fit: a question that was skipped had no room at that time.
     for position, i in enumerate(order):
         if i in chosen or len([j for j in positions if j < position]) == limit:
             continue
@@ -68,7 +68,7 @@ def test_in_order_takes_a_beginning(problem):
     assert [i for i, _ in placed] == list(order[: len(placed)])
     assert len(placed) <= limit
     if order and question_length[order[0]] + answer_length[order[0]] - 1 <= size["columns"]:
-        assert placed  # else `eval_batches` would never end
+        assert placed  # otherwise `eval_batches` would not end
     if len(placed) < min(limit, len(order)):  # the next one did not fit
         again = pack(order[: len(placed) + 1], question_length, answer_length, **size, limit=limit)
         assert again == placed
@@ -79,7 +79,7 @@ def test_rows_hold_the_questions_and_nothing_else(problem, spare):
     question_length, answer_length, order, size, limit = problem
     n, slots = len(order), limit + spare
     rows, columns = size["rows"], size["columns"]
-    ids = np.arange(n * (LQ + LA)).reshape(n, LQ + LA)  # every token is unlike all others
+    ids = np.arange(n * (LQ + LA)).reshape(n, LQ + LA)  # all tokens are different
     question, answer = ids[:, :LQ].copy(), ids[:, LQ:].copy()
     question[np.arange(LQ) < LQ - question_length[:, None]] = PAD
     answer[np.arange(LA) >= answer_length[:, None]] = PAD
@@ -105,16 +105,16 @@ def test_rows_hold_the_questions_and_nothing_else(problem, spare):
     kept = []
     for slot, (i, first) in enumerate(placed):
         q, a = question_length[i], answer_length[i]
-        asked, said = question[i, LQ - q :], answer[i, :a]
+        asked, answered = question[i, LQ - q :], answer[i, :a]
         segment = slice(first, first + q + a - 1)
         assert position[segment].tolist() == list(range(q + a - 1))
         assert of_answer[segment].tolist() == [False] * (q - 1) + [True] * a
         predictors = out["answer_column_SQA"][slot]
         # The column before an answer token predicts it; the first is bos, the question's last.
-        assert tokens[predictors[:a]].tolist() == [asked[-1], *said[:-1]]
+        assert tokens[predictors[:a]].tolist() == [asked[-1], *answered[:-1]]
         assert predictors[0] == first + q - 1 and (predictors[a:] == 0).all()
         assert tokens[out["encoding_column_SQ"][slot]] == asked[-2]
-        kept += [*asked, *said[:-1]]
+        kept += [*asked, *answered[:-1]]
     assert sorted(tokens[own]) == sorted(kept)
     assert (out["answer_column_SQA"][len(placed) :] == 0).all()
     assert (out["encoding_column_SQ"][len(placed) :] == 0).all()

@@ -291,7 +291,7 @@ def test_logits_are_refused_where_questions_were_skipped(tmp_path, tokenizer, co
     scene = export.folder / "scenes" / "scene1.safetensors"
     scene.write_bytes(scene.read_bytes()[:50])
     skip = changed(config, on_bad_scene="skip")
-    with pytest.raises(UserError, match="bad questions were skipped"):
+    with pytest.raises(UserError, match="skipped bad questions have shifted"):
         Pipeline(Export(export.folder), tokenizer, skip, "train")
 
 

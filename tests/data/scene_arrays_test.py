@@ -1,4 +1,4 @@
-"""Compared with plain loops over pixels, and with geometry done the other way round."""
+"""Scene arrays, compared with plain loops over pixels and with the inverse geometry."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ WITH_IMAGES = SceneShapes(
 
 
 def with_scene(export, *tensors):
-    """The export with one more scene, `other`."""
+    """Returns the export with one more scene, `other`."""
     manifest = export.manifest
     entry = exports.write_scene(export.folder, "other", *tensors, split="val", manifest=manifest)
     manifest["scenes"].append(entry)
@@ -169,7 +169,7 @@ def test_absent_arrays_keep_the_shapes_and_clear_the_masks(scene):
     assert (bare["target_depth_SVhw"] == 0).all() and (bare["depth_hint_SVP"] == 0).all()
     empty = empty_rows(SHAPES)
     assert empty["view_mask_SV"].tolist() == [True, False, False]
-    assert (full["target_segmentation_SVP"][:2] >= -1).all()  # known, if only to be nothing
+    assert (full["target_segmentation_SVP"][:2] >= -1).all()  # known: a category, or none (-1)
     assert (full["target_segmentation_SVP"][2] == -2).all()  # a padding view
     without_teacher = SceneShapes(
         **(SHAPES.__dict__ | dict(categories=0, features=0, depth_bins=0))
@@ -243,19 +243,19 @@ def test_the_student_sees_neither_images_nor_points(scene, vision):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "said"),
+    ("name", "shape", "message"),
     [
         ("images", (1, 5, 8, 3), r"tensor images: a view is \(5, 8, 3\), \(6, 8, 3\) in"),
         ("sonata/features", (2, 3), "tensor sonata/features: width 3, 4 in earlier scenes"),
     ],
 )
-def test_images_or_points_of_different_size_are_refused(tmp_path, name, shape, said):
+def test_images_or_points_of_different_size_are_refused(tmp_path, name, shape, message):
     export = write_geode_export(tmp_path / "export", train=2, val=0)
     tensors = {name: np.ones(shape, np.uint8 if name == "images" else np.float32)}
     export = with_scene(export, tensors)
-    with pytest.raises(UserError, match=f"scene other: {said}"):
+    with pytest.raises(UserError, match=f"scene other: {message}"):
         export_sizes(export, "images")
-    assert export_sizes(export).image == (0, 0)  # the student does not mind
+    assert export_sizes(export).image == (0, 0)  # the student reads no images
 
 
 def test_target_depth_serves_as_geometry_where_vggt_gave_none(scene):

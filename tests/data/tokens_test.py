@@ -68,7 +68,7 @@ def test_option_lines_stay_apart():
 
 
 def test_rare_runs_are_spelled_by_words():
-    # "bedroom" and "tablecloth" begin with nouns and are none.
+    # "bedroom" and "tablecloth" begin with nouns but are not nouns of the list.
     assert pieces("A brown bedroom with one tablecloth") == [
         "A",
         " brown",
@@ -98,7 +98,7 @@ def test_unknown_words_become_unk_and_the_rest_survives():
 
 
 def test_an_answer_has_one_space_before_it_whoever_puts_it_there():
-    """Llama's tokenizers put one before every text: the older before one that stands, too."""
+    """Llama's tokenizers add one before every text; the older ones even before another space."""
     vocabulary = {"<unk>": 0, "</s>": 1, "▁": 2, "l": 3, "a": 4, "▁l": 5, "▁la": 6, "▁a": 7}
     merges = [("▁", "l"), ("▁l", "a"), ("▁", "a")]
     backend = tokenizers.Tokenizer(
@@ -217,7 +217,7 @@ CONTROLS = (REG, BOX)
 
 
 def check_added(old: Tokenizer, new: Tokenizer, tokens, folder) -> None:
-    """`new` is `old` and the tokens after it, also once saved and loaded by either loader."""
+    """Asserts that `new` is `old` with the tokens added, also after saving, for both loaders."""
     transformers = pytest.importorskip("transformers")
     new.save(folder)
     theirs = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -283,7 +283,7 @@ def test_no_text_encodes_to_a_control_token(text):
 
 
 def test_qwen_with_internvls_tokens_and_ours(tmp_path, data_root, qwen):
-    """InternVL2.5's own ids, and all below the rows of Qwen2.5's embedding."""
+    """The ids are those of InternVL2.5, and all are below the rows of Qwen2.5's embedding."""
     folder, tokens = data_root / "qwen25_tokenizer", [*INTERNVL, *CONTROLS]
     grown = qwen.with_tokens(tokens)
     assert [grown.id_of(token) for token in tokens] == list(range(151_665, 151_676))
@@ -385,7 +385,7 @@ def test_no_code_of_a_folder_is_run_and_nothing_is_fetched(tmp_path, monkeypatch
 
     monkeypatch.setattr("builtins.input", never)
     monkeypatch.setattr("socket.socket.connect", never)
-    with pytest.raises(UserError, match="needs Python code of its own, which is never run here"):
+    with pytest.raises(UserError, match="needs its own Python code, which is never run here"):
         load_tokenizer(tmp_path)
     damaged(tmp_path, CONFIG, tokenizer_class="PreTrainedTokenizerFast", auto_map=None)
     assert load_tokenizer(tmp_path).encode(TEXTS[0]) == TOKENIZER.encode(TEXTS[0])
@@ -393,12 +393,12 @@ def test_no_code_of_a_folder_is_run_and_nothing_is_fetched(tmp_path, monkeypatch
 
 
 def test_a_folder_whose_files_disagree_is_refused(tmp_path, data_root):
-    """Qwen's class brings its own way of splitting, whatever tokenizer.json says."""
+    """Qwen's class splits texts in its own way, without regard to tokenizer.json."""
     for path in (data_root / "qwen25_tokenizer").glob("tokenizer*.json"):
         shutil.copy(path, tmp_path)
     damaged(tmp_path, pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True,
             "trim_offsets": False, "use_regex": True})  # fmt: skip
-    with pytest.raises(UserError, match="reads a text otherwise than tokenizer"):
+    with pytest.raises(UserError, match="encodes a text differently from tokenizer"):
         load_tokenizer(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The tensors of the contract: every rule is kept by writer and reader alike, in one line."""
+"""Rules of the tensors: writer and reader refuse every violation with the same line."""
 
 import json
 
@@ -116,7 +116,7 @@ BAD_TENSORS = {
     "an id twice": (
         _set("teacher/topk_id", (2, slice(None)), (0, 1, 2, 1)),
         "teacher/topk_id",
-        "an id stands twice at [2]",
+        "an id is repeated at [2]",
     ),
     "more than all the probability": (
         _set("teacher/topk_logprob", (1, slice(None)), -1.2),
@@ -216,7 +216,7 @@ def test_bad_tensors_are_refused_with_scene_tensor_and_rule(workbench, case):
 
 @pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.largest < np.inf])
 def test_what_models_are_given_is_bounded(workbench, name):
-    """The number just within the bound is held in every type, the one just beyond is not."""
+    """In every type the number just within the bound is accepted, the one just beyond is not."""
     spec, arrays = SPECS[name], make_scene()
     types = {"F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
     place = (0, 0, 2) if name == "camera/intrinsic" else (0,) * arrays[name].ndim
@@ -279,8 +279,8 @@ def test_any_wrong_rank_or_dtype_is_refused(workbench, data):
 @few
 @given(data=st.data())
 def test_any_size_that_others_share_is_refused(workbench, data):
-    """The tensor named is one that has the dimension; which one, the order of SPECS decides."""
-    free = {"Cp", "I", "E", "H", "W", "F", "hb", "wb", "B"}
+    """The message names a tensor with that dimension; which one depends on the order of SPECS."""
+    free = {"Cp", "I", "E", "H", "W", "F", "hb", "wb", "Z"}
     arrays = make_scene()
     name = data.draw(st.sampled_from(list(SPECS)))
     dims = SPECS[name].dims.split()
@@ -295,7 +295,7 @@ def test_any_size_that_others_share_is_refused(workbench, data):
 
 
 def test_tolerances(workbench):
-    """Rounding to a tensor's own precision is no error; what is beyond it is."""
+    """Errors within the precision of a tensor's dtype are accepted, larger ones refused."""
     rng = np.random.default_rng(0)
     bins = rng.random((VIEWS, 8, 8, 64), "f4")
     bins /= bins.sum(-1, keepdims=True)
@@ -312,7 +312,7 @@ def test_tolerances(workbench):
 
 
 def test_token_ids_need_a_vocabulary(export, tmp_path):
-    """Ids mean nothing without the tokenizer they belong to; without ids it may be absent."""
+    """Token ids need the sha256 of their tokenizer in the manifest, which may else be absent."""
     rule = "needs teacher_tokenizer in the manifest: whose ids these are"
     line = refusal(write, tmp_path / "without", teacher_tokenizer="")
     assert line == f"scene a: tensor teacher/answer_id: {rule}"

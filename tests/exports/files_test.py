@@ -1,4 +1,4 @@
-"""The one reader and writer of small files, on what users and other programs make."""
+"""The reader and writer of small files, on files of users and other programs."""
 
 import contextlib
 import csv
@@ -30,26 +30,26 @@ def read(path: Path, data: bytes | str, fields: int = 1) -> list[tuple[str, ...]
 
 @st.composite
 def list_texts(draw, fields: int) -> tuple[list[tuple[str, ...]], str]:
-    """Rows of words, and a text that lists them in one of the forms."""
+    """Draws rows of words, and a text that lists them in one of the formats."""
     rows = [row[:fields] for row in draw(ROWS)]
-    form = draw(st.sampled_from(["words", "csv", "json"]))
-    if form == "json":
+    layout = draw(st.sampled_from(["words", "csv", "json"]))
+    if layout == "json":
         value = [list(row) for row in rows] if fields > 1 else [row[0] for row in rows]
         text = json.dumps(value, indent=draw(st.sampled_from([None, 1])))
     else:
         lines = []
-        for row in [*rows, *draw(st.lists(st.sampled_from(rows), max_size=3))]:  # some again
-            if form == "csv":
+        for row in [*rows, *draw(st.lists(st.sampled_from(rows), max_size=3))]:  # some repeated
+            if layout == "csv":
                 out = io.StringIO()
                 quoting = draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
                 comma = draw(st.sampled_from([",", ";"]))
                 csv.writer(out, delimiter=comma, quoting=quoting, lineterminator="").writerow(row)
-                # One cell alone has no comma between cells; some programs write one behind.
+                # A single cell has no comma between cells; some programs add one at the end.
                 lines.append(out.getvalue() + (comma if fields == 1 else ""))
             else:
                 lines.append(draw(st.sampled_from([" ", "\t", "  "])).join(row))
             lines += draw(st.sampled_from([[], [""], ["# a, comment"], ["   "]]))
-            lines[-1] += draw(st.sampled_from(["", " ", " # of a line; of it"]))
+            lines[-1] += draw(st.sampled_from(["", " ", " # a comment; of a line"]))
         text = "\n".join(lines) + draw(st.sampled_from(["", "\n"]))
     text = text.replace("\n", draw(st.sampled_from(["\n", "\r\n", "\r"])))
     return rows, draw(st.sampled_from(["", "\ufeff"])) + text
@@ -57,7 +57,7 @@ def list_texts(draw, fields: int) -> tuple[list[tuple[str, ...]], str]:
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data(), st.sampled_from([1, 2]))
-def test_a_list_is_the_same_in_every_form(tmp_path, data, fields):
+def test_a_list_is_the_same_in_every_format(tmp_path, data, fields):
     rows, text = data.draw(list_texts(fields))
     assert read(tmp_path / "list", text, fields) == rows
 
@@ -101,7 +101,7 @@ def test_entries_know_where_they_stand(tmp_path):
         ("a\n".encode("utf-16"), 1, "is UTF-16"),
         (b"a\n\xff\n", 1, "line 2: not UTF-8"),
         (b"a\nb\0\n", 1, "line 2: .* unprintable"),
-        ("a\n\ufeffb\n", 1, "line 2: .* unprintable"),  # two lists, one behind the other
+        ("a\n\ufeffb\n", 1, "line 2: .* unprintable"),  # two concatenated lists
         (b"a,,b\n", 1, "line 1: has an empty cell"),
         (b'{"a": "train"}', 2, "must be a list, is a JSON object"),
         (b'["a"', 1, "not JSON"),
@@ -110,7 +110,7 @@ def test_entries_know_where_they_stand(tmp_path):
         (b"[true]", 1, "entry 1: must be text or a whole number"),
         (b'["a"]', 2, "entry 1: must have 2 words, has 1"),
         (b"a train\nb\n", 2, "line 2: must have 2 words, has 1"),
-        (b"a train\na val\n", 2, "line 2: a stands in line 1 otherwise"),
+        (b"a train\na val\n", 2, "line 2: a has other values in line 1"),
         (b"a,train,extra\n", 2, "line 1: must have 2 words, has 3"),
         (b'a,"' + b"x" * 200_000 + b'"', 1, "line 1: not CSV"),
     ],
@@ -124,7 +124,7 @@ def test_bad_lists_are_one_line(tmp_path, data, fields, rule):
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=60), st.sampled_from([1, 2]))
-def test_whatever_a_list_holds_it_is_read_or_refused(tmp_path, data, fields):
+def test_any_bytes_are_read_as_a_list_or_refused(tmp_path, data, fields):
     with contextlib.suppress(UserError):
         found = read(tmp_path / "list", data, fields)
         assert found and all(len(row) == fields and all(row) for row in found)
@@ -162,8 +162,8 @@ def test_only_regular_files_are_read(tmp_path, reader):
         (b"1e999", "beyond a float"),
         (b"-1e400", "beyond a float"),
         (b"NaN", "NaN is no JSON number"),
-        (b'{"a": 1, "a": 2}', "'a' stands twice"),
-        (b'{"x": {"\xc3\xa4": 1, "\xc3\xa4": 1}}', "stands twice"),
+        (b'{"a": 1, "a": 2}', "'a' appears twice"),
+        (b'{"x": {"\xc3\xa4": 1, "\xc3\xa4": 1}}', "appears twice"),
         (b"{'a': 1}", "not JSON"),
         (b'"\xff"', "line 1: not UTF-8: byte 0xff"),
         ('{"a": 1}'.encode("utf-16"), "is UTF-16"),

@@ -1,4 +1,4 @@
-"""The frame rule of the point encoder, against its definition."""
+"""The transformation to Sonata's frame, against the definition of that frame."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from geode_jax.exports.frames import ROOM_HEIGHT, Y_DOWN, Similarity, to_sonata_
 
 
 def cloud(seed=0, n=500):
-    """A box of 4 x 3 (level) x 2.5 (height) in VGGT's frame: y down, some units, off centre."""
+    """Returns points of a box, 4 x 3 wide and 2.5 high, in VGGT's frame: y down, off centre."""
     rng = np.random.default_rng(seed)
     return rng.uniform([-1, -2, 3], [3, 0.5, 6], (n, 3))
 

@@ -1,4 +1,4 @@
-"""The table of question kinds is consistent, and every asker and reader takes its kinds from it."""
+"""The table of question kinds is consistent, and every asker and reader uses its kinds."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from geode_jax.sources.rooms.scene import make_and_observe
 from tests.sources.datasets.layouts import cases
 
 OF_DATA_SETS = {"absolute_direction_object", "camera_obj_abs_dist", "conversation"}
-"""Types that data sets have of their own and that their readers pass on."""
+"""Kinds of data sets that are not in the table; the readers keep their names."""
 
 
 @pytest.mark.parametrize("name", KINDS)

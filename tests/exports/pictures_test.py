@@ -1,4 +1,4 @@
-"""Pictures as a person sees them: turned, in colour, whole or refused."""
+"""Pictures are read as viewers show them: rotated, in colour, complete; others are refused."""
 
 import io
 import struct
@@ -42,7 +42,7 @@ def read(data: bytes) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("flag", range(1, 9))
 def test_a_picture_is_turned_as_its_flag_says(tmp_path, kind, flag):
-    # Rows and columns of the stored picture, as the EXIF standard has them for each flag.
+    # Rows and columns of the stored picture for each flag, as in the EXIF standard.
     stored = {
         1: SHOWN,
         2: SHOWN[:, ::-1],
@@ -101,7 +101,7 @@ def test_every_mode_becomes_what_is_shown():
     index = palette.getpixel((15, 2))  # of green
     found = read(encoded(palette, transparency=index))
     assert (found[:6, 10:] == 255).all() and (found[:6, :10] == SHOWN[:6, :10]).all()
-    found = read(encoded(SHOWN, transparency=(0, 0, 255)))  # a colour that means transparent
+    found = read(encoded(SHOWN, transparency=(0, 0, 255)))  # a colour declared transparent
     assert (found[6:] == 255).all() and (found[:6] == SHOWN[:6]).all()
     bits = Image.fromarray(grey > 100)
     assert bits.mode == "1"
@@ -114,7 +114,7 @@ def test_sixteen_bits_are_the_higher_byte():
     ramp = np.linspace(0, 65535, 240).astype(np.uint16).reshape(12, 20)
     np.testing.assert_array_equal(read(encoded(ramp))[..., 1], ramp >> 8)
     np.testing.assert_array_equal(read(encoded(ramp, "PPM"))[..., 1], ramp >> 8)
-    clear = int(ramp[3, 4])  # the one value that means transparent, and none that shares its byte
+    clear = int(ramp[3, 4])  # only this value is transparent, not others with the same higher byte
     shown = np.where(ramp == clear, 255, ramp >> 8)
     np.testing.assert_array_equal(read(encoded(ramp, transparency=clear))[..., 1], shown)
     # A PNG of 16 bits a channel, which Pillow itself does not write.
@@ -188,7 +188,7 @@ def test_depth_is_what_is_stored():
     depth = np.array([[0, 1, 700], [1000, 40_000, 65535]], np.uint16)
     np.testing.assert_array_equal(pictures.read_depth(encoded(depth)), depth)
     np.testing.assert_array_equal(pictures.read_depth(encoded(depth, "PPM")), depth)
-    # PGM says the largest value; Pillow stretches values to it.
+    # The header of a PGM has the largest value; Pillow scales values by it.
     small = np.minimum(depth, 1000)
     for head in (b"P5 3 2 1000\n", b"P5\n# made by hand 9 9\n3 2\n# most\n1000\n"):
         np.testing.assert_array_equal(

@@ -1,4 +1,4 @@
-"""The reader of exports: what it reads, and that no damage is read or crashes it."""
+"""The reader of exports: its results, and that it refuses damage without crashing."""
 
 import copy
 import hashlib
@@ -44,7 +44,7 @@ def test_only_what_is_asked_for_is_read(export):
     reader = Export(export)
     found = reader.read_scene("a", ["vggt/tokens", "target/boxes"])
     assert set(found) == {"vggt/tokens", "target/boxes"}
-    # What the scene lacks is left out; what the contract lacks is refused.
+    # Tensors that the scene lacks are left out; names that the contract lacks are refused.
     assert set(reader.read_scene("b", ["vggt/tokens", "teacher/features"])) == {"vggt/tokens"}
     assert "unknown tensor name" in refusal(reader.read_scene, "a", ["tokens"])
     line = "scene a: tensor *: teacher/a.safetensors is missing"
@@ -114,7 +114,7 @@ def test_no_pickle_is_ever_loaded(export, tmp_path):
     canary = tmp_path / "canary"
     pickled = pickle.dumps(_Canary(canary))
     pickle.loads(pickled)
-    canary.unlink()  # the canary sings
+    canary.unlink()  # unpickling does write the file
     npy, npz, torch_file = io.BytesIO(), io.BytesIO(), io.BytesIO()
     np.save(npy, np.array([_Canary(canary)], dtype=object), allow_pickle=True)
     np.savez(npz, a=np.array([_Canary(canary)], dtype=object))
@@ -139,7 +139,7 @@ def test_no_pickle_is_ever_loaded(export, tmp_path):
 @settings(max_examples=100)
 @given(data=st.data(), name=st.sampled_from(FILES), verify=st.booleans())
 def test_damaged_bytes_are_refused_and_never_crash(pristine, workbench, data, name, verify):
-    """With the checksum left alone every damage is refused; with a forged one, no other error."""
+    """Every damage is refused; with a forged checksum it may be read, but never crashes."""
     for file in FILES:
         shutil.copy(pristine / file, workbench / file)
     good = (pristine / name).read_bytes()
@@ -147,7 +147,7 @@ def test_damaged_bytes_are_refused_and_never_crash(pristine, workbench, data, na
     if data.draw(st.booleans()):
         del damaged[data.draw(st.integers(0, len(good) - 1)) :]
     else:
-        # Half of the damage goes to the first bytes: the header is where a parser can trip.
+        # Half of the damage hits the first bytes, the header, which is parsed.
         places = st.one_of(st.integers(0, min(len(good), 900) - 1), st.integers(0, len(good) - 1))
         for place in data.draw(st.lists(places, min_size=1, max_size=4, unique=True)):
             damaged[place] ^= data.draw(st.integers(1, 255))

@@ -106,17 +106,17 @@ BAD_QUESTIONS = [
     ({"options": ["A. chair", 2]}, "options: must be a list of strings"),
     (CHOICE | {"value": 1.2}, "value: a choice among options has none"),
     (CHOICE | {"options": ["A. x", "A. y"]}, "options: two have the same letter"),
-    (CHOICE | {"options": ["A. x", "y"]}, "options: some have a letter in front"),
+    (CHOICE | {"options": ["A. x", "y"]}, "options: some begin with a letter"),
     (CHOICE | {"answer": "C"}, "answer: C is the letter of none of the 2 options"),
     (CHOICE | {"answer": "(C) z"}, "answer: C is the letter of none"),
     (CHOICE | {"options": ["x", "y"], "answer": "C."}, "answer: C is the letter of none"),
-    ({"answer": "3", "value": 5.0}, "value: another number than that of the answer"),
-    ({"answer": "300 cm", "value": 5.0}, "value: another number than that of the answer"),
+    ({"answer": "3", "value": 5.0}, "value: differs from the number in the answer"),
+    ({"answer": "300 cm", "value": 5.0}, "value: differs from the number in the answer"),
     (COUNT | {"value": 3.5}, "value: a count must be a whole number"),
     (COUNT | {"answer": "-2"}, "value: a count must be a whole number"),
-    ({"unit": "rad"}, "unit: one of angle, where the kind asks for one of length"),
-    ({"unit": "m2"}, "unit: one of area, where the kind asks for one of length"),
-    (COUNT | {"unit": "m"}, "unit: one of length, where the kind asks for one of count"),
+    ({"unit": "rad"}, "unit: a unit of angle, but the kind asks for one of length"),
+    ({"unit": "m2"}, "unit: a unit of area, but the kind asks for one of length"),
+    (COUNT | {"unit": "m"}, "unit: a unit of length, but the kind asks for one of count"),
     ({"answers": [""]}, "answers: must be a list of strings"),
     ({"box": BOX[:6]}, "box: must be 7 finite numbers"),
     ({"box": [0, 0, 0, 1, 0, 1, 0]}, "box: must be 7 finite numbers with positive sizes"),
@@ -169,7 +169,7 @@ def test_more_bad_questions(export):
     line = "questions.jsonl: does not have the manifest's sha256"
     assert refusal(list, Export(export).questions()) == line
     forge(export, "questions.jsonl", twice[:-1])  # one line, where `forge` counts its end
-    line = "questions.jsonl: count: 1 lines, the manifest says 0"
+    line = "questions.jsonl: count: 1 lines, the manifest has 0"
     assert refusal(list, Export(export).questions()) == line
     (export / "questions.jsonl").unlink()
     assert "cannot be read" in refusal(list, Export(export).questions())

@@ -1,4 +1,4 @@
-"""The package of the contract works in other environments."""
+"""The package `exports` works in other environments, without the rest of the project."""
 
 import ast
 import subprocess
@@ -37,7 +37,7 @@ FOLDER = Path(exports.__file__).parent
 
 
 def test_the_package_stands_alone(tmp_path):
-    """Loaded by path in an isolated interpreter, as an exporter in another environment does."""
+    """The package is loaded by path in an isolated interpreter, as by an exporter elsewhere."""
     command = [sys.executable, "-I", "-c", ALONE, str(FOLDER), str(tmp_path / "e")]
     subprocess.run(command, check=True, timeout=120)
     tokens = Export(tmp_path / "e").read_scene("a")["vggt/tokens"]
@@ -54,6 +54,6 @@ def test_the_package_is_python_3_9_and_imports_little(path):
         for name in ([node.module] if isinstance(node, ast.ImportFrom) else [node.names[0].name])
     }
     known = {"numpy", "safetensors", "ml_dtypes", "tqdm"}
-    if path.name == "pictures.py":  # which the package itself does not import
+    if path.name == "pictures.py":  # the package does not import it
         known.add("PIL")
     assert top - sys.stdlib_module_names <= known

@@ -40,7 +40,7 @@ def test_files_are_ordinary_safetensors(pristine):
 @few
 @given(data=st.data())
 def test_round_trip_is_exact_for_every_dtype(tmp_path_factory, data):
-    """Bits, not values: denormals and negative zeros too, from any memory layout."""
+    """Round trips keep the bits, also of denormals and negative zeros, from any memory layout."""
     arrays = make_scene()
     free = [n for n, spec in SPECS.items() if not spec.rule and spec.dtypes]
     name = data.draw(st.sampled_from(free))
@@ -137,7 +137,7 @@ def test_names_of_any_length_and_number_are_refused_at_once(export, names):
 
 
 def test_a_token_of_the_teachers_answers_takes_8_and_6_k_bytes(tmp_path):
-    """As the contract's documentation and the exporter's README say."""
+    """The size is that in the contract's documentation and the exporter's README."""
     for tokens in (10, 20):
         teacher = {
             "answer_question": np.zeros(tokens, np.int32),

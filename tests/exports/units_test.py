@@ -1,4 +1,4 @@
-"""Numbers and units in words: the right value, or none."""
+"""Numbers and units are read from words correctly, or not at all."""
 
 import contextlib
 import itertools

@@ -11,7 +11,7 @@ def test_answers_are_of_questions_that_there_are(tmp_path):
     arrays = make_scene()
     arrays["teacher/answer_question"][-1] = 1
     folder = write(tmp_path / "e", arrays)
-    rule = "question 1, and the scene has 1"
+    rule = "question 1 does not exist, the scene has 1"
     assert refusal(exports.validate, folder).endswith(rule)
     dropped = exports.validate(folder, on_error="skip")["dropped"]
     assert dropped == [("scene a", "tensor teacher/answer_question", rule)]
@@ -57,7 +57,7 @@ def test_validate_stops_or_skips_and_counts(export):
     records = [question(id=f"q{i}") for i in range(5)]
     data = b"".join(json.dumps(record).encode() + b"\n" for record in records)
     forge(export, "questions.jsonl", data)
-    (export / "scenes" / "a.safetensors").unlink()  # each question about it fails too: one line
+    (export / "scenes" / "a.safetensors").unlink()  # its questions fail too, with the same line
     line = ("scene a", "tensor *", "scenes/a.safetensors is missing")
     assert validate(export, on_error="skip")["dropped"] == [line]
     text = exports.format_summary(summary)

@@ -1,4 +1,4 @@
-"""The writer of exports: whole exports or none, by one process or several."""
+"""The writer of exports: complete exports or none, from one process or several."""
 
 import errno
 import json
@@ -54,7 +54,7 @@ def test_the_same_export_is_the_same_bytes(pristine, tmp_path):
     again = listing(write(tmp_path / "again"))
     once = listing(pristine)
     for files in (once, again):
-        del files["manifest.json"]  # `created`
+        del files["manifest.json"]  # `created` differs
     assert again == once
     assert set(once) == {*FILES[:3], "scenes/b.safetensors"}
 
@@ -96,7 +96,7 @@ def test_an_interrupted_export_is_no_export_and_is_started_over(tmp_path, pristi
 
 @pytest.mark.parametrize("limit", [0, 400, 1500, 4000])
 def test_a_full_disk_is_one_line_and_leaves_no_export(tmp_path, limit):
-    """The limit on a file's size stands for the full disk; 400 bytes hold the marker only."""
+    """A limit on the size of files simulates a full disk; 400 bytes suffice for the marker only."""
     folder = tmp_path / "e"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     records = [question(id=f"q{i}") for i in range(100)]
@@ -110,7 +110,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_export(tmp_path, limit):
     assert f"{name.get(limit, 'questions.jsonl')}: cannot be written: File too large" in line
     assert "missing" in refusal(Export, folder)
     assert not list(folder.rglob("*.part"))
-    Export(write(folder))  # and the next attempt works
+    Export(write(folder))  # the next attempt works
 
 
 def test_a_full_disk_for_the_manifest(tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_scenes_written_elsewhere_are_registered(tmp_path):
 
 
 def test_several_writers_fill_one_export_and_go_on_where_they_were_cut_off(tmp_path, pristine):
-    """Two writers, the second killed in the middle of a scene, then one that only closes."""
+    """Two writers share a folder, the second is killed within a scene, and a third one closes."""
     folder = tmp_path / "e"
     scene, teacher = two_files(make_scene())
     first = ExportWriter(folder, **HEADER, resume=True)
@@ -169,7 +169,7 @@ def test_several_writers_fill_one_export_and_go_on_where_they_were_cut_off(tmp_p
         last.add_questions([question()])
     found, wanted = listing(folder), listing(pristine)
     assert set(found) == set(wanted)
-    del found["manifest.json"], wanted["manifest.json"]  # `created`
+    del found["manifest.json"], wanted["manifest.json"]  # `created` differs
     assert found == wanted
     assert validate(folder)["scenes"] == 2
     assert "is an export already" in refusal(ExportWriter, folder, **HEADER, resume=True)
@@ -177,7 +177,7 @@ def test_several_writers_fill_one_export_and_go_on_where_they_were_cut_off(tmp_p
 
 
 def linked(export: Path, folder: Path) -> Path:
-    """The export as a hub's cache or DVC has it: relative links to files of other names."""
+    """Copies an export as in a cache of a hub or DVC: relative links to files of other names."""
     for number, path in enumerate(sorted(p for p in export.rglob("*") if p.is_file())):
         (folder / "blobs").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / "blobs" / str(number))

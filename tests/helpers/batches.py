@@ -1,4 +1,4 @@
-"""What the questions and scenes of a batch are, read back from its arrays."""
+"""Reads questions and scenes back from the arrays of a batch."""
 
 import dataclasses
 import hashlib
@@ -18,7 +18,7 @@ def changed(config: PipelineConfig, **changes) -> PipelineConfig:
 
 
 def asked(batch: Batch, tokenizer: Tokenizer) -> list[list[tuple[str, str]]]:
-    """(prompt, answer) texts of every scene of a batch, padding left out."""
+    """Returns the texts (prompt, answer) of every scene of a batch, without padding."""
     return [
         [
             (tokenizer.decode(q), tokenizer.decode(a).removeprefix(" "))
@@ -30,7 +30,7 @@ def asked(batch: Batch, tokenizer: Tokenizer) -> list[list[tuple[str, str]]]:
 
 
 def scenes_of(batch: Batch, export: Export) -> list[str]:
-    """Recognises the scenes of a batch by their tokens."""
+    """Returns the ids of a batch's scenes, recognised by their tokens."""
     known = {}
     for scene_id in export.scene_ids():
         tokens = export.read_scene(scene_id, ["vggt/tokens"])["vggt/tokens"]
@@ -47,7 +47,7 @@ def digest(batch: Batch) -> str:
 
 
 def check_packing(batch: Batch) -> int:
-    """Every question of a batch lies in the rows as it should; returns how many there are."""
+    """Asserts that every question of a batch is packed correctly; returns their number."""
     length, found = batch.packed_SWT.shape[2], 0
     for s, q in np.argwhere(batch.answer_length_SQ > 0):
         a, n = batch.answer_length_SQ[s, q], batch.question_length_SQ[s, q]

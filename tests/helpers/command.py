@@ -1,8 +1,8 @@
-"""What tests of the command share: running it, and the one line that it fails with."""
+"""Helper for tests of the command line: the error line of a failed command."""
 
 
 def one_error(result: tuple[int, str, str]) -> str:
-    """The error line of a failed command, which said nothing else."""
+    """Returns the error line of a failed command, which must print nothing else."""
     status, out, err = result
     lines = [line for line in err.splitlines() if line.strip() and "scene/s" not in line]
     assert (status, out) == (2, "")

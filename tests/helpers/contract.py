@@ -32,7 +32,7 @@ few = settings(max_examples=30)
 
 
 def make_scene(seed: int = 0) -> dict[str, np.ndarray]:
-    """A scene with every tensor of the contract; teacher tensors under `teacher/`."""
+    """Returns a scene with every tensor of the contract; teacher tensors under `teacher/`."""
     rng = np.random.default_rng(seed)
     sizes = {"V": VIEWS, "P": 6, "C": 6, "h": 4, "w": 6, "N": BOXES, "N*N": BOXES**2}
     sizes |= {"gh": 2, "gw": 3, "categories": 3, "H": 3, "W": 5, "hb": 2, "wb": 2}
@@ -60,14 +60,14 @@ def make_scene(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def two_files(arrays: dict) -> tuple[dict, dict]:
-    """Tensors of the scene's file and of the teacher's file."""
+    """Returns the tensors of the scene's file and of the teacher's file."""
     scene = {n: a for n, a in arrays.items() if not n.startswith("teacher/")}
     teacher = {n[len("teacher/") :]: a for n, a in arrays.items() if n.startswith("teacher/")}
     return scene, teacher
 
 
 def question(**changes) -> dict:
-    """A question with every field; a change to None removes a field."""
+    """Returns a question with every field; a change to None removes a field."""
     record = {
         "id": "q0",
         "scene_id": "a",
@@ -97,7 +97,7 @@ def write(folder: Path, arrays: dict | None = None, questions=None, **header) ->
 
 
 def refusal(call, *args, **kwargs) -> str:
-    """The message of the ExportError that the call must raise: one printable line."""
+    """Returns the message of the ExportError that the call must raise, one printable line."""
     with pytest.raises(ExportError) as caught:
         call(*args, **kwargs)
     message = str(caught.value)
@@ -106,7 +106,7 @@ def refusal(call, *args, **kwargs) -> str:
 
 
 def forge(folder: Path, name: str, data: bytes) -> None:
-    """Replaces a file and its checksum, as a maker with a bug would have written them."""
+    """Replaces a file and its checksum, as a faulty exporter would have written them."""
     (folder / name).write_bytes(data)
     manifest = json.loads((folder / "manifest.json").read_text())
     sha256 = hashlib.sha256(data).hexdigest()
@@ -127,7 +127,10 @@ def forge_scene(folder: Path, arrays: dict) -> None:
 
 
 def refused_both_ways(workbench: Path, arrays: dict) -> str:
-    """Refused alike by the writer and, from a file of safetensors' own making, by the reader."""
+    """Asserts that writer and reader refuse a scene with the same message, and returns it.
+
+    The reader's file is written by safetensors.
+    """
     scene, teacher = two_files(arrays)
     manifest = json.loads((workbench / "manifest.json").read_text())
     with tempfile.TemporaryDirectory() as folder:

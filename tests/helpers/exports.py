@@ -1,4 +1,4 @@
-"""A tiny export with everything the contract knows, for any test that needs data."""
+"""Tiny exports with every kind of tensor and question, for tests that need data."""
 
 import numpy as np
 from scipy.spatial.transform import Rotation
@@ -11,7 +11,7 @@ WORDS = ["red", "blue", "small", "large"]
 
 
 def tiny_scene(random: np.random.Generator, views: int, boxes: int) -> tuple[dict, dict]:
-    """Random valid arrays and teacher arrays of a scene; a fifth of the depth is unknown."""
+    """Returns random arrays and teacher arrays of a scene; a fifth of the depth is unknown."""
     (gh, gw), c = GRID, len(CATEGORIES)
     h, w = gh * CELL, gw * CELL
     depth = random.uniform(0.5, 5, (views, h, w)).astype(np.float32)
@@ -40,7 +40,7 @@ def tiny_scene(random: np.random.Generator, views: int, boxes: int) -> tuple[dic
 
 
 def tiny_questions(random: np.random.Generator, scene_id: str, boxes: np.ndarray) -> list[dict]:
-    """Five to eleven questions of five kinds about the boxes of a scene."""
+    """Returns five to eleven questions of five kinds about the boxes of a scene."""
     records = []
     for i in range(random.integers(5, 12)):
         order = random.permutation(len(boxes))[:3]
@@ -74,9 +74,9 @@ def tiny_questions(random: np.random.Generator, scene_id: str, boxes: np.ndarray
                     relation={"proximity": p, "left_right": float(random.integers(2))},
                 )
             case 4:
-                said = " and ".join(f"a {random.choice(WORDS)} {name}" for name in names)
+                things = " and ".join(f"a {random.choice(WORDS)} {name}" for name in names)
                 record |= dict(kind="scene_description", question="Describe this room.")
-                record |= dict(answer=f"There is {said}.", teacher_answer=f"I see {said}.")
+                record |= dict(answer=f"There is {things}.", teacher_answer=f"I see {things}.")
         records.append(record)
     return records
 
@@ -90,13 +90,13 @@ HEADER = {
     "tokens_contain_depth": False,
     "categories": CATEGORIES,
 }
-"""What `ExportWriter` needs to know of the exports of these tests."""
+"""Arguments of `ExportWriter` for the exports of these tests."""
 
 
 def write_tiny_export(folder, train: int = 7, val: int = 3, seed: int = 0) -> Export:
     """Writes an export of random valid scenes and opens it.
 
-    Scene 0 has tokens alone, every third a teacher; views (1 to 3) and boxes (3 to 6) vary.
+    Scene 0 has only tokens, every third scene a teacher; views (1 to 3) and boxes (3 to 6) vary.
     """
     random = np.random.default_rng(seed)
     with ExportWriter(folder, **HEADER) as writer:
@@ -116,11 +116,11 @@ IMAGE, POINT_WIDTH = (6, 8), 4
 
 
 def write_geode_export(folder, train: int = 4, val: int = 2, seed: int = 0) -> Export:
-    """Writes what GEODE learns from: images and points in place of tokens, boxes, rationales.
+    """Writes an export for GEODE: images and points instead of tokens, boxes, rationales.
 
-    Views (1 to 3) and points (3 to 6) vary, scene 0 has no points. Beside the questions of
-    `tiny_questions`, of which those with named objects have a rationale, every scene has a box
-    and a number in centimetres to be told.
+    Views (1 to 3) and points (3 to 6) vary, scene 0 has no points. The questions of
+    `tiny_questions` with named objects have a rationale. Two more questions of every scene are
+    answered by a box and by a number in centimetres.
     """
     random = np.random.default_rng(seed)
     with ExportWriter(folder, **HEADER) as writer:

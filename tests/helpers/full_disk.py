@@ -1,4 +1,4 @@
-"""A limit on the size of files, which does to a writer what a full disk does."""
+"""A limit on the size of files, which acts on a writer like a full disk."""
 
 import contextlib
 import resource
@@ -7,7 +7,7 @@ import signal
 
 @contextlib.contextmanager
 def full_disk(limit: int):
-    """Within the block, a write past `limit` bytes of a file is an OSError."""
+    """Makes writes past `limit` bytes of a file raise OSError within the block."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))

@@ -1,4 +1,4 @@
-"""Arrays for the tests of the losses, and a loss with its gradient, compiled once."""
+"""Random arrays for the tests of the losses, and losses compiled with their gradients."""
 
 import functools
 
@@ -30,7 +30,7 @@ def draw_boxes(*shape, seed=0):
 
 
 def draw_topk(vocabulary, k, *shape, seed=0, temperature=1.0):
-    """A full teacher distribution and its top k: log-probabilities [..., X], ids, [..., k]."""
+    """Returns a teacher's log-probabilities [..., X], top k ids and their log-probabilities."""
     full = special.log_softmax(2.0 * draw(*shape, vocabulary, seed=seed + 1), axis=-1)
     ids = np.argsort(-full, axis=-1)[..., :k].astype(np.int32)
     return full, ids, np.take_along_axis(full, ids, -1)
@@ -43,7 +43,7 @@ def draw_mask(*shape, seed=0):
 
 
 def distillation(logits_X, ids, logprobs, mask, temperature=1.0):
-    """`losses.distillation` of given logits: the head is the identity."""
+    """Computes `losses.distillation` from logits, with the identity as head."""
     *between, X = logits_X.shape
     k = ids.shape[-1]
     counted = jnp.broadcast_to(
@@ -68,7 +68,7 @@ def distillation(logits_X, ids, logprobs, mask, temperature=1.0):
 
 
 def text_cross_entropy(logits_X, labels, mask):
-    """`losses.token_cross_entropy` of given logits: the head is the identity."""
+    """Computes `losses.token_cross_entropy` from logits, with the identity as head."""
     identity, counted = jnp.eye(logits_X.shape[-1]), jnp.asarray(mask)
     loss, own = losses.token_cross_entropy, labels[..., None]
     total = cross_entropy.token_loss(loss, logits_X, identity, own, counted, tied=True)

@@ -1,4 +1,4 @@
-"""Scripts in a process of their own: many devices, or a compiler for chips that are not there."""
+"""Runs scripts in a separate process: with many devices, or a compiler for absent chips."""
 
 import os
 import subprocess
@@ -11,13 +11,13 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def output_of(module: str, *arguments: str, devices: int = 1, **environment: str) -> str:
-    """What `python -m module` prints; the test fails where it does.
+    """Returns what `python -m module` prints; the test fails if the module does.
 
     Args:
-        module: run in the repository's folder.
-        *arguments: its own.
-        devices: of the CPU. Each gets threads of its own, in which it may wait for the others.
-        **environment: variables besides those of this process.
+        module: module to run in the repository's folder.
+        *arguments: arguments of the module.
+        devices: number of CPU devices. Each has its own threads, so that it can wait for others.
+        **environment: environment variables besides those of this process.
     """
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}

@@ -1,4 +1,4 @@
-"""Runs small enough for tests: twelve rooms, models of a layer or two, three steps."""
+"""Runs small enough for tests: twelve rooms, models of one or two layers, three steps."""
 
 import dataclasses
 import importlib
@@ -13,12 +13,12 @@ from geode_jax.train import train_and_evaluate
 
 @dataclasses.dataclass(frozen=True)
 class TinyRun:
-    """A finished run; read only: whoever breaks it makes a copy first.
+    """A finished run, shared by tests: a test that changes it makes a copy first.
 
     Attributes:
-        workdir: its folder.
-        export: the rooms it learned from.
-        config: what it was started with.
+        workdir: folder of the run.
+        export: folder of the rooms that it was trained on.
+        config: its configuration.
         summary: the content of `summary.json`.
     """
 
@@ -29,23 +29,23 @@ class TinyRun:
 
 
 def tiny_rooms(folder: Path, images: int = 0) -> Path:
-    """Ten training and two val scenes and two test scenes."""
+    """Makes ten training, two validation and two test scenes in a folder; returns the folder."""
     make_rooms(folder, scenes=12, seed=0, images=images, test_scenes=2, workers=1, progress=False)
     return folder
 
 
 def tiny_config(export: Path, arg: str = "", **train) -> ml_collections.ConfigDict:
-    """The laptop configuration, made tiny.
+    """Returns the laptop configuration with tiny sizes.
 
     Args:
-        export: of `tiny_rooms`.
-        arg: as on the command line, "thinking=0" for example.
-        train: fields of `config.train` beside 3 steps with one evaluation and checkpoint at the
-            end.
+        export: folder made by `tiny_rooms`.
+        arg: argument of the configuration, such as "thinking=0".
+        train: changed fields of `config.train`; by default 3 steps with one evaluation and
+            checkpoint at the end.
     """
     config = get_config(arg)
     with config.unlocked():
-        config.seed = 2  # whose untrained student does not say the same to everything
+        config.seed = 2  # with it the untrained student's answers differ
         config.data.update(
             export=str(export),
             scenes_per_batch=2,
@@ -69,7 +69,7 @@ def tiny_config(export: Path, arg: str = "", **train) -> ml_collections.ConfigDi
 
 
 def make_tiny_run(folder: Path) -> TinyRun:
-    """Rooms and a run on them in a new folder; most of its time is compiling."""
+    """Makes rooms and a run on them in a new folder; most of the time is compilation."""
     export, workdir = tiny_rooms(folder / "rooms"), folder / "run"
     config = tiny_config(export)
     return TinyRun(workdir, export, config, train_and_evaluate(config, workdir))
@@ -78,13 +78,13 @@ def make_tiny_run(folder: Path) -> TinyRun:
 def tiny_geode_config(
     stage: str, export: Path, init_from: Path | str | None = None, arg: str = ""
 ) -> ml_collections.ConfigDict:
-    """The laptop configuration of a stage of GEODE, made tiny.
+    """Returns the laptop configuration of a stage of GEODE with tiny sizes.
 
     Args:
         stage: "pretrain", "align", "drm" or "joint".
-        export: of `tiny_rooms` with images.
+        export: folder made by `tiny_rooms` with images.
         init_from: the run, or the pretrained folders, that the stage starts from.
-        arg: as on the command line, "drh=off" for example.
+        arg: argument of the configuration, such as "drh=off".
     """
     config = importlib.import_module(f"configs.geode_{stage}").get_config(arg)
     with config.unlocked():
@@ -103,7 +103,7 @@ def tiny_geode_config(
 
 
 def make_tiny_geode_runs(folder: Path) -> dict[str, TinyRun]:
-    """Rooms with pictures and runs of three of GEODE's stages, each from the one before."""
+    """Makes rooms with pictures and runs of three stages of GEODE, each from the one before."""
     export, before, runs = tiny_rooms(folder / "rooms", images=32), None, {}
     for stage in ("pretrain", "drm", "joint"):
         config, workdir = tiny_geode_config(stage, export, before), folder / stage

@@ -47,13 +47,13 @@ PAD_ID, EOS_ID = 0, 1
 
 
 def materialize(build, seed: int = 0) -> nnx.Module:
-    """A model with random parameters, norms and biases too, so that leaving one out shows.
+    """Returns a model with random parameters, also norms and biases, so that each has an effect.
 
-    Nothing is compiled, which is most of what creating a model costs.
+    It does so without compilation, which takes most of the time of creating a model.
 
     Args:
-        build: makes the model from `nnx.Rngs`.
-        seed: of the parameters.
+        build: function that makes the model from `nnx.Rngs`.
+        seed: seed of the parameters.
     """
     graph, state = nnx.split(abstract_model(build, make_mesh()))
     random = np.random.default_rng(seed)
@@ -69,22 +69,22 @@ def materialize(build, seed: int = 0) -> nnx.Module:
 
 
 def tiny_batch(scenes: int = 2, questions: int = 3, seed: int = 0) -> Batch:
-    """Random scenes of which every loss has something to say.
+    """Returns random scenes with targets of every loss.
 
     The last scene has one view, the last question of every scene is padding, and every second
     answer token has the teacher's logits.
     """
     random = np.random.default_rng(seed)
     S, Q, V, (gh, gw), heads = scenes, questions, VIEWS, STUDENT.patch_grid, STUDENT.heads
-    P, F, B, X = gh * gw, heads.teacher_width, heads.depth_bins, STUDENT.decoder.vocab_size
+    P, F, Z, X = gh * gw, heads.teacher_width, heads.depth_bins, STUDENT.decoder.vocab_size
 
     def normal(*shape):
         return random.standard_normal(shape).astype(np.float32)
 
-    asked = np.arange(Q) < Q - 1  # the last question is padding
+    real = np.arange(Q) < Q - 1  # the last question is padding
 
     def mask(*shape):
-        return (random.random((S, Q, *shape)) < 0.7) & asked[:, None]
+        return (random.random((S, Q, *shape)) < 0.7) & real[:, None]
 
     def probabilities(*shape):
         return random.dirichlet(np.ones(shape[-1]), shape[:-1]).astype(np.float32)
@@ -104,21 +104,21 @@ def tiny_batch(scenes: int = 2, questions: int = 3, seed: int = 0) -> Batch:
         target_segmentation_SVP=random.integers(-2, 3, (S, V, P)).astype(np.int32),
         teacher_features_SVPF=normal(S, V, P, F),
         teacher_features_mask_S=np.ones(S, bool),
-        teacher_depth_bins_SVPZ=probabilities(S, V, P, B),
+        teacher_depth_bins_SVPZ=probabilities(S, V, P, Z),
         teacher_depth_bins_mask_S=np.ones(S, bool),
         teacher_detection_SNc=probabilities(S, 3, heads.categories),
         teacher_detection_mask_S=np.ones(S, bool),
         objects_SQO7=random.uniform(0.3, 2, (S, Q, 5, 7)).astype(np.float32),
-        objects_mask_SQO=np.broadcast_to(asked[:, None], (S, Q, 5)),
+        objects_mask_SQO=np.broadcast_to(real[:, None], (S, Q, 5)),
         gaps_SQO=random.uniform(0, 3, (S, Q, 5)).astype(np.float32),
         angle_SQ2=np.tile(np.float32([0.6, -0.8]), (S, Q, 1)),
-        angle_mask_SQ=np.broadcast_to(asked, (S, Q)),
+        angle_mask_SQ=np.broadcast_to(real, (S, Q)),
         relations_SQr=random.random((S, Q, 6)).astype(np.float32),
         relations_mask_SQr=mask(6),
         teacher_relations_SQr=random.random((S, Q, 6)).astype(np.float32),
         teacher_relations_mask_SQr=mask(6),
         value_SQ=random.uniform(0.5, 9, (S, Q)).astype(np.float32),
-        value_mask_SQ=np.broadcast_to(asked, (S, Q)),
+        value_mask_SQ=np.broadcast_to(real, (S, Q)),
         base_unit_SQ=np.ones((S, Q), np.float32),
         box_SQ7=np.zeros((S, Q, 7), np.float32),
         box_mask_SQ=np.zeros((S, Q), bool),
@@ -138,7 +138,7 @@ def tiny_batch(scenes: int = 2, questions: int = 3, seed: int = 0) -> Batch:
 
 
 def _geometry(S: int) -> dict[str, np.ndarray]:
-    """Two cameras side by side that look at the same wall, 2 m away, so that views correspond."""
+    """Returns two cameras side by side that see the same wall 2 m away, so views correspond."""
     V, (gh, gw) = VIEWS, STUDENT.patch_grid
     extrinsic = np.tile(np.eye(3, 4, dtype=np.float32), (S, V, 1, 1))
     extrinsic[:, 1, 0, 3] = 0.1  # far less than a patch
@@ -156,7 +156,7 @@ def _geometry(S: int) -> dict[str, np.ndarray]:
 
 
 def _text(S: int, Q: int, random: np.random.Generator) -> dict[str, np.ndarray]:
-    """Questions of 2 to 5 tokens and answers of 1 to 4, as the pipeline lays them out."""
+    """Returns questions of 2 to 5 tokens and answers of 1 to 4, packed as by the pipeline."""
     question_length = random.integers(2, QUESTION + 1, (S, Q)).astype(np.int32)
     answer_length = random.integers(1, ANSWER + 1, (S, Q)).astype(np.int32)
     question_length[0, 0], answer_length[0, 0] = QUESTION, ANSWER
@@ -176,7 +176,7 @@ def _text(S: int, Q: int, random: np.random.Generator) -> dict[str, np.ndarray]:
             )
         )
     rows = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
-    # Five names anywhere in a question before its bos, the last one not in its text.
+    # Five names at random places in a question before its bos; the last one is not in its text.
     length = np.maximum(question_length - 1, 1)[..., None]
     back = (random.random((S, Q, 5)) * length).astype(np.int32)
     object_column = rows["encoding_column_SQ"][..., None] - back

@@ -1,11 +1,11 @@
-"""What `survival_test` starts: the real loop and checkpoints around a model of one matrix.
+"""The program that `survival_test` starts: the real loop and checkpoints with a one-matrix model.
 
     python -m tests.helpers.toy_run WORKDIR STEPS [FAULT]
 
-FAULT is where the process is killed, by SIGKILL, as if the machine had gone:
+FAULT is the moment at which the process is killed by SIGKILL, as if the machine had failed:
     before:NAME:N, after:NAME:N     the N-th call of one of `POINTS`
-    event:NAME:N                    the N-th audit event of Python about a file in WORKDIR, as
-                                    `os.rename`, which is how a checkpoint becomes one
+    event:NAME:N                    the N-th audit event of Python about a file in WORKDIR, such as
+                                    `os.rename`, which gives a checkpoint its final name
 """
 
 import functools
@@ -45,7 +45,7 @@ POINTS = {
 
 
 class Line:
-    """Learns y = W x; its loss is random enough that every step counts."""
+    """Learns y = W x from random batches, so that every step changes the result."""
 
     selection_metric = "text"
     trainable = nnx.Param
@@ -64,7 +64,7 @@ class Line:
 
 @jax.tree_util.register_pytree_node_class
 class ToyBatch(types.SimpleNamespace):
-    """x, y [S, WIDTH], and what `measure.meter.Meter` counts: one token a row, no padding."""
+    """x, y [S, WIDTH], and the fields of `measure.meter.Meter`: one token per row, no padding."""
 
     def tree_flatten(self):
         return [self.__dict__[n] for n in sorted(self.__dict__)], sorted(self.__dict__)
@@ -87,7 +87,7 @@ class Pipeline:
 
 
 def kill(fault: str, workdir: Path) -> None:
-    """Arranges for this process to be killed at a fault."""
+    """Kills this process later, at a fault; see the module."""
     kind, name, nth = fault.split(":")
     calls = 0
 
@@ -124,7 +124,7 @@ def kill(fault: str, workdir: Path) -> None:
 
 
 def main(workdir: Path, steps: int) -> None:
-    """Trains to the end, or as far as it comes."""
+    """Trains to the end, or until the fault."""
     workdir.mkdir(exist_ok=True)
     config = OptimizerConfig("adamw", 0.01, weight_decay=0.1, warmup_steps=0, steps=steps)
     mesh, line = make_mesh(), Line()
@@ -141,7 +141,7 @@ def main(workdir: Path, steps: int) -> None:
         ),
         objective=line, graph=graph, optimizer=optimizer, state=state, mesh=mesh, steps=steps,
         pipelines={"train": Pipeline(), "val": None},
-        # Better every time, so that a best checkpoint is written every time.
+        # Falls every time, so that a best checkpoint is written every time.
         evaluator=types.SimpleNamespace(
             losses=lambda state, *_, **__: {"val/text": 1 / float(state.step), "val/loss": 0.0}
         ),

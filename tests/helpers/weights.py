@@ -1,4 +1,4 @@
-"""Tiny models of PyTorch, with weights under which every one of them shows."""
+"""Helpers for tiny PyTorch models: weights that all have an effect, and comparisons."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from geode_jax.weights.files import CONFIG, WEIGHTS
 
 
 def randomize(torch, model):
-    """Weights so large that attention is far from uniform and every bias and norm counts."""
+    """Sets weights so large that attention is far from uniform and every bias and norm counts."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -20,7 +20,7 @@ def randomize(torch, model):
 
 
 def reload(kind, folder: Path):
-    """What transformers makes of a folder, which has to be exactly the model's."""
+    """Loads a folder with transformers; no tensor may be missing or unexpected."""
     model, info = kind.from_pretrained(
         folder, output_loading_info=True, attn_implementation="eager"
     )
@@ -29,7 +29,7 @@ def reload(kind, folder: Path):
 
 
 def close(actual, expected, share: float = 2e-5) -> None:
-    """Within a share of the largest number expected."""
+    """Asserts that the largest difference is within a share of the largest expected number."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape
     difference = np.abs(actual - expected).max() / np.abs(expected).max()
@@ -38,7 +38,7 @@ def close(actual, expected, share: float = 2e-5) -> None:
 
 
 def same_tensors(folder: Path, other: Path) -> None:
-    """Two single-file folders hold the same names, dtypes and bits."""
+    """Asserts that two single-file folders hold the same names, dtypes and bits."""
     a, b = (load_file(f / WEIGHTS) for f in (folder, other))
     assert a.keys() == b.keys()
     for key in a:

@@ -24,19 +24,19 @@ def python():
 
 def collecting():
     "A signal within a callback of the garbage collector, whose exceptions Python drops."
-    gc.callbacks.append(lambda *_: [time.sleep(0.01) for _ in range(200) if not stop.asked])
+    gc.callbacks.append(lambda *_: [time.sleep(0.01) for _ in range(200) if not stop.signum])
     gc.collect()
     python()
 
 def unsaved():
     stop.unsaved = True
     with stop.deferred():
-        while not stop.asked:
+        while not stop.signum:
             time.sleep(0.01)
         time.sleep(1)
         print("saving", flush=True)
         stop.unsaved = False
-        raise stopping.Stopped(stop.asked, "at step 7, saved")
+        raise stopping.Stopped(stop.signum, "at step 7, saved")
 
 with reported(), stopping.Stop() as stop:
     threading.Timer(0.2, lambda: print("ready", flush=True)).start()

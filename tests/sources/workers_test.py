@@ -34,7 +34,7 @@ def test_this_process_hears_of_it_after():
 
 
 def test_this_process_does_not_hear_of_it_meanwhile():
-    """Another thread, which may get the signal in the first one's place, changes nothing."""
+    """The signal is handled also if another thread receives it instead of the main one."""
     over, done = threading.Event(), []
     other = threading.Thread(target=over.wait)
     other.start()

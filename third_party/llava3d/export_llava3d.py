@@ -206,19 +206,35 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Returns the command's arguments."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     job.add_arguments(parser)
-    parser.add_argument("--export", required=True, type=Path, help="scenes and their questions")
-    parser.add_argument("--videos", required=True, type=Path, help="SCENE below it is what is read")
-    parser.add_argument("--model", default="ChaimZhu/LLaVA-3D-7B", help="name or folder")
-    parser.add_argument("--conversation", default="llava_v1", help="template (%(default)s)")
-    parser.add_argument("--suffix", default="", help="a last line of every question")
+    parser.add_argument(
+        "--export", required=True, type=Path, help="export with scenes and questions"
+    )
+    parser.add_argument(
+        "--videos", required=True, type=Path, help="folder of videos SCENE, as LLaVA-3D reads them"
+    )
+    parser.add_argument("--model", default="ChaimZhu/LLaVA-3D-7B", help="model name or folder")
+    parser.add_argument(
+        "--conversation", default="llava_v1", help="conversation template (%(default)s)"
+    )
+    parser.add_argument(
+        "--suffix", default="", help="text added to every question as its last line"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=512)
-    parser.add_argument("--tokenizer", type=Path, help="the student's, of the same ids: logits too")
-    parser.add_argument("--topk", type=int, default=16, help="logits kept of a token")
-    parser.add_argument("--features", default="none", choices=("none", "2d", "3d"))
-    parser.add_argument("--efficiency", type=Path, help="JSON file for times, bytes and memory")
-    parser.add_argument("--warm-up", type=int, default=1, help="answers before times count")
-    parser.add_argument("--licence", default=LICENCE, help="of the model")
-    parser.add_argument("--commit", default="", help="of the checkout, where git cannot say")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="student's tokenizer; with the same ids, logits are stored"
+    )
+    parser.add_argument("--topk", type=int, default=16, help="logits stored per token")
+    parser.add_argument(
+        "--features", default="none", choices=("none", "2d", "3d"), help="patch features"
+    )
+    parser.add_argument(
+        "--efficiency", type=Path, help="JSON file that gets times, bytes and memory"
+    )
+    parser.add_argument("--warm-up", type=int, default=1, help="answers before times are measured")
+    parser.add_argument("--licence", default=LICENCE, help="licence of the model")
+    parser.add_argument(
+        "--commit", default="", help="commit of the checkout, if git does not know it"
+    )
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(argv)
     if min(args.topk, args.max_new_tokens) < 1 or args.warm_up < 0:

@@ -168,7 +168,7 @@ def encode(torch: Any, model: Any, features: np.ndarray, grid: np.ndarray) -> tu
         grid: int [n, 3] voxel coordinates.
 
     Returns:
-        Features [G, C], coordinates [G, 3] (means of the stage before), and [n] the index of the
+        Features [J, C], coordinates [J, 3] (means of the stage before), and [n] the index of the
         coarse point that each input point was pooled into.
     """
     device = next(model.parameters()).device
@@ -282,21 +282,41 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Returns the command's arguments."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     job.add_arguments(parser)
-    parser.add_argument("--export", required=True, type=Path, help="the export that has the scenes")
-    parser.add_argument("--scans", type=Path, help="folder of SCENE.ply or SCENE.npz, instead")
-    parser.add_argument("--points", default="depth", choices=("depth", "points", "target"))
-    parser.add_argument("--unsure", type=float, default=0.2, help="share left out, least confident")
-    parser.add_argument("--colour", default="given", choices=("given", "zeros"))
-    parser.add_argument("--normal", default="given", choices=("given", "zeros"))
-    parser.add_argument("--up", type=float, nargs=3, help="direction of up in the export's world")
-    parser.add_argument("--metres-per-unit", type=float, help="where the scale is known")
+    parser.add_argument("--export", required=True, type=Path, help="export with the scenes")
     parser.add_argument(
-        "--height", type=float, default=3.0, help="metres, of a room, where it is not"
+        "--scans", type=Path, help="folder of SCENE.ply or SCENE.npz, read instead of views"
+    )
+    parser.add_argument(
+        "--points",
+        default="depth",
+        choices=("depth", "points", "target"),
+        help="source of the points in the export: vggt/depth, vggt/points or target/depth",
+    )
+    parser.add_argument(
+        "--unsure", type=float, default=0.2, help="share of least confident points left out"
+    )
+    parser.add_argument(
+        "--colour", default="given", choices=("given", "zeros"), help="colours of the points"
+    )
+    parser.add_argument(
+        "--normal", default="given", choices=("given", "zeros"), help="normals of the points"
+    )
+    parser.add_argument(
+        "--up", type=float, nargs=3, help="up direction in the export's world frame"
+    )
+    parser.add_argument("--metres-per-unit", type=float, help="scale of the export, if known")
+    parser.add_argument(
+        "--height",
+        type=float,
+        default=3.0,
+        help="metres from floor to ceiling, if the scale is unknown (%(default)s)",
     )
     parser.add_argument("--weights", default="sonata", help="name in facebook/sonata, or a file")
-    parser.add_argument("--licence", default=LICENCE, help="of the weights")
-    parser.add_argument("--commit", default="", help="of the sonata checkout, where git cannot say")
-    parser.add_argument("--device", default="", help="cuda where there is one, else cpu")
+    parser.add_argument("--licence", default=LICENCE, help="licence of the weights")
+    parser.add_argument(
+        "--commit", default="", help="commit of the sonata checkout, if git does not know it"
+    )
+    parser.add_argument("--device", default="", help="default: cuda if present, else cpu")
     args = parser.parse_args(argv)
     if not 0 <= args.unsure < 1:
         raise job.InputError(f"--unsure: {args.unsure} is no share below 1")

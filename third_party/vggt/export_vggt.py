@@ -263,27 +263,35 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--root", type=Path, help="data set: a folder of scenes (folders or videos)"
     )
     parser.add_argument("--scene", nargs="+", help="scenes: folders of pictures, or videos")
-    parser.add_argument("--subfolder", default=".", help="where a scene's pictures are, as color")
-    parser.add_argument("--split", default="train", choices=("train", "val", "test"))
-    parser.add_argument("--splits", type=Path, help="list of `scene split`, before --split")
     parser.add_argument(
-        "--allow-missing", action="store_true", help="count entries of --splits that are not here"
+        "--subfolder", default=".", help="folder of the pictures in a scene, such as color"
+    )
+    parser.add_argument("--split", default="train", choices=("train", "val", "test"))
+    parser.add_argument("--splits", type=Path, help="list of `scene split`; all others get --split")
+    parser.add_argument(
+        "--allow-missing", action="store_true", help="count entries of --splits that name no scene"
     )
     parser.add_argument("--questions", type=Path, help="questions.jsonl about the scenes")
     parser.add_argument("--weights", default="facebook/VGGT-1B", help="name, folder or file")
-    parser.add_argument("--licence", default="", help="of the weights, where they are others")
-    parser.add_argument("--commit", default="", help="of the vggt checkout, where git cannot say")
-    parser.add_argument("--device", default="", help="cuda where there is one, else cpu")
-    parser.add_argument("--preprocess", default="crop", choices=("crop", "pad"))
-    parser.add_argument("--size", type=int, default=SIZE, help="pixels (%(default)s)")
-    parser.add_argument("--views", type=int, default=32, help="of a scene at most, evenly spaced")
-    parser.add_argument("--chunk", type=int, default=100, help="views of one pass")
-    parser.add_argument("--overlap", type=int, default=10, help="views that two chunks share")
-    parser.add_argument("--pool", action="store_true", help="means of 2 x 2 tokens")
+    parser.add_argument("--licence", default="", help="licence of other weights")
     parser.add_argument(
-        "--pixels", type=int, default=14, help="of depth and points, a patch's side"
+        "--commit", default="", help="commit of the vggt checkout, if git does not know it"
     )
-    parser.add_argument("--no-images", action="store_true", help="leave the pictures out")
+    parser.add_argument("--device", default="", help="default: cuda if present, else cpu")
+    parser.add_argument("--preprocess", default="crop", choices=("crop", "pad"))
+    parser.add_argument(
+        "--size", type=int, default=SIZE, help="side of the pictures, pixels (%(default)s)"
+    )
+    parser.add_argument(
+        "--views", type=int, default=32, help="most views of a scene, evenly spaced"
+    )
+    parser.add_argument("--chunk", type=int, default=100, help="most views of one pass of VGGT")
+    parser.add_argument("--overlap", type=int, default=10, help="views that two chunks share")
+    parser.add_argument("--pool", action="store_true", help="store means of 2 x 2 tokens")
+    parser.add_argument(
+        "--pixels", type=int, default=14, help="depth pixels along the side of a patch"
+    )
+    parser.add_argument("--no-images", action="store_true", help="do not store the pictures")
     args = parser.parse_args(argv)
     if not 0 < args.overlap < args.chunk or min(args.views, args.pixels, args.size) < 1:
         raise job.InputError("needs 0 < --overlap < --chunk, and --views, --pixels, --size above 0")

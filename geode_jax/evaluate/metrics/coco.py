@@ -88,8 +88,8 @@ def clean(text: str) -> str:
 def exact_match(prediction: str, targets: Sequence[str]) -> float:
     """Returns 1.0 if the answer equals a reference up to case and surrounding spaces.
 
-    ScanQA's own `score.py` compares the unchanged texts; whatever it counts as right is right here
-    too. An empty answer is wrong, even if a reference is empty.
+    ScanQA's own `score.py` compares the unchanged texts; every answer that it accepts is accepted
+    here too, except an empty one, which is wrong even if a reference is empty.
     """
     answer = prediction.strip().lower()
     return float(bool(answer) and answer in {target.strip().lower() for target in targets})

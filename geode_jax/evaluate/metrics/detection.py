@@ -36,18 +36,18 @@ def oriented_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Returns the intersection over union of the volumes of every pair of oriented boxes.
 
     Args:
-      boxes: [M, 7].
+      boxes: [m, 7].
       others: [N, 7].
 
     Returns:
-      [M, N] float64 in [0, 1]; a box without volume (a size of 0 or less), or with a number that
+      [m, N] float64 in [0, 1]; a box without volume (a size of 0 or less), or with a number that
       is not finite or beyond `_LARGEST`, has IoU 0 with everything.
     """
     a, usable_a = _usable(np.asarray(boxes, np.float64).reshape(-1, 1, 7))
     b, usable_b = _usable(np.asarray(others, np.float64).reshape(1, -1, 7))
     # The IoU does not depend on the scale. Dividing by a power of two is exact, and afterwards no
     # product overflows.
-    apart = a[..., :3] - b[..., :3]  # [M, N, 3]
+    apart = a[..., :3] - b[..., :3]  # [m, N, 3]
     largest = np.maximum(np.abs(a[..., 3:6]), np.abs(b[..., 3:6]))
     exponent = np.frexp(np.maximum(np.abs(apart), largest).max(-1))[1][..., None]
     apart, size_a, size_b = (np.ldexp(x, -exponent) for x in (apart, a[..., 3:6], b[..., 3:6]))
@@ -92,9 +92,9 @@ class DetectionMetrics:
         """Adds one scene whose boxes are all known.
 
         Args:
-          boxes: [M, 7] predicted; a box with a size of 0 or less matches nothing.
-          labels: [M] int predicted category.
-          scores: [M] confidence.
+          boxes: [m, 7] predicted; a box with a size of 0 or less matches nothing.
+          labels: [m] int predicted category.
+          scores: [m] confidence.
           target_boxes: [N, 7]; `target_labels` -1 is padding.
           target_labels: [N] int category.
         """

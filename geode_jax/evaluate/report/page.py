@@ -49,10 +49,10 @@ def write_report(
         `weight/<term>` or `sigma/<term>`, `val/<score>`.
       scores: column ("model", "vision_removed", "frequency") to its scores. The first column is
         drawn as bars, the others as marks on them.
-      examples: question records with `prediction`, and optionally `image` [H, W, 3] uint8,
+      examples: question records with `prediction`, and optionally `image` [h, w, 3] uint8,
         `thinking_tokens` (list of str), `metrics` (name to number).
-      depth_examples: `image` [H, W, 3] uint8, `target` and `prediction` [h, w] in metres (0 or
-        non-finite is unknown), optionally `caption`.
+      depth_examples: `image` [h, w, 3] uint8, `target` and `prediction` maps of one size in metres
+        (0 or non-finite is unknown), optionally `caption`.
       efficiency: name to number or text; `_quantity` has the units that names imply.
       notes: sentences above the scores: what a reader must know to trust them.
       score_notes: score key to a remark beside it, such as "input contains depth".
@@ -224,7 +224,7 @@ def _training(rows: Sequence[Mapping]) -> dict[str, Any]:
 
 
 def _png(image: np.ndarray) -> str:
-    """Returns an [H, W, 3] uint8 image as PNG in base64."""
+    """Returns an [h, w, 3] uint8 image as PNG in base64."""
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image, np.uint8)).save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode("ascii")

@@ -70,7 +70,7 @@ class Report:
         kept: "scenes", "questions" and so on -> count.
         dropped: what and why, such as "frame: lost tracking" -> count.
         corrected: correction on reading -> count.
-        warnings: signs of wrong cameras in the new scenes, see `cameras.Watch`.
+        warnings: signs of wrong cameras in the new scenes, see `cameras.CameraCheck`.
     """
 
     kept: Counter[str] = dataclasses.field(default_factory=Counter)

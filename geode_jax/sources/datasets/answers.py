@@ -177,5 +177,5 @@ def _measured(kind: str, question: str, answer: str) -> units.Quantity | None:
     if unit not in BASE_UNIT:
         return None  # angles have no base unit and stay words
     if not plausible(quantity.number, units.UNITS[unit].dimension, BASE_UNIT[unit]):
-        raise units.UnclearUnitError("its number is one that no room has")
+        raise units.UnclearUnitError("its number is impossible for a room")
     return units.Quantity(quantity.number, unit)

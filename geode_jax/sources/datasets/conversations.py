@@ -18,7 +18,13 @@ from geode_jax.sources.datasets.answers import (
     referenced,
     text_of,
 )
-from geode_jax.sources.datasets.questions import NAME, Asked, Layout, MisfitError, make_questions
+from geode_jax.sources.datasets.questions import (
+    NAME,
+    Layout,
+    MisfitError,
+    RecordQuestions,
+    make_questions,
+)
 
 VSI590K_KINDS = {
     "absolute_count": "object_counting",
@@ -39,7 +45,7 @@ VICA_KINDS = {
 def vsi590k(request: Request) -> Report:
     """Prepares VSI-590K: `vsi_590k.jsonl`. Its questions about lengths have several units."""
 
-    def parse(record: dict, path: Path) -> Asked:
+    def parse(record: dict, path: Path) -> RecordQuestions:
         kind = question_type(record)
         return conversation_questions(record, VSI590K_KINDS.get(kind, kind))
 
@@ -54,9 +60,11 @@ def vica322k(request: Request) -> Report:
     `rationale`, which is what these stages learn.
     """
 
-    def parse(record: dict, path: Path) -> Asked:
+    def parse(record: dict, path: Path) -> RecordQuestions:
         found = conversation_questions(record, VICA_KINDS.get(path.stem, path.stem))
-        return Asked(found.place, [learned_before_stage_2(fields) for fields in found.questions])
+        return RecordQuestions(
+            found.place, [learned_before_stage_2(fields) for fields in found.questions]
+        )
 
     parts = {part: (f"*/{part}/*.json", f"*/{part}/*.jsonl") for part in ("base", "complex")}
     return make_questions(Layout("vica322k", parts, parse), request)
@@ -69,7 +77,7 @@ def vlm3r(request: Request) -> Report:
     `--part vsibench` or `vstibench` selects one part.
     """
 
-    def parse(record: dict, path: Path) -> Asked:
+    def parse(record: dict, path: Path) -> RecordQuestions:
         return conversation_questions(record, question_type(record))
 
     parts = {
@@ -86,7 +94,7 @@ def llava3d(request: Request) -> Report:
     Questions that refer to a place by `<boxes>` are dropped and counted.
     """
 
-    def parse(record: dict, path: Path) -> Asked:
+    def parse(record: dict, path: Path) -> RecordQuestions:
         return conversation_questions(record, "instruction")
 
     return make_questions(Layout("llava3d", {"all": ("*.json",)}, parse), request)
@@ -100,13 +108,13 @@ def question_type(record: dict) -> str:
     return kind
 
 
-def conversation_questions(record: dict, kind: str) -> Asked:
+def conversation_questions(record: dict, kind: str) -> RecordQuestions:
     """Returns the questions of a record, all of the given kind; see `Layout.parse`."""
     questions = []
     for prompt, answers in turns_of(record):
         question, options = read_prompt(prompt)
         questions.append(referenced(kind, question, answers, options))
-    return Asked(media_of(record), questions)
+    return RecordQuestions(media_of(record), questions)
 
 
 def media_of(record: dict) -> str:

@@ -28,7 +28,7 @@ class UnansweredError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class RecordQuestions:
     """The questions of one record of a data set.
 
     Attributes:
@@ -79,7 +79,7 @@ class Layout:
 
     source: str
     parts: Mapping[str, tuple[str, ...]]
-    parse: Callable[[dict, Path], Asked]
+    parse: Callable[[dict, Path], RecordQuestions]
     records: Callable[[Path], Iterator[Any]] = _records_of
     parts_are_splits: bool = False
 
@@ -236,21 +236,21 @@ def _add_file(
         progress_bar(layout.records(path), desc=path.name, unit="record"), 1
     ):
         try:
-            asked = _parsed(layout, record, path)
-            scene_id = scenes.find(asked.place)
+            found = _parsed(layout, record, path)
+            scene_id = scenes.find(found.place)
         except MisfitError as misfit:
             misfits[str(misfit)] += 1
             continue
         except UnansweredError:
             report.dropped["question: has no answer"] += 1
             continue
-        number = len(asked.questions)
-        why = _exclusion_reason(layout, part, scenes, scene_id, asked.place)
+        number = len(found.questions)
+        why = _exclusion_reason(layout, part, scenes, scene_id, found.place)
         if why:
             report.dropped[f"question: {why}"] += number
             continue
-        for i, question in enumerate(asked.questions):
-            own = (asked.id or f"{stem}-{count}") + (f"-{i}" if number > 1 else "")
+        for i, question in enumerate(found.questions):
+            own = (found.id or f"{stem}-{count}") + (f"-{i}" if number > 1 else "")
             named = {"id": f"{layout.source}-{own}", "scene_id": scene_id, "source": layout.source}
             _add(writer, {**named, **question}, report)
     if misfits.total() == count:
@@ -259,16 +259,16 @@ def _add_file(
     report.dropped.update({f"record: {why}": n for why, n in misfits.items()})
 
 
-def _parsed(layout: Layout, record: Any, path: Path) -> Asked:
+def _parsed(layout: Layout, record: Any, path: Path) -> RecordQuestions:
     """Returns the questions of a record; raises `MisfitError` or `UnansweredError`."""
     if isinstance(record, MisfitError):
         raise record
     if not isinstance(record, dict):
         raise MisfitError("is no JSON object")
-    asked = layout.parse(record, path)
-    if asked.id and not NAME.fullmatch(asked.id):
+    found = layout.parse(record, path)
+    if found.id and not NAME.fullmatch(found.id):
         raise MisfitError("has an id that is no name")
-    return asked
+    return found
 
 
 def _exclusion_reason(

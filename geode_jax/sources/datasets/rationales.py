@@ -6,7 +6,12 @@ from pathlib import Path
 from geode_jax.sources.datasets import Report, Request
 from geode_jax.sources.datasets.answers import question_fields, read_prompt, text_of
 from geode_jax.sources.datasets.conversations import media_of, turns_of
-from geode_jax.sources.datasets.questions import Asked, Layout, MisfitError, make_questions
+from geode_jax.sources.datasets.questions import (
+    Layout,
+    MisfitError,
+    RecordQuestions,
+    make_questions,
+)
 
 _THOUGHTS = re.compile(r"\W*thoughts?\b", re.IGNORECASE)
 _ANSWER = re.compile(r"\bfinal answer\b", re.IGNORECASE)
@@ -19,13 +24,13 @@ def ssr_cot(request: Request) -> Report:
     return make_questions(Layout("ssr-cot", {"all": ("ssr-cot.jsonl",)}, ssr_cot_record), request)
 
 
-def ssr_cot_record(record: dict, path: Path) -> Asked:
+def ssr_cot_record(record: dict, path: Path) -> RecordQuestions:
     """Returns the question of an SSR-CoT record; see `Layout.parse`."""
     question, options = read_prompt(text_of(record.get("question"), "question"))
     answer = text_of(record.get("answer"), "answer")
     rationale = text_of(record.get("rationale"), "rationale")
     fields = question_fields("ssr_cot", question, answer, options)
-    return Asked(
+    return RecordQuestions(
         text_of(record.get("image_path"), "image_path"), [fields | {"rationale": rationale}]
     )
 
@@ -41,7 +46,7 @@ def vica_thinking(request: Request) -> Report:
     return make_questions(Layout("vica-thinking", parts, vica_thinking_record), request)
 
 
-def vica_thinking_record(record: dict, path: Path) -> Asked:
+def vica_thinking_record(record: dict, path: Path) -> RecordQuestions:
     """Returns the questions of a ViCA-Thinking record; see `Layout.parse`."""
     questions = []
     for prompt, (reply, *_) in turns_of(record):
@@ -53,4 +58,4 @@ def vica_thinking_record(record: dict, path: Path) -> Asked:
         answer = text_of(reply[closed.end() :].strip(_HEADING_MARKS), "answer")
         fields = question_fields("vica_thinking", question, answer, options)
         questions.append(fields | {"rationale": text_of(thoughts, "thoughts")})
-    return Asked(media_of(record), questions)
+    return RecordQuestions(media_of(record), questions)

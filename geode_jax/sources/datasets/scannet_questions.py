@@ -16,9 +16,9 @@ from geode_jax.exports.kinds import KINDS
 from geode_jax.sources.datasets import Report, Request
 from geode_jax.sources.datasets.answers import referenced, text_of
 from geode_jax.sources.datasets.questions import (
-    Asked,
     Layout,
     MisfitError,
+    RecordQuestions,
     UnansweredError,
     make_questions,
 )
@@ -48,7 +48,7 @@ def scanqa(request: Request) -> Report:
     )
 
 
-def scanqa_record(record: dict, path: Path) -> Asked:
+def scanqa_record(record: dict, path: Path) -> RecordQuestions:
     """Returns the question of a ScanQA record; see `Layout.parse`."""
     question = text_of(record.get("question"), "question")
     scene = text_of(record.get("scene_id"), "scene_id")
@@ -59,7 +59,7 @@ def scanqa_record(record: dict, path: Path) -> Asked:
             raise MisfitError(f"has {name} that are no numbers")
     if "answers" not in record:
         raise UnansweredError
-    return Asked(scene, [referenced("scanqa", question, record["answers"])], own)
+    return RecordQuestions(scene, [referenced("scanqa", question, record["answers"])], own)
 
 
 def sqa3d(request: Request) -> Report:
@@ -107,7 +107,7 @@ def _list_of(path: Path, key: str) -> list:
     return content[key]
 
 
-def sqa3d_record(record: dict, path: Path) -> Asked:
+def sqa3d_record(record: dict, path: Path) -> RecordQuestions:
     """Returns the question of an SQA3D record with its "annotation"; see `Layout.parse`."""
     question = text_of(record.get("question"), "question")
     situation = text_of(record.get("situation"), "situation")
@@ -123,6 +123,6 @@ def sqa3d_record(record: dict, path: Path) -> Asked:
     begin = next((word for word in _SITUATED if question.lower().startswith(word)), "other")
     kind = f"sqa3d_{begin}"
     fields = referenced(kind, question, [answer.get("answer") for answer in answers])
-    return Asked(
+    return RecordQuestions(
         scene, [fields | {"question": f"{situation} {question}"}], str(record["question_id"])
     )

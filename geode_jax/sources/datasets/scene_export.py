@@ -120,12 +120,12 @@ def write_scenes(
         sources = {scene_id: made_from.fingerprint(source(scene_id)) for scene_id in splits}
         finished = _unchanged(writer, sources)
         written: dict[str, dict] = {}
-        watch = exports.cameras.Watch(metric=True)
+        check = exports.cameras.CameraCheck(metric=True)
         for scene_id, split in progress_bar(splits.items(), desc="scenes", unit="scene"):
             try:
                 if scene_id not in finished:
                     made_from.note(writer, scene_id, sources[scene_id])
-                note = _make_once(writer, finished, scene_id, split, make, watch)
+                note = _make_once(writer, finished, scene_id, split, make, check)
             except (UserError, Dropped) as error:
                 # A Dropped's reason is shared by many scenes, which are counted together.
                 name = "scene" if isinstance(error, Dropped) else f"scene {scene_id}"
@@ -138,7 +138,7 @@ def write_scenes(
             first = next(iter(report.dropped), "there is none")
             raise UserError(f"{request.root}: no scene is left; {first}")
         report.kept["scenes"] = len(written)
-        report.warnings += watch.lines()
+        report.warnings += check.lines()
         _add_questions(writer, written, request.seed, report)
         shutil.rmtree(writer.folder / _NOTES_FOLDER)
     return report
@@ -163,7 +163,7 @@ def _make_once(
     scene_id: str,
     split: str,
     make: Callable[[str], Scene],
-    watch: exports.cameras.Watch,
+    check: exports.cameras.CameraCheck,
 ) -> dict:
     """Returns the note of a scene; makes, checks and adds the scene if it is not finished."""
     path = writer.folder / _NOTES_FOLDER / f"{scene_id}.json"
@@ -177,7 +177,7 @@ def _make_once(
     # The note is written first, so that a finished scene has a complete note.
     exports.files.write_json(path, note, indent=None)
     writer.add_scene(scene_id, scene.arrays, split=split)
-    watch.add(scene.arrays)
+    check.add(scene.arrays)
     return exports.files.read_json_object(path)
 
 

@@ -121,7 +121,7 @@ def make_rgbd_export(
     Returns:
         {"frames": {"found", "thinned_out", "used", "dropped": {reason: count}}, "scenes": {split:
         count}, "questions": {split: {kind: count}}, "up": [x, y, z], "notes": [what was corrected
-        on reading, a line each], "warnings": [signs of wrong cameras, see `cameras.Watch`]}.
+        on reading, a line each], "warnings": [signs of wrong cameras, see `cameras.CameraCheck`]}.
 
     Raises:
         UserError: the folder is no RGB-D folder or has fewer than two usable frames.
@@ -153,7 +153,7 @@ def make_rgbd_export(
         categories=[],
         notes=_notes(name, summary),
     ) as writer:
-        watch = cameras.Watch(metric=True)
+        check = cameras.CameraCheck(metric=True)
         rng = np.random.default_rng(seed)
         plan = [
             (split, group_views(places, views_per_scene, scenes_per_frame * len(places), rng))
@@ -169,7 +169,7 @@ def make_rgbd_export(
                     scene_id = f"{name}_{made:04d}"
                     chosen = [frames[n] for n in group]
                     arrays = frame_arrays(source, chosen)
-                    watch.add(arrays)
+                    check.add(arrays)
                     writer.add_scene(scene_id, arrays, split=split)
                     records = questioner.ask(
                         scene_id, [frame.view for frame in chosen], questions_per_scene
@@ -180,7 +180,7 @@ def make_rgbd_export(
                     bar.update()
                 summary["scenes"][split] = len(groups)
                 summary["questions"][split] = dict(sorted(counts.items()))
-    summary["warnings"] = watch.lines()
+    summary["warnings"] = check.lines()
     if progress:
         warnings = (f"warning: {line}" for line in summary["warnings"])
         print(_account(summary), *warnings, sep="\n", file=sys.stderr)

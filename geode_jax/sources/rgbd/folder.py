@@ -9,7 +9,7 @@ Layouts that are read (N is the frame's number, with any number of digits):
     intrinsic/intrinsic_depth.txt, intrinsic/intrinsic_color.txt    3x3 or 4x4
 
 Colour is rotated by its orientation flag (`exports.pictures`) if the sizes prove that depth belongs
-to the rotated picture: depth is in portrait, say, and the stored colour picture in landscape. Other
+to the rotated picture, as for depth in portrait and a stored colour picture in landscape. Other
 flags are refused, because depth has no flag and may or may not have been rotated. An intrinsic for
 pictures of another size is scaled to the pictures if that size is certain, and refused otherwise
 (`intrinsics.of_one_view`).

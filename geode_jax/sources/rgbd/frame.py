@@ -32,7 +32,7 @@ class Frame:
         points: [2 gh, 2 gw, 3] metres, world frame; 0 = unknown.
         normals: [2 gh, 2 gw, 3] unit vectors towards the camera, world frame; 0 = unknown.
         tokens: [gh * gw, TOKEN_WIDTH].
-        image: [H, W, 3] uint8 over the depth camera's field of view.
+        image: [h, w, 3] uint8 over the depth camera's field of view.
         view: what questions are made from.
     """
 

@@ -32,7 +32,7 @@ _EXACT_CENTRE, _NEAR_CENTRE = 0.003, 0.01
 """Largest offset of a principal point from the middle, as a share of the side (or one pixel), that
 identifies a picture size: any size; a sensor's size, if the present size is impossible."""
 _SAME_FIELD_RATIO, _SAME_SIZE_RATIO = 1.05, 1.02
-"""Largest ratio of two equal fields of view; of two sizes that cannot be told apart."""
+"""Largest ratio of two fields of view, or two picture sizes, that count as equal."""
 _MIN_RESIZE_LOG, _MAX_LOG_SPREAD = 0.02, 0.015
 """Two cameras show that pictures were resized if principal points and fields of view differ by
 more than the first, and by the same factor within the second; both are logarithms."""
@@ -80,7 +80,7 @@ def of_one_view(
 
     A principal point off the middle may mean that the intrinsic is for pictures of another size,
     which were resized. Where that size is certain, the intrinsic is scaled to the pictures'. Where
-    nothing identifies a size, the intrinsic is taken as it is, and a note says so.
+    nothing identifies a size, the intrinsic is used unchanged, with a note.
 
     Args:
         depth, color: at most one of them may be None; it then equals the other's, scaled.
@@ -102,11 +102,11 @@ def of_one_view(
             for one, size in zip(given, _original_sizes(depth, color, sizes), strict=True)
         ]
         wide = _field_of_view(found[1], color.size) / _field_of_view(found[0], depth.size)
-        if not ((wide >= 1 / cameras.FIELD) & (wide <= cameras.FIELD)).all():
+        if not ((wide >= 1 / cameras.MAX_FIELD_RATIO) & (wide <= cameras.MAX_FIELD_RATIO)).all():
             raise UserError(
                 f"{color.where}: colour sees {wide[0]:.2f} times as wide and {wide[1]:.2f} times "
-                f"as high as depth by {depth.where}, not within {cameras.FIELD}: an intrinsic is "
-                "for another size, or colour and depth are not registered"
+                f"as high as depth by {depth.where}, not within {cameras.MAX_FIELD_RATIO}: an "
+                "intrinsic is for another size, or colour and depth are not registered"
             )
         return found[0], found[1], notes
     only = depth if depth is not None else color
@@ -266,7 +266,7 @@ def _size_by_field(
     apart: dict[Size, float] = {}
     for size in _known_sizes(sizes) - {one.size}:
         off = cameras.off_centre(one.matrix, size) - 0.5 / np.array(size)
-        if (off <= cameras.CENTRE).all() and same_shape(size, one.size):
+        if (off <= cameras.MAX_CENTRE_OFFSET).all() and same_shape(size, one.size):
             wide = _field_of_view(one.matrix, size) / _field_of_view(other.matrix, other_size)
             if _resize_between([one, other], [size, other_size]) is None:
                 apart[size] = float(np.abs(np.log(wide)).max())

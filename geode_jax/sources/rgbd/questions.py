@@ -72,7 +72,7 @@ class SeenView:
     Attributes:
         world_from_camera: [4, 4], OpenCV axes.
         places: name of a place around which the depth is uniform -> its point [3].
-        surface: [M, 3] points of the seen surface, spread evenly over the image.
+        surface: [n, 3] points of the seen surface, spread evenly over the image.
     """
 
     world_from_camera: np.ndarray
@@ -97,7 +97,7 @@ class SeenView:
 
 
 def space_size(points: np.ndarray, up: np.ndarray) -> float:
-    """Returns the longest horizontal extent of points [M, 3], metres; see the kind of this name.
+    """Returns the longest horizontal extent of points [n, 3], metres; see the kind of this name.
 
     Args:
         points: world frame.

@@ -4,12 +4,12 @@
 what the cameras see (`stand_ins.patch_tokens`): no identity, category or box enters it. A patch is
 4 x 4 pixels of a 32 x 32 image and has 2 x 2 cells.
 
-`sonata/coord` [G, 3] and `sonata/features` [G, 10] stand in for a pre-trained point encoder. They
+`sonata/coord` [J, 3] and `sonata/features` [J, 10] stand in for a pre-trained point encoder. They
 are the occupied voxels, VOXEL_EDGE wide, of the points at the cells' centres (1,024 of all views).
 The features are the means of colour (3), normal (3), contrast (1) and texture slopes (2) over a
 voxel's points, and the log of 1 + their number / 8. `sonata/coord` is their mean place, in metres,
 z up, the room centred in x and y, its floor at 0: the frame that `frames.to_sonata_frame` gives a
-reconstruction. `sonata/frame` [G] is the view with most of a voxel's points, the first on a tie.
+reconstruction. `sonata/frame` [J] is the view with most of a voxel's points, the first on a tie.
 
 The teacher is the exact oracle, not a model. `features` are the shares of a patch's 16 pixels per
 category, the last column for the room's own surfaces. `depth_bins` share the depth at the patch's
@@ -78,7 +78,7 @@ def _cell_appearance(seen: Observation) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def point_tokens(seen: Observation) -> dict[str, np.ndarray]:
-    """Returns `sonata/features` [G, 10], `coord` [G, 3] and `frame` [G], see the module."""
+    """Returns `sonata/features` [J, 10], `coord` [J, 3] and `frame` [J], see the module."""
     colour, contrast, slopes = _cell_appearance(seen)
     point = seen.cells.point.reshape(-1, 3)
     parts = np.concatenate(
@@ -108,7 +108,7 @@ def point_tokens(seen: Observation) -> dict[str, np.ndarray]:
 
 
 def _categories(scene: RoomScene) -> np.ndarray:
-    """Returns the category [S] of every surface, -1 for the room's own."""
+    """Returns the category [s] of every surface, -1 for the room's own."""
     return np.array([item.category for item in scene.objects] + [-1] * raycast.STRUCTURES)
 
 

@@ -166,7 +166,7 @@ def _paint(rng: np.random.Generator, category: int, size: np.ndarray, place: np.
 
 
 # -------------------------------------------------------------------------------------- layout
-# Candidates are [K, 4]: x, y, bottom z, yaw.
+# Candidates are [k, 4]: x, y, bottom z, yaw.
 
 _TRIES = 32
 """Candidates for the place of an object."""
@@ -227,7 +227,7 @@ def _on_top(rng, size: np.ndarray, anchor: np.ndarray) -> np.ndarray:
 
 
 def _place(candidates, size, placed: np.ndarray, clearance: np.ndarray, room) -> np.ndarray | None:
-    """Returns the first candidate in the room that keeps `clearance` [M] from M boxes."""
+    """Returns the first candidate in the room that keeps `clearance` [N] from N placed boxes."""
     if not len(candidates):
         return None
     boxes = candidates[:, [0, 1, 2, 2, 2, 2, 3]]
@@ -356,7 +356,7 @@ _PREVIEW_SIDE = 7
 
 
 def _best_path(paths: np.ndarray, boxes: np.ndarray, fov: float) -> int:
-    """Returns the index of the path, of [K, V, 3, 4], that shows most objects.
+    """Returns the index of the path, of [k, V, 3, 4], that shows most objects.
 
     Tiny images decide. An object counts fully from three pixels on. A view in which a new object
     appears counts like two objects, so that there is an order of appearance to ask about.
@@ -366,7 +366,7 @@ def _best_path(paths: np.ndarray, boxes: np.ndarray, fov: float) -> int:
     rays = raycast.pixel_rays(views, raycast.pinhole(fov, side, side), side, side)
     surface = raycast.first_box(boxes, raycast.camera_centres(views), rays)
     pixels = surface.reshape(*paths.shape[:2], -1, 1) == np.arange(len(boxes))
-    pixels = pixels.sum(2)  # [K, V, N]
+    pixels = pixels.sum(2)  # [k, V, N]
     first = np.where(pixels.any(1), (pixels > 0).argmax(1), -1)
     fresh = (first[:, None] == np.arange(paths.shape[1])[:, None]).any(2).sum(1)
     return int((np.minimum(pixels.sum(1), 3).sum(1) + 6 * fresh).argmax())

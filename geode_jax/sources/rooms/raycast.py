@@ -6,7 +6,7 @@ footprint (a rotated rectangle) times a height interval. A room is (size x, size
 Cameras are camera-from-world [V, 3, 4] with OpenCV axes. Pixel centres are integers, so an image
 spans [-0.5, width - 0.5]. Ray directions have camera z = 1, so the ray parameter is the depth.
 
-Dimension key: N boxes, V views, R rays of a view, S = N + 6 surfaces (the boxes, then floor,
+Dimension key: N boxes, V views, n rays of a view, s = N + 6 surfaces (the boxes, then floor,
 ceiling, and the walls at -x, +x, -y, +y).
 """
 
@@ -70,14 +70,14 @@ def pixel_rays(extrinsic: np.ndarray, intrinsic: np.ndarray, height: int, width:
 
 @dataclasses.dataclass(frozen=True)
 class Hits:
-    """First hit of each ray; all arrays are [V, R, ...].
+    """First hit of each ray; all arrays are [V, n, ...].
 
     Attributes:
         depth: camera z of the hit, metres.
         surface: index of the surface: 0 to N - 1 for boxes, N + k for the room's k-th surface.
-        normal: [V, R, 3] unit normal of the face, world frame, pointing to the camera's side.
-        point: [V, R, 3] the hit in the world, metres.
-        plane: [V, R, 2] coordinates on the face in metres (horizontal, vertical; x, y on level
+        normal: [V, n, 3] unit normal of the face, world frame, pointing to the camera's side.
+        point: [V, n, 3] the hit in the world, metres.
+        plane: [V, n, 2] coordinates on the face in metres (horizontal, vertical; x, y on level
             faces), in the frame of the box or of the room.
     """
 
@@ -89,7 +89,7 @@ class Hits:
 
 
 def cast(boxes: np.ndarray, room: np.ndarray, origins: np.ndarray, rays: np.ndarray) -> Hits:
-    """Returns the first hits of rays [V, R, 3] from origins [V, 3].
+    """Returns the first hits of rays [V, n, 3] from origins [V, 3].
 
     The origins must be inside the room and outside all boxes. Computes in float32, which is
     precise to micrometres in a room and takes half the time of float64.
@@ -116,13 +116,13 @@ def cast(boxes: np.ndarray, room: np.ndarray, origins: np.ndarray, rays: np.ndar
 
 
 def first_box(boxes: np.ndarray, origins: np.ndarray, rays: np.ndarray) -> np.ndarray:
-    """Returns the index [V, R] of the first box on each ray, -1 where there is none."""
+    """Returns the index [V, n] of the first box on each ray, -1 where there is none."""
     depth, _, nearest = _enter_boxes(*(a.astype(np.float32) for a in (boxes, origins, rays)))
     return np.where(np.isfinite(depth), nearest, -1)
 
 
 def _enter_boxes(boxes: np.ndarray, origins: np.ndarray, rays: np.ndarray):
-    """Returns the depth (inf = none), the face's axis and the index of the first box, [V, R] each.
+    """Returns the depth (inf = none), the face's axis and the index of the first box, [V, n] each.
 
     Slab method: in the frame of a box, a ray is inside between the last entry into and the first
     exit from the three pairs of faces.
@@ -130,7 +130,7 @@ def _enter_boxes(boxes: np.ndarray, origins: np.ndarray, rays: np.ndarray):
     if not len(boxes):
         nothing = np.zeros(rays.shape[:2], int)
         return np.full_like(rays[..., 0], np.inf), nothing, nothing
-    # Box frames: move to the centre, rotate about z by -yaw. Arrays are [N, V, R].
+    # Box frames: move to the centre, rotate about z by -yaw. Arrays are [N, V, n].
     cos, sin = np.cos(boxes[:, 6])[:, None, None], np.sin(boxes[:, 6])[:, None, None]
     x, y, z = np.moveaxis(origins - boxes[:, None, :3], -1, 0)[..., None]
     starts = (cos * x + sin * y, cos * y - sin * x, z)
@@ -152,7 +152,7 @@ def _enter_boxes(boxes: np.ndarray, origins: np.ndarray, rays: np.ndarray):
 
 
 def _leave_room(room: np.ndarray, origins: np.ndarray, rays: np.ndarray):
-    """Returns depth, axis and room surface (0 floor to 5 wall at +y) of each ray, [V, R] each."""
+    """Returns depth, axis and room surface (0 floor to 5 wall at +y) of each ray, [V, n] each."""
     low = room * np.array([-0.5, -0.5, 0], np.float32)
     high = room * np.array([0.5, 0.5, 1], np.float32)
     x, y, z = (
@@ -166,7 +166,7 @@ def _leave_room(room: np.ndarray, origins: np.ndarray, rays: np.ndarray):
 
 
 def _face_normals(face: np.ndarray, cos: np.ndarray, sin: np.ndarray, rays: np.ndarray):
-    """Returns world normals [V, R, 3] of the faces across local axis `face`, against the rays."""
+    """Returns world normals [V, n, 3] of the faces across local axis `face`, against the rays."""
     x = np.where(face == 0, cos, np.where(face == 1, -sin, np.float32(0)))
     y = np.where(face == 0, sin, np.where(face == 1, cos, np.float32(0)))
     z = np.where(face == 2, np.float32(1), np.float32(0))
@@ -178,7 +178,7 @@ def _face_normals(face: np.ndarray, cos: np.ndarray, sin: np.ndarray, rays: np.n
 
 
 def _face_plane(face: np.ndarray, cos: np.ndarray, sin: np.ndarray, offset: np.ndarray):
-    """Returns coordinates [V, R, 2] on faces across axis `face` of world offsets [V, R, 3]."""
+    """Returns coordinates [V, n, 2] on faces across axis `face` of world offsets [V, n, 3]."""
     x = cos * offset[..., 0] + sin * offset[..., 1]
     y = cos * offset[..., 1] - sin * offset[..., 0]
     return np.stack([np.where(face == 0, y, x), np.where(face == 2, y, offset[..., 2])], axis=-1)
@@ -189,14 +189,14 @@ def _face_plane(face: np.ndarray, cos: np.ndarray, sin: np.ndarray, offset: np.n
 
 @dataclasses.dataclass(frozen=True)
 class Appearance:
-    """Appearance of the S surfaces.
+    """Appearance of the s surfaces.
 
     Attributes:
-        colour: [S, 3] albedo in [0, 1].
-        pattern: [S, 3] weights (a, b, c) of the texture
+        colour: [s, 3] albedo in [0, 1].
+        pattern: [s, 3] weights (a, b, c) of the texture
             a cos(2 pi x / p) + b cos(2 pi y / p) + c cos(2 pi x / p) cos(2 pi y / p).
-        period: [S] p, metres.
-        phase: [S, 2] shift of the texture, metres.
+        period: [s] p, metres.
+        phase: [s, 2] shift of the texture, metres.
     """
 
     colour: np.ndarray
@@ -206,7 +206,7 @@ class Appearance:
 
 
 def shade(hits: Hits, appearance: Appearance) -> tuple[np.ndarray, np.ndarray]:
-    """Returns colour [V, R, 3] in [0, 1] and texture slopes [V, R, 2] of the hits.
+    """Returns colour [V, n, 3] in [0, 1] and texture slopes [V, n, 2] of the hits.
 
     Lambert shading with one fixed light plus ambient light. The slopes are the absolute
     derivatives of the luminance along the two directions of the face, per decimetre: the texture

@@ -1,4 +1,4 @@
-"""3D-FRONT: houses written here in its layout; boxes against its own rule for vertices."""
+"""3D-FRONT: houses written in its layout; boxes against its formula for vertices."""
 
 import json
 from collections import Counter
@@ -25,12 +25,12 @@ NOUNS = ("bed", "nightstand", "wardrobe", "desk", "armchair", "bookcase", "stool
 
 
 def turned(degrees: float) -> list[float]:
-    """A turn about y as 3D-FRONT writes it, x y z w."""
+    """Returns a rotation about y as 3D-FRONT's quaternion x, y, z, w."""
     return [float(v) for v in Rotation.from_euler("y", degrees, degrees=True).as_quat()]
 
 
 def furnished(seed: int, room: str = "Bedroom-1") -> tuple[list, list, list]:
-    """Furniture, meshes and children of a room: seven pieces that do not overlap."""
+    """Returns furniture, meshes and children of a room with seven pieces that do not overlap."""
     rng = np.random.default_rng(seed)
     spots = [(0.8, 0.8), (2.5, 0.7), (4.2, 0.8), (0.8, 3.2), (2.5, 3.3), (4.2, 3.2), (2.5, 2.0)]
     furniture, children = [], []
@@ -60,7 +60,7 @@ def furnished(seed: int, room: str = "Bedroom-1") -> tuple[list, list, list]:
 
 
 def house(seed: int, change=None) -> dict:
-    """A house of one furnished room and an empty one; `change` may break the former's parts."""
+    """Returns a house of a furnished room, whose parts `change` may break, and an empty room."""
     furniture, meshes, children = furnished(seed)
     if change:
         change(furniture, meshes, children)
@@ -76,7 +76,7 @@ def house(seed: int, change=None) -> dict:
 
 
 def write_front(root: Path, houses: int = 8, change=None) -> Path:
-    """Houses and the catalogue of their models."""
+    """Writes houses and the catalogue of their models."""
     (root / "3D-FRONT").mkdir(parents=True)
     (root / "3D-FUTURE-model").mkdir()
     for n in range(houses):
@@ -105,7 +105,7 @@ def prepared(tmp_path_factory):
 
 
 def corners_by_the_rule(seed: int) -> dict[str, np.ndarray]:
-    """Noun -> corners [8, 3] of the piece, by v' = R(quat) (v * scale) + pos, then z up."""
+    """Returns {noun: corners [8, 3]} by v' = R(quat) (v * scale) + pos, then z up."""
     furniture, _, children = furnished(seed)
     found = {}
     for piece, child, noun in zip(furniture, children, NOUNS, strict=False):
@@ -118,7 +118,7 @@ def corners_by_the_rule(seed: int) -> dict[str, np.ndarray]:
 
 
 def corners_of(box: np.ndarray) -> np.ndarray:
-    """Corners [8, 3] of a box (7,)."""
+    """Returns the corners [8, 3] of a box [7]."""
     level = footprints(np.asarray(box, np.float64)[None])[:, 0]
     low, high = box[2] - box[5] / 2, box[2] + box[5] / 2
     return np.array([(c.real, c.imag, z) for c in level for z in (low, high)])

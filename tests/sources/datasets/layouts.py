@@ -1,4 +1,4 @@
-"""Small data sets in the layouts that their authors give, and the questions they hold."""
+"""Small data sets in the layouts of their authors, with the expected questions."""
 
 import dataclasses
 import json
@@ -17,9 +17,9 @@ class Case:
     """A data set.
 
     Attributes:
-        files: relative path -> content: a list of lines for .jsonl, anything else for .json.
+        files: {relative path: content}, a list of records for .jsonl, a JSON value for .json.
         expected: the questions in order, without `source`.
-        dropped: what is reported as dropped.
+        dropped: expected {reason: count} of dropped records.
     """
 
     files: dict[str, Any]
@@ -45,7 +45,7 @@ UNKNOWN = "question: its scene is not in the export"
 
 
 def cases(train: str, held_out: str) -> dict[str, Case]:
-    """Source -> a small data set about a training scene and one of the split val."""
+    """Returns {source: small data set about a scene of train and one of val}."""
     makers = {
         "scanqa": _scanqa,
         "sqa3d": _sqa3d,

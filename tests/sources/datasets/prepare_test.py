@@ -1,4 +1,4 @@
-"""From a data set's own layout to a trained model: one command, then a run."""
+"""From a data set in its own layout to a trained model, with one command and a run."""
 
 import re
 
@@ -20,9 +20,9 @@ def test_the_command_says_what_it_made_and_what_it_left_out(tmp_path, capsys):
     given = {"root": tmp_path / "in", "out": tmp_path / "out", "exclude-scenes": exclude}
     arguments = [text for name, value in given.items() for text in (f"--{name}", str(value))]
     main(["prepare", "--source", "scannet", *arguments, "--views", "2"])
-    said = capsys.readouterr().out
-    assert "1 scenes, " in said and f"{tmp_path / 'out'}: 1 scenes (1 val)" in said
-    assert "dropped 2: scene: would be trained on" in said
+    printed = capsys.readouterr().out
+    assert "1 scenes, " in printed and f"{tmp_path / 'out'}: 1 scenes (1 val)" in printed
+    assert "dropped 2: scene: would be trained on" in printed
     exclude.write_bytes(b"\xef\xbb\xbfscene0001_00;scene0002_00\r\n\r\nscene_0000_00\r\n")
     arguments[3] = str(tmp_path / "other")
     with pytest.raises(SystemExit):
@@ -30,8 +30,8 @@ def test_the_command_says_what_it_made_and_what_it_left_out(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{exclude}: line 3: 'scene_0000_00' is no scene of {tmp_path / 'in'}" in line
     main(["prepare", "--source", "scannet", *arguments, "--views", "2", "--allow-missing"])
-    said = capsys.readouterr().out
-    assert "dropped 1: entry of --exclude-scenes: names no scene of" in said
+    printed = capsys.readouterr().out
+    assert "dropped 1: entry of --exclude-scenes: names no scene of" in printed
     splits = {e["id"]: e["split"] for e in Export(tmp_path / "other").manifest["scenes"]}
     assert not {"scene0001_00", "scene0002_00"} & {s for s, p in splits.items() if p == "train"}
 

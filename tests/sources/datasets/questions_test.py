@@ -28,7 +28,12 @@ from geode_jax.sources.datasets import (
 )
 from geode_jax.sources.datasets.answers import question_fields, read_prompt
 from geode_jax.sources.datasets.prepare import SOURCES, prepare
-from geode_jax.sources.datasets.questions import Asked, MisfitError, Scenes, UnansweredError
+from geode_jax.sources.datasets.questions import (
+    MisfitError,
+    RecordQuestions,
+    Scenes,
+    UnansweredError,
+)
 from tests.helpers.exports import write_tiny_export
 from tests.sources.datasets.layouts import Case, cases, talk
 
@@ -38,7 +43,7 @@ CASES = cases(TRAIN, HELD_OUT)
 
 @pytest.fixture
 def request_of(tmp_path, tiny_export):
-    """Writes a case and gives the request that prepares it."""
+    """Returns a function that writes a case and returns the request to prepare it."""
 
     def make(case: Case, **changes) -> Request:
         root = case.write(tmp_path / "raw")
@@ -258,7 +263,7 @@ def test_an_evaluation_question_about_a_training_scene_is_dropped(request_of):
 
 
 def entries(*names: str) -> tuple[Entry, ...]:
-    """A list of names, as `read_list` reads it."""
+    """Returns names as entries of `read_list`."""
     return tuple(Entry(f"list: line {n}", (name,)) for n, name in enumerate(names, 1))
 
 
@@ -286,7 +291,7 @@ def test_excluded_scenes_are_not_trained_on(named, request_of, tmp_path, tiny_ex
     assert report.dropped["question: its scene is excluded from training"] == len(new) > 0
     asked = {record["scene_id"] for record in Export(request.out).questions()}
     assert asked == set(tiny_export.scene_ids()) - {TRAIN}
-    # Nor are they when the new export is asked about again, without the list.
+    # They are also left out if the new export is prepared again, without the list.
     shutil.rmtree(request.root)
     again = request_of(llava(conversation(TRAIN), conversation(HELD_OUT)), scenes=request.out)
     again = dataclasses.replace(again, out=tmp_path / "again")
@@ -336,7 +341,7 @@ def test_requests_that_cannot_be_met_are_one_line(request_of):
 
 
 def test_what_breaks_the_contract_is_dropped_and_counted(request_of):
-    # A lone surrogate is valid JSON and no text.
+    # A lone surrogate is valid in JSON but not in text.
     records = [conversation(TRAIN, "Is \ud800 here?"), conversation(TRAIN)]
     report = prepare("llava3d", request_of(llava(*records)))
     assert report.dropped == {"question: question breaks the contract": 1}
@@ -377,16 +382,16 @@ TALKS = st.lists(st.text() | TEXTS, min_size=2, max_size=4).map(lambda texts: ta
 
 
 @pytest.mark.parametrize("name", PARSERS)
-@given(record=RECORDS, said=TALKS | VALUES, video=st.text() | VALUES)
-def test_a_parser_gives_questions_or_a_reason(name, record, said, video):
+@given(record=RECORDS, talks=TALKS | VALUES, video=st.text() | VALUES)
+def test_a_parser_gives_questions_or_a_reason(name, record, talks, video):
     if not isinstance(record.get("annotation"), dict):
         record["annotation"] = None
-    record = record | {"conversations": said, "video": video}
+    record = record | {"conversations": talks, "video": video}
     try:
         asked = PARSERS[name](record, Path("a.json"))
     except (MisfitError, UnansweredError):
         return
-    assert isinstance(asked, Asked)
+    assert isinstance(asked, RecordQuestions)
     for question in asked.questions:
         assert set(question) >= {"kind", "question", "answer"}
         assert all(question[name].strip() for name in ("kind", "question", "answer"))

@@ -1,4 +1,4 @@
-"""ScanNet: scans written here in its layout, from cuboids whose boxes are known."""
+"""ScanNet: scans written in its layout, from cuboids with known boxes."""
 
 import dataclasses
 import json
@@ -26,11 +26,11 @@ NAMES = ("table", "chair", "chair", "cabinet", "office chair", "tv", "lamp")
 SIZE, FRAMES = (64, 48), 14
 K = raycast.pinhole(np.radians(80), SIZE[1], SIZE[0])
 ALIGNMENT = np.array([[0.8, -0.6, 0, 1.25], [0.6, 0.8, 0, -2.5], [0, 0, 1, 0.1], [0, 0, 0, 1]])
-"""From the scan's own frame to the aligned one."""
+"""The matrix from a scan's own frame to the aligned frame."""
 
 
 def boxes_of(seed: int) -> np.ndarray:
-    """The cuboids [7, 7] of a scan, aligned frame: along two walls and in the middle."""
+    """Returns cuboids [7, 7] in the aligned frame: along two walls and in the middle."""
     rng = np.random.default_rng(seed)
     places = [(0, 0), (1.1, 0.2), (-1.1, 0.2), (-1.8, 1.5), (1.8, 1.5), (1.8, -1.4), (-1.8, -1.4)]
     boxes = np.zeros((len(NAMES), 7))
@@ -41,7 +41,7 @@ def boxes_of(seed: int) -> np.ndarray:
 
 
 def surface(box: np.ndarray, step: float = 0.05) -> np.ndarray:
-    """Points [n, 3] on the six faces of a box, its corners among them."""
+    """Returns points [n, 3] on the faces of a box, with its corners."""
     axes = [np.linspace(-0.5, 0.5, max(2, int(size / step))) for size in box[3:6]]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
     grid = grid[(np.abs(grid) == 0.5).any(-1)]
@@ -49,7 +49,7 @@ def surface(box: np.ndarray, step: float = 0.05) -> np.ndarray:
 
 
 def ply_bytes(vertices: np.ndarray, count: int | None = None) -> bytes:
-    """A mesh as ScanNet's: places, colours, one face."""
+    """Returns a mesh in ScanNet's layout: points, colours, one face."""
     header = (
         "ply\nformat binary_little_endian 1.0\ncomment VCGLIB generated\n"
         f"element vertex {len(vertices) if count is None else count}\n"
@@ -66,7 +66,7 @@ def moved(points: np.ndarray, motion: np.ndarray) -> np.ndarray:
 
 
 def write_scan(scans: Path, scan: str, seed: int = 0, sens: bool = True, labels: bool = True):
-    """A scan of the cuboids of a seed; frame 1 lost its tracking, the mesh is in its own frame."""
+    """Writes a scan of random cuboids; frame 1 has no pose, the mesh is in the scan's own frame."""
     folder = scans / scan
     folder.mkdir(parents=True)
     boxes, from_aligned = boxes_of(seed), np.linalg.inv(ALIGNMENT)
@@ -118,9 +118,9 @@ def write_scan(scans: Path, scan: str, seed: int = 0, sens: bool = True, labels:
 
 
 def write_scannet(root: Path, rooms: int = 8) -> Path:
-    """Eight rooms, the first scanned twice, once as extracted folders.
+    """Writes eight rooms, the first with two scans, one of them as extracted folders.
 
-    These were halved, and their intrinsic left as it was.
+    The pictures in these folders are halved, with an unchanged intrinsic.
     """
     for n in range(rooms):
         write_scan(root / "scans", f"scene{n:04d}_00", seed=n)
@@ -147,7 +147,7 @@ def scan_copy(tmp_path: Path, **kwargs) -> Path:
     return tmp_path / "scans" / "scene0000_00"
 
 
-# --------------------------------------------------------------------------------- what is read
+# --- Reading --------------------------------------------------------------------------------------
 
 
 def test_vertices_are_those_of_the_mesh(tmp_path):
@@ -208,7 +208,7 @@ def test_a_missing_corner_is_no_floor():
     assert scannet.measure_room(vertices)[1] == pytest.approx(8.0, rel=0.03)
 
 
-# ------------------------------------------------------------------------------ what is written
+# --- Writing --------------------------------------------------------------------------------------
 
 
 def test_the_export_obeys_the_contract_and_is_the_rooms(prepared, root):
@@ -220,7 +220,7 @@ def test_the_export_obeys_the_contract_and_is_the_rooms(prepared, root):
     tensors = {t["name"]: t["shape"] for t in checked["tensors"]}
     assert tensors["vggt/tokens"] == ["8", "64", "76"]
     assert tensors["target/depth"] == ["8", "16", "16"]
-    assert tensors["images"] == ["8", "64", "64", "3"]  # what InternViT takes
+    assert tensors["images"] == ["8", "64", "64", "3"]  # InternViT's input
     assert export.manifest["tokens_contain_depth"] is True
     assert not (export.folder / ".made").exists()
     for scene_id in export.scene_ids():
@@ -245,8 +245,8 @@ def test_the_export_obeys_the_contract_and_is_the_rooms(prepared, root):
 def test_folders_and_sens_files_are_the_same_scan(prepared):
     export, report = prepared
     size, whole = (f"{f * SIZE[0]} x {f * SIZE[1]}" for f in (1, 2))
-    said = f"intrinsic/intrinsic_depth.txt: is for pictures of {whole}, these are {size}: scaled"
-    assert report.corrected == {said: 1} and f"corrected 1: {said}" in report.lines()
+    line = f"intrinsic/intrinsic_depth.txt: is for pictures of {whole}, these are {size}: scaled"
+    assert report.corrected == {line: 1} and f"corrected 1: {line}" in report.lines()
     one, two = export.read_scene("scene0000_00"), export.read_scene("scene0000_01")
     assert one.keys() == two.keys()
     for name in ("target/depth", "target/boxes", "target/labels", "images"):
@@ -269,7 +269,7 @@ def test_answers_are_those_of_the_cuboids(prepared):
             assert record["value"] == pytest.approx(ROOM[0] * ROOM[1], rel=0.03)
         elif kind == "object_box":
             name = record["question"].removeprefix("Locate the ").removesuffix(".")
-            assert NAMES.count(name) == 1  # which one would be asked otherwise
+            assert NAMES.count(name) == 1  # otherwise the question would be ambiguous
             np.testing.assert_allclose(record["box"], truth[NAMES.index(name)], atol=1e-3)
         elif kind == "object_size_estimation":
             (item,) = record["objects"]
@@ -292,7 +292,7 @@ def test_scans_of_a_room_are_in_one_split(prepared):
     assert sorted(splits.values()).count("val") >= 1 and "test" in splits.values()
 
 
-# ------------------------------------------------------------------------------- what is refused
+# --- Refusals -------------------------------------------------------------------------------------
 
 
 def small_root(tmp_path: Path, scans=("scene0000_00", "scene0001_00", "scene0002_00")) -> Path:
@@ -429,7 +429,7 @@ def test_nothing_to_read_is_said_in_one_line(tmp_path):
         prepare("scannet", Request(tmp_path, tmp_path / "out", parts=("base",)))
 
 
-# ------------------------------------------------------------------------------------ resuming
+# --- Resuming -------------------------------------------------------------------------------------
 
 
 def test_an_interrupted_prepare_goes_on_to_the_same_export(tmp_path, monkeypatch, capsys):
@@ -454,8 +454,8 @@ def test_an_interrupted_prepare_goes_on_to_the_same_export(tmp_path, monkeypatch
     capsys.readouterr()
     prepare("scannet", request)
     assert made == ["scene0001_00", "scene0002_00"]  # what was complete is not made again
-    said = capsys.readouterr().out
-    assert "1 of 3 scenes were made before" in said and "1 scenes are made anew" in said
+    printed = capsys.readouterr().out
+    assert "1 of 3 scenes were made before" in printed and "1 scenes are made anew" in printed
     assert sorted(path.name for path in request.out.iterdir()) == [
         "manifest.json",
         "questions.jsonl",

@@ -1,4 +1,4 @@
-"""Questions about 200 rooms, and the facts of a room computed apart from the package.
+"""Questions about 200 rooms, and facts about a room computed without the package.
 
 The facts come from complex arithmetic on box corners. Of the generator they use only the boxes.
 """
@@ -25,8 +25,8 @@ COUNT = {
 
 
 @functools.cache
-def asked():
-    """[(what is seen, records)] of all scenes."""
+def questions_by_room():
+    """Returns [(seen room, records)] of all scenes."""
     result = []
     for index in range(SCENES):
         scene, seen = make_and_observe(21, index)
@@ -35,11 +35,13 @@ def asked():
 
 
 def of_kind(kind):
-    return [(room, r) for room, records in asked() for r in records if r["kind"] == kind]
+    return [
+        (room, r) for room, records in questions_by_room() for r in records if r["kind"] == kind
+    ]
 
 
 def outline(box):
-    """Points along the footprint's edge, 2 cm apart or closer, as complex numbers."""
+    """Returns points along the footprint's edge, at most 2 cm apart, as complex numbers."""
     corners = np.array([1 + 1j, -1 + 1j, -1 - 1j, 1 - 1j])
     corners = corners.real * box[3] / 2 + 1j * corners.imag * box[4] / 2
     steps = np.linspace(0, 1, 130)[:, None]
@@ -48,7 +50,7 @@ def outline(box):
 
 
 def gap(a, b):
-    """Distance of two boxes to about 1 mm: outline to rectangle, both ways."""
+    """Returns the distance of two boxes to about 1 mm: outline to rectangle, both ways."""
 
     def to_rectangle(points, box):
         local = (points - complex(box[0], box[1])) * np.exp(-1j * box[6])
@@ -61,7 +63,7 @@ def gap(a, b):
 
 
 class Facts:
-    """The boxes by noun."""
+    """Returns {noun: boxes}."""
 
     def __init__(self, room):
         self.room = room
@@ -80,13 +82,13 @@ class Facts:
         )
 
     def angle(self, stand, face, target):
-        """Degrees to the left from facing `face` to facing `target`."""
+        """Returns the degrees to the left from facing `face` to facing `target`."""
         here, ahead, aside = (complex(*self.box(n)[:2]) for n in (stand, face, target))
         return np.degrees(np.angle((aside - here) / (ahead - here)))
 
 
 def chosen(record):
-    """Text of the option that the answer's letter names."""
+    """Returns the text of the option with the answer's letter."""
     options = dict(option.split(". ", 1) for option in record["options"])
     assert list(options) == list("ABCD"[: len(options)]) and len(set(options.values())) > 1
     return options[record["answer"]]

@@ -11,10 +11,10 @@ from tests.sources.questions.answered import COUNT, RELATIONS, chosen, of_kind
 
 
 def blind_accuracy(kind):
-    """Logistic regression on the nouns in their roles and on the last two together.
+    """Returns the accuracy of a logistic regression on the nouns of the questions.
 
-    Fitted on half of the scenes, tested on the other half, both ways: all that category priors
-    can tell.
+    Inputs are the noun in each role and the pair of the last two. It is fitted on one half of the
+    scenes and tested on the other, both ways, so it shows all that category priors reveal.
     """
     records = of_kind(kind)
     nouns = [[layout.NAMES.index(item["name"]) for item in r["objects"]] for _, r in records]
@@ -46,7 +46,7 @@ def test_relations_cannot_be_guessed(kind):
 
 
 def test_the_blind_guesser_would_find_a_prior():
-    """The guesser is no straw man: volumes of categories alone it predicts well."""
+    """A guesser by category does predict volumes, so the low scores are due to balancing."""
     prior = layout.larger_prior()
     guess = [
         prior[tuple(item["name"] for item in record["objects"])] > 0.5
@@ -54,32 +54,32 @@ def test_the_blind_guesser_would_find_a_prior():
     ]
     pairs = itertools.permutations(layout.NAMES, 2)
     raw = [max(prior[pair], 1 - prior[pair]) for pair in pairs]
-    assert np.mean(raw) > 0.7  # what an unbalanced question would give away
+    assert np.mean(raw) > 0.7  # the score without balancing
     labels = [record["relation"]["size_comparison"] for _, record in of_kind("size_comparison")]
     assert np.mean(np.equal(guess, labels)) < 0.62
 
 
 def relative_accuracy(guess, value):
-    """VSI-Bench's mean relative accuracy."""
+    """Returns VSI-Bench's mean relative accuracy."""
     return np.mean(abs(guess - value) / value <= 1 - np.linspace(0.5, 0.95, 10))
 
 
 def median(values):
-    """One of the values: no count is a half."""
+    """Returns the lower median, which is one of the values."""
     return np.quantile(values, 0.5, method="lower")
 
 
 @pytest.mark.parametrize(
     ("kind", "most"),
     [
-        ("object_counting", 0.621),  # what frequency reaches on VSI-Bench itself
+        ("object_counting", 0.621),  # the frequency baseline on VSI-Bench
         ("object_abs_distance", 0.36),
         ("object_size_estimation", 0.55),
         ("room_size_estimation", 0.42),
     ],
 )
 def test_numbers_cannot_be_guessed(kind, most):
-    """The median answer to the question's own wording (so of its category) scores low."""
+    """The median answer to questions of the same wording, and so category, scores low."""
     fit, score = collections.defaultdict(list), []
     records = [(int(room.scene_id[-6:]) % 2, r) for room, r in of_kind(kind)]
     wording = {"object_abs_distance": kind}.get(kind)
@@ -100,7 +100,7 @@ def test_no_letter_and_no_class_is_favoured(kind):
     records = [record for _, record in of_kind(kind)]
     letters = collections.Counter(record["answer"] for record in records)
     classes = collections.Counter(chosen(record) for record in records)
-    # Twice the share of one option among as many as there mostly are is far from any real bias.
+    # The bound is twice the share of an option, with the usual number of options.
     most = max(len(record["options"]) for record in records)
     assert max(letters.values()) < min(2 / most, 0.6) * len(records)
     assert max(classes.values()) < 0.6 * len(records)

@@ -1,4 +1,4 @@
-"""Every question is answered again, from its text and the boxes."""
+"""Answers of all questions, computed again from the text and the boxes."""
 
 import collections
 import re
@@ -9,7 +9,14 @@ import pytest
 from geode_jax.exports.kinds import KINDS
 from geode_jax.sources.questions import margins
 from geode_jax.sources.questions.room import make_questions
-from tests.sources.questions.answered import COUNT, SCENES, Facts, asked, chosen, of_kind
+from tests.sources.questions.answered import (
+    COUNT,
+    SCENES,
+    Facts,
+    chosen,
+    of_kind,
+    questions_by_room,
+)
 
 
 def groups(pattern, record):
@@ -214,14 +221,14 @@ def test_answers_follow_from_text_and_boxes(kind):
 
 
 def test_objects_are_the_nouns_in_order_with_their_boxes():
-    for room, records in asked():
+    for room, records in questions_by_room():
         for record in records:
             position = 0
             for item in record.get("objects", ()):
                 assert item["name"] == room.names[item["index"]]
                 assert item["name"] not in room.vague
                 np.testing.assert_array_equal(item["box"], room.boxes[item["index"]])
-                # The one that distances are measured from comes first, wherever the text has it.
+                # The object that distances are measured from comes first, in any wording.
                 if record["kind"] != "object_rel_distance" or item != record["objects"][0]:
                     position = record["question"].index(f"{item['name']}", position)
             named = {name for name in room.names if re.search(rf"\b{name}\b", record["question"])}
@@ -231,9 +238,9 @@ def test_objects_are_the_nouns_in_order_with_their_boxes():
 
 def test_numbers_of_questions():
     assert set(COUNT) <= set(KINDS)
-    kinds = collections.Counter(r["kind"] for _, records in asked() for r in records)
+    kinds = collections.Counter(r["kind"] for _, records in questions_by_room() for r in records)
     assert set(kinds) == set(COUNT)
-    for room, records in asked():
+    for room, records in questions_by_room():
         counts = collections.Counter(r["kind"] for r in records)
         assert all(counts[kind] <= most for kind, most in COUNT.items())
         numbers = [record["id"].removeprefix(f"{room.scene_id}_") for record in records]
@@ -243,7 +250,7 @@ def test_numbers_of_questions():
 
 
 def test_which_boxes_are_asked_for_changes_no_other_question():
-    room, records = asked()[0]
+    room, records = questions_by_room()[0]
     others = [record for record in records if record["kind"] != "object_box"]
     assert records[: len(others)] == others
     found = set()
@@ -257,7 +264,7 @@ def test_which_boxes_are_asked_for_changes_no_other_question():
 
 def test_view_relations_agree_with_the_first_camera():
     tried = collections.Counter()
-    for room, records in asked():
+    for room, records in questions_by_room():
         pose = np.vstack([room.extrinsic[0], [0, 0, 0, 1]])
         for record in records:
             rows = [item["index"] for item in record.get("objects", ())][:2]

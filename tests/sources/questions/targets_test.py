@@ -1,4 +1,4 @@
-"""The spatial head's targets of the rooms' questions: they determine the answers."""
+"""The spatial head's targets of the rooms' questions determine the answers."""
 
 import functools
 import re
@@ -11,12 +11,19 @@ from geode_jax.data.tokens import train_tokenizer
 from geode_jax.exports import RELATIONS as ALL_RELATIONS
 from geode_jax.sources.questions import margins
 from geode_jax.sources.rooms import layout
-from tests.sources.questions.answered import COUNT, RELATIONS, Facts, asked, chosen, of_kind
+from tests.sources.questions.answered import (
+    COUNT,
+    RELATIONS,
+    Facts,
+    chosen,
+    of_kind,
+    questions_by_room,
+)
 
 
 @functools.cache
 def tokenizer():
-    questions = (record["question"] for _, records in asked() for record in records)
+    questions = (record["question"] for _, records in questions_by_room() for record in records)
     return train_tokenizer(questions, layout.NAMES, min_count=2)
 
 
@@ -25,9 +32,9 @@ def targets_of(records):
 
 
 def test_a_name_that_several_objects_have_has_no_box_target():
-    """Which chair is nearest is unknown where "chair" is read; its gap stays a target."""
+    """Where "chair" is read, the nearest chair is unknown; its gap stays a target."""
     shared = named = 0
-    for seen, records in asked()[:50]:
+    for seen, records in questions_by_room()[:50]:
         tensors = {
             "target/boxes": seen.boxes,
             "target/labels": np.array([layout.NAMES.index(name) for name in seen.names]),
@@ -60,7 +67,7 @@ def turn_class(angle):
 
 
 def answer_from_targets(kind, names, boxes, gaps, angle, relation):
-    """Returns the answer that the targets of a question imply, None where they imply none.
+    """Returns the answer that the targets of a question imply, None if they imply none.
 
     Args:
         kind: the question's kind.
@@ -107,7 +114,7 @@ IMPLIED = tuple(
 
 @pytest.mark.parametrize("kind", IMPLIED)
 def test_targets_imply_the_answer(kind):
-    """The smallest gap, the turn, the larger volume and so on lead to the recorded answer."""
+    """The smallest gap, the turn, the larger volume and so on give the recorded answer."""
     records = [record for _, record in of_kind(kind)]
     rows = targets_of(records)
     for i, record in enumerate(records):
@@ -130,12 +137,12 @@ def test_targets_imply_the_answer(kind):
             assert float(found) == pytest.approx(float(answer), abs=step)
             assert rows["value_SQ"][i] == np.float32(answer)
         else:
-            # Of a route with two turns it is the first.
+            # For a route with two turns it is the first turn.
             assert found == answer.split(", ")[0], record
 
 
 def test_distances_are_from_the_anchor_in_any_order_of_the_objects():
-    """Exports of other makers, and those made before the anchor came first."""
+    """Exports in which the object that distances are measured from is not first are read."""
     records = [record for _, record in of_kind("object_rel_distance")]
     for record in records:
         anchor = re.search(r"is the closest to the (.+)\?\n", record["question"])[1]
@@ -144,7 +151,7 @@ def test_distances_are_from_the_anchor_in_any_order_of_the_objects():
     rows, again = targets_of(records), targets_of(last)
     for name in ("objects_SQO7", "objects_mask_SQO", "gaps_SQO", "object_place"):
         np.testing.assert_array_equal(rows[name], again[name])
-    # The teacher's relations are of the record's first two, as `relation` is.
+    # The teacher's relations are those of the record's first two objects, like `relation`.
     for found, own in ((rows, records), (again, last)):
         pairs = [[item["index"] for item in record["objects"][:2]] for record in own]
         np.testing.assert_array_equal(found["pair"], pairs)

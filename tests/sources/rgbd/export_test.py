@@ -1,4 +1,4 @@
-"""RGB-D folders as exports: geometry against the truth, broken frames, splits, real data."""
+"""Exports of RGB-D folders: geometry against the ground truth, broken frames, splits."""
 
 import json
 import shutil
@@ -26,11 +26,11 @@ LOW, HIGH = np.array([-3, -1.5, -4]), np.array([3, 1.2, 4])
 SHADE = 250 / (HIGH - LOW)
 DEPTH_SIZE, COLOR_SIZE = (160, 128), (180, 128)  # width, height
 DEPTH_K = np.array([[120, 0, 82.5], [0, 124, 60.5], [0, 0, 1.0]])
-COLOR_K = np.array([[121, 0, 85], [0, 123, 60], [0, 0, 1.0]])  # not just DEPTH_K scaled
+COLOR_K = np.array([[121, 0, 85], [0, 123, 60], [0, 0, 1.0]])  # not a scaled DEPTH_K
 
 
 def camera_pose(n: int) -> np.ndarray:
-    """World-from-camera [4, 4] of frame n: a walk with a turning, nodding camera."""
+    """Returns the world-from-camera pose [4, 4] of frame n of a walk with a turning camera."""
     pose = np.eye(4)
     turn = [-0.25 - 0.1 * np.sin(0.9 * n), 0.5 * np.sin(0.4 * n), 0.02 * np.cos(n)]
     pose[:3, :3] = Rotation.from_euler("xyz", turn).as_matrix()
@@ -39,7 +39,7 @@ def camera_pose(n: int) -> np.ndarray:
 
 
 def look(pose: np.ndarray, intrinsic: np.ndarray, size: tuple[int, int]):
-    """Depth [h, w] and world points [h, w, 3] of the hall's walls."""
+    """Returns depth [h, w] and world points [h, w, 3] of the hall's walls."""
     u, v = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     x, y = (u - intrinsic[0, 2]) / intrinsic[0, 0], (v - intrinsic[1, 2]) / intrinsic[1, 1]
     rays = np.stack([x, y, np.ones_like(x)], -1) @ pose[:3, :3].T
@@ -49,7 +49,7 @@ def look(pose: np.ndarray, intrinsic: np.ndarray, size: tuple[int, int]):
 
 
 def write_hall(folder: Path, frames: int = 24) -> Path:
-    """The hall in the layout of a ScanNet export, frames 0, 10, 20, ..."""
+    """Writes the hall in the layout of a ScanNet export, frames 0, 10, 20, ..."""
     for kind in ("color", "depth", "pose", "intrinsic"):
         (folder / kind).mkdir(parents=True)
     for n in range(frames):
@@ -86,7 +86,7 @@ def hall_export(hall, tmp_path_factory) -> tuple[Export, dict]:
 
 
 def frame_numbers(export: Export, scene_id: str, pose=camera_pose, frames: int = 24) -> list[int]:
-    """Which frames of the hall a scene's views are."""
+    """Returns the frames of the hall that are a scene's views."""
     extrinsic = export.read_scene(scene_id, ["camera/extrinsic"])["camera/extrinsic"]
     truth = np.array([np.linalg.inv(pose(n))[:3] for n in range(frames)])
     error = np.abs(extrinsic[:, None] - truth).max((2, 3))
@@ -98,7 +98,7 @@ def copy_of(hall: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(hall, tmp_path / "hall"))
 
 
-# ------------------------------------------------------------------------------ what is written
+# --- Writing --------------------------------------------------------------------------------------
 
 
 def test_the_export_obeys_the_contract(hall_export):
@@ -163,7 +163,7 @@ def test_frames_are_what_a_person_sees_whatever_they_are_called(small_hall, tmp_
     for path in sorted((folder / "color").iterdir()):
         pixels = np.asarray(Image.open(path))
         path.unlink()
-        if path.stem == "10":  # with alpha, of which nothing is transparent
+        if path.stem == "10":  # with an opaque alpha channel
             opaque = np.full((*pixels.shape[:2], 1), 255, np.uint8)
             Image.fromarray(np.concatenate([pixels, opaque], -1)).save(path.with_suffix(".PNG"))
         else:
@@ -198,7 +198,7 @@ def test_missing_depth_is_zero_and_nothing_else(hall, tmp_path):
         path = folder / "depth" / f"{10 * n}.png"
         stored = np.asarray(Image.open(path)).copy()
         stored[:64] = 0
-        stored[64:, :80] = 65535  # another way sensors say so
+        stored[64:, :80] = 65535  # another value for unknown depth
         Image.fromarray(stored).save(path)
     make_rgbd_export(folder, tmp_path / "out", image_side=80, progress=False)
     export = Export(tmp_path / "out")
@@ -240,7 +240,7 @@ def test_tokens_carry_the_point_the_depth_and_the_colour_of_their_cell(hall_expo
     np.testing.assert_allclose(cell[:, 7:10], pixels.mean((1, 2)), atol=2e-3)
 
 
-# ------------------------------------------------------------------------------ splits and order
+# --- Splits and order -----------------------------------------------------------------------------
 
 
 def test_held_out_scenes_share_no_frame_with_training(hall_export):
@@ -269,7 +269,7 @@ def test_groups_differ_and_overlap():
     assert len(groups) == len(set(groups)) == 60
     assert {n for group in groups for n in group} <= set(range(10, 40))
     assert all(max(g) - min(g) < 12 and len(set(g)) == 4 for g in groups)
-    assert np.mean([g[0] < g[1] for g in groups]) < 0.75  # no order to tell time by
+    assert np.mean([g[0] < g[1] for g in groups]) < 0.75  # the order does not reveal the time
     assert len(group_views(range(2), 4, 60, np.random.default_rng(0))) == 2
 
 
@@ -292,7 +292,7 @@ def test_long_sequences_are_thinned_out(hall, tmp_path):
     assert used == [0, 5, 9, 14, 18, 23]
 
 
-# ----------------------------------------------------------------------------------- bad frames
+# --- Bad frames -----------------------------------------------------------------------------------
 
 
 def _pose_with(change):
@@ -341,7 +341,7 @@ DAMAGE |= {
     "depth image with an orientation flag": lambda folder: _flagged(
         folder / "depth" / "50.png", 3, np.asarray(Image.open(folder / "depth" / "50.png"))
     ),
-    # As it is shown it lies across the depth.
+    # As shown it is turned by 90 degrees against the depth.
     "colour image of another size": lambda folder: _flagged(
         folder / "color" / "50.png", 6, np.asarray(Image.open(folder / "color" / "50.png"))
     ),
@@ -370,17 +370,17 @@ def test_a_bad_frame_is_dropped_and_counted(small_hall, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("inverted", "depth_scale", "said"),
+    ("inverted", "depth_scale", "parts"),
     [
         (False, 1000, ()),
         (True, 1000, ("views disagree", "with inverted poses only 0% differ: are they camera-to")),
         (False, 5000, ("views disagree", "with depth times 5 only 0% differ: is the depth scale")),
-        (False, 1, ("the room reaches over more than 30 m",)),
-        (False, 1e6, ("the room reaches over less than 0.5 m",)),
+        (False, 1, ("the room extends over more than 30 m",)),
+        (False, 1e6, ("the room extends over less than 0.5 m",)),
     ],
 )
 def test_wrong_poses_and_depth_scales_are_warned_of(
-    small_hall, tmp_path, capsys, inverted, depth_scale, said
+    small_hall, tmp_path, capsys, inverted, depth_scale, parts
 ):
     folder = copy_of(small_hall, tmp_path)
     for path in (folder / "pose").iterdir():
@@ -390,8 +390,8 @@ def test_wrong_poses_and_depth_scales_are_warned_of(
     made = make_rgbd_export(folder, tmp_path / "out", **options)
     warnings = made["warnings"]
     assert warnings == validate(tmp_path / "out")["warnings"]
-    assert bool(warnings) == bool(said) == ("warning: " in capsys.readouterr().err)
-    assert all(any(words in line for line in warnings) for words in said)
+    assert bool(warnings) == bool(parts) == ("warning: " in capsys.readouterr().err)
+    assert all(any(part in line for line in warnings) for part in parts)
 
 
 @pytest.mark.parametrize("flag", [2, 4, 6])
@@ -467,7 +467,7 @@ def test_two_folders_in_one_are_not_guessed_between(hall, tmp_path):
     assert open_folder(tmp_path / "both" / "b").folder == tmp_path / "both" / "b"
 
 
-# -------------------------------------------------------------------------- cameras and layouts
+# --- Cameras and layouts --------------------------------------------------------------------------
 
 
 def test_one_intrinsic_serves_both_sizes(hall, tmp_path):

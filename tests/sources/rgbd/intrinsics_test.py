@@ -1,4 +1,4 @@
-"""Which intrinsics belong to which pictures: what is taken, what corrected, what refused."""
+"""Matching of intrinsics to sizes of pictures: accepted, corrected or refused."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def given_for(what, numbers, size):
 
 
 def scaled(numbers, old, new):
-    """The intrinsic by the rule that edges of pictures stay edges."""
+    """Returns the intrinsic of a resized picture, whose edges stay edges."""
     fx, fy, cx, cy = numbers
     x, y = new[0] / old[0], new[1] / old[1]
     return [[fx * x, 0, (cx + 0.5) * x - 0.5], [0, fy * y, (cy + 0.5) * y - 0.5], [0, 0, 1]]
@@ -37,18 +37,18 @@ def together(depth, depth_size, color, color_size):
 @pytest.mark.parametrize(
     ("depth", "depth_size", "depth_was", "color", "color_size", "color_was"),
     [
-        # As they should be.
+        # Correct ones.
         (SCANNET_DEPTH, (640, 480), None, SCANNET_COLOR, (1296, 968), None),
         (SCANNET_DEPTH, (640, 480), None, None, (1296, 968), None),
         (TUM, (640, 480), None, TUM, (640, 480), None),
-        # ScanNet's two pictures brought to one size, or halved, the intrinsics left as they were.
+        # ScanNet's two pictures resized to one size, or halved, with unchanged intrinsics.
         (SCANNET_DEPTH, (640, 480), None, SCANNET_COLOR, (640, 480), (1296, 968)),
         (SCANNET_DEPTH, (640, 480), None, SCANNET_COLOR, (648, 484), (1296, 968)),
         (SCANNET_DEPTH, (320, 240), (640, 480), SCANNET_COLOR, (1296, 968), None),
         (SCANNET_DEPTH, (1296, 968), (640, 480), SCANNET_COLOR, (1296, 968), None),
         (SCANNET_DEPTH, (320, 240), (640, 480), SCANNET_COLOR, (648, 484), (1296, 968)),
         (SCANNET_DEPTH, (320, 240), (640, 480), None, (1296, 968), None),
-        # Resized by so little that the centre could still be a measured one.
+        # Resized by so little that the centre is still plausible.
         (SCANNET_DEPTH, (576, 432), (640, 480), SCANNET_COLOR, (1296, 968), None),
         (SCANNET_DEPTH, (672, 504), (640, 480), None, (1296, 968), None),
         (SCANNET_DEPTH, (700, 525), (640, 480), SCANNET_COLOR, (960, 720), (1296, 968)),
@@ -56,10 +56,10 @@ def together(depth, depth_size, color, color_size):
         (KINECT, (640, 480), None, KINECT, (672, 504), (640, 480)),
         (TUM, (640, 480), None, TUM, (672, 504), (640, 480)),
         (SCANNET_DEPTH, (640, 480), None, SCANNET_COLOR, (1248, 936), (1296, 968)),
-        # By an odd factor: of the sizes in question the sensor's is taken.
+        # Resized by an odd factor: among the possible sizes, that of the sensor is chosen.
         (ARKIT_DEPTH, (256, 192), None, ARKIT, (576, 432), (1920, 1440)),
         (ARKIT_DEPTH, (256, 192), None, ARKIT, (616, 462), (1920, 1440)),
-        # A centre that is not in the middle: the other camera decides.
+        # The centre is off the middle: the other camera decides.
         (TUM, (320, 240), (640, 480), TUM, (640, 480), None),
         (PHONE, (192, 256), (1440, 1920), PHONE, (1440, 1920), None),
     ],
@@ -67,7 +67,7 @@ def together(depth, depth_size, color, color_size):
 def test_intrinsics_are_brought_to_their_pictures(
     depth, depth_size, depth_was, color, color_size, color_was
 ):
-    k_depth, k_color, said = together(depth, depth_size, color, color_size)
+    k_depth, k_color, notes = together(depth, depth_size, color, color_size)
     np.testing.assert_allclose(k_depth, scaled(depth, depth_was or depth_size, depth_size))
     if color is None:
         assert k_color is None
@@ -78,19 +78,19 @@ def test_intrinsics_are_brought_to_their_pictures(
         for what, was, now in (("depth", depth_was, depth_size), ("color", color_was, color_size))
         if was
     ]
-    assert said == wanted
+    assert notes == wanted
 
 
 @pytest.mark.parametrize(
     ("depth", "depth_size", "color", "color_size", "rule"),
     [
-        # Not sure: the centre is off, and nothing else says from what size.
+        # The centre is off, and the original size is unknown.
         (TUM, (320, 240), None, (320, 240), "at 1.00, 1.07 of the sides"),
         ((700, 700, 399.5, 299.5), (500, 375), None, (500, 375), "at 0.80, 0.80 of the sides"),
         (SCANNET_DEPTH, (448, 448), SCANNET_COLOR, (1296, 968), "at 0.71, 0.54"),  # squeezed
         (SCANNET_DEPTH, (480, 640), None, (968, 1296), "at 0.67, 0.38"),  # turned
         (SCANNET_DEPTH, (320, 480), None, (320, 480), "at 1.00, 0.50"),  # cut
-        # Resized by a little, from a size that is no sensor's; squeezed by a little.
+        # Resized a little from a size that no sensor has; squeezed a little.
         (
             (630, 630, 352.5, 264),
             (672, 504),
@@ -99,7 +99,7 @@ def test_intrinsics_are_brought_to_their_pictures(
             "same factor",
         ),
         (SCANNET_DEPTH, (672, 448), None, (672, 448), "of 640 x 480, .* cut or squeezed"),
-        # In the middle, but not the same view.
+        # Centred, but with different fields of view.
         ((1155, 1155, 319.5, 239.5), (640, 480), SCANNET_COLOR, (1296, 968), "2.00 times as wide"),
         (SCANNET_DEPTH, (640, 480), (900, 1167, 647, 484), (1296, 968), "1.30 times as wide"),
         (SCANNET_DEPTH, (640, 480), None, (1920, 1080), "of different shapes"),
@@ -114,9 +114,9 @@ def test_what_is_not_sure_is_refused(depth, depth_size, color, color_size, rule)
 
 @pytest.mark.parametrize("color", [None, TUM])
 def test_what_nothing_shows_is_said(color):
-    _, _, said = together(TUM, (650, 490), color, (650, 490))
+    _, _, notes = together(TUM, (650, 490), color, (650, 490))
     line = "taken to be for pictures of 650 x 490; nothing shows it, the centre is"
-    assert said and all(line in one for one in said)
+    assert notes and all(line in note for note in notes)
     assert not together(TUM, (640, 480), None, (1296, 968))[2]
 
 
@@ -127,16 +127,16 @@ def test_what_nothing_shows_is_said(color):
     st.sampled_from([1 / 8, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1, 3 / 2, 2, 3, 4]),
 )
 def test_a_resized_picture_is_right_or_refused(size, focal, off, factor):
-    """Whatever the camera: never accepted as it stands, never brought to a wrong size."""
+    """A resized picture of any camera never keeps its intrinsic and never gets a wrong one."""
     width, height = size
     numbers = (focal * width, focal * width, width * (0.5 + off[0]), height * (0.5 + off[1]))
     now = (round(width * factor), round(height * factor))
     try:
-        found, _, said = together(numbers, now, numbers, size)
+        found, _, notes = together(numbers, now, numbers, size)
     except UserError:
         assert factor != 1
         return
-    assert bool(said) == (factor != 1)
+    assert bool(notes) == (factor != 1)
     right = np.array(scaled(numbers, size, now))
     np.testing.assert_allclose(found[[0, 1], [0, 1]], right[[0, 1], [0, 1]], rtol=0.02)
     np.testing.assert_allclose(found[:2, 2], right[:2, 2], atol=0.02 * max(now))

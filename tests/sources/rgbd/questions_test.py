@@ -1,4 +1,4 @@
-"""Questions about RGB-D views: answers against other measurements, and what the wording tells."""
+"""Questions about RGB-D views: answers against other measurements, and no hints in the wording."""
 
 import re
 from collections import Counter, defaultdict
@@ -29,7 +29,7 @@ WORDING = {
 
 
 class Truth:
-    """Answers measured from the raw files, by code of its own."""
+    """Answers measured from the raw files, without code of the package."""
 
     def __init__(self, folder, names, intrinsic, poses, scale=1000):
         (self.fx, self.fy, self.cx, self.cy), self.scale = intrinsic, scale
@@ -50,7 +50,7 @@ class Truth:
         return (self.pose(view) @ local)[:3].T
 
     def place(self, view, name):
-        """The mean of the few known pixels in the middle of the place."""
+        """Returns the mean of the few known pixels in the middle of the place."""
         depth = self.depth(view)
         u, v = (round(f * n) for f, n in zip(PLACES[name], depth.shape[::-1], strict=True))
         window = depth[v - 2 : v + 2, u - 2 : u + 2]
@@ -65,7 +65,7 @@ class Truth:
 
 
 def check_record(record, truth, up):
-    """Asserts that the record's answer is right; returns what the wording was about."""
+    """Asserts that the record's answer is right; returns the views and places of the question."""
     found = re.fullmatch(WORDING[record["kind"]], record["question"])
     assert found, record["question"]
     words = [int(word) - 1 if word.isdigit() else word for word in found.groups()]
@@ -91,7 +91,7 @@ def check_record(record, truth, up):
             inverse = np.linalg.inv(truth.pose(seer))
             one, two = (inverse @ [*truth.place(view, place), 1] for view in (a, b))
             assert one[2] > 0 and two[2] > 0
-            # Image columns, as somebody would draw both points into that view.
+            # Image columns of both points in that view.
             columns = [point[0] / point[2] for point in (one, two)]
             assert record["answer"] == ("left" if columns[0] < columns[1] else "right")
             assert record["relation"] == {"left_right": float(columns[0] < columns[1])}
@@ -153,7 +153,7 @@ def test_answers_are_what_the_raw_files_measure(request, name):
 
 
 def masked(record) -> str:
-    """The wording, numbers of views hidden."""
+    """Returns the question with the numbers of views masked."""
     return re.sub(r"view \d", "view #", record["question"])
 
 
@@ -177,12 +177,12 @@ def test_the_wording_does_not_tell_binary_answers(living_room):
     total = sum(sum(c.values()) for (split, *_), c in answers.items() if split == "train")
     majority = sum(max(c.values()) for (split, *_), c in answers.items() if split == "train")
     assert total > 400 and majority / total < 0.53
-    for counts in by_numbers.values():  # nor do the numbers of the views
+    for counts in by_numbers.values():  # the numbers of the views do not reveal it either
         assert 0.3 < counts[True] / counts.total() < 0.7
 
 
 def test_near_and_far_surfaces_are_asked_about_alike(living_room):
-    """Blind to the view, the best constant per wording should fail: values spread widely."""
+    """Values spread widely, so the best constant per wording is a bad answer."""
     export, _, _ = living_room
     values = defaultdict(list)
     for record in export.questions():

@@ -1,4 +1,4 @@
-"""Real RGB-D folders: views agree with each other. Skipped where the data are absent."""
+"""Real RGB-D folders: views agree with each other. Skipped without the data."""
 
 import functools
 import itertools
@@ -14,8 +14,8 @@ from geode_jax.sources.rgbd.folder import open_folder
 REAL = {  # options, frames, pairs that overlap (None: all do), largest median error of depth
     "open3d_livingroom1": ({}, 43, None, 0.003),
     "slambook2_rgbd/ch5": ({"intrinsic": (518.0, 519.0, 325.5, 253.5)}, 5, None, 0.03),
-    # A negative focal length: the camera's y axis points up, and the world is mirrored (0.17 as
-    # the median error where that is ignored).
+    # A negative focal length: the camera's y axis points up and the world is mirrored. Without
+    # regard to that, the median error is 0.17.
     "slambook2_rgbd/ch12": (
         {"intrinsic": (481.2, -480.0, 319.5, 239.5), "depth_scale": 5000.0},
         5,
@@ -27,7 +27,7 @@ REAL = {  # options, frames, pairs that overlap (None: all do), largest median e
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_views_agree_with_each_other(data_root, tmp_path, name):
-    """A view's points, projected into another view, have the depth that was measured there."""
+    """Points of a view, projected into another view, have the depth that is measured there."""
     options, count, overlapping, tolerance = REAL[name]
     if not (data_root / name).is_dir():
         pytest.skip(f"real data: no folder {data_root / name}")

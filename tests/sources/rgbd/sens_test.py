@@ -1,4 +1,4 @@
-"""`.sens` files, written here from the format's description and by nothing of the package."""
+"""`.sens` files, written from the description of the format without code of the package."""
 
 import dataclasses
 import io
@@ -25,7 +25,7 @@ LOST = np.full((4, 4), -np.inf, "f4")
 
 
 def encoded(image: np.ndarray, kind: str) -> bytes:
-    """A picture [h, w, 3] as JPEG or PNG bytes."""
+    """Returns a picture [h, w, 3] as JPEG or PNG bytes."""
     out = io.BytesIO()
     Image.fromarray(image).save(out, kind)
     return out.getvalue()
@@ -43,7 +43,7 @@ def sens_bytes(
     shift=1000.0,
     count=None,
 ) -> bytes:
-    """A file of (pose [4, 4], colour bytes, depth bytes) triples, and two of inertial data."""
+    """Returns a file of (pose [4, 4], colour bytes, depth bytes) and two inertial records."""
     eye = np.eye(4, dtype="<f4").tobytes()
     parts = [
         struct.pack("<IQ", version, 6) + b"sensor",
@@ -60,7 +60,7 @@ def sens_bytes(
 
 
 def pose_of(n: int) -> np.ndarray:
-    """A quarter turn about z for every frame, and a step."""
+    """Returns a pose for each frame: a quarter turn about z and a step."""
     cos, sin = [(1, 0), (0, 1), (-1, 0), (0, -1)][n % 4]
     pose = np.eye(4)
     pose[:2, :2], pose[:3, 3] = [[cos, -sin], [sin, cos]], [n, 0.5 * n, 1.5]
@@ -68,7 +68,7 @@ def pose_of(n: int) -> np.ndarray:
 
 
 def three_frames(kind: str = "JPEG", pack=zlib.compress):
-    """(frames, the pictures as PIL decodes them, the stored depths)."""
+    """Returns (frames, the pictures as PIL decodes them, the stored depths)."""
     rng = np.random.default_rng(0)
     frames, pictures, depths = [], [], []
     for n in range(3):
@@ -173,7 +173,7 @@ def test_a_truncated_file_is_refused_with_the_frame(tmp_path):
     last = len(whole) - inertial
     first_two = sens_bytes(frames[:2], count=3)[:-inertial]
     path = tmp_path / "a.sens"
-    open_sens(write(path, whole[:last]))  # the inertial data are nobody's loss
+    open_sens(write(path, whole[:last]))  # lost inertial data do not matter
     for cut in (last - 1, len(first_two) + 50, len(first_two)):
         assert refusal(write(path, whole[:cut])).endswith("truncated in frame 2 of 3")
     for cut in (0, 3, 11, 15, 100, 300):
@@ -216,7 +216,7 @@ def test_damaged_frames_are_dropped_with_the_reason(tmp_path):
     cases = [
         (picture[:100], depth, "unreadable colour"),
         (other, depth, "colour image of another size"),
-        (png, depth, "unreadable colour"),  # not what the header says
+        (png, depth, "unreadable colour"),  # not the codec of the header
         (b"", depth, "unreadable colour"),
         (picture, depth[:-9] + b"???", "depth image"),
         (picture, b"", "depth image of another size"),

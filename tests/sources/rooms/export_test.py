@@ -1,4 +1,4 @@
-"""Scenes, their arrays and the export: determinism, geometry, honesty of the tokens."""
+"""Scenes, their arrays and the export: determinism, geometry, no category in the tokens."""
 
 import dataclasses
 import itertools
@@ -38,7 +38,7 @@ SEED = 3
 
 @pytest.fixture(scope="module")
 def made():
-    """A few scenes with what is seen of them."""
+    """Returns a few scenes and their views."""
     return [make_and_observe(SEED, index) for index in range(12)]
 
 
@@ -124,7 +124,7 @@ def test_rooms_hold_their_objects_apart(made):
                 assert gap <= margins.MAX_CONTACT_GAP or gap >= margins.MIN_SEPARATION
             else:
                 assert gaps[a, b] > layout.CLEARANCE - 0.005
-            # Touching is not overlapping: the solids shrunk by 2 mm have a gap.
+            # Boxes that touch do not overlap: shrunk by 2 mm they have a gap.
             small = boxes[[a, b]] - [0, 0, 0, 0.002, 0.002, 0.002, 0]
             assert box_gaps(small[:1], small[1:])[0, 0] > 0
 
@@ -205,7 +205,7 @@ def test_tokens_know_neither_names_nor_numbers_of_objects(made):
         np.testing.assert_array_equal(
             rooms_arrays.tokens(observe(other)), rooms_arrays.tokens(seen)
         )
-        # But a colour is seen.
+        # A colour does change the tokens.
         painted = tuple(dataclasses.replace(item, colour=(0, 0, 0)) for item in scene.objects)
         dark = observe(dataclasses.replace(scene, objects=painted))
         assert not np.array_equal(rooms_arrays.tokens(dark), rooms_arrays.tokens(seen))
@@ -270,7 +270,7 @@ def test_images_on_request(tmp_path, monkeypatch, side):
     rendered, render = [], rooms_scene.render
     monkeypatch.setattr(rooms_scene, "render", lambda *args: rendered.append(args) or render(*args))
     rooms.make_rooms(tmp_path / "e", scenes=1, images=side, workers=1, progress=False)
-    assert len(rendered) == (side != 32)  # of 32 x 32 pixels the rays are cast already
+    assert len(rendered) == (side != 32)  # pictures of 32 x 32 reuse the rays of the depth map
     export = exports.Export(tmp_path / "e")
     images = export.read_scene("room_s0_000000", ["images"])["images"]
     assert images.shape == (4, side, side, 3) and images.dtype == np.uint8

@@ -1,4 +1,4 @@
-"""Ray casting and box distances against brute force that shares no code with them."""
+"""Ray casting and box distances, against brute force without shared code."""
 
 import dataclasses
 import itertools
@@ -28,13 +28,13 @@ def cameras():
 
 
 def box_frame(box):
-    """Axes (rows) of a box in the world."""
+    """Returns the axes (rows) of a box in the world frame."""
     cos, sin = np.cos(box[6]), np.sin(box[6])
     return np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
 
 
 def first_hit(origin, ray):
-    """Smallest depth over all faces as plane polygons: (depth, owner); owner -1 = the room."""
+    """Returns (smallest depth over all faces as polygons, its box); -1 = the room."""
     best = (np.inf, -1)
     solids = [*BOXES, np.array([0, 0, ROOM[2] / 2, *ROOM, 0])]
     for owner, box in enumerate(solids):
@@ -68,7 +68,7 @@ def test_first_hit_is_that_of_every_face_tried(hits):
         assert found.depth[view, index] == pytest.approx(depth, abs=2e-6)
         surface = found.surface[view, index]
         assert (surface if surface < len(BOXES) else -1) == owner
-    # Every box, the floor, the ceiling and several walls took part.
+    # Every box, the floor, the ceiling and several walls are seen.
     assert {0, 1, 2, 3, 4, 5} <= set(found.surface.ravel().tolist())
 
 
@@ -172,14 +172,14 @@ def test_slopes_are_derivatives_of_the_luminance(hits):
 
 
 def corners(box):
-    """Footprint as complex numbers."""
+    """Returns the corners of the footprint as complex numbers."""
     square = np.array([1 + 1j, -1 + 1j, -1 - 1j, 1 - 1j])
     local = square.real * box[3] / 2 + 1j * square.imag * box[4] / 2
     return complex(box[0], box[1]) + local * np.exp(1j * box[6])
 
 
 def polygon_distance(a, b):
-    """Distance of two convex polygons of complex corners: edges against edges, or containment."""
+    """Returns the distance of two convex polygons of complex corners, 0 if they overlap."""
 
     def contains(polygon, point):
         sides = [
