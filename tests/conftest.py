@@ -1,4 +1,4 @@
-"""What every test shares: no network, one compilation cache, the real data."""
+"""What every test shares: no network, one compilation cache, checked annotations, real data."""
 
 import os
 import signal
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+
+from tests.helpers import annotations
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CACHE_DAYS = 7
@@ -20,6 +22,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if version("jaxlib").startswith("0.10."):  # a newer XLA ends the process at a flag it lost
     quick = "--xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
+
+annotations.install()
 
 # A busy machine is no failure; in CI the same examples every time.
 hypothesis.settings.register_profile("local", deadline=None)

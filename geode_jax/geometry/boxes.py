@@ -14,12 +14,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from geode_jax.shapes import Array
 from geode_jax.targets import LOG_EDGES
 
 
-def encode_boxes(boxes_7: Array) -> jax.Array:
+def encode_boxes(boxes_7: Float[Array, "*axes 7"]) -> Float[jax.Array, "*axes 8"]:
     """Returns codes [..., 8] of boxes [..., 7]: centre, log size, sin 2 yaw, cos 2 yaw.
 
     Of the two codes of a box this is the one for a yaw within 45 degrees, whose length and width
@@ -34,23 +35,26 @@ def encode_boxes(boxes_7: Array) -> jax.Array:
     return jnp.concatenate(parts, axis=-1)
 
 
-def other_code(boxes_8: Array) -> jax.Array:
+def other_code(boxes_8: Float[Array, "*axes 8"]) -> Float[jax.Array, "*axes 8"]:
     """Returns the other code [..., 8]: turned by 90 degrees, length and width swapped."""
     x, y = boxes_8[..., 3:4], boxes_8[..., 4:5]
     return jnp.concatenate([boxes_8[..., :3], y, x, boxes_8[..., 5:6], -boxes_8[..., 6:]], axis=-1)
 
 
-def nearer_code(distance: Callable[[Array], Array], boxes_8: Array) -> jax.Array:
-    """Returns the smaller `distance(code)` [...] of the two codes of boxes [..., 8].
+def nearer_code(
+    distance: Callable[[Array], Array], boxes_8: Float[Array, "*axes 8"]
+) -> Float[jax.Array, "..."]:
+    """Returns the smaller `distance(code)` of the two codes of boxes [..., 8].
 
-    It is continuous in the boxes if the distance is continuous in the code, and equal for all
+    The result has the shape of the distance, which may broadcast the code with others. It is
+    continuous in the boxes if the distance is continuous in the code, and equal for all
     descriptions of a box.
     """
     one, other = distance(boxes_8), distance(other_code(boxes_8))
     return jnp.where(one <= other, one, other)
 
 
-def decode_boxes(boxes_8: Array) -> jax.Array:
+def decode_boxes(boxes_8: Float[Array, "*axes 8"]) -> Float[jax.Array, "*axes 7"]:
     """Inverts `encode_boxes`; yaw is in (-pi/2, pi/2], log sizes are within `LOG_EDGES`."""
     yaw = 0.5 * jnp.arctan2(boxes_8[..., 6:7], boxes_8[..., 7:8])
     return jnp.concatenate([boxes_8[..., :3], _size(boxes_8), yaw], axis=-1)
@@ -65,7 +69,9 @@ def _volume(size_3: jax.Array) -> jax.Array:
     return size_3[..., 0] * size_3[..., 1] * size_3[..., 2]
 
 
-def generalized_iou(a_8: Array, b_8: Array) -> jax.Array:
+def generalized_iou(
+    a_8: Float[Array, "*#axes 8"], b_8: Float[Array, "*#axes 8"]
+) -> Float[jax.Array, "*#axes"]:
     """Returns the generalized IoU [1902.09630] [...] of encoded boxes [..., 8] *with yaw 0*.
 
     The intersection of two rotated boxes is a polyhedron. The axis-aligned form has a useful

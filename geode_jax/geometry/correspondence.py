@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from geode_jax.shapes import Array
 
@@ -19,14 +20,14 @@ _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def correspondences(
-    points_SVP3: Array,
-    points_mask_SVP: Array,
-    depth_SVP: Array,
-    extrinsic_SV34: Array,
-    intrinsic_SV33: Array,
+    points_SVP3: Float[Array, "S V P 3"],
+    points_mask_SVP: Bool[Array, "S V P"],
+    depth_SVP: Float[Array, "S V P"],
+    extrinsic_SV34: Float[Array, "S V 3 4"],
+    intrinsic_SV33: Float[Array, "S V 3 3"],
     grid: tuple[int, int],
     tolerance: float = 0.1,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Int[jax.Array, "S V V P"], Bool[jax.Array, "S V V P"]]:
     """Returns, for every patch of every view, the patch of every other view that shows its point.
 
     The point at a patch is projected into the other views. A pair is kept if the point lies in
@@ -71,7 +72,9 @@ def correspondences(
     return jax.lax.stop_gradient(index), jax.lax.stop_gradient(mask)
 
 
-def gather_views(value_SVP: Array, index_SVVP: Array) -> jax.Array:
+def gather_views(
+    value_SVP: Float[Array, "S V P"], index_SVVP: Int[Array, "S V V P"]
+) -> Float[jax.Array, "S V V P"]:
     """Returns the values of view b at the patches of `correspondences`: [S, Va, Vb, P]."""
 
     def of_view(value_P, index_VP):
@@ -82,8 +85,10 @@ def gather_views(value_SVP: Array, index_SVVP: Array) -> jax.Array:
 
 
 def reprojection(
-    extrinsic_SV34: Array, intrinsic_SV33: Array, grid: tuple[int, int]
-) -> tuple[jax.Array, jax.Array]:
+    extrinsic_SV34: Float[Array, "S V 3 4"],
+    intrinsic_SV33: Float[Array, "S V 3 3"],
+    grid: tuple[int, int],
+) -> tuple[Float[jax.Array, "S V V P"], Float[jax.Array, "S V V"]]:
     """Returns the affine map from a patch's depth to its depth in another camera.
 
     Depth d at patch p of camera a is unprojected, moved to the world, and moved into camera b. The

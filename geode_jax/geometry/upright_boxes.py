@@ -5,28 +5,33 @@ numbers x + iy. Sizes beside those of `shapes`: i and j boxes of two sets.
 """
 
 import numpy as np
+from jaxtyping import Complex, Float
 
 _SQUARE = np.array([1 + 1j, -1 + 1j, -1 - 1j, 1 - 1j]) / 2
 
 
-def centres(boxes: np.ndarray) -> np.ndarray:
+def centres(boxes: Float[np.ndarray, "N 7"]) -> Complex[np.ndarray, " N"]:
     """Returns the horizontal centres [N] of boxes [N, 7], complex."""
     return boxes[:, 0] + 1j * boxes[:, 1]
 
 
-def footprints(boxes: np.ndarray) -> np.ndarray:
+def footprints(boxes: Float[np.ndarray, "N 7"]) -> Complex[np.ndarray, "4 N"]:
     """Returns the corners [4, N] of the footprints of boxes [N, 7], counter-clockwise, complex."""
     corners = _SQUARE.real[:, None] * boxes[:, 3] + 1j * _SQUARE.imag[:, None] * boxes[:, 4]
     return centres(boxes) + np.exp(1j * boxes[:, 6]) * corners
 
 
-def to_box_plane(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+def to_box_plane(
+    points: Complex[np.ndarray, "*axes"], boxes: Float[np.ndarray, "N 7"]
+) -> Float[np.ndarray, "*axes N 2"]:
     """Returns x, y [..., N, 2] of complex points [...] in the frames of boxes [N, 7]."""
     local = (points[..., None] - centres(boxes)) * np.exp(-1j * boxes[:, 6])
     return local.view(np.float64).reshape(*local.shape, 2)
 
 
-def footprint_gaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def footprint_gaps(
+    a: Float[np.ndarray, "i 7"], b: Float[np.ndarray, "j 7"]
+) -> Float[np.ndarray, "i j"]:
     """Returns the horizontal distance [i, j] between the footprints of boxes a [i, 7] and b [j, 7].
 
     It is 0 if they overlap. Two disjoint rectangles are closest at a corner of one of them, so the
@@ -48,7 +53,7 @@ def _corner_gaps(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return apart[..., 0] | apart[..., 1], (outside[..., 0] + outside[..., 1]).min(0)
 
 
-def box_gaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def box_gaps(a: Float[np.ndarray, "i 7"], b: Float[np.ndarray, "j 7"]) -> Float[np.ndarray, "i j"]:
     """Returns the closest-point distances [i, j] between boxes a [i, 7] and b [j, 7], metres.
 
     A box is its footprint times an interval of heights, so the squared distance is the sum of the

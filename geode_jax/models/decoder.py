@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Bool, Float, Float32, Int, Shaped
 
 from geode_jax import ranges
 from geode_jax.errors import UserError
@@ -135,6 +136,11 @@ class KeyValues(NamedTuple):
     v: Array
 
 
+Cache = list[KeyValues] | list[list[KeyValues]]
+"""Per stage, the keys and values of its blocks: stacked, or of a decoder that `decoding` has
+prepared a list."""
+
+
 class SelfAttention(nnx.Module):
     """Causal self-attention with rotary positions and grouped key heads."""
 
@@ -157,15 +163,20 @@ class SelfAttention(nnx.Module):
         )
 
     def __call__(
-        self, x_BLD: Array, angles, intervals: Intervals, cache: KeyValues | None, offset: Array
-    ) -> tuple[jax.Array, KeyValues]:
+        self,
+        x_BLD: Float[Array, "B L D"],
+        angles,
+        intervals: Intervals,
+        cache: KeyValues | None,
+        offset: Int[Array, ""] | int,
+    ) -> tuple[Float[jax.Array, "B L D"], KeyValues]:
         q, k, v = self.project(x_BLD)
         q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:
             k, v = _append(cache.k, k, offset), _append(cache.v, v, offset)
         return self.out(attention(q, k, v, intervals)), KeyValues(k, v)
 
-    def project(self, x_BLD: Array) -> list[jax.Array]:
+    def project(self, x_BLD: Float[Array, "B L D"]) -> list[Float[jax.Array, "B L _ E"]]:
         """Returns queries [B, L, H, E], keys and values [B, L, G, E]."""
         return [self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)]
 
@@ -197,13 +208,13 @@ class FeedForward(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x: Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*axes D"]) -> Float[jax.Array, "*axes D"]:
         up, *gate = self.widen(x)
         if not gate:
             return self.down(jax.nn.gelu(up, approximate=False))
         return self.down(jax.nn.silu(gate[0]) * up)
 
-    def widen(self, x: Array) -> list[jax.Array]:
+    def widen(self, x: Float[Array, "*axes D"]) -> list[Float[jax.Array, "*axes inner"]]:
         """Returns the products with the matrix `up` and, if there is one, with the gate."""
         return [self.up(x)] if self.gate is None else [self.up(x), self.gate(x)]
 
@@ -217,7 +228,9 @@ class Block(nnx.Module):
         self.mlp_norm = config.make_norm()
         self.mlp = FeedForward(config, rngs=rngs)
 
-    def __call__(self, x_BLD, angles, intervals, cache, offset) -> tuple[jax.Array, KeyValues]:
+    def __call__(
+        self, x_BLD: Float[jax.Array, "B L D"], angles, intervals, cache, offset
+    ) -> tuple[Float[jax.Array, "B L D"], KeyValues]:
         with jax.named_scope("self_attention"):
             out, kv = self.attention(self.attention_norm(x_BLD), angles, intervals, cache, offset)
             x_BLD = x_BLD + out
@@ -251,11 +264,13 @@ class CrossAttention(nnx.Module):
         )
         self.k.kernel[...] = self.q.kernel[...]
 
-    def keys(self, z_SMD: Array) -> KeyValues:
+    def keys(self, z_SMD: Float[Array, "S M D"]) -> KeyValues:
         """Returns keys and values [S, M, H, E] of the vision features, once per scene."""
         return KeyValues(self.k(z_SMD), self.v(z_SMD))
 
-    def __call__(self, x_BLD: jax.Array, seen: KeyValues, seen_length_S: Array) -> jax.Array:
+    def __call__(
+        self, x_BLD: Float[jax.Array, "B L D"], seen: KeyValues, seen_length_S: Int[Array, " S"]
+    ) -> Float[jax.Array, "B L D"]:
         """Adds the attention of each row to the first `seen_length_S` features of its scene.
 
         Rows are in scene order, so B is a multiple of S.
@@ -321,12 +336,12 @@ class Decoder(nnx.Module):
             else Projection((c.width,), (c.vocab_size,), ("embed", "vocab"), bias=False, rngs=rngs)
         )
 
-    def embed(self, ids: Array) -> jax.Array:
-        """Returns token embeddings [..., D] of ids [...] in the dtype of the activations."""
+    def embed(self, ids: Int[Array, "*axes"]) -> Float[jax.Array, "*axes D"]:
+        """Returns token embeddings of ids in the dtype of the activations."""
         return self.embedding[...].astype(self.config.dtype)[ids]
 
-    def logits(self, x: Array) -> jax.Array:
-        """Returns vocabulary logits [..., X], float32, of normed hidden states [..., D]."""
+    def logits(self, x: Float[Array, "*axes D"]) -> Float32[jax.Array, "*axes X"]:
+        """Returns vocabulary logits of normed hidden states."""
         if self.head is not None:
             out = self.head(x)
         else:
@@ -337,12 +352,12 @@ class Decoder(nnx.Module):
     def token_loss(
         self,
         loss: Callable[..., Array],
-        hidden_SLD: Array,
-        ids_SLk: Array,
-        mask_SL: Array,
-        *targets_SL: Array,
+        hidden_SLD: Float[Array, "S L D"],
+        ids_SLk: Int[Array, "S L k"],
+        mask_SL: Bool[Array, "S L"],
+        *targets_SL: Shaped[Array, "S L ..."],
         rest: int | None = None,
-    ) -> jax.Array:
+    ) -> Float32[jax.Array, ""]:
         """Returns the sum of a loss of the tokens' logits; see `ops.cross_entropy.token_loss`."""
         tied = self.head is None
         matrix = self.embedding[...] if self.head is None else self.head.kernel[...]
@@ -350,26 +365,26 @@ class Decoder(nnx.Module):
             loss, hidden_SLD, matrix, ids_SLk, mask_SL, *targets_SL, tied=tied, rest=rest
         )
 
-    def cross_keys(self, z_SMD: Array) -> list[KeyValues | None]:
+    def cross_keys(self, z_SMD: Float[Array, "S M D"]) -> list[KeyValues | None]:
         """Returns every stage's keys and values of the vision features, once per scene."""
         return [None if s.cross is None else s.cross.keys(z_SMD) for s in self.stages]
 
     def run(
         self,
-        x_BLD: Array,
-        positions_BL: Array,
+        x_BLD: Float[Array, "B L D"],
+        positions_BL: Int[Array, "B L"],
         intervals: Intervals,
         *,
-        cache: list[KeyValues] | None = None,
-        offset: Array | int = 0,
+        cache: Cache | None = None,
+        offset: Int[Array, ""] | int = 0,
         seen: list[KeyValues | None] | None = None,
-        seen_length_S: Array | None = None,
-    ) -> tuple[jax.Array, list[KeyValues]]:
+        seen_length_S: Int[Array, " S"] | None = None,
+    ) -> tuple[Float[jax.Array, "B L D"], list]:
         """Returns the normed hidden states of embeddings, and their keys and values.
 
         Args:
             x_BLD: embeddings.
-            positions_BL: rotary positions, int32.
+            positions_BL: rotary positions.
             intervals: visible keys; with a cache, columns count from its start.
             cache: per stage, keys and values [layer, B, M, G, E]; for a decoder that `decoding` has
                 prepared, a list of [B, M, G, E]. The rows' own keys are written at columns
@@ -379,7 +394,7 @@ class Decoder(nnx.Module):
             seen_length_S: valid vision tokens per scene; 0 = no vision.
 
         Returns:
-            Hidden states [B, L, D], and per stage the keys and values, or the updated cache.
+            Hidden states, and per stage the keys and values, or the updated cache.
         """
         c = self.config
         angles = rotary_angles(positions_BL, c.head_width, c.rope_theta, c.dynamic_rope)
@@ -408,28 +423,28 @@ class Decoder(nnx.Module):
 
     def run_prefix(
         self,
-        prefix_SLD: jax.Array,
+        prefix_SLD: Float[jax.Array, "S L D"],
         seen: list[KeyValues | None] | None,
-        seen_length_S: Array | None,
-    ) -> tuple[jax.Array, list[KeyValues]]:
+        seen_length_S: Int[Array, " S"] | None,
+    ) -> tuple[Float[jax.Array, "S L D"], list[KeyValues]]:
         """Runs the embeddings before a scene's text, with a causal mask and positions 0 to L - 1.
 
         Returns:
-            Hidden states [S, L, D], and the keys and values that `fan_out` copies for the text.
+            Hidden states, and the keys and values that `fan_out` copies for the text.
         """
         S, L, _ = prefix_SLD.shape
         positions = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (S, L))
         return self.run(prefix_SLD, positions, causal(S, L), seen=seen, seen_length_S=seen_length_S)
 
-    def __call__(self, tokens_BL: Array) -> jax.Array:
-        """Returns logits [B, L, X] of ids [B, L], as a plain causal language model."""
+    def __call__(self, tokens_BL: Int[Array, "B L"]) -> Float32[jax.Array, "B L X"]:
+        """Returns logits of ids, as a plain causal language model."""
         B, L = tokens_BL.shape
         positions = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
         x, _ = self.run(self.embed(tokens_BL), positions, causal(B, L))
         return self.logits(x)
 
 
-def fan_out(cache: list[KeyValues], copies: int, columns: int = 0) -> list[KeyValues]:
+def fan_out(cache: Cache, copies: int, columns: int = 0) -> list:
     """Returns the keys and values of S prefixes for `copies` rows each, with free columns behind.
 
     [..., S, M, G, E] becomes [..., S * copies, M + columns, G, E], so that all questions of a scene

@@ -15,6 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float
 
 from geode_jax.errors import UserError
 from geode_jax.models.decoder import Decoder, FeedForward, KeyValues, SelfAttention
@@ -39,7 +40,7 @@ class Matrix(nnx.Module):
         biases = [p.bias[...].reshape(-1) for p in projections if p.bias is not None]
         self.bias = nnx.Param(jnp.concatenate(biases)) if biases else None
 
-    def __call__(self, x: Array) -> list[jax.Array]:
+    def __call__(self, x: Float[Array, "..."]) -> list[Float[jax.Array, "..."]]:
         """Returns the result [..., outputs] of each projection."""
         x = x.reshape(*x.shape[: x.ndim - self.contracted], self.rows)
         y = x @ self.kernel[...].astype(x.dtype)
@@ -68,13 +69,13 @@ class FusedAttention(SelfAttention):
         self.qkv = Matrix(own.q, own.k, own.v, int8=int8)
         self.back = Matrix(own.out, int8=int8)
 
-    def project(self, x_BLD: Array) -> list[jax.Array]:
+    def project(self, x_BLD: Float[Array, "B L D"]) -> list[Float[jax.Array, "B L _ E"]]:
         parts = self.qkv(x_BLD)
         return [
             p.reshape(*p.shape[:-1], *shape) for p, shape in zip(parts, self.shapes, strict=True)
         ]
 
-    def out(self, x_BLHE: Array) -> jax.Array:
+    def out(self, x_BLHE: Float[Array, "B L H E"]) -> Float[jax.Array, "B L D"]:
         return self.back(x_BLHE)[0]
 
 
@@ -85,10 +86,10 @@ class FusedFeedForward(FeedForward):
         self.ups = Matrix(*([own.up] if own.gate is None else [own.up, own.gate]), int8=int8)
         self.back = Matrix(own.down, int8=int8)
 
-    def widen(self, x: Array) -> list[jax.Array]:
+    def widen(self, x: Float[Array, "*axes D"]) -> list[Float[jax.Array, "*axes inner"]]:
         return self.ups(x)
 
-    def down(self, x: Array) -> jax.Array:
+    def down(self, x: Float[Array, "*axes inner"]) -> Float[jax.Array, "*axes D"]:
         return self.back(x)[0]
 
 

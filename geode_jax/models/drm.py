@@ -22,6 +22,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Bool, Float, Float32
 
 from geode_jax import ranges
 from geode_jax.models.decoder import CrossAttention, DecoderConfig
@@ -68,8 +69,10 @@ class DrmConfig:
         ranges.check_divides(self, "heads", of="width")
 
 
-def fourier_code(place_3: Array, bands: int) -> jax.Array:
-    """Returns codes [..., 3 + 6 * bands] of places [..., 3], metres: place / 4, sines, cosines.
+def fourier_code(
+    place_3: Float[Array, "*axes 3"], bands: int
+) -> Float32[jax.Array, "*axes {3+6*bands}"]:
+    """Returns codes of places, metres: place / 4, sines, cosines.
 
     Periods halve from 16 m on. Point features need this code, because Sonata's features are centred
     and hold no position.
@@ -80,8 +83,10 @@ def fourier_code(place_3: Array, bands: int) -> jax.Array:
     return jnp.concatenate([place / 4, jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
-def camera_code(extrinsic_34: Array, bands: int) -> jax.Array:
-    """Returns codes [..., 12 + 6 * bands] of camera-from-world poses [..., 3, 4]: axes, place."""
+def camera_code(
+    extrinsic_34: Float[Array, "*axes 3 4"], bands: int
+) -> Float32[jax.Array, "*axes {12+6*bands}"]:
+    """Returns codes of camera-from-world poses: axes, place."""
     pose = jnp.asarray(extrinsic_34, jnp.float32)
     rotation = pose[..., :3]
     # x_camera = R x + t is 0 at x = -R^T t.
@@ -90,7 +95,7 @@ def camera_code(extrinsic_34: Array, bands: int) -> jax.Array:
     return jnp.concatenate([axes, fourier_code(centre, bands)], axis=-1)
 
 
-def spread(mask_SV: Array, most: int) -> jax.Array:
+def spread(mask_SV: Bool[Array, "S V"], most: int) -> Bool[jax.Array, "S V"]:
     """Returns a mask of at most `most` True entries of each row, evenly spaced, with the first."""
     order = jnp.cumsum(mask_SV, axis=1) - 1
     count = jnp.maximum(jnp.sum(mask_SV, axis=1, keepdims=True), 1)
@@ -98,7 +103,9 @@ def spread(mask_SV: Array, most: int) -> jax.Array:
     return jnp.asarray(mask_SV) & ((order * most) % count < most)
 
 
-def sort_rows(x_SLD: jax.Array, key_SL: Array) -> jax.Array:
+def sort_rows(
+    x_SLD: Float[jax.Array, "S L D"], key_SL: Bool[Array, "S L"]
+) -> Float[jax.Array, "S L D"]:
     """Sorts each row, entries with a False key first, stably."""
     order = jnp.argsort(key_SL, axis=1, stable=True)
     return jnp.take_along_axis(x_SLD, order[..., None], axis=1)
@@ -144,18 +151,18 @@ class Drm(nnx.Module):
 
     def __call__(
         self,
-        visual_SVPC: Array,
-        visual_mask_SV: Array,
-        place_SVP3: Array,
-        place_mask_SVP: Array,
-        point_SJC: Array,
-        coord_SJ3: Array,
-        point_mask_SJ: Array,
-        extrinsic_SV34: Array,
-        camera_mask_SV: Array,
-        question_SLD: Array | None = None,
-        question_mask_SL: Array | None = None,
-    ) -> jax.Array:
+        visual_SVPC: Float[Array, "S V P C"],
+        visual_mask_SV: Bool[Array, "S V"],
+        place_SVP3: Float[Array, "S V P 3"],
+        place_mask_SVP: Bool[Array, "S V P"],
+        point_SJC: Float[Array, "S J {self.config.point_width}"],
+        coord_SJ3: Float[Array, "S J 3"],
+        point_mask_SJ: Bool[Array, "S J"],
+        extrinsic_SV34: Float[Array, "S cameras 3 4"],
+        camera_mask_SV: Bool[Array, "S cameras"],
+        question_SLD: Float[Array, "S L {self.config.llm_width}"] | None = None,
+        question_mask_SL: Bool[Array, "S L"] | None = None,
+    ) -> Float[jax.Array, "S {self.config.slots} {self.config.llm_width}"]:
         """Returns E_spatio [S, R, llm_width].
 
         No slot reads another, so the first r slots equal those of a module with r slots: Table 3

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Float32, Int
 
 from geode_jax.errors import UserError
 from geode_jax.models.decoder import Decoder, KeyValues, fan_out
@@ -65,12 +66,14 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} is not above 0 and at most 1")
 
-    def draw(self, logits_BX: Array, step: Array) -> jax.Array:
-        """Samples ids [B] for token number `step` of the answers."""
+    def draw(
+        self, logits_BX: Float[Array, "B X"], step: Int[Array, ""] | int
+    ) -> Int[jax.Array, " B"]:
+        """Samples ids for token number `step` of the answers."""
         return jax.random.categorical(jax.random.fold_in(self.key, step), self.allowed(logits_BX))
 
-    def allowed(self, logits_BX: Array) -> jax.Array:
-        """Returns logits [B, X] at the temperature, minus each row's maximum; -inf if excluded."""
+    def allowed(self, logits_BX: Float[Array, "B X"]) -> Float32[jax.Array, "B X"]:
+        """Returns logits at the temperature, minus each row's maximum; -inf if excluded."""
         logits = jnp.asarray(logits_BX, jnp.float32)
         logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
         X = logits.shape[-1]
@@ -88,16 +91,16 @@ class Sampling:
 def generate(
     decoder: Decoder,
     prefix: list,
-    prompt_SQL: Array,
-    prompt_length_SQ: Array,
+    prompt_SQL: Int[Array, "S Q L"],
+    prompt_length_SQ: Int[Array, "S Q"],
     *,
     max_new_tokens: int,
-    eos_id: int,
+    eos_id: Int[Array, ""] | int,
     states: bool = False,
-    prefix_length_S: Array | None = None,
+    prefix_length_S: Int[Array, " S"] | None = None,
     prompt_prefix: int | None = None,
     seen: list[KeyValues | None] | None = None,
-    seen_length_S: Array | None = None,
+    seen_length_S: Int[Array, " S"] | None = None,
     sampling: Sampling | None = None,
 ) -> Generated:
     """Generates answers to left-padded prompts that share their scene's prefix.
@@ -178,13 +181,13 @@ def generate(
     return Generated(tokens.reshape(S, Q, A), hidden)
 
 
-def text_positions(pad_B: Array, columns: int) -> jax.Array:
-    """Returns positions [B, columns] of left-padded rows; padding has position 0."""
+def text_positions(pad_B: Int[Array, " B"], columns: int) -> Int[jax.Array, "B {columns}"]:
+    """Returns positions of left-padded rows; padding has position 0."""
     column = jnp.arange(columns, dtype=jnp.int32)
     return jnp.maximum(column - pad_B[:, None], 0)
 
 
-def before_end(tokens_A: np.ndarray, eos_id: int) -> list[int]:
+def before_end(tokens_A: Int[np.ndarray, " A"], eos_id: int) -> list[int]:
     """Returns the ids before the first end token."""
     ids = [int(i) for i in tokens_A]
     return ids[: ids.index(eos_id)] if eos_id in ids else ids

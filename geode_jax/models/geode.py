@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, Float32, Int32, UInt8
 
 from geode_jax import ranges
 from geode_jax.errors import UserError
@@ -78,13 +79,15 @@ class Prefix(NamedTuple):
     spatio_SRD: Array | None = None
 
 
-def nearest_patches(grid: int, patch_grid: tuple[int, int]) -> np.ndarray:
+def nearest_patches(grid: int, patch_grid: tuple[int, int]) -> Int32[np.ndarray, " {grid**2}"]:
     """Returns the export's patch at the centre of each of the grid * grid tokens of a frame."""
     row, column = ((np.arange(grid) + 0.5) * size // grid for size in patch_grid)
     return (row[:, None] * patch_grid[1] + column).astype(np.int32).reshape(-1)
 
 
-def encode_frames(encoder: InternViT, image_Bhw3: Array) -> jax.Array:
+def encode_frames(
+    encoder: InternViT, image_Bhw3: UInt8[Array, "B h w 3"]
+) -> Float[jax.Array, "B _ C"]:
     """Returns hidden states [B, 1 + P, C] of uint8 frames, the class token first.
 
     Frames are resized to the encoder's square without keeping their aspect ratio, as InternVL does
@@ -115,7 +118,7 @@ class Geode(nnx.Module):
             else None
         )
 
-    def features(self, batch: Batch) -> jax.Array:
+    def features(self, batch: Batch) -> Float[jax.Array, "S V _ C"]:
         """Returns the encoder's hidden states [S, V, 1 + P, C], stored in the batch or computed."""
         if not batch.image_SVhw3.size:
             return jnp.asarray(batch.vision_SVPC).astype(self.config.vlm.vision.dtype)
@@ -124,13 +127,15 @@ class Geode(nnx.Module):
             hidden = encode_frames(self.vlm.vision, batch.image_SVhw3.reshape(S * V, *frame))
         return hidden.reshape(S, V, *hidden.shape[1:])
 
-    def patch_logits(self, batch: Batch) -> jax.Array:
-        """Returns category logits [S, V, P, c + 1] of the patches; the last class is "none"."""
+    def patch_logits(self, batch: Batch) -> Float32[jax.Array, "S V P {self.config.categories+1}"]:
+        """Returns category logits of the patches; the last class is "none"."""
         assert self.patch_classifier is not None, "the model has no patch classifier"
         return self.patch_classifier(self.features(batch)[:, :, 1:]).astype(jnp.float32)
 
-    def rationale(self, batch: Batch, features_SVLC: Array) -> jax.Array:
-        """Returns E_spatio [S, R, D].
+    def rationale(
+        self, batch: Batch, features_SVLC: Float[Array, "S V L C"]
+    ) -> Float[jax.Array, "S R D"]:
+        """Returns E_spatio.
 
         A module that is conditioned on the question reads the scene's first question, so each scene
         must have one question only.
@@ -211,7 +216,7 @@ class Geode(nnx.Module):
         length_S = jnp.where(jnp.any(batch.view_mask_SV, axis=1), length_S, 0)
         return Prefix(decoder.run_prefix(x, None, None)[1], length_S, spatio)
 
-    def read(self, batch: Batch, prefix: Prefix) -> jax.Array:
+    def read(self, batch: Batch, prefix: Prefix) -> Float[jax.Array, "S _ D"]:
         """Returns states [S, W * T, D] of the packed questions and answers; see `read_packed`."""
         sees = jnp.broadcast_to(prefix.length_S[:, None, None], batch.packed_SWT.shape)
         return read_packed(self.vlm.decoder, batch, prefix.keys, prefix.length_S, sees)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Float32, Int
 
 from geode_jax.models.decoder import Decoder, DecoderConfig
 from geode_jax.models.vit import InternViT, Projector, VitConfig
@@ -38,12 +39,14 @@ class InternVL(nnx.Module):
         self.projector = Projector(c.vision.width, c.decoder.width, rngs=rngs)
         self.decoder = Decoder(c.decoder, rngs=rngs)
 
-    def vision_tokens(self, pixels_Bhw3: Array) -> jax.Array:
+    def vision_tokens(self, pixels_Bhw3: Float[Array, "B h w 3"]) -> Float[jax.Array, "B _ D"]:
         """Returns vision tokens [B, P / 4, D] of B images; see `InternViT`."""
         return self.projector(self.vision(pixels_Bhw3))
 
-    def __call__(self, tokens_BL: Array, pixels_Bhw3: Array) -> jax.Array:
-        """Returns logits [B, L, X] of ids [B, L] that mention the images, in their order."""
+    def __call__(
+        self, tokens_BL: Int[Array, "B L"], pixels_Bhw3: Float[Array, "_ h w 3"]
+    ) -> Float32[jax.Array, "B L X"]:
+        """Returns logits of ids that mention the images, in their order."""
         tokens_BL = jnp.asarray(tokens_BL)
         x_BLD = self.decoder.embed(tokens_BL)
         seen = self.vision_tokens(pixels_Bhw3).reshape(-1, x_BLD.shape[-1]).astype(x_BLD.dtype)

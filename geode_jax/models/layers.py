@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Float32, Int
 
 from geode_jax.shapes import Array
 
@@ -54,7 +55,7 @@ class Projection(nnx.Module):
         self.kernel = param(value, *names, contracted=len(inputs))
         self.bias = param(jnp.zeros(outputs), *names[len(inputs) :]) if bias else None
 
-    def __call__(self, x: Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "..."]) -> Float[jax.Array, "..."]:
         kernel = self.kernel[...].astype(x.dtype)
         inputs, outputs = kernel.shape[: self.contracted], kernel.shape[self.contracted :]
         rows = x.shape[: x.ndim - self.contracted]
@@ -84,7 +85,7 @@ class LayerNorm(nnx.Module):
         self.scale = param(jnp.ones((width,)), None)
         self.bias = param(jnp.zeros((width,)), None)
 
-    def __call__(self, x: Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*axes D"]) -> Float[jax.Array, "*axes D"]:
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
@@ -98,7 +99,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.scale = param(jnp.ones((width,)), None)
 
-    def __call__(self, x: Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*axes D"]) -> Float[jax.Array, "*axes D"]:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         return (y * self.scale[...]).astype(x.dtype)
@@ -111,14 +112,19 @@ class Mlp(nnx.Module):
         self.up = Projection((width_in,), (hidden,), ("embed", "mlp"), bias=True, rngs=rngs)
         self.down = Projection((hidden,), (width_out,), ("mlp", "embed"), bias=True, rngs=rngs)
 
-    def __call__(self, x: Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*axes C"]) -> Float[jax.Array, "*axes D"]:
         return self.down(jax.nn.gelu(self.up(x), approximate=False))
 
 
 def rotary_angles(
-    positions_BL: Array, head_width: int, theta: float, dynamic: tuple[int, float] | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin [B, L, 1, E/2] of rotary positions, float32 (bfloat16 rounds 257 to 256).
+    positions_BL: Int[Array, "B L"],
+    head_width: int,
+    theta: float,
+    dynamic: tuple[int, float] | None = None,
+) -> tuple[
+    Float32[jax.Array, "B L 1 {head_width//2}"], Float32[jax.Array, "B L 1 {head_width//2}"]
+]:
+    """Returns cos and sin of rotary positions, float32 (bfloat16 rounds 257 to 256).
 
     Args:
         positions_BL: whole numbers from 0.
@@ -138,7 +144,10 @@ def rotary_angles(
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x_BLHE: Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(
+    x_BLHE: Float[Array, "B L H E"],
+    angles: tuple[Float[jax.Array, "B L 1 E//2"], Float[jax.Array, "B L 1 E//2"]],
+) -> Float[jax.Array, "B L H E"]:
     """Rotates queries or keys by `rotary_angles`; rotate-half convention, pairs (e, e + E/2)."""
     cos, sin = angles
     a, b = jnp.split(x_BLHE.astype(jnp.float32), 2, axis=-1)

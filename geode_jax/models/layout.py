@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, Float32
 
 from geode_jax.geometry.boxes import encode_boxes, other_code
 from geode_jax.models.layers import Projection, param
@@ -30,7 +31,7 @@ def _box_codes(batch: Batch) -> jax.Array:
     return encode_boxes(jnp.where(known[..., None], batch.target_boxes_SN7, 1.0))
 
 
-def layout_facts(batch: Batch, categories: int) -> jax.Array:
+def layout_facts(batch: Batch, categories: int) -> Float[jax.Array, "S {categories} _"]:
     """Returns facts [S, c, 14 + V] of every category, scaled to about 1.
 
     The facts are: presence; number of boxes / 3; mean box code (`boxes.encode_boxes`); in each view
@@ -71,12 +72,14 @@ class LayoutEncoder(nnx.Module):
         self.slots = param(jax.random.normal(rngs.params(), (categories, width)), None, "embed")
         self.facts = Projection((14 + views,), (width,), (None, "embed"), bias=True, rngs=rngs)
 
-    def __call__(self, batch: Batch) -> jax.Array:
-        """Returns columns [S, c, D] of the scenes' known boxes."""
+    def __call__(self, batch: Batch) -> Float[jax.Array, "S c D"]:
+        """Returns columns of the scenes' known boxes."""
         return self.facts(layout_facts(batch, len(self.slots[...]))) + self.slots[...]
 
-    def distance(self, spatio_SRD: Array, batch: Batch) -> jax.Array:
-        """Returns mean squared differences [S, R] of states [S, R, D] and the first R columns.
+    def distance(
+        self, spatio_SRD: Float[Array, "S R D"], batch: Batch
+    ) -> Float32[jax.Array, "S _"]:
+        """Returns mean squared differences [S, min(R, c)] of the first states and columns.
 
         For a category with boxes, the column's mean code is replaced by each box's own code, and
         the differences are averaged over the boxes. This differs from the difference to the column

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Bool, Float
 
 from geode_jax import ranges
 from geode_jax.models.layers import Projection, RMSNorm, param
@@ -81,14 +82,17 @@ class CausalConvolution(nnx.Module):
         self.bias = param(bias, "inner")
 
     def __call__(
-        self, x_BLI: Array, window_BtI: Array | None, first_BL: Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns the output [B, L, I], and the window for the positions that follow.
+        self,
+        x_BLI: Float[Array, "B L I"],
+        window_BtI: Float[Array, "B t I"] | None,
+        first_BL: Bool[Array, "B L"] | None,
+    ) -> tuple[Float[jax.Array, "B L I"], Float[jax.Array, "B t I"]]:
+        """Returns the output, and the window for the positions that follow.
 
         Args:
             x_BLI: input.
             window_BtI: the taps - 1 inputs before x; None: zeros.
-            first_BL: bool, True at the first position of a segment; None: no segments.
+            first_BL: True at the first position of a segment; None: no segments.
         """
         B, L, channels = x_BLI.shape
         before = self.kernel.shape[0] - 1
@@ -155,8 +159,11 @@ class MambaMixer(nnx.Module):
         )
 
     def __call__(
-        self, x_BLD: Array, cache: MambaCache | None = None, first_BL: Array | None = None
-    ) -> tuple[jax.Array, MambaCache]:
+        self,
+        x_BLD: Float[Array, "B L D"],
+        cache: MambaCache | None = None,
+        first_BL: Bool[Array, "B L"] | None = None,
+    ) -> tuple[Float[jax.Array, "B L D"], MambaCache]:
         """See `MambaBlock`."""
         rank, U = self.config.rank, self.config.states
         x, z = jnp.moveaxis(self.in_proj(x_BLD), -2, 0)
@@ -189,18 +196,21 @@ class MambaBlock(nnx.Module):
         self.mixer = MambaMixer(config, rngs=rngs)
 
     def __call__(
-        self, x_BLD: jax.Array, cache: MambaCache | None = None, first_BL: Array | None = None
-    ) -> tuple[jax.Array, MambaCache]:
+        self,
+        x_BLD: Float[jax.Array, "B L D"],
+        cache: MambaCache | None = None,
+        first_BL: Bool[Array, "B L"] | None = None,
+    ) -> tuple[Float[jax.Array, "B L D"], MambaCache]:
         """Runs any number of positions; decoding runs one at a time.
 
         Args:
             x_BLD: hidden states.
             cache: of the positions before; None: there are none.
-            first_BL: bool, True at the first position of a segment of a packed row, which reads
+            first_BL: True at the first position of a segment of a packed row, which reads
                 nothing before it; None: no segments.
 
         Returns:
-            Hidden states [B, L, D], and the cache for the positions that follow.
+            Hidden states, and the cache for the positions that follow.
         """
         out, cache = self.mixer(self.norm(x_BLD), cache, first_BL)
         return jnp.asarray(x_BLD) + out, cache

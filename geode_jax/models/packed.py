@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from geode_jax.models.decoder import Decoder, KeyValues, fan_out
 from geode_jax.ops.attention import Intervals
@@ -13,20 +14,20 @@ def read_packed(
     decoder: Decoder,
     batch: Batch,
     prefix: list[KeyValues],
-    prefix_length_S: Array,
-    sees_SWT: Array,
+    prefix_length_S: Int[Array, " S"],
+    sees_SWT: Int[Array, "S W T"],
     *,
     seen: list[KeyValues | None] | None = None,
-    seen_length_S: Array | None = None,
-) -> jax.Array:
-    """Returns hidden states [S, W * T, D] of all questions of the scenes with their answers.
+    seen_length_S: Int[Array, " S"] | None = None,
+) -> Float[jax.Array, "S W*T D"]:
+    """Returns hidden states of all questions of the scenes with their answers.
 
     Args:
         decoder: the trunk.
         batch: holds the packed text.
         prefix: keys and values of the prefix embeddings, from `Decoder.run_prefix`.
         prefix_length_S: valid columns of the prefix; the text's positions follow them.
-        sees_SWT: int32, number of prefix columns that each token sees.
+        sees_SWT: number of prefix columns that each token sees.
         seen: result of `Decoder.cross_keys`.
         seen_length_S: valid vision tokens.
     """
@@ -54,8 +55,10 @@ def read_packed(
     return constrain(hidden.reshape(S, W * T, -1), "batch", "length", "width")
 
 
-def pick(hidden_SLD: Array, column: Array) -> jax.Array:
-    """Returns states [S, ..., D] at flat columns [S, ...] of a scene's rows; -1 gives any state."""
+def pick(
+    hidden_SLD: Float[Array, "S L D"], column: Int[Array, " S *places"]
+) -> Float[jax.Array, "S *places D"]:
+    """Returns states at flat columns of a scene's rows; -1 gives any state."""
     flat = jnp.maximum(jnp.asarray(column), 0).reshape(len(column), -1, 1)
     taken = jnp.take_along_axis(hidden_SLD, flat, axis=1)
     taken = constrain(taken, "batch", "length", "width")

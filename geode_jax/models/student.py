@@ -20,6 +20,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Float32
 
 from geode_jax import ranges
 from geode_jax.errors import UserError
@@ -196,19 +197,20 @@ class Student(nnx.Module):
         depth_SD = jnp.sum(jnp.where(mask_SV1, depth_SVD, 0), axis=1) / views
         return pooled + depth_SD[:, None].astype(pooled.dtype)
 
-    def thinking_logits(self, scene: Scene) -> jax.Array:
-        """Returns the logits [S, K, X] at the thinking positions (diagnostic mode, Sec. V-d)."""
+    def thinking_logits(self, scene: Scene) -> Float32[jax.Array, "S K X"]:
+        """Returns the logits at the thinking positions (diagnostic mode, Sec. V-d)."""
         return self.decoder.logits(scene.thinking_SKD)
 
     # --- the questions ---
 
-    def read(self, scene: Scene, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def read(
+        self, scene: Scene, batch: Batch
+    ) -> tuple[Float[jax.Array, "S Q A D"], Float[jax.Array, "S Q D"], Float[jax.Array, "S Q O D"]]:
         """Runs all packed questions of the scenes with their answers (teacher forcing).
 
         Returns:
-            Hidden states [S, Q, A, D] that predict the answer tokens; each question's encoding
-            [S, Q, D], its last state; and the states [S, Q, O, D] at the names of its objects. The
-            question's states have not seen T.
+            Hidden states that predict the answer tokens; each question's encoding, its last state;
+            and the states at the names of its objects. The question's states have not seen T.
         """
         columns = self.config.prefix_length
         hidden = read_packed(
@@ -226,8 +228,10 @@ class Student(nnx.Module):
             pick(hidden, batch.object_column_SQO),
         )
 
-    def patch_logits(self, z_SVPD: Array) -> jax.Array:
-        """Returns category logits [S, V, P, c + 1] of patches; the last class is "none".
+    def patch_logits(
+        self, z_SVPD: Float[Array, "S V P D"]
+    ) -> Float32[jax.Array, "S V P {len(self.config.category_ids)+1}"]:
+        """Returns category logits of patches; the last class is "none".
 
         The weights are the embeddings of the categories' nouns. This puts a patch and its noun into
         one space, so that a question's noun finds its patches by cross-attention.

@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Int
 
 from geode_jax import ranges
 from geode_jax.exports import RELATIONS
@@ -80,8 +81,10 @@ class DepthHead(nnx.Module):
         out = self.cells**2 * self.bins
         self.mlp = Mlp(width, config.width, out, rngs=rngs)
 
-    def __call__(self, z_SVPD: Array, grid: tuple[int, int]) -> jax.Array:
-        """Returns bin logits [S, V, h, w, Z] of features [S, V, P, D], with (h, w) = r * grid."""
+    def __call__(
+        self, z_SVPD: Float[Array, "S V P D"], grid: tuple[int, int]
+    ) -> Float[jax.Array, "S V h w Z"]:
+        """Returns bin logits of features, with (h, w) = r * grid."""
         S, V = z_SVPD.shape[:2]
         r = self.cells
         x = self.mlp(z_SVPD).reshape(S, V, *grid, r, r, self.bins)
@@ -120,7 +123,14 @@ class QueryLayer(nnx.Module):
         self.mlp = Mlp(width, 2 * width, width, rngs=rngs)
         self.norms = nnx.List(LayerNorm(width) for _ in range(3))
 
-    def __call__(self, x_SYD, place_YD, z_SMD, seen: Intervals, everyone: Intervals) -> jax.Array:
+    def __call__(
+        self,
+        x_SYD: Float[jax.Array, "S Y D"],
+        place_YD: Float[jax.Array, "Y D"],
+        z_SMD: Float[jax.Array, "S M D"],
+        seen: Intervals,
+        everyone: Intervals,
+    ) -> Float[jax.Array, "S Y D"]:
         y = self.norms[0](x_SYD) + place_YD
         x_SYD = x_SYD + self.look_out(
             attention(self.look(y), self.look_keys(z_SMD), self.look_values(z_SMD), seen)
@@ -151,7 +161,9 @@ class DetectionHead(nnx.Module):
         self.classes.bias[...] = jnp.full((config.categories,), -2.94, jnp.float32)
         self.boxes = Mlp(w, w, BOX_CODE, rngs=rngs)
 
-    def __call__(self, z_SMD: Array, seen_length_S: Array) -> DetectionOutput:
+    def __call__(
+        self, z_SMD: Float[Array, "S M D"], seen_length_S: Int[Array, " S"]
+    ) -> DetectionOutput:
         z = self.reduce(z_SMD)
         S, (Y, w) = z.shape[0], self.places.shape
         zero = jnp.zeros((S, Y), jnp.int32)
@@ -183,7 +195,9 @@ class SpatialHead(nnx.Module):
         self.places, self.gaps = read(MAX_OBJECTS * 3), read(MAX_OBJECTS)
         self.relations, self.angle, self.value = read(len(RELATIONS)), read(2), read(1)
 
-    def __call__(self, question_SQD: Array, names_SQOD: Array) -> SpatialOutput:
+    def __call__(
+        self, question_SQD: Float[Array, "S Q D"], names_SQOD: Float[Array, "S Q O D"]
+    ) -> SpatialOutput:
         question, names = question_SQD.astype(jnp.float32), names_SQOD.astype(jnp.float32)
         return SpatialOutput(
             relations_SQr=self.relations(question),

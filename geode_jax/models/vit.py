@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float
 
 from geode_jax import ranges
 from geode_jax.models.layers import LayerNorm, Mlp, Projection, param, stack
@@ -83,7 +84,7 @@ class VitAttention(nnx.Module):
             heads, (c.width,), ("heads", "head_dim", "embed"), bias=True, rngs=rngs
         )
 
-    def __call__(self, x_BLD: Array) -> jax.Array:
+    def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[jax.Array, "B L D"]:
         q, k, v = jnp.moveaxis(self.qkv(x_BLD), 2, 0)
         zero = jnp.zeros((x_BLD.shape[0], 1), jnp.int32)
         return self.out(attention(q, k, v, Intervals(zero, zero, zero + x_BLD.shape[1])))
@@ -101,7 +102,7 @@ class VitBlock(nnx.Module):
         self.mlp = Mlp(c.width, c.mlp_width, c.width, rngs=rngs)
         self.mlp_scale = param(jnp.full((c.width,), LAYER_SCALE, jnp.float32), None)
 
-    def __call__(self, x: Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[jax.Array, "B L D"]:
         with jax.named_scope("self_attention"):
             scale = self.attention_scale[...].astype(x.dtype)
             x = x + scale * self.attention(self.attention_norm(x))
@@ -124,7 +125,9 @@ class InternViT(nnx.Module):
         )
         self.blocks = stack(lambda r: VitBlock(c, rngs=r), c.layers, rngs)
 
-    def __call__(self, pixels_Bhw3: Array) -> jax.Array:
+    def __call__(
+        self, pixels_Bhw3: Float[Array, "B h w 3"]
+    ) -> Float[jax.Array, "B {1+self.config.grid**2} D"]:
         """Returns hidden states [B, 1 + P, D] of images: class token, then patches row-major.
 
         Args:
@@ -145,7 +148,7 @@ class InternViT(nnx.Module):
         return jax.lax.scan(body, constrain(x, "batch", "length", "width"), self.blocks)[0]
 
 
-def pixel_shuffle(x_BghD: jax.Array) -> jax.Array:
+def pixel_shuffle(x_BghD: Float[jax.Array, "B g h D"]) -> Float[jax.Array, "B g//2 h//2 4*D"]:
     """Returns [B, g/2, h/2, 4D] of [B, g, h, D]: four neighbours, row-major, become one token.
 
     This is version 2 of InternVL's pixel shuffle; version 1 gives a transposed grid.
@@ -162,7 +165,7 @@ class Projector(nnx.Module):
         self.norm = LayerNorm(4 * vision_width)
         self.mlp = Mlp(4 * vision_width, width, width, rngs=rngs)
 
-    def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
+    def __call__(self, hidden_BLD: Float[jax.Array, "B L D"]) -> Float[jax.Array, "B (L-1)//4 _"]:
         """Returns vision tokens [B, P / 4, width] of hidden states [B, 1 + P, D] of `InternViT`."""
         B, L, D = hidden_BLD.shape
         side = round((L - 1) ** 0.5)

@@ -5,14 +5,15 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from flax import nnx
 from flax.nnx import filterlib
+from jaxtyping import Float, Float32, Int, Shaped
 
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.models.generate import Sampling
 from geode_jax.models.internvl import InternVLConfig
 from geode_jax.shapes import Array, Batch
 
-Pair = tuple[Array, Array]
-"""One loss as (sum, count) over the examples that carry its target; both are float32 scalars."""
+Pair = tuple[Float32[Array, ""], Float32[Array, ""]]
+"""One loss as (sum, count) over the examples that carry its target."""
 
 Terms = dict[str, Pair]
 """Loss name -> (sum, count)."""
@@ -52,7 +53,7 @@ class TrainingObjective(Protocol[ModelT]):
         """Returns every loss as (sum, count)."""
         ...
 
-    def total(self, model: ModelT, terms: Terms) -> tuple[Array, dict]:
+    def total(self, model: ModelT, terms: Terms) -> tuple[Float[Array, ""], dict]:
         """Returns the total loss and, for the log, the weights of its terms.
 
         The total is linear in the sums of `terms`, which are those of a whole batch.
@@ -110,9 +111,9 @@ class Objective(TrainingObjective[ModelT], Protocol[ModelT]):
         model: ModelT,
         encoded: Any,
         batch: Batch,
-        eos_id: int,
+        eos_id: Int[Array, ""] | int,
         sampling: Sampling | None = None,
-    ) -> dict[str, Array]:
+    ) -> dict[str, Shaped[Array, "S ..."]]:
         """Generates answers to the batch's questions.
 
         Args:

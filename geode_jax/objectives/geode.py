@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Bool, Float, Int, Shaped
 
 from geode_jax import ranges
 from geode_jax.data.control import answer_unit
@@ -37,7 +38,7 @@ from geode_jax.models.geode import Geode, GeodeConfig, Part, Prefix
 from geode_jax.models.internvl import InternVLConfig
 from geode_jax.models.layout import LayoutEncoder
 from geode_jax.models.packed import pick
-from geode_jax.objectives import losses
+from geode_jax.objectives import losses, totals
 from geode_jax.objectives.base import Pair, Terms
 from geode_jax.objectives.spatial import spatial_head_terms
 from geode_jax.objectives.text import text_term
@@ -234,9 +235,9 @@ class GeodeStage:
         model: Geode,
         encoded: Prefix,
         batch: Batch,
-        eos_id: int,
+        eos_id: Int[Array, ""] | int,
         sampling: Sampling | None = None,
-    ) -> dict[str, Array]:
+    ) -> dict[str, Shaped[Array, "S ..."]]:
         """Generates answers to a batch's questions, at most A tokens each.
 
         Returns:
@@ -263,7 +264,7 @@ class GeodeStage:
 
     def decode_answer(
         self,
-        answers: Mapping[str, np.ndarray],
+        answers: Mapping[str, Shaped[np.ndarray, "S ..."]],
         place: tuple[int, int],
         record: Mapping[str, Any],
         tokenizer: Tokenizer,
@@ -292,7 +293,7 @@ class GeodeStage:
                 text += " " + " ".join(f"{x:.2f}" for x in numbers)
         return {"prediction": (text + tokenizer.decode(words)).strip()} | regressed
 
-    def total(self, model: Geode, terms: Terms) -> tuple[Array, dict]:
+    def total(self, model: Geode, terms: Terms) -> tuple[Float[Array, ""], dict]:
         """Returns eq. 4 or eq. 7, and the weights for the log."""
         c = self.config
         weights = {
@@ -304,10 +305,12 @@ class GeodeStage:
             "values": c.regression_weight,
             "boxes": c.regression_weight,
         }
-        return losses.static_total(terms, {name: weights[name.split("/")[0]] for name in terms})
+        return totals.static_total(terms, {name: weights[name.split("/")[0]] for name in terms})
 
 
-def layout_alignment(spatio_SRD: Array, layout: LayoutEncoder, batch: Batch) -> Pair:
+def layout_alignment(
+    spatio_SRD: Float[Array, "S R D"], layout: LayoutEncoder, batch: Batch
+) -> Pair:
     """`LayoutEncoder.distance` of E_spatio, in scenes whose boxes are known; count = slots.
 
     Slot i is compared with category i; further slots or categories are left out.
@@ -317,7 +320,12 @@ def layout_alignment(spatio_SRD: Array, layout: LayoutEncoder, batch: Batch) -> 
     return losses.masked_sum(error_SR, known_SR)
 
 
-def value_regression(codes: Array, values: Array, base_unit: Array, mask: Array) -> Pair:
+def value_regression(
+    codes: Float[Array, "*axes"],
+    values: Float[Array, "*axes"],
+    base_unit: Float[Array, "*axes"],
+    mask: Bool[Array, "*axes"],
+) -> Pair:
     """Eq. 6 on values: squared error of the codes of `drh.encode_values`; count = values."""
     mask = jnp.asarray(mask)
     target = encode_values(losses.keep(values, mask, 1.0), base_unit)
@@ -325,7 +333,9 @@ def value_regression(codes: Array, values: Array, base_unit: Array, mask: Array)
     return jnp.sum(jnp.square(error)), jnp.sum(mask, dtype=jnp.float32)
 
 
-def box_regression(codes_8: Array, boxes_7: Array, mask: Array) -> Pair:
+def box_regression(
+    codes_8: Float[Array, "*axes 8"], boxes_7: Float[Array, "*axes 7"], mask: Bool[Array, "*axes"]
+) -> Pair:
     """Eq. 6 on boxes: squared error to the nearer of a box's two codes; count = boxes.
 
     The codes are those of `geometry.boxes.encode_boxes`, see `geometry.boxes.nearer_code`.

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, Int, Shaped
 
 from geode_jax import ranges
 from geode_jax.data.pipeline import QUESTION_TARGETS
@@ -37,7 +38,7 @@ from geode_jax.geometry.correspondence import correspondences
 from geode_jax.models.generate import Sampling, before_end, generate
 from geode_jax.models.layers import param
 from geode_jax.models.student import Scene, Student, StudentConfig, StudentOutput
-from geode_jax.objectives import losses
+from geode_jax.objectives import losses, totals
 from geode_jax.objectives.base import ScenePrediction, Terms
 from geode_jax.objectives.spatial import spatial_head_terms
 from geode_jax.objectives.text import text_term
@@ -96,7 +97,7 @@ class HiddenCoTConfig:
     temperature: float = 1.0
     literal_cross_view: bool = False
     vision: bool = True
-    log_variance_bounds: tuple[float, float] = losses.LOG_VARIANCE_BOUNDS
+    log_variance_bounds: tuple[float, float] = totals.LOG_VARIANCE_BOUNDS
 
     def __post_init__(self):
         fields = {"weights": ranges.one_of(("uncertainty", "static"))}
@@ -178,9 +179,9 @@ class HiddenCoT:
         model: HiddenCoTModel,
         encoded: Scene,
         batch: Batch,
-        eos_id: int,
+        eos_id: Int[Array, ""] | int,
         sampling: Sampling | None = None,
-    ) -> dict[str, Array]:
+    ) -> dict[str, Shaped[Array, "S ..."]]:
         """Generates answers to a batch's questions, at most A tokens each.
 
         Returns:
@@ -206,7 +207,7 @@ class HiddenCoT:
 
     def decode_answer(
         self,
-        answers: Mapping[str, np.ndarray],
+        answers: Mapping[str, Shaped[np.ndarray, "S ..."]],
         place: tuple[int, int],
         record: Mapping[str, Any],
         tokenizer: Tokenizer,
@@ -232,19 +233,19 @@ class HiddenCoT:
             jnp.max(probability, axis=-1),
         )
 
-    def total(self, model: HiddenCoTModel, terms: Terms) -> tuple[Array, dict]:
+    def total(self, model: HiddenCoTModel, terms: Terms) -> tuple[Float[Array, ""], dict]:
         """Returns eq. 2, or the static ablation, and the weight of each term for the log."""
         grouped = {}
         for term in self.config.terms:
             parts = {name: pair for name, pair in terms.items() if term_of(name) == term}
             if parts:
                 inside = [WEIGHTS_INSIDE.get(name, 1.0) for name in parts]
-                grouped[term] = losses.combine(list(parts.values()), inside)
+                grouped[term] = totals.combine(list(parts.values()), inside)
         if self.config.weights == "static":
-            total, weights = losses.static_total(grouped, dict.fromkeys(grouped, 1.0))
+            total, weights = totals.static_total(grouped, dict.fromkeys(grouped, 1.0))
         else:
             log_variance = {name: model.log_variance[name][...] for name in grouped}
-            total, weights = losses.uncertainty_total(
+            total, weights = totals.uncertainty_total(
                 grouped, log_variance, self.config.log_variance_bounds
             )
         return total, weights
@@ -255,8 +256,10 @@ def term_of(name: str) -> str:
     return name.split("/")[0]
 
 
-def patch_depth_logits(depth_logits_SVhwZ: Array, grid: tuple[int, int]) -> jax.Array:
-    """Returns the log of the mean bin probabilities of each patch's r x r cells, [S, V, P, Z]."""
+def patch_depth_logits(
+    depth_logits_SVhwZ: Float[Array, "S V h w Z"], grid: tuple[int, int]
+) -> Float[jax.Array, "S V P Z"]:
+    """Returns the log of the mean bin probabilities of each patch's r x r cells."""
     S, V, h, w, Z = depth_logits_SVhwZ.shape
     gh, gw = grid
     prob = jax.nn.softmax(depth_logits_SVhwZ, axis=-1)

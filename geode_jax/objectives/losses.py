@@ -1,22 +1,21 @@
 """The losses of the Hidden-CoT paper (Sec. III-D) as pure functions, each with its source.
 
 Every loss returns `(sum, count)`, two float32 scalars. Both are added up over microbatches and
-devices; then means are taken (`mean`, `combine`) and weighted (`uncertainty_total`, eq. 2, or
-`static_total`). Masked values change neither the loss nor a gradient, even if they are NaN. An
-example without a target is not counted; a count of 0 comes with a sum of 0.
+devices; `objectives.totals` takes their means and the weighted total. Masked values change neither
+the loss nor a gradient, even if they are NaN. An example without a target is not counted; a count
+of 0 comes with a sum of 0.
 
-Masks are bool, True = counted, and may lack trailing axes: a mask [S] holds for whole scenes. `...`
-in a shape means any leading axes; the other letters are those of `geode_jax.shapes`. Sizes beside
-those: n any number of entries, 8 the numbers of an encoded box.
+Masks are bool, True = counted, and may lack trailing axes: a mask [S] holds for whole scenes.
+`*axes` in a shape stands for any leading axes; the other letters are those of `geode_jax.shapes`.
+Sizes beside those: n any number of entries, 8 the numbers of an encoded box.
 """
 
-import functools
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp, xlogy
+from jaxtyping import Bool, Float, Float32, Int, Int32, Num, Shaped
 from optax.assignment import hungarian_algorithm
 
 from geode_jax import targets
@@ -32,19 +31,21 @@ TERMS = (
 )  # fmt: skip
 """The terms i of eq. 2."""
 
-LOG_VARIANCE_BOUNDS = (-7.0, 7.0)
-"""Bounds of log sigma^2: weights 1 / (2 sigma^2) from 548 (the paper saw up to 450) to 0.0005."""
-
 BOX_L1_WEIGHT, BOX_GIOU_WEIGHT, BOX_CLASS_WEIGHT = 1.0, 2.0, 2.0
 """Weights in the detection term and in its matching cost, of the order of DETR's (2005.12872)."""
 
+Mask = Bool[Array, "..."] | bool
+"""True = counted; may lack trailing axes, down to one bool for all entries."""
 
-def masked_sum(loss: jax.Array, mask: jax.Array) -> Pair:
+
+def masked_sum(loss: Float[Array, "*axes"], mask: Bool[Array, "*axes"]) -> Pair:
     """Returns the sum of the entries where the mask is True, and their count."""
     return jnp.sum(jnp.where(mask, loss, 0.0)), jnp.sum(mask, dtype=jnp.float32)
 
 
-def keep(value: Array, mask: jax.Array, fill: float = 0.0) -> jax.Array:
+def keep(
+    value: Num[Array, "*axes"], mask: Bool[Array, "..."], fill: float = 0.0
+) -> Float32[jax.Array, "*axes"]:
     """Returns the values as float32, with `fill` where the mask, which may lack axes, is False.
 
     Masking the loss alone is not enough: in the gradient, 0 * NaN is NaN.
@@ -54,7 +55,7 @@ def keep(value: Array, mask: jax.Array, fill: float = 0.0) -> jax.Array:
     return jnp.where(mask, value, fill)
 
 
-def _mask(mask: Array, shape: tuple[int, ...]) -> jax.Array:
+def _mask(mask: Mask, shape: tuple[int, ...]) -> jax.Array:
     mask = jnp.asarray(mask, bool)
     return jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)
 
@@ -62,13 +63,14 @@ def _mask(mask: Array, shape: tuple[int, ...]) -> jax.Array:
 # Text (Sec. III-D.1)
 
 
-def cross_entropy(logits_X: Array, labels: Array, mask: Array) -> Pair:
+def cross_entropy(
+    logits_X: Float[Array, "*axes X"], labels: Int[Array, "*axes"], mask: Mask
+) -> Pair:
     """Token cross-entropy, Sec. III-D.1; count = tokens.
 
     Args:
-        logits_X: [..., X], any float dtype; the log-sum-exp runs in float32.
-        labels: int [...]; negative labels (-100 by convention) are not counted.
-        mask: [...].
+        logits_X: any float dtype; the log-sum-exp runs in float32.
+        labels: negative labels (-100 by convention) are not counted.
     """
     mask = _mask(mask, labels.shape) & (labels >= 0)
     logits_X = keep(logits_X, mask)
@@ -77,22 +79,21 @@ def cross_entropy(logits_X: Array, labels: Array, mask: Array) -> Pair:
     return masked_sum(logsumexp(logits_X, axis=-1) - picked, mask)
 
 
-def token_cross_entropy(scores: Scores, mask: Array) -> Array:
+def token_cross_entropy(scores: Scores, mask: Bool[Array, " n"]) -> Float[Array, ""]:
     """`cross_entropy` for `ops.cross_entropy.token_loss`: the sum alone, of n tokens.
 
     Args:
         scores: whose first listed id is the label.
-        mask: [n].
     """
     return jnp.sum(keep(scores.lse_n - scores.listed_nk[:, 0], jnp.asarray(mask)))
 
 
 def distillation(
-    score_k: Array,
-    rest: Array,
-    topk_id_k: Array,
-    topk_logprob_k: Array,
-    mask: Array,
+    score_k: Float[Array, "*axes k"],
+    rest: Float[Array, "*axes"],
+    topk_id_k: Int[Array, "*axes k"],
+    topk_logprob_k: Float[Array, "*axes k"],
+    mask: Mask,
     temperature: float = 1.0,
 ) -> Pair:
     """Distillation of the teacher's top-k logits, Sec. III-D.1 and Hinton et al. [12].
@@ -111,12 +112,12 @@ def distillation(
     full KL at T. The paper writes cross-entropy, which has the same gradient.
 
     Args:
-        score_k: [..., k], the student's logits of the listed tokens, of `ops.cross_entropy`.
-        rest: [...], log-sum-exp of the unlisted logits, -inf where there are none.
-        topk_id_k: int [..., k], distinct; an entry with a negative id or log-probability -inf is
+        score_k: the student's logits of the listed tokens, of `ops.cross_entropy`.
+        rest: log-sum-exp of the unlisted logits, -inf where there are none.
+        topk_id_k: distinct; an entry with a negative id or log-probability -inf is
             padding.
-        topk_logprob_k: [..., k], normalised over the whole vocabulary at temperature 1.
-        mask: [...]; positions without any entry are not counted.
+        topk_logprob_k: normalised over the whole vocabulary at temperature 1.
+        mask: positions without any entry are not counted.
         temperature: T > 0, a Python number.
 
     Returns:
@@ -146,19 +147,21 @@ def distillation(
 # Depth (Sec. III-D.2)
 
 
-def depth_l1(depth: Array, target: Array, mask: Array) -> Pair:
+def depth_l1(depth: Float[Array, "*axes"], target: Float[Array, "*axes"], mask: Mask) -> Pair:
     """|depth - target| in metres over known pixels (target > 0), Sec. III-D.2; count = pixels."""
     mask = _mask(mask, target.shape) & (target > 0)
     return masked_sum(jnp.abs(keep(depth, mask) - keep(target, mask)), mask)
 
 
-def depth_bin_centres(bins: int) -> jax.Array:
-    """Returns centres [Z] of the depth bins in metres, float32; see `targets.depth_bin_centres`."""
+def depth_bin_centres(bins: int) -> Float32[jax.Array, " Z"]:
+    """Returns the centres of the depth bins in metres, float32; see `targets.depth_bin_centres`."""
     return jnp.asarray(targets.depth_bin_centres(bins), jnp.float32)
 
 
-def expected_depth(logits_Z: Array, centres_Z: Array) -> jax.Array:
-    """Returns the depth [...] in metres of a distribution over bins: exp of the mean log centre.
+def expected_depth(
+    logits_Z: Float[Array, "*axes Z"], centres_Z: Float[Array, " Z"]
+) -> Float32[jax.Array, "*axes"]:
+    """Returns the depth in metres of a distribution over bins: exp of the mean log centre.
 
     In log depth the bins are even, so this inverts `assign_bins` exactly; a mean in metres would
     not. For probabilities pass their logarithm.
@@ -167,8 +170,10 @@ def expected_depth(logits_Z: Array, centres_Z: Array) -> jax.Array:
     return jnp.exp(jnp.sum(prob_Z * jnp.log(centres_Z), axis=-1))
 
 
-def assign_bins(depth: Array, centres_Z: Array) -> jax.Array:
-    """Returns weights [..., Z] of the two centres nearest to a depth [...] > 0, in log depth.
+def assign_bins(
+    depth: Float[Array, "*axes"], centres_Z: Float[Array, " Z"]
+) -> Float[jax.Array, "*axes Z"]:
+    """Returns the weights of the two centres nearest to a depth > 0, in log depth.
 
     A depth beyond the first or last centre has weight 1 on that centre.
     """
@@ -177,13 +182,16 @@ def assign_bins(depth: Array, centres_Z: Array) -> jax.Array:
     return jnp.maximum(1.0 - jnp.abs(position[..., None] - bin_Z), 0.0)
 
 
-def depth_bin_ce(logits_Z: Array, target: Array, mask: Array, centres_Z: Array) -> Pair:
+def depth_bin_ce(
+    logits_Z: Float[Array, "*axes Z"],
+    target: Float[Array, "*axes"],
+    mask: Mask,
+    centres_Z: Float[Array, " Z"],
+) -> Pair:
     """Cross-entropy over depth bins, Sec. III-D.2; count = known pixels (target > 0).
 
     Args:
-        logits_Z: [..., Z].
-        target: [...] metres, turned into the weights of `assign_bins`.
-        mask: [...].
+        target: metres, turned into the weights of `assign_bins`.
         centres_Z: increasing metres, of `depth_bin_centres`.
     """
     mask = _mask(mask, target.shape) & (target > 0)
@@ -192,14 +200,16 @@ def depth_bin_ce(logits_Z: Array, target: Array, mask: Array, centres_Z: Array) 
     return masked_sum(-jnp.sum(weight_Z * log_prob_Z, axis=-1), mask)
 
 
-def depth_bin_kl(logits_Z: Array, teacher_probs_Z: Array, mask: Array) -> Pair:
+def depth_bin_kl(
+    logits_Z: Float[Array, "*axes Z"],
+    teacher_probs_Z: Float[Array, "*axes Z"],
+    mask: Mask,
+) -> Pair:
     """KL(teacher || student) over depth bins, Sec. III-D.2; count = pixels with a teacher.
 
     Args:
-        logits_Z: [..., Z].
-        teacher_probs_Z: [..., Z], normalised here because float16 rounds them; a row of zeros is no
+        teacher_probs_Z: normalised here because float16 rounds them; a row of zeros is no
             target.
-        mask: [...].
     """
     mask = _mask(mask, teacher_probs_Z.shape[:-1])
     mask &= jnp.sum(keep(teacher_probs_Z, mask), axis=-1) > 0
@@ -212,16 +222,18 @@ def depth_bin_kl(logits_Z: Array, teacher_probs_Z: Array, mask: Array) -> Pair:
 # Detection (Sec. III-D.2)
 
 
-def match(cost_NY: Array, mask_N: Array) -> jax.Array:
+def match(
+    cost_NY: Float[Array, "*axes N Y"], mask_N: Bool[Array, "*axes N"]
+) -> Int32[jax.Array, "*axes N"]:
     """Assigns boxes to queries one to one at the lowest total cost (Hungarian algorithm).
 
     Args:
-        cost_NY: [..., N, Y]; entries that are not finite are replaced by 1e4.
-        mask_N: [..., N], False = padding. Padding costs more than any real difference, so that it
+        cost_NY: entries that are not finite are replaced by 1e4.
+        mask_N: False = padding. Padding costs more than any real difference, so that it
             takes no query from a box where boxes outnumber queries.
 
     Returns:
-        int32 [..., N]: the query of each box; -1 for padding and for boxes left over when N > Y.
+        The query of each box; -1 for padding and for boxes left over when N > Y.
     """
     N = cost_NY.shape[-2]
     mask_NY = jnp.broadcast_to(jnp.asarray(mask_N, bool)[..., None], cost_NY.shape)
@@ -252,9 +264,9 @@ def _focal(logits: jax.Array, target: jax.Array | float, alpha: float, gamma: fl
 
 
 def focal_loss(
-    class_logits_SYc: Array,
-    target_SY: Array,
-    known_S: Array,
+    class_logits_SYc: Float[Array, "S Y c"],
+    target_SY: Int[Array, "S Y"],
+    known_S: Mask,
     alpha: float = 0.25,
     gamma: float = 2.0,
 ) -> Pair:
@@ -262,7 +274,7 @@ def focal_loss(
 
     Args:
         class_logits_SYc: one binary decision per category; no object = all of them negative.
-        target_SY: int category of each query, -1 = no object.
+        target_SY: category of each query, -1 = no object.
         known_S: scenes whose boxes are all known; the others are not counted.
         alpha: weight of the positive decisions.
         gamma: exponent that reduces the weight of decisions that are already right.
@@ -297,7 +309,11 @@ def _encode_known(target_boxes_N7: Array, mask_N: jax.Array) -> jax.Array:
     return encode_boxes(keep(target_boxes_N7, mask_N, 1.0))
 
 
-def box_loss(boxes_N8: Array, target_boxes_N7: Array, mask_N: Array) -> Pair:
+def box_loss(
+    boxes_N8: Float[Array, "*axes N 8"],
+    target_boxes_N7: Float[Array, "*axes N 7"],
+    mask_N: Mask,
+) -> Pair:
     """Localisation loss of matched boxes, Sec. III-D.2; count = boxes.
 
         BOX_L1_WEIGHT |box - target|_1 + BOX_GIOU_WEIGHT (1 - GIoU(box, target))
@@ -309,9 +325,8 @@ def box_loss(boxes_N8: Array, target_boxes_N7: Array, mask_N: Array) -> Pair:
     box turns, and both codes of a prediction cost the same.
 
     Args:
-        boxes_N8: predictions [..., N, 8], encoded.
-        target_boxes_N7: [..., N, 7] in the order of the predictions.
-        mask_N: [..., N].
+        boxes_N8: predictions, encoded.
+        target_boxes_N7: in the order of the predictions.
     """
     mask = _mask(mask_N, target_boxes_N7.shape[:-1])
     target = _encode_known(target_boxes_N7, mask)
@@ -327,11 +342,11 @@ class Detection(NamedTuple):
 
 
 def detection(
-    class_logits_SYc: Array,
-    boxes_SY8: Array,
-    target_boxes_SN7: Array,
-    target_labels_SN: Array,
-    known_S: Array,
+    class_logits_SYc: Float[Array, "S Y c"],
+    boxes_SY8: Float[Array, "S Y 8"],
+    target_boxes_SN7: Float[Array, "S N 7"],
+    target_labels_SN: Int[Array, "S N"],
+    known_S: Mask,
 ) -> Detection:
     """Set prediction of 3D boxes, Sec. III-D.2: Hungarian matching, focal and box loss.
 
@@ -339,10 +354,10 @@ def detection(
     to the focal loss of its category (Deformable DETR, 2010.04159). It gets no gradient.
 
     Args:
-        class_logits_SYc: of Y queries.
+        class_logits_SYc: of the queries.
         boxes_SY8: encoded boxes of the queries.
         target_boxes_SN7: world frame, metres.
-        target_labels_SN: int category, -1 = no box.
+        target_labels_SN: category, -1 = no box.
         known_S: scenes whose boxes are all known; the others are not counted.
     """
     known = _mask(known_S, target_labels_SN.shape[:1])
@@ -368,37 +383,40 @@ def detection(
     )
 
 
-def take_matched(value_SY: Array, query_SN: Array) -> jax.Array:
-    """Returns the matched query's value for each box, [S, N, ...] (query 0 where there is none)."""
+def take_matched(
+    value_SY: Shaped[Array, "S Y *rest"], query_SN: Int[Array, "S N"]
+) -> Shaped[jax.Array, "S N *rest"]:
+    """Returns the matched query's value for each box (query 0 where there is none)."""
     return jax.vmap(lambda value, query: value[query])(value_SY, jnp.maximum(query_SN, 0))
 
 
 # Spatial and multi-view terms (Sec. III-D.2 and III-D.3)
 
 
-def squared_distance(student_F: Array, teacher_F: Array, mask: Array) -> Pair:
+def squared_distance(
+    student_F: Float[Array, "*axes F"], teacher_F: Float[Array, "*axes F"], mask: Mask
+) -> Pair:
     """|student - teacher|^2 over the last axis; count = True entries of the mask.
 
     With features F_s and F_t of cells (v, i, j) it is the first term of eq. 1; with probabilities
     the "feature-alignment of detector probabilities, spatial distributions", Sec. III-D.2.
 
     Args:
-        student_F: [..., F].
-        teacher_F: [..., F], which gets no gradient.
-        mask: [...].
+        teacher_F: which gets no gradient.
     """
     mask = _mask(mask, student_F.shape[:-1])
     teacher_F = jax.lax.stop_gradient(keep(teacher_F, mask))
     return masked_sum(jnp.sum(jnp.square(keep(student_F, mask) - teacher_F), axis=-1), mask)
 
 
-def log_depth_distance(student: Array, teacher: Array, mask: Array) -> Pair:
+def log_depth_distance(
+    student: Float[Array, "*axes"], teacher: Float[Array, "*axes"], mask: Mask
+) -> Pair:
     """Squared difference of log depths, Sec. III-D.2's alignment of "depth hints"; count = cells.
 
     Args:
-        student: [...] metres > 0, such as `expected_depth` of bins.
-        teacher: [...] metres, 0 where unknown, which gets no gradient.
-        mask: [...].
+        student: metres > 0, such as `expected_depth` of bins.
+        teacher: metres, 0 where unknown, which gets no gradient.
     """
     mask = _mask(mask, student.shape) & (teacher > 0)
     student, teacher = (jnp.log(keep(x, mask, 1.0))[..., None] for x in (student, teacher))
@@ -411,7 +429,11 @@ def _inverse_norm(x_F: jax.Array) -> jax.Array:
 
 
 def cross_view(
-    student_SVPF: Array, index_SVVP: Array, mask_SVVP: Array, *, literal_sign: bool = False
+    student_SVPF: Float[Array, "S V P F"],
+    index_SVVP: Int[Array, "S V V P"],
+    mask_SVVP: Bool[Array, "S V V P"],
+    *,
+    literal_sign: bool = False,
 ) -> Pair:
     """Second term of eq. 1, cross-view consistency of the student's features; count = pairs.
 
@@ -448,12 +470,12 @@ def cross_view(
 
 
 def multi_view_consistency(
-    depth_SVP: Array,
-    extrinsic_SV34: Array,
-    intrinsic_SV33: Array,
+    depth_SVP: Float[Array, "S V P"],
+    extrinsic_SV34: Float[Array, "S V 3 4"],
+    intrinsic_SV33: Float[Array, "S V 3 3"],
     grid: tuple[int, int],
-    index_SVVP: Array,
-    mask_SVVP: Array,
+    index_SVVP: Int[Array, "S V V P"],
+    mask_SVVP: Bool[Array, "S V V P"],
 ) -> Pair:
     """L2 "consistency of student predictions across views", Sec. III-D.2; count = pairs of cells.
 
@@ -476,7 +498,7 @@ def multi_view_consistency(
     return masked_sum(jnp.square(moved - there), mask)
 
 
-def binary_kl(logit: Array, prob: Array, mask: Array) -> Pair:
+def binary_kl(logit: Float[Array, "*axes"], prob: Float[Array, "*axes"], mask: Mask) -> Pair:
     """KL(Bernoulli(prob) || Bernoulli(sigmoid(logit))), Sec. III-D.2; count = entries.
 
     "KL on left/right and above/below distributions"; used for the four relations too. For a target
@@ -489,111 +511,28 @@ def binary_kl(logit: Array, prob: Array, mask: Array) -> Pair:
     return masked_sum(negative_entropy + jax.nn.softplus(logit) - prob * logit, mask)
 
 
-def huber(prediction_n: Array, target_n: Array, mask: Array) -> Pair:
-    """Huber loss (delta 1) summed over the last axis; count = True entries of the mask [...]."""
+def huber(
+    prediction_n: Float[Array, "*axes n"],
+    target_n: Float[Array, "*axes n"],
+    mask: Bool[Array, "*axes"],
+) -> Pair:
+    """Huber loss (delta 1) summed over the last axis; count = True entries of the mask."""
     mask = jnp.asarray(mask)
     loss = _huber(jnp.where(mask[..., None], prediction_n - target_n, 0.0))
     return jnp.sum(loss), jnp.sum(mask, dtype=jnp.float32)
 
 
-def huber_box(boxes_8: Array, target_boxes_7: Array, mask: Array) -> Pair:
+def huber_box(
+    boxes_8: Float[Array, "*axes 8"],
+    target_boxes_7: Float[Array, "*axes 7"],
+    mask: Bool[Array, "*axes"],
+) -> Pair:
     """`huber` of encoded boxes to the nearer code (`geometry.boxes.nearer_code`) of the targets."""
     mask = jnp.asarray(mask)
     boxes_8, target_8 = keep(boxes_8, mask), encode_boxes(target_boxes_7)
     return masked_sum(nearer_code(lambda code_8: _huber(boxes_8 - code_8), target_8), mask)
 
 
-def _huber(error_n: Array) -> jax.Array:
-    size = jnp.abs(error_n)
-    return jnp.sum(jnp.where(size < 1, 0.5 * error_n**2, size - 0.5), axis=-1)
-
-
-# Totals (Sec. III-D.4)
-
-
-def mean(pair: Pair) -> jax.Array:
-    """Returns sum / count, 0 for an empty pair; for sums over all microbatches and devices."""
-    total, count = pair
-    return jnp.where(count > 0, total, 0.0) / jnp.where(count > 0, count, 1.0)
-
-
-def combine(pairs: Sequence[Pair], weights: Sequence[float] | None = None) -> Pair:
-    """Returns several losses as one term of eq. 2: (weighted sum of means, 1), (0, 0) if all empty.
-
-    For the terms of Sec. III-D.2 whose losses count different things, as the classes and boxes of
-    detection; for sums over all microbatches and devices, as in `mean`.
-    """
-    weights = (1.0,) * len(pairs) if weights is None else weights
-    total = jnp.zeros((), jnp.float32)
-    present = jnp.zeros((), bool)
-    for pair, weight in zip(pairs, weights, strict=True):
-        total += weight * mean(pair)
-        present |= pair[1] > 0
-    return total, present.astype(jnp.float32)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def bounded(value: jax.Array, low: float, high: float) -> jax.Array:
-    """clip(value, low, high) whose gradient leads back inside the bounds.
-
-    The gradient is 0 only where a descent step would move `value` further out. With a plain clip, a
-    parameter that one step carried past a bound would stay there. The rule depends on the sign of
-    the whole gradient: do not add up gradients of parts of a loss.
-    """
-    return jnp.clip(value, low, high)
-
-
-def _bounded_forward(value, low, high):
-    return jnp.clip(value, low, high), value
-
-
-def _bounded_backward(low, high, value, gradient):
-    outward = ((value >= high) & (gradient < 0)) | ((value <= low) & (gradient > 0))
-    return (jnp.where(outward, 0.0, gradient),)
-
-
-bounded.defvjp(_bounded_forward, _bounded_backward)
-
-
-def uncertainty_total(
-    terms: Mapping[str, Pair],
-    log_variance: Mapping[str, Array],
-    bounds: tuple[float, float] = LOG_VARIANCE_BOUNDS,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Eq. 2: sum of L_i / (2 sigma_i^2) + log sigma_i over the terms that have a target [29].
-
-    With s = log sigma^2 a term is exp(-s) L / 2 + s / 2. A term with count 0 is left out, since
-    s / 2 alone would drive s to its bound. s is bounded by `bounded`.
-
-    Args:
-        terms: (sum, count) by name, of all microbatches and devices.
-        log_variance: the scalar parameter s of each term, without weight decay.
-        bounds: (low, high) of s.
-
-    Returns:
-        The total and, for the log, each term's weight 1 / (2 sigma^2) without gradient.
-
-    Raises:
-        KeyError: a term has no log-variance.
-    """
-    total = jnp.zeros((), jnp.float32)
-    weights = {}
-    for name, pair in terms.items():
-        s = jnp.asarray(bounded(log_variance[name], *bounds))
-        weight = 0.5 * jnp.exp(-s)
-        total += jnp.where(pair[1] > 0, weight * mean(pair) + 0.5 * s, 0.0)
-        weights[name] = jax.lax.stop_gradient(weight)
-    return total, weights
-
-
-def static_total(
-    terms: Mapping[str, Pair], weights: Mapping[str, float]
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the ablation of eq. 2 with fixed weights, sum of w_i L_i, and the weights.
-
-    Raises:
-        KeyError: a term has no weight.
-    """
-    used = {name: jnp.asarray(weights[name], jnp.float32) for name in terms}
-    total = sum((used[name] * mean(pair) for name, pair in terms.items()), jnp.float32(0.0))
-    return total, used
+def _huber(error_F: Array) -> jax.Array:
+    size = jnp.abs(error_F)
+    return jnp.sum(jnp.where(size < 1, 0.5 * error_F**2, size - 0.5), axis=-1)

@@ -1,6 +1,7 @@
 """The text loss (Sec. III-D.1), on the tokens of the answers A; V, T and Q have no labels."""
 
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from geode_jax.models.decoder import Decoder
 from geode_jax.objectives import losses
@@ -8,7 +9,12 @@ from geode_jax.objectives.base import Pair
 from geode_jax.shapes import Array, Batch
 
 
-def text_term(decoder: Decoder, hidden_SQAD: Array, batch: Batch, temperature: float = 1.0) -> Pair:
+def text_term(
+    decoder: Decoder,
+    hidden_SQAD: Float[Array, "S Q A D"],
+    batch: Batch,
+    temperature: float = 1.0,
+) -> Pair:
     """Cross-entropy on the answers, or `losses.distillation` where there are a teacher's logits.
 
     Args:

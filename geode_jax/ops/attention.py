@@ -25,6 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Float
 
 from geode_jax import sharding
 from geode_jax.ops import gpu
@@ -76,13 +77,13 @@ _log = logging.getLogger(__name__)
 
 
 def attention(
-    q_BLHE: Array,
-    k_BMGE: Array,
-    v_BMGE: Array,
+    q_BLHE: Float[Array, "B L H E"],
+    k_BMGE: Float[Array, "B M G E"],
+    v_BMGE: Float[Array, "B M G E"],
     intervals: Intervals,
     *,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[jax.Array, "B L H E"]:
     """Computes scaled dot-product attention under the interval contract.
 
     Under a mesh (`jax.set_mesh`) each device computes the tiles of its own rows and heads.

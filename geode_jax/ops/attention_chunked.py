@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32
 
 from geode_jax.ops.attention_plan import (
     MASKED,
@@ -32,7 +33,9 @@ ROWS = 512
 64 x 256 on one thread, and one with twice as many rows on all threads."""
 
 
-def query_tiles(x_BLHE: jax.Array, kv_heads: int, size: int) -> jax.Array:
+def query_tiles(
+    x_BLHE: Float[jax.Array, "B L H E"], kv_heads: int, size: int
+) -> Float[jax.Array, "B G i n E"]:
     """Returns [B, L, H, E] as [B, G, i, n, E], with zeros behind the last query."""
     B, L, H, E = x_BLHE.shape
     tiles, share = -(-L // size), H // kv_heads
@@ -41,7 +44,9 @@ def query_tiles(x_BLHE: jax.Array, kv_heads: int, size: int) -> jax.Array:
     return x.reshape(B, kv_heads, tiles, share * size, E)
 
 
-def from_query_tiles(x_BGinE: jax.Array, heads: int, length: int) -> jax.Array:
+def from_query_tiles(
+    x_BGinE: Float[jax.Array, "B G i n E"], heads: int, length: int
+) -> Float[jax.Array, "B L H E"]:
     """Inverts `query_tiles`."""
     B, G, tiles, rows, E = x_BGinE.shape
     share = heads // G
@@ -49,7 +54,7 @@ def from_query_tiles(x_BGinE: jax.Array, heads: int, length: int) -> jax.Array:
     return x.reshape(B, tiles * (rows // share), heads, E)[:, :length]
 
 
-def key_tiles(x_BMGE: jax.Array, size: int) -> jax.Array:
+def key_tiles(x_BMGE: Float[jax.Array, "B M G E"], size: int) -> Float[jax.Array, "B G j m E"]:
     """Returns [B, M, G, E] as [B, G, j, m, E], with zeros behind the last key."""
     B, M, G, E = x_BMGE.shape
     tiles = -(-M // size)
@@ -57,7 +62,9 @@ def key_tiles(x_BMGE: jax.Array, size: int) -> jax.Array:
     return x.reshape(B, tiles, size, G, E).transpose(0, 3, 1, 2, 4)
 
 
-def from_key_tiles(x_BGjmE: jax.Array, length: int) -> jax.Array:
+def from_key_tiles(
+    x_BGjmE: Float[jax.Array, "B G j m E"], length: int
+) -> Float[jax.Array, "B M G E"]:
     """Inverts `key_tiles`."""
     B, G, tiles, size, E = x_BGjmE.shape
     return x_BGjmE.transpose(0, 2, 3, 1, 4).reshape(B, tiles * size, G, E)[:, :length]
@@ -110,11 +117,11 @@ def _logits(q, k_Em, rows: Intervals, first_key) -> jax.Array:
 
 
 def forward(
-    q_BLHE: jax.Array,
-    k_BMGE: jax.Array,
-    v_BMGE: jax.Array,
+    q_BLHE: Float[jax.Array, "B L H E"],
+    k_BMGE: Float[jax.Array, "B M G E"],
+    v_BMGE: Float[jax.Array, "B M G E"],
     intervals: Intervals,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[jax.Array, "B L H E"], Float32[jax.Array, "B G i n"]]:
     """Returns the output [B, L, H, E] and each query's log-sum-exp, float32 [B, G, i, n].
 
     Args:
@@ -161,14 +168,14 @@ def _size(q_BLHE) -> tuple[int, int]:
 
 
 def backward(
-    q_BLHE: jax.Array,
-    k_BMGE: jax.Array,
-    v_BMGE: jax.Array,
+    q_BLHE: Float[jax.Array, "B L H E"],
+    k_BMGE: Float[jax.Array, "B M G E"],
+    v_BMGE: Float[jax.Array, "B M G E"],
     intervals: Intervals,
-    out_BLHE: jax.Array,
-    lse: jax.Array,
-    g_BLHE: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    out_BLHE: Float[jax.Array, "B L H E"],
+    lse: Float32[jax.Array, "B G i n"],
+    g_BLHE: Float[jax.Array, "B L H E"],
+) -> tuple[Float[jax.Array, "B L H E"], Float[jax.Array, "B M G E"], Float[jax.Array, "B M G E"]]:
     """Returns the gradients of q, k and v.
 
     Args:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Float, Float32, Int
 
 from geode_jax.ops.attention_plan import (
     INTERIOR,
@@ -51,7 +52,9 @@ LOG2_E = math.log2(math.e)
 # --- The arithmetic of a pair of tiles ------------------------------------------------------------
 
 
-def hide(s, key, rows: Intervals, axis: int) -> jax.Array:
+def hide(
+    s: Float[jax.Array, "*pair"], key: Int[jax.Array, "*pair"], rows: Intervals, axis: int
+) -> Float[jax.Array, "*pair"]:
     """Returns the logits with those of hidden keys at MASKED.
 
     Args:
@@ -64,7 +67,11 @@ def hide(s, key, rows: Intervals, axis: int) -> jax.Array:
     return jnp.where(sees(key, *rows), s, MASKED)
 
 
-def online_softmax(s, peak, total):
+def online_softmax(
+    s: Float[jax.Array, "n m"], peak: Float[jax.Array, " n"], total: Float[jax.Array, " n"]
+) -> tuple[
+    Float[jax.Array, "n m"], Float[jax.Array, " n"], Float[jax.Array, " n"], Float[jax.Array, " n"]
+]:
     """Adds a tile of keys to the running softmax, with exponents base 2.
 
     Args:
@@ -82,7 +89,9 @@ def online_softmax(s, peak, total):
     return weights, decay, new, total * decay + jnp.sum(weights, axis=1)
 
 
-def finish(out, peak, total):
+def finish(
+    out: Float[jax.Array, "n E"], peak: Float[jax.Array, " n"], total: Float[jax.Array, " n"]
+) -> tuple[Float[jax.Array, "n E"], Float[jax.Array, " n"]]:
     """Returns the output [n, E] and log2 of each query's sum; both are 0 if it sees no key."""
     seeing = total > 0
     count = jnp.where(seeing, total, jnp.ones_like(total))
@@ -90,7 +99,13 @@ def finish(out, peak, total):
     return out / jax.lax.broadcast_in_dim(count, out.shape, [0]), lse
 
 
-def weights_and_slopes(s, slope_of_weights, lse, delta, axis: int):
+def weights_and_slopes(
+    s: Float[jax.Array, "*pair"],
+    slope_of_weights: Float[jax.Array, "*pair"],
+    lse: Float[jax.Array, " n"],
+    delta: Float[jax.Array, " n"],
+    axis: int,
+) -> tuple[Float[jax.Array, "*pair"], Float[jax.Array, "*pair"]]:
     """Returns the weights and the gradient of the scaled logits, like s; queries along `axis`."""
     lse, delta = (jax.lax.broadcast_in_dim(x, s.shape, [axis]) for x in (lse, delta))
     weights = jnp.exp2(s - lse)
@@ -115,7 +130,7 @@ class Visits(NamedTuple):
     some: jax.Array
 
 
-def visits(classes: Array) -> Visits:
+def visits(classes: Int[Array, "B rows columns"]) -> Visits:
     """Returns the visits for classes [B, rows, columns] of `tile_classes`, or its transpose."""
     rank = jnp.where(classes == INTERIOR, 0, jnp.where(classes == SKIP, 2, 1))
     column = jnp.argsort(rank, axis=2, stable=True).astype(jnp.int32)
@@ -271,8 +286,11 @@ def _place():
 
 
 def forward(
-    q_BLHE: Array, k_BMGE: Array, v_BMGE: Array, intervals: Intervals
-) -> tuple[jax.Array, jax.Array]:
+    q_BLHE: Float[Array, "B L H E"],
+    k_BMGE: Float[Array, "B M G E"],
+    v_BMGE: Float[Array, "B M G E"],
+    intervals: Intervals,
+) -> tuple[Float[jax.Array, "B L H E"], Float32[jax.Array, "B H _"]]:
     """Returns the output [B, L, H, E] and log2 of each query's sum, float32 [B, H, padded L].
 
     Args:
@@ -400,14 +418,14 @@ def _forward_kernel(
 
 
 def backward(
-    q_BLHE: Array,
-    k_BMGE: Array,
-    v_BMGE: Array,
+    q_BLHE: Float[Array, "B L H E"],
+    k_BMGE: Float[Array, "B M G E"],
+    v_BMGE: Float[Array, "B M G E"],
     intervals: Intervals,
-    out_BLHE: Array,
-    lse: Array,
-    g_BLHE: Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    out_BLHE: Float[Array, "B L H E"],
+    lse: Float32[Array, "B H _"],
+    g_BLHE: Float[Array, "B L H E"],
+) -> tuple[Float[jax.Array, "B L H E"], Float[jax.Array, "B M G E"], Float[jax.Array, "B M G E"]]:
     """Returns the gradients of q, k and v; see `attention_chunked.backward`."""
     L, M = q_BLHE.shape[1], k_BMGE.shape[1]
     rows, classes = _rows(q_BLHE, k_BMGE, intervals)

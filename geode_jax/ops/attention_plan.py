@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Int, Int32
 
 from geode_jax.shapes import Array
 
@@ -27,7 +28,13 @@ class Intervals(NamedTuple):
     end: Array
 
 
-def causal(batch: int, length: int, *, start: Array | int = 0, prefix_end: int = 0) -> Intervals:
+def causal(
+    batch: int,
+    length: int,
+    *,
+    start: Int[Array, " {batch}"] | Int[Array, ""] | int = 0,
+    prefix_end: int = 0,
+) -> Intervals:
     """Returns causal intervals of `length` queries whose own keys begin at column `prefix_end`.
 
     Args:
@@ -46,12 +53,17 @@ def causal(batch: int, length: int, *, start: Array | int = 0, prefix_end: int =
     )
 
 
-def sees(key, prefix_end, start, end) -> jax.Array:
+def sees(
+    key: Int[Array, "*#axes"],
+    prefix_end: Int[Array, "*#axes"],
+    start: Int[Array, "*#axes"],
+    end: Int[Array, "*#axes"],
+) -> Bool[Array, "*#axes"]:
     """Returns the mask contract, elementwise: whether a query sees a key."""
     return (key < prefix_end) | ((key >= start) & (key < end))
 
 
-def visible(intervals: Intervals, keys: int) -> jax.Array:
+def visible(intervals: Intervals, keys: int) -> Bool[Array, "B L {keys}"]:
     """Returns the contract as a dense mask, bool [B, L, keys]."""
     key = jnp.arange(keys, dtype=jnp.int32)
     return sees(key, *(jnp.asarray(x)[..., None] for x in intervals))
@@ -119,8 +131,10 @@ def by_tile(intervals: Intervals, size: int) -> Intervals:
     return Intervals(*(split(jnp.asarray(x)) for x in intervals))
 
 
-def tile_classes(intervals: Intervals, keys: int, block_q: int, block_k: int) -> jax.Array:
-    """Returns the class of every pair of tiles, int32 [B, query tiles, key tiles].
+def tile_classes(
+    intervals: Intervals, keys: int, block_q: int, block_k: int
+) -> Int32[jax.Array, "B i j"]:
+    """Returns the class of every pair of tiles, int32 [B, i query tiles, j key tiles].
 
     Args:
         intervals: [B, L] each.
@@ -155,7 +169,7 @@ class Schedule(NamedTuple):
     steps: jax.Array  # int32, the number of visits
 
 
-def schedule(classes: Array) -> Schedule:
+def schedule(classes: Int[Array, "B rows columns"]) -> Schedule:
     """Returns the visits of a kernel that accumulates over the last axis.
 
     Args:

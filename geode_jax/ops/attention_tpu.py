@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Float32
 
 from geode_jax.ops.attention_chunked import (
     from_key_tiles,
@@ -180,8 +181,11 @@ def _visit(how, step, begin: Callable, compute: Callable, finish: Callable) -> N
 
 
 def forward(
-    q_BLHE: jax.Array, k_BMGE: jax.Array, v_BMGE: jax.Array, intervals: Intervals
-) -> tuple[jax.Array, jax.Array]:
+    q_BLHE: Float[jax.Array, "B L H E"],
+    k_BMGE: Float[jax.Array, "B M G E"],
+    v_BMGE: Float[jax.Array, "B M G E"],
+    intervals: Intervals,
+) -> tuple[Float[jax.Array, "B L H E"], Float32[jax.Array, "B G i 1 n"]]:
     """Returns the output [B, L, H, E] and log2 of each query's sum, float32 [B, G, i, 1, n].
 
     Args:
@@ -242,14 +246,14 @@ def _forward_kernel(row, column, how, q, k, v, rows, out, lse, peak, total, sums
 
 
 def backward(
-    q_BLHE: jax.Array,
-    k_BMGE: jax.Array,
-    v_BMGE: jax.Array,
+    q_BLHE: Float[jax.Array, "B L H E"],
+    k_BMGE: Float[jax.Array, "B M G E"],
+    v_BMGE: Float[jax.Array, "B M G E"],
     intervals: Intervals,
-    out_BLHE: jax.Array,
-    lse: jax.Array,
-    g_BLHE: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    out_BLHE: Float[jax.Array, "B L H E"],
+    lse: Float32[jax.Array, "B G i 1 n"],
+    g_BLHE: Float[jax.Array, "B L H E"],
+) -> tuple[Float[jax.Array, "B L H E"], Float[jax.Array, "B M G E"], Float[jax.Array, "B M G E"]]:
     """Returns the gradients of q, k and v; see `attention_chunked.backward`."""
     p = _Plan(q_BLHE, k_BMGE, intervals)
     delta = jnp.sum(

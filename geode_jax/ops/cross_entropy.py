@@ -25,6 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Bool, Float, Float32, Int, Shaped
 
 from geode_jax import sharding
 from geode_jax.shapes import Array
@@ -57,14 +58,14 @@ class Scores(NamedTuple):
 
 def token_loss(
     loss: Callable[..., Array],
-    hidden_SLD: Array,
-    matrix: Array,
-    ids_SLk: Array,
-    mask_SL: Array,
-    *targets_SL: Array,
+    hidden_SLD: Float[Array, "S L D"],
+    matrix: Float[Array, "_ _"],
+    ids_SLk: Int[Array, "S L k"],
+    mask_SL: Bool[Array, "S L"],
+    *targets_SL: Shaped[Array, "S L ..."],
     tied: bool,
     rest: int | None = None,
-) -> jax.Array:
+) -> Float32[jax.Array, ""]:
     """Returns the sum of a loss over all unmasked tokens, float32; see the module's docstring.
 
     Args:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Bool, Float, Float32
 
 from geode_jax import sharding
 from geode_jax.ops import gpu
@@ -53,17 +54,17 @@ CHUNK = 16
 
 
 def selective_scan(
-    u_BLI: Array,
-    delta_BLI: Array,
-    A_IU: Array,
-    B_BLU: Array,
-    C_BLU: Array,
-    D_I: Array,
+    u_BLI: Float[Array, "B L I"],
+    delta_BLI: Float[Array, "B L I"],
+    A_IU: Float[Array, "I U"],
+    B_BLU: Float[Array, "B L U"],
+    C_BLU: Float[Array, "B L U"],
+    D_I: Float[Array, " I"],
     *,
-    first_BL: Array | None = None,
-    state_BUI: Array | None = None,
+    first_BL: Bool[Array, "B L"] | None = None,
+    state_BUI: Float[Array, "B U I"] | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[jax.Array, "B L I"], Float32[jax.Array, "B U I"]]:
     """Runs the recurrence over all positions; the state is always float32.
 
     Under a mesh (`jax.set_mesh`) each device runs the kernels on its own rows and channels.

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Float, Float32
 
 from geode_jax.ops.attention_gpu import WHOLE
 from geode_jax.shapes import Array
@@ -245,15 +246,15 @@ def _over_chunks(p: _Sizes, body, order, carry, scalars, *arrays):
 
 
 def forward(
-    u_BLI: Array,
-    delta_BLI: Array,
-    A_IU: Array,
-    B_BLU: Array,
-    C_BLU: Array,
-    D_I: Array,
-    first_BL: Array,
-    state_BUI: Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    u_BLI: Float[Array, "B L I"],
+    delta_BLI: Float[Array, "B L I"],
+    A_IU: Float[Array, "I U"],
+    B_BLU: Float[Array, "B L U"],
+    C_BLU: Float[Array, "B L U"],
+    D_I: Float[Array, " I"],
+    first_BL: Float[Array, "B L"],
+    state_BUI: Float[Array, "B U I"],
+) -> tuple[Float[jax.Array, "B L I"], Float32[jax.Array, "B U I"], Float32[jax.Array, "B n U i"]]:
     """Returns y [B, L, I], the last state [B, U, I], and the states before each chunk [B, n, U, i].
 
     Args:
@@ -298,17 +299,25 @@ def forward(
 
 
 def backward(
-    u_BLI: Array,
-    delta_BLI: Array,
-    A_IU: Array,
-    B_BLU: Array,
-    C_BLU: Array,
-    D_I: Array,
-    first_BL: Array,
-    before: Array,
-    dy_BLI: Array,
-    dlast_BUI: Array,
-) -> tuple[jax.Array, ...]:
+    u_BLI: Float[Array, "B L I"],
+    delta_BLI: Float[Array, "B L I"],
+    A_IU: Float[Array, "I U"],
+    B_BLU: Float[Array, "B L U"],
+    C_BLU: Float[Array, "B L U"],
+    D_I: Float[Array, " I"],
+    first_BL: Float[Array, "B L"],
+    before: Float[Array, "B n U i"],
+    dy_BLI: Float[Array, "B L I"],
+    dlast_BUI: Float[Array, "B U I"],
+) -> tuple[
+    Float32[jax.Array, "B L I"],
+    Float32[jax.Array, "B L I"],
+    Float32[jax.Array, "I U"],
+    Float32[jax.Array, "B L U"],
+    Float32[jax.Array, "B L U"],
+    Float32[jax.Array, " I"],
+    Float32[jax.Array, "B U I"],
+]:
     """Returns the gradients of u, delta, A, B, C, D and the first state, float32.
 
     Args:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Float32
 
 from geode_jax.shapes import Array
 from geode_jax.sharding import platform
@@ -126,15 +127,17 @@ class _Sizes:
 
 
 def forward(
-    u_BLI: Array,
-    delta_BLI: Array,
-    A_IU: Array,
-    B_BLU: Array,
-    C_BLU: Array,
-    D_I: Array,
-    first_BL: Array,
-    state_BUI: Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    u_BLI: Float[Array, "B L I"],
+    delta_BLI: Float[Array, "B L I"],
+    A_IU: Float[Array, "I U"],
+    B_BLU: Float[Array, "B L U"],
+    C_BLU: Float[Array, "B L U"],
+    D_I: Float[Array, " I"],
+    first_BL: Float[Array, "B L"],
+    state_BUI: Float[Array, "B U I"],
+) -> tuple[
+    Float[jax.Array, "B L I"], Float32[jax.Array, "B U I"], Float32[jax.Array, "B n U i 128"]
+]:
     """Returns y [B, L, I], the last state [B, U, I], and the states before each chunk.
 
     The states before each chunk are [B, n, U, i, 128].
@@ -211,17 +214,25 @@ def _forward_kernel(u, delta, scalars, A, D, first, y, last, before, state):
 
 
 def backward(
-    u_BLI: Array,
-    delta_BLI: Array,
-    A_IU: Array,
-    B_BLU: Array,
-    C_BLU: Array,
-    D_I: Array,
-    first_BL: Array,
-    before: Array,
-    dy_BLI: Array,
-    dlast_BUI: Array,
-) -> tuple[jax.Array, ...]:
+    u_BLI: Float[Array, "B L I"],
+    delta_BLI: Float[Array, "B L I"],
+    A_IU: Float[Array, "I U"],
+    B_BLU: Float[Array, "B L U"],
+    C_BLU: Float[Array, "B L U"],
+    D_I: Float[Array, " I"],
+    first_BL: Float[Array, "B L"],
+    before: Float[Array, "B n U i 128"],
+    dy_BLI: Float[Array, "B L I"],
+    dlast_BUI: Float[Array, "B U I"],
+) -> tuple[
+    Float32[jax.Array, "B L I"],
+    Float32[jax.Array, "B L I"],
+    Float32[jax.Array, "I U"],
+    Float32[jax.Array, "B L U"],
+    Float32[jax.Array, "B L U"],
+    Float32[jax.Array, " I"],
+    Float32[jax.Array, "B U I"],
+]:
     """Returns the gradients of u, delta, A, B, C, D and the first state, float32.
 
     Args:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from configs import hidden_cot
 from geode_jax.measure.parameters import count_by_part
-from geode_jax.models.decoder import CrossAttention, Decoder, DecoderConfig, fan_out
+from geode_jax.models.decoder import CrossAttention, Decoder, DecoderConfig, KeyValues, fan_out
 from geode_jax.models.student import StudentConfig
 from geode_jax.models.task_heads import HeadsConfig
 from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig
@@ -95,7 +95,7 @@ def test_a_token_at_a_time_equals_the_whole(tiny, scenes, whole):
 
 def test_fan_out_keeps_scenes_together_and_leaves_room():
     keys = np.arange(2 * S * PREFIX * 2 * 3, dtype=np.float32).reshape(2, S, PREFIX, 2, 3)
-    (wide,) = fan_out([keys], Q, TEXT)
+    ((wide, _),) = fan_out([KeyValues(keys, keys)], Q, TEXT)
     assert wide.shape == (2, S * Q, LENGTH, 2, 3)
     for row in range(S * Q):
         np.testing.assert_array_equal(wide[:, row, :PREFIX], keys[:, row // Q])

@@ -17,13 +17,13 @@ def test_values_come_back_in_their_unit(unit):
     values = np.array([0.3, 1.0, 7.5, 56.0, 240.0], np.float32)
     low, high = np.exp(LOG_VALUES)
     values = np.clip(values, low / BASE_UNIT[unit], high / BASE_UNIT[unit]).astype(np.float32)
-    base = np.float32(BASE_UNIT[unit])
+    base = np.full_like(values, BASE_UNIT[unit])
     np.testing.assert_allclose(decode_values(encode_values(values, base), base), values, rtol=1e-5)
 
 
 def test_a_size_in_centimetres_weighs_like_a_distance_in_metres():
-    metres = encode_values(np.float32(1.74), np.float32(BASE_UNIT["m"]))
-    centimetres = encode_values(np.float32(174.0), np.float32(BASE_UNIT["cm"]))
+    metres = encode_values(jnp.float32(1.74), jnp.float32(BASE_UNIT["m"]))
+    centimetres = encode_values(jnp.float32(174.0), jnp.float32(BASE_UNIT["cm"]))
     np.testing.assert_allclose(metres, centimetres, rtol=1e-6)
 
 

@@ -32,7 +32,7 @@ def pixels() -> np.ndarray:
 
 
 def test_four_neighbours_become_one_token_row_by_row():
-    x = np.arange(2 * 4 * 6 * 5).reshape(2, 4, 6, 5)
+    x = jnp.arange(2 * 4 * 6 * 5, dtype=jnp.float32).reshape(2, 4, 6, 5)
     y = np.asarray(pixel_shuffle(x))
     assert y.shape == (2, 2, 3, 20)
     for r, c in np.ndindex(2, 3):
