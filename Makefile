@@ -21,7 +21,7 @@ TORCH_INDEX ?=
 
 SHELL := bash
 COMMA := ,
-# Every module, the versions, checkpoints, and a training of three steps whose model answers questions.
+# Every module, the versions, checkpoints, and a training of three steps that is asked.
 SMOKE := tests/package_test.py tests/training/checkpoint_test.py \
 	tests/cli/command_test.py::test_ask_prints_the_answer_of_the_evaluation_and_nothing_else
 .DEFAULT_GOAL := help
