@@ -14,6 +14,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from geode_jax.cli.options import GPU_KERNELS_HELP
 from geode_jax.cli.reported import reported
 from geode_jax.errors import UserError, refuse_undecodable
 from geode_jax.runs.config_file import parse_flags
@@ -28,9 +29,7 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of
 _PROCESS = flags.DEFINE_integer(
     "process_id", None, "Number of this process; clusters set it by themselves."
 )
-_GPU_KERNELS = flags.DEFINE_bool(
-    "gpu_kernels", False, "Use this package's attention and scan kernels on Hopper GPUs."
-)
+_GPU_KERNELS = flags.DEFINE_bool("gpu_kernels", False, GPU_KERNELS_HELP)
 _PROFILE = flags.DEFINE_bool("profile", False, "Trace a few steps into WORKDIR/profile.")
 
 
