@@ -20,7 +20,7 @@ from geode_jax.errors import UserError, refuse_undecodable
 from geode_jax.runs.config_file import parse_flags
 from geode_jax.runs.shipped import find_config
 
-_CONFIG = config_flags.DEFINE_config_file(
+CONFIG = config_flags.DEFINE_config_file(
     "config", None, "NAME[:ARGUMENTS] of a shipped configuration, or PATH[:ARGUMENTS]."
 )
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder; default runs/<system>[-arguments].")
@@ -55,14 +55,15 @@ def _train(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     distributed.initialize(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
     with distributed.ends_together(), use_kernels(_GPU_KERNELS.value):
-        train_and_evaluate(_CONFIG.value, _workdir(), profile=_PROFILE.value)
+        train_and_evaluate(CONFIG.value, run_folder(), profile=_PROFILE.value)
 
 
-def _workdir() -> Path:
+def run_folder() -> Path:
+    """Returns the run's folder: --workdir, or one named by system and arguments."""
     if _WORKDIR.value:
         return Path(_WORKDIR.value)
     arguments = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[2]
-    name = _CONFIG.value.system
+    name = CONFIG.value.system
     safe = "".join(c if c.isalnum() or c in "=-." else "-" for c in arguments)
     return Path("runs") / (f"{name}-{safe}" if safe else name)
 
