@@ -23,6 +23,7 @@ from geode_jax.runs.shipped import find_config
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "NAME[:ARGUMENTS] of a shipped configuration, or PATH[:ARGUMENTS]."
 )
+"""The flag whose value is the configuration, with all changes of its fields."""
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder; default runs/<system>[-arguments].")
 _ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of the run.")

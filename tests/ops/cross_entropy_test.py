@@ -183,7 +183,7 @@ def tiles_run(paid: np.ndarray) -> int:
     return len(seen)
 
 
-def test_tiles_that_nobody_pays_are_left_out_and_none_is_run_twice(monkeypatch):
+def test_masked_tiles_are_skipped_and_no_tile_runs_twice(monkeypatch):
     monkeypatch.setattr(cross_entropy, "TILE_ROWS", 2)  # tiles of two tokens of each scene
     assert tiles_run(np.ones((S, T), bool)) == 6
     assert tiles_run(np.zeros((S, T), bool)) == 0
