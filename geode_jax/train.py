@@ -71,7 +71,7 @@ def _run(settings: Settings, workdir: Path, stop: Stop, profile: bool) -> dict[s
     keep_compiled_programs()
     keep_freed_memory()
     results = results_of(settings)
-    ended = _ended(settings, workdir)
+    ended = find_ended(settings, workdir)
     if ended is not None:
         again = f"delete {workdir / SUMMARY} to evaluate the run again"
         print(f"ended before: these are its scores; {again}", flush=True)
@@ -88,7 +88,7 @@ def _run(settings: Settings, workdir: Path, stop: Stop, profile: bool) -> dict[s
         shown = dict(run.pipelines["train"].dropped)
         own = made_with(settings, run.tokenizer, run.export)
         with jax.set_mesh(run.mesh), Checkpoints(workdir, own) as checkpoints:
-            state, position = _train(run, workdir, checkpoints, stop, profile)
+            state, position = run_loop(run, workdir, checkpoints, stop, profile)
             state, best = checkpoints.restore_best(state) or (state, position)
             _print_dropped(run.pipelines["train"].dropped, shown)  # found when scenes were read
             if best["best"]:
@@ -115,7 +115,7 @@ def _run(settings: Settings, workdir: Path, stop: Stop, profile: bool) -> dict[s
         return summary
 
 
-def _ended(settings: Settings, workdir: Path) -> dict[str, Any] | None:
+def find_ended(settings: Settings, workdir: Path) -> dict[str, Any] | None:
     """Returns the summary of a run that has ended with exactly these settings; else None."""
     refuse_another_run(settings, workdir)
     if not (workdir / SUMMARY).exists() or not same_run(settings, workdir):
@@ -134,7 +134,7 @@ def _ended(settings: Settings, workdir: Path) -> dict[str, Any] | None:
     return summary
 
 
-def _train(
+def run_loop(
     run: Run, workdir: Path, checkpoints: Checkpoints, stop: Stop, profile: bool
 ) -> tuple[TrainState, dict[str, Any]]:
     """Runs the loop, in this order: evaluate -> checkpoint -> next batch -> step -> log.
@@ -219,7 +219,7 @@ def _train(
                 log.flush()
                 log.write(step, values)
                 position["evaluated"], stop.unsaved = step, True
-                if _is_best(values, run.objective.selection_metric, position, train.patience):
+                if update_best(values, run.objective.selection_metric, position, train.patience):
                     checkpoints.save_best(state, position)
             done = step >= run.steps or position["stopped_early"]
             due = is_main() and 0 < every <= time.monotonic() - saved
@@ -323,7 +323,7 @@ class _Log:
             )
 
 
-def _is_best(
+def update_best(
     values: dict[str, float], metric: str, position: dict[str, Any], patience: int
 ) -> bool:
     """Updates the early-stopping counters, and returns whether the losses are the best so far.

@@ -2,7 +2,10 @@
 
 import os
 import random
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,21 +55,38 @@ def long_refusal(folder: Path) -> int:
         (read_number, "silent"),
         (lambda folder: {ord("7"): 7}[read_number(folder)], "traceback"),
         (hangs, "hang"),
-        (fills, "memory"),
         (prints, "traceback"),
         (long_refusal, "traceback"),
         (lambda folder: 7, "read"),
     ],
 )
-def test_every_verdict_is_seen(read, verdict, tmp_path, monkeypatch):
+def test_every_verdict_is_seen(read, verdict, tmp_path):
+    assert verdict_of(read, tmp_path) == verdict
+
+
+def verdict_of(read: Callable[[Path], int], folder: Path) -> str:
+    """The verdict on a reader of a number whose file is damaged."""
+
     def flip(folder, draw, patterns):
         (folder / "number.txt").write_text("8")
         return damage.Damage("flip", "number.txt", False)
 
-    monkeypatch.setattr(machine, "damage", flip)
-    monkeypatch.setattr(machine, "MEMORY", 1 << 26)
-    campaign = machine.Campaign({"number": Target(write_number, read)}, tmp_path, 0, alarm=1)
-    assert campaign.try_input("number", 0).verdict == verdict
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "damage", flip)
+        patch.setattr(machine, "MEMORY", 1 << 26)
+        campaign = machine.Campaign({"number": Target(write_number, read)}, folder, 0, alarm=1)
+        return campaign.try_input("number", 0).verdict
+
+
+def test_too_much_memory_is_seen(tmp_path):
+    """In a new process: this one may have kept freed memory, which the reader would use again."""
+    code = (
+        "import sys; from pathlib import Path; from tests.campaign_test import fills, verdict_of; "
+        "print(verdict_of(fills, Path(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=machine.REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "memory\n"), done.stderr
 
 
 def test_a_damage_is_a_function_of_its_seed_and_changes_one_file(tmp_path):

@@ -233,7 +233,7 @@ class Client:
         pass
 
 distributed.process_group = lambda: jax_private.ProcessGroup(Client(), 0, 2)
-distributed._LOOK_SECONDS = 0.1
+distributed.POLL_SECONDS = 0.1
 with distributed.ends_together():
     time.sleep(0.5)
     raise UserError("what comes of the other's end")

@@ -11,7 +11,7 @@ from geode_jax.errors import UserError
 from geode_jax.exports.files import read_json_object, write_json
 from geode_jax.runs.config import load_settings, make_settings
 from geode_jax.runs.trained import open_trained
-from geode_jax.train import _ended, _is_best, train_and_evaluate
+from geode_jax.train import find_ended, train_and_evaluate, update_best
 
 
 def started(tiny_run, folder: Path, export: Path | str):
@@ -59,7 +59,7 @@ def test_an_ended_run_says_what_is_gone(tiny_run, tmp_path, capsys):
     shutil.copytree(tiny_run.workdir, workdir)
     (workdir / "report.html").unlink()
     (workdir / "predictions.jsonl").write_text("damaged")
-    assert _ended(make_settings(config), workdir) is None  # it is evaluated again
+    assert find_ended(make_settings(config), workdir) is None  # it is evaluated again
     out = capsys.readouterr().out
     assert "report.html is missing" in out and "predictions.jsonl is not what was written" in out
     shutil.rmtree(workdir / "checkpoints")
@@ -80,9 +80,9 @@ def test_a_run_without_its_configuration_is_refused(tiny_run, tmp_path, gone):
 def test_a_loss_that_is_not_finite_is_never_best(capsys):
     position = {"step": 1, "best": {}, "worse": 0, "stopped_early": False}
     losses = [math.nan, math.inf, 3.0, math.nan, 2.0]
-    found = [_is_best({"val/loss": loss}, "loss", position, 9) for loss in losses]
+    found = [update_best({"val/loss": loss}, "loss", position, 9) for loss in losses]
     assert found == [False, False, True, False, True]
     assert position["best"] == {"val/loss": 2.0}
     assert capsys.readouterr().out.count("there is no best yet") == 2
     position["best"] = {"val/loss": math.nan}  # of before such losses were refused
-    assert _is_best({"val/loss": 5.0}, "loss", position, 9)
+    assert update_best({"val/loss": 5.0}, "loss", position, 9)

@@ -6,7 +6,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from geode_jax.cli.options import Commands, above_zero, add_command, positive, seed, share
+from geode_jax.cli.options import (
+    Commands,
+    above_zero,
+    add_command,
+    add_gpu_kernels,
+    positive,
+    seed,
+    share,
+)
 from geode_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,9 +47,11 @@ def add_commands(commands: Commands) -> None:
     add("--top-p", type=share, metavar="P", help="sample from the likeliest tokens of mass P")
     add("--seed", type=seed, metavar="S", help="seed of the sampling; default 0")
     add("--int8", action="store_true", help="round the decoder's matrices to one byte a number")
+    add_gpu_kernels(parser)
 
 
 def _ask(arguments: argparse.Namespace) -> None:
+    from geode_jax.ops.gpu import use_kernels
     from geode_jax.results.predict import Predictor
     from geode_jax.runs.config import load_settings
 
@@ -54,9 +64,17 @@ def _ask(arguments: argparse.Namespace) -> None:
         raise UserError(f"--diagnostic: a {system.name} run has no thinking tokens")
     sampling = _sampling(arguments)
     predictor = Predictor(arguments.workdir, rationale=arguments.rationale, int8=arguments.int8)
-    if arguments.question is None:
-        _ask_own(predictor, arguments, sampling)
-        return
+    with use_kernels(arguments.gpu_kernels):
+        if arguments.question is None:
+            _ask_own(predictor, arguments, sampling)
+        else:
+            _ask_one(predictor, arguments, sampling)
+
+
+def _ask_one(
+    predictor: "Predictor", arguments: argparse.Namespace, sampling: "Sampling | None"
+) -> None:
+    """Prints the model's answer to the question of the command line."""
     text = " ".join([arguments.question, *(arguments.options or ())])
     unknown = predictor.unknown_words(text)
     answer = predictor.answer(arguments.scene, arguments.question, arguments.options, sampling)

@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from geode_jax.cli.options import Commands, add_command, positive
+from geode_jax.cli.options import Commands, add_command, add_gpu_kernels, positive
 from geode_jax.errors import UserError
 
 _PREDICTIONS_OPTIONS = ("dataset", "debiased_ids", "allow_missing", "blind")
 _PREDICTIONS_OPTIONS += ("revision", "frames", "decoding")
-_RUN_OPTIONS = ("export", "spatio")
+_RUN_OPTIONS = ("export", "spatio", "gpu_kernels")
 _TEXT_OPTIONS = ("dataset", "revision", "frames", "decoding")
 
 
@@ -50,8 +50,7 @@ def add_commands(commands: Commands) -> None:
     add("--debiased-ids", type=Path, metavar="FILE", help="list: score these questions only")
     add(
         "--allow-missing",
-        action="store_const",
-        const=True,
+        action="store_true",
         help="count entries of that list that are no id, instead of refusing them",
     )
     add("--blind", type=Path, metavar="FILE", help="predictions made without frames, to compare")
@@ -64,6 +63,7 @@ def add_commands(commands: Commands) -> None:
     add("--revision", metavar="TEXT", help="revision of the dataset, noted in the result")
     add("--frames", type=positive, metavar="N", help="frames of a video, noted in the result")
     add("--decoding", metavar="TEXT", help="such as greedy, noted in the result")
+    add_gpu_kernels(parser)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -100,13 +100,15 @@ def _score_text(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
 
 def _score_run(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     """Returns the VSI-Bench scores of a run's model, and the file that they were written to."""
+    from geode_jax.ops.gpu import use_kernels
     from geode_jax.results.vsi import evaluate_run
 
     workdir, export = arguments.workdir, arguments.export
     out = arguments.out or workdir / "vsi.json"
     inputs = [workdir / name for name in ("config.json", "summary.json")]
     _refuse_input(out, inputs if export is None else [*inputs, export / "manifest.json"])
-    return evaluate_run(workdir, out, export=export, spatio=arguments.spatio), out
+    with use_kernels(arguments.gpu_kernels):
+        return evaluate_run(workdir, out, export=export, spatio=arguments.spatio), out
 
 
 def _score_predictions(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
@@ -116,7 +118,6 @@ def _score_predictions(arguments: argparse.Namespace) -> tuple[dict[str, Any], P
 
     predictions = arguments.predictions
     options = {name: getattr(arguments, name) for name in _PREDICTIONS_OPTIONS}
-    options["allow_missing"] = bool(options["allow_missing"])
     out = arguments.out or predictions.parent / f"{predictions.stem}.vsi.json"
     paths = [path for path in options.values() if isinstance(path, Path)]
     _refuse_input(out, [predictions, *paths])
@@ -127,7 +128,7 @@ def _score_predictions(arguments: argparse.Namespace) -> tuple[dict[str, Any], P
 
 def _refuse_options(arguments: argparse.Namespace, names: tuple[str, ...], other: str) -> None:
     for name in names:
-        if getattr(arguments, name) is not None:
+        if getattr(arguments, name) not in (None, False):
             raise UserError(f"--{name.replace('_', '-')}: does not go with {other}")
 
 

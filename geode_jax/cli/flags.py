@@ -14,23 +14,23 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from geode_jax.cli.options import GPU_KERNELS_HELP
 from geode_jax.cli.reported import reported
 from geode_jax.errors import UserError, refuse_undecodable
 from geode_jax.runs.config_file import parse_flags
 from geode_jax.runs.shipped import find_config
 
-_CONFIG = config_flags.DEFINE_config_file(
+CONFIG = config_flags.DEFINE_config_file(
     "config", None, "NAME[:ARGUMENTS] of a shipped configuration, or PATH[:ARGUMENTS]."
 )
+"""The flag whose value is the configuration, with all changes of its fields."""
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder; default runs/<system>[-arguments].")
 _ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of the run.")
 _PROCESS = flags.DEFINE_integer(
     "process_id", None, "Number of this process; clusters set it by themselves."
 )
-_GPU_KERNELS = flags.DEFINE_bool(
-    "gpu_kernels", False, "Use this package's attention and scan kernels on Hopper GPUs."
-)
+_GPU_KERNELS = flags.DEFINE_bool("gpu_kernels", False, GPU_KERNELS_HELP)
 _PROFILE = flags.DEFINE_bool("profile", False, "Trace a few steps into WORKDIR/profile.")
 
 
@@ -56,14 +56,15 @@ def _train(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     distributed.initialize(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
     with distributed.ends_together(), use_kernels(_GPU_KERNELS.value):
-        train_and_evaluate(_CONFIG.value, _workdir(), profile=_PROFILE.value)
+        train_and_evaluate(CONFIG.value, run_folder(), profile=_PROFILE.value)
 
 
-def _workdir() -> Path:
+def run_folder() -> Path:
+    """Returns the run's folder: --workdir, or one named by system and arguments."""
     if _WORKDIR.value:
         return Path(_WORKDIR.value)
     arguments = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[2]
-    name = _CONFIG.value.system
+    name = CONFIG.value.system
     safe = "".join(c if c.isalnum() or c in "=-." else "-" for c in arguments)
     return Path("runs") / (f"{name}-{safe}" if safe else name)
 

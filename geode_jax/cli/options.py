@@ -7,6 +7,9 @@ from typing import Any, NoReturn
 
 from geode_jax.errors import one_line
 
+GPU_KERNELS_HELP = "use this package's attention and scan kernels on Hopper GPUs"
+"""Help of the option that switches the kernels of `ops` on; `ops.gpu` says why they are off."""
+
 Commands = Any
 """What `ArgumentParser.add_subparsers` returns; argparse keeps its class private."""
 
@@ -55,6 +58,11 @@ def examples(lines: str) -> str:
     """The end of a help text that shows command lines."""
     indented = "\n".join(f"  {line}" for line in lines.strip().splitlines())
     return f"examples:\n{indented}"
+
+
+def add_gpu_kernels(parser: argparse.ArgumentParser) -> None:
+    """Adds `--gpu-kernels`, the value of `ops.gpu.use_kernels` while the command runs."""
+    parser.add_argument("--gpu-kernels", action="store_true", help=GPU_KERNELS_HELP)
 
 
 def positive(text: str) -> int:

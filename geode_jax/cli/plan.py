@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from geode_jax.cli.options import Commands, add_command, positive
+from geode_jax.cli.options import Commands, add_command, add_gpu_kernels, positive
 
 
 def add_commands(commands: Commands) -> None:
@@ -33,21 +33,24 @@ def add_commands(commands: Commands) -> None:
         metavar="FIELD=VALUE",
         help="change a field of the configuration; may be repeated",
     )
+    add_gpu_kernels(parser)
     add("--json", action="store_true", help="print one JSON object")
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    from geode_jax.ops.gpu import use_kernels
     from geode_jax.plan.command import plan, table
     from geode_jax.runs.config_file import read_settings
 
-    facts = plan(
-        read_settings(arguments.config, arguments.set, arguments.batch),
-        arguments.topology,
-        arguments.mesh,
-        search=arguments.search_batch,
-        decode=not arguments.train_only,
-        log=lambda line: print(line, file=sys.stderr, flush=True),
-    )
+    with use_kernels(arguments.gpu_kernels):
+        facts = plan(
+            read_settings(arguments.config, arguments.set, arguments.batch),
+            arguments.topology,
+            arguments.mesh,
+            search=arguments.search_batch,
+            decode=not arguments.train_only,
+            log=lambda line: print(line, file=sys.stderr, flush=True),
+        )
     print(json.dumps(facts) if arguments.json else table(facts))
 
 

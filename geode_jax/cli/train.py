@@ -2,7 +2,7 @@
 
 import argparse
 
-from geode_jax.cli.options import Commands, add_command
+from geode_jax.cli.options import GPU_KERNELS_HELP, Commands, add_command
 from geode_jax.runs.shipped import config_names
 
 
@@ -28,7 +28,7 @@ def add_commands(commands: Commands) -> None:
     )
     add("--workdir", metavar="DIR", help="the run's folder; default: runs/SYSTEM, then -ARGUMENTS")
     add("--profile", action="store_true", help="trace a few steps into WORKDIR/profile")
-    add("--gpu_kernels", action="store_true", help="use this package's kernels on Hopper GPUs")
+    add("--gpu_kernels", action="store_true", help=GPU_KERNELS_HELP)
     add("--coordinator_address", metavar="HOST:PORT", help="address of process 0")
     add("--num_processes", metavar="N", help="number of processes of the run")
     add("--process_id", metavar="I", help="number of this process")

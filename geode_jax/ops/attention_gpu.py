@@ -205,7 +205,7 @@ def _matmul(shape: tuple[int, int], a, b):
     return pl.run_scoped(multiply, _ACC(shape, jnp.float32))
 
 
-def _matmul_add(sums, a, b):
+def matmul_add(sums, a, b):
     """Returns sums + a @ b."""
     return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(_ACC.init(sums))
 
@@ -302,7 +302,7 @@ def forward(
     L, M = q_BLHE.shape[1], k_BMGE.shape[1]
     if L == 1:
         return _in_parts(q_BLHE, k, v, rows, classes, visible(intervals, M))
-    out, lse = _forward(q, k, v, rows, classes)
+    out, lse = forward_tiles(q, k, v, rows, classes)
     return out[:, :L], lse
 
 
@@ -320,7 +320,7 @@ def _in_parts(
     share, parts = H // G, min(PARTS, columns)
     own = jnp.arange(columns) * parts // columns == jnp.arange(parts)[:, None]  # [parts, columns]
     q = _pad(q_BLHE.reshape(B, G, share, E).swapaxes(1, 2))
-    out, lse = _forward(
+    out, lse = forward_tiles(
         jnp.tile(q, (1, parts, 1, 1)),
         k,
         v,
@@ -341,7 +341,7 @@ def _in_parts(
     return out.reshape(B, 1, H, E).astype(q_BLHE.dtype), _pad(lse, axis=2)
 
 
-def _forward(
+def forward_tiles(
     q: Array, k: Array, v: Array, rows: Intervals, classes: Array
 ) -> tuple[jax.Array, jax.Array]:
     """Computes `forward` for whole tiles of queries and keys with the classes of their pairs."""
@@ -403,7 +403,7 @@ def _forward_kernel(
             weights, decay, peak, total = online_softmax(s, peak, total)
             sums = sums * jax.lax.broadcast_in_dim(decay, sums.shape, [0])
             plgpu.barrier_wait(v_full.at[slot])
-            sums = _matmul_add(sums, weights.astype(v.dtype), v_ring.at[slot])
+            sums = matmul_add(sums, weights.astype(v.dtype), v_ring.at[slot])
             plgpu.barrier_arrive(v_free.at[slot])
             return sums, peak, total
 
@@ -491,7 +491,7 @@ def _queries_kernel(
             of_weights = _matmul((PART, TILE), my_g, _transposed(v_ring.at[slot]))
             plgpu.barrier_arrive(v_free.at[slot])
             _, slopes = weights_and_slopes(s, of_weights, my_lse, my_delta, 0)
-            sums = _matmul_add(sums, slopes.astype(k.dtype), k_ring.at[slot])
+            sums = matmul_add(sums, slopes.astype(k.dtype), k_ring.at[slot])
             plgpu.barrier_arrive(k_free.at[slot])
             return sums
 
@@ -553,9 +553,9 @@ def _keys_kernel(
             of_weights = _matmul((PART, PART), my_v, _transposed(g_ring.at[slot]))
             own_lse, own_delta = (_vector(x, (batch, head, queries), 1) for x in (lse, delta))
             weights, slopes = weights_and_slopes(s, of_weights, own_lse, own_delta, 1)
-            sum_v = _matmul_add(sum_v, weights.astype(g.dtype), g_ring.at[slot])
+            sum_v = matmul_add(sum_v, weights.astype(g.dtype), g_ring.at[slot])
             plgpu.barrier_arrive(g_free.at[slot])
-            sum_k = _matmul_add(sum_k, slopes.astype(q.dtype), q_ring.at[slot])
+            sum_k = matmul_add(sum_k, slopes.astype(q.dtype), q_ring.at[slot])
             plgpu.barrier_arrive(q_free.at[slot])
             return sum_k, sum_v
 

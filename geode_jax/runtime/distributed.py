@@ -230,7 +230,7 @@ def ends_together() -> Iterator[None]:
 _FAILED = "geode_jax/failed"
 _ENDING = threading.Lock()
 """Held by the thread that ends the process, so that one line is printed."""
-_LOOK_SECONDS = 2.0
+POLL_SECONDS = 2.0
 """Time between two polls for the failure of another process."""
 _LEAVE_SECONDS = 20.0
 """Time that process 0 waits for the others to end."""
@@ -238,7 +238,7 @@ _LEAVE_SECONDS = 20.0
 
 def _watch(client, done: threading.Event) -> None:
     """Ends the process when another one has published an error."""
-    while not done.wait(_LOOK_SECONDS):
+    while not done.wait(POLL_SECONDS):
         with _ENDING:
             if not done.is_set():
                 _leave_as_others(client)

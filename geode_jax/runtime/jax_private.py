@@ -24,7 +24,7 @@ except ImportError:
 else:
     _TPU_CLUSTERS = (GceTpuCluster, GkeTpuCluster)
 
-_TPU_DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
+TPU_DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 
 
 class ProcessGroup(NamedTuple):
@@ -71,7 +71,7 @@ def on_tpu_cluster() -> bool:
     """
     if _TPU_CLUSTERS is not None:
         return any(cluster.is_env_present() for cluster in _TPU_CLUSTERS)
-    if any(glob.glob(pattern) for pattern in _TPU_DEVICES):
+    if any(glob.glob(pattern) for pattern in TPU_DEVICES):
         raise UserError(
             f"processes: jax {jax.__version__} has no jax._src.clusters.cloud_tpu_cluster, which "
             "finds the hosts of a TPU slice; give --coordinator_address, --num_processes and "

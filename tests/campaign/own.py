@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,10 @@ def _bits_of(tree: Any) -> list[str]:
 
 def _config(folder: Path) -> list:
     """What the configuration says of what was learned; the rest may be another."""
-    from geode_jax.runs.config import flat
-    from geode_jax.runs.identity import _PLACES, MAY_CHANGE, open_run
+    from geode_jax.runs.identity import made_with, open_run
 
     settings, checkpoint = open_run(folder / "run")
-    values = flat(settings.values)
-    kept = {name: x for name, x in values.items() if name not in (*MAY_CHANGE, *_PLACES)}
-    return [checkpoint.name, json.dumps(kept, sort_keys=True)]
+    return [checkpoint.name, made_with(settings, None)]
 
 
 def _ask(folder: Path) -> list:
@@ -321,12 +319,13 @@ def _write_cache(folder: Path) -> None:
 
 
 def _read_cache(folder: Path) -> dict:
-    from geode_jax.data import question_records
     from geode_jax.data.question_records import open_question_records, question_lengths
     from geode_jax.exports import Export
 
-    question_records._INTACT.clear()  # as in a new process
-    records = open_question_records(Export(folder / "export"))
+    # A process checks the records of a folder once, so this folder gets a new name every time.
+    export = folder / f"export-{uuid.uuid4().hex}"
+    export.symlink_to("export")
+    records = open_question_records(Export(export))
     found = {split: list(records.of_split(split)) for split in ("train", "val")}
     lengths = question_lengths(records, "train", _tokenizer())
     return found | {"lengths": {name: bits(array) for name, array in lengths.items()}}

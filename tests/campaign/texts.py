@@ -133,7 +133,7 @@ def _read_flags(folder: Path) -> list:
     _parse([f"--config=configs/{name}.py{argument}", *changed])
     from geode_jax.runs.config import make_settings
 
-    config = flags._CONFIG.value
+    config = flags.CONFIG.value
 
     make_settings(config)
     config.data.export = str(_export())
@@ -242,8 +242,8 @@ def _read_program(folder: Path) -> list:
     _parse([f"--config={program}"])
     from geode_jax.cli import flags
 
-    make_settings(flags._CONFIG.value)
-    return [flags._CONFIG.value.train.steps]
+    make_settings(flags.CONFIG.value)
+    return [flags.CONFIG.value.train.steps]
 
 
 TARGETS = {

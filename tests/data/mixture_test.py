@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 
 from geode_jax.data.mixture import (
+    OWN,
     choose_scenes,
     parse_mixture,
     scenes_per_epoch,
@@ -18,11 +19,13 @@ from geode_jax.data.tokens import Tokenizer, train_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, ExportWriter
 from geode_jax.runs.config import make_settings
+from tests.helpers.batches import asked
 from tests.helpers.exports import HEADER, TOKEN_WIDTH
 from tests.helpers.runs import tiny_config
 
 SOURCES = {"both": ("a", "b", None), "only_a": ("a",), "only_b": ("b",), "own": (None,)}
 """Sort of scene -> sources of its questions, ten of each kind of each."""
+EPOCHS = 600
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +36,15 @@ def mixed(tmp_path_factory) -> Export:
         for sort, sources in SOURCES.items():
             for i in range(4):
                 scene_id = f"{sort}_{i}"
-                tokens = np.ones((1, 6, TOKEN_WIDTH), np.float32)
+                number = 4 * list(SOURCES).index(sort) + i
+                tokens = np.full((1, 6, TOKEN_WIDTH), number, np.float32)
                 writer.add_scene(scene_id, {"vggt/tokens": tokens}, split="train")
                 writer.add_questions(
                     {
                         "id": f"{scene_id}_{source}_{kind}_{n}",
                         "scene_id": scene_id,
                         "kind": kind,
-                        "question": f"What {n}?",
+                        "question": f"{source or OWN} {kind} {n}",
                         "answer": f"{n}",
                     }
                     | ({"source": source} if source else {})
@@ -53,7 +57,7 @@ def mixed(tmp_path_factory) -> Export:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer(["What 0 1 2 3 4 5 6 7 8 9?"], [], min_count=1)
+    return train_tokenizer(["a b own x y 0 1 2 3 4 5 6 7 8 9"], [], min_count=1)
 
 
 @pytest.fixture(scope="module")
@@ -61,21 +65,26 @@ def config(mixed) -> PipelineConfig:
     return PipelineConfig(str(mixed.folder), 1, 1, 12, 4, 0, 1, 16, seed=3)
 
 
-def drawn(pipeline: Pipeline, export: Export, epochs: int) -> Counter:
-    """(sort of scene, source, kind) of the first question of every scene of many epochs."""
-    records = {i: [] for i in export.scene_ids()}
-    for record in export.questions():
-        records[record["scene_id"]].append(record)
+def numbers(pipeline: Pipeline, epoch: int) -> list[int]:
+    """The scenes of an epoch in order, by the numbers that the fixture `mixed` gave them."""
+    first = epoch * pipeline.steps_per_epoch
+    batches = (pipeline.batch(first + step) for step in range(pipeline.steps_per_epoch))
+    return [int(batch.vision_SVPC.flat[0]) for batch in batches]
+
+
+def drawn(pipeline: Pipeline, tokenizer: Tokenizer, epochs: int) -> Counter:
+    """(sort of scene, source, kind) of the question of every scene of many epochs."""
     found: Counter = Counter()
     for epoch in range(epochs):
-        order = pipeline._order(epoch)
-        assert len(set(order.tolist())) == len(order) == pipeline.steps_per_epoch
-        for scene in order.tolist():
-            scene_id = pipeline._scene_ids[scene]
-            row = pipeline._used[scene][pipeline._draw(epoch, scene, 0)[0]]
-            record = records[scene_id][row]
-            sort = scene_id.rpartition("_")[0]
-            found[sort, record.get("source", "own"), record["kind"]] += 1
+        seen = set()
+        for step in range(pipeline.steps_per_epoch):
+            batch = pipeline.batch(epoch * pipeline.steps_per_epoch + step)
+            (((question, _),),) = asked(batch, tokenizer)
+            number = int(batch.vision_SVPC.flat[0])
+            source, kind, _ = question.split()
+            found[list(SOURCES)[number // 4], source, kind] += 1
+            seen.add(number)
+        assert len(seen) == pipeline.steps_per_epoch
     return found
 
 
@@ -84,7 +93,7 @@ def test_weights_of_sources_and_kinds_give_their_proportions(mixed, tokenizer, c
     pipeline = Pipeline(mixed, tokenizer, dataclasses.replace(config, **weights), "train")
     # Scenes with "a" weigh 3, with "b" alone 0.75, the own ones 1: 8 + 4 / 4 + 4 / 3 a epoch.
     assert pipeline.steps_per_epoch == 10
-    found = drawn(pipeline, mixed, 600)
+    found = drawn(pipeline, tokenizer, EPOCHS)
     total = sum(found.values())
     share = 10 / (8 + 1 + 4 / 3)  # of what the weights say, for whole scenes
 
@@ -96,7 +105,7 @@ def test_weights_of_sources_and_kinds_give_their_proportions(mixed, tokenizer, c
         )
 
     for sort, scenes in (("both", 4), ("only_a", 4), ("only_b", 1), ("own", 4 / 3)):
-        assert seen(sort) / 600 == pytest.approx(scenes * share, rel=0.03)
+        assert seen(sort) / EPOCHS == pytest.approx(scenes * share, rel=0.03)
     for source, weight in (("a", 3.0), ("b", 0.75), ("own", 1.0)):
         assert seen("both", source) / seen("both") == pytest.approx(weight / 4.75, abs=0.03)
     assert sum(n for (*_, kind), n in found.items() if kind == "y") / total == pytest.approx(
@@ -112,15 +121,16 @@ def test_without_weights_every_epoch_is_a_permutation_of_all_scenes(mixed, token
     for epoch in range(3):
         # As numpy draws it: published runs depend on it.
         expected = np.random.default_rng((3, 0, epoch)).permutation(16)
-        np.testing.assert_array_equal(pipeline._order(epoch), expected)
-        np.testing.assert_array_equal(same._order(epoch), expected)
+        scenes = [sorted(mixed.scene_ids("train"))[i] for i in expected]
+        expected = [4 * list(SOURCES).index(name[:-2]) + int(name[-1]) for name in scenes]
+        assert numbers(pipeline, epoch) == numbers(same, epoch) == expected
 
 
 def test_a_source_of_weight_0_is_never_drawn_and_counted(mixed, tokenizer, config):
     none = dataclasses.replace(config, source_weights={"a": 0.0, "own": 0.0})
     pipeline = Pipeline(mixed, tokenizer, none, "train")
     assert pipeline.dropped == {"source a": 160, "source own": 160}
-    assert {sort for sort, *_ in drawn(pipeline, mixed, 3)} == {"both", "only_b"}
+    assert {sort for sort, *_ in drawn(pipeline, tokenizer, 3)} == {"both", "only_b"}
     assert not Pipeline(mixed, tokenizer, none.asking_all(), "train").dropped
 
 
@@ -130,27 +140,23 @@ def test_a_source_that_is_not_there_is_refused(mixed, tokenizer, config):
         Pipeline(mixed, tokenizer, wrong, "train")
 
 
-def used(pipeline: Pipeline, export: Export) -> list[dict]:
-    rows = dict(zip(pipeline._scene_ids, pipeline._used, strict=True))
-    records: dict[str, list] = {i: [] for i in export.scene_ids()}
-    for record in export.questions():
-        records[record["scene_id"]].append(record)
-    return [records[scene_id][row] for scene_id, own in rows.items() for row in own]
+def used(pipeline: Pipeline) -> list[dict]:
+    return [record for rows, _ in pipeline.eval_batches() for row in rows for record in row]
 
 
 def test_a_fraction_has_the_same_share_of_every_source_and_kind(mixed, tokenizer, config):
     tenth = dataclasses.replace(config, fraction=0.1)
     pipeline = Pipeline(mixed, tokenizer, tenth, "train")
-    records = used(pipeline, mixed)
+    records = used(pipeline)
     strata = Counter((record.get("source"), record["kind"]) for record in records)
     assert strata == {(s, k): 8 for s in ("a", "b", None) for k in "xy"}
     assert pipeline.dropped == {"outside data.fraction": 480 - 48}
-    again = used(Pipeline(mixed, tokenizer, tenth, "train"), mixed)
-    other = used(Pipeline(mixed, tokenizer, dataclasses.replace(tenth, seed=4), "train"), mixed)
+    again = used(Pipeline(mixed, tokenizer, tenth, "train"))
+    other = used(Pipeline(mixed, tokenizer, dataclasses.replace(tenth, seed=4), "train"))
     ids = {record["id"] for record in records}
     assert ids == {record["id"] for record in again} != {record["id"] for record in other}
     fifth = dataclasses.replace(config, fraction=0.2)
-    larger = used(Pipeline(mixed, tokenizer, fifth, "train"), mixed)
+    larger = used(Pipeline(mixed, tokenizer, fifth, "train"))
     assert ids < {record["id"] for record in larger}
 
 

@@ -147,7 +147,7 @@ def main(workdir: Path, steps: int) -> None:
         ),
     )  # fmt: skip
     with jax.set_mesh(mesh), Checkpoints(workdir) as checkpoints, Stop() as stop:
-        state, *_ = train._train(run, workdir, checkpoints, stop, profile=False)
+        state, *_ = train.run_loop(run, workdir, checkpoints, stop, profile=False)
         best, position = checkpoints.restore_best(state)
     assert position["step"] == steps and np.array_equal(*map(_weights, (state, best)))
     np.save(workdir / "weights.npy", _weights(state))

@@ -59,13 +59,24 @@ def case(thinking_tokens: int) -> Case:
     return Case(student, batch, *map(np.asarray, answer_until(student, batch, NEVER)))
 
 
+def vision_prefix(student, batch, z_SMD, seen_length_S):
+    """V [S, N, D]: attention of N queries to the valid tokens of Z, plus the mean depth."""
+    logits = jnp.einsum("nd,smd->snm", student.pool_query[...], z_SMD) / z_SMD.shape[-1] ** 0.5
+    seen = jnp.arange(z_SMD.shape[1]) < seen_length_S[:, None, None]
+    weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, logits, -jnp.inf)), 0)
+    depth_SVD = student.depth_encoder(jnp.log1p(batch.depth_hint_SVP))
+    views = jnp.asarray(batch.view_mask_SV)[..., None]
+    depth = jnp.sum(depth_SVD * views, 1) / jnp.maximum(jnp.sum(views, 1), 1)
+    return jnp.einsum("snm,smd->snd", weights, z_SMD) + depth[:, None]
+
+
 @jax.jit
 def forward(student, batch, text_SQL):
     """Hidden states and logits of [V][T][text] in one pass, text padded on the right."""
-    z, seen_length = student._project(batch)
+    scene = student.encode_scene(batch)
     S, Q = text_SQL.shape[:2]
-    z = z.reshape(S, -1, z.shape[-1])
-    prefix = student._vision_prefix(batch, z, seen_length)
+    z, seen_length = scene.z_SVPD.reshape(S, -1, scene.z_SVPD.shape[-1]), scene.seen_length_S
+    prefix = vision_prefix(student, batch, z, seen_length)
     if student.thinking is not None:
         thinking = jnp.broadcast_to(student.thinking[...], (S, *student.thinking.shape[1:]))
         prefix = jnp.concatenate([prefix, thinking], axis=1)

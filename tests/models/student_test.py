@@ -129,7 +129,7 @@ def test_a_camera_token_moves_the_features_of_its_view(model, batch, before):
     camera = batch.camera_SVC + 1.0
     camera[:, 0, 0] -= 5.0
     z = [
-        jax.jit(lambda model, batch: model.student._project(batch)[0])(model, b)
+        jax.jit(lambda model, batch: model.student.encode_scene(batch).z_SVPD)(model, b)
         for b in (batch, changed(batch, camera_SVC=camera))
     ]
     assert np.array_equal(z[0][0], z[1][0])

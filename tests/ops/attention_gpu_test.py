@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from geode_jax.ops import attention_gpu as gpu
 from geode_jax.ops.attention import Intervals, attention, visible
+from geode_jax.ops.attention_plan import by_tile, per_query, tile_classes
 from tests.ops.attention_test import check, few_questions, oracle
 
 SCALE = gpu.LOG2_E
@@ -29,8 +30,10 @@ def pairs(visits: gpu.Visits, at: int, columns: int):
 def simulate(q, k, v, intervals, g):
     """What the kernels do, tile after tile, of one head: q, g [B, L, E], k, v [B, M, E]."""
     T, (B, L, E), M = gpu.TILE, q.shape, k.shape[1]
-    rows, classes = gpu._rows(q[:, :, None], k[:, :, None], intervals)
-    q, k, v, g = (np.asarray(gpu._pad(x)) for x in (q, k, v, g))
+    intervals = per_query(intervals, (B, L), M)
+    rows = [x.reshape(B, -1) for x in by_tile(intervals, T)]
+    classes = tile_classes(intervals, M, T, T)
+    q, k, v, g = (np.pad(x, ((0, 0), (0, -x.shape[1] % T), (0, 0))) for x in (q, k, v, g))
     by_query, by_key = gpu.visits(classes), gpu.visits(classes.swapaxes(1, 2))
     query_tiles, columns = classes.shape[1:]
     out, lse = np.zeros_like(q), np.zeros(q.shape[:2], np.float32)
@@ -127,7 +130,7 @@ OF_ONE = Intervals(*np.array([[[300], [0], [0]], [[320], [70], [5]], [[580], [90
 
 
 def dense_forward(q, k, v, rows, classes):
-    """What `_forward` computes."""
+    """What `gpu.forward_tiles` computes."""
     share = q.shape[2] // k.shape[2]
     q, k, v = (np.asarray(x, np.float32) for x in (q, k, v))
     s = np.einsum("blhe,bmhe->bhlm", q, np.repeat(k, share, 2)) * (q.shape[-1] ** -0.5 * SCALE)
@@ -143,7 +146,7 @@ def dense_forward(q, k, v, rows, classes):
 @pytest.mark.parametrize("parts", [1, 2, 3, 16])
 def test_the_keys_of_a_single_query_in_parts(parts, monkeypatch):
     monkeypatch.setattr(gpu, "PARTS", parts)
-    monkeypatch.setattr(gpu, "_forward", dense_forward)
+    monkeypatch.setattr(gpu, "forward_tiles", dense_forward)
     q, k, v, g = (x.astype(jnp.float32) for x in arrays(*ONE))
     mask = np.asarray(visible(OF_ONE, ONE[2]))
     out, lse = gpu.forward(q, k, v, OF_ONE)
@@ -158,7 +161,7 @@ def test_the_keys_of_a_single_query_in_parts(parts, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(plgpu, "force_gpu_interpret_mode"), reason="jax is too old")
 def test_a_single_query_in_the_interpreter(monkeypatch):
-    monkeypatch.setattr(gpu, "_matmul_add", matmul_add)
+    monkeypatch.setattr(gpu, "matmul_add", matmul_add)
     monkeypatch.setattr(gpu, "PARTS", 2)
     q, k, v, g = arrays(*ONE)
     mask = np.asarray(visible(OF_ONE, ONE[2]))
@@ -170,7 +173,7 @@ def test_a_single_query_in_the_interpreter(monkeypatch):
 @pytest.mark.skipif(not hasattr(plgpu, "force_gpu_interpret_mode"), reason="jax is too old")
 @pytest.mark.parametrize("shape", [(1, 200, 300, 2, 1, 64), (1, 130, 260, 1, 1, 128)])
 def test_the_kernels_in_the_interpreter(shape, monkeypatch):
-    monkeypatch.setattr(gpu, "_matmul_add", matmul_add)
+    monkeypatch.setattr(gpu, "matmul_add", matmul_add)
     intervals = few_questions(np.random.default_rng(0), *shape[:3])
     intervals = intervals._replace(
         prefix_end=np.where(np.arange(shape[1]) < 128, shape[2], 0)[None]

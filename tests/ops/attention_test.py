@@ -218,14 +218,15 @@ def test_memory_grows_with(implementation, growth):
 
 
 def test_the_choice_is_logged_once(caplog):
-    q, k, v, _ = arrays(2)
-    whole = Intervals(*(np.full((B, 1), x, np.int32) for x in (0, 0, M)))
-    module._log_choice.cache_clear()
+    queries, keys = 11, 13  # no other test has them
+    q = np.ones((1, queries, 2, 4), np.float32)
+    k = v = np.ones((1, keys, 2, 4), np.float32)
+    whole = Intervals(*(np.full((1, 1), x, np.int32) for x in (0, 0, keys)))
     with caplog.at_level("INFO", logger=module.__name__):
         for _ in range(2):
             attention(q, k, v, whole)
     assert [r.getMessage() for r in caplog.records] == [
-        "attention of 5 queries to 7 keys on cpu: dense"
+        "attention of 11 queries to 13 keys on cpu: dense"
     ]
 
 

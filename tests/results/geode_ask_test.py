@@ -22,6 +22,7 @@ from geode_jax.models.decoder import Decoder
 from geode_jax.models.internvl import INTERNVL_TOKENS
 from geode_jax.models.vit import InternViT
 from geode_jax.objectives.geode import GeodeStage
+from geode_jax.results import predict
 from geode_jax.results.predict import Predictor
 from geode_jax.results.vsi import evaluate_run
 from geode_jax.runs import build
@@ -48,15 +49,16 @@ def predictions(geode_runs) -> list[dict]:
 
 
 @pytest.fixture
-def answered_by(joint, monkeypatch):
+def answered_by(geode_runs, monkeypatch):
     """Makes every answer a control token, as a trained model's would be."""
     answer = GeodeStage.answer
+    tokenizer = load_tokenizer(geode_runs["joint"].workdir / "tokenizer")
 
     def by(name: str) -> None:
         def forced(self, model, prefix, batch, eos_id, sampling=None):
             out = answer(self, model, prefix, batch, eos_id, sampling)
             tokens = jnp.full_like(out["tokens"], eos_id)
-            return out | {"tokens": tokens.at[..., 0].set(joint._tokenizer.id_of(name))}
+            return out | {"tokens": tokens.at[..., 0].set(tokenizer.id_of(name))}
 
         monkeypatch.setattr(GeodeStage, "answer", forced)
 
@@ -102,7 +104,11 @@ def test_a_free_question_has_the_unit_of_its_kind(joint, question, kind, unit):
 
 
 def test_every_unit_of_the_export_is_found_by_wording(joint):
-    found = {(facts["kind"], facts.get("unit")) for facts in joint._kinds.values()}
+    scene_id = joint.export.scene_ids("test")[0]
+    own = {record["question"] for record in joint.questions(scene_id)}
+    others = [q for i in joint.export.scene_ids("train") for q in joint.questions(i)]
+    records = [joint.record(scene_id, q["question"], q.get("options")) for q in others]
+    found = {(r["kind"], r.get("unit")) for r in records if r["question"] not in own}
     assert {
         ("object_abs_distance", "m"),
         ("object_size_estimation", "cm"),
@@ -172,24 +178,27 @@ def test_thinking_tokens_are_the_students(run, geode_runs):
 # --- Rationales -----------------------------------------------------------------------------------
 
 
-def test_the_rationale_is_what_stage_1_says_behind_the_same_tokens(run, geode_runs):
+def test_the_rationale_is_what_stage_1_says_behind_the_same_tokens(geode_runs, monkeypatch):
     """Of the joint run's own parameters: here its decoder is put back to stage 1's."""
     stage_1 = Predictor(geode_runs["drm"].workdir)
     same = Predictor(geode_runs["drm"].workdir, rationale=True)
-    joint = Predictor(geode_runs["joint"].workdir, rationale=True)
-    assert joint._trained.objective.prefix_parts() == ("spatio",)
-    assert joint._pipeline.config.answer_length == stage_1._pipeline.config.answer_length
+    before = open_trained(geode_runs["drm"].workdir)
+    trained = open_trained(geode_runs["joint"].workdir, rationale=True)
+    assert trained.objective.prefix_parts() == ("spatio",)
+    assert trained.pipeline.config.answer_length == before.pipeline.config.answer_length
+    merged = flat(before.state.frozen) | flat(before.state.params)
+    parts = {name: replaced(getattr(trained.state, name), merged) for name in ("params", "frozen")}
+    state = dataclasses.replace(trained.state, **parts)
+    with monkeypatch.context() as patch:
+        opened = dataclasses.replace(trained, state=state)
+        patch.setattr(predict, "open_trained", lambda *_, **__: opened)
+        joint = Predictor(geode_runs["joint"].workdir, rationale=True)
     assert joint.truth_field == stage_1.truth_field == "rationale"
     scene_id = stage_1.export.scene_ids("test")[0]
     record = stage_1.questions(scene_id)[0]
     said = stage_1.answer(scene_id, record["question"]).text
     assert same.answer(scene_id, record["question"]).text == said
 
-    before, state = stage_1._trained.state, joint._trained.state
-    merged = flat(before.frozen) | flat(before.params)
-    parts = {name: replaced(getattr(state, name), merged) for name in ("params", "frozen")}
-    state = dataclasses.replace(state, **parts)
-    joint._trained = dataclasses.replace(joint._trained, state=state)
     assert joint.answer(scene_id, record["question"]).text == said
 
 

@@ -13,10 +13,11 @@ from geode_jax.data.tokens import load_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, units
 from geode_jax.models.generate import Sampling
+from geode_jax.results import predict
 from geode_jax.results.predict import Answer, Predictor
 from geode_jax.runs.config import make_settings
 from geode_jax.runs.data import pipeline_config
-from geode_jax.runs.trained import open_run_export
+from geode_jax.runs.trained import open_run_export, open_trained
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_a_single_question_is_batched_as_the_evaluation_batches_it(tiny_run):
 def test_a_question_longer_than_any_in_training_is_asked_whole(predictor):
     scene_id = predictor.export.scene_ids("test")[0]
     question = "Is the chair touching the lamp? " * 20
-    pipeline = predictor._pipeline
+    pipeline = open_trained(predictor.workdir).pipeline
     scene = pipeline.one_scene(scene_id)
     batch = pipeline.one_question(predictor.record(scene_id, question), scene)
     usual = pipeline.config.question_length
@@ -104,14 +105,13 @@ def test_a_question_longer_than_any_in_training_is_asked_whole(predictor):
     assert length > usual
     assert batch.question_SQL.shape[-1] in (2 * usual, 4 * usual)
     ids = batch.question_SQL[0, 0, -length:]
-    assert predictor._tokenizer.decode(ids) == question
+    assert load_tokenizer(predictor.workdir / "tokenizer").decode(ids) == question
     assert predictor.answer(scene_id, question).text
 
 
 def test_a_scene_is_looked_at_once_for_all_its_questions(predictor, monkeypatch):
-    read, pipeline = [], predictor._pipeline
-    one_scene = pipeline.one_scene
-    monkeypatch.setattr(pipeline, "one_scene", lambda i: read.append(i) or one_scene(i))
+    read, one_scene = [], Pipeline.one_scene
+    monkeypatch.setattr(Pipeline, "one_scene", lambda *a: read.append(a[1]) or one_scene(*a))
     first, second = predictor.export.scene_ids("train")[:2]
     asked = [q["question"] for q in predictor.questions(first)[:3]]
     said = [predictor.answer(first, question) for question in asked]
@@ -121,7 +121,7 @@ def test_a_scene_is_looked_at_once_for_all_its_questions(predictor, monkeypatch)
     assert read == [first, second, first]
 
 
-def test_words_can_be_drawn_and_matrices_rounded(predictor, tiny_run):
+def test_words_can_be_drawn_and_matrices_rounded(predictor, tiny_run, monkeypatch):
     scene_id = predictor.export.scene_ids("test")[0]
     question = predictor.questions(scene_id)[0]["question"]
     greedy = predictor.answer(scene_id, question)
@@ -132,10 +132,17 @@ def test_words_can_be_drawn_and_matrices_rounded(predictor, tiny_run):
         for i in range(2)
     ]
     assert hot[0] != hot[1]
+    dtypes, with_decoding = set(), predict.with_decoding
+
+    def recorded(model, *, int8):
+        ready = with_decoding(model, int8=int8)
+        dtypes.update(leaf.dtype for leaf in jax.tree.leaves(nnx.state(ready)))
+        return ready
+
+    monkeypatch.setattr(predict, "with_decoding", recorded)
     rounded = Predictor(tiny_run.workdir, int8=True)
     assert rounded.answer(scene_id, question).kind == greedy.kind
-    decoder = nnx.to_flat_state(rounded._compiled[2])
-    assert any(x[...].dtype == np.int8 for path, x in decoder if path[-1] == "kernel")
+    assert np.dtype(np.int8) in dtypes
 
 
 def test_stored_questions_are_recognised_however_they_are_broken_into_lines(predictor):
@@ -212,12 +219,13 @@ def test_the_parameters_are_the_best_ones_and_the_run_is_left_alone(predictor, c
     unfinished = copied_run / "checkpoints" / "best" / "9.orbax-checkpoint-tmp"
     unfinished.mkdir()
     before = contents(copied_run)
+    best = open_trained(predictor.workdir).state.params
     found = Predictor(copied_run)
     scene_id = found.export.scene_ids("test")[0]
     found.answer(scene_id, "How many lamp(s) are in this room?")
     assert contents(copied_run) == before
     assert found.step == 3
-    assert leaves_equal(found._trained.state.params, predictor._trained.state.params)
+    assert leaves_equal(open_trained(copied_run).state.params, best)
 
     # The best one is taken although a later one is there, the latest where none is best.
     latest = copied_run / "checkpoints" / "latest"
@@ -229,7 +237,7 @@ def test_the_parameters_are_the_best_ones_and_the_run_is_left_alone(predictor, c
     shutil.rmtree(latest / "4")
     found = Predictor(copied_run)
     assert found.step == 3
-    assert leaves_equal(found._trained.state.params, predictor._trained.state.params)
+    assert leaves_equal(open_trained(copied_run).state.params, best)
 
 
 def test_a_run_without_checkpoint_or_export_says_so_in_one_line(copied_run, tmp_path):

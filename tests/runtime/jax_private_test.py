@@ -22,7 +22,7 @@ def moved(monkeypatch):
 
 def test_one_process_needs_no_private_part(moved):
     assert moved.process_group() == (None, 0, 1)
-    moved._TPU_DEVICES = ()
+    moved.TPU_DEVICES = ()
     assert moved.on_tpu_cluster() is False
 
 
@@ -35,7 +35,7 @@ def test_several_processes_are_refused_in_one_line(moved, monkeypatch):
 
 def test_a_tpu_host_is_refused_in_one_line(moved, tmp_path):
     (tmp_path / "accel0").touch()
-    moved._TPU_DEVICES = (str(tmp_path / "accel[0-9]*"),)
+    moved.TPU_DEVICES = (str(tmp_path / "accel[0-9]*"),)
     with pytest.raises(UserError, match=r"cloud_tpu_cluster.* give --coordinator_address"):
         moved.on_tpu_cluster()
 

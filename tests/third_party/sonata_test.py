@@ -1,6 +1,7 @@
 """Sonata's exporter, around a small torch encoder with Sonata's interfaces."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from geode_jax.data.tokens import train_tokenizer
 from geode_jax.exports import Export, validate
 from geode_jax.exports.prompts import prompt
 
+CONTRACT = Path(__file__).resolve().parents[2] / "geode_jax" / "exports"
 VOXEL = 0.02
 
 
@@ -81,7 +83,7 @@ def test_a_metric_export_keeps_its_world_and_gets_tokens(load, export, write_bas
 
     points, colours, views = unprojected(old)
     module = load("sonata/export_sonata.py")
-    frames = module.job.load_contract(module.job._CONTRACT).frames
+    frames = module.job.load_contract(CONTRACT).frames
     moved = frames.to_sonata_frame(points, up=(0, 0, 1), metres_per_unit=1.0).points(points)
     chosen = chosen_one_by_one(moved)
     index, grid = np.array(list(chosen.values())), np.array(list(chosen))

@@ -2,10 +2,12 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import struct
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -274,6 +276,13 @@ def test_bad_input_is_one_line(export, capsys, arguments, line):
     assert line in error and error.startswith("export_vggt: ") and "\n" not in error
 
 
+def only(monkeypatch, package: str, module) -> None:
+    """Of the packages that decode videos this one alone is installed, as `module`."""
+    for name in ("cv2", "av", "imageio", "imageio.v3"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, module)
+
+
 def leaves_a_pipe_open(test):
     """imageio, where it is installed, does so with ffmpeg's."""
     for warning in ("ResourceWarning", "pytest.PytestUnraisableExceptionWarning"):
@@ -290,8 +299,9 @@ def test_videos_are_decoded_by_what_is_there(load, export, tmp_path, monkeypatch
         module.video_frames(video, 4)
     assert "\n" not in str(error.value)
     frames = [np.full((H, W, 3), i, np.uint8) for i in range(10)]
-    monkeypatch.setattr(module, "_imageio_frames", lambda path: iter(frames))
-    module._imageio_frames.__name__ = "_imageio_frames"
+    v3 = types.SimpleNamespace(imiter=lambda path, **_: iter(frames))
+    only(monkeypatch, "imageio", types.SimpleNamespace(v3=v3))
+    monkeypatch.setitem(sys.modules, "imageio.v3", v3)
     assert [int(frame[0, 0, 0]) for frame in module.video_frames(video, 4)] == [0, 2, 5, 7]
     assert export("--scene", video, "--views", 4) == 0
     assert Export(tmp_path / "out").read_scene("walk")["images"].shape == (4, H, W, 3)
@@ -344,7 +354,7 @@ class Known:
     CAP_PROP_ORIENTATION_AUTO, CAP_PROP_ORIENTATION_META = "auto", "meta"
 
     def __init__(self, rotation: int, turns: bool = True):
-        self.rotation, self.turns, self.auto, self.left = rotation, turns, False, 2
+        self.rotation, self.turns, self.auto = rotation, turns, False
 
     def open(self, path):
         return contextlib.nullcontext(self)
@@ -357,6 +367,7 @@ class Known:
         return np.repeat(PICTURE[..., None], 3, -1)
 
     def VideoCapture(self, path):
+        self.left = 2
         return self
 
     def set(self, name, value):
@@ -374,21 +385,19 @@ class Known:
 
 def test_what_cannot_be_turned_is_refused(load, monkeypatch):
     module = load("vggt/export_vggt.py").reading
-    for package, decode in (("av", module._pyav_frames), ("cv2", module._opencv_frames)):
-        for rotation in (0, 90, -90, -180):
-            monkeypatch.setitem(sys.modules, package, Known(rotation))
-            shown = np.rot90(PICTURE, rotation // 90)
-            frames = list(decode("v.mp4"))
-            assert len(frames) == 2
-            np.testing.assert_array_equal(frames[1][..., 0], shown)
-    monkeypatch.setitem(sys.modules, "av", Known(45))
-    with pytest.raises(ValueError, match="turned by no quarter"):
-        list(module._pyav_frames("v.mp4"))
-    monkeypatch.setitem(sys.modules, "cv2", Known(90, turns=False))
-    with pytest.raises(ValueError, match="does not turn frames"):
-        list(module._opencv_frames("v.mp4"))
-    monkeypatch.setitem(sys.modules, "cv2", Known(0, turns=False))
-    assert len(list(module._opencv_frames("v.mp4"))) == 2
+    for package, rotation in itertools.product(("av", "cv2"), (0, 90, -90, -180)):
+        only(monkeypatch, package, Known(rotation))
+        frames = module.video_frames("v.mp4", 4)
+        assert len(frames) == 2
+        np.testing.assert_array_equal(frames[1][..., 0], np.rot90(PICTURE, rotation // 90))
+    only(monkeypatch, "av", Known(45))
+    with pytest.raises(module.job.InputError, match="turned by no quarter"):
+        module.video_frames("v.mp4", 4)
+    only(monkeypatch, "cv2", Known(90, turns=False))
+    with pytest.raises(module.job.InputError, match="does not turn frames"):
+        module.video_frames("v.mp4", 4)
+    only(monkeypatch, "cv2", Known(0, turns=False))
+    assert len(module.video_frames("v.mp4", 4)) == 2
 
 
 def test_weights_that_would_run_code_are_refused(export, tmp_path, capsys):

@@ -5,10 +5,9 @@ import math
 import numpy as np
 import pytest
 from nltk.translate.bleu_score import corpus_bleu as nltk_bleu
-from rouge_score.rouge_scorer import _lcs_table
+from rouge_score.rouge_scorer import RougeScorer
 
 from geode_jax.evaluate.metrics.coco import (
-    _common,
     cider,
     clean,
     coco_scores,
@@ -164,11 +163,15 @@ def test_rouge_l_by_hand():
     assert rouge_l("Two chairs.", ["two chairs"]) == 1
 
 
-def test_the_longest_common_subsequence_is_rouge_scores():
-    random = np.random.default_rng(0)
+def test_precision_and_recall_of_rouge_l_are_rouge_scores():
+    random, scorer, beta = np.random.default_rng(0), RougeScorer(["rougeL"]), 1.2**2
+    words = ["red", "couch", "lamp", "table"]
     for _ in range(200):
-        a, b = (random.integers(0, 4, random.integers(1, 9)).tolist() for _ in range(2))
-        assert _common(a, b) == _lcs_table(a, b)[len(a)][len(b)]
+        a, b = (" ".join(random.choice(words, random.integers(1, 9))) for _ in range(2))
+        precision, recall, _ = scorer.score(b, a)["rougeL"]
+        both = recall + beta * precision
+        expected = (1 + beta) * precision * recall / both if both else 0
+        assert rouge_l(a, [b]) == pytest.approx(expected)
 
 
 def test_cider_by_hand():
