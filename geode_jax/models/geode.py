@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Float32, Int32, UInt8
+from jaxtyping import Float, Float32, Int32, Num
 
 from geode_jax import ranges
 from geode_jax.errors import UserError
@@ -86,9 +86,9 @@ def nearest_patches(grid: int, patch_grid: tuple[int, int]) -> Int32[np.ndarray,
 
 
 def encode_frames(
-    encoder: InternViT, image_Bhw3: UInt8[Array, "B h w 3"]
+    encoder: InternViT, image_Bhw3: Num[Array, "B h w 3"]
 ) -> Float[jax.Array, "B _ C"]:
-    """Returns hidden states [B, 1 + P, C] of uint8 frames, the class token first.
+    """Returns hidden states [B, 1 + P, C] of frames (0 to 255), the class token first.
 
     Frames are resized to the encoder's square without keeping their aspect ratio, as InternVL does
     for a single tile.

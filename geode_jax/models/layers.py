@@ -13,7 +13,7 @@ from geode_jax.shapes import Array
 LAYER_NORM_EPS = 1e-5
 
 
-def param(value: jax.Array, *names: str | None, contracted: int = 0) -> nnx.Param:
+def param(value: Float[jax.Array, "..."], *names: str | None, contracted: int = 0) -> nnx.Param:
     """Returns a parameter with a logical axis name (or None) for each axis; see `sharding.RULES`.
 
     Args:

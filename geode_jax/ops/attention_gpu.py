@@ -53,7 +53,7 @@ LOG2_E = math.log2(math.e)
 
 
 def hide(
-    s: Float[jax.Array, "*pair"], key: Int[jax.Array, "*pair"], rows: Intervals, axis: int
+    s: Float[Array, "*pair"], key: Int[Array, "*pair"], rows: Intervals, axis: int
 ) -> Float[jax.Array, "*pair"]:
     """Returns the logits with those of hidden keys at MASKED.
 
@@ -68,10 +68,8 @@ def hide(
 
 
 def online_softmax(
-    s: Float[jax.Array, "n m"], peak: Float[jax.Array, " n"], total: Float[jax.Array, " n"]
-) -> tuple[
-    Float[jax.Array, "n m"], Float[jax.Array, " n"], Float[jax.Array, " n"], Float[jax.Array, " n"]
-]:
+    s: Float[Array, "n m"], peak: Float[Array, " n"], total: Float[Array, " n"]
+) -> tuple[Float[Array, "n m"], Float[Array, " n"], Float[Array, " n"], Float[Array, " n"]]:
     """Adds a tile of keys to the running softmax, with exponents base 2.
 
     Args:
@@ -90,8 +88,8 @@ def online_softmax(
 
 
 def finish(
-    out: Float[jax.Array, "n E"], peak: Float[jax.Array, " n"], total: Float[jax.Array, " n"]
-) -> tuple[Float[jax.Array, "n E"], Float[jax.Array, " n"]]:
+    out: Float[Array, "n E"], peak: Float[Array, " n"], total: Float[Array, " n"]
+) -> tuple[Float[Array, "n E"], Float[Array, " n"]]:
     """Returns the output [n, E] and log2 of each query's sum; both are 0 if it sees no key."""
     seeing = total > 0
     count = jnp.where(seeing, total, jnp.ones_like(total))
@@ -100,12 +98,12 @@ def finish(
 
 
 def weights_and_slopes(
-    s: Float[jax.Array, "*pair"],
-    slope_of_weights: Float[jax.Array, "*pair"],
-    lse: Float[jax.Array, " n"],
-    delta: Float[jax.Array, " n"],
+    s: Float[Array, "*pair"],
+    slope_of_weights: Float[Array, "*pair"],
+    lse: Float[Array, " n"],
+    delta: Float[Array, " n"],
     axis: int,
-) -> tuple[Float[jax.Array, "*pair"], Float[jax.Array, "*pair"]]:
+) -> tuple[Float[Array, "*pair"], Float[Array, "*pair"]]:
     """Returns the weights and the gradient of the scaled logits, like s; queries along `axis`."""
     lse, delta = (jax.lax.broadcast_in_dim(x, s.shape, [axis]) for x in (lse, delta))
     weights = jnp.exp2(s - lse)
@@ -347,7 +345,7 @@ def forward_tiles(
     """Computes `forward` for whole tiles of queries and keys with the classes of their pairs."""
     B, padded, H, E = q.shape
     tiles = _buffer(q.dtype, STAGES, TILE, E)
-    return _kernel(
+    out, lse = _kernel(
         functools.partial(_forward_kernel, H // k.shape[2], classes.shape[1:]),
         "attention_forward",
         [
@@ -367,6 +365,7 @@ def forward_tiles(
             _full(arrivals=WARPGROUPS),
         ],
     )(q, k, v, *rows, *visits(classes))
+    return out, lse
 
 
 def _forward_kernel(

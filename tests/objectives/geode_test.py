@@ -432,4 +432,4 @@ def test_numbers_are_written_as_answers_are(value, unit, text):
 
 
 def test_a_code_is_a_value_in_the_questions_unit():
-    np.testing.assert_allclose(decode_values(np.log(1.5), 0.01), 150, rtol=1e-5)
+    np.testing.assert_allclose(decode_values(jnp.log(1.5), jnp.float32(0.01)), 150, rtol=1e-5)
