@@ -37,7 +37,7 @@ from geode_jax.models.geode import Geode, GeodeConfig, Part, Prefix
 from geode_jax.models.internvl import InternVLConfig
 from geode_jax.models.layout import LayoutEncoder
 from geode_jax.models.packed import pick
-from geode_jax.objectives import losses
+from geode_jax.objectives import losses, totals
 from geode_jax.objectives.base import Pair, Terms
 from geode_jax.objectives.spatial import spatial_head_terms
 from geode_jax.objectives.text import text_term
@@ -299,7 +299,7 @@ class GeodeStage:
             "values": c.regression_weight,
             "boxes": c.regression_weight,
         }
-        return losses.static_total(terms, {name: weights[name.split("/")[0]] for name in terms})
+        return totals.static_total(terms, {name: weights[name.split("/")[0]] for name in terms})
 
 
 def layout_alignment(spatio_SRD: Array, layout: LayoutEncoder, batch: Batch) -> Pair:

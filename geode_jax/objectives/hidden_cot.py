@@ -36,7 +36,7 @@ from geode_jax.geometry.correspondence import correspondences
 from geode_jax.models.generate import Sampling, before_end, generate
 from geode_jax.models.layers import param
 from geode_jax.models.student import Scene, Student, StudentConfig, StudentOutput
-from geode_jax.objectives import losses
+from geode_jax.objectives import losses, totals
 from geode_jax.objectives.base import ScenePrediction, Terms
 from geode_jax.objectives.spatial import spatial_head_terms
 from geode_jax.objectives.text import text_term
@@ -78,7 +78,7 @@ class HiddenCoTConfig:
     temperature: float = 1.0
     literal_cross_view: bool = False
     vision: bool = True
-    log_variance_bounds: tuple[float, float] = losses.LOG_VARIANCE_BOUNDS
+    log_variance_bounds: tuple[float, float] = totals.LOG_VARIANCE_BOUNDS
 
     def __post_init__(self):
         fields = {"weights": ranges.one_of(("uncertainty", "static"))}
@@ -211,12 +211,12 @@ class HiddenCoT:
             parts = {name: pair for name, pair in terms.items() if term_of(name) == term}
             if parts:
                 inside = [WEIGHTS_INSIDE.get(name, 1.0) for name in parts]
-                grouped[term] = losses.combine(list(parts.values()), inside)
+                grouped[term] = totals.combine(list(parts.values()), inside)
         if self.config.weights == "static":
-            total, weights = losses.static_total(grouped, dict.fromkeys(grouped, 1.0))
+            total, weights = totals.static_total(grouped, dict.fromkeys(grouped, 1.0))
         else:
             log_variance = {name: model.log_variance[name][...] for name in grouped}
-            total, weights = losses.uncertainty_total(
+            total, weights = totals.uncertainty_total(
                 grouped, log_variance, self.config.log_variance_bounds
             )
         return total, weights

@@ -96,7 +96,7 @@ def make_train_step(
        drops the model from this pass.
     2. The loss of a microbatch is its sum / total count; the gradients are added up.
     3. The parameters of the total itself, the uncertainties of eq. 2, are differentiated once, at
-       the summed terms, because `losses.bounded` needs the sign of the whole gradient.
+       the summed terms, because `totals.bounded` needs the sign of the whole gradient.
 
     Args:
         objective: of the model.

@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from geode_jax.objectives import losses
+from geode_jax.objectives import losses, totals
 from tests.helpers.losses import draw
 
 
 def test_means_are_taken_after_the_sums_are_added():
-    assert losses.mean((6.0, 4.0)) == 1.5
-    assert losses.mean((np.nan, 0.0)) == 0.0
-    assert losses.combine([(6.0, 4.0), (3.0, 1.0)], [1.0, 0.5]) == (3.0, 1.0)
-    assert losses.combine([(6.0, 4.0), (0.0, 0.0)]) == (1.5, 1.0)
-    assert losses.combine([(0.0, 0.0), (0.0, 0.0)]) == (0.0, 0.0)
+    assert totals.mean((6.0, 4.0)) == 1.5
+    assert totals.mean((np.nan, 0.0)) == 0.0
+    assert totals.combine([(6.0, 4.0), (3.0, 1.0)], [1.0, 0.5]) == (3.0, 1.0)
+    assert totals.combine([(6.0, 4.0), (0.0, 0.0)]) == (1.5, 1.0)
+    assert totals.combine([(0.0, 0.0), (0.0, 0.0)]) == (0.0, 0.0)
 
 
 def terms_and_parameters():
@@ -26,7 +26,7 @@ def terms_and_parameters():
 
 def test_uncertainty_total_is_eq_2():
     terms, s = terms_and_parameters()
-    total, weights = losses.uncertainty_total(terms, s)
+    total, weights = totals.uncertainty_total(terms, s)
     expected = 0.0
     for name, (value, count) in terms.items():
         sigma = np.sqrt(np.exp(np.float64(s[name])))
@@ -42,9 +42,9 @@ def test_uncertainty_gradients_are_the_analytic_ones_and_absent_terms_have_none(
 
     def total(s, means):
         pairs = {name: (means[name] * terms[name][1], terms[name][1]) for name in terms}
-        return losses.uncertainty_total(pairs, s)[0]
+        return totals.uncertainty_total(pairs, s)[0]
 
-    means = {name: losses.mean(pair) for name, pair in terms.items()}
+    means = {name: totals.mean(pair) for name, pair in terms.items()}
     grad_s, grad_mean = jax.grad(total, (0, 1))(s, means)
     for name in losses.TERMS:
         present = name != "detection"
@@ -58,7 +58,7 @@ def test_uncertainty_gradients_are_the_analytic_ones_and_absent_terms_have_none(
 def test_absent_terms_with_garbage_in_them_do_no_harm():
     terms = {"text": (jnp.float32(1.0), jnp.float32(1.0)), "spatial": (jnp.nan, jnp.float32(0.0))}
     s = {"text": jnp.float32(0.0), "spatial": jnp.float32(0.0)}
-    total, grad = jax.value_and_grad(lambda s: losses.uncertainty_total(terms, s)[0])(s)
+    total, grad = jax.value_and_grad(lambda s: totals.uncertainty_total(terms, s)[0])(s)
     assert total == 0.5
     assert grad == {"text": 0.0, "spatial": 0.0}
 
@@ -70,7 +70,7 @@ def test_log_variance_finds_its_optimum_within_bounds_from_anywhere(start, loss)
     low, high = -3.0, 3.0
 
     def total(s):
-        return losses.uncertainty_total(terms, {"text": s}, (low, high))[0]
+        return totals.uncertainty_total(terms, {"text": s}, (low, high))[0]
 
     step = jax.jit(lambda s: s - jnp.clip(jax.grad(total)(s), -1.0, 1.0) * 0.2)
     s = jnp.float32(start)
@@ -82,20 +82,20 @@ def test_log_variance_finds_its_optimum_within_bounds_from_anywhere(start, loss)
     # A gradient that points out of the bounds is 0: s stays within a step of them.
     if low <= start <= high:
         assert low - 0.21 <= float(s) <= high + 0.21
-    weight = losses.uncertainty_total(terms, {"text": s}, (low, high))[1]["text"]
+    weight = totals.uncertainty_total(terms, {"text": s}, (low, high))[1]["text"]
     assert 0.5 * np.exp(-high) * 0.999 <= float(weight) <= 0.5 * np.exp(-low) * 1.001
 
 
 def test_static_total():
     terms, _ = terms_and_parameters()
     weights = {name: 0.5 * i for i, name in enumerate(losses.TERMS)}
-    total, used = losses.static_total(terms, weights)
+    total, used = totals.static_total(terms, weights)
     expected = sum(weights[n] * v / c for n, (v, c) in terms.items() if c)
     assert float(total) == pytest.approx(float(expected))
     assert {name: float(w) for name, w in used.items()} == weights
 
 
-@pytest.mark.parametrize("total", [losses.uncertainty_total, losses.static_total])
+@pytest.mark.parametrize("total", [totals.uncertainty_total, totals.static_total])
 def test_a_term_without_a_weight_is_an_error(total):
     with pytest.raises(KeyError, match="spatial"):
         total({"spatial": (1.0, 1.0)}, {"text": 0.0})

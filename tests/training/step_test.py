@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from geode_jax.models.layers import param
-from geode_jax.objectives import losses
+from geode_jax.objectives import losses, totals
 from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig
 from geode_jax.objectives.text import text_term
 from geode_jax.sharding import make_mesh
@@ -124,7 +124,7 @@ class GivenLoss:
         return {"text": (jnp.sum(batch["sum"]), jnp.sum(batch["count"]))}
 
     def total(self, model, terms):
-        return losses.uncertainty_total(terms, {"text": model.log_variance[...]}, (-7.0, 4.0))
+        return totals.uncertainty_total(terms, {"text": model.log_variance[...]}, (-7.0, 4.0))
 
 
 @pytest.mark.parametrize("microbatches", [1, 2, 4])
