@@ -11,6 +11,7 @@ import pytest
 
 from geode_jax.errors import UserError
 from geode_jax.exports import Export
+from geode_jax.runs.config_file import read_settings
 from geode_jax.runs.shipped import SHIPPED, config_names, find_config
 from geode_jax.runs.systems import SYSTEMS
 from tests.helpers.runs import tiny_rooms
@@ -83,6 +84,28 @@ def test_a_path_makes_its_folder_importable_and_a_name_does_not(tmp_path, monkey
     assert find_config("hidden_cot:thinking=0") == f"{SHIPPED}/hidden_cot.py:thinking=0"
     assert find_config("configs/hidden_cot.py" if Path("configs").is_dir() else "hidden_cot")
     assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import nothere", "config: mine.py:1: ModuleNotFoundError: No module named 'nothere'"),
+        ("import beside", "config: beside.py:2: ZeroDivisionError: division by zero"),
+        ("def config(arg):\n    return 1", "config: mine.py: has no function get_config"),
+        ("def get_config(arg=''):\n    return x", "config: mine.py:2: NameError: name 'x' is not"),
+        (
+            "from geode_jax.configs import hidden_cot\n"
+            "def get_config(arg=''):\n    hidden_cot.get_config(arg).model.depth = 1",
+            'config: mine.py:3: no such field: Key "depth" does not exist',
+        ),
+    ],
+)
+def test_an_error_in_a_configuration_names_its_line(tmp_path, monkeypatch, text, said):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "mine.py").write_text(text)
+    (tmp_path / "beside.py").write_text("\n1 / 0")
+    with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+        read_settings(f"{tmp_path}/mine.py")
 
 
 @pytest.mark.parametrize("text", ["hidden_coat", "nowhere/hidden_cot.py", "common", ""])
