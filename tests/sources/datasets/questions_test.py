@@ -98,7 +98,7 @@ def test_a_file_in_another_layout_is_refused(source, request_of, tmp_path):
     assert not (tmp_path / "out" / "manifest.json").exists()
     for path in files_below(tmp_path / "raw"):
         path.write_bytes(b"\x80\x04\x95.")
-    with pytest.raises(UserError, match=r"not JSON|not in the layout"):
+    with pytest.raises(UserError, match=r"not UTF-8|not JSON|not in the layout"):
         prepare(source, request_of(Case({}, [])))
     shutil.rmtree(tmp_path / "raw")
     with pytest.raises(UserError, match=f"no file of {source}"):
