@@ -11,8 +11,8 @@ from geode_jax.evaluate.metrics import text as text_metrics
 from geode_jax.evaluate.text_table import text_table
 from geode_jax.exports.kinds import (
     KINDS,
+    RELATION,
     RELATION_KINDS,
-    SENTENCE,
     VSI_CHOICE_KINDS,
     VSI_NUMERIC_KINDS,
 )
@@ -63,7 +63,11 @@ ROWS = (
     ),
     Row("vsi_overall", "VSI-Bench overall (macro)", _VSI),
     Row("vsi_tasks", "VSI-Bench tasks present (of 8)", _VSI, better="", bounded=False),
-    *(Row(name, kind.label, _OTHER) for name, kind in KINDS.items() if kind.form == SENTENCE),
+    *(
+        Row(name, kind.label, _OTHER)
+        for name, kind in KINDS.items()
+        if kind.label and not kind.task and kind.form != RELATION
+    ),
     Row("rouge1", "ROUGE-1 F", _TEXT),
     Row("rouge1_precision", "ROUGE-1 precision", _TEXT),
     Row("rouge1_recall", "ROUGE-1 recall", _TEXT),

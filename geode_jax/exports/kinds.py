@@ -32,7 +32,7 @@ class Kind(NamedTuple):
 
     Attributes:
         form: form of the answer, one of the six above.
-        label: label of its score in tables; "" for a kind without a row of its own.
+        label: label of its score in tables; "" for a kind that is shown under its name.
         unit: unit of the answer where neither question nor answer names one; a key of
             `units.UNITS`.
         task: the task of VSI-Bench (Yang et al., 2024, Table 1) that the kind counts towards.

@@ -45,24 +45,33 @@ LICENCE_TERMS = (
 """The licence table, strictest terms first. Not legal advice."""
 
 
-def inherited(producer: Mapping[str, str], origins: Sequence[str]) -> tuple[str, list[Term]]:
+def inherited(
+    producer: Mapping[str, str], origins: Sequence[str], sources: Sequence[str] = ()
+) -> tuple[str, list[Term]]:
     """Finds the licence terms that a model inherits.
 
     Args:
         producer: of the export's manifest.
         origins: names of the pretrained models that the run started from.
+        sources: names of the data sets whose questions were added to the export.
 
     Returns:
         The Hub's identifier of the resulting licence, and the matching rows of the licence table. A
-        model that was trained on synthetic rooms alone inherits no terms.
+        model that was trained on synthetic rooms alone inherits no terms; an origin or a source
+        that the table does not have makes it "other".
     """
-    names = " ".join([*producer.values(), *origins])
-    found = [term for term in LICENCE_TERMS if re.search(term.pattern, names, re.IGNORECASE)]
+    given = (*origins, *sources)
+    names = " ".join([*producer.values(), *given])
+    found = [term for term in LICENCE_TERMS if _covers(term, names)]
     bound = [term.identifier for term in found if term.identifier]
     if bound:
         return bound[0], found
-    free = producer["licence"] == "CC0-1.0" and len(found) >= len(origins)
-    return "apache-2.0" if free else "other", found
+    known = all(any(_covers(term, name) for term in LICENCE_TERMS) for name in given)
+    return "apache-2.0" if known and producer["licence"] == "CC0-1.0" else "other", found
+
+
+def _covers(term: Term, names: str) -> bool:
+    return re.search(term.pattern, names, re.IGNORECASE) is not None
 
 
 def write_card(
@@ -73,6 +82,7 @@ def write_card(
     auto_class: str,
     manifest: Mapping[str, Any],
     origins: Sequence[str],
+    sources: Sequence[str],
     summary: Mapping[str, Any],
     step: int,
 ) -> None:
@@ -85,13 +95,15 @@ def write_card(
         auto_class: name of the class of transformers that loads the folder.
         manifest: of the export that the run was trained on.
         origins: names of the pretrained models that the run started from.
+        sources: names of the data sets whose questions were added to the export.
         summary: content of `summary.json`; empty if the run has not ended.
         step: training step of the checkpoint.
     """
     producer = manifest["producer"]
-    identifier, found = inherited(producer, origins)
+    identifier, found = inherited(producer, origins, sources)
     splits = [scene["split"] for scene in manifest["scenes"]]
     counts = ", ".join(f"{splits.count(s)} {s}" for s in dict.fromkeys(splits))
+    added = f", with those of {', '.join(sources)}" if sources else ""
     rows = [f"| {term.asset} | {term.licence} |" for term in found]
     rows.append(f"| {producer['project']} (the data) | {producer['licence']} |")
     rows.append("| geode_jax (this folder's code) | Apache-2.0 |")
@@ -116,7 +128,7 @@ A `{system}` model trained with geode_jax, step {step}.
 ## Data
 
 {producer["project"]}, {producer["commit"]}: {len(splits)} scenes ({counts}),
-{manifest["questions"]["count"]} questions. Features: {producer["weights"]}.
+{manifest["questions"]["count"]} questions{added}. Features: {producer["weights"]}.
 {f"Started from: {', '.join(origins)}." if origins else "Started from random weights."}
 
 ## Licence

@@ -5,6 +5,7 @@ from typing import Any
 
 from flax import nnx
 
+from geode_jax.data.question_records import open_question_records
 from geode_jax.errors import UserError
 from geode_jax.exports.files import read_json_object, write_json
 from geode_jax.results.card import write_card
@@ -81,9 +82,16 @@ def _add(trained: Trained, workdir: Path, folder: Path, part: str | None) -> Non
         auto_class="AutoModelForCausalLM" if part else "AutoModel",
         manifest=trained.export.manifest,
         origins=_origins(trained.settings),
+        sources=_sources(trained),
         summary=read_summary(workdir),
         step=int(trained.state.step),
     )
+
+
+def _sources(trained: Trained) -> list[str]:
+    """Returns the names of the data sets whose questions were added to the run's export."""
+    records = open_question_records(trained.export, trained.settings.data.on_bad_scene)
+    return sorted({r["source"] for r in records.of_split("train") if "source" in r})
 
 
 def _origins(settings: Settings) -> list[str]:

@@ -5,9 +5,12 @@
 `NAME[:ARGUMENTS]` of a shipped configuration or `PATH[:ARGUMENTS]`.
 """
 
+import itertools
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -76,7 +79,7 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
         raise UserError(f"config: {_last_line(error)}") from error
     except flags.Error as error:
         if "Error whilst parsing config file" in str(error):
-            raise _innermost(error) from error
+            raise _innermost(error, _place(error, argv)) from error
         first = str(error).strip().splitlines()[0]
         last = _last_line(error)
         raise UserError(first if first == last else f"{first} {last}") from error
@@ -85,26 +88,60 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
         while isinstance(cause, Exception) and cause.args and isinstance(cause.args[0], Exception):
             cause = cause.args[0]  # ml_collections wraps a KeyError that knows similar names
         reason = cause.args[0] if isinstance(cause, Exception) and cause.args else cause
-        raise UserError(f"config: no such field: {reason}") from error
+        if str(reason) == "module 'config_config' has no attribute 'get_config'":
+            raise UserError(f"config: {_path(argv).name}: has no function get_config") from error
+        raise UserError(f"config: {_place(error, argv)}no such field: {reason}") from error
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a configuration is a program, and may raise or end at will
         if isinstance(error, SystemExit) and _HELP.intersection(argv):
             raise
-        raise UserError(f"config: {type(error).__name__}: {error}") from error
+        where = _place(error, argv)
+        raise UserError(f"config: {where}{type(error).__name__}: {error}") from error
 
 
 _HELP = {"-?", "--help", "--helpshort", "--helpfull", "--helpxml"}
 """Flags of absl at which parsing prints a help text and ends the process."""
 
 
-def _innermost(error: BaseException) -> UserError:
-    """Returns the error that a configuration raised; ml_collections and absl wrap its text."""
+def _innermost(error: BaseException, where: str = "") -> UserError:
+    """Returns the error that a configuration raised; ml_collections and absl wrap its text.
+
+    Args:
+        error: as it was raised at last.
+        where: of `_place`.
+    """
     while error.__context__ is not None:
         error = error.__context__
     if isinstance(error, UserError):
         return error
-    return UserError(f"config: {type(error).__name__}: {_last_line(error)}")
+    return UserError(f"config: {where}{type(error).__name__}: {_last_line(error)}")
+
+
+def _place(error: BaseException, argv: Sequence[str]) -> str:
+    """Returns "my_losses.py:12: ", the line of the configuration or of a file beside it.
+
+    It is the innermost such line that led to the error, and "" where there is none: then a flag is
+    wrong, not a line.
+    """
+    folder, found = _path(argv).parent.resolve(), ""
+    at: BaseException | None = error
+    while at is not None:
+        for frame in traceback.extract_tb(at.__traceback__):
+            if Path(frame.filename).resolve().parent == folder:
+                found = f"{Path(frame.filename).name}:{frame.lineno}: "
+        at = at.__context__
+    return found
+
+
+def _path(argv: Sequence[str]) -> Path:
+    """Returns the file that a command line names as its configuration."""
+    text = ""
+    for argument, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config"):
+            text = value if equals else following
+    return Path(text.partition(":")[0])
 
 
 def _last_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.campaign.damage import Damage
 from tests.campaign.machine import REPOSITORY, Target, any_reader_sees, command
+from tests.sources.datasets.layouts import cases
 
 
 def bits(array: Any) -> str:
@@ -77,7 +78,6 @@ def _validate(folder: Path) -> str:
 def _write_source(source: str):
     def write(folder: Path) -> None:
         from tests.helpers.exports import write_tiny_export
-        from tests.sources.datasets.layouts import cases
 
         write_tiny_export(folder / "export", train=1, val=1)
         cases("scene000", "scene001")[source].write(folder / "root")
@@ -143,10 +143,6 @@ def _questions_silent(before: dict, after: dict, done: Damage, folder: Path) -> 
     )
     lost = _records(folder) - len(after["questions"]) - dropped
     return f"{lost} records are neither kept nor counted" if lost > 0 else ""
-
-
-_SOURCES = ("scanqa", "sqa3d", "vsi590k", "vica322k", "vlm3r", "llava3d", "ssr-cot",
-            "vica-thinking", "cambrian-alignment", "s-mit")  # fmt: skip
 
 
 def _write_excluded(folder: Path) -> None:
@@ -512,7 +508,7 @@ TARGETS = {
         f"prepare/{source}": Target(
             _write_source(source), _prepare(source), 0.5, ("root/**/*",), _questions_silent
         )
-        for source in _SOURCES
+        for source in cases("scene000", "scene001")
     },
     "prepare/scenes": Target(
         _write_source("scanqa"), _prepare_scenes, 1, ("export/**/*",), _export_silent

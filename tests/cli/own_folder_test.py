@@ -11,7 +11,9 @@ import pytest
 
 from geode_jax.errors import UserError
 from geode_jax.exports import Export
+from geode_jax.runs.config_file import read_settings
 from geode_jax.runs.shipped import SHIPPED, config_names, find_config
+from geode_jax.runs.systems import SYSTEMS
 from tests.helpers.runs import tiny_rooms
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -84,6 +86,28 @@ def test_a_path_makes_its_folder_importable_and_a_name_does_not(tmp_path, monkey
     assert sys.path == before
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import nothere", "config: mine.py:1: ModuleNotFoundError: No module named 'nothere'"),
+        ("import beside", "config: beside.py:2: ZeroDivisionError: division by zero"),
+        ("def config(arg):\n    return 1", "config: mine.py: has no function get_config"),
+        ("def get_config(arg=''):\n    return x", "config: mine.py:2: NameError: name 'x' is not"),
+        (
+            "from geode_jax.configs import hidden_cot\n"
+            "def get_config(arg=''):\n    hidden_cot.get_config(arg).model.depth = 1",
+            'config: mine.py:3: no such field: Key "depth" does not exist',
+        ),
+    ],
+)
+def test_an_error_in_a_configuration_names_its_line(tmp_path, monkeypatch, text, said):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "mine.py").write_text(text)
+    (tmp_path / "beside.py").write_text("\n1 / 0")
+    with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+        read_settings(f"{tmp_path}/mine.py")
+
+
 @pytest.mark.parametrize("text", ["hidden_coat", "nowhere/hidden_cot.py", "common", ""])
 def test_what_is_neither_a_name_nor_a_file_is_refused_with_the_names(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -92,8 +116,6 @@ def test_what_is_neither_a_name_nor_a_file_is_refused_with_the_names(text, tmp_p
 
 
 def test_the_shipped_configurations_import_each_other_as_installed_ones_do():
-    assert config_names() == [
-        *("geode_align", "geode_drm", "geode_joint", "geode_pretrain", "hidden_cot")
-    ]
+    assert config_names() == sorted(SYSTEMS)  # a configuration a system, and no helper module
     for path in SHIPPED.glob("*.py"):
         assert not re.search(r"^(from|import) configs\b", path.read_text(), re.MULTILINE), path

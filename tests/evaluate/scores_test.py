@@ -2,6 +2,7 @@ import pytest
 
 from geode_jax.errors import UserError
 from geode_jax.evaluate import scores
+from geode_jax.exports.kinds import KINDS
 
 
 def record(kind, answer, **more):
@@ -92,6 +93,11 @@ def test_table():
     following = lines[lines.index("Other questions") + 1]
     assert following.split() == ["left", "right", "1.000", "-", "-"]
     assert len({len(line) for line in lines if line.startswith("  ")}) == 1
+
+
+def test_every_label_of_the_table_of_kinds_is_shown():
+    for name, kind in KINDS.items():
+        assert not kind.label or scores.row_of(name).label == kind.label
 
 
 def test_the_mean_of_the_directions_stands_before_them_and_after_the_closest_object():

@@ -30,7 +30,7 @@ def test_configurations_are_read_with_their_arguments_and_changes():
     [
         ("configs/nothing.py", [], "no such file"),
         ("configs/hidden_cot.py:huge", [], "size=huge"),
-        ("configs/common.py", [], "has no attribute 'get_config'"),
+        ("configs/common.py", [], "config: common.py: has no function get_config"),
         ("configs/hidden_cot.py", ["model.depth=3"], "config: no such field: 'depth'"),
         ("configs/hidden_cot.py", ["seed=many"], "--config.seed=many"),
         ("configs/hidden_cot.py", ["seed"], "--set: seed: is not FIELD=VALUE"),

@@ -1,6 +1,7 @@
 """Described data has the shapes of real data; full sizes are those of the upstream models."""
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ from configs.geode_joint import get_config as geode
 from configs.hidden_cot import get_config as student
 from geode_jax.exports import Export
 from geode_jax.plan.described import abstract_batch, describe
+from geode_jax.results.systems import results_of
 from geode_jax.runs.config import make_settings
 from geode_jax.runs.data import make_pipelines, prepare_tokenizer
+from geode_jax.runs.systems import SYSTEMS
 from tests.helpers.runs import tiny_config, tiny_geode_config, tiny_rooms
 
 
@@ -45,6 +48,21 @@ def test_described_rooms_have_the_shapes_of_real_ones(system, tmp_path):
             points if size == data.shapes.points and points else size for size in own.shape
         )
         assert (name, shape, own.dtype) == (name, x.shape, x.dtype)
+
+
+@pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS)
+@pytest.mark.parametrize("export", ["rooms", "elsewhere"])
+def test_every_system_has_its_rows_in_the_tables_of_the_rooms_above_runs(system, export):
+    config = importlib.import_module(f"configs.{system.name}").get_config("")
+    with config.unlocked():
+        config.data.update(export=export, question_length=8, answer_length=8)
+        if not system.starts_fresh:
+            config.init_from = "run"
+    settings = make_settings(config)
+    data = describe(settings)
+    batch = abstract_batch(settings, data, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    assert batch.vision_SVPC.shape[3] or batch.image_SVhw3.shape[2]
+    assert callable(results_of(settings).finish)
 
 
 def test_full_sizes_are_the_upstream_models():

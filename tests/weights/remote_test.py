@@ -390,19 +390,22 @@ VGGT = {"project": "vggt", "weights": "facebook/VGGT-1B", "licence": "CC-BY-NC-4
 
 
 @pytest.mark.parametrize(
-    ("producer", "origins", "identifier", "assets"),
+    ("producer", "origins", "sources", "identifier", "assets"),
     [
-        (ROOMS, [], "apache-2.0", []),
-        (ROOMS, ["Qwen2.5-1.5B-Instruct"], "apache-2.0", ["Qwen2.5-1.5B"]),
-        (ROOMS, ["somebody's model"], "other", []),
-        (VGGT, [], "cc-by-nc-4.0", ["VGGT-1B weights"]),
-        (VGGT | {"project": "vggt on ScanNet"}, [], "cc-by-nc-4.0",
+        (ROOMS, [], [], "apache-2.0", []),
+        (ROOMS, ["Qwen2.5-1.5B-Instruct"], [], "apache-2.0", ["Qwen2.5-1.5B"]),
+        (ROOMS, ["somebody's model"], [], "other", []),
+        (VGGT, [], [], "cc-by-nc-4.0", ["VGGT-1B weights"]),
+        (VGGT | {"project": "vggt on ScanNet"}, [], [], "cc-by-nc-4.0",
          ["VGGT-1B weights", "ScanNet, ScanNet++"]),
-        (ROOMS | {"licence": "that of the data"}, [], "other", []),
+        (ROOMS | {"licence": "that of the data"}, [], [], "other", []),
+        (ROOMS, [], ["scanqa"], "cc-by-nc-sa-3.0", ["ScanQA"]),
+        (ROOMS, [], ["sqa3d"], "apache-2.0", ["SQA3D"]),
+        (ROOMS, ["Qwen2.5-1.5B"], ["somebody's questions"], "other", ["Qwen2.5-1.5B"]),
     ],
 )  # fmt: skip
-def test_a_model_inherits_the_strictest_terms(producer, origins, identifier, assets):
-    found = inherited(producer, origins)
+def test_a_model_inherits_the_strictest_terms(producer, origins, sources, identifier, assets):
+    found = inherited(producer, origins, sources)
     assert (found[0], [term.asset for term in found[1]]) == (identifier, assets)
 
 

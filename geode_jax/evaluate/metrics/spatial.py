@@ -148,7 +148,7 @@ def spatial_scores(predictions: Sequence[dict], reference: str = "truth") -> dic
     Keys besides the kinds:
       `spatial_accuracy`: mean of the accuracies of the four relations (of those that occur).
       `mra`: mean over the numeric kinds of the kind's MRA.
-      `metric_mra`: the same without `object_counting`, over the kinds with a unit.
+      `metric_mra`: the same without `COUNT_KINDS`, over the kinds that measure something.
       `object_rel_direction`: mean of its easy, medium and hard accuracies (of those that occur).
       `vsi_overall`: unweighted mean over the VSI-Bench tasks that occur; it is the benchmark's
         overall score (times 100 there) only if all eight occur.

@@ -22,6 +22,11 @@ from geode_jax.sources.questions.asker import Asker
 from geode_jax.sources.questions.description import scene_description
 from geode_jax.sources.questions.seen_room import SeenRoom
 
+ROOMS_VERSION = 6
+"""Goes up with every change of what a room's id stands for: of its questions, which are made here,
+and of its furniture and arrays, which `sources.rooms` makes. Rooms on disk of another version are
+refused."""
+
 ASKERS: tuple[tuple[str, int, Callable[[Asker], Iterator[dict]]], ...] = (
     ("proximity", 2, relations.proximity),
     ("contact", 2, relations.contact),

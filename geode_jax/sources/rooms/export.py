@@ -21,7 +21,7 @@ import numpy as np
 from geode_jax import exports
 from geode_jax.errors import UserError
 from geode_jax.runtime.bars import progress_bar
-from geode_jax.sources.questions.room import make_questions
+from geode_jax.sources.questions.room import ROOMS_VERSION, make_questions
 from geode_jax.sources.rooms import layout
 from geode_jax.sources.rooms.arrays import scene_arrays, seen_room, teacher_arrays
 from geode_jax.sources.rooms.scene import (
@@ -37,11 +37,11 @@ from geode_jax.sources.workers import shielded_from_ctrl_c
 
 PRODUCER = {
     "project": "geode_jax rooms",
-    "commit": "rooms version 6",
+    "commit": f"rooms version {ROOMS_VERSION}",
     "weights": "none: tokens are a fixed function of the true geometry and colour",
     "licence": "CC0-1.0",
 }
-"""The version goes up with every change of what the generator makes of a scene id."""
+"""Rooms that another version made are refused by name, see `runs.export`."""
 TEST_SEED_OFFSET = 1_000_000
 """The test split of seed s has the first scenes of seed s + TEST_SEED_OFFSET."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,45 @@ class Case:
     """A data set.
 
     Attributes:
-        files: {relative path: content}, a list of records for .jsonl, a JSON value for .json.
+        files: {relative path: content}: a text as it is, a list of records for .jsonl, any other
+            JSON value for .json.
         expected: the questions in order, without `source`.
         dropped: expected {reason: count} of dropped records.
+        places: fields of a record that name its scene.
     """
 
     files: dict[str, Any]
     expected: list[dict]
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
+    places: tuple[str, ...] = ("scene_id", "video", "image", "image_path")
 
     def write(self, root: Path) -> Path:
         for name, content in self.files.items():
             path = root / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".jsonl":
+            if isinstance(content, str):
+                path.write_text(content)
+            elif path.suffix == ".jsonl":
                 path.write_text("".join(json.dumps(line) + "\n" for line in content))
             else:
                 path.write_text(json.dumps(content))
         return root
+
+    def moved(self, place: str) -> "Case":
+        """The data set with another name in every place of a scene."""
+
+        def move(value):
+            if isinstance(value, dict):
+                return {k: place if v and k in self.places else move(v) for k, v in value.items()}
+            return [move(item) for item in value] if isinstance(value, list) else value
+
+        files = {
+            name: re.sub(r"scene\d+\w*", lambda _: place, content)
+            if isinstance(content, str)
+            else move(content)
+            for name, content in self.files.items()
+        }
+        return Case(files, [])
 
 
 def talk(*texts: str | list[str]) -> list[dict]:

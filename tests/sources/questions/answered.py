@@ -9,19 +9,15 @@ import itertools
 
 import numpy as np
 
+from geode_jax.sources.questions.room import ASKERS
 from geode_jax.sources.rooms import export
 from geode_jax.sources.rooms.arrays import seen_room
 from geode_jax.sources.rooms.scene import make_and_observe
 
 SCENES = 200
 RELATIONS = ("proximity", "contact", "size_comparison", "orientation")
-COUNT = {
-    "proximity": 2, "contact": 2, "size_comparison": 2, "orientation": 2, "object_counting": 2,
-    "object_abs_distance": 3, "object_size_estimation": 3, "room_size_estimation": 1,
-    "object_rel_distance": 2, "object_rel_direction_easy": 1, "object_rel_direction_medium": 1,
-    "object_rel_direction_hard": 1, "route_planning": 1, "obj_appearance_order": 1,
-    "scene_description": 1, "object_box": 6,
-}  # fmt: skip
+COUNT = {kind: most for kind, most, _ in ASKERS}
+"""Kind -> the most questions of this kind in a room."""
 
 
 @functools.cache
