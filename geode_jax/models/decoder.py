@@ -426,7 +426,7 @@ class Decoder(nnx.Module):
         prefix_SLD: Float[jax.Array, "S L D"],
         seen: list[KeyValues | None] | None,
         seen_length_S: Int[Array, " S"] | None,
-    ) -> tuple[Float[jax.Array, "S L D"], list[KeyValues]]:
+    ) -> tuple[Float[jax.Array, "S L D"], list]:
         """Runs the embeddings before a scene's text, with a causal mask and positions 0 to L - 1.
 
         Returns:
