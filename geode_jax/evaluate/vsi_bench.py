@@ -133,7 +133,9 @@ def _per_type(rows: Iterable[dict], value: Callable[[dict], float]) -> dict[str,
 
 def frequency_score(rows: Iterable[dict]) -> dict[str, Any]:
     """Returns the score of answering every question with the most common truth of its type."""
-    records = [{**row, "kind": row["question_type"], "answer": row["ground_truth"]} for row in rows]
+    records = [
+        {**row, "kind": row["question_type"], "answer": row["ground_truth"].strip()} for row in rows
+    ]
     return score(frequency_baseline(records, records))
 
 

@@ -204,6 +204,11 @@ def test_frequency_answers_each_type_with_its_most_common_truth():
     assert found == {"route_planning": 50, "object_counting": pytest.approx(75)}
 
 
+def test_white_space_around_a_truth_plays_no_part():
+    rows = [row("object_counting", " 10 ", "10")]
+    assert vsi_bench.score(rows)["overall"] == vsi_bench.frequency_score(rows)["overall"] == 100
+
+
 def test_random_picks_one_of_the_options():
     rows = [
         row("route_planning", "A", "", options=OPTIONS),

@@ -114,6 +114,7 @@ BAD_QUESTIONS = [
     ({"answer": "300 cm", "value": 5.0}, "value: another number than that of the answer"),
     (COUNT | {"value": 3.5}, "value: a count must be a whole number"),
     (COUNT | {"answer": "-2"}, "value: a count must be a whole number"),
+    ({"answer": "1.9 feet", "value": 1.9, "unit": "m"}, "value: another number than that of the"),
     ({"unit": "rad"}, "unit: one of angle, where the kind asks for one of length"),
     ({"unit": "m2"}, "unit: one of area, where the kind asks for one of length"),
     (COUNT | {"unit": "m"}, "unit: one of length, where the kind asks for one of count"),

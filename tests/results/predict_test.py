@@ -197,6 +197,10 @@ def test_choices_need_options_unless_the_scene_has_them(predictor):
             predictor.record(scene_id, question, options)
     scene_id, own = easy[0]
     assert predictor.record(scene_id, own["question"])["options"] == own["options"]
+    own["options"] = ["left", "right"]  # as the model was trained on them, without letters
+    assert (
+        predictor.record(scene_id, own["question"], ["left", "right"])["options"] == own["options"]
+    )
     others = predictor.record(scene_id, own["question"], ["up", "down"])["options"]
     assert others == ["A. up", "B. down"]
 
