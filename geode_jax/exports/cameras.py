@@ -48,12 +48,14 @@ _MOST_VIEWS, _POINTS_OF_VIEW, _SHARED, _ENOUGH = 8, 512, 0.2, 300
 overlap have in common, and how many of an export are enough to say something."""
 LARGEST, SMALLEST = 30.0, 0.5
 """Metres that the middle 96 % of a room's points may, and must, reach over."""
+_INVERTED, _OPENGL = "inverted poses", "camera axes as OpenGL's (y up, z back)"
 _READINGS = {
-    "": (False, 1.0),
-    "inverted poses": (True, 1.0),
-    **{f"depth times {factor:g}": (False, factor) for factor in (0.2, 0.5, 2.0, 5.0)},
+    "": 1.0,
+    _INVERTED: 1.0,
+    _OPENGL: 1.0,
+    **{f"depth times {factor:g}": factor for factor in (0.2, 0.5, 2.0, 5.0)},
 }
-"""What an export may be instead: whether its poses are inverted, and the factor of its depth."""
+"""What an export may be instead -> the factor of its depth."""
 
 
 def off_centre(intrinsic: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -94,7 +96,7 @@ def fault(intrinsic: np.ndarray, size: tuple[int, int]) -> str | None:
 
 
 def shown_faults(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """What of a scene shows that its cameras may be wrong: reason -> how large, 0 to 1.
+    """What of a scene shows that its cameras may be wrong: reason -> how large, or how many.
 
     Args:
         arrays: tensors of the contract by name; what is absent is not looked at.
@@ -107,6 +109,9 @@ def shown_faults(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
         if (off > CENTRE + slack).any():
             reason = "the principal point is off the middle of the picture (is the intrinsic for "
             found[reason + "another size?), as a share of the side,"] = off
+    poses = arrays.get("camera/extrinsic", ())
+    if len(poses) > 1 and np.allclose(poses, poses[:1], atol=1e-6):
+        found["all views have the same pose (is it known?), views:"] = len(poses)
     if "images" in arrays:
         black = (arrays["images"].max(-1) == 0).mean()
         if black > BLACK:
@@ -152,8 +157,13 @@ class Watch:
             np.asarray(array[:_MOST_VIEWS], np.float64)
             for array in (depth, arrays["camera/intrinsic"], arrays["camera/extrinsic"])
         ]
-        for row, (inverted, factor) in enumerate(_READINGS.values()):
-            self._views[row] += compared(seen[0] * factor, *seen[1:], inverted=inverted)
+        for row, (reading, factor) in enumerate(_READINGS.items()):
+            extrinsic = seen[2]
+            if reading == _OPENGL:
+                extrinsic = np.array([[1.0], [-1.0], [-1.0]]) * extrinsic
+            self._views[row] += compared(
+                seen[0] * factor, seen[1], extrinsic, inverted=reading == _INVERTED
+            )
         points = [_world(*view) for view in zip(*seen)]
         points = np.concatenate([p for p in points if len(p)] or [np.zeros((0, 3))])
         if self._metric and len(points):
@@ -188,8 +198,10 @@ class Watch:
             return None
         question = "are the poses camera-to-world, is the depth scale right?"
         if better:
-            inverted, _ = _READINGS[best]
-            asked = "are they camera-to-world?" if inverted else "is the depth scale right?"
+            asked = {
+                _INVERTED: "are they camera-to-world?",
+                _OPENGL: "are the axes of the cameras x right, y down, z ahead?",
+            }.get(best, "is the depth scale right?")
             question = f"with {best} only {shares[best][0]:.0%} differ: {asked}"
         return (
             f"views disagree about where surfaces are: {apart:.0%} of the points that two views "
