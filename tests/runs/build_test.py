@@ -200,9 +200,28 @@ def refusal(system: str, name: str, value) -> str:
     return ""
 
 
+@pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 2**32),  # would be seed 0
+        ("seed", 2**63),
+        ("data.rooms_seed", -1),
+        ("data.rooms_seed", 1_000_000),
+        ("data.scenes_per_batch", 2**31),
+        ("data.question_length", 2**63 - 1),
+        ("data.workers", 1_000_000),
+        ("train.steps", 2**31),
+    ],
+)
+def test_numbers_beyond_all_bounds_are_refused(system, name, value):
+    assert refusal(system.name, name, value)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "rule"),
     [
+        ("model.vision_prefix", 2**31 - 1, "at most 1,048,576"),
         ("seed", 0.5, "a whole number"),
         ("seed", True, "a whole number"),
         ("data.fraction", "1", "a number"),
