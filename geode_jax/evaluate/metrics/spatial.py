@@ -64,16 +64,21 @@ _LETTER = re.compile(r"\(?([A-Z])(?:[.):]+(?:\s.*)?|\))|([A-Za-z])\.?", re.DOTAL
 """A letter alone ("A", "b."), or an option with its letter in front ("A. chair", "(A) chair")."""
 
 
+def letter_of(target: str) -> str | None:
+    """Returns the letter of an option: "A" for "A", "A. chair" and "(A) chair"; None for words."""
+    found = _LETTER.fullmatch(target.strip())
+    return (found[1] or found[2]) if found else None
+
+
 def choice_accuracy(prediction: str, target: str) -> float:
     """Returns 1.0 if an answer is the option that the target names, else 0.0.
 
     A target with a letter is compared by VSI-Bench's rule. One in words is compared as a whole,
     since the first words of two options may be equal ("dining table", "dining chair").
     """
-    found = _LETTER.fullmatch(target.strip())
-    if found is None:
+    letter = letter_of(target)
+    if letter is None:
         return relation_accuracy(prediction, [target])
-    letter = found[1] or found[2]
     same = fuzzy_matching(target) != letter and relation_accuracy(prediction, [target])
     return max(letter_accuracy(prediction, letter), float(same))
 
