@@ -233,6 +233,16 @@ def test_what_cannot_be_scored_leaves_every_file_as_it_is(run, tmp_path):
     assert result.read_bytes() == before[result]
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "predictions.jsonl"])
+def test_a_result_does_not_replace_a_file_of_a_run(run, tmp_path, name):
+    write_lines(tmp_path / "config.json", {})
+    said = write_lines(tmp_path / "said.jsonl", {"id": 1, "kind": "x", "answer": "a"})
+    for source in (("vsi", "--workdir", tmp_path), ("text", "--predictions", said)):
+        refused = one_error(run("evaluate", *source, "--out", tmp_path / name))
+        assert f"{name} is a file of a run" in refused
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "said.jsonl"}
+
+
 def command(*arguments, **options) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "geode_jax.cli.command", *map(str, arguments)],
