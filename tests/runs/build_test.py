@@ -149,8 +149,8 @@ def test_a_stage_that_starts_from_nothing_is_refused(stage, tmp_path):
 # --- Every rule of a configuration ----------------------------------------------------------------
 
 BAD = (
-    -2, 0, 1, 3, 7, 0.5, 1.5, float("nan"), "", "nothing", "scanqa=-1", "images", "vggt/tokens",
-    "internvit/tokens", 256 * "x",
+    -2, 0, 1, 3, 7, 2**63, 0.5, 1.5, float("nan"), "", "nothing", "scanqa=-1", "images",
+    "vggt/tokens", "internvit/tokens", 256 * "x",
     (), (1, 2), (9, 9, -9), (3, 1), [99], ["nothing"], False,
 )  # fmt: skip
 """Values of which at least one breaks any rule."""
