@@ -11,13 +11,20 @@ Range = tuple[Callable[[Any], bool], str]
 """A predicate on a value, and the same rule in words."""
 
 
-def whole(least: int) -> Range:
-    """Returns the range of whole numbers from `least`."""
+MOST = 2**31 - 1
+"""Largest size of a part of a model; XLA has none for products of larger ones."""
+MOST_BLOCKS = 128
+"""Most layers of a module whose layers are built one by one, not as a stack."""
+
+
+def whole(least: int, most: int = MOST) -> Range:
+    """Returns the range of whole numbers from `least` to `most`."""
 
     def holds(value: Any) -> bool:
-        return isinstance(value, numbers.Integral) and value is not True and int(value) >= least
+        good = isinstance(value, numbers.Integral) and value is not True
+        return good and least <= int(value) <= most
 
-    return holds, f"a whole number of at least {least}"
+    return holds, f"a whole number of at least {least} and at most {most:,}"
 
 
 def real(least: float = -math.inf, most: float = math.inf, *, above: bool = False) -> Range:

@@ -9,7 +9,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from geode_jax.cli import ask, data, evaluate, plan, stages, train, weights
 from geode_jax.cli.options import Parser, examples
-from geode_jax.cli.reported import reported
+from geode_jax.cli.reported import open_standard_streams, reported
 from geode_jax.errors import refuse_undecodable
 from geode_jax.version import software
 
@@ -24,6 +24,7 @@ geode-jax convert export --workdir runs/hidden_cot --out student
 def main(argv: list[str] | None = None) -> None:
     """Runs the command of `argv` (default: `sys.argv[1:]`); exits with 2 on an error."""
     argv = sys.argv[1:] if argv is None else argv
+    open_standard_streams()
     with reported():
         refuse_undecodable(argv)
     parser = _parser()
@@ -32,7 +33,8 @@ def main(argv: list[str] | None = None) -> None:
         overrides = [word for word in argv if word.startswith("--config.")]
     arguments = parser.parse_args([word for word in argv if word not in overrides])
     if arguments.version:
-        print(software())
+        with reported():
+            print(software())
         return
     if arguments.command is None:
         parser.print_help(sys.stderr)

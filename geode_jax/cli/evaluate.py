@@ -105,8 +105,7 @@ def _score_run(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
 
     workdir, export = arguments.workdir, arguments.export
     out = arguments.out or workdir / "vsi.json"
-    inputs = [workdir / name for name in ("config.json", "summary.json")]
-    _refuse_input(out, inputs if export is None else [*inputs, export / "manifest.json"])
+    _refuse_input(out, [] if export is None else [export / "manifest.json"])
     with use_kernels(arguments.gpu_kernels):
         return evaluate_run(workdir, out, export=export, spatio=arguments.spatio), out
 
@@ -132,6 +131,13 @@ def _refuse_options(arguments: argparse.Namespace, names: tuple[str, ...], other
             raise UserError(f"--{name.replace('_', '-')}: does not go with {other}")
 
 
+_RUN_FILES = ("config.json", "summary.json", "metrics.jsonl", "predictions.jsonl", "report.html")
+
+
 def _refuse_input(out: Path, inputs: list[Path]) -> None:
+    """Refuses a result in place of a file that is read, or that a training run has written."""
+    place = Path(os.path.realpath(out))
+    if place.name in _RUN_FILES and (place.parent / "config.json").exists():
+        raise UserError(f"--out: {out} is a file of a run")
     if os.path.realpath(out) in map(os.path.realpath, inputs):
         raise UserError(f"--out: {out} is one of the files to read")

@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from geode_jax.cli.options import GPU_KERNELS_HELP
-from geode_jax.cli.reported import reported
+from geode_jax.cli.reported import open_standard_streams, reported
 from geode_jax.errors import UserError, refuse_undecodable
 from geode_jax.runs.config_file import parse_flags
 from geode_jax.runs.shipped import find_config
@@ -42,6 +42,7 @@ def run(argv: list[str]) -> None:
     Args:
         argv: the program's name and its flags.
     """
+    open_standard_streams()
     with reported():
         app.run(_train, argv=argv, flags_parser=read_flags)
 

@@ -11,6 +11,7 @@ import numpy as np
 from geode_jax.data.control import BOX, REG, NoNumberError, control_of, number_of
 from geode_jax.data.packing import lay_out
 from geode_jax.data.tokens import Tokenizer
+from geode_jax.exports import question_rules
 from geode_jax.exports.kinds import CANDIDATES, KINDS, RELATIONS, ROUTE
 from geode_jax.exports.prompts import prompt
 from geode_jax.geometry.upright_boxes import box_gaps
@@ -149,13 +150,21 @@ def _roles(record: Mapping[str, Any]) -> str:
 def _anchor_first(record: Mapping[str, Any]) -> list[dict]:
     """Returns the objects of a question; the object that distances are measured from comes first.
 
-    In "which of these is the closest to ..." it is the object that is not an option.
+    In "which of these is the closest to ..." it is the one object that is not an option. The result
+    is empty where no object, or more than one, is no option: the distances would be wrong.
     """
     objects = list(record.get("objects", ()))
     if _roles(record) == CANDIDATES:
-        options = {option.split(". ", 1)[-1] for option in record.get("options", ())}
-        objects.sort(key=lambda item: item["name"] in options)
+        options = {_bare(question_rules.option_text(text)) for text in record.get("options", ())}
+        objects.sort(key=lambda item: _bare(item["name"]) in options)
+        if sum(_bare(item["name"]) not in options for item in objects) != 1:
+            return []
     return objects
+
+
+def _bare(name: str) -> str:
+    """Returns the name of an object in lower case, without an article or a final full stop."""
+    return re.sub(r"^(?:the|an?) ", "", " ".join(name.lower().split())).rstrip(".")
 
 
 def _turn(objects: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:

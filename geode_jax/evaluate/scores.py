@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from geode_jax.errors import one_line
 from geode_jax.evaluate.metrics import spatial as spatial_metrics
 from geode_jax.evaluate.metrics import text as text_metrics
 from geode_jax.evaluate.text_table import text_table
@@ -116,6 +117,10 @@ PERCENT_KEYS = (
 
 _KNOWN = {row.key: row for row in ROWS}
 
+_TAKEN = _KNOWN.keys() - KINDS.keys()
+_OWN_KIND = "kind/"
+"""Prefix of the score of an export's own kind of questions whose name is that of a score."""
+
 COLUMN_TITLES = {"vision_removed": "vision removed"}
 
 
@@ -162,11 +167,17 @@ def score(predictions: Sequence[dict], reference: str = "truth") -> dict[str, fl
       UserError: none of them has such an answer.
     """
     kept = text_metrics.with_reference(predictions, reference)
+    named = [{**r, "kind": _OWN_KIND + r["kind"]} if _is_taken(r["kind"]) else r for r in kept]
     return {
-        **spatial_metrics.spatial_scores(kept, reference),
+        **spatial_metrics.spatial_scores(named, reference),
         **text_metrics.text_scores(kept, reference),
         "questions": float(len(kept)),
     }
+
+
+def _is_taken(kind: str) -> bool:
+    """Returns whether a kind's score would stand under the key of another score."""
+    return kind in _TAKEN or kind.startswith((_OWN_KIND, PERCENT_PREFIX))
 
 
 def percent_of_teacher(predictions: Sequence[dict]) -> dict[str, float]:
@@ -192,7 +203,7 @@ def row_of(key: str) -> Row:
     if key.startswith(PERCENT_PREFIX):
         label = row_of(key.removeprefix(PERCENT_PREFIX)).label
         return Row(key, label, _TEACHER, bounded=False)
-    return _KNOWN.get(key) or Row(key, key.replace("_", " "), _OTHER)
+    return _KNOWN.get(key) or Row(key, one_line(key.replace("_", " "), 80), _OTHER)
 
 
 def rows_of(scores: Mapping[str, Mapping[str, float]]) -> list[Row]:

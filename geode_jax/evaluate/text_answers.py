@@ -158,9 +158,20 @@ def evaluate(
 
 
 def _with_own_ids(questions: RowFile, answers: RowFile) -> RowFile:
-    """Returns the answers with the ids of a prepared export replaced by the data set's own ids."""
+    """Returns the answers with the ids of a prepared export replaced by the data set's own ids.
+
+    Raises:
+      UserError: a question is answered under both of its ids.
+    """
     own = {f"{row['kind']}-{key}": key for key, row in questions.rows.items()}
-    rows = {own.get(key, key): row for key, row in answers.rows.items()}
+    rows: dict[str, dict] = {}
+    for key, row in answers.rows.items():
+        if own.get(key, key) in rows:
+            raise UserError(
+                f"{answers.path}: question {own.get(key, key)!r} has two predictions, one under "
+                "the id of a prepared export"
+            )
+        rows[own.get(key, key)] = row
     return dataclasses.replace(answers, rows=rows)
 
 

@@ -29,6 +29,7 @@ from geode_jax.errors import UserError
 from geode_jax.evaluate.metrics.spatial import (
     add_mean,
     letter_accuracy,
+    letter_of,
     number_accuracy,
 )
 from geode_jax.evaluate.row_files import (
@@ -62,18 +63,29 @@ def prompt(row: dict) -> str:
 
 
 def rows_of(predictions: Iterable[dict]) -> list[dict]:
-    """Returns the question records of the benchmark's kinds, with predictions, as its rows."""
+    """Returns the question records of the benchmark's kinds, with predictions, as its rows.
+
+    A truth that its parser cannot read ("1,900 mm", "A. chair") becomes its number or its letter.
+    """
     return [
         {
             "id": record["id"],
             "question_type": record["kind"],
-            "ground_truth": record["answer"],
+            "ground_truth": _truth(record),
             "options": record.get("options"),
             "prediction": record["prediction"],
         }
         for record in predictions
         if record["kind"] in QUESTION_TYPES
     ]
+
+
+def _truth(record: dict) -> str:
+    answer = record["answer"].strip()
+    if record["kind"] in VSI_CHOICE_KINDS:
+        return letter_of(answer) or answer
+    value = record.get("value")
+    return answer if value is None or _is_positive(answer) else str(value)
 
 
 # --- Scores ---------------------------------------------------------------------------------------
@@ -133,7 +145,9 @@ def _per_type(rows: Iterable[dict], value: Callable[[dict], float]) -> dict[str,
 
 def frequency_score(rows: Iterable[dict]) -> dict[str, Any]:
     """Returns the score of answering every question with the most common truth of its type."""
-    records = [{**row, "kind": row["question_type"], "answer": row["ground_truth"]} for row in rows]
+    records = [
+        {**row, "kind": row["question_type"], "answer": row["ground_truth"].strip()} for row in rows
+    ]
     return score(frequency_baseline(records, records))
 
 

@@ -54,12 +54,14 @@ _MIN_COMPARED = 300
 """Points of an export that must have been compared before a disagreement is reported."""
 _MAX_EXTENT, _MIN_EXTENT = 30.0, 0.5
 """Metres over which the middle 96 % of a room's points may, and must, extend."""
+_INVERTED, _OPENGL = "inverted poses", "camera axes as OpenGL's (y up, z back)"
 _INTERPRETATIONS = {
-    "": (False, 1.0),
-    "inverted poses": (True, 1.0),
-    **{f"depth times {factor:g}": (False, factor) for factor in (0.2, 0.5, 2.0, 5.0)},
+    "": 1.0,
+    _INVERTED: 1.0,
+    _OPENGL: 1.0,
+    **{f"depth times {factor:g}": factor for factor in (0.2, 0.5, 2.0, 5.0)},
 }
-"""How the stored arrays may be interpreted: {name: (poses are inverted, factor of depth)}."""
+"""How the stored arrays may be interpreted: {name: factor of depth}."""
 
 
 def off_centre(intrinsic: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -101,7 +103,7 @@ def fault(intrinsic: np.ndarray, size: tuple[int, int]) -> str | None:
 
 
 def scene_warnings(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Returns the signs of wrong cameras in one scene: {warning: the share that it ends with}.
+    """Returns the signs of wrong cameras in one scene: {warning: the number that it ends with}.
 
     Args:
         arrays: tensors of the contract by name; the checks of absent ones are skipped.
@@ -114,6 +116,9 @@ def scene_warnings(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
         if (off > MAX_CENTRE_OFFSET + slack).any():
             warning = "the principal point is off the middle of the picture (is the intrinsic for "
             found[warning + "another size?) by this share of the side:"] = off
+    poses = arrays.get("camera/extrinsic", ())
+    if len(poses) > 1 and np.allclose(poses, poses[:1], atol=1e-6):
+        found["all views have the same pose (is it known?), views:"] = len(poses)
     if "images" in arrays:
         black = (arrays["images"].max(-1) == 0).mean()
         if black > _MAX_BLACK:
@@ -158,8 +163,13 @@ class CameraCheck:
             np.asarray(array[:_MAX_VIEWS], np.float64)
             for array in (depth, arrays["camera/intrinsic"], arrays["camera/extrinsic"])
         ]
-        for row, (inverted, factor) in enumerate(_INTERPRETATIONS.values()):
-            self._counts[row] += _compare_views(views[0] * factor, *views[1:], inverted=inverted)
+        for row, (name, factor) in enumerate(_INTERPRETATIONS.items()):
+            extrinsic = views[2]
+            if name == _OPENGL:
+                extrinsic = np.array([[1.0], [-1.0], [-1.0]]) * extrinsic
+            self._counts[row] += _compare_views(
+                views[0] * factor, views[1], extrinsic, inverted=name == _INVERTED
+            )
         points = [_world(*view) for view in zip(*views)]
         points = np.concatenate([p for p in points if len(p)] or [np.zeros((0, 3))])
         if self._metric and len(points):
@@ -196,8 +206,10 @@ class CameraCheck:
             return None
         question = "are the poses camera-to-world, is the depth scale right?"
         if better:
-            inverted, _ = _INTERPRETATIONS[best]
-            question = "are they camera-to-world?" if inverted else "is the depth scale right?"
+            question = {
+                _INVERTED: "are they camera-to-world?",
+                _OPENGL: "are the axes of the cameras x right, y down, z ahead?",
+            }.get(best, "is the depth scale right?")
             question = f"with {best} only {shares[best][0]:.0%} differ: {question}"
         return (
             f"views disagree about where surfaces are: {apart:.0%} of the points that two views "

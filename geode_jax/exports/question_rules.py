@@ -14,6 +14,7 @@ from .kinds import COUNT_KINDS
 
 _LETTERED = re.compile(r"\(?([A-Z])(?:[.):]+(?:\s.*)?|\))", re.DOTALL)
 _LETTER = re.compile(r"\(?([A-Z])[.):]*")
+_POWER_OF_TEN = re.compile(r"[0-9.]e[+-]?[0-9]", re.IGNORECASE)
 _ROUNDED = 1.001
 """Largest error of a written number, which may be truncated, in units of its last digit."""
 
@@ -37,6 +38,12 @@ def contradiction(record: Mapping[str, Any], numeric: bool) -> tuple[str, str] |
         return "unit", fault
     fault = _number_fault(record)
     return ("value", fault) if fault else None
+
+
+def option_text(option: str) -> str:
+    """Returns an option without the letter in front: "chair" for "A. chair" and "(A) chair"."""
+    found = _LETTERED.fullmatch(option.strip())
+    return option.strip()[found.end(1) :].lstrip(".):").strip() if found else option.strip()
 
 
 def options_fault(options: Sequence[str], answer: str | None = None) -> tuple[str, str] | None:
@@ -93,7 +100,7 @@ def _same(record: Mapping[str, Any], quantity: units.Quantity) -> bool:
     value, answer = float(record["value"]), record["answer"]
     decimals = re.search(r"\.([0-9]+)", answer)
     step = 10.0 ** -len(decimals[1]) if decimals else 1.0
-    if "e" in answer.lower() and quantity.number == value:
+    if _POWER_OF_TEN.search(answer) and quantity.number == value:
         return True
     unit = units.read_unit(record["unit"]) if "unit" in record else None
     try:

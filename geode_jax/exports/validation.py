@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from . import cameras, scene_names
+from . import cameras, files, scene_names
 from .contract import ASKED, SPECS, SPLITS, ExportError, scene_error, shown
 from .reader import Export
 
@@ -136,7 +136,10 @@ def format_summary(summary: dict) -> str:
         shape = "[" + ", ".join(tensor["shape"]) + "]"
         rows.append((tensor["name"], shape, tensor["dtype"], str(tensor["scenes"])))
     rows += [("", "", "", ""), ("questions", "", "", str(sum(summary["questions"].values())))]
-    rows += [(f"  {kind}", "", "", str(count)) for kind, count in summary["questions"].items()]
+    rows += [
+        (f"  {files.one_line(kind, 80)}", "", "", str(count))
+        for kind, count in summary["questions"].items()
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [
         f"producer: {producer}",

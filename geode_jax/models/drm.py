@@ -64,8 +64,9 @@ class DrmConfig:
     frames: int = 0
 
     def __post_init__(self):
-        sizes = "width heads layers slots bands visual_width llm_width max_frames"
+        sizes = "width heads slots bands visual_width llm_width max_frames"
         ranges.check(self, {sizes: ranges.whole(1), "point_width frames": ranges.whole(0)})
+        ranges.check(self, {"layers": ranges.whole(1, ranges.MOST_BLOCKS)})
         ranges.check_divides(self, "heads", of="width")
 
 

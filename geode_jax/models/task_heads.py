@@ -47,7 +47,8 @@ class HeadsConfig:
 
     def __post_init__(self):
         sizes = {"width depth_cells queries categories": ranges.whole(1)}
-        sizes |= {"detection_layers teacher_width": ranges.whole(0), "depth_bins": ranges.whole(2)}
+        sizes |= {"teacher_width": ranges.whole(0), "depth_bins": ranges.whole(2)}
+        sizes |= {"detection_layers": ranges.whole(0, ranges.MOST_BLOCKS)}
         ranges.check(self, sizes)
 
 

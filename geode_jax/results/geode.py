@@ -92,10 +92,11 @@ def _answers(
     columns = {"model": answer("model", "test")}
     questions = [dict(record) for record in columns["model"]]
     blind = Path(run.settings.eval.blind) / PREDICTIONS
-    if blind.exists() and run.settings.loss.vision:
-        predictions = {record["id"]: record for record in read_predictions(blind)}
-        columns["blind"] = [predictions[q["id"]] for q in questions if q["id"] in predictions]
-    elif run.settings.loss.vision:
+    sees = run.settings.loss.vision
+    told = blind_answers(blind, questions) if sees and blind.exists() else None
+    if told is not None:
+        columns["blind"] = told
+    elif sees:
         # The cheap baseline, where no model was trained without vision.
         columns["vision_removed"] = answer("vision_removed", "vision removed", vision=False)
     columns["frequency"] = scoring.frequency_baseline(run.train_records(), questions)
@@ -103,15 +104,45 @@ def _answers(
         name: vsi_bench.score(vsi_bench.rows_of(predictions))
         for name, predictions in columns.items()
     }
-    scores = {
-        name: scoring.score([r for r in predictions if control_of(r) != BOX])
-        for name, predictions in columns.items()
-    }
+    # An export may ask for boxes alone.
+    others = {n: [r for r in own if control_of(r) != BOX] for n, own in columns.items()}
+    scores = {name: scoring.score(own) if own else {} for name, own in others.items()}
     for name in columns.keys() - {"frequency"}:
         scores[name] |= box_scores(columns[name])
     if is_main():
         write_predictions(workdir, columns["model"])
     return {"vsi": vsi, "scores": scores}
+
+
+def blind_answers(path: Path, questions: list[dict]) -> list[dict] | None:
+    """Returns a blind run's answers to these questions.
+
+    Args:
+        path: predictions of the blind run, which may be one on another export.
+        questions: records of the questions.
+
+    Returns:
+        Its records in the order of the questions; None, and a printed note, unless it has answered
+        every one of them.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    told = {record["id"]: record for record in read_predictions(path)}
+
+    def asked(record: dict) -> list:
+        return [record.get(name) for name in ("kind", "question", "options", "answer")]
+
+    found = [told[q["id"]] for q in questions if asked(told.get(q["id"], {})) == asked(q)]
+    if len(found) == len(questions):
+        return found
+    if is_main():
+        print(
+            f"note: eval.blind: {path} has answers to {len(found)} of these {len(questions)} "
+            "questions (is it a run on another export?): it is left out",
+            flush=True,
+        )
+    return None
 
 
 def box_scores(predictions: list[dict]) -> dict[str, float]:

@@ -186,7 +186,7 @@ class Predictor:
                 break
         else:
             record |= self._kinds.get(self._wording(question), {})
-        if options:
+        if options and list(options) != record.get("options"):
             record["options"] = _lettered(options)
         elif record["kind"] in VSI_CHOICE_KINDS and "options" not in record:
             raise UserError("question: this kind is a multiple choice; give its --options")

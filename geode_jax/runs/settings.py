@@ -27,6 +27,15 @@ def at_least(least: float) -> tuple[Callable[[Any, Any], bool], str]:
     return lambda value, _: value >= least, f"at least {least}"
 
 
+def at_most(most: float) -> tuple[Callable[[Any, Any], bool], str]:
+    """The predicate and the words of a rule for numbers up to `most`."""
+    return lambda value, _: value <= most, f"at most {most:,}"
+
+
+MOST_SIZE = 1 << 20
+"""Largest size of a part of a batch, or of a part of a model that is no width."""
+
+
 def one_of(choices: Sequence[str]) -> tuple[Callable[[Any, Any], bool], str]:
     """The predicate and the words of a rule for some values."""
     return lambda value, _: value in choices, f"one of {', '.join(choices)}"
@@ -218,9 +227,9 @@ class Settings(abc.ABC):
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         (
-            "seed data.rooms_images data.question_length data.answer_length optimizer.warmup_steps "
-            "optimizer.weight_decay optimizer.final_fraction train.steps train.patience "
-            "train.max_skipped train.checkpoint_minutes eval.examples",
+            "seed data.rooms_seed data.rooms_images data.question_length data.answer_length "
+            "optimizer.warmup_steps optimizer.weight_decay optimizer.final_fraction train.steps "
+            "train.patience train.max_skipped train.checkpoint_minutes eval.examples",
             *at_least(0),
         ),
         (
@@ -228,6 +237,17 @@ class Settings(abc.ABC):
             "eval.val_scenes eval.test_scenes",
             *at_least(1),
         ),
+        # Random numbers of larger seeds are those of their last 32 bits.
+        ("seed", *at_most(2**32 - 1)),
+        ("data.rooms_seed", *at_most(999_999)),  # the test rooms have larger ones
+        (
+            "data.scenes_per_batch data.questions_per_scene data.question_length "
+            "data.answer_length data.max_boxes data.rows_per_scene data.row_length "
+            "data.rooms_images",
+            *at_most(MOST_SIZE),
+        ),
+        ("data.workers", *at_most(1024)),
+        ("train.steps train.epochs", *at_most(2**31 - 1)),  # steps are counted in 32 bits
         ("data.root data.export data.rgbd tokenizer init_from eval.blind", *PATH),
         ("data.rooms_scenes", *at_least(4)),  # fewer have no val or no test split
         ("optimizer.learning_rate optimizer.clip_norm", *POSITIVE),

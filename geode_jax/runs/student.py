@@ -10,6 +10,7 @@ from geode_jax.models.task_heads import HeadsConfig
 from geode_jax.objectives.hidden_cot import HiddenCoT, HiddenCoTConfig
 from geode_jax.objectives.losses import TERMS
 from geode_jax.runs.settings import (
+    MOST_SIZE,
     POSITIVE,
     Dtype,
     LossSettings,
@@ -20,6 +21,7 @@ from geode_jax.runs.settings import (
     TokenizerRules,
     Vocabulary,
     at_least,
+    at_most,
     one_of,
 )
 
@@ -105,6 +107,11 @@ class StudentSettings(Settings):
             *at_least(1),
         ),
         ("model.depth_bins", *at_least(2)),
+        (
+            "model.thinking_tokens model.vision_prefix model.depth_bins model.depth_cells "
+            "model.queries",
+            *at_most(MOST_SIZE),
+        ),
         ("loss.temperature", *POSITIVE),
         ("model.remat", *one_of(tuple(REMAT))),
         (

@@ -12,9 +12,10 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from geode_jax.ranges import MOST_BLOCKS
+
 MAX_LAYERS = 1024
-MAX_BLOCKS = 128
-"""Maximum number of layers of a module whose layers are built one by one, not as a stack."""
+MAX_BLOCKS = MOST_BLOCKS
 MAX_WIDTH = 1 << 20
 """Maximum of widths, numbers of heads, patches along a side and similar sizes."""
 MAX_VOCABULARY = 1 << 24

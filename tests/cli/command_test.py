@@ -233,6 +233,16 @@ def test_what_cannot_be_scored_leaves_every_file_as_it_is(run, tmp_path):
     assert result.read_bytes() == before[result]
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "predictions.jsonl"])
+def test_a_result_does_not_replace_a_file_of_a_run(run, tmp_path, name):
+    write_lines(tmp_path / "config.json", {})
+    said = write_lines(tmp_path / "said.jsonl", {"id": 1, "kind": "x", "answer": "a"})
+    for source in (("vsi", "--workdir", tmp_path), ("text", "--predictions", said)):
+        refused = one_error(run("evaluate", *source, "--out", tmp_path / name))
+        assert f"{name} is a file of a run" in refused
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "said.jsonl"}
+
+
 def command(*arguments, **options) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "geode_jax.cli.command", *map(str, arguments)],
@@ -282,3 +292,25 @@ def test_checking_a_folder_does_not_wait_for_jax(tiny_export):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_no_error(tmp_path, closed):
+    words = f'"{sys.executable}" -m geode_jax.cli.command rooms --scenes 4 --out "$1" --workers 1'
+    done = subprocess.run(
+        ["bash", "-c", f"{words} {closed}", "bash", tmp_path / "rooms"], cwd=REPOSITORY
+    )
+    assert done.returncode == 0
+    assert Export(tmp_path / "rooms").scene_ids()
+
+
+def test_files_do_not_get_the_descriptors_of_closed_streams(tmp_path):
+    """What a library prints to its stderr would be written into them."""
+    code = (
+        "import os; from geode_jax.cli.reported import open_standard_streams as opened; opened(); "
+        f"file = open({str(tmp_path / 'file')!r}, 'w'); os.write(2, b'of a library'); print(1); "
+        "raise SystemExit(file.fileno() < 3)"
+    )
+    closed = ["bash", "-c", f'"{sys.executable}" -c "$1" <&- >&- 2>&-', "bash", code]
+    assert subprocess.run(closed, cwd=REPOSITORY).returncode == 0
+    assert (tmp_path / "file").read_text() == ""

@@ -109,3 +109,20 @@ def test_the_mean_of_the_directions_stands_before_them_and_after_the_closest_obj
         "route_planning",
         "obj_appearance_order",
     ]
+
+
+def test_a_kind_whose_name_is_that_of_a_score_has_a_score_of_its_own():
+    kinds = ("rouge1", "mra", "questions", "spatial_accuracy", "object_rel_direction", "depth_rmse")
+    predictions = [record(kind, "yes", prediction="no") for kind in kinds]
+    predictions += [record("contact", "yes", prediction="yes")]
+    found = scores.score(predictions)
+    assert [found[f"kind/{kind}"] for kind in kinds] == [0.0] * 6
+    assert found["contact"] == found["spatial_accuracy"] == 1.0
+    assert (found["questions"], found["rouge1"]) == (7.0, pytest.approx(1 / 7))
+    assert not {"mra", "object_rel_direction", "vsi_overall", "depth_rmse"} & set(found)
+
+
+def test_the_name_of_a_kind_does_not_break_the_table():
+    name = "a\n\x1b[31m" + "b" * 900
+    table = scores.score_table({"model": scores.score([record(name, "yes", prediction="no")])})
+    assert "\x1b" not in table and max(map(len, table.splitlines())) < 120

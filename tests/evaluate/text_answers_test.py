@@ -139,3 +139,10 @@ def test_answers_to_other_questions_are_refused(tmp_path, scanqa):
     other = write_lines(tmp_path / "other.jsonl", [{"id": "a", "prediction": "x"}])
     with pytest.raises(UserError, match="no prediction for a question"):
         evaluate(other, dataset=scanqa)
+
+
+def test_a_question_that_is_answered_under_both_of_its_ids_is_refused(tmp_path, scanqa):
+    rows = [{"id": key, "prediction": "brown"} for key in ("val-0", "scanqa-val-0")]
+    path = write_lines(tmp_path / "twice.jsonl", rows)
+    with pytest.raises(UserError, match=r"twice.jsonl: question 'val-0' has two predictions"):
+        evaluate(path, dataset=scanqa)

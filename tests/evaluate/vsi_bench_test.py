@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from geode_jax.errors import UserError
 from geode_jax.evaluate import row_files, vsi_bench
+from geode_jax.evaluate.metrics import spatial
 from geode_jax.evaluate.row_files import read_rows
 from geode_jax.exports.kinds import VSI_TASKS
 from geode_jax.version import software
@@ -202,6 +203,11 @@ def test_frequency_answers_each_type_with_its_most_common_truth():
     found = vsi_bench.frequency_score(rows)["per_type"]
     # 10 against 10, 10, 11 and 20: 1, 1, 0.9 (10 / 11 is 9 % off) and 0.1 (half).
     assert found == {"route_planning": 50, "object_counting": pytest.approx(75)}
+
+
+def test_white_space_around_a_truth_plays_no_part():
+    rows = [row("object_counting", " 10 ", "10")]
+    assert vsi_bench.score(rows)["overall"] == vsi_bench.frequency_score(rows)["overall"] == 100
 
 
 def test_random_picks_one_of_the_options():
@@ -466,3 +472,21 @@ def test_table(files):
     assert lines["relative direction, easy"] == ["-", "-", "-", "12.3"]
     assert lines["relative direction, medium"] == lines["room size (MRA)"] == ["-"] * 4
     assert len({len(line) for line in text.splitlines()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "prediction", "question"),
+    [
+        ("object_size_estimation", "1900", {"answer": "1,900 mm", "value": 1900, "unit": "mm"}),
+        ("object_size_estimation", "300", {"answer": "3 m", "value": 300.0, "unit": "cm"}),
+        ("object_size_estimation", "71", {"answer": "5'11\"", "value": 71, "unit": "in"}),
+        ("object_abs_distance", "2.0", {"answer": "about 2 m", "value": 2.0}),
+        ("object_abs_distance", "2.0", {"answer": "2.0", "value": 2.04}),
+        ("object_rel_distance", "A", {"answer": "A. chair", "options": ["A. chair", "B. bed"]}),
+        ("route_planning", "B", {"answer": "(B) left", "options": ["(A) right", "(B) left"]}),
+    ],
+)
+def test_a_question_of_an_export_has_the_score_of_the_spatial_metrics(kind, prediction, question):
+    record = {"id": "q", "kind": kind, "question": "?", "prediction": prediction, **question}
+    assert vsi_bench.score(vsi_bench.rows_of([record]))["overall"] == 100
+    assert spatial.question_score(record) == 1

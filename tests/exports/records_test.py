@@ -114,6 +114,7 @@ BAD_QUESTIONS = [
     ({"answer": "300 cm", "value": 5.0}, "value: differs from the number in the answer"),
     (COUNT | {"value": 3.5}, "value: a count must be a whole number"),
     (COUNT | {"answer": "-2"}, "value: a count must be a whole number"),
+    ({"answer": "1.9 feet", "value": 1.9, "unit": "m"}, "value: differs from the number in the"),
     ({"unit": "rad"}, "unit: a unit of angle, but the kind asks for one of length"),
     ({"unit": "m2"}, "unit: a unit of area, but the kind asks for one of length"),
     (COUNT | {"unit": "m"}, "unit: a unit of length, but the kind asks for one of count"),

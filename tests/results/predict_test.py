@@ -174,7 +174,7 @@ def test_kind_is_told_by_the_wording(predictor, question, kind):
     assert predictor.record(scene_id, question)["kind"] == kind
 
 
-def test_choices_need_options_unless_the_scene_has_them(predictor):
+def test_choices_need_options_unless_the_scene_has_them(predictor, monkeypatch):
     scene_id = predictor.export.scene_ids("test")[0]
     question = (
         "If I am standing by the lamp and facing the chair, is the sofa to the left or the right "
@@ -206,6 +206,11 @@ def test_choices_need_options_unless_the_scene_has_them(predictor):
     assert predictor.record(scene_id, own["question"])["options"] == own["options"]
     others = predictor.record(scene_id, own["question"], ["up", "down"])["options"]
     assert others == ["A. up", "B. down"]
+    # Options without letters are put as the model was trained on them.
+    bare = {**own, "options": ["left", "right"]}
+    monkeypatch.setattr(predictor, "questions", lambda _: [bare])
+    for given in (None, bare["options"]):
+        assert predictor.record(scene_id, own["question"], given)["options"] == bare["options"]
 
 
 def test_unknown_words_are_named_once_in_order(predictor):

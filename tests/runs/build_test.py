@@ -187,8 +187,8 @@ def test_a_term_of_the_loss_that_no_scene_has_a_target_for_is_refused(tmp_path, 
 # --- Every rule of a configuration ----------------------------------------------------------------
 
 BAD = (
-    -2, 0, 1, 3, 7, 0.5, 1.5, float("nan"), "", "nothing", "scanqa=-1", "images", "vggt/tokens",
-    "internvit/tokens", 256 * "x",
+    -2, 0, 1, 3, 7, 2**63, 0.5, 1.5, float("nan"), "", "nothing", "scanqa=-1", "images",
+    "vggt/tokens", "internvit/tokens", 256 * "x",
     (), (1, 2), (9, 9, -9), (3, 1), [99], ["nothing"], False,
 )  # fmt: skip
 """Values of which at least one breaks any rule."""
@@ -238,9 +238,28 @@ def refusal(system: str, name: str, value) -> str:
     return ""
 
 
+@pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 2**32),  # would be seed 0
+        ("seed", 2**63),
+        ("data.rooms_seed", -1),
+        ("data.rooms_seed", 1_000_000),
+        ("data.scenes_per_batch", 2**31),
+        ("data.question_length", 2**63 - 1),
+        ("data.workers", 1_000_000),
+        ("train.steps", 2**31),
+    ],
+)
+def test_numbers_beyond_all_bounds_are_refused(system, name, value):
+    assert refusal(system.name, name, value)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "rule"),
     [
+        ("model.vision_prefix", 2**31 - 1, "at most 1,048,576"),
         ("seed", 0.5, "a whole number"),
         ("seed", True, "a whole number"),
         ("data.fraction", "1", "a number"),

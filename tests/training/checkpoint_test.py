@@ -4,6 +4,8 @@ import dataclasses
 import gc
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -181,3 +183,18 @@ def test_no_run_starts_from_scratch_where_all_checkpoints_are_damaged(tmp_path, 
 def test_absl_logs_the_messages_of_other_libraries_as_before(tmp_path):
     printed = output_of("tests.training.logger_run", str(tmp_path)).splitlines()
     assert printed == ["a message of another library", str(logging.INFO)]
+
+
+def test_a_device_that_is_not_there_is_no_damage(tmp_path):
+    code = (
+        "from pathlib import Path; from geode_jax.training.checkpoint_files import read_metadata; "
+        f"read_metadata(Path({str(tmp_path)!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "JAX_PLATFORMS": "nonsense"},
+        capture_output=True,
+        text=True,
+    )
+    said = done.stderr.strip().splitlines()[-1]
+    assert "JAX_PLATFORMS=nonsense: no such device" in said and "damaged" not in said

@@ -5,7 +5,7 @@ Every question is scored in [0, 1] from its generated text by one of four rules:
 | rule | questions | score |
 |---|---|---|
 | relation | proximity, contact, size_comparison, orientation and other short answers | equal text |
-| letter | multiple choice | VSI-Bench: equal letter |
+| letter | multiple choice | VSI-Bench: equal letter; equal text where the answer has none |
 | number | `value` without a choice, or a numeric kind | VSI-Bench: mean relative accuracy |
 | text | scene_description | ROUGE-1 F1 |
 
@@ -13,6 +13,7 @@ Every question is scored in [0, 1] from its generated text by one of four rules:
 VSI-Bench are those of vision-x-nyu/thinking-in-space, `lmms_eval/tasks/vsibench/utils.py`.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -59,6 +60,29 @@ def letter_accuracy(prediction: str, target: str) -> float:
     return float(fuzzy_matching(prediction).lower() == target.lower())
 
 
+_LETTER = re.compile(r"\(?([A-Z])(?:[.):]+(?:\s.*)?|\))|([A-Za-z])\.?", re.DOTALL)
+"""A letter alone ("A", "b."), or an option with its letter in front ("A. chair", "(A) chair")."""
+
+
+def letter_of(target: str) -> str | None:
+    """Returns the letter of an option: "A" for "A", "A. chair" and "(A) chair"; None for words."""
+    found = _LETTER.fullmatch(target.strip())
+    return (found[1] or found[2]) if found else None
+
+
+def choice_accuracy(prediction: str, target: str) -> float:
+    """Returns 1.0 if an answer is the option that the target names, else 0.0.
+
+    A target with a letter is compared by VSI-Bench's rule. One in words is compared as a whole,
+    since the first words of two options may be equal ("dining table", "dining chair").
+    """
+    letter = letter_of(target)
+    if letter is None:
+        return relation_accuracy(prediction, [target])
+    same = fuzzy_matching(target) != letter and relation_accuracy(prediction, [target])
+    return max(letter_accuracy(prediction, letter), float(same))
+
+
 def mean_relative_accuracy(prediction: float, target: float) -> float:
     """Returns VSI-Bench's MRA: the share of 10 thresholds c with |p - t| / |t| <= 1 - c.
 
@@ -99,7 +123,7 @@ def rule(record: dict) -> str:
     chooses = record.get("options") and not (has_value and kind in NUMERIC_KINDS)
     if kind in VSI_CHOICE_KINDS or chooses:
         return "letter"
-    return "number" if has_value else "relation"
+    return "number" if has_value or kind in NUMERIC_KINDS else "relation"
 
 
 def question_score(record: dict, reference: str = "truth") -> float:
@@ -117,7 +141,7 @@ def question_score(record: dict, reference: str = "truth") -> float:
             return relation_accuracy(text, targets)
         case "letter":
             # A teacher may answer "A. chair" where the truth is "A": both are parsed alike.
-            return max(letter_accuracy(text, fuzzy_matching(target)) for target in targets)
+            return max(choice_accuracy(text, target) for target in targets)
         case "number":
             # VSI-Bench cannot parse some truths ("1,900 mm"); `value` has their number.
             if reference == "truth" and record.get("value") is not None:

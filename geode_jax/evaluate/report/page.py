@@ -19,7 +19,7 @@ from PIL import Image
 from geode_jax.evaluate import scores as scoring
 from geode_jax.evaluate.metrics import spatial
 from geode_jax.evaluate.report import charts
-from geode_jax.exports import files
+from geode_jax.exports import files, units
 
 _HEADLINE_KEYS = ("spatial_accuracy", "mra", "rouge1")
 
@@ -243,7 +243,8 @@ def _grade(example: dict) -> tuple[str, str]:
 
 def _example(example: dict) -> dict[str, Any]:
     grade, verdict = _grade(example)
-    unit = f" {example['unit']}" if example.get("unit") else ""
+    said = units.read_quantity(example["answer"])
+    unit = f" {example['unit']}" if example.get("unit") and not (said and said.unit) else ""
     metrics = example.get("metrics") or {}
     return {
         "image": _png(example["image"]) if example.get("image") is not None else None,

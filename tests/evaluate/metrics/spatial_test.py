@@ -187,3 +187,33 @@ def test_a_number_in_words_is_scored_by_its_value():
     assert spatial.question_score(record | {"prediction": "1.9"}) == 0
     record = {"kind": "object_size_estimation", "answer": "5'11\"", "value": 71.0, "unit": "in"}
     assert spatial.question_score(record | {"prediction": "71.0"}) == 1
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("dining chair", "dining table", 0.0),
+        ("the bed", "the lamp", 0.0),
+        ("A chair", "A lamp", 0.0),
+        ("a bed", "a lamp", 0.0),
+        ("The lamp.", "the lamp", 1.0),
+        ("B", "(A) lamp", 0.0),
+        ("A", "(A) lamp", 1.0),
+        ("(A) lamp", "(A) lamp", 1.0),
+        ("A. bed", "A. lamp", 1.0),  # VSI-Bench reads the letter alone
+        ("B", "b", 1.0),
+    ],
+)
+def test_an_option_in_words_is_compared_as_a_whole(prediction, answer, expected):
+    options = ["A. lamp", "B. bed"]
+    for kind in ("object_rel_distance", "closest"):
+        question = record(kind, prediction, answer, options=options)
+        assert spatial.question_score(question) == expected
+
+
+def test_a_number_without_value_is_scored_as_one_with_it():
+    question = record("surface_distance", "2.5", "2.4")
+    assert spatial.rule(question) == "number"
+    assert (
+        spatial.question_score(question) == spatial.question_score(question | {"value": 2.4}) == 1
+    )

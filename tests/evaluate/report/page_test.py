@@ -204,6 +204,13 @@ def test_all_text_is_escaped(tmp_path):
     assert page.text.count(evil) >= 12
 
 
+def test_a_unit_is_shown_once(tmp_path):
+    answers = ("1.9", "1.9 m", "190 cm")
+    page, _ = write(tmp_path, examples=[example(answer=answer, unit="m") for answer in answers])
+    assert "190 cm m" not in page.text and "1.9 m m" not in page.text
+    assert page.text.count("1.9 m") == 2
+
+
 def test_an_empty_run_still_has_a_page(tmp_path):
     page, _ = write(tmp_path)
     assert page.text.split() == ["A", "run", "A", "run"]  # <title> and <h1>

@@ -157,6 +157,30 @@ def test_distances_are_from_the_anchor_in_any_order_of_the_objects():
         np.testing.assert_array_equal(found["pair"], pairs)
 
 
+@pytest.mark.parametrize(
+    "lettering",
+    ["({}) {}", "{}) {}", "{}: {}", "{}.  {}", "{}. the {}", "{}. {}."],
+)
+def test_the_anchor_is_found_whatever_the_lettering_of_the_options(lettering):
+    records = [record for _, record in of_kind("object_rel_distance")][:20]
+    last = []
+    for record in records:
+        names = [option.split(". ", 1) for option in record["options"]]
+        options = [lettering.format(letter, name) for letter, name in names]
+        objects = [*record["objects"][1:], record["objects"][0]]
+        last.append({**record, "options": options, "objects": objects})
+    rows, again = targets_of(records), targets_of(last)
+    for name in ("objects_SQO7", "gaps_SQO"):
+        np.testing.assert_array_equal(rows[name], again[name])
+
+
+def test_no_distance_is_taught_where_the_anchor_is_unknown():
+    _, record = of_kind("object_rel_distance")[0]
+    for options in ([f"{x}. thing {x}" for x in "ABCD"], [f"{x}. lamp" for x in "ABCD"]):
+        rows = targets_of([{**record, "options": options}])
+        assert not rows["objects_mask_SQO"].any() and not rows["gaps_SQO"].any()
+
+
 def test_of_several_objects_of_a_category_the_first_to_appear_is_the_target():
     several = 0
     for room, record in of_kind("obj_appearance_order"):

@@ -370,22 +370,32 @@ def test_a_bad_frame_is_dropped_and_counted(small_hall, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("inverted", "depth_scale", "parts"),
+    ("change", "depth_scale", "parts"),
     [
-        (False, 1000, ()),
-        (True, 1000, ("views disagree", "with inverted poses only 0% differ: are they camera-to")),
-        (False, 5000, ("views disagree", "with depth times 5 only 0% differ: is the depth scale")),
-        (False, 1, ("the room extends over more than 30 m",)),
-        (False, 1e6, ("the room extends over less than 0.5 m",)),
+        (None, 1000, ()),
+        (
+            np.linalg.inv,
+            1000,
+            ("views disagree", "with inverted poses only 0% differ: are they camera-to"),
+        ),
+        (
+            lambda pose: pose @ np.diag([1, -1, -1, 1]),
+            1000,
+            ("views disagree", "axes as OpenGL's (y up, z back) only 0% differ: are the axes"),
+        ),
+        (lambda pose: np.eye(4), 1000, ("all views have the same pose (is it known?)",)),
+        (None, 5000, ("views disagree", "with depth times 5 only 0% differ: is the depth scale")),
+        (None, 1, ("the room extends over more than 30 m",)),
+        (None, 1e6, ("the room extends over less than 0.5 m",)),
     ],
 )
 def test_wrong_poses_and_depth_scales_are_warned_of(
-    small_hall, tmp_path, capsys, inverted, depth_scale, parts
+    small_hall, tmp_path, capsys, change, depth_scale, parts
 ):
     folder = copy_of(small_hall, tmp_path)
     for path in (folder / "pose").iterdir():
         pose = np.loadtxt(path)
-        np.savetxt(path, np.linalg.inv(pose) if inverted else pose)
+        np.savetxt(path, change(pose) if change else pose)
     options = {"depth_scale": depth_scale, "scenes_per_frame": 1, "image_side": 16}
     made = make_rgbd_export(folder, tmp_path / "out", **options)
     warnings = made["warnings"]
