@@ -182,9 +182,12 @@ def _add_prepare(commands: Commands) -> None:
         "Make an export of a data set on disk.\n\n"
         "A data set of scenes (scannet, front3d) becomes an export of scenes. A data set of\n"
         "questions (scanqa, sqa3d, vsi590k, ...) needs such an export as --scenes and becomes a\n"
-        "copy of it with these questions.",
+        "copy of it with these questions.\n\n"
+        "Your own questions are the source jsonl: --root is a file of JSON lines with scene,\n"
+        "question and answer and, if you like, id, kind, options, value, unit, box and rationale.",
         "geode-jax prepare --source scannet --root ScanNet --out data/scannet\n"
-        "geode-jax prepare --source scanqa --root ScanQA --scenes data/scannet --out data/scanqa",
+        "geode-jax prepare --source scanqa --root ScanQA --scenes data/scannet --out data/scanqa\n"
+        "geode-jax prepare --source jsonl --root mine.jsonl --scenes data/room --out data/mine",
     )
     add = parser.add_argument
     add("--source", required=True, metavar="NAME", help="such as scannet, scanqa, vsi590k")

@@ -9,6 +9,7 @@ from geode_jax.sources.datasets import (
     captions,
     conversations,
     front3d,
+    own_questions,
     rationales,
     scannet,
     scannet_questions,
@@ -25,6 +26,7 @@ SOURCES: dict[str, Callable[[Request], Report]] = {
     "llava3d": conversations.llava3d,
     "ssr-cot": rationales.ssr_cot,
     "vica-thinking": rationales.vica_thinking,
+    "jsonl": own_questions.own_questions,
     "cambrian-alignment": captions.cambrian_alignment,
     "s-mit": captions.s_mit,
 }

@@ -15,6 +15,7 @@ from typing import Any
 
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, ExportError, ExportWriter, files
+from geode_jax.exports.contract import shown
 from geode_jax.exports.scene_names import Exclusion, MisfitError, bare_names, path_parts
 from geode_jax.runtime.bars import progress_bar
 from geode_jax.sources.datasets import Report, Request
@@ -75,6 +76,8 @@ class Layout:
         records: returns the records of a file.
         parts_are_splits: whether the parts are official splits. Questions of "train" must then be
             about training scenes, and all others about held-out scenes.
+        strict: whether a record that does not fit, or whose scene is unknown, is refused with its
+            place instead of counted.
     """
 
     source: str
@@ -82,6 +85,7 @@ class Layout:
     parse: Callable[[dict, Path], RecordQuestions]
     records: Callable[[Path], Iterator[Any]] = _records_of
     parts_are_splits: bool = False
+    strict: bool = False
 
     def files(self, request: Request) -> list[tuple[str, Path]]:
         """Returns (part, file) of the requested parts, by default of all.
@@ -239,6 +243,9 @@ def _add_file(
             found = _parsed(layout, record, path)
             scene_id = scenes.find(found.place)
         except MisfitError as misfit:
+            if layout.strict:
+                rule = f"not in the layout of {layout.source}: record {count} {misfit}"
+                raise UserError(f"{path}: {rule}") from None
             misfits[str(misfit)] += 1
             continue
         except UnansweredError:
@@ -246,13 +253,17 @@ def _add_file(
             continue
         number = len(found.questions)
         why = _exclusion_reason(layout, part, scenes, scene_id, found.place)
+        if why and layout.strict and scene_id is None:
+            raise UserError(f"{path}: record {count}: scene {shown(found.place)}: {why}")
         if why:
             report.dropped[f"question: {why}"] += number
             continue
         for i, question in enumerate(found.questions):
             own = (found.id or f"{stem}-{count}") + (f"-{i}" if number > 1 else "")
             named = {"id": f"{layout.source}-{own}", "scene_id": scene_id, "source": layout.source}
-            _add(writer, {**named, **question}, report)
+            fault = _add(writer, {**named, **question}, report)
+            if fault and layout.strict:
+                raise UserError(f"{path}: record {count}: {fault.field}: {fault.rule}")
     if misfits.total() == count:
         why = f"no record fits, {misfits.most_common(1)[0][0]}" if misfits else "it has no record"
         raise UserError(f"{path}: not in the layout of {layout.source}: {why}")
@@ -285,8 +296,8 @@ def _exclusion_reason(
     return None
 
 
-def _add(writer: ExportWriter, record: dict, report: Report) -> None:
-    """Adds a question, or drops and counts it if it breaks the contract."""
+def _add(writer: ExportWriter, record: dict, report: Report) -> ExportError | None:
+    """Adds a question, or drops and counts it if it breaks the contract, and returns the rule."""
     no_value = record.pop("no_value", None)
     try:
         writer.add_questions([record])
@@ -296,7 +307,8 @@ def _add(writer: ExportWriter, record: dict, report: Report) -> None:
         twice = error.rule.startswith("duplicate")
         why = "its id is there already" if twice else f"{error.field} breaks the contract"
         report.dropped[f"question: {why}"] += 1
-    else:
-        report.kept["questions"] += 1
-        if no_value:
-            report.dropped[f"value, its question is kept as words: {no_value}"] += 1
+        return error
+    report.kept["questions"] += 1
+    if no_value:
+        report.dropped[f"value, its question is kept as words: {no_value}"] += 1
+    return None

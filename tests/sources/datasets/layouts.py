@@ -28,7 +28,7 @@ class Case:
     files: dict[str, Any]
     expected: list[dict]
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
-    places: tuple[str, ...] = ("scene_id", "video", "image", "image_path")
+    places: tuple[str, ...] = ("scene", "scene_id", "video", "image", "image_path")
 
     def write(self, root: Path) -> Path:
         for name, content in self.files.items():
@@ -77,6 +77,7 @@ def cases(train: str, held_out: str) -> dict[str, Case]:
         "llava3d": _llava3d,
         "ssr-cot": _ssr_cot,
         "vica-thinking": _vica_thinking,
+        "jsonl": _jsonl,
         "cambrian-alignment": _cambrian_alignment,
         "s-mit": _s_mit,
     }
@@ -505,6 +506,79 @@ def _vica_thinking(train: str, held_out: str) -> Case:
 def _captioned(own: str, scene: str, caption: str) -> dict:
     fields = {"id": own, "scene_id": scene, "kind": "caption", "question": INSTRUCTION}
     return fields | {"answer": caption, "rationale": caption}
+
+
+def _jsonl(train: str, held_out: str) -> Case:
+    box = [1.0, 2.0, 0.5, 1.5, 0.8, 1.0, 0.25]
+    return Case(
+        {
+            "mine.jsonl": [
+                {"scene": train, "question": "Where is the lamp?", "answer": "on the table"},
+                {
+                    "scene": train,
+                    "id": "wide",
+                    "kind": "width",
+                    "question": "How wide is the door?",
+                    "answer": "three feet",
+                    "value": 3,
+                    "unit": "feet",
+                    "rationale": "Doors are about as wide as chairs.",
+                },
+                {
+                    "scene": held_out,
+                    "question": "Which is larger?",
+                    "answer": "sofa",
+                    "options": ["lamp", "sofa"],
+                },
+                {"scene": held_out, "question": "Locate the sofa.", "box": box},
+                {"scene": held_out, "question": "How long is the sofa, in meters?", "answer": 1.5},
+            ]
+        },
+        [
+            {
+                "id": "jsonl-mine-1",
+                "scene_id": train,
+                "kind": "question",
+                "question": "Where is the lamp?",
+                "answer": "on the table",
+            },
+            {
+                "id": "jsonl-wide",
+                "scene_id": train,
+                "kind": "width",
+                "question": "How wide is the door?",
+                "answer": "three feet",
+                "value": 3,
+                "unit": "feet",
+                "rationale": "Doors are about as wide as chairs.",
+            },
+            {
+                "id": "jsonl-mine-3",
+                "scene_id": held_out,
+                "kind": "question",
+                "question": "Which is larger?",
+                "options": ["A. lamp", "B. sofa"],
+                "answer": "B",
+            },
+            {
+                "id": "jsonl-mine-4",
+                "scene_id": held_out,
+                "kind": "object_box",
+                "question": "Locate the sofa.",
+                "answer": "1.00 2.00 0.50 1.50 0.80 1.00 0.25",
+                "box": box,
+            },
+            {
+                "id": "jsonl-mine-5",
+                "scene_id": held_out,
+                "kind": "question",
+                "question": "How long is the sofa, in meters?",
+                "answer": "1.5",
+                "value": 1.5,
+                "unit": "m",
+            },
+        ],
+    )
 
 
 def _cambrian_alignment(train: str, held_out: str) -> Case:

@@ -145,6 +145,32 @@ def test_ids_are_names(own, request_of):
     assert report.kept["questions"] == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"anwser": "yes"}, "record 2 has an unknown field 'anwser'; did you mean answer"),
+        ({"scene": "hall"}, "record 2: scene 'hall': its scene is not in the export"),
+        ({"answer": ""}, "record 2 has no answer"),
+        ({"options": ["lamp", "sofa"]}, "record 2 has an answer that is none of its options"),
+        ({"options": "lamp"}, "record 2 has options that are no list"),
+        ({"kind": "../x"}, "record 2 has a kind that is no name"),
+        ({"value": 3, "unit": "parsecs"}, "record 2 has an unknown unit 'parsecs'"),
+        ({"unit": "m"}, "record 2 has a unit without a value"),
+        ({"answer": "3 m", "value": 5, "unit": "m"}, "record 2: value: differs from the number"),
+        ({"box": [1, 2, 3]}, "record 2: box: must be 7 finite numbers"),
+        ({"id": "first"}, "record 2: id: duplicate question id"),
+    ],
+)
+def test_a_line_of_ones_own_that_does_not_fit_is_refused_by_its_number(change, rule, request_of):
+    good = {"scene": TRAIN, "question": "Is it?", "answer": "yes"}
+    case = Case({"[1].jsonl": [good | {"id": "first"}, good | change]}, [])
+    request = request_of(case)
+    request = dataclasses.replace(request, root=request.root / "[1].jsonl")
+    with pytest.raises(UserError, match=re.escape(rule)):
+        prepare("jsonl", request)
+    assert not (request.out / "manifest.json").exists()
+
+
 def test_all_sources_are_covered():
     assert {"scannet", "3d-front", *CASES} == set(SOURCES)
 
