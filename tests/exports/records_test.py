@@ -167,7 +167,7 @@ def test_more_bad_questions(export):
         assert refusal(list, Export(export).questions()).startswith("questions.jsonl:1: ")
     (export / "questions.jsonl").write_bytes(twice)
     line = "questions.jsonl: does not have the manifest's sha256"
-    assert refusal(list, Export(export).questions()) == line
+    assert refusal(list, Export(export).questions()).startswith(line)
     forge(export, "questions.jsonl", twice[:-1])  # one line, where `forge` counts its end
     line = "questions.jsonl: count: 1 lines, the manifest says 0"
     assert refusal(list, Export(export).questions()) == line
