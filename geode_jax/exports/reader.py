@@ -70,7 +70,8 @@ class Export:
             refuse_irregular(self.folder / MANIFEST)
             data = files.read_bytes(self.folder / MANIFEST)
         except FileNotFoundError:
-            why = "not an export, or an unfinished one" if self.folder.is_dir() else "no such folder"
+            why = "not an export, or an unfinished one"
+            why = why if self.folder.is_dir() else "no such folder"
             rule = f"missing in {self.folder}: {why}"
             raise ExportError(MANIFEST, "", rule) from None
         except OSError as error:
@@ -194,7 +195,7 @@ class Export:
         path = self.folder / QUESTIONS
         try:
             if _sha256_of(path) != self.manifest["questions"]["sha256"]:
-                rule = "does not have the manifest's sha256; docs/how-to/questions.md adds questions"
+                rule = "does not have the manifest's sha256; to add any: docs/how-to/questions.md"
                 raise ExportError(QUESTIONS, "", rule)
             with open(path, "rb") as file:
                 yield from self._checked(file, dropped)

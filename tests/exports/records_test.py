@@ -9,8 +9,8 @@ from tests.helpers.contract import HEADER, forge, question, refusal, write
 
 
 def test_missing_empty_and_unreadable_manifests(tmp_path):
-    for folder in (tmp_path / "nowhere", tmp_path):
-        assert refusal(Export, folder).startswith(f"manifest.json: missing in {folder}: not an")
+    for folder, why in ((tmp_path / "nowhere", "no such folder"), (tmp_path, "not an export")):
+        assert refusal(Export, folder).startswith(f"manifest.json: missing in {folder}: {why}")
     for text, rule in (("", "not JSON"), ("{", "not JSON"), ("[]", "must be a JSON object")):
         (tmp_path / "manifest.json").write_text(text)
         assert rule in refusal(Export, tmp_path)
