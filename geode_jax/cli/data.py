@@ -180,7 +180,7 @@ def _add_prepare(commands: Commands) -> None:
         "prepare",
         _prepare,
         "Make an export of a data set on disk.\n\n"
-        "A data set of scenes (scannet, front3d) becomes an export of scenes. A data set of\n"
+        "A data set of scenes (scannet, 3d-front) becomes an export of scenes. A data set of\n"
         "questions (scanqa, sqa3d, vsi590k, ...) needs such an export as --scenes and becomes a\n"
         "copy of it with these questions.\n\n"
         "Your own questions are the source jsonl: --root is a file of JSON lines with scene,\n"

@@ -70,10 +70,13 @@ class Export:
             refuse_irregular(self.folder / MANIFEST)
             data = files.read_bytes(self.folder / MANIFEST)
         except FileNotFoundError:
-            rule = f"missing in {self.folder}: not an export, or an unfinished one"
+            why = "not an export, or an unfinished one"
+            why = why if self.folder.is_dir() else "no such folder"
+            rule = f"missing in {self.folder}: {why}"
             raise ExportError(MANIFEST, "", rule) from None
         except OSError as error:
-            raise ExportError(MANIFEST, "", f"cannot be read: {error.strerror}") from None
+            rule = f"cannot be read in {self.folder}: {error.strerror}"
+            raise ExportError(MANIFEST, "", rule) from None
         self.manifest: dict = parse(MANIFEST, data)
         check_manifest(self.manifest)
         self.categories: list[str] = self.manifest["categories"]
@@ -192,7 +195,8 @@ class Export:
         path = self.folder / QUESTIONS
         try:
             if _sha256_of(path) != self.manifest["questions"]["sha256"]:
-                raise ExportError(QUESTIONS, "", "does not have the manifest's sha256")
+                rule = "does not have the manifest's sha256; to add any: docs/how-to/questions.md"
+                raise ExportError(QUESTIONS, "", rule)
             with open(path, "rb") as file:
                 yield from self._checked(file, dropped)
         except OSError as error:

@@ -9,8 +9,8 @@ from tests.helpers.contract import HEADER, forge, question, refusal, write
 
 
 def test_missing_empty_and_unreadable_manifests(tmp_path):
-    for folder in (tmp_path / "nowhere", tmp_path):
-        assert refusal(Export, folder).startswith(f"manifest.json: missing in {folder}: not an")
+    for folder, why in ((tmp_path / "nowhere", "no such folder"), (tmp_path, "not an export")):
+        assert refusal(Export, folder).startswith(f"manifest.json: missing in {folder}: {why}")
     for text, rule in (("", "not JSON"), ("{", "not JSON"), ("[]", "must be a JSON object")):
         (tmp_path / "manifest.json").write_text(text)
         assert rule in refusal(Export, tmp_path)
@@ -168,7 +168,7 @@ def test_more_bad_questions(export):
         assert refusal(list, Export(export).questions()).startswith("questions.jsonl:1: ")
     (export / "questions.jsonl").write_bytes(twice)
     line = "questions.jsonl: does not have the manifest's sha256"
-    assert refusal(list, Export(export).questions()) == line
+    assert refusal(list, Export(export).questions()).startswith(line)
     forge(export, "questions.jsonl", twice[:-1])  # one line, where `forge` counts its end
     line = "questions.jsonl: count: 1 lines, the manifest has 0"
     assert refusal(list, Export(export).questions()) == line

@@ -189,7 +189,10 @@ def _find_root(folder: Path) -> Path:
             raise UserError(f"{folder}: holds {len(found)} RGB-D folders; name one: {found[0]}")
         if found:
             return found[0]
-    raise UserError(f"{folder}: no RGB-D folder: color/ and depth/ are needed")
+    raise UserError(
+        f"{folder}: no RGB-D folder: color/ and depth/ are needed; "
+        "docs/how-to/exporters.md is about pictures without depth"
+    )
 
 
 def _numbers(path: Path) -> list[float] | None:
