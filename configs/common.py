@@ -25,6 +25,8 @@ def parse_arg(arg: str | None, switches: dict[str, tuple]) -> dict[str, Any]:
         name, _, text = part.partition("=") if "=" in part else (first, "", part)
         if name not in switches:
             raise UserError(f"config: {name}: no such switch; there are {', '.join(switches)}")
+        if not text:  # an unset variable of a shell, perhaps
+            raise UserError(f"config: {name}=: has no value")
         _, allowed = switches[name]
         if isinstance(allowed, tuple):
             kind = type(allowed[0])

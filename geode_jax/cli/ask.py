@@ -54,6 +54,8 @@ def _ask(arguments: argparse.Namespace) -> None:
     from geode_jax.ops.gpu import use_kernels
     from geode_jax.results.predict import Predictor
     from geode_jax.runs.config import load_settings
+    from geode_jax.runs.summary import SUMMARY
+    from geode_jax.training.checkpoint import find_model
 
     if arguments.question is None and arguments.options:
         raise UserError("--options: needs a --question")
@@ -64,6 +66,9 @@ def _ask(arguments: argparse.Namespace) -> None:
         raise UserError(f"--diagnostic: a {system.name} run has no thinking tokens")
     sampling = _sampling(arguments)
     predictor = Predictor(arguments.workdir, rationale=arguments.rationale, int8=arguments.int8)
+    if not (arguments.workdir / SUMMARY).exists():
+        step = find_model(arguments.workdir).name
+        print(f"note: the run has not ended; this is its model of step {step}", file=sys.stderr)
     with use_kernels(arguments.gpu_kernels):
         if arguments.question is None:
             _ask_own(predictor, arguments, sampling)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from geode_jax.evaluate import vsi_bench
 from geode_jax.evaluate.scores import loss_table, score_table
 from geode_jax.exports import files
+from geode_jax.exports.prompts import prompt
 
 
 class Term(NamedTuple):
@@ -147,17 +148,24 @@ def _use(auto_class: str) -> str:
         return """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+DIR = "."  # this folder
 model, tokenizer = AutoModelForCausalLM.from_pretrained(DIR), AutoTokenizer.from_pretrained(DIR)
 ```"""
-    return """```python
+    question = {"kind": "object_counting", "question": "How many chair(s) are in this room?"}
+    return f"""```python
 from transformers import AutoModel, AutoTokenizer
 
+DIR = "."  # this folder
 model = AutoModel.from_pretrained(DIR, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
 scene = model.encode_scene(...)  # a scene's arrays, see its docstring
-ids, mask = model.encode_prompts(tokenizer, [["How many chair(s) are in this room?"]])
+prompt = {prompt(question)!r}
+ids, mask = model.encode_prompts(tokenizer, [[prompt]])  # a list of prompts for each scene
 print(model.decode_answers(model.answer(scene, ids, mask), tokenizer))
-```"""
+```
+
+A question of VSI-Bench's kinds has that benchmark's prompt, as here: the model learned no other
+wording. All other kinds of questions are their own prompt."""
 
 
 def _scores(summary: Mapping[str, Any]) -> str:

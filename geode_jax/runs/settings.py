@@ -234,7 +234,8 @@ class Settings(abc.ABC):
         ),
         (
             "train.epochs train.microbatches train.eval_every train.checkpoint_every "
-            "eval.val_scenes eval.test_scenes",
+            "eval.val_scenes eval.test_scenes data.scenes_per_batch data.questions_per_scene "
+            "data.rows_per_scene data.row_length data.workers",
             *at_least(1),
         ),
         # Random numbers of larger seeds are those of their last 32 bits.

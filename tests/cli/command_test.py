@@ -154,6 +154,16 @@ def test_ask_prints_the_answer_of_the_evaluation_and_nothing_else(run, tiny_run)
     assert err == "warning: words that the model has never read: Wallaby\n"
 
 
+def test_ask_says_that_a_run_has_not_ended(run, tiny_run, tmp_path):
+    begun = shutil.copytree(tiny_run.workdir, tmp_path / "run")
+    (begun / "summary.json").unlink()
+    expected = json.loads((begun / "predictions.jsonl").read_text().splitlines()[0])
+    ask = ("ask", "--workdir", begun, "--scene", expected["scene_id"])
+    status, out, err = run(*ask, "--question", expected["question"])
+    assert (status, out) == (0, expected["prediction"] + "\n")
+    assert err == "note: the run has not ended; this is its model of step 3\n"
+
+
 def test_ask_without_a_question_asks_the_scenes_own(run, tiny_run):
     lines = (tiny_run.workdir / "predictions.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]

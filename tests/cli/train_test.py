@@ -174,6 +174,8 @@ def test_help_imports_no_slow_library():
         (["", "--config.data.export=nowhere"], "missing in nowhere"),
         (["", "--config.model.dtype=float31"], "model.dtype: float31"),
         ([":rgbd=nowhere"], "nowhere: no such folder"),
+        ([":rgbd="], "config: rgbd=: has no value"),  # an unset variable of the shell
+        (["", "--config.data.scenes_per_batch=0"], "data.scenes_per_batch: 0 is not at least 1"),
     ],
 )
 def test_a_bad_value_is_one_line_and_leaves_no_run(tmp_path, arguments, complaint):

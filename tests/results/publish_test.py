@@ -154,6 +154,8 @@ def test_a_student_answers_without_jax_and_comes_back(torch, tiny_run, tmp_path,
     assert "license: apache-2.0" in card and "inherits no terms" in card
     assert "geode_jax rooms" in card and accuracy and "frequency" in card
     assert "no number here compares" in card
+    # The words that the model was trained on, not the bare question.
+    assert "video.\\nHow many chair(s) are in this room?\\nPlease answer" in card
     ids = json.loads((out / "generation_config.json").read_text())
     assert ids["eos_token_id"] == trained.tokenizer.eos_id and not ids["do_sample"]
     with pytest.raises(UserError, match="not empty"):
