@@ -340,8 +340,12 @@ def _in_parts(
 
 
 def forward_tiles(
-    q: Array, k: Array, v: Array, rows: Intervals, classes: Array
-) -> tuple[jax.Array, jax.Array]:
+    q: Float[Array, "B L H E"],
+    k: Float[Array, "B M G E"],
+    v: Float[Array, "B M G E"],
+    rows: Intervals,
+    classes: Int[Array, "B rows columns"],
+) -> tuple[Float[jax.Array, "B L H E"], Float[jax.Array, "B H L"]]:
     """Computes `forward` for whole tiles of queries and keys with the classes of their pairs."""
     B, padded, H, E = q.shape
     tiles = _buffer(q.dtype, STAGES, TILE, E)

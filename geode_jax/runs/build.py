@@ -76,7 +76,8 @@ def build(settings: Settings, workdir: Path) -> Run:
     if not (settings.init_from or system.starts_fresh):
         words = "a run or folders of pretrained models, from which this stage starts"
         raise refusal("init_from", "", words)
-    init_from = "" if has_checkpoint(workdir) else settings.init_from
+    resumes = has_checkpoint(workdir)
+    init_from = "" if resumes else settings.init_from
     pretrained = pretrained_folders(init_from)
     learned = _learned(Path(init_from)) if init_from and not pretrained else frozenset()
     if init_from:
@@ -85,11 +86,11 @@ def build(settings: Settings, workdir: Path) -> Run:
     with main_first("data"):  # the other processes find what process 0 makes
         export = Export(prepare_export(settings.data))
         tokenizer = prepare_tokenizer(settings, export, workdir)
-        pipelines = make_pipelines(settings, export, tokenizer)
+        pipelines = make_pipelines(settings.begun() if resumes else settings, export, tokenizer)
     train = pipelines["train"]
     steps = settings.train.steps or settings.train.epochs * train.steps_per_epoch
     objective = system.make_objective(settings, export, tokenizer, train)
-    _check_targets(settings, objective, train, resumes=has_checkpoint(workdir))
+    _check_targets(settings, objective, train, resumes)
     optimizer_config = settings.optimizer.over(steps)
     graph, optimizer, state = init_state(
         objective, functools.partial(make_optimizer, optimizer_config), settings.seed, mesh

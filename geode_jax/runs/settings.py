@@ -305,6 +305,10 @@ class Settings(abc.ABC):
         data = dataclasses.replace(self.data, scenes_per_batch=count)
         return dataclasses.replace(self, data=data)
 
+    def begun(self) -> Self:
+        """Returns the settings of a run that has begun: the check of `data.min_learned` is over."""
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, min_learned=0.0))
+
 
 def refusal(name: str, value: Any, rule: str) -> UserError:
     """Returns the error for a field whose value breaks a rule."""

@@ -110,7 +110,7 @@ def open_trained(
     # A system that adds tokens to a tokenizer folder keeps the result with the run.
     shared = settings.tokenizer if system.tokenizer.shares_folder else ""
     tokenizer = load_run_tokenizer(shared or workdir / "tokenizer", checkpoint)
-    stage = as_stage_1(settings) if rationale else settings
+    stage = (as_stage_1(settings) if rationale else settings).begun()
     pipeline = Pipeline(export, tokenizer, pipeline_config(stage, export, tokenizer), "train")
     mesh = make_mesh()
     # The checkpoint separates learned from frozen parameters as the run's own stage does.

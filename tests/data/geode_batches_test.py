@@ -135,7 +135,7 @@ def test_without_control_tokens_no_box_is_asked_for(geode_export, tokenizer, con
 
 
 def test_rationales_can_be_learned(geode_export, tokenizer, config):
-    stage1 = changed(config, answer_field="rationale")
+    stage1 = changed(config, answer_field="rationale", min_learned=0)
     pipeline = Pipeline(geode_export, tokenizer, stage1, "train")
     train = set(geode_export.scene_ids("train"))
     questions = [q for q in geode_export.questions() if q["scene_id"] in train]
@@ -156,7 +156,8 @@ def test_rationales_can_be_learned(geode_export, tokenizer, config):
 
 @pytest.mark.parametrize("field", ["answer", "rationale"])
 def test_a_question_to_be_answered_holds_no_control_token(geode_export, tokenizer, config, field):
-    pipeline = Pipeline(geode_export, tokenizer, changed(config, answer_field=field), "train")
+    settings = changed(config, answer_field=field, min_learned=0)
+    pipeline = Pipeline(geode_export, tokenizer, settings, "train")
     record = {"scene_id": "scene004", "kind": "object_size_estimation", "question": "How long?"}
     batch = pipeline.one_question(record | {"unit": "cm"}, pipeline.one_scene("scene004"))
     assert batch.image_SVhw3.shape == (1, 3, *IMAGE, 3)

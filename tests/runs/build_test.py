@@ -182,6 +182,9 @@ def test_a_term_of_the_loss_that_no_scene_has_a_target_for_is_refused(tmp_path, 
         built("", on_missing_targets="skip")
     with pytest.raises(IsBuiltError):
         built("vision=off")  # learns from answers alone
+    monkeypatch.setattr(build, "has_checkpoint", lambda _: True)
+    with pytest.raises(IsBuiltError):  # a run that was saved before goes on
+        built("")
 
 
 # --- Every rule of a configuration ----------------------------------------------------------------
