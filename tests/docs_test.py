@@ -23,6 +23,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from geode_jax import exports
+from geode_jax.sources.datasets import Request
+from geode_jax.sources.datasets.prepare import prepare
 
 MAIN = importlib.import_module("geode_jax.cli.flags")  # defines the flags of training
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -338,15 +340,15 @@ class TestExamples:
 
     def test_questions_of_ones_own(self, tiny_rooms, tmp_path):
         page = (DOCS / "how-to" / "questions.md").read_text()
-        (code,), (lines,) = blocks(page, "python"), blocks(page, "json")
+        (lines,) = blocks(page, "json")
         old = exports.Export(tiny_rooms)
-        mine = tmp_path / "mine.jsonl"
-        mine.write_text(lines.replace('"kitchen"', json.dumps(old.scene_ids()[0])))
-        code = code.replace('"DIR"', repr(str(tiny_rooms))).replace('"mine.jsonl"', repr(str(mine)))
-        exec(code.replace('"NEW"', repr(str(tmp_path / "new"))), {})
-        exports.validate(tmp_path / "new")
+        (tmp_path / "mine.jsonl").write_text(
+            lines.replace('"kitchen"', json.dumps(old.scene_ids()[0]))
+        )
+        request = Request(tmp_path / "mine.jsonl", tmp_path / "new", tiny_rooms)
+        prepare("jsonl", request)
         questions = list(exports.Export(tmp_path / "new").questions())
-        assert [one["id"] for one in questions[-2:]] == ["kitchen-1", "kitchen-2"]
+        assert [one["id"] for one in questions[-2:]] == ["jsonl-kitchen-1", "jsonl-kitchen-2"]
         assert questions[:-2] == list(old.questions())
 
     @pytest.mark.slow  # needs a trained run

@@ -183,8 +183,9 @@ def _add_prepare(commands: Commands) -> None:
         "A data set of scenes (scannet, 3d-front) becomes an export of scenes. A data set of\n"
         "questions (scanqa, sqa3d, vsi590k, ...) needs such an export as --scenes and becomes a\n"
         "copy of it with these questions.\n\n"
-        "Your own questions are the source jsonl: --root is a file of JSON lines with scene,\n"
-        "question and answer and, if you like, id, kind, options, value, unit, box and rationale.",
+        "Your own questions are the source jsonl: --root is a file of JSON lines with scene_id,\n"
+        "question and answer and, if you like, id, kind, options, value, unit, box, rationale;\n"
+        "docs/how-to/questions.md has all fields.",
         "geode-jax prepare --source scannet --root ScanNet --out data/scannet\n"
         "geode-jax prepare --source scanqa --root ScanQA --scenes data/scannet --out data/scanqa\n"
         "geode-jax prepare --source jsonl --root mine.jsonl --scenes data/room --out data/mine",

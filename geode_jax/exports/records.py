@@ -173,7 +173,7 @@ _ENTRY_FIELDS = {
     "teacher_sha256": _HASH,
 }
 
-_QUESTION_FIELDS = {
+QUESTION_FIELDS = {
     **dict.fromkeys(("id", "scene_id", "kind", "source", "unit"), _NAME),
     **dict.fromkeys(("question", "answer", "teacher_answer", "rationale"), _TEXT),
     **dict.fromkeys(
@@ -184,6 +184,7 @@ _QUESTION_FIELDS = {
     "relation": _check_relation,
     "objects": _check_objects,
 }
+"""Field of a question -> its rule."""
 
 
 def check_fields(where: str, record: Any, fields: dict, required: Sequence[str], at="") -> None:
@@ -215,7 +216,7 @@ def check_question(
         ExportError: a field breaks its rule.
     """
     required = ("id", "scene_id", "kind", "question", "answer")
-    check_fields(where, record, _QUESTION_FIELDS, required)
+    check_fields(where, record, QUESTION_FIELDS, required)
     if record["id"] in seen:
         raise ExportError(where, "id", f"duplicate question id {shown(record['id'])}")
     boxes = box_count(record["scene_id"])

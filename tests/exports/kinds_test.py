@@ -10,7 +10,13 @@ from geode_jax.sources.rooms import export as rooms
 from geode_jax.sources.rooms.scene import make_and_observe
 from tests.sources.datasets.layouts import cases
 
-OF_DATA_SETS = {"absolute_direction_object", "camera_obj_abs_dist", "conversation"}
+OF_DATA_SETS = {
+    "question",
+    "width",
+    "absolute_direction_object",
+    "camera_obj_abs_dist",
+    "conversation",
+}
 """Kinds of data sets that are not in the table; the readers keep their names."""
 
 

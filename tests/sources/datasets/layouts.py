@@ -28,7 +28,7 @@ class Case:
     files: dict[str, Any]
     expected: list[dict]
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
-    places: tuple[str, ...] = ("scene", "scene_id", "video", "image", "image_path")
+    places: tuple[str, ...] = ("scene_id", "video", "image", "image_path")
 
     def write(self, root: Path) -> Path:
         for name, content in self.files.items():
@@ -513,9 +513,9 @@ def _jsonl(train: str, held_out: str) -> Case:
     return Case(
         {
             "mine.jsonl": [
-                {"scene": train, "question": "Where is the lamp?", "answer": "on the table"},
+                {"scene_id": train, "question": "Where is the lamp?", "answer": "on the table"},
                 {
-                    "scene": train,
+                    "scene_id": train,
                     "id": "wide",
                     "kind": "width",
                     "question": "How wide is the door?",
@@ -525,13 +525,17 @@ def _jsonl(train: str, held_out: str) -> Case:
                     "rationale": "Doors are about as wide as chairs.",
                 },
                 {
-                    "scene": held_out,
+                    "scene_id": held_out,
                     "question": "Which is larger?",
                     "answer": "sofa",
                     "options": ["lamp", "sofa"],
                 },
-                {"scene": held_out, "question": "Locate the sofa.", "box": box},
-                {"scene": held_out, "question": "How long is the sofa, in meters?", "answer": 1.5},
+                {"scene_id": held_out, "question": "Locate the sofa.", "box": box},
+                {
+                    "scene_id": held_out,
+                    "question": "How long is the sofa, in meters?",
+                    "answer": 1.5,
+                },
             ]
         },
         [

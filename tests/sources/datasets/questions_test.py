@@ -149,7 +149,7 @@ def test_ids_are_names(own, request_of):
     ("change", "rule"),
     [
         ({"anwser": "yes"}, "record 2 has an unknown field 'anwser'; did you mean answer"),
-        ({"scene": "hall"}, "record 2: scene 'hall': its scene is not in the export"),
+        ({"scene_id": "hall"}, "record 2: scene 'hall': its scene is not in the export"),
         ({"answer": ""}, "record 2 has no answer"),
         ({"options": ["lamp", "sofa"]}, "record 2 has an answer that is none of its options"),
         ({"options": "lamp"}, "record 2 has options that are no list"),
@@ -162,7 +162,7 @@ def test_ids_are_names(own, request_of):
     ],
 )
 def test_a_line_of_ones_own_that_does_not_fit_is_refused_by_its_number(change, rule, request_of):
-    good = {"scene": TRAIN, "question": "Is it?", "answer": "yes"}
+    good = {"scene_id": TRAIN, "question": "Is it?", "answer": "yes"}
     case = Case({"[1].jsonl": [good | {"id": "first"}, good | change]}, [])
     request = request_of(case)
     request = dataclasses.replace(request, root=request.root / "[1].jsonl")
