@@ -74,7 +74,7 @@ def _run(settings: Settings, workdir: Path, stop: Stop, profile: bool) -> dict[s
     ended = find_ended(settings, workdir)
     if ended is not None:
         again = f"delete {workdir / SUMMARY} to evaluate the run again"
-        print(f"ended before: these are its scores; {again}", flush=True)
+        print(f"the run has ended already; its scores are below; {again}", flush=True)
         results.show(ended, workdir)
         return ended
     lock = locked(workdir / LOCK, str(workdir), must=True)  # of all processes of the run

@@ -30,7 +30,7 @@ def test_an_export_that_moved_is_the_same(tiny_run, tmp_path, capsys):
     write_json(moved / "manifest.json", manifest | {"created": "2000-01-01T00:00:00+00:00"})
     config = started(tiny_run, tmp_path / "run", f"{moved}/")
     assert train_and_evaluate(config, tmp_path / "run") == tiny_run.summary
-    assert "ended before" in capsys.readouterr().out
+    assert "the run has ended already" in capsys.readouterr().out
     assert load_settings(tmp_path / "run").data.export == f"{moved}/"
 
 

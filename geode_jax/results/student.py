@@ -27,6 +27,7 @@ from geode_jax.runtime.distributed import is_main
 from geode_jax.sources.rooms.scene import render, scene_from_id
 from geode_jax.training.metrics import read_metrics
 from geode_jax.training.step import TrainState
+from geode_jax.version import software
 from geode_jax.weights.convert import Model
 
 PICTURE_SIDE = 240
@@ -96,6 +97,7 @@ def evaluate_and_report(
         write_report(
             workdir / REPORT,
             title=f"{settings.system.name}: {workdir.name}",
+            origin=f"{software()}, jax {jax.__version__}, seed {settings.seed}",
             config_text=json.dumps(settings.values, indent=1),
             metrics_rows=read_metrics(workdir / "metrics.jsonl"),
             scores=scores,

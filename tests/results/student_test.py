@@ -90,7 +90,7 @@ def test_a_finished_run_started_again_shows_its_end(tiny_run, capsys):
     again = train_and_evaluate(tiny_run.config, tiny_run.workdir)
     assert again == tiny_run.summary
     said = capsys.readouterr().out
-    assert "ended before" in said and "building" not in said
+    assert "the run has ended already" in said and "building" not in said
     assert "ROUGE-1 F" in said and f"report: {tiny_run.workdir / 'report.html'}" in said
 
 

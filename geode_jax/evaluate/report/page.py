@@ -28,6 +28,7 @@ def write_report(
     path: str | os.PathLike,
     *,
     title: str,
+    origin: str,
     config_text: str,
     metrics_rows: Sequence[Mapping],
     scores: Mapping[str, Mapping[str, float]],
@@ -44,6 +45,7 @@ def write_report(
     Args:
       path: of the HTML file.
       title: of the run.
+      origin: software, seed and whatever else the run was made with; a line under the title.
       config_text: the configuration as text, shown folded.
       metrics_rows: rows of `metrics.jsonl`: `step` and any of `loss`, `loss/<term>`,
         `weight/<term>` or `sigma/<term>`, `val/<score>`.
@@ -69,6 +71,7 @@ def write_report(
     )
     page = environment.get_template("report.html").render(
         title=title,
+        origin=origin,
         tiles=_tiles(scores),
         notes=notes,
         columns=[_column_title(name) for name in scores],

@@ -58,6 +58,7 @@ def example(**more):
 def write(tmp_path, **more):
     arguments = {
         "title": "A run",
+        "origin": "geode_jax 0.1.0, seed 0",
         "config_text": "",
         "metrics_rows": [],
         "scores": {},
@@ -213,7 +214,9 @@ def test_a_unit_is_shown_once(tmp_path):
 
 def test_an_empty_run_still_has_a_page(tmp_path):
     page, _ = write(tmp_path)
-    assert page.text.split() == ["A", "run", "A", "run"]  # <title> and <h1>
+    title = ["A", "run"]
+    origin = ["geode_jax", "0.1.0,", "seed", "0"]
+    assert page.text.split() == [*title, *title, *origin]  # <title>, <h1> and its line
 
 
 def test_odd_numbers_do_not_break_the_page(tmp_path):
