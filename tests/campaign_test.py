@@ -112,6 +112,31 @@ def test_every_target_reads_its_own_inputs_and_is_in_the_campaign():
     assert {name for name, _ in inputs} == set(TARGETS) and abs(len(inputs) - INPUTS) < 50
 
 
+@pytest.mark.parametrize("ends_both", [False, True])
+def test_an_input_that_ends_its_process_is_read_once_more(ends_both, monkeypatch):
+    good = machine.Outcome("export", 0, "refused", "flip", "manifest.json: not JSON", 0.0)
+    answers = iter([None, None if ends_both else good])
+
+    class Worker:
+        worn_out = False
+
+        def __init__(self, folder, seed, alarm):
+            (folder / "worker").touch()
+
+        def try_input(self, name, number, seconds):
+            return next(answers)
+
+        def end(self):
+            pass
+
+    monkeypatch.setattr(machine, "Worker", Worker)
+    reported: list[machine.Outcome] = []
+    (outcome,) = machine.run([("export", 0)], seed=0, report=reported.append)
+    assert outcome.verdict == ("traceback" if ends_both else "refused")
+    assert [one.verdict for one in reported[:1]] == ["ended, and read once more"]
+    assert len(reported) == 1 + ends_both
+
+
 TRAINED = ("config", "ask", "export", "leaves", "tokenizer", "restore", "resume")
 """Targets that train a model first, which is slow."""
 
@@ -123,9 +148,9 @@ def test_a_few_damaged_inputs_of_the_other_readers():
 
 
 def check(targets: dict[str, Target], inputs: int) -> None:
-    bad: list[machine.Outcome] = []
-    outcomes = machine.run(machine.shares(targets, inputs), seed=0, report=bad.append)
+    outcomes = machine.run(machine.shares(targets, inputs), seed=0, report=print)
     print(machine.table(outcomes))
+    bad = [one for one in outcomes if one.verdict not in machine.GOOD]
     assert not bad, "\n".join(f"{one.verdict}: {one.where}: {one.message}" for one in bad)
 
 
