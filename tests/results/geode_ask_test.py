@@ -294,7 +294,7 @@ def test_what_cannot_be_scored_is_one_line(run, geode_runs, tiny_run, tmp_path):
         ((geode_runs["drm"].workdir,), "a geode_drm run writes rationales"),
         ((joint, "--dataset", "x"), "--dataset: does not go with --workdir"),
         ((joint, "--debiased-ids", "x"), "--debiased-ids: does not go with --workdir"),
-        ((joint, "--out", joint / "config.json"), "one of the files to read"),
+        ((joint, "--out", joint / "config.json"), "is a file of a run"),
         ((joint, "--out", tmp_path / "no" / "x.json"), "--out: .*missing"),
         ((joint, "--export", tmp_path), "manifest.json"),
         ((joint, "--export", tiny_run.export), "images"),
