@@ -5,6 +5,7 @@ import re
 import pytest
 
 from geode_jax.cli.command import main
+from geode_jax.errors import UserError
 from geode_jax.exports import Export
 from geode_jax.sources.datasets import front3d
 from geode_jax.sources.datasets.prepare import SOURCES
@@ -81,6 +82,9 @@ def test_one_command_makes_what_a_run_trains_on(tmp_path, monkeypatch, source, w
     with config.unlocked():
         config.data.row_length = 128
         config.optimizer.name = "adamw"  # compiles faster
+    with pytest.raises(UserError, match="depth_kl learns from teacher/depth_bins; feature"):
+        train_and_evaluate(config, tmp_path / "run")
+    config.data.on_missing_targets = "skip"
     summary = train_and_evaluate(config, tmp_path / "run")
     assert summary["train"]["steps"] == epoch and summary["train"]["skipped_steps"] == 0
     assert summary["scores"]["model"]["questions"] > 10
