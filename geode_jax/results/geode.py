@@ -93,9 +93,9 @@ def _answers(
     questions = [dict(record) for record in columns["model"]]
     blind = Path(run.settings.eval.blind) / PREDICTIONS
     sees = run.settings.loss.vision
-    told = blind_answers(blind, questions) if sees and blind.exists() else None
-    if told is not None:
-        columns["blind"] = told
+    answered = blind_answers(blind, questions) if sees and blind.exists() else None
+    if answered is not None:
+        columns["blind"] = answered
     elif sees:
         # The cheap baseline, where no model was trained without vision.
         columns["vision_removed"] = answer("vision_removed", "vision removed", vision=False)
@@ -128,12 +128,14 @@ def blind_answers(path: Path, questions: list[dict]) -> list[dict] | None:
     Raises:
         UserError: the file is damaged.
     """
-    told = {record["id"]: record for record in read_predictions(path)}
+    answered = {record["id"]: record for record in read_predictions(path)}
 
-    def asked(record: dict) -> list:
+    def identity(record: dict) -> list:
         return [record.get(name) for name in ("kind", "question", "options", "answer")]
 
-    found = [told[q["id"]] for q in questions if asked(told.get(q["id"], {})) == asked(q)]
+    found = [
+        answered[q["id"]] for q in questions if identity(answered.get(q["id"], {})) == identity(q)
+    ]
     if len(found) == len(questions):
         return found
     if is_main():

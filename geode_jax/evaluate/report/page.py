@@ -246,8 +246,8 @@ def _grade(example: dict) -> tuple[str, str]:
 
 def _example(example: dict) -> dict[str, Any]:
     grade, verdict = _grade(example)
-    said = units.read_quantity(example["answer"])
-    unit = f" {example['unit']}" if example.get("unit") and not (said and said.unit) else ""
+    quantity = units.read_quantity(example["answer"])
+    unit = f" {example['unit']}" if example.get("unit") and not (quantity and quantity.unit) else ""
     metrics = example.get("metrics") or {}
     return {
         "image": _png(example["image"]) if example.get("image") is not None else None,
