@@ -12,7 +12,7 @@ ARG       laptop | full   full: Qwen2.5-1.5B and InternViT-300M with a fresh pro
 
 LOSS      cross-entropy of the rationales, read behind the visual tokens.
 
-OURS      learning rate, steps and what is learned from: the paper aligns on 650k captions.
+OURS      learning rate, steps and the data: the paper aligns on 650k captions and answers.
 """
 
 import ml_collections

@@ -58,6 +58,7 @@ def _train(argv: list[str]) -> None:
     distributed.initialize(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
     with distributed.ends_together(), use_kernels(_GPU_KERNELS.value):
         train_and_evaluate(CONFIG.value, run_folder(), profile=_PROFILE.value)
+        print(f"next: geode-jax scenes --workdir {run_folder()} lists what the run can be asked")
 
 
 def run_folder() -> Path:
