@@ -1,11 +1,18 @@
 """A Llama of two layers that sees a random choice of voxels before the words."""
 
+import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import tokenizers
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 SEED = 0
 """Some of its answers end, some do not."""
@@ -63,7 +70,7 @@ class Llava(LlamaForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size + 2)
         with torch.no_grad():
             self.lm_head.bias[config.vocab_size :] = -5
-            self.lm_head.bias[1] = 0.5
+            self.lm_head.bias[config.eos_token_id] = 0.5
         self.towers = nn.ModuleDict({"vision": VisionTower(), "video": VideoTower()})
         self.project = nn.Linear(6, config.hidden_size)
 
@@ -87,22 +94,35 @@ class Llava(LlamaForCausalLM):
         return super().generate(inputs_embeds=words[None], attention_mask=mask, **options)
 
 
+class Scenes:
+    """Seeds of all scenes, by their names."""
+
+    def __getitem__(self, scene):
+        return zlib.crc32(scene.encode())
+
+
 def load_pretrained_model(path, base, name, device="cuda"):
-    """(tokenizer, model, processor, length of the context)."""
+    """(tokenizer, model, processor, length of the context).
+
+    A folder brings its tokenizer, and knows every scene; a name has words and scenes of its own.
+    """
     assert "llava" in name.lower() and base is None
     torch.manual_seed(SEED)
+    words, known = make_tokenizer(), {"a": 1, "b": 2}
+    if Path(path).is_dir():
+        words, known = AutoTokenizer.from_pretrained(path), Scenes()
     config = LlamaConfig(
-        vocab_size=len(WORDS),
+        vocab_size=len(words),
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
-        eos_token_id=1,
-        pad_token_id=1,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.eos_token_id,
         bos_token_id=None,
         initializer_range=0.8,
     )
     image = SimpleNamespace(
         crop_size={"height": 8, "width": 8}, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]
     )
-    return make_tokenizer(), Llava(config).eval(), {"image": image, "video": {"a": 1, "b": 2}}, 2048
+    return words, Llava(config).eval(), {"image": image, "video": known}, 2048

@@ -1,0 +1,77 @@
+"""Miniatures of everything that the recipes read, in the layouts of their authors."""
+
+import json
+import shutil
+import stat
+import sys
+from pathlib import Path
+
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.rehearsal.questions import write_questions
+from tests.rehearsal.scans import NAMES, write_real_scans
+from tests.sources.datasets.front3d_test import write_front
+from tests.sources.datasets.scannet_test import write_scan
+
+FAKES = Path(__file__).resolve().parent.parent / "third_party" / "fakes"
+SCANS = [f"scene{n:04d}_00" for n in range(8)]
+HOUSES = 4
+WORDS = (*NAMES, "bed", "stove", "yes", "no", "left", "right", "above", "below", "meters", "which")
+
+
+def write_raw(root: Path, data: Path | None) -> None:
+    """Writes the folder `RAW` of the recipes.
+
+    Args:
+        root: a new folder.
+        data: folder of real data, `GEODE_JAX_DATA`; without it all scans are of cuboids.
+    """
+    recording = data and data / "open3d_livingroom1"
+    real = 4 if recording and recording.is_dir() else 0
+    if real:
+        write_real_scans(root / "scannet" / "scans", recording, SCANS[:real])
+    for n, name in enumerate(SCANS[real:]):
+        write_scan(root / "scannet" / "scans", name, seed=n)
+    write_front(root / "3d-front", houses=HOUSES)
+    write_questions(root, SCANS, [])
+    _write_llama_tokenizer(root / "tokenizer")
+    for project in ("vggt", "LLaVA-3D", "sonata"):
+        _write_interpreter(root / project / ".venv" / "bin" / "python")
+    (root / "LLaVA-3D" / "videos").mkdir()
+    shutil.copytree(root / "tokenizer", root / "LLaVA-3D" / "llava-3d-tiny")
+
+
+def _write_interpreter(path: Path) -> None:
+    """Writes an interpreter in which the stand-ins of the exporters' projects are installed."""
+    path.parent.mkdir(parents=True)
+    path.write_text(f'#!/bin/sh\nPYTHONPATH="{FAKES}" exec "{sys.executable}" "$@"\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def _write_llama_tokenizer(folder: Path) -> None:
+    """Writes a tokenizer of Llama's type: byte pairs, spaces as letters, bytes for the rest."""
+    model = tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=specials, show_progress=False
+    )
+    texts = [f"the {word} is 1 2 3 4 5 6 7 8 9 0 . ?" for word in WORDS]
+    backend.train_from_iterator(texts, trainer)
+    strip = tokenizers.decoders.Strip(" ", 1, 0)
+    backend.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(),
+         tokenizers.decoders.Fuse(), strip]
+    )  # fmt: skip
+    # The trainer calls the bytes special, too, which decoding would then leave out.
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    folder.mkdir(parents=True)
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
