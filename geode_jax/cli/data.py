@@ -264,15 +264,22 @@ def _add_scenes(commands: Commands) -> None:
         commands,
         "scenes",
         _scenes,
-        "List the scenes that a run can be asked about, one id a line.",
-        "geode-jax scenes --workdir runs/hidden_cot --split test",
+        "List the scenes that a run can be asked about, or those of an export, one id a line.",
+        "geode-jax scenes --workdir runs/hidden_cot --split test\n"
+        "geode-jax scenes --export data/vsi-bench > never_train_on_these.txt",
     )
-    parser.add_argument("--workdir", type=Path, required=True, metavar="RUN", help="a run's folder")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--workdir", type=Path, metavar="RUN", help="a run's folder")
+    where.add_argument("--export", type=Path, metavar="DIR", help="an export")
     parser.add_argument("--split", choices=exports.SPLITS, help="default: all splits")
 
 
 def _scenes(arguments: argparse.Namespace) -> None:
-    from geode_jax.runs.trained import open_run_export
+    if arguments.export:
+        export = exports.Export(arguments.export)
+    else:
+        from geode_jax.runs.trained import open_run_export
 
-    for scene_id in open_run_export(arguments.workdir).scene_ids(arguments.split):
+        export = open_run_export(arguments.workdir)
+    for scene_id in export.scene_ids(arguments.split):
         print(scene_id)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import DTypeLike
+from PIL import Image
 
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, ExportError
@@ -65,7 +66,8 @@ class SceneShapes:
         vision: the tensor that the model sees.
         token_dtype: dtype of vision and camera tokens. VGGT's tokens keep their stored dtype: a
             scene of them takes 90 MB in float32.
-        image: (h, w) of the images, (0, 0) if the model does not see images.
+        image: (h, w) of the largest images, (0, 0) if the model does not see images; smaller ones
+            are scaled up.
         points: J, the most points of any scene; 0 without points and for the student.
         point_width: C of the points.
         point_frames: whether the view of every point is known.
@@ -129,8 +131,8 @@ def export_sizes(export: Export, vision: str = "vggt/tokens") -> ExportSizes:
         vision: the tensor that the model sees.
 
     Raises:
-        UserError: widths of the teacher's tensors or the points, or sizes of the views, differ
-            between scenes.
+        UserError: widths of the teacher's tensors or the points, or sizes of InternViT's tokens,
+            differ between scenes.
     """
     views, box_counts, has_detection_probs, has_camera_tokens = 1, {}, False, False
     tensors: dict[str, frozenset[str]] = {}
@@ -150,7 +152,9 @@ def export_sizes(export: Export, vision: str = "vggt/tokens") -> ExportSizes:
         views = max(views, shapes.get(of_views, [0])[0])
         if vision in GEODE_VISION and vision in shapes:
             size = tuple(shapes[vision][1:])
-            if view not in (None, size):
+            if view and vision == "images":  # scaled to the largest
+                size = (max(size[0], view[0]), max(size[1], view[1]), 3)
+            elif view not in (None, size):
                 rule = f"a view is {size}, {view} in earlier scenes; an export has one size"
                 raise UserError(f"scene {scene_id}: tensor {vision}: {rule}")
             view = size
@@ -235,7 +239,9 @@ def batch_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str,
 def _seen_rows(tensors, shapes: SceneShapes, v_own: int) -> dict[str, np.ndarray]:
     """Returns the rows of pictures and points, of size zero if the model does not see them."""
     G, width = shapes.points, shapes.point_width
-    images = tensors["images"] if shapes.vision == "images" else np.zeros((0, 0, 0, 3))
+    images = np.zeros((0, 0, 0, 3))
+    if shapes.vision == "images":
+        images = _scaled(tensors["images"], shapes.image)
     # A point needs both its feature and its coordinates.
     known = G > 0 and "sonata/features" in tensors and "sonata/coord" in tensors
     features = tensors["sonata/features"] if known else np.zeros((0, width))
@@ -249,6 +255,17 @@ def _seen_rows(tensors, shapes: SceneShapes, v_own: int) -> dict[str, np.ndarray
         "point_frame_SJ": _padded(frame, (G,), np.int32, fill=-1),
         "point_mask_SJ": np.arange(G) < len(coord),
     }
+
+
+def _scaled(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Returns pictures uint8 [V, h, w, 3] in another size (h, w), by bicubic interpolation.
+
+    Data sets have pictures of different sizes, and a batch has one.
+    """
+    if images.shape[1:3] == size:
+        return images
+    scaled = [Image.fromarray(i).resize(size[::-1], Image.Resampling.BICUBIC) for i in images]
+    return np.stack([np.asarray(image) for image in scaled])
 
 
 def _teacher_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str, np.ndarray]:

@@ -63,6 +63,18 @@ gigabytes() {
     awk -v n="$1" -v mb="$2" 'BEGIN { printf "%d scenes of %.1f MB, %.1f GB", n, mb, n * mb / 1e3 }'
 }
 
+# passes EXPORT N: the epochs in which every question of an export is asked about once, where an epoch
+# visits every scene and asks N of its questions.
+passes() {
+    if [[ ! -e $1/manifest.json ]]; then
+        echo 1
+        return
+    fi
+    python3 -c 'import json, sys
+manifest = json.load(open(sys.argv[1] + "/manifest.json"))
+print(max(1, round(manifest["questions"]["count"] / len(manifest["scenes"]) / int(sys.argv[2]))))' "$@"
+}
+
 # step TITLE RESULT DISK COMMAND...: makes the file RESULT, the last one that COMMAND writes.
 step() {
     local title=$1 result=$2 disk=$3 state='to do' code=0

@@ -129,6 +129,7 @@ def test_scenes_of_a_run_are_listed_one_a_line(run, tiny_run):
     listed = run("scenes", "--workdir", tiny_run.workdir, "--split", "test")
     assert listed == (0, "".join(f"{i}\n" for i in ids("test")), "")
     assert len(ids("test")) == 2
+    assert run("scenes", "--export", tiny_run.export, "--split", "test") == listed
 
 
 def test_ask_prints_the_answer_of_the_evaluation_and_nothing_else(run, tiny_run):

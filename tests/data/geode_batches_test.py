@@ -75,6 +75,32 @@ def test_images_and_points_come_with_the_batch(geode_export, tokenizer, config):
     assert not last.image_SVhw3[2:].any() and not last.point_mask_SJ[2:].any()
 
 
+def test_pictures_smaller_than_others_are_scaled_up(tmp_path, tokenizer, config):
+    import jax
+
+    random, stored = np.random.default_rng(0), {}
+    with ExportWriter(tmp_path / "export", **HEADER) as writer:
+        for scene, size in (("large", (12, 16)), ("small", (6, 10)), ("tall", (14, 4))):
+            # Far from black and white, where the overshoot of the kernel is cut off between axes.
+            stored[scene] = random.integers(96, 160, (2, *size, 3), np.uint8)
+            writer.add_scene(scene, {"images": stored[scene]}, split="train")
+            question = {"kind": "contact", "question": "Is it?", "answer": "yes"}
+            writer.add_questions([{"id": scene, "scene_id": scene} | question])
+    pipeline = Pipeline(Export(tmp_path / "export"), tokenizer, config, "train")
+    assert pipeline.shapes.image == (14, 16)
+    batch = pipeline.batch(0)
+    wanted = [
+        np.asarray(jax.image.resize(i / 255.0, (2, 14, 16, 3), "cubic", antialias=True))
+        for i in stored.values()
+    ]
+    for found in batch.image_SVhw3[:3]:
+        # Both interpolate with Keys' kernel of a = -1/2; only the rounding differs.
+        off = [np.abs(found[:2] - 255 * w.clip(0, 1)).max() for w in wanted]
+        wanted.pop(int(np.argmin(off)))
+        assert min(off) <= 1
+    assert not wanted
+
+
 def test_a_scene_without_images_is_bad(tmp_path, tokenizer, config):
     export = write_geode_export(tmp_path / "export", train=2, val=0)
     arrays, _ = tiny_scene(np.random.default_rng(0), 2, 3)

@@ -40,10 +40,10 @@ WITH_IMAGES = SceneShapes(
 )  # fmt: skip
 
 
-def with_scene(export, *tensors):
-    """Returns the export with one more scene, `other`."""
+def with_scene(export, *tensors, name="other"):
+    """Returns the export with one more scene."""
     manifest = export.manifest
-    entry = exports.write_scene(export.folder, "other", *tensors, split="val", manifest=manifest)
+    entry = exports.write_scene(export.folder, name, *tensors, split="val", manifest=manifest)
     manifest["scenes"].append(entry)
     files.write_json(export.folder / "manifest.json", manifest)
     return exports.Export(export.folder)
@@ -245,16 +245,20 @@ def test_the_student_sees_neither_images_nor_points(scene, vision):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("images", (1, 5, 8, 3), r"tensor images: a view is \(5, 8, 3\), \(6, 8, 3\) in"),
+        (
+            "internvit/tokens",
+            (1, 5, 8),
+            r"tensor internvit/tokens: a view is \(5, 8\), \(6, 8\) in",
+        ),
         ("sonata/features", (2, 3), "tensor sonata/features: width 3, 4 in earlier scenes"),
     ],
 )
-def test_images_or_points_of_different_size_are_refused(tmp_path, name, shape, message):
+def test_tokens_or_points_of_different_size_are_refused(tmp_path, name, shape, message):
     export = write_geode_export(tmp_path / "export", train=2, val=0)
-    tensors = {name: np.ones(shape, np.uint8 if name == "images" else np.float32)}
-    export = with_scene(export, tensors)
+    export = with_scene(export, {"internvit/tokens": np.ones((1, 6, 8), np.float32)}, name="a")
+    export = with_scene(export, {name: np.ones(shape, np.float32)})
     with pytest.raises(UserError, match=f"scene other: {message}"):
-        export_sizes(export, "images")
+        export_sizes(export, "internvit/tokens")
     assert export_sizes(export).image == (0, 0)  # the student reads no images
 
 

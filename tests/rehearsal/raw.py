@@ -3,12 +3,17 @@
 import json
 import shutil
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
 import tokenizers
+from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
+from geode_jax.models.decoder import Decoder, DecoderConfig
+from geode_jax.models.vit import InternViT, VitConfig
+from geode_jax.weights import save_pretrained
 from tests.rehearsal.questions import write_questions
 from tests.rehearsal.scans import NAMES, write_real_scans
 from tests.sources.datasets.front3d_test import write_front
@@ -17,6 +22,9 @@ from tests.sources.datasets.scannet_test import write_scan
 FAKES = Path(__file__).resolve().parent.parent / "third_party" / "fakes"
 SCANS = [f"scene{n:04d}_00" for n in range(8)]
 HOUSES = 4
+QWEN_ROWS, LLAMA_ROWS = 151_936, 600
+QWEN = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 32}
+INTERNVIT = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 32}
 WORDS = (*NAMES, "bed", "stove", "yes", "no", "left", "right", "above", "below", "meters", "which")
 
 
@@ -38,6 +46,8 @@ def write_raw(root: Path, data: Path | None) -> None:
     _write_llama_tokenizer(root / "tokenizer")
     for project in ("vggt", "LLaVA-3D", "sonata"):
         _write_interpreter(root / project / ".venv" / "bin" / "python")
+    _write_sonata(root / "sonata" / "sonata.pth")
+    _write_pretrained(root, data)
     (root / "LLaVA-3D" / "videos").mkdir()
     shutil.copytree(root / "tokenizer", root / "LLaVA-3D" / "llava-3d-tiny")
 
@@ -47,6 +57,32 @@ def _write_interpreter(path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(f'#!/bin/sh\nPYTHONPATH="{FAKES}" exec "{sys.executable}" "$@"\n')
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def _write_sonata(path: Path) -> None:
+    """Writes the checkpoint of the stand-in for Sonata."""
+    source = (
+        "import sys, torch; from sonata.model import PointTransformerV3 as Model\n"
+        "config = dict(in_channels=9, shuffle_orders=True, enable_flash=False)\n"
+        "torch.save(dict(config=config, state_dict=Model(**config).state_dict()), sys.argv[1])"
+    )
+    python = path.parent / ".venv" / "bin" / "python"
+    subprocess.run([python, "-c", source, path], check=True)
+
+
+def _write_pretrained(root: Path, data: Path | None) -> None:
+    """Writes folders of Qwen2.5 with its real tokenizer where that is at hand, and of InternViT."""
+    language, vision = root / "Qwen2.5-1.5B-Instruct", root / "InternViT-300M-448px-V2_5"
+    real = data and data / "qwen25_tokenizer"
+    decoder = DecoderConfig(
+        vocab_size=QWEN_ROWS if real else LLAMA_ROWS, **QWEN, mlp="swiglu", norm="rms",
+        linear_bias=False, tied_head=True, rope_theta=1e6, norm_eps=1e-6,
+    )  # fmt: skip
+    save_pretrained(Decoder(decoder, rngs=nnx.Rngs(0)), language)
+    save_pretrained(InternViT(VitConfig(448, 14, **INTERNVIT), rngs=nnx.Rngs(1)), vision)
+    source = real or root / "tokenizer"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, language / name)
 
 
 def _write_llama_tokenizer(folder: Path) -> None:
