@@ -8,6 +8,7 @@
 ## make lint        format, lint, types and layers alone
 ## make docs        the documentation as a site in site/, without network
 ## make campaign    damaged inputs for every reader, by the thousand; ARGS="--inputs 10000 --seed 1"
+## make rehearsal  the papers' recipes, launch/recipes, on miniatures of their data, ten minutes
 ## make bench       measure against other libraries, half an hour; writes BENCHMARKS.md
 ##
 ## Every target installs what it needs; it needs only Python 3.11 or newer (PYTHON=python3.12 picks
@@ -25,7 +26,7 @@ COMMA := ,
 # a question; that test is a slow one, which the empty -m lets in.
 SMOKE := -m "" tests/package_test.py tests/training/checkpoint_test.py tests/cli/wheel_test.py
 .DEFAULT_GOAL := help
-.PHONY: help setup train geode table4 test test-slow test-smoke campaign lint docs bench
+.PHONY: help setup train geode table4 test test-slow test-smoke campaign rehearsal lint docs bench
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2] if sys.version_info >= (3, 11) else "")' 2>/dev/null)
 ifeq ($(VERSION),)
@@ -66,6 +67,9 @@ test-smoke: $(VENV)/.installed-test
 
 campaign: $(VENV)/.installed-test
 	$(RUN) -m tests.campaign $(ARGS)
+
+rehearsal: $(VENV)/.installed-test
+	$(RUN) -m tests.rehearsal $(ARGS)
 
 bench: $(VENV)/.installed-test
 	$(RUN) -m benchmarks $(ARGS)

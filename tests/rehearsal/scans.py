@@ -14,7 +14,7 @@ NAMES = ("table", "chair", "cabinet", "lamp", "sofa", "shelf", "tv", "plant")
 STEP = 12
 """Pixels between the points of the mesh."""
 CELL, LOW, HIGH = 0.8, 0.15, 2.0
-"""Edge of the cells whose points are called an object, and their heights above the floor, metres."""
+"""Edge of the cells whose points become an object, and their heights above the floor, metres."""
 LEAST = 150
 """Points of a cell that becomes an object."""
 
