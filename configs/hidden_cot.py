@@ -122,7 +122,8 @@ def base() -> ml_collections.ConfigDict:
             },
             "optimizer": OPTIMIZER,
             "train": TRAIN | {"epochs": 5, "patience": 5},
-            "eval": EVAL | {"reference": "teacher"},  # the paper scores against the teacher
+            # The paper scores against the teacher. A run without vision is shown if it exists.
+            "eval": EVAL | {"reference": "teacher", "blind": "runs/hidden_cot-vision=off"},
         }
     )
 

@@ -15,17 +15,10 @@ from geode_jax.evaluate.metrics.detection import oriented_iou
 from geode_jax.measure.cost import peak_memory
 from geode_jax.models.geode import Geode
 from geode_jax.objectives.geode import GeodeStage
+from geode_jax.results.blind import blind_column
 from geode_jax.runs.build import Run
 from geode_jax.runs.settings import Settings
-from geode_jax.runs.summary import (
-    PREDICTIONS,
-    SUMMARY,
-    end,
-    kept_answers,
-    missing,
-    read_predictions,
-    write_predictions,
-)
+from geode_jax.runs.summary import SUMMARY, end, kept_answers, missing, write_predictions
 from geode_jax.runs.trained import Trained
 from geode_jax.runtime.distributed import is_main
 from geode_jax.training.step import TrainState
@@ -91,12 +84,8 @@ def _answers(
 
     columns = {"model": answer("model", "test")}
     questions = [dict(record) for record in columns["model"]]
-    blind = Path(run.settings.eval.blind) / PREDICTIONS
-    sees = run.settings.loss.vision
-    answered = blind_answers(blind, questions) if sees and blind.exists() else None
-    if answered is not None:
-        columns["blind"] = answered
-    elif sees:
+    columns |= blind_column(run.settings, questions)
+    if run.settings.loss.vision and "blind" not in columns:
         # The cheap baseline, where no model was trained without vision.
         columns["vision_removed"] = answer("vision_removed", "vision removed", vision=False)
     columns["frequency"] = scoring.frequency_baseline(run.train_records(), questions)
@@ -112,39 +101,6 @@ def _answers(
     if is_main():
         write_predictions(workdir, columns["model"])
     return {"vsi": vsi, "scores": scores}
-
-
-def blind_answers(path: Path, questions: list[dict]) -> list[dict] | None:
-    """Returns a blind run's answers to these questions.
-
-    Args:
-        path: predictions of the blind run, which may be one on another export.
-        questions: records of the questions.
-
-    Returns:
-        Its records in the order of the questions; None, and a printed note, unless it has answered
-        every one of them.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    answered = {record["id"]: record for record in read_predictions(path)}
-
-    def identity(record: dict) -> list:
-        return [record.get(name) for name in ("kind", "question", "options", "answer")]
-
-    found = [
-        answered[q["id"]] for q in questions if identity(answered.get(q["id"], {})) == identity(q)
-    ]
-    if len(found) == len(questions):
-        return found
-    if is_main():
-        print(
-            f"note: eval.blind: {path} has answers to {len(found)} of these {len(questions)} "
-            "questions (is it a run on another export?): it is left out",
-            flush=True,
-        )
-    return None
 
 
 def box_scores(predictions: list[dict]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from geode_jax.evaluate.report.page import write_report
 from geode_jax.exports import Export
 from geode_jax.measure.cost import measure_speed, parameter_counts, peak_memory
 from geode_jax.objectives.hidden_cot import HiddenCoTModel
+from geode_jax.results.blind import blind_column
 from geode_jax.results.notes import left_out_notes, synthetic_notes
 from geode_jax.runs.build import Run
 from geode_jax.runs.settings import Settings
@@ -42,7 +43,9 @@ def evaluate_and_report(
     losses: dict[str, float],
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Scores the model, the model without vision and the frequency baseline on the test split.
+    """Scores the model, its baselines and the frequency baseline on the test split.
+
+    The baselines are the same model without vision, and a blind run where there is one.
 
     An interrupted call continues with the next batch. `summary.json` is written last.
 
@@ -67,11 +70,11 @@ def evaluate_and_report(
         )
 
     model = answer("model", "test", heads=True)
-    blind = answer("vision_removed", "vision removed", vision=False)
+    removed = answer("vision_removed", "vision removed", vision=False)
     answered = [dict(p) for p in model.predictions]
     frequency = scoring.frequency_baseline(run.train_records(), answered, reference)
-    columns = {"model": model.predictions, "vision_removed": blind.predictions}
-    columns["frequency"] = frequency
+    columns = {"model": model.predictions, **blind_column(settings, answered)}
+    columns |= {"vision_removed": removed.predictions, "frequency": frequency}
     scores = {name: scoring.score(p, reference) for name, p in columns.items()}
     scores["model"] |= model.depth.result() | model.detection.result()
     scores["model"] |= {
@@ -163,8 +166,8 @@ def entries(trained: Trained) -> dict[str, Any]:
 def _notes(run: Run) -> list[str]:
     """Returns what a reader must know to trust the scores."""
     return [
-        "vision removed: the same model without any view; the true blind baseline is a run that is "
-        "trained with vision=off",
+        "vision removed: the same model without any view; the true blind baseline is the run "
+        "eval.blind, trained with vision=off, and a column of its own where it exists",
         "frequency: the most common training answer of each kind of question",
         *synthetic_notes(run.export),
         *left_out_notes(run.pipelines["test"].dropped),

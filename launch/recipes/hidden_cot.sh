@@ -89,9 +89,9 @@ step 'check of the whole export' "$OUT/validated.txt" 'a page' \
     "${GEODE[@]}" validate "$export"
 
 common=(--config.data.export="$export" --config.tokenizer="$RAW/tokenizer"
-    --config.eval.reference="$reference")
+    --config.eval.reference="$reference" --config.eval.blind="$OUT/blind")
 train hidden_cot:full,vision=off "$OUT/blind" "${common[@]}"
-train hidden_cot:full "$OUT/run" "${common[@]}" --config.eval.blind="$OUT/blind"
+train hidden_cot:full "$OUT/run" "${common[@]}"
 step 'PyTorch folder of the student' "$OUT/student/config.json" 'parameters, 3 GB in bfloat16' \
     "${GEODE[@]}" convert export --workdir "$OUT/run" --out "$OUT/student"
 
