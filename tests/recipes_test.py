@@ -1,0 +1,96 @@
+"""The recipes of launch/recipes: their plans, what they say is missing, and the rehearsal."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from geode_jax.objectives.losses import TERMS
+from tests.docs_test import LOADS_CONFIGS, check_command
+from tests.rehearsal.run import RECIPES, REPOSITORY, facts, run
+
+FOLDER = REPOSITORY / "launch" / "recipes"
+
+
+def planned(recipe: str, tmp_path: Path, *options: str) -> subprocess.CompletedProcess:
+    own = {"RAW": str(tmp_path / "raw"), "OUT": str(tmp_path / "out"), "GEODE": "geode-jax"}
+    return subprocess.run(
+        ["bash", FOLDER / f"{recipe}.sh", *options],
+        capture_output=True, text=True, check=False, env=os.environ | own,
+    )  # fmt: skip
+
+
+@LOADS_CONFIGS
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_dry_run_shows_every_command_and_runs_none(recipe, tmp_path, monkeypatch, capsys):
+    done = planned(recipe, tmp_path, "--dry-run")
+    assert done.returncode == 0 and not list(tmp_path.iterdir())
+    steps = re.findall(
+        r"^== (\d+)\. .* \(to do\)\n   disk: .+\n   (.+)$", done.stdout, re.MULTILINE
+    )
+    assert [int(number) for number, _ in steps] == list(range(1, len(steps) + 1))
+    used = set()
+    for _, line in steps:
+        words = shlex.split(line)
+        if words[0] == "bash":  # a command whose output is a file
+            words = words[words.index("geode-jax") :]
+        if words[0] == "geode-jax":
+            used.add(words[1])
+            check_command(words, monkeypatch, capsys)
+        else:
+            # An exporter, in an environment of its own, which knows the options.
+            script = Path(words[1])
+            text = script.read_text() + (script.parent.parent / "export_job.py").read_text()
+            options = {word for word in words if word.startswith("--")}
+            assert all(f'"{option}"' in text for option in options)
+    assert {"prepare", "merge", "train", "convert"} <= used
+    names = re.findall(r"^missing: (\S+): .+: .+$", done.stderr, re.MULTILINE)
+    inputs = re.findall(r"^input (\S+) ", (FOLDER / f"{recipe}.sh").read_text(), re.MULTILINE)
+    assert sorted(names) == sorted(inputs)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_missing_inputs_end_a_recipe_before_its_first_step(recipe, tmp_path):
+    done = planned(recipe, tmp_path)
+    assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
+    assert re.search(r"^error: \d+ inputs are missing; --without-missing", done.stderr, re.M)
+    done = planned(recipe, tmp_path, "--nonsense")
+    assert done.returncode == 2 and "Edit two lines" in done.stderr
+
+
+def test_a_recipe_goes_on_without_what_it_can_spare(tmp_path):
+    (tmp_path / "raw" / "scannet" / "scans").mkdir(parents=True)
+    done = planned("hidden_cot", tmp_path, "--without-missing", "--dry-run")
+    assert done.returncode == 0
+    assert "--source' 'scannet'" in done.stdout and "3d-front" not in done.stdout
+    assert "LLaVA-3D's answers" not in done.stdout
+    assert "--config.eval.reference=truth" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, data_root):
+    from tests.rehearsal.raw import write_raw
+
+    folder = tmp_path_factory.mktemp("rehearsal") / "raw"
+    write_raw(folder, data_root)
+    return folder
+
+
+@pytest.mark.slow
+def test_hidden_cot_from_raw_data_to_the_student(inputs, tmp_path):
+    """Every term of eq. 2 learns from what the exporters write."""
+    assert run("hidden_cot", inputs, tmp_path) == 0
+    found = facts("hidden_cot", tmp_path)
+    assert set(found["counts"]) >= set(TERMS) and min(found["counts"].values()) > 0
+    assert list(found["scores"]) == ["model", "blind", "vision_removed", "frequency"]
+    assert (tmp_path / "student" / "modeling.py").exists() or found["weights"]
+
+
+@pytest.mark.slow
+def test_geode_from_raw_data_to_the_score_of_vsi_bench(inputs, tmp_path):
+    assert run("geode", inputs, tmp_path) == 0
+    found = facts("geode", tmp_path)
+    assert set(found["scores"]) == {"model", "blind"} and found["weights"]
