@@ -98,7 +98,7 @@ def stratified_part(
     for i, name in enumerate(distinct):
         rows = np.flatnonzero(keep & (stratum == i))
         random = np.random.default_rng((seed, zlib.crc32(str(name).encode())))
-        wanted = max(1, round(share[rows[0]] * len(rows))) if len(rows) else 0
+        wanted = max(1, round(float(share[rows[0]]) * len(rows))) if len(rows) else 0
         part[random.permutation(rows)[:wanted]] = True
     return part
 

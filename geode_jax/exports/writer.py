@@ -352,8 +352,9 @@ class ExportWriter:
                 nouns = export.categories, self.manifest["categories"]
                 array = labels.renumbered(name, array, *nouns)
             short = name[len("teacher/") :] if name.startswith("teacher/") else name
-            stored[short] = to_stored(scene_id, name, array, self.manifest)
-            check_values(scene_id, name, *stored[short], self.manifest)
+            dtype, array = to_stored(scene_id, name, array, self.manifest)
+            check_values(scene_id, name, dtype, array, self.manifest)
+            stored[short] = dtype, array
         return _write_file(target, tensor_files.chunks(stored))
 
     def _link_file(self, scene_id: str, source: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from geode_jax.errors import UserError
-from geode_jax.exports import Export, ExportError, ExportWriter, made_from
+from geode_jax.exports import SPLITS, Export, ExportError, ExportWriter, made_from
 from geode_jax.exports.contract import shown
 from geode_jax.exports.scene_names import place_of
 from geode_jax.runtime.bars import progress_bar
@@ -29,6 +29,9 @@ from geode_jax.sources.datasets.scene_export import (
 from geode_jax.sources.rgbd.export import PROJECT as RGBD
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_LISTED = re.compile(r"excluded (?!0{8})[0-9a-f]{8}")
+"""In the `request` of a producer: scenes of a list were excluded from training, see
+`datasets.scene_export`."""
 _JOINED = {"categories", "notes", "producer", "teacher_tokenizer"}
 """Fields of a header that may differ between parts."""
 _ONE_WIDTH = ("teacher/features", "teacher/depth_bins", "teacher/topk_id")
@@ -95,9 +98,11 @@ def merge(parts: Sequence[Part], request: Request) -> Report:
     splits = {scene: entries[scene]["split"] for scene in owners}
     places = {scene: _place(scene, part) for scene, part in owners.items()}
     if request.split:
+        _refuse_forgotten_list(parts, request)
         splits = draw_splits(places, request)
     splits = exclude_from_training(splits, places, request, report)
     _refuse_divided_places(splits, owners)
+    report.warnings += _missing_splits(splits, owners)
     _refuse_other_widths(parts)
     _refuse_repeated_questions(parts)
     with ExportWriter(request.out, **header, resume=True) as writer:
@@ -230,6 +235,28 @@ def _refuse_divided_places(splits: dict[str, str], owners: dict[str, Part]) -> N
                 f"{owners[scene].folder}, the same room or house, in {split}; --split draws the "
                 "splits anew, by rooms"
             )
+
+
+def _refuse_forgotten_list(parts: Sequence[Part], request: Request) -> None:
+    """Refuses to draw splits anew where scenes may have been held out for an evaluation."""
+    for part in parts:
+        listed = any(map(_LISTED.search, part.export.manifest["producer"].values()))
+        if listed and not request.exclude:
+            raise UserError(
+                f"--split: {part.folder} was prepared with --exclude-scenes; give that list again, "
+                "or held-out scenes of it may come into training"
+            )
+
+
+def _missing_splits(splits: dict[str, str], owners: dict[str, Part]) -> list[str]:
+    """Returns a warning for every part that lacks a split which another part has."""
+    has = {part.name: {splits[s] for s in splits if owners[s] is part} for part in owners.values()}
+    return [
+        f"{name} has no scene in {split}; scores on {split} are of the other parts alone"
+        for split in SPLITS
+        for name, own in has.items()
+        if split not in own and split in splits.values()
+    ]
 
 
 def _refuse_other_widths(parts: Sequence[Part]) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,9 @@ FRONT = {f"{HOUSES[0]}_Bedroom-1": "train", f"{HOUSES[0]}_Library-2": "train"}
 FRONT |= {f"{HOUSES[1]}_Bedroom-1": "val", f"{HOUSES[2]}_Bedroom-7": "train"}
 
 
-def write_part(folder: Path, scenes: dict[str, str], seed: int, teacher=True, **header) -> Path:
+def write_part(
+    folder: Path, scenes: dict[str, str], seed: int, teacher=True, **header: Any
+) -> Path:
     """Writes an export of random valid scenes with every kind of label."""
     random = np.random.default_rng(seed)
     header = HEADER | header
@@ -41,8 +44,9 @@ def write_part(folder: Path, scenes: dict[str, str], seed: int, teacher=True, **
     return folder
 
 
-def producer(project: str) -> dict[str, str]:
-    return HEADER["producer"] | {"project": project, "request": f"of {project}"}
+def producer(project: str, listed: str = "00000000") -> dict[str, str]:
+    request = f"of {project}, excluded {listed}"
+    return HEADER["producer"] | {"project": project, "request": request}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +109,7 @@ def test_numbers_of_a_merged_export_mean_what_they_did(parts, both):
     assert sum(summary["questions"].values()) == len(before)
     made_by = both.manifest["producer"]
     assert made_by["project"] == "scans; front" and made_by["licence"] == "CC0-1.0"
-    assert made_by["part 1 request"] == "of scans" and made_by["part 2 project"] == "front"
+    assert made_by["part 1 request"].startswith("of scans") and made_by["part 2 project"] == "front"
     assert both.manifest["notes"] == "of boxes"
 
 
@@ -181,8 +185,8 @@ def test_splits_are_drawn_by_rooms_whatever_the_order(parts, tmp_path):
 
 def test_parts_without_a_teacher_or_with_one_name_are_merged(parts, tmp_path):
     other = write_part(tmp_path / "scannet", {"x_1": "train"}, 3, teacher=False)
-    ids = {"teacher_tokenizer": "7" * 64}
-    third = write_part(tmp_path / "c", {"y_1": "train"}, 4, producer=producer("third"), **ids)
+    own = {"teacher_tokenizer": "7" * 64, "producer": producer("third", "0000abcd")}
+    third = write_part(tmp_path / "c", {"y_1": "train"}, 4, **own)
     found = merged(tmp_path / "out", parts[0], f"more={other}", third)
     assert found.manifest["teacher_tokenizer"] == "7" * 64
     assert {r["source"] for r in found.questions()} == {"scannet", "more", "c"}
@@ -190,6 +194,10 @@ def test_parts_without_a_teacher_or_with_one_name_are_merged(parts, tmp_path):
     assert {r["source"] for r in twice.questions()} == {"scannet", "more", "c", "3d-front"}
     assert twice.manifest["producer"]["part 1 part 3 project"] == "third"
     validate(twice.folder)
+    # A list that held scenes out binds what is drawn anew.
+    last = write_part(tmp_path / "last", {"v_1": "train"}, 6)
+    with pytest.raises(UserError, match="again was prepared with --exclude-scenes; give that"):
+        merged(tmp_path / "no", twice.folder, last, split="80/20")
 
 
 @pytest.mark.parametrize(
@@ -237,8 +245,15 @@ def test_the_command_merges_and_refuses_in_one_line(parts, tmp_path, run):
     out = tmp_path / "out"
     status, printed, _ = run("merge", "--export", scans, "--export", f"front={front}", "--out", out)
     assert status == 0 and "4 scenes of scannet" in printed and "4 scenes of front" in printed
-    assert "corrected 12: file with labels of other numbers, written anew" in printed
+    assert (
+        "warning" not in printed
+        and "corrected 12: file with labels of other numbers, written anew" in printed
+    )
     assert f"{out}: 8 scenes (6 train, 2 val)" in printed
+    held = write_part(tmp_path / "held", {"z_1": "test"}, 5)
+    _, printed, _ = run("merge", "--export", scans, "--export", held, "--out", tmp_path / "three")
+    assert "warning: held has no scene in train; scores" in printed
+    assert "warning: scannet has no scene in test; scores on test are of the other" in printed
     broken = shutil.copytree(front, tmp_path / "broken")
     (broken / "questions.jsonl").write_text("{}\n")
     for arguments, rule in (
