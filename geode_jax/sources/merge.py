@@ -20,13 +20,13 @@ from geode_jax.exports import SPLITS, Export, ExportError, ExportWriter, made_fr
 from geode_jax.exports.contract import shown
 from geode_jax.exports.scene_names import place_of
 from geode_jax.runtime.bars import progress_bar
-from geode_jax.sources.datasets import Report, Request
+from geode_jax.sources.datasets import Report, Request, front3d
 from geode_jax.sources.datasets.scene_export import (
     draw_splits,
     exclude_from_training,
     unchanged,
 )
-from geode_jax.sources.rgbd.export import PROJECT as RGBD
+from geode_jax.sources.rgbd import export as rgbd
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _LISTED = re.compile(r"excluded (?!0{8})[0-9a-f]{8}")
@@ -218,10 +218,14 @@ def _owners(parts: Sequence[Part]) -> dict[str, Part]:
 
 
 def _place(scene: str, part: Part) -> str:
-    """Returns the place of a scene, for drawing; all scenes of an RGB-D recording are one."""
-    if RGBD in part.export.manifest["producer"]["project"]:
-        return scene.rpartition("_")[0] or scene
-    return place_of(scene)
+    """Returns the place of a scene, for drawing.
+
+    The pieces of an RGB-D recording overlap, so that all of them are one place.
+    """
+    place, project = place_of(scene), part.export.manifest["producer"]["project"]
+    if place == scene.lower() and (rgbd.PROJECT in project or front3d.PROJECT in project):
+        return place.rpartition("_")[0] or place
+    return place
 
 
 def _refuse_divided_places(splits: dict[str, str], owners: dict[str, Part]) -> None:

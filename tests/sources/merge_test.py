@@ -20,6 +20,7 @@ from geode_jax.exports.files import Entry
 from geode_jax.exports.prompts import prompt
 from geode_jax.sources.datasets import Request
 from geode_jax.sources.merge import merge, open_part
+from geode_jax.sources.rgbd import export as rgbd
 from tests.helpers.exports import CATEGORIES, HEADER, tiny_questions, tiny_scene
 
 FRONT_NOUNS = ["bed", "lamp", "wardrobe", "chair", "desk"]
@@ -177,6 +178,10 @@ def test_splits_are_drawn_by_rooms_whatever_the_order(parts, tmp_path):
         "test",
     }
     assert one[f"{HOUSES[0]}_Bedroom-1"] == one[f"{HOUSES[0]}_Library-2"]
+    pieces = {f"hall_{n:04d}": "train" for n in range(9)}
+    recording = write_part(tmp_path / "hall", pieces, 7, producer=producer(rgbd.PROJECT))
+    every = splits(merged(tmp_path / "all", *parts, recording, split="50/25/25", seed=5))
+    assert one.items() <= every.items() and len({every[piece] for piece in pieces}) == 1
     # A list of an evaluation's scenes also binds scenes that were held out before.
     listed = (Entry("line 1", ("scene0000_00",)), Entry("line 2", ("scene0002_00",)))
     for seed in range(4):

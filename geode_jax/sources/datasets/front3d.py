@@ -40,6 +40,8 @@ from geode_jax.sources.rooms.arrays import scene_arrays, seen_room
 from geode_jax.sources.rooms.layout import RoomObject
 from geode_jax.sources.rooms.scene import RoomScene, observe, pictures
 
+PROJECT = "geode_jax 3D-FRONT"
+"""Producer of the exports; the ids of their scenes are HOUSE_ROOM."""
 VERSION = 2
 """Version of an export's content; goes up with every change of this converter."""
 IMAGE_SIDE = 448
@@ -108,7 +110,7 @@ def prepare(request: Request) -> Report:
         report,
         source=lambda scene_id: _facts(found[scene_id]),
         producer={
-            "project": "geode_jax 3D-FRONT",
+            "project": PROJECT,
             "commit": f"front3d version {VERSION}",
             "weights": "none: tokens are a fixed function of the boxes' geometry and colour",
             "licence": "3D-FRONT Terms of Use: not to be passed on",

@@ -33,7 +33,7 @@ from geode_jax.sources.splits import split_frames
 from geode_jax.sources.stand_ins import TOKEN_WIDTH
 
 PROJECT = "geode_jax RGB-D folder"
-"""Producer of exports whose scenes are pieces of one recording."""
+"""Producer of the exports; the ids of their scenes, pieces of one recording, are NAME_NUMBER."""
 VERSION = 1
 """Version of an export's content; goes up with every change of this converter."""
 MAX_UP_ANGLE, UP_MODE_ANGLE = np.radians(40), np.radians(10)
