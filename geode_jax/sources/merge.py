@@ -17,7 +17,7 @@ from pathlib import Path
 
 from geode_jax.errors import UserError
 from geode_jax.exports import SPLITS, Export, ExportError, ExportWriter, made_from
-from geode_jax.exports.contract import shown
+from geode_jax.exports.contract import QUESTIONS, shown
 from geode_jax.exports.scene_names import place_of
 from geode_jax.runtime.bars import progress_bar
 from geode_jax.sources.datasets import Report, Request, front3d
@@ -117,7 +117,8 @@ def merge(parts: Sequence[Part], request: Request) -> Report:
                 writer.register(entry)
             else:
                 made_from.note(writer, scene, sources[scene])
-                entry = writer.adopt_scene(part.export, scene, split)
+                with _named(part):
+                    entry = writer.adopt_scene(part.export, scene, split)
             report.kept[f"scenes of {part.name}"] += 1
             old = entries[scene]
             anew = sum(entry[key] != old[key] for key in ("sha256", "teacher_sha256") if key in old)
@@ -309,8 +310,10 @@ def _refuse_repeated_questions(parts: Sequence[Part]) -> None:
 
 @contextlib.contextmanager
 def _named(part: Part) -> Iterator[None]:
-    """Adds the part's folder to errors of its files."""
+    """Adds the part's folder to errors of its scenes and questions."""
     try:
         yield
     except ExportError as error:
-        raise ExportError(f"{part.folder}: {error}") from None
+        if error.where.startswith(("scene ", QUESTIONS)):
+            raise ExportError(f"{part.folder}: {error}") from None
+        raise  # of the new export's files; it has their path

@@ -262,6 +262,19 @@ def test_the_command_merges_and_refuses_in_one_line(parts, tmp_path, run):
     _, printed, _ = run("merge", "--export", scans, "--export", held, "--out", tmp_path / "three")
     assert "warning: held has no scene in train; scores" in printed
     assert "warning: scannet has no scene in test; scores on test are of the other" in printed
+    # A file that must be written anew is damaged: once it is repaired, the same command goes on.
+    mended = shutil.copytree(front, tmp_path / "mended")
+    damaged = mended / "scenes" / f"{HOUSES[1]}_Bedroom-1.safetensors"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    command = ["merge", "--export", scans, "--export", mended, "--out", tmp_path / "four"]
+    status, _, said = run(*command)
+    (line,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert status == 2 and f"error: {mended}: scene {HOUSES[1]}_Bedroom-1: tensor *: scenes" in line
+    assert not (tmp_path / "four" / "manifest.json").exists()
+    damaged.write_bytes(whole)
+    status, printed, _ = run(*command)
+    assert status == 0 and "6 of 8 scenes were made before" in printed
     broken = shutil.copytree(front, tmp_path / "broken")
     (broken / "questions.jsonl").write_text("{}\n")
     for arguments, rule in (
