@@ -73,9 +73,22 @@ DATA = {
     "on_missing_targets": "stop",  # "skip": terms of the loss that no scene has arrays for
     "kind_weights": {},
     "mixture": "",  # weights of data sets, as scanqa=2,vsi590k=0.5
-    "fraction": 1.0,  # of the training questions of every data set and kind
+    "fraction": 1.0,  # of the training questions of every data set and kind; see `data`
     "min_learned": 0.5,  # a data set of which a smaller share can be learned is refused
 }
+
+
+def data(**changes: Any) -> dict[str, Any]:
+    """The fields of `data`; `fraction` may be changed to a number or to s-mit=0.25,own=0.5.
+
+    Args:
+        changes: values of fields that differ from `DATA`.
+    """
+    # A field of the type object takes both. It is a new one each time, because configurations that
+    # share a reference share its value.
+    fraction = ml_collections.FieldReference(DATA["fraction"], field_type=object)
+    return DATA | {"fraction": fraction} | changes
+
 
 OPTIMIZER = {
     "name": "adamw",

@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from geode_jax.configs.common import DATA, EVAL, OPTIMIZER, RUN, TRAIN, on_rooms, parse_arg
+from geode_jax.configs.common import EVAL, OPTIMIZER, RUN, TRAIN, data, on_rooms, parse_arg
 from geode_jax.errors import UserError
 
 SWITCHES = {
@@ -64,7 +64,7 @@ def base(stage: str) -> ml_collections.ConfigDict:
             "seed": 0,
             "init_from": "",  # a run, or pretrained folders with commas between, see start.py
             **RUN,
-            "data": DATA | {"vision": "images", "questions_per_scene": 4, "row_length": 2048},
+            "data": data(vision="images", questions_per_scene=4, row_length=2048),
             "model": {
                 "decoder": {
                     "vocab_size": 151_936,  # 0 = the tokenizer's

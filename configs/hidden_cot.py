@@ -43,7 +43,7 @@ e.g. `:thinking=0,drop=depth` is one row of Table II. Any field: `--config.train
 
 import ml_collections
 
-from geode_jax.configs.common import DATA, EVAL, OPTIMIZER, RUN, TRAIN, on_rooms, parse_arg
+from geode_jax.configs.common import EVAL, OPTIMIZER, RUN, TRAIN, data, on_rooms, parse_arg
 from geode_jax.errors import UserError
 from geode_jax.objectives.hidden_cot import GROUPS
 from geode_jax.objectives.losses import TERMS
@@ -92,7 +92,7 @@ def base() -> ml_collections.ConfigDict:
             "system": "hidden_cot",
             "seed": 0,
             **RUN,
-            "data": DATA | {"vision": "vggt/tokens"},
+            "data": data(vision="vggt/tokens"),
             "model": {
                 "width": 2048,
                 "layers": 24,

@@ -1,4 +1,4 @@
-"""Commands that make, check and list exports: validate, rooms, rgbd, prepare, internvit, scenes."""
+"""Commands that make, check and list exports."""
 
 import argparse
 import contextlib
@@ -20,6 +20,7 @@ def add_commands(commands: Commands) -> None:
     _add_rooms(commands)
     _add_rgbd(commands)
     _add_prepare(commands)
+    _add_merge(commands)
     _add_internvit(commands)
     _add_scenes(commands)
 
@@ -196,6 +197,14 @@ def _add_prepare(commands: Commands) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the new export")
     add("--scenes", type=Path, metavar="DIR", help="export whose scenes the questions are about")
     add("--part", action="append", metavar="PART", help="a part of the data set; may be repeated")
+    _add_exclusion(add)
+    _add_split(add, "scannet's lists or, without any, 70/15/15")
+    add("--views", type=positive, default=8, help="views of a scene; default 8")
+    _add_grid(add)
+    add("--seed", type=seed, default=0, help="seed of the splits and views; default 0")
+
+
+def _add_exclusion(add: Callable[..., Any]) -> None:
     add(
         "--exclude-scenes",
         type=Path,
@@ -207,9 +216,22 @@ def _add_prepare(commands: Commands) -> None:
         action="store_true",
         help="count entries of that list that the data set lacks, instead of refusing them",
     )
-    add("--views", type=positive, default=8, help="views of a scene; default 8")
-    _add_grid(add)
-    add("--seed", type=seed, default=0, help="seed of the splits and views; default 0")
+
+
+def _excluded(arguments: argparse.Namespace) -> tuple[exports.files.Entry, ...]:
+    """Returns the entries of `--exclude-scenes`."""
+    exclude = arguments.exclude_scenes
+    return tuple(exports.files.read_list(exclude)) if exclude else ()
+
+
+def _add_split(add: Callable[..., Any], default: str) -> None:
+    add(
+        "--split",
+        default="",
+        metavar="SHARES",
+        help="draw the splits by rooms, as 80/20 (train/val) or 70/15/15 (train/val/test); "
+        f"default: {default}",
+    )
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -217,20 +239,66 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from geode_jax.sources.datasets.prepare import prepare
 
     started = time.monotonic()
-    exclude = arguments.exclude_scenes
     request = Request(
         arguments.root,
         arguments.out,
         arguments.scenes,
         tuple(arguments.part or ()),
-        tuple(exports.files.read_list(exclude)) if exclude else (),
+        _excluded(arguments),
         arguments.views,
         tuple(arguments.grid),
         arguments.seed,
         arguments.allow_missing,
+        arguments.split,
     )
     with making(arguments.out):
         report = prepare(arguments.source, request)
+    print("\n".join(report.lines()))
+    print(_made(arguments.out, started))
+
+
+def _add_merge(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "merge",
+        _merge,
+        "Make one export from several, such as ScanNet's and 3D-FRONT's as one training set.\n\n"
+        "Scene files are linked, not copied, except where labels get other numbers; those of the\n"
+        "first export keep theirs. Questions that belong to no data set get the name of their\n"
+        "export, its folder's or NAME=DIR, for data.mixture and data.fraction.",
+        "geode-jax merge --export data/scannet --export data/3d-front --out data/both\n"
+        "geode-jax merge --export scannet=exports/a --export 3d-front=exports/b --split 80/20 \\\n"
+        "    --out data/both",
+    )
+    add = parser.add_argument
+    add(
+        "--export",
+        action="append",
+        required=True,
+        metavar="[NAME=]DIR",
+        help="an export to merge; given two times or more",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the new export")
+    _add_split(add, "every scene stays in its split")
+    add("--seed", type=seed, default=0, help="seed of the splits that are drawn; default 0")
+    _add_exclusion(add)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from geode_jax.sources.datasets import Request
+    from geode_jax.sources.merge import merge, open_part
+
+    started = time.monotonic()
+    request = Request(
+        arguments.out,
+        arguments.out,
+        exclude=_excluded(arguments),
+        seed=arguments.seed,
+        allow_missing=arguments.allow_missing,
+        split=arguments.split,
+    )
+    with making(arguments.out):
+        report = merge([open_part(text) for text in arguments.export], request)
     print("\n".join(report.lines()))
     print(_made(arguments.out, started))
 

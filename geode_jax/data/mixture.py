@@ -8,7 +8,7 @@ half as often.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -24,21 +24,59 @@ def parse_mixture(text: str) -> dict[str, float]:
     Raises:
         UserError: the text has another form, or a weight is negative or not finite.
     """
-    weights: dict[str, float] = {}
+    return _parse("data.mixture", text, lambda x: 0 <= x < float("inf"), "WEIGHT, weight >= 0")
+
+
+def parse_fraction(value: float | str) -> float | dict[str, float]:
+    """Parses "s-mit=0.25,own=0.5" to {"s-mit": 0.25, "own": 0.5}; other sources are whole.
+
+    Args:
+        value: the text, or one number for all sources, which is returned.
+
+    Raises:
+        UserError: the text has another form, or a number in it is not in (0, 1].
+    """
+    if not isinstance(value, str):
+        return value
+    share = "FRACTION, fraction in (0, 1]; one number is for all"
+    return _parse("data.fraction", value, lambda x: 0 < x <= 1, share)
+
+
+def _parse(
+    field: str, text: str, holds: Callable[[float], bool], number_rule: str
+) -> dict[str, float]:
+    """Parses "NAME=NUMBER,NAME=NUMBER"; raises UserError if a part has another form."""
+    found: dict[str, float] = {}
     for part in filter(None, text.split(",")):
         name, equals, number = part.rpartition("=")
         try:
-            weight = float(number)
+            value = float(number)
         except ValueError:
-            weight = -1.0
-        if not equals or not name or name in weights or not 0 <= weight < float("inf"):
-            raise UserError(f"config: data.mixture: {part!r} is not SOURCE=WEIGHT, weight >= 0")
-        weights[name] = weight
-    return weights
+            value = float("nan")
+        if not equals or not name or name in found or not holds(value):
+            raise UserError(f"config: {field}: {part!r} is not SOURCE={number_rule}")
+        found[name] = value
+    return found
+
+
+def check_sources(names: Iterable[str], sources: Sequence[str], where: str) -> None:
+    """Refuses a name that is no source of the questions.
+
+    Args:
+        names: the names in a configuration.
+        sources: those of the export.
+        where: beginning of the message, such as `data: source_weights`.
+
+    Raises:
+        UserError: a name is not in `sources`.
+    """
+    for name in names:
+        if name not in sources:
+            raise UserError(f"{where}: {name}: the questions are of {', '.join(sources)}")
 
 
 def stratified_part(
-    strata: Sequence[np.ndarray], keep: np.ndarray, fraction: float, seed: int
+    strata: Sequence[np.ndarray], keep: np.ndarray, fraction: float | np.ndarray, seed: int
 ) -> np.ndarray:
     """Draws the same share of the kept rows of every stratum, at least one row of each.
 
@@ -47,7 +85,7 @@ def stratified_part(
     Args:
         strata: arrays of labels [n]; a stratum is a combination of labels.
         keep: [n] bool, the rows to draw from.
-        fraction: share in (0, 1].
+        fraction: share in (0, 1], or [n] the share of each row's stratum.
         seed: seed of the draw.
 
     Returns:
@@ -55,11 +93,12 @@ def stratified_part(
     """
     names = ["\n".join(map(str, labels)) for labels in zip(*strata, strict=True)]
     distinct, stratum = np.unique(names, return_inverse=True)
+    share = np.broadcast_to(fraction, keep.shape)
     part = np.zeros(len(keep), bool)
     for i, name in enumerate(distinct):
         rows = np.flatnonzero(keep & (stratum == i))
         random = np.random.default_rng((seed, zlib.crc32(str(name).encode())))
-        wanted = max(1, round(fraction * len(rows)))
+        wanted = max(1, round(float(share[rows[0]]) * len(rows))) if len(rows) else 0
         part[random.permutation(rows)[:wanted]] = True
     return part
 

@@ -17,7 +17,12 @@ import numpy as np
 
 from geode_jax.data.control import BOX
 from geode_jax.data.kinds import check_known
-from geode_jax.data.mixture import choose_scenes, scenes_per_epoch, stratified_part
+from geode_jax.data.mixture import (
+    check_sources,
+    choose_scenes,
+    scenes_per_epoch,
+    stratified_part,
+)
 from geode_jax.data.packing import pack
 from geode_jax.data.question_arrays import (
     TEACHER_LOGITS,
@@ -207,10 +212,8 @@ class Pipeline:
             elif not config.controls:
                 drop(f"kind {name}", (kind == name) & boxes)
         sources = sorted(set(source.tolist()))
+        check_sources(config.source_weights, sources, "data: source_weights")
         for name, weight in config.source_weights.items():
-            if name not in sources:
-                known = ", ".join(sources)
-                raise UserError(f"data: source_weights: {name}: the questions are of {known}")
             if weight == 0:
                 drop(f"source {name}", source == name)
         wanted = keep.copy()
@@ -225,8 +228,14 @@ class Pipeline:
         drop("answer too long", answer > config.answer_length)
         drop("longer than a packed row", lengths["question"] + answer - 1 > config.row_length)
         fits = keep.copy()
-        if config.fraction < 1:
-            part = stratified_part((source, kind), keep, config.fraction, config.seed)
+        share: float | np.ndarray
+        if isinstance(config.fraction, Mapping):
+            check_sources(config.fraction, sources, "data: fraction")
+            share = np.array([config.fraction.get(name, 1.0) for name in source.tolist()])
+        else:
+            share = config.fraction
+        if np.min(share) < 1:
+            part = stratified_part((source, kind), keep, share, config.seed)
             drop("outside data.fraction", ~part)
         if self.split == "train":  # other splits use every question
             for why in whys:

@@ -46,7 +46,8 @@ class PipelineConfig:
             box. Without them, questions whose answer is a box are left out and counted.
         kind_weights: {kind: weight of its questions in the draw}, 1 by default; 0 leaves them out.
         source_weights: {data set: weight of its questions}, see `data.mixture`.
-        fraction: share of the questions of every source and kind that is used, drawn by `seed`.
+        fraction: share of the questions of every source and kind that is used, drawn by `seed`; or
+            {data set: share of its questions of every kind}, 1 for data sets that are not named.
         min_learned: smallest share of a source's training questions that must have the learned
             field and fit; a smaller one is refused, so that no data set is lost in silence.
         logits: whether to read the teacher's logits if the export has them; logits over another
@@ -70,7 +71,7 @@ class PipelineConfig:
     controls: tuple[int, int] | None = None
     kind_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     source_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    fraction: float = 1.0
+    fraction: float | Mapping[str, float] = 1.0
     min_learned: float = 0.5
     logits: bool = True
     depth_ratio: int = 2
@@ -105,8 +106,10 @@ class PipelineConfig:
             for name, weight in getattr(self, field).items():
                 if type(weight) not in (int, float) or not 0 <= weight < float("inf"):
                     raise UserError(f"data: {field}: {name}: {weight} is no weight >= 0")
-        if not 0 < self.fraction <= 1:
-            raise UserError(f"data: fraction: {self.fraction} is not in (0, 1]")
+        shares = self.fraction if isinstance(self.fraction, Mapping) else {"all": self.fraction}
+        for name, share in shares.items():
+            if not 0 < share <= 1:
+                raise UserError(f"data: fraction: {name}: {share} is not in (0, 1]")
         if not 0 <= self.min_learned <= 1:
             raise UserError(f"data: min_learned: {self.min_learned} is not in [0, 1]")
 

@@ -24,6 +24,8 @@ _SCENE_FILES = (*_MEDIA, ".sens", ".ply", ".json", ".txt", ".zip")
 """Endings of the files by which a list may name scenes."""
 _MAX_FOLDERS = 64
 _SCAN = re.compile(r"(scene\d{4})_\d{2}(?!\d)", re.IGNORECASE)
+_HOUSE = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})_.*", re.IGNORECASE)
+"""A room of a 3D-FRONT house, whose file is named by a UUID."""
 
 
 class MisfitError(Exception):
@@ -60,6 +62,16 @@ def bare_names(name: str) -> list[str]:
 def room_of(name: str) -> str:
     """Returns a name without the number of a ScanNet scan: scene0000 for scene0000_01."""
     return _SCAN.sub(r"\1", name)
+
+
+def place_of(scene_id: str) -> str:
+    """Returns the place of a scene, which must not be divided between splits.
+
+    It is the room of a ScanNet scan or the house of a 3D-FRONT room, whatever data set's folder
+    and case its id has; every other scene is a place of its own.
+    """
+    bare = next(iter(bare_names(scene_id)), scene_id).lower()
+    return room_of(_HOUSE.sub(r"\1", bare))
 
 
 def _words(name: str) -> list[str]:

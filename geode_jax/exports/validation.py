@@ -104,7 +104,7 @@ def _divided_rooms(export: Export) -> list[str]:
     """Returns [a warning about rooms whose scans are in several splits], [] if there are none."""
     rooms: dict[str, list[str]] = {}
     for scene_id in export.scene_ids():
-        rooms.setdefault(scene_names.room_of(scene_id), []).append(scene_id)
+        rooms.setdefault(scene_names.place_of(scene_id), []).append(scene_id)
     split_of = {scene_id: entry["split"] for scene_id, entry in export._entries.items()}
     divided = [scans for scans in rooms.values() if len({split_of[s] for s in scans}) > 1]
     if not divided:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import files, tensor_files
+from . import files, labels, tensor_files
 from .contract import (
     ENTRIES,
     FILES,
@@ -269,8 +269,12 @@ class ExportWriter:
         entry = write_scene(
             self.folder, scene_id, arrays, teacher, split=split, manifest=self.manifest
         )
+        self._finish(entry)
+
+    def _finish(self, entry: dict) -> None:
+        """Marks a scene whose files are written as finished, and adds it."""
         if self._resume:
-            _write_file(self.folder / ENTRIES / f"{scene_id}.json", [_json_bytes(entry)])
+            _write_file(self.folder / ENTRIES / f"{entry['id']}.json", [_json_bytes(entry)])
         self.register(entry)
 
     def finished(self) -> dict[str, dict]:
@@ -286,37 +290,86 @@ class ExportWriter:
             entries[entry["id"]] = entry
         return entries
 
-    def adopt_scene(self, export: Export, scene_id: str) -> None:
-        """Adds a scene of another export with the same header, in the same split.
+    def adopt_scene(self, export: Export, scene_id: str, split: str = "") -> dict:
+        """Adds a scene of another export whose header has the same meaning.
 
         Its files become hard links if the file system allows it, else copies. They are not checked
-        here: readers of the new export check them against the same sha256.
+        here: readers of the new export check them against the same sha256. This export may have
+        more categories than the other one. A file whose labels then have other numbers is checked
+        and written anew, see `labels`.
+
+        Args:
+            export: the other export.
+            scene_id: a scene of it.
+            split: split of the scene in this export; the same as in the other one if empty.
+
+        Returns:
+            The scene's entry. Its sha256 differ from those of the other export's entry for the
+            files that were written anew.
 
         Raises:
-            ExportError: the scene is unknown, the headers differ, or a file is missing or cannot be
-                linked.
+            ExportError: the scene is unknown, the headers differ, or a file is missing, damaged, or
+                cannot be linked.
         """
-        entry = export._entry(scene_id)
-        for name in MEANING:
-            if export.manifest.get(name) != self.manifest.get(name):
-                rule = f"differs from that of {export.folder}, whose scenes are taken over"
-                raise ExportError(MANIFEST, name, rule)
+        entry = dict(export._entry(scene_id))
+        entry["split"] = split or entry["split"]
+        self._refuse_other_meaning(export)
         if scene_id in self._scenes:
             raise ExportError(MANIFEST, "id", f"duplicate scene {scene_id}")
-        for _, kind, key in FILES:
-            if key in entry:
-                source = tensor_file(export.folder, kind, scene_id)
-                target = tensor_file(self.folder, kind, scene_id)
-                if source.exists() and not source.is_file():  # copying a pipe or device may not end
-                    raise ExportError(str(source), "", "is not a regular file")
-                try:
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    _link(source, target)
-                except FileNotFoundError:
-                    raise damage(scene_id, source, "is missing") from None
-                except OSError as error:
-                    raise _cannot_write(target, error) from None
-        self.register(entry)
+        nouns = export.categories, self.manifest["categories"]
+        shapes = export.scene_shapes(scene_id) if nouns[0] != nouns[1] else {}
+        for prefix, kind, key in FILES:
+            if key not in entry:
+                continue
+            target = tensor_file(self.folder, kind, scene_id)
+            names = [name for name in shapes if name.startswith("teacher/") == bool(prefix)]
+            if any(labels.must_change(name, *nouns) for name in names):
+                entry[key] = self._write_renumbered(export, scene_id, names, target)
+            else:
+                self._link_file(scene_id, tensor_file(export.folder, kind, scene_id), target)
+        self._finish(entry)
+        return entry
+
+    def _refuse_other_meaning(self, export: Export) -> None:
+        """Refuses an export whose scenes' numbers would mean something else in this one."""
+        for name in MEANING:
+            theirs, own = export.manifest.get(name), self.manifest.get(name)
+            if name == "categories":
+                same = set(export.categories) <= set(self.manifest["categories"])
+            else:  # scenes of an export without the tokenizer have no ids
+                same = theirs == own or (name == "teacher_tokenizer" and theirs is None)
+            if not same:
+                rule = f"differs from that of {export.folder}, whose scenes are taken over"
+                raise ExportError(MANIFEST, name, rule)
+
+    def _write_renumbered(
+        self, export: Export, scene_id: str, names: Sequence[str], target: Path
+    ) -> str:
+        """Writes one of a scene's files with this export's labels and returns its sha256."""
+        stored = {}
+        for name, array in export.read_scene(scene_id, names).items():
+            if labels.must_change(name, export.categories, self.manifest["categories"]):
+                nouns = export.categories, self.manifest["categories"]
+                array = labels.renumbered(name, array, *nouns)
+            short = name[len("teacher/") :] if name.startswith("teacher/") else name
+            dtype, array = to_stored(scene_id, name, array, self.manifest)
+            check_values(scene_id, name, dtype, array, self.manifest)
+            stored[short] = dtype, array
+        return _write_file(target, tensor_files.chunks(stored))
+
+    def _link_file(self, scene_id: str, source: Path, target: Path) -> None:
+        """Makes one of a scene's files a link to that of another export, or a copy of it."""
+        if source.exists() and not source.is_file():  # copying a pipe or device may not end
+            raise ExportError(str(source), "", "is not a regular file")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if self._resume:  # a call that was interrupted may have left a link of this name
+                target.unlink(missing_ok=True)
+            _link(source, target)
+        except FileNotFoundError:
+            raise damage(scene_id, source, "is missing") from None
+        except OSError as error:
+            raise _cannot_write(target, error) from None
 
     def register(self, entry: dict) -> None:
         """Adds a scene that `write_scene` has written, here or in another process."""

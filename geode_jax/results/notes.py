@@ -8,7 +8,8 @@ from geode_jax.sources.rooms import export as rooms
 
 def synthetic_notes(export: Export) -> list[str]:
     """Returns a note on the data if the export has the synthetic rooms of this package."""
-    if export.manifest["producer"]["project"] != rooms.PRODUCER["project"]:
+    # Merged exports name the projects of all parts.
+    if rooms.PRODUCER["project"] not in export.manifest["producer"]["project"]:
         return []
     return [
         "rooms are synthetic, and their vision tokens are a fixed function of the true geometry: "

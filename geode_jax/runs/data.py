@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from geode_jax.data.control import BOX, control_of
-from geode_jax.data.mixture import parse_mixture
+from geode_jax.data.mixture import parse_fraction, parse_mixture
 from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.question_records import open_question_records
 from geode_jax.data.settings import PipelineConfig, measure_lengths
@@ -87,7 +87,7 @@ def pipeline_config(settings: Settings, export: Export, tokenizer: Tokenizer) ->
         controls=controls,
         kind_weights=data.kind_weights,
         source_weights=parse_mixture(data.mixture),
-        fraction=data.fraction,
+        fraction=parse_fraction(data.fraction),
         min_learned=data.min_learned,
         logits=settings.teacher_logits,
         depth_ratio=settings.depth_ratio,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 from geode_jax.data.control import BOX, REG
-from geode_jax.data.mixture import parse_mixture
+from geode_jax.data.mixture import parse_fraction, parse_mixture
 from geode_jax.data.scene_arrays import SceneShapes
 from geode_jax.errors import UserError
 from geode_jax.objectives.base import Objective
@@ -86,7 +86,8 @@ class DataSettings:
             learns from: "stop" refuses the run, "skip" trains on the other terms.
         kind_weights: kind of question -> its weight in the draw; 1 where it is not named.
         mixture: weights of data sets, as "scanqa=2,vsi590k=0.5".
-        fraction: share of the training questions of every data set and kind, in (0, 1].
+        fraction: share of the training questions of every data set and kind, in (0, 1]; or shares
+            of single data sets, as "s-mit=0.25,cambrian-alignment=0.1", the others being whole.
         min_learned: see `data.settings.PipelineConfig`.
     """
 
@@ -113,7 +114,7 @@ class DataSettings:
     on_missing_targets: Literal["stop", "skip"] = "stop"
     kind_weights: Mapping[str, float]
     mixture: str = ""
-    fraction: float = 1.0
+    fraction: Annotated[float | str, "a number, or text such as s-mit=0.25,own=0.5"] = 1.0
     min_learned: float = 0.5
 
 
@@ -252,9 +253,13 @@ class Settings(abc.ABC):
         ("data.root data.export data.rgbd tokenizer init_from eval.blind", *PATH),
         ("data.rooms_scenes", *at_least(4)),  # fewer have no val or no test split
         ("optimizer.learning_rate optimizer.clip_norm", *POSITIVE),
-        # Its own error names the bad part.
+        # Their own errors name the bad part.
         ("data.mixture", lambda v, _: parse_mixture(v) is not None, "weights"),
-        ("data.fraction", lambda v, _: 0 < v <= 1, "in (0, 1]"),
+        (
+            "data.fraction",
+            lambda v, _: bool(parse_fraction(v)) if isinstance(v, str) else 0 < v <= 1,
+            "in (0, 1]",
+        ),
         ("data.min_learned", lambda v, _: 0 <= v <= 1, "in [0, 1]"),
         ("mesh", lambda v, _: all(x >= -1 for x in v), "sizes of data, fsdp, model"),
         (

@@ -9,6 +9,7 @@ from hypothesis import given
 from geode_jax.data.mixture import (
     OWN,
     choose_scenes,
+    parse_fraction,
     parse_mixture,
     scenes_per_epoch,
     stratified_part,
@@ -19,6 +20,7 @@ from geode_jax.data.tokens import Tokenizer, train_tokenizer
 from geode_jax.errors import UserError
 from geode_jax.exports import Export, ExportWriter
 from geode_jax.runs.config import make_settings
+from geode_jax.runs.config_file import read_settings
 from tests.helpers.batches import asked
 from tests.helpers.exports import HEADER, TOKEN_WIDTH
 from tests.helpers.runs import tiny_config
@@ -138,6 +140,9 @@ def test_a_source_that_is_not_there_is_refused(mixed, tokenizer, config):
     wrong = dataclasses.replace(config, source_weights={"scanqs": 2.0})
     with pytest.raises(UserError, match="scanqs: the questions are of a, b, own"):
         Pipeline(mixed, tokenizer, wrong, "train")
+    wrong = dataclasses.replace(config, fraction={"s-mit": 0.5})
+    with pytest.raises(UserError, match="data: fraction: s-mit: the questions are of a, b, own"):
+        Pipeline(mixed, tokenizer, wrong, "train")
 
 
 def used(pipeline: Pipeline) -> list[dict]:
@@ -155,6 +160,15 @@ def test_a_fraction_has_the_same_share_of_every_source_and_kind(mixed, tokenizer
     other = used(Pipeline(mixed, tokenizer, dataclasses.replace(tenth, seed=4), "train"))
     ids = {record["id"] for record in records}
     assert ids == {record["id"] for record in again} != {record["id"] for record in other}
+    # Of one data set alone, the same questions as above; the others are whole.
+    apart = dataclasses.replace(config, fraction={"a": 0.1, "own": 0.5})
+    of_each = used(Pipeline(mixed, tokenizer, apart, "train"))
+    assert Counter((record.get("source"), record["kind"]) for record in of_each) == {
+        ("a", "x"): 8, ("a", "y"): 8, ("b", "x"): 80, ("b", "y"): 80, (None, "x"): 40,
+        (None, "y"): 40,
+    }  # fmt: skip
+    assert {r["id"] for r in of_each if r.get("source") == "a"} < ids
+    assert len(used(Pipeline(mixed, tokenizer, apart.asking_all(), "train"))) == 480
     fifth = dataclasses.replace(config, fraction=0.2)
     larger = used(Pipeline(mixed, tokenizer, fifth, "train"))
     assert ids < {record["id"] for record in larger}
@@ -207,5 +221,23 @@ def test_fractions_are_checked(fraction, tmp_path, config):
         whole.data.mixture = "scanqa"
     with pytest.raises(UserError, match=r"data\.mixture: 'scanqa'"):
         make_settings(whole)
-    with pytest.raises(UserError, match="fraction"):
+    with pytest.raises(UserError, match="fraction: all"):
         dataclasses.replace(config, fraction=fraction)
+    with pytest.raises(UserError, match="fraction: a"):
+        dataclasses.replace(config, fraction={"a": fraction})
+
+
+def test_fractions_of_data_sets_are_one_field_on_the_command_line():
+    given = "s-mit=0.25,cambrian-alignment=0.1"
+    settings = read_settings("geode_align", [f"data.fraction={given}"])
+    assert parse_fraction(settings.data.fraction) == {"s-mit": 0.25, "cambrian-alignment": 0.1}
+    assert settings.values["data"]["fraction"] == given
+    # The configuration that is made next has the default, as saved runs have it: a number.
+    assert read_settings("geode_align").values["data"]["fraction"] == 1.0
+    assert read_settings("hidden_cot", ["data.fraction=0.1"]).data.fraction == 0.1
+    for bad in ("s-mit=2", "s-mit=0", "s-mit", "=0.5", "a=0.1,a=0.2", "a=nan", "a=x"):
+        with pytest.raises(UserError, match=r"data\.fraction: .* is not SOURCE=FRACTION"):
+            read_settings("hidden_cot", [f"data.fraction={bad}"])
+    for bad in ("", "0", "2"):
+        with pytest.raises(UserError, match=r"data\.fraction: .* is not in \(0, 1\]"):
+            read_settings("hidden_cot", [f"data.fraction={bad}"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from geode_jax import ranges
 from geode_jax.errors import UserError
 from geode_jax.exports.files import Entry
+from geode_jax.sources.splits import parse_shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Request:
         exclude: names of scenes that must not be in training, such as those of an evaluation, read
             by `files.read_list` and matched by `exports.scene_names`.
         allow_missing: whether entries of lists that name no scene are counted instead of refused.
+        split: shares of the splits that are drawn, such as "80/20", see `splits.parse_shares`;
+            empty for the data set's own lists, and `splits.SHARES` where it has none.
         views: largest number of views of a scene.
         patch_grid: (gh, gw) of a view.
         seed: seed of all random draws.
@@ -41,11 +44,14 @@ class Request:
     patch_grid: tuple[int, int] = (8, 8)
     seed: int = 0
     allow_missing: bool = False
+    split: str = ""
 
     def __post_init__(self):
         ranges.check(self, {"views": ranges.whole(1), "seed": ranges.whole(0)})
         if len(self.patch_grid) != 2 or min(self.patch_grid) < 1:
             raise UserError(f"--grid: {self.patch_grid} are not two numbers above 0")
+        if self.split:
+            parse_shares(self.split)
 
     def refuse_question_options(self, name: str) -> None:
         """Refuses, for a source of scenes, the options of sources of questions.

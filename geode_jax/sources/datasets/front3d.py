@@ -27,16 +27,22 @@ from geode_jax.errors import UserError
 from geode_jax.exports import files
 from geode_jax.runtime.bars import progress_bar
 from geode_jax.sources.datasets import Report, Request
-from geode_jax.sources.datasets.scene_export import Scene, exclude_from_training, write_scenes
+from geode_jax.sources.datasets.scene_export import (
+    Scene,
+    draw_splits,
+    exclude_from_training,
+    write_scenes,
+)
 from geode_jax.sources.rgbd.sequence import Dropped, pose_of_row
 from geode_jax.sources.rooms import layout as room_layout
 from geode_jax.sources.rooms import raycast
 from geode_jax.sources.rooms.arrays import scene_arrays, seen_room
 from geode_jax.sources.rooms.layout import RoomObject
 from geode_jax.sources.rooms.scene import RoomScene, observe, pictures
-from geode_jax.sources.splits import split_places
 
-VERSION = 1
+PROJECT = "geode_jax 3D-FRONT"
+"""Producer of the exports; the ids of their scenes are HOUSE_ROOM."""
+VERSION = 2
 """Version of an export's content; goes up with every change of this converter."""
 IMAGE_SIDE = 448
 """Side of the pictures, pixels."""
@@ -92,8 +98,7 @@ def prepare(request: Request) -> Report:
                     report.dropped["scene: two of one name"] += 1
         except UserError as error:
             report.dropped[f"house: {error}"] += 1
-    places = split_places((room.house for room in found.values()), request.seed)
-    splits = {scene_id: places[room.house] for scene_id, room in found.items()}
+    splits = draw_splits({scene_id: room.house for scene_id, room in found.items()}, request)
     houses_of = {path.stem: path.stem for path in houses}  # lists may name houses too
     houses_of |= {scene_id: room.house for scene_id, room in found.items()}
     splits = exclude_from_training(splits, houses_of, request, report)
@@ -105,7 +110,7 @@ def prepare(request: Request) -> Report:
         report,
         source=lambda scene_id: _facts(found[scene_id]),
         producer={
-            "project": "geode_jax 3D-FRONT",
+            "project": PROJECT,
             "commit": f"front3d version {VERSION}",
             "weights": "none: tokens are a fixed function of the boxes' geometry and colour",
             "licence": "3D-FRONT Terms of Use: not to be passed on",

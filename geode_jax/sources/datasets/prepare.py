@@ -31,15 +31,21 @@ SOURCES: dict[str, Callable[[Request], Report]] = {
     "s-mit": captions.s_mit,
 }
 """Name of a data set -> function that writes its export."""
+DRAWS_SPLITS = ("scannet", "3d-front")
+"""Data sets whose splits are drawn in the shares of a request."""
 
 
 def prepare(source: str, request: Request) -> Report:
     """Writes the export of a data set; the same request continues an interrupted one.
 
     Raises:
-        UserError: `source` is not in the table, or the data set is not in its layout.
+        UserError: `source` is not in the table, its splits are not drawn though the request has
+            shares, or the data set is not in its layout.
         ExportError: the export cannot be written.
     """
     if source not in SOURCES:
         raise UserError(f"--source: {source!r} is none of {', '.join(SOURCES)}")
+    if request.split and source not in DRAWS_SPLITS:
+        own = "its own splits or those of --scenes"
+        raise UserError(f"--split: {source} has {own}; {', '.join(DRAWS_SPLITS)} take shares")
     return SOURCES[source](request)

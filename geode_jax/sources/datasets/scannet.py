@@ -29,16 +29,20 @@ from geode_jax.errors import UserError
 from geode_jax.exports import SPLITS, files
 from geode_jax.sources.datasets import Report, Request
 from geode_jax.sources.datasets.ply import read_vertices
-from geode_jax.sources.datasets.scene_export import Scene, exclude_from_training, write_scenes
+from geode_jax.sources.datasets.scene_export import (
+    Scene,
+    draw_splits,
+    exclude_from_training,
+    write_scenes,
+)
 from geode_jax.sources.questions.seen_room import SeenRoom
 from geode_jax.sources.rgbd.folder import open_folder
 from geode_jax.sources.rgbd.frame import Frame, frame_arrays, read_frame
 from geode_jax.sources.rgbd.sens import open_sens
 from geode_jax.sources.rgbd.sequence import Dropped, RgbdSequence, rigid
 from geode_jax.sources.rooms.scene import GRID, MIN_VISIBLE_PIXELS, PATCH_SIDE
-from geode_jax.sources.splits import split_places
 
-VERSION = 1
+VERSION = 2
 """Version of an export's content; goes up with every change of this converter."""
 EXCLUDED_LABELS = frozenset({"wall", "floor", "ceiling", "remove", "object", "unknown"})
 """Labels that are not objects for questions."""
@@ -118,6 +122,8 @@ def prepare(request: Request) -> Report:
 def _splits(request: Request, rooms: dict[str, str], report: Report) -> dict[str, str]:
     """Returns scan -> split: ScanNet's own if there is a list, else drawn, by rooms.
 
+    Splits that the request asks for are drawn instead.
+
     Entries of the lists without a scan on disk are counted.
 
     Args:
@@ -131,9 +137,8 @@ def _splits(request: Request, rooms: dict[str, str], report: Report) -> dict[str
     """
     lists = {s: request.root / f"scannetv2_{s}.txt" for s in SPLITS}
     lists = {split: path for split, path in lists.items() if path.is_file()}
-    if not lists:
-        places = split_places(rooms.values(), request.seed)
-        return {scan: places[room] for scan, room in rooms.items()}
+    if request.split or not lists:
+        return draw_splits(rooms, request)
     listed: dict[str, tuple[str, str]] = {}  # room -> split, first scan
     splits: dict[str, str] = {}
     for split, path in lists.items():

@@ -23,6 +23,7 @@ from geode_jax.sources.datasets import Report, Request
 from geode_jax.sources.questions.measured import BoxQuestioner
 from geode_jax.sources.questions.seen_room import SeenRoom
 from geode_jax.sources.rgbd.sequence import Dropped
+from geode_jax.sources.splits import SHARES, parse_shares, split_places
 from geode_jax.sources.stand_ins import TOKEN_WIDTH
 
 _NOTES_FOLDER = ".made"
@@ -43,6 +44,18 @@ class Scene:
     seen: SeenRoom | None
     dropped: Counter[str]
     corrected: tuple[str, ...] = ()
+
+
+def draw_splits(places: Mapping[str, str], request: Request) -> dict[str, str]:
+    """Returns scene -> split, drawn by places in the shares of the request.
+
+    Args:
+        places: scene -> place, which must not be divided between splits.
+        request: its `split` and `seed`.
+    """
+    shares = parse_shares(request.split) if request.split else SHARES
+    drawn = split_places(places.values(), request.seed, shares)
+    return {scene: drawn[place] for scene, place in places.items()}
 
 
 def exclude_from_training(
@@ -103,7 +116,8 @@ def write_scenes(
     """
     names = sorted(name for entry in request.exclude for name in entry.fields)
     excluded = zlib.crc32("\n".join(names).encode())
-    arguments = f"{request.views} views, seed {request.seed}, {len(splits)} scenes"
+    drawn = f", split {request.split}" if request.split else ""
+    arguments = f"{request.views} views, seed {request.seed}{drawn}, {len(splits)} scenes"
     writer = exports.ExportWriter(
         request.out,
         producer={**producer, "request": f"{arguments}, excluded {excluded:08x}"},
@@ -118,7 +132,7 @@ def write_scenes(
     )
     with writer:
         sources = {scene_id: made_from.fingerprint(source(scene_id)) for scene_id in splits}
-        finished = _unchanged(writer, sources)
+        finished = unchanged(writer, sources)
         written: dict[str, dict] = {}
         check = exports.cameras.CameraCheck(metric=True)
         for scene_id, split in progress_bar(splits.items(), desc="scenes", unit="scene"):
@@ -144,8 +158,15 @@ def write_scenes(
     return report
 
 
-def _unchanged(writer: exports.ExportWriter, sources: Mapping[str, str]) -> dict[str, dict]:
-    """Returns and prints the scenes that were made before from the present sources."""
+def unchanged(writer: exports.ExportWriter, sources: Mapping[str, str]) -> dict[str, dict]:
+    """Returns scene -> entry of the scenes that were made before from the present sources.
+
+    Their number is printed. Scenes whose sources have changed are removed.
+
+    Args:
+        writer: writer of the unfinished export.
+        sources: scene -> fingerprint of its source, see `exports.made_from`.
+    """
     changed = made_from.changed(writer, sources)
     for scene_id in changed:
         made_from.forget(writer, scene_id)

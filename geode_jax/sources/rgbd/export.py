@@ -32,6 +32,8 @@ from geode_jax.sources.rgbd.sequence import Dropped
 from geode_jax.sources.splits import split_frames
 from geode_jax.sources.stand_ins import TOKEN_WIDTH
 
+PROJECT = "geode_jax RGB-D folder"
+"""Producer of the exports; the ids of their scenes, pieces of one recording, are NAME_NUMBER."""
 VERSION = 1
 """Version of an export's content; goes up with every change of this converter."""
 MAX_UP_ANGLE, UP_MODE_ANGLE = np.radians(40), np.radians(10)
@@ -140,7 +142,7 @@ def make_rgbd_export(
     with ExportWriter(
         folder_out,
         producer={
-            "project": "geode_jax RGB-D folder",
+            "project": PROJECT,
             "commit": f"sources version {VERSION}",
             "weights": "none: tokens are a fixed function of the measured depth and the colour",
             "licence": f"that of the data in {name}",

@@ -275,6 +275,7 @@ def test_excluded_rooms_are_not_trained_on(tmp_path):
     root = write_front(tmp_path / "in", houses=3)
     names = ("house0", "house1_bedroom-1", "house2.json")  # the house, a room of it, its file
     every = tuple(Entry(f"line {n}", (name,)) for n, name in enumerate(names))
-    report = prepare("3d-front", Request(root, tmp_path / "out", exclude=every, views=2))
+    request = Request(root, tmp_path / "out", exclude=every, views=2, split="80/20")
+    report = prepare("3d-front", request)
     assert "train" not in {e["split"] for e in Export(tmp_path / "out").manifest["scenes"]}
     assert [n for why, n in report.dropped.items() if "scenes to exclude" in why] == [2]

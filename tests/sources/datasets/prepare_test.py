@@ -20,17 +20,19 @@ def test_the_command_says_what_it_made_and_what_it_left_out(tmp_path, capsys):
     exclude.write_text("".join(f"scene{n:04d}_00\n" for n in range(3)))
     given = {"root": tmp_path / "in", "out": tmp_path / "out", "exclude-scenes": exclude}
     arguments = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-    main(["prepare", "--source", "scannet", *arguments, "--views", "2"])
+    (tmp_path / "in" / "scannetv2_train.txt").write_text("scene0000_00\n")  # not asked for
+    drawn = ["--views", "2", "--split", "80/20"]
+    main(["prepare", "--source", "scannet", *arguments, *drawn])
     printed = capsys.readouterr().out
     assert "1 scenes, " in printed and f"{tmp_path / 'out'}: 1 scenes (1 val)" in printed
     assert "dropped 2: scene: would be trained on" in printed
     exclude.write_bytes(b"\xef\xbb\xbfscene0001_00;scene0002_00\r\n\r\nscene_0000_00\r\n")
     arguments[3] = str(tmp_path / "other")
     with pytest.raises(SystemExit):
-        main(["prepare", "--source", "scannet", *arguments])
+        main(["prepare", "--source", "scannet", *arguments, *drawn])
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{exclude}: line 3: 'scene_0000_00' is no scene of {tmp_path / 'in'}" in line
-    main(["prepare", "--source", "scannet", *arguments, "--views", "2", "--allow-missing"])
+    main(["prepare", "--source", "scannet", *arguments, *drawn, "--allow-missing"])
     printed = capsys.readouterr().out
     assert "dropped 1: entry of --exclude-scenes: names no scene of" in printed
     splits = {e["id"]: e["split"] for e in Export(tmp_path / "other").manifest["scenes"]}
@@ -56,6 +58,8 @@ def test_an_unknown_source_is_refused_with_the_known_ones(tmp_path, capsys):
         ("scanqa", ["--part", "x"], "--part: scanqa has no part 'x'|--scenes: scanqa asks"),
         ("scannet", ["--seed", "-1"], "is not from 0 to"),
         ("scannet", ["--views", "0"], "0 is less than 1"),
+        ("3d-front", ["--split", "80-20"], "--split: '80-20' is not percentages"),
+        ("scanqa", ["--split", "80/20"], "--split: scanqa has its own splits or those of --scenes"),
     ],
 )
 def test_what_a_source_does_not_know_is_refused(tmp_path, capsys, source, arguments, rule):
