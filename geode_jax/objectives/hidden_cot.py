@@ -30,7 +30,7 @@ from flax import nnx
 from jaxtyping import Float, Int, Shaped
 
 from geode_jax import ranges
-from geode_jax.data.pipeline import QUESTION_TARGETS
+from geode_jax.data.pipeline import QUESTION_TARGETS, TEACHER_RELATION
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
 from geode_jax.geometry.boxes import decode_boxes
@@ -74,6 +74,7 @@ TARGETS: Mapping[str, tuple[frozenset[str], ...]] = {
         frozenset({"teacher/depth_bins"}),
         frozenset({"target/boxes", "teacher/detection_probs"}),
         frozenset({"teacher/relations"}),
+        frozenset({TEACHER_RELATION}),
     ),
 }
 """Term of eq. 2 -> the sets of tensors of a scene, any one of which it can learn from."""
