@@ -56,6 +56,7 @@ __all__ = [
     "files",
     "format_summary",
     "frames",
+    "kinds",
     "made_from",
     "prompts",
     "question_rules",

@@ -162,6 +162,16 @@ class HiddenCoT:
             if term in TARGETS and not any(needed <= targets for needed in TARGETS[term])
         }
 
+    def learned_targets(self, targets: frozenset[str]) -> dict[str, list[str]]:
+        """Returns the targets of each used term of eq. 2: {term: those of `targets`, sorted}."""
+        if not self.config.vision:
+            return {}
+        return {
+            term: sorted(set().union(*(needed for needed in TARGETS[term] if needed <= targets)))
+            for term in self.config.terms
+            if term in TARGETS
+        }
+
     def prefix_length(self, views: int) -> int:
         """Returns the number of positions before a question, for any number of views."""
         del views
@@ -302,7 +312,8 @@ def depth_terms(out: StudentOutput, batch: Batch, literal_cross_view: bool = Fal
         ),
     }
     if batch.teacher_depth_bins_SVPZ.shape[-1]:
-        taught = jnp.broadcast_to(taught, patch_depth.shape)
+        # Zeros where the teacher knows no depth.
+        taught = taught & (jnp.sum(batch.teacher_depth_bins_SVPZ, axis=-1) > 0)
         terms["depth_kl"] = losses.depth_bin_kl(patch_logits, batch.teacher_depth_bins_SVPZ, taught)
         teacher_depth = losses.expected_depth(
             jnp.log(jnp.asarray(batch.teacher_depth_bins_SVPZ) + 1e-9), centres
@@ -336,6 +347,7 @@ def detection_terms(out: StudentOutput, batch: Batch) -> Terms:
     }
     if batch.teacher_detection_SNc.shape[-1]:
         taught = (found.query_SN >= 0) & jnp.asarray(batch.teacher_detection_mask_S)[:, None]
+        taught &= jnp.sum(batch.teacher_detection_SNc, axis=-1) > 0  # zeros where it found none
         probabilities = jax.nn.sigmoid(out.detection.class_logits_SYc)
         terms["feature/detection"] = losses.squared_distance(
             losses.take_matched(probabilities, found.query_SN), batch.teacher_detection_SNc, taught

@@ -19,7 +19,7 @@ from geode_jax.exports import Export
 from geode_jax.measure.cost import measure_speed, parameter_counts, peak_memory
 from geode_jax.objectives.hidden_cot import HiddenCoTModel
 from geode_jax.results.notes import left_out_notes, synthetic_notes
-from geode_jax.runs.build import Run
+from geode_jax.runs.build import Run, target_lines
 from geode_jax.runs.settings import Settings
 from geode_jax.runs.summary import REPORT, SUMMARY, end, kept_answers, missing, write_predictions
 from geode_jax.runs.trained import Trained
@@ -167,6 +167,7 @@ def _notes(run: Run) -> list[str]:
         "trained with vision=off",
         "frequency: the most common training answer of each kind of question",
         *synthetic_notes(run.export),
+        *target_lines(run.objective, run.pipelines["train"]),
         *left_out_notes(run.pipelines["test"].dropped),
     ]
 

@@ -209,6 +209,7 @@ def _to_json(seen: SeenRoom) -> dict:
         "floor": seen.floor,
         "names": seen.names,
         "vague": sorted(seen.vague),
+        "contacts": [[*pair, gap] for pair, gap in seen.contacts.items()],
     }
 
 
@@ -222,7 +223,7 @@ def _from_json(facts: dict) -> SeenRoom:
         floor=facts["floor"],
         names=tuple(facts["names"]),
         vague=frozenset(facts["vague"]),
-        pairs=(),
+        contacts={(a, b): gap for a, b, gap in facts["contacts"]},
         larger={},
         typical={},
     )
