@@ -22,6 +22,7 @@ def add_commands(commands: Commands) -> None:
     _add_prepare(commands)
     _add_merge(commands)
     _add_internvit(commands)
+    _add_teacher(commands)
     _add_scenes(commands)
 
 
@@ -324,6 +325,62 @@ def _internvit(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     with making(arguments.out):
         encode_export(arguments.weights, arguments.export, arguments.out)
+    print(_made(arguments.out, started))
+
+
+def _add_teacher(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "teacher",
+        _teacher,
+        "Copy an export and add the teacher's targets that LLaVA-3D does not give.\n\n"
+        "Distributions over depth bins come from VGGT's depth and confidence, probabilities of\n"
+        "categories from a detector or from smoothed labels, left/right and above/below from the\n"
+        "boxes. The manifest's producer says what each was made from; tensors that a scene has\n"
+        "already are kept.",
+        "geode-jax teacher --export data/taught --out data/targets\n"
+        "geode-jax teacher --export data/taught --out data/targets --detections votenet",
+    )
+    add = parser.add_argument
+    add("--export", type=Path, required=True, metavar="DIR", help="the export")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the new export")
+    add(
+        "--depth-bins",
+        type=int,
+        default=64,
+        metavar="N",
+        help="bins, as model.depth_bins of the student; 0: none; default 64",
+    )
+    add(
+        "--detections",
+        type=Path,
+        metavar="DIR",
+        help="SCENE.npz of a detector: boxes [M, 7] in the export's world, probs [M, categories]",
+    )
+    add(
+        "--smoothing",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="without --detections: probability of the other categories; default 0.1",
+    )
+
+
+def _teacher(arguments: argparse.Namespace) -> None:
+    from geode_jax.sources.teacher_targets import TeacherRequest, add_teacher_targets
+
+    started = time.monotonic()
+    request = TeacherRequest(
+        arguments.export,
+        arguments.out,
+        arguments.depth_bins,
+        arguments.detections,
+        arguments.smoothing,
+    )
+    with making(arguments.out):
+        counts = add_teacher_targets(request)
+    for what, count in counts.items():
+        print(f"{count:,} {what}")
     print(_made(arguments.out, started))
 
 

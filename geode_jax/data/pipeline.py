@@ -65,6 +65,7 @@ class OneScene(NamedTuple):
 
 
 QUESTION_TARGETS = "objects, relation or value of a question"
+TEACHER_RELATION = "teacher_relation of a question"
 """Fields of a question's record that a loss learns from besides its answer."""
 
 
@@ -87,7 +88,7 @@ class Pipeline:
             the split, with bos and eos; questions that do not fit count too.
         shapes: sizes of a batch's scene arrays.
         targets: what losses can learn from: the tensors that any scene of the split has, and
-            `QUESTION_TARGETS` if a question has such a field.
+            `QUESTION_TARGETS` and `TEACHER_RELATION` if a used question has such a field.
     """
 
     def __init__(
@@ -142,9 +143,7 @@ class Pipeline:
             point_frames=sizes.point_frames,
         )
         self.targets = frozenset[str]().union(*(sizes.tensors[i] for i in self._scene_ids))
-        fields = ("objects", "relation", "value")
-        if any(not record.keys().isdisjoint(fields) for record in self._records.of_split(split)):
-            self.targets |= {QUESTION_TARGETS}
+        self.targets |= self._question_targets
         beyond = [max(sizes.box_counts[i] - config.max_boxes, 0) for i in self._scene_ids]
         self.dropped += Counter({"boxes beyond max_boxes": sum(beyond)})
         scenes = scenes_per_epoch(self._scene_weights)
@@ -266,6 +265,8 @@ class Pipeline:
                 self._weights.append(weights[a:b][keep[a:b]])
                 scene_weights.append(of_source[a:b][keep[a:b]].max())
         self._scene_weights = np.array(scene_weights) / max(scene_weights)
+        named = {"spatial": QUESTION_TARGETS, "teacher_relation": TEACHER_RELATION}
+        self._question_targets = {of for name, of in named.items() if lengths[name][keep].any()}
 
     def _refuse_lost_source(self, source: np.ndarray, wanted: np.ndarray, fits: np.ndarray) -> None:
         """Refuses a data set of which too few of the wanted questions can be learned.

@@ -76,6 +76,8 @@ def stack_questions(
         "object_row": np.full((n, MAX_OBJECTS), -1, np.int32),
         "relations_SQr": np.zeros((n, len(RELATIONS)), np.float32),
         "relations_mask_SQr": np.zeros((n, len(RELATIONS)), bool),
+        "teacher_relations_SQr": np.zeros((n, len(RELATIONS)), np.float32),
+        "teacher_relations_mask_SQr": np.zeros((n, len(RELATIONS)), bool),
         "value_SQ": np.zeros(n, np.float32),
         "value_mask_SQ": np.zeros(n, bool),
         "base_unit_SQ": np.ones(n, np.float32),
@@ -128,9 +130,10 @@ def stack_questions(
         if objects and _is_held(objects[0]):
             own = {j: rows[tuple(o["box"])] for j, o in enumerate(objects) if _is_held(o)}
             arrays["gaps_SQO"][i, [*own]] = gaps[own[0], [*own.values()]]
-        for name, probability in record.get("relation", {}).items():
-            arrays["relations_SQr"][i, RELATIONS.index(name)] = probability
-            arrays["relations_mask_SQr"][i, RELATIONS.index(name)] = True
+        for field, of in (("relation", "relations"), ("teacher_relation", "teacher_relations")):
+            for name, probability in record.get(field, {}).items():
+                arrays[f"{of}_SQr"][i, RELATIONS.index(name)] = probability
+                arrays[f"{of}_mask_SQr"][i, RELATIONS.index(name)] = True
         if control_of(record) == REG:
             with contextlib.suppress(NoNumberError):  # the pipeline has counted it
                 arrays["value_SQ"][i], arrays["base_unit_SQ"][i] = number_of(record)
@@ -259,7 +262,7 @@ def lay_out_questions(
         fields[name] = field
     pairs = fields.pop("pair")
     pairs[len(chosen) :] = -1
-    teacher, mask = _teacher_relations(tensors, pairs)
+    _add_pair_relations(fields, tensors, pairs)
     packed = lay_out(
         placed,
         arrays["question_SQL"],
@@ -271,8 +274,7 @@ def lay_out_questions(
         slots,
         pad_id,
     )
-    taught = {"teacher_relations_SQr": teacher, "teacher_relations_mask_SQr": mask}
-    return fields | packed | taught
+    return fields | packed
 
 
 def _shared(tensors: Mapping[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
@@ -283,26 +285,21 @@ def _shared(tensors: Mapping[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
     return (rows >= 0) & (np.bincount(labels)[labels[rows]] > 1)
 
 
-def _teacher_relations(
-    tensors: Mapping[str, np.ndarray], pairs: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the teacher's relations of the first two objects of every record.
+def _add_pair_relations(
+    fields: dict[str, np.ndarray], tensors: Mapping[str, np.ndarray], pairs: np.ndarray
+) -> None:
+    """Adds the teacher's relations of the first two objects of every record to `fields`.
 
     Args:
+        fields: `teacher_relations_SQr` and its mask, with what the teacher answered.
         tensors: tensors of a scene; row i * N + j of `teacher/relations` is box i relative to j.
         pairs: [Q, 2] rows of `target/boxes`, -1 unknown.
-
-    Returns:
-        Probabilities and mask [Q, r], r = len(RELATIONS).
     """
-    target = np.zeros((len(pairs), len(RELATIONS)), np.float32)
-    mask = np.zeros(target.shape, bool)
     relations = tensors.get("teacher/relations")
     if relations is not None:
         known = (pairs >= 0).all(axis=1)
         n = len(tensors["target/boxes"])
         of_pair = relations[pairs[known, 0] * n + pairs[known, 1]]
         for name, column in _TEACHER_COLUMN.items():
-            target[known, RELATIONS.index(name)] = of_pair[:, column]
-            mask[known, RELATIONS.index(name)] = True
-    return target, mask
+            fields["teacher_relations_SQr"][known, RELATIONS.index(name)] = of_pair[:, column]
+            fields["teacher_relations_mask_SQr"][known, RELATIONS.index(name)] = True

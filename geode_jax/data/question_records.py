@@ -43,10 +43,12 @@ from geode_jax.targets import held_boxes
 
 _FORMAT = "1.0.1"  # of the records; part of the cache key, so a change makes new records
 _INDEX = "index.json"
-_LENGTHS = "lengths5"  # the number changes with what `question_lengths` keeps
+_LENGTHS = "lengths6"  # the number changes with what `question_lengths` keeps
 
 ANSWER_FIELDS = ("answer", "teacher_answer", "rationale")
 """Fields of a question record that a model can learn to answer with."""
+SPATIAL_FIELDS = ("objects", "relation", "value")
+"""Fields of a question record that the spatial head learns from."""
 
 
 class SceneQuestions(tfds.core.GeneratorBasedBuilder):
@@ -345,7 +347,8 @@ def question_lengths(
         question without a source), `question` [n] int32 prompt + bos, each of `ANSWER_FIELDS`
         [n] int32 text + eos, 0 if absent, `control` [n] strings of `control.control_of`,
         `not_regressed` [n] strings of `control.why_not_regressed`, `bad_objects` [n] int32: named
-        objects whose boxes cannot be encoded.
+        objects whose boxes cannot be encoded, `spatial` [n] bool: whether it has one of
+        `SPATIAL_FIELDS`, `teacher_relation` [n] bool: whether it has that field.
     """
     name = f"{_LENGTHS}-{split}-{tokenizer.sha256[:16]}.npz"
     own = user_cache("questions")
@@ -357,7 +360,7 @@ def question_lengths(
         if kept is not None:
             return kept
     scenes, kinds, sources, controls = [], [], [], []
-    not_regressed, bad_objects = [], []
+    not_regressed, bad_objects, spatial, teacher_relation = [], [], [], []
     texts: dict[str, list] = {"question": [], **{field: [] for field in ANSWER_FIELDS}}
     ids = records.scene_ids(split)
     for i, scene_id in enumerate(
@@ -373,6 +376,8 @@ def question_lengths(
             sum(not held_boxes(item["box"]) for item in record.get("objects", ()))
             for record in found
         ]
+        spatial += [not record.keys().isdisjoint(SPATIAL_FIELDS) for record in found]
+        teacher_relation += ["teacher_relation" in record for record in found]
         texts["question"] += [prompt(record) for record in found]
         for field in ANSWER_FIELDS:
             texts[field] += [record.get(field) for record in found]
@@ -383,6 +388,8 @@ def question_lengths(
         "control": np.array(controls, np.str_),
         "not_regressed": np.array(not_regressed, np.str_),
         "bad_objects": np.array(bad_objects, np.int32),
+        "spatial": np.array(spatial, bool),
+        "teacher_relation": np.array(teacher_relation, bool),
         "question": _token_counts(texts["question"], tokenizer.encode_batch),
         **{f: _token_counts(texts[f], tokenizer.encode_answers) for f in ANSWER_FIELDS},
     }
@@ -392,6 +399,7 @@ def question_lengths(
 
 _LENGTH_KINDS = {"scene": "i", "kind": "U", "source": "U", "control": "U", "question": "i"}
 _LENGTH_KINDS |= {"not_regressed": "U", "bad_objects": "i", **dict.fromkeys(ANSWER_FIELDS, "i")}
+_LENGTH_KINDS |= {"spatial": "b", "teacher_relation": "b"}
 
 
 def _read_lengths(file: Path) -> dict[str, np.ndarray] | None:

@@ -277,7 +277,9 @@ def _teacher_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[s
     bins = tensors.get("teacher/depth_bins", none)
     if bins.size:
         bins = patch_mean(np.asarray(bins, np.float32), shapes.grid, known=np.isfinite(bins))
-        bins = (bins / bins.sum(-1, keepdims=True)).reshape(-1, P, shapes.depth_bins)
+        mass = bins.sum(-1, keepdims=True)
+        bins = np.divide(bins, mass, out=np.zeros_like(bins), where=mass > 0)
+        bins = bins.reshape(-1, P, shapes.depth_bins)
     else:
         bins = bins[:, 0]
     detection = tensors.get("teacher/detection_probs", np.zeros((0, shapes.categories)))

@@ -54,6 +54,7 @@ _TEACHER = "Percent of teacher"
 
 ROWS = (
     Row("spatial_accuracy", "spatial accuracy (mean)", _SPATIAL),
+    Row("spatial_relations", "relations in that mean (of 4)", _SPATIAL, better="", bounded=False),
     *(Row(kind, KINDS[kind].label, _SPATIAL) for kind in RELATION_KINDS),
     Row("mra", "mean relative accuracy (mean)", _VSI),
     Row("metric_mra", "mean relative accuracy without counting", _VSI),
@@ -228,7 +229,7 @@ def format_score(value: float | None, row: Row) -> str:
         return str(value)
     if row.group == _TEACHER:
         return f"{value:.1f} %"
-    if row.key in ("questions", "vsi_tasks"):
+    if row.key in ("questions", "spatial_relations", "vsi_tasks"):
         return f"{value:,.0f}"
     return f"{value:.4f}" if row.key == "rouge1_per_word" else f"{value:.3f}"
 

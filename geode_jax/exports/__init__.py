@@ -13,7 +13,17 @@ The package stands alone: Python 3.9, numpy and safetensors (tqdm for the progre
 installed), relative imports only. `pictures` needs Pillow, so it is not imported here.
 """
 
-from . import cameras, files, frames, made_from, prompts, question_rules, scene_names, units
+from . import (
+    cameras,
+    files,
+    frames,
+    kinds,
+    made_from,
+    prompts,
+    question_rules,
+    scene_names,
+    units,
+)
 from .contract import (
     PROBABILITY_TOLERANCE,
     ROTATION_TOLERANCE,
@@ -46,6 +56,7 @@ __all__ = [
     "files",
     "format_summary",
     "frames",
+    "kinds",
     "made_from",
     "prompts",
     "question_rules",

@@ -160,8 +160,11 @@ def _category_rule(lowest: int) -> Callable:
     return rule
 
 
-def _probability_rule(*groups: slice) -> Callable:
-    """Returns the rule: numbers in [0, 1], and every group of the last axis sums to 1."""
+def _probability_rule(*groups: slice, unknown: bool = False) -> Callable:
+    """Returns the rule: numbers in [0, 1], and every group of the last axis sums to 1.
+
+    With `unknown` a group may also be all zeros, where the teacher says nothing.
+    """
 
     def rule(values: np.ndarray, manifest: Manifest, dtype: str) -> str | None:
         bad = (values < 0) | (values > 1)
@@ -170,6 +173,7 @@ def _probability_rule(*groups: slice) -> Callable:
         for group in groups:
             total = values[..., group].sum(axis=-1, dtype=np.float32)
             bad = np.abs(total - 1) > PROBABILITY_TOLERANCE[dtype]
+            bad &= ~(unknown & (total == 0))
             if bad.any():
                 return f"probabilities at {_first(bad)} do not sum to 1"
         return None
@@ -252,9 +256,11 @@ SPECS: dict[str, TensorSpec] = {
     BOXES: TensorSpec("N 7", ("F32",), _boxes_rule),
     "target/labels": TensorSpec("N", ("I32", "I64"), _category_rule(0), BOXES),
     "teacher/features": TensorSpec("V gh gw F", _FLOAT),
-    "teacher/depth_bins": TensorSpec("V hb wb Z", _FLOAT, _probability_rule(slice(None))),
+    "teacher/depth_bins": TensorSpec(
+        "V hb wb Z", _FLOAT, _probability_rule(slice(None), unknown=True)
+    ),
     "teacher/detection_probs": TensorSpec(
-        "N categories", _FLOAT, _probability_rule(slice(None)), BOXES
+        "N categories", _FLOAT, _probability_rule(slice(None), unknown=True), BOXES
     ),
     "teacher/relations": TensorSpec(
         "N*N 4", _FLOAT, _probability_rule(slice(0, 2), slice(2, 4)), BOXES
@@ -272,6 +278,8 @@ points, N boxes, T answer tokens of the teacher, k alternatives of each.
 `vggt/tokens` and `vggt/camera_tokens` are VGGT's aggregated tokens, `sonata/frame` is the view that
 shows most of a point, `internvit/tokens` are InternViT's last hidden states of `images` with the
 class token first, `target/segmentation` is -1 where a pixel has no category.
+
+A row of zeros in `teacher/depth_bins` or `teacher/detection_probs` is unknown.
 
 Row i*N+j of `teacher/relations` is P(left), P(right), P(above), P(below) of box i relative to box
 j, seen in the first camera.

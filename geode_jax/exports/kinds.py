@@ -6,7 +6,8 @@ row gives a kind an answer form, a unit, a benchmark task and a label in tables.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 NUMBER, OPTION, RELATION, BOX, SENTENCE, TEXT = (
     *("number", "option", "relation", "box", "sentence", "text"),
@@ -119,6 +120,26 @@ VSI_CHOICE_KINDS = _of(OPTION, benchmark=True)
 
 RELATION_KINDS = _of(RELATION)
 """The four relations; their mean is the Hidden-CoT paper's spatial accuracy (Sec. IV-B)."""
+
+_ANSWERS = {"contact": ("yes", "no"), "orientation": ("left", "right")}
+_NAMED = {"proximity": (1, 2), "size_comparison": (0, 1)}
+"""Relation -> its two answers, or the named objects whose nouns they are."""
+
+
+def alternatives(record: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Returns the two answers of a question about one of the four relations, None for others.
+
+    The record's `relation` is the probability of the first.
+    """
+    kind = record["kind"]
+    if kind in _NAMED:
+        objects = record.get("objects", ())
+        if len(objects) <= max(_NAMED[kind]):
+            return None
+        first, second = (objects[n]["name"] for n in _NAMED[kind])
+        return first, second
+    return _ANSWERS.get(kind)
+
 
 DIRECTION_KINDS = tuple(name for name, kind in KINDS.items() if kind.task == DIRECTION_TASK)
 """The kinds of `DIRECTION_TASK`: easy, medium and hard."""

@@ -181,7 +181,7 @@ QUESTION_FIELDS = {
     ),
     "value": _must(_is_number, "a finite number"),
     "box": _must(_is_box, "7 finite numbers with positive sizes"),
-    "relation": _check_relation,
+    **dict.fromkeys(("relation", "teacher_relation"), _check_relation),
     "objects": _check_objects,
 }
 """Field of a question -> its rule."""

@@ -381,8 +381,8 @@ class ExportWriter:
 
         Args:
             records: {id, scene_id, kind, question, answer} and optional {teacher_answer, options,
-                value, unit, box, rationale, relation, objects, answers, source}; the source is the
-                name of the question's data set.
+                value, unit, box, rationale, relation, teacher_relation, objects, answers, source};
+                the source is the name of the question's data set.
 
         Raises:
             ExportError: `questions.jsonl:LINE: field: rule`; the records before it were added.

@@ -82,6 +82,14 @@ class Objective(TrainingObjective[ModelT], Protocol[ModelT]):
         """
         ...
 
+    def learned_targets(self, targets: frozenset[str]) -> dict[str, list[str]]:
+        """Returns what the terms of the loss learn from, for a run's log: {term: targets}.
+
+        Args:
+            targets: `Pipeline.targets` of the training split.
+        """
+        ...
+
     def prefix_length(self, views: int) -> int:
         """Returns the largest number of positions before a question, in scenes of `views` views."""
         ...

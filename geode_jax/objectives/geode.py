@@ -194,6 +194,11 @@ class GeodeStage:
         del targets
         return {}
 
+    def learned_targets(self, targets: frozenset[str]) -> dict[str, list[str]]:
+        """Returns nothing: a stage learns from the questions' own fields."""
+        del targets
+        return {}
+
     def prefix_length(self, views: int) -> int:
         """Returns the number of positions of all parts together, whichever a stage uses."""
         c = self.config.model

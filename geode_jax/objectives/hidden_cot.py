@@ -30,7 +30,7 @@ from flax import nnx
 from jaxtyping import Float, Int, Shaped
 
 from geode_jax import ranges
-from geode_jax.data.pipeline import QUESTION_TARGETS
+from geode_jax.data.pipeline import QUESTION_TARGETS, TEACHER_RELATION
 from geode_jax.data.tokens import Tokenizer
 from geode_jax.errors import UserError
 from geode_jax.geometry.boxes import decode_boxes
@@ -74,6 +74,7 @@ TARGETS: Mapping[str, tuple[frozenset[str], ...]] = {
         frozenset({"teacher/depth_bins"}),
         frozenset({"target/boxes", "teacher/detection_probs"}),
         frozenset({"teacher/relations"}),
+        frozenset({TEACHER_RELATION}),
     ),
 }
 """Term of eq. 2 -> the sets of tensors of a scene, any one of which it can learn from."""
@@ -159,6 +160,16 @@ class HiddenCoT:
             term: " or ".join(" with ".join(sorted(needed)) for needed in TARGETS[term])
             for term in self.config.terms
             if term in TARGETS and not any(needed <= targets for needed in TARGETS[term])
+        }
+
+    def learned_targets(self, targets: frozenset[str]) -> dict[str, list[str]]:
+        """Returns the targets of each used term of eq. 2: {term: those of `targets`, sorted}."""
+        if not self.config.vision:
+            return {}
+        return {
+            term: sorted(set().union(*(needed for needed in TARGETS[term] if needed <= targets)))
+            for term in self.config.terms
+            if term in TARGETS
         }
 
     def prefix_length(self, views: int) -> int:
@@ -301,7 +312,8 @@ def depth_terms(out: StudentOutput, batch: Batch, literal_cross_view: bool = Fal
         ),
     }
     if batch.teacher_depth_bins_SVPZ.shape[-1]:
-        taught = jnp.broadcast_to(taught, patch_depth.shape)
+        # Zeros where the teacher knows no depth.
+        taught = taught & (jnp.sum(batch.teacher_depth_bins_SVPZ, axis=-1) > 0)
         terms["depth_kl"] = losses.depth_bin_kl(patch_logits, batch.teacher_depth_bins_SVPZ, taught)
         teacher_depth = losses.expected_depth(
             jnp.log(jnp.asarray(batch.teacher_depth_bins_SVPZ) + 1e-9), centres
@@ -335,6 +347,7 @@ def detection_terms(out: StudentOutput, batch: Batch) -> Terms:
     }
     if batch.teacher_detection_SNc.shape[-1]:
         taught = (found.query_SN >= 0) & jnp.asarray(batch.teacher_detection_mask_S)[:, None]
+        taught &= jnp.sum(batch.teacher_detection_SNc, axis=-1) > 0  # zeros where it found none
         probabilities = jax.nn.sigmoid(out.detection.class_logits_SYc)
         terms["feature/detection"] = losses.squared_distance(
             losses.take_matched(probabilities, found.query_SN), batch.teacher_detection_SNc, taught

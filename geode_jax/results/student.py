@@ -20,7 +20,7 @@ from geode_jax.measure.cost import measure_speed, parameter_counts, peak_memory
 from geode_jax.objectives.hidden_cot import HiddenCoTModel
 from geode_jax.results.blind import blind_column
 from geode_jax.results.notes import left_out_notes, synthetic_notes
-from geode_jax.runs.build import Run
+from geode_jax.runs.build import Run, target_lines
 from geode_jax.runs.settings import Settings
 from geode_jax.runs.summary import REPORT, SUMMARY, end, kept_answers, missing, write_predictions
 from geode_jax.runs.trained import Trained
@@ -170,6 +170,7 @@ def _notes(run: Run) -> list[str]:
         "eval.blind, trained with vision=off, and a column of its own where it exists",
         "frequency: the most common training answer of each kind of question",
         *synthetic_notes(run.export),
+        *target_lines(run.objective, run.pipelines["train"]),
         *left_out_notes(run.pipelines["test"].dropped),
     ]
 

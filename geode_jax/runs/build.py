@@ -127,6 +127,29 @@ def _check_targets(
         )
     if missing and is_main():
         print(f"not trained on, as no training scene has it: {shown}", flush=True)
+    if is_main() and not resumes:
+        for line in target_lines(objective, train):
+            print(line, flush=True)
+
+
+def target_lines(objective: Objective, train: Pipeline) -> list[str]:
+    """Returns a line for each term of the loss: the targets that it learns from, and their makers.
+
+    Args:
+        objective: of the run.
+        train: pipeline of the training split, whose export's producer names the makers.
+    """
+    producer = Export(train.config.export).manifest["producer"]
+
+    def named(target: str) -> str:
+        maker = producer.get(target.replace("/", "_"))
+        return f"{target} ({maker})" if maker else target
+
+    return [
+        f"{term} learns from {', '.join(map(named, targets))}"
+        for term, targets in objective.learned_targets(train.targets).items()
+        if targets
+    ]
 
 
 def _learned(run: Path) -> frozenset[str]:

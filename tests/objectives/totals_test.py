@@ -1,12 +1,15 @@
 """The totals of eq. 2 and of its ablation."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.nnx import Variable
 
 from geode_jax.objectives import losses, totals
-from geode_jax.objectives.hidden_cot import TARGETS, HiddenCoT, HiddenCoTConfig
+from geode_jax.objectives.hidden_cot import GROUPS, TARGETS, HiddenCoT, HiddenCoTConfig
 from tests.helpers.losses import draw
 from tests.helpers.tiny_models import STUDENT
 
@@ -107,6 +110,21 @@ def test_static_total():
 def test_a_term_without_a_weight_is_an_error(total, weight):
     with pytest.raises(KeyError, match="spatial"):
         total({"spatial": pair(1.0, 1.0)}, {"text": weight})
+
+
+@pytest.mark.parametrize("dropped", GROUPS)
+def test_dropping_a_loss_takes_its_terms_out_of_the_total(dropped):
+    terms, s = terms_and_parameters()
+    model = SimpleNamespace(log_variance={name: Variable(value) for name, value in s.items()})
+    kept = tuple(name for name in losses.TERMS if name not in GROUPS[dropped])
+    (all_of_them, used), (without, others) = (
+        HiddenCoT(HiddenCoTConfig(STUDENT, terms=of)).total(model, terms)
+        for of in (losses.TERMS, kept)
+    )
+    assert set(used) - set(others) == set(GROUPS[dropped]) and len(others) == len(kept)
+    gone = {name: terms[name] for name in GROUPS[dropped]}
+    alone, _ = totals.uncertainty_total(gone, {name: s[name] for name in gone})
+    assert float(all_of_them - without) == pytest.approx(float(alone), abs=1e-5)
 
 
 def test_a_term_learns_from_any_of_its_targets():

@@ -172,7 +172,8 @@ def test_a_term_of_the_loss_that_no_scene_has_a_target_for_is_refused(tmp_path, 
     said = (
         "no training scene has what 2 of the losses need: depth_kl learns from "
         "teacher/depth_bins; feature learns from teacher/depth_bins or target/boxes with "
-        "teacher/detection_probs or teacher/relations; data.on_missing_targets=skip"
+        "teacher/detection_probs or teacher/relations or teacher_relation of a question; "
+        "data.on_missing_targets=skip"
     )
     with pytest.raises(UserError, match=said):
         built("")

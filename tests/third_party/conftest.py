@@ -48,7 +48,15 @@ QUESTIONS = ("chair near", "chair near the chair", "near", "no near the near")
 def write_base():
     """Writes an export of two scenes with views in it: metric with boxes, or without scale."""
 
-    def write(folder: Path, scale="metric", images=True, boxes=None, questions=4, **header) -> Path:
+    def write(
+        folder: Path,
+        scale="metric",
+        images=True,
+        boxes=None,
+        questions=4,
+        kind="proximity",
+        **header,
+    ) -> Path:
         random = np.random.default_rng(0)
         boxes = scale == "metric" if boxes is None else boxes
         about = {"project": "p", "commit": "c", "weights": "w", "licence": "l"}
@@ -64,7 +72,7 @@ def write_base():
                     arrays["target/labels"] = np.zeros(1, np.int32)
                 writer.add_scene(scene, arrays, split=split)
                 for i in range(questions):
-                    record = {"id": f"{scene}{i}", "scene_id": scene, "kind": "proximity"}
+                    record = {"id": f"{scene}{i}", "scene_id": scene, "kind": kind}
                     record.update(question=f"Is the {QUESTIONS[i]} ?", answer="yes")
                     if boxes:
                         record["box"] = [0, 0, 0, 1, 1, 1, 0]

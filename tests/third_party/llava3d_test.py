@@ -107,6 +107,45 @@ def test_answers_and_logits_are_the_models(load, export, tokenizer, tmp_path, ca
     assert strip == before
 
 
+def test_relations_have_the_probabilities_of_both_answers(load, export, write_base, tmp_path):
+    import torch
+
+    write_base(tmp_path / "touch", boxes=False, kind="contact")
+    assert export("--topk", 12, base="touch") == 0
+    records = list(Export(tmp_path / "out").questions())
+    for record in records:
+        _, logits, words = asked_by_hand(load, record["scene_id"], record["question"], 1)
+        yes, no = (torch.softmax(logits[0, :12], -1)[words.get_vocab()[w]] for w in ("yes", "no"))
+        assert record["teacher_relation"] == pytest.approx(
+            {"contact": float(yes / (yes + no))}, abs=2e-3
+        )
+    assert len({record["teacher_relation"]["contact"] for record in records}) > 4
+    # With one listed token, neither answer is listed where another word is likelier.
+    assert export("--topk", 1, base="touch", out="few") == 0
+    found = [
+        r.get("teacher_relation", {}).get("contact") for r in Export(tmp_path / "few").questions()
+    ]
+    assert None in found and set(found) <= {None, 0.0, 1.0}
+
+
+def test_relations_between_objects_are_of_their_names(load, tokenizer):
+    from llava.model.builder import make_tokenizer
+
+    module, words = load("llava3d/export_llava3d.py"), make_tokenizer()
+    kinds = module.job.load_contract(module.job._CONTRACT).kinds
+    names = [{"name": name} for name in ("no", "chair", "near")]
+    ids = words.get_vocab()
+    top = np.array([[ids["near"], ids["chair"], ids["no"]]]), np.log([[0.2, 0.6, 0.1]])
+
+    def of(kind, objects):
+        return module.relation_of(kinds, words, {"kind": kind, "objects": objects}, top)
+
+    assert of("proximity", names) == {"proximity": 0.75}
+    assert of("size_comparison", names) == {"size_comparison": pytest.approx(1 / 7, abs=1e-6)}
+    assert of("proximity", names[:2]) is None and of("scanqa", names) is None
+    assert of("size_comparison", [names[1], names[1]]) is None
+
+
 def test_two_runs_give_the_same_bytes_and_shards_too(export, tokenizer, tmp_path):
     assert export("--tokenizer", tokenizer) == 0
     for shard in ("0/2", "1/2"):

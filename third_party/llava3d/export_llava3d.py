@@ -114,6 +114,41 @@ def top_logits(torch: Any, logits: Any, k: int) -> tuple[np.ndarray, np.ndarray]
     return index.cpu().numpy().astype(np.int32), logprob.cpu().numpy().astype(np.float16)
 
 
+def relation_of(
+    kinds: Any, tokenizer: Any, record: dict, top: tuple[np.ndarray, np.ndarray]
+) -> dict[str, float] | None:
+    """Returns {relation: probability of the first alternative} of a question, `teacher_relation`.
+
+    It is the share of the first alternative in the probability of both, by the first token of the
+    answer. An alternative may begin with a capital or a small letter.
+
+    Args:
+        kinds: module `kinds` of the contract.
+        tokenizer: the teacher's.
+        record: the question.
+        top: result of `top_logits`; the first row is that of the answer's first token.
+
+    Returns:
+        None if the question is about none of the four relations, both alternatives begin with the
+        same token, or neither is among the listed tokens.
+    """
+    words = kinds.alternatives(record)
+    if words is None:
+        return None
+    index, logprob = (array[0] for array in top)
+
+    def begins(word: str) -> set[int]:
+        spelled = (word, word.capitalize())
+        ids = {tokenizer(text, add_special_tokens=False).input_ids[0] for text in spelled}
+        return ids - {getattr(tokenizer, "unk_token_id", None)}
+
+    first = [begins(word) for word in words]
+    if first[0] & first[1]:
+        return None
+    share = [np.exp(logprob[np.isin(index, list(ids))].astype(np.float64)).sum() for ids in first]
+    return {record["kind"]: round(float(share[0] / sum(share)), 6)} if any(share) else None
+
+
 def patch_features(
     torch: Any, model: Any, processor: Any, arrays: dict, grid: tuple[int, int], with_place: bool
 ) -> np.ndarray:
@@ -284,7 +319,7 @@ class Teacher:
             raise job.InputError(f"not in LLaVA-3D's environment: {error}") from None
         self._args, self._base, self._questions, self._torch = args, base, questions, torch
         contract = job.load_contract(args.contract)
-        self._prompts = contract.prompts
+        self._prompts, self._kinds = contract.prompts, contract.kinds
         commit = job.commit_of(llava, args.commit)
         self._tokenizer, self._model, self._processor, _ = load_pretrained_model(
             args.model, None, get_model_name_from_path(args.model), device=args.device
@@ -334,17 +369,21 @@ class Teacher:
         video = self.read_video(scene.id) if asked else {}
         end = self._tokenizer.eos_token_id
         records, rows, answer_ids, top = [], [], [], []
-        cut = empty = respelled = 0
+        cut = empty = respelled = unclear = 0
         for row, record in enumerate(asked):
             words, tokens, logits = self.ask(record, video)
-            records.append({**record, "teacher_answer": words} if words else record)
+            record = {**record, "teacher_answer": words} if words else record
+            best = top_logits(self._torch, logits[:, : self._size], self._args.topk)
+            relation = relation_of(self._kinds, self._tokenizer, record, best)
+            records.append({**record, "teacher_relation": relation} if relation else record)
+            unclear += relation is None and self._kinds.alternatives(record) is not None
             empty += not words
             if int(tokens[-1]) != end:
                 cut += 1  # unfinished answers are no targets for single tokens
             elif self._student and words:
                 rows += [row] * len(tokens)
                 answer_ids.append(tokens.cpu().numpy().astype(np.int32))
-                top.append(top_logits(self._torch, logits[:, : self._size], self._args.topk))
+                top.append(best)
                 respelled += [*spelled(self._student, words), end] != tokens.tolist()
         if rows:
             arrays["teacher/answer_question"] = np.array(rows, np.int32)
@@ -363,6 +402,8 @@ class Teacher:
         report = f"{len(asked)} answers, {len(rows)} tokens with logits"
         if cut or empty:
             report += f"; without logits: {cut} cut off, {empty} empty (no answer kept)"
+        if unclear:
+            report += f"; {unclear} relations without a probability (neither answer is likely)"
         if respelled:
             report += (
                 f"; {respelled} spelled in other ids by the student: it cannot use their logits"

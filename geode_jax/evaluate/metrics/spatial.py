@@ -170,7 +170,8 @@ def spatial_scores(predictions: Sequence[dict], reference: str = "truth") -> dic
     """Returns per-kind scores and their means; a mean over kinds that do not occur is left out.
 
     Keys besides the kinds:
-      `spatial_accuracy`: mean of the accuracies of the four relations (of those that occur).
+      `spatial_accuracy`: mean of the accuracies of the four relations that occur.
+      `spatial_relations`: number of the four relations that occur, where it is not all.
       `mra`: mean over the numeric kinds of the kind's MRA.
       `metric_mra`: the same without `COUNT_KINDS`, over the kinds that measure something.
       `object_rel_direction`: mean of its easy, medium and hard accuracies (of those that occur).
@@ -186,6 +187,9 @@ def spatial_scores(predictions: Sequence[dict], reference: str = "truth") -> dic
     numeric = {record["kind"] for record in predictions if rule(record) == "number"}
     scores = dict(kinds)
     add_mean(scores, "spatial_accuracy", RELATION_KINDS)
+    occur = sum(kind in scores for kind in RELATION_KINDS)
+    if 0 < occur < len(RELATION_KINDS):
+        scores["spatial_relations"] = float(occur)
     add_mean(scores, "mra", sorted(numeric))
     add_mean(scores, "metric_mra", sorted(numeric.difference(COUNT_KINDS)))
     add_mean(scores, DIRECTION_TASK, DIRECTION_KINDS)

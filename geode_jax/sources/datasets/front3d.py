@@ -33,6 +33,7 @@ from geode_jax.sources.datasets.scene_export import (
     exclude_from_training,
     write_scenes,
 )
+from geode_jax.sources.questions.measured import box_contacts
 from geode_jax.sources.rgbd.sequence import Dropped, pose_of_row
 from geode_jax.sources.rooms import layout as room_layout
 from geode_jax.sources.rooms import raycast
@@ -334,7 +335,8 @@ def make_scene(
     arrays = scene_arrays(scene, seen)
     arrays["images"] = pictures(scene, seen, IMAGE_SIDE)
     hidden = [name for name, shown in zip(room.names, seen.visible, strict=True) if not shown]
-    facts = dataclasses.replace(seen_room(scene, seen), vague=frozenset(hidden))
+    facts = seen_room(scene, seen)
+    facts = dataclasses.replace(facts, vague=frozenset(hidden), contacts=box_contacts(facts.boxes))
     return Scene(arrays, facts, +Counter({"box: shown by no view": len(hidden)}))
 
 

@@ -18,15 +18,19 @@ contain depth. Pictures are square.
 """
 
 import dataclasses
+import itertools
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy.spatial import KDTree
 
 from geode_jax.errors import UserError
 from geode_jax.exports import SPLITS, files
+from geode_jax.geometry.upright_boxes import box_gaps
 from geode_jax.sources.datasets import Report, Request
 from geode_jax.sources.datasets.ply import read_vertices
 from geode_jax.sources.datasets.scene_export import (
@@ -35,6 +39,7 @@ from geode_jax.sources.datasets.scene_export import (
     exclude_from_training,
     write_scenes,
 )
+from geode_jax.sources.questions.margins import MAX_APART, MAX_SURFACE_GAP, MIN_SEPARATION
 from geode_jax.sources.questions.seen_room import SeenRoom
 from geode_jax.sources.rgbd.folder import open_folder
 from geode_jax.sources.rgbd.frame import Frame, frame_arrays, read_frame
@@ -210,7 +215,7 @@ def make_scene(folder: Path, request: Request, categories: list[str]) -> Scene:
         boxes=labels.boxes[shown],
         rays=rays[:, shown],
         vague=frozenset(labels.lost) | {labels.names[n] for n in hidden},
-        pairs=(),
+        contacts=surface_contacts(labels, shown),
         extrinsic=arrays["camera/extrinsic"],
         larger={},
         typical={},
@@ -371,6 +376,43 @@ def _pixels_shown(labels: Labels, frames: list[Frame]) -> np.ndarray:
         shown = np.bincount(hit[hit >= 0], minlength=count)
         rays[view] = np.round(shown * (GRID * PATCH_SIDE) ** 2 / max(1, len(frame.view.surface)))
     return rays
+
+
+def surface_contacts(
+    labels: Labels, shown: Sequence[int] | np.ndarray
+) -> dict[tuple[int, int], float]:
+    """Returns the gaps between the surfaces of instances, for questions about contact.
+
+    Args:
+        labels: instances of the scan with their vertices.
+        shown: rows of the instances that count as visible.
+
+    Returns:
+        {(i, j): gap in metres} over positions in `shown`, i < j: 0 where the nearest vertices are
+        at most `MAX_SURFACE_GAP` apart, and the gap of the boxes where that is from
+        `MIN_SEPARATION` to `MAX_APART`. All other pairs are left out.
+    """
+    boxes = labels.boxes[list(shown)]
+    if not len(boxes):
+        return {}
+    gaps = box_gaps(boxes, boxes)
+    trees: dict[int, KDTree] = {}
+
+    def tree(position: int) -> KDTree:
+        if position not in trees:
+            vertices = labels.vertices[labels.instance == shown[position]]
+            trees[position] = KDTree(vertices)
+        return trees[position]
+
+    found = {}
+    for i, j in itertools.combinations(range(len(boxes)), 2):
+        if MIN_SEPARATION <= gaps[i, j] <= MAX_APART:
+            found[i, j] = float(gaps[i, j])
+        elif gaps[i, j] <= MAX_SURFACE_GAP:
+            nearest, _ = tree(i).query(tree(j).data, distance_upper_bound=MAX_SURFACE_GAP)
+            if np.isfinite(nearest).any():
+                found[i, j] = 0.0
+    return found
 
 
 def _voxel_keys(points: np.ndarray, low: np.ndarray) -> np.ndarray:

@@ -230,6 +230,7 @@ def _to_json(seen: SeenRoom) -> dict:
         "floor": seen.floor,
         "names": seen.names,
         "vague": sorted(seen.vague),
+        "contacts": [[*pair, gap] for pair, gap in seen.contacts.items()],
     }
 
 
@@ -243,7 +244,7 @@ def _from_json(facts: dict) -> SeenRoom:
         floor=facts["floor"],
         names=tuple(facts["names"]),
         vague=frozenset(facts["vague"]),
-        pairs=(),
+        contacts={(a, b): gap for a, b, gap in facts["contacts"]},
         larger={},
         typical={},
     )

@@ -2,6 +2,12 @@
 
 MAX_CONTACT_GAP, MIN_SEPARATION = 0.02, 0.25
 """Largest gap of things in contact, least gap of things that are not, metres."""
+MAX_SURFACE_GAP = 0.05
+"""Largest distance between the nearest vertices of two scanned things in contact, metres: meshes of
+scans have a vertex every 2 to 3 cm, and none on the patch where two things touch."""
+MAX_APART = 1.0
+"""Largest gap of things that are asked about although they do not touch, metres: whether things
+further apart touch needs no look."""
 MIN_VOLUME_RATIO = 1.3
 """The larger of two volumes must be at least this many times the smaller."""
 MIN_CENTRE_DISTANCE = 0.7

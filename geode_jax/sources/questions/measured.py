@@ -1,8 +1,8 @@
 """The rooms' questions about scenes of a data set, from their labelled boxes.
 
 Rooms know by construction which category is usually larger and how long each usually is. Here both
-are measured on the boxes of the training scenes. Contact is left out: boxes around scanned things
-overlap where the things do not touch.
+are measured on the boxes of the training scenes. A question about contact comes with one of the
+other answer about the same scene, so that the answer cannot be guessed.
 """
 
 import dataclasses
@@ -12,7 +12,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from geode_jax.sources.questions.margins import MIN_VOLUME_RATIO
+from geode_jax.geometry.upright_boxes import box_gaps, footprint_gaps
+from geode_jax.sources.questions.margins import (
+    MAX_APART,
+    MAX_CONTACT_GAP,
+    MIN_SEPARATION,
+    MIN_VOLUME_RATIO,
+)
 from geode_jax.sources.questions.room import make_questions
 from geode_jax.sources.questions.seen_room import SeenRoom
 
@@ -52,7 +58,10 @@ class BoxQuestioner:
                 self._larger[pair] = self._often_larger(*pair)
         room = dataclasses.replace(room, larger=self._larger, typical=self._typical)
         number = zlib.crc32(scene_id.encode())
-        rng, box_rng = (np.random.default_rng([self._seed, number, stream]) for stream in (1, 2))
+        rng, box_rng, contact_rng = (
+            np.random.default_rng([self._seed, number, stream]) for stream in (1, 2, 3)
+        )
+        room = dataclasses.replace(room, contacts=_balanced(room, contact_rng))
         return [
             _located(record) if "box" in record else record
             for record in make_questions(room, rng, box_rng)
@@ -67,6 +76,49 @@ class BoxQuestioner:
         more = (one >= MIN_VOLUME_RATIO * two).sum()
         less = (two >= MIN_VOLUME_RATIO * one).sum()
         return float((more + 1) / (more + less + 2))
+
+
+def _balanced(room: SeenRoom, rng: np.random.Generator) -> dict[tuple[int, int], float]:
+    """Returns one of the room's pairs in contact and one not in contact; none if it has only one.
+
+    Only objects count that their noun identifies.
+    """
+    unique = [room.names.count(name) == 1 and name not in room.vague for name in room.names]
+    pairs = {pair: gap for pair, gap in room.contacts.items() if all(unique[n] for n in pair)}
+    touching = [pair for pair, gap in pairs.items() if gap <= MAX_CONTACT_GAP]
+    apart = [pair for pair in pairs if pair not in touching]
+    if not touching or not apart:
+        return {}
+    drawn = [own[int(rng.integers(len(own)))] for own in (touching, apart)]
+    return {pair: pairs[pair] for pair in drawn}
+
+
+def box_contacts(boxes: np.ndarray) -> dict[tuple[int, int], float]:
+    """Returns the gaps between upright boxes, for questions about contact.
+
+    Boxes are in contact where one stands on the other (footprints overlap, heights meet) or beside
+    it (heights overlap, footprints apart but meeting), each within `MAX_CONTACT_GAP`. Boxes that
+    reach into each other, a chair under a table, do not tell whether the things touch.
+
+    Args:
+        boxes: [N, 7].
+
+    Returns:
+        {(i, j): gap in metres}, i < j: 0 in contact, or from `MIN_SEPARATION` to `MAX_APART`. All
+        other pairs are left out.
+    """
+    gaps, level = box_gaps(boxes, boxes), footprint_gaps(boxes, boxes)
+    low, high = boxes[:, 2] - boxes[:, 5] / 2, boxes[:, 2] + boxes[:, 5] / 2
+    found = {}
+    for i, j in itertools.combinations(range(len(boxes)), 2):
+        overlap = min(high[i], high[j]) - max(low[i], low[j])
+        stands = level[i, j] == 0 and abs(overlap) <= MAX_CONTACT_GAP
+        beside = 0 < level[i, j] <= MAX_CONTACT_GAP and overlap > MAX_CONTACT_GAP
+        if stands or beside:
+            found[i, j] = 0.0
+        elif MIN_SEPARATION <= gaps[i, j] <= MAX_APART:
+            found[i, j] = float(gaps[i, j])
+    return found
 
 
 def _located(record: dict) -> dict:

@@ -41,12 +41,12 @@ def proximity(asker: Asker) -> Iterator[dict]:
 
 
 def contact(asker: Asker) -> Iterator[dict]:
-    """Yields questions about whether two objects touch, of the pairs placed for that."""
-    for pair in asker.shuffled(asker.seen.pairs):
+    """Yields questions about whether two objects touch, of the pairs chosen for that."""
+    for pair in asker.shuffled(asker.seen.contacts):
         if any(n not in asker.unique for n in pair):
             continue
         a, b = asker.shuffled(pair)
-        gap = asker.gaps[a, b]
+        gap = asker.seen.contacts[pair]
         touching = gap <= MAX_CONTACT_GAP
         if not touching and gap < MIN_SEPARATION:
             continue

@@ -21,7 +21,8 @@ class SeenRoom:
         rays: [V, N] pixels of each view that show each visible object.
         vague: nouns of categories of which another object is partly seen but does not count as
             visible. How many there are is ambiguous, so no question names them.
-        pairs: rows of the pairs that were laid out for questions about contact.
+        contacts: {(row, row): gap in metres} of the pairs that questions about contact may name;
+            those in contact have a gap of 0, up to `margins.MAX_CONTACT_GAP`.
         extrinsic: [V, 3, 4] camera-from-world.
         larger: P(volume of a > volume of b) by the nouns (a, b); a missing pair means one half.
         typical: median of the longest edge by noun, metres, where it is known.
@@ -34,7 +35,7 @@ class SeenRoom:
     boxes: np.ndarray
     rays: np.ndarray
     vague: frozenset[str]
-    pairs: tuple[tuple[int, int], ...]
+    contacts: dict[tuple[int, int], float]
     extrinsic: np.ndarray
     larger: dict[tuple[str, str], float]
     typical: dict[str, float]

@@ -19,6 +19,7 @@ centre between its two neighbours of `depth_bin_centres(16)`, linearly in log de
 
 import numpy as np
 
+from geode_jax.geometry.upright_boxes import box_gaps
 from geode_jax.sources.questions import margins
 from geode_jax.sources.questions.seen_room import SeenRoom, pair_relations
 from geode_jax.sources.rooms import layout, raycast
@@ -151,6 +152,8 @@ def seen_room(scene: RoomScene, seen: Observation) -> SeenRoom:
     """Returns what questions about the scene are made from."""
     visible = np.flatnonzero(seen.visible)
     row = {int(n): k for k, n in enumerate(visible)}
+    pairs = [(row[a], row[b]) for a, b in scene.pairs if a in row and b in row]
+    gaps = box_gaps(scene.boxes[visible], scene.boxes[visible])
     partly_seen = np.flatnonzero(~seen.visible & (seen.rays.sum(0) >= margins.AMBIGUITY_PIXELS))
     return SeenRoom(
         scene_id=scene.scene_id,
@@ -160,7 +163,7 @@ def seen_room(scene: RoomScene, seen: Observation) -> SeenRoom:
         boxes=scene.boxes[visible],
         rays=seen.rays[:, visible],
         vague=frozenset(scene.nouns[scene.objects[n].category] for n in partly_seen),
-        pairs=tuple((row[a], row[b]) for a, b in scene.pairs if a in row and b in row),
+        contacts={pair: float(gaps[pair]) for pair in pairs},
         extrinsic=scene.extrinsic,
         larger=layout.larger_prior(),
         typical=layout.typical_lengths(),
