@@ -4,7 +4,7 @@
 * `reader`, `writer` and `validation` read, write and check an export.
 * `files` reads and writes small files, `pictures` reads pictures.
 * `scene_names` matches names of scenes, `cameras` checks whether cameras are plausible, `frames`
-  transforms a VGGT reconstruction.
+  transforms a VGGT reconstruction, `alignment` fits one to a metric world.
 * `prompts` words the questions for the model, `units` reads numbers with units, `question_rules`
   finds contradictions in a question.
 * `made_from` detects that the source of a scene has changed.
@@ -13,7 +13,17 @@ The package stands alone: Python 3.9, numpy and safetensors (tqdm for the progre
 installed), relative imports only. `pictures` needs Pillow, so it is not imported here.
 """
 
-from . import cameras, files, frames, made_from, prompts, question_rules, scene_names, units
+from . import (
+    alignment,
+    cameras,
+    files,
+    frames,
+    made_from,
+    prompts,
+    question_rules,
+    scene_names,
+    units,
+)
 from .contract import (
     PROBABILITY_TOLERANCE,
     ROTATION_TOLERANCE,
@@ -42,6 +52,7 @@ __all__ = [
     "ExportWriter",
     "TensorSpec",
     "UserError",
+    "alignment",
     "cameras",
     "files",
     "format_summary",
