@@ -399,7 +399,7 @@ def begin(args: argparse.Namespace, base: Any):
             lambda features, grid: encode(torch, model, features, grid),
             channels,
         )
-        return job.Made(out, report=words)
+        return job.Made(out, report=words, alignment=scene.source[0].get("alignment"))
 
     return header, make
 
