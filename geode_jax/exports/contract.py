@@ -275,10 +275,11 @@ SPECS: dict[str, TensorSpec] = {
 Sizes: V views, h x w pixels of depth maps (a multiple of the patch grid), H x W pixels of images, J
 points, N boxes, T answer tokens of the teacher, k alternatives of each.
 
-`target/depth_weight` is the weight of a pixel of `target/depth` in the losses, 1 where it is
-absent. `vggt/tokens` and `vggt/camera_tokens` are VGGT's aggregated tokens, `sonata/frame` is the view that
+`vggt/tokens` and `vggt/camera_tokens` are VGGT's aggregated tokens, `sonata/frame` is the view that
 shows most of a point, `internvit/tokens` are InternViT's last hidden states of `images` with the
 class token first, `target/segmentation` is -1 where a pixel has no category.
+`target/depth_weight` is the weight of a pixel of `target/depth` in the losses; without it all
+weights are 1.
 
 Row i*N+j of `teacher/relations` is P(left), P(right), P(above), P(below) of box i relative to box
 j, seen in the first camera.

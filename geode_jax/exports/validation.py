@@ -21,9 +21,9 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
         progress: show a progress bar on stderr if tqdm is installed.
 
     Returns:
-        {"alignment": {scene: dict} of the scenes that were aligned to a metric world, as in the
-        manifest, "producer": dict, "scenes": int, "splits": {split: scenes}, "questions": {kind: count},
-        "tensors": [{"name", "shape", "dtype", "scenes"}], "bytes": int,
+        {"producer": dict, "scenes": int, "splits": {split: scenes}, "questions": {kind: count},
+        "alignment": {scene: dict} (of scenes that were aligned to a metric world, as in the
+        manifest), "tensors": [{"name", "shape", "dtype", "scenes"}], "bytes": int,
         "warnings": [str] (signs of wrong cameras, see `cameras.CameraCheck`, and rooms that are in
         several splits),
         "dropped_questions": int (bad questions and those of dropped scenes; `questions` has
