@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from scipy.spatial.transform import Rotation
+
 from vggt.models.vggt import VGGT, Aggregator
 
 NEEDED = ("camera/extrinsic", "camera/intrinsic", "target/depth", "images")
@@ -27,7 +28,9 @@ def small(pictures: np.ndarray) -> np.ndarray:
 
 def nearest(image: np.ndarray, size: tuple) -> np.ndarray:
     """[V, h, w, ...] at the nearest pixels of another size."""
-    v, u = (((np.arange(n) + 0.5) * o / n).astype(int) for n, o in zip(size, image.shape[1:]))
+    (h, w), (old_h, old_w) = size, image.shape[1:3]
+    v = ((np.arange(h) + 0.5) * old_h / h).astype(int)
+    u = ((np.arange(w) + 0.5) * old_w / w).astype(int)
     return image[:, v[:, None], u]
 
 
