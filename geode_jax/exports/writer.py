@@ -102,7 +102,7 @@ def write_scene(
     Raises:
         ExportError: a tensor breaks a rule, or the file cannot be written.
     """
-    entry = {"id": scene_id, "split": split, "sha256": "0" * 64}
+    entry: dict[str, Any] = {"id": scene_id, "split": split, "sha256": "0" * 64}
     if alignment is not None:
         entry["alignment"] = dict(alignment)
     check_entry(entry, set())
