@@ -71,6 +71,7 @@ DATA = {
     "workers": 1,
     "on_bad_scene": "stop",
     "on_missing_targets": "stop",  # "skip": terms of the loss that no scene has arrays for
+    "stand_in_tokens": False,  # True: train on real scenes' tokens that contain their depth
     "kind_weights": {},
     "mixture": "",  # weights of data sets, as scanqa=2,vsi590k=0.5
     "fraction": 1.0,  # of the training questions of every data set and kind; see `data`

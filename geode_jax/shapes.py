@@ -69,6 +69,7 @@ class Batch:
 
     # Dense and object supervision of a scene.
     target_depth_SVhw: Array  # float32 metres, 0 = unknown; (h, w) = (gh * r, gw * r)
+    target_depth_weight_SVhw: Array  # float32 in [0, 1], of a depth in the losses; 1 = measured
     target_boxes_SN7: Array  # float32
     target_labels_SN: Array  # int32 category, -1 = no box
     boxes_known_S: Array  # bool: the boxes of this scene are complete

@@ -53,11 +53,13 @@ class Made(NamedTuple):
         arrays: name -> tensor of the contract, including the teacher's.
         questions: the scene's question records; None if the exporter does not change them.
         report: a few words for the terminal.
+        alignment: how well VGGT's reconstruction fits the metric world, for the manifest.
     """
 
     arrays: dict[str, Any]
     questions: list[dict] | None = None
     report: str = ""
+    alignment: dict[str, Any] | None = None
 
 
 def load_contract(folder: str | Path) -> Any:
@@ -178,7 +180,9 @@ def _make_scenes(args: argparse.Namespace, contract: Any, scenes: list[Scene], b
                 _write_questions(contract, args.out, scene.id, made.questions)
             own = {n: a for n, a in made.arrays.items() if not n.startswith("teacher/")}
             teacher = {n[8:]: a for n, a in made.arrays.items() if n.startswith("teacher/")}
-            writer.add_scene(scene.id, own, split=scene.split, teacher=teacher)
+            writer.add_scene(
+                scene.id, own, split=scene.split, teacher=teacher, alignment=made.alignment
+            )
         except (ValueError, OSError, RuntimeError) as error:
             # A scene that does not fit in memory or cannot be decoded does not stop the others.
             failed += 1

@@ -24,6 +24,7 @@ SCENE_TENSORS = (
     "camera/extrinsic",
     "camera/intrinsic",
     "target/depth",
+    "target/depth_weight",
     "target/boxes",
     "target/labels",
     "target/segmentation",
@@ -222,6 +223,11 @@ def batch_rows(tensors: dict[str, np.ndarray], shapes: SceneShapes) -> dict[str,
     rows |= _camera_rows(tensors, shapes, v_own) | _seen_rows(tensors, shapes, v_own)
     target = tensors.get("target/depth", np.zeros((0, gh, gw)))
     rows["target_depth_SVhw"] = _padded(patch_mean(target, (gh * r, gw * r)), (V, gh * r, gw * r))
+    weight = np.ones((V, gh * r, gw * r), np.float32)
+    if "target/depth_weight" in tensors and "target/depth" in tensors:
+        stored, known = tensors["target/depth_weight"], held_depth(target)
+        weight[:v_own] = patch_mean(stored, (gh * r, gw * r), known=known)
+    rows["target_depth_weight_SVhw"] = weight
 
     boxes = tensors.get("target/boxes", np.zeros((0, 7)))
     labels = tensors.get("target/labels", np.full(len(boxes), -1))

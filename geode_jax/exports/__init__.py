@@ -4,7 +4,7 @@
 * `reader`, `writer` and `validation` read, write and check an export.
 * `files` reads and writes small files, `pictures` reads pictures.
 * `scene_names` matches names of scenes, `cameras` checks whether cameras are plausible, `frames`
-  transforms a VGGT reconstruction.
+  transforms a VGGT reconstruction, `alignment` fits one to a metric world.
 * `prompts` words the questions for the model, `units` reads numbers with units, `question_rules`
   finds contradictions in a question.
 * `made_from` detects that the source of a scene has changed.
@@ -14,6 +14,7 @@ installed), relative imports only. `pictures` needs Pillow, so it is not importe
 """
 
 from . import (
+    alignment,
     cameras,
     files,
     frames,
@@ -52,6 +53,7 @@ __all__ = [
     "ExportWriter",
     "TensorSpec",
     "UserError",
+    "alignment",
     "cameras",
     "files",
     "format_summary",

@@ -116,6 +116,11 @@ def _depth_rule(depth: np.ndarray, manifest: Manifest, dtype: str) -> str | None
     return f"negative depth at {_first(bad)} (0 means missing)" if bad.any() else None
 
 
+def _weight_rule(weight: np.ndarray, manifest: Manifest, dtype: str) -> str | None:
+    bad = (weight < 0) | (weight > 1)
+    return f"weight at {_first(bad)} is not in [0, 1]" if bad.any() else None
+
+
 def _extrinsic_rule(extrinsic: np.ndarray, manifest: Manifest, dtype: str) -> str | None:
     rotation = extrinsic[:, :, :3].astype(np.float64)
     error = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max(axis=(1, 2))
@@ -252,6 +257,7 @@ SPECS: dict[str, TensorSpec] = {
     "internvit/tokens": TensorSpec("V I E", _FLOAT, largest=LARGEST_FEATURE),
     "images": TensorSpec("V H W 3", ("U8",)),
     "target/depth": TensorSpec("V h w", _FLOAT, _depth_rule),
+    "target/depth_weight": TensorSpec("V h w", _FLOAT, _weight_rule, needs="target/depth"),
     "target/segmentation": TensorSpec("V h w", ("I16", "I32"), _category_rule(-1)),
     BOXES: TensorSpec("N 7", ("F32",), _boxes_rule),
     "target/labels": TensorSpec("N", ("I32", "I64"), _category_rule(0), BOXES),
@@ -278,6 +284,8 @@ points, N boxes, T answer tokens of the teacher, k alternatives of each.
 `vggt/tokens` and `vggt/camera_tokens` are VGGT's aggregated tokens, `sonata/frame` is the view that
 shows most of a point, `internvit/tokens` are InternViT's last hidden states of `images` with the
 class token first, `target/segmentation` is -1 where a pixel has no category.
+`target/depth_weight` is the weight of a pixel of `target/depth` in the losses; without it all
+weights are 1.
 
 A row of zeros in `teacher/depth_bins` or `teacher/detection_probs` is unknown.
 

@@ -100,6 +100,25 @@ def _check_objects(value: Any) -> str | None:
     return None
 
 
+def _check_alignment(value: Any) -> str | None:
+    if not isinstance(value, dict):
+        return "must be an object"
+    counts, numbers = ("views", "kept"), ("scale", "residual_m", "centres_m", "rotations_deg")
+    for name in ("method", "depth_target", *counts, *numbers):
+        if name not in value:
+            return f"{name} is missing"
+    for name, found in value.items():
+        if name in _ALIGNMENT_WORDS:
+            good = found in _ALIGNMENT_WORDS[name]
+        elif name in counts:
+            good = _is_count(found, 0)
+        else:
+            good = name in (*numbers, "depth_relative") and _is_number(found) and found >= 0
+        if not good:
+            return f"{shown(name)}: {shown(found)} is not allowed"
+    return None
+
+
 def _check_relation(value: Any) -> str | None:
     if not isinstance(value, dict) or not value:
         return "must be an object of relation names"
@@ -138,6 +157,8 @@ _SCENE_NAME = _must(
 
 _HASH = _must(_is_sha256, "a sha256 in hexadecimal")
 
+_ALIGNMENT_WORDS = {"method": ("cameras", "depth"), "depth_target": ("sensor", "vggt")}
+
 HEADER_FIELDS = {
     "schema_version": _must(
         lambda v: type(v) is int and v == SCHEMA_VERSION,
@@ -171,6 +192,7 @@ _ENTRY_FIELDS = {
     "split": _must(lambda v: v in SPLITS, f"one of {', '.join(SPLITS)}"),
     "sha256": _HASH,
     "teacher_sha256": _HASH,
+    "alignment": _check_alignment,
 }
 
 QUESTION_FIELDS = {

@@ -22,7 +22,8 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
 
     Returns:
         {"producer": dict, "scenes": int, "splits": {split: scenes}, "questions": {kind: count},
-        "tensors": [{"name", "shape", "dtype", "scenes"}], "bytes": int,
+        "alignment": {scene: dict} (of scenes that were aligned to a metric world, as in the
+        manifest), "tensors": [{"name", "shape", "dtype", "scenes"}], "bytes": int,
         "warnings": [str] (signs of wrong cameras, see `cameras.CameraCheck`, and rooms that are in
         several splits),
         "dropped_questions": int (bad questions and those of dropped scenes; `questions` has
@@ -83,7 +84,9 @@ def validate(folder: str | os.PathLike, *, on_error: str = "stop", progress: boo
         for name in SPECS
         if name in shapes
     ]
+    aligned = {s: e["alignment"] for s, e in export._entries.items() if "alignment" in e}
     return {
+        "alignment": {s: found for s, found in aligned.items() if s not in dropped_scenes},
         "producer": export.manifest["producer"],
         "scenes": sum(splits.values()),
         "splits": {split: splits[split] for split in SPLITS if splits[split]},
@@ -127,6 +130,36 @@ def _bar(items: Sequence[str], progress: bool) -> Iterable[str]:
     return items
 
 
+_RESIDUALS = (
+    ("residual_m", "displacement", "m", 1),
+    ("centres_m", "camera centres", "m", 1),
+    ("rotations_deg", "rotations", "degrees", 1),
+    ("depth_relative", "depth", "%", 100),
+)
+"""Residual -> its name, its unit, and the factor to that unit."""
+
+
+def _alignment_lines(aligned: dict[str, dict]) -> list[str]:
+    """Returns lines about the residuals of scenes that were aligned to a metric world."""
+    methods = Counter(found["method"] for found in aligned.values())
+    targets = Counter(found["depth_target"] for found in aligned.values())
+    views, kept = (sum(found[name] for found in aligned.values()) for name in ("views", "kept"))
+    ways = " and ".join(f"{count} by {method}" for method, count in sorted(methods.items()))
+    lines = [f"aligned to the metric world: {len(aligned)} scenes, {ways}"]
+    for name, words, unit, factor in _RESIDUALS:
+        values = {s: found[name] * factor for s, found in aligned.items() if name in found}
+        if values:
+            worst = max(values, key=lambda scene: values[scene])
+            middle = sorted(values.values())[len(values) // 2]
+            lines.append(
+                f"  {words}: median {middle:.3g} {unit}, most {values[worst]:.3g} {unit} in {worst}"
+            )
+    lines.append(f"  views that do not fit, without VGGT's geometry: {views - kept} of {views}")
+    if targets["vggt"]:
+        lines.append(f"  depth targets are VGGT's own, weighted, in {targets['vggt']} scenes")
+    return lines
+
+
 def format_summary(summary: dict) -> str:
     """Returns the summary of `validate` as text for a terminal."""
     producer = ", ".join(f"{key} {value}" for key, value in summary["producer"].items())
@@ -149,6 +182,8 @@ def format_summary(summary: dict) -> str:
     for row in rows:
         cells = [f"{row[column]:<{widths[column]}}" for column in range(3)]
         lines.append("  ".join((*cells, f"{row[3]:>8}")).rstrip())
+    if summary["alignment"]:
+        lines += ["", *_alignment_lines(summary["alignment"])]
     if summary["warnings"]:
         lines += ["", *(f"warning: {warning}" for warning in summary["warnings"])]
     if summary["dropped"]:

@@ -80,6 +80,7 @@ def write_scene(
     *,
     split: str,
     manifest: Mapping[str, Any],
+    alignment: Mapping[str, Any] | None = None,
 ) -> dict:
     """Checks one scene and writes its files; several processes may do so in one folder.
 
@@ -92,6 +93,8 @@ def write_scene(
         teacher: the `teacher/` tensors, names without `teacher/`.
         split: train, val or test.
         manifest: `ExportWriter.manifest`.
+        alignment: how well a reconstruction fits the metric world that it was aligned to, for the
+            scene's entry in the manifest.
 
     Returns:
         The scene's entry for `ExportWriter.register`.
@@ -99,7 +102,9 @@ def write_scene(
     Raises:
         ExportError: a tensor breaks a rule, or the file cannot be written.
     """
-    entry = {"id": scene_id, "split": split, "sha256": "0" * 64}
+    entry: dict[str, Any] = {"id": scene_id, "split": split, "sha256": "0" * 64}
+    if alignment is not None:
+        entry["alignment"] = dict(alignment)
     check_entry(entry, set())
     given = {"": arrays, "teacher/": teacher or {}}
     stored: dict[str, dict] = {}
@@ -262,12 +267,19 @@ class ExportWriter:
         *,
         split: str,
         teacher: Mapping[str, np.ndarray] | None = None,
+        alignment: Mapping[str, Any] | None = None,
     ) -> None:
         """Checks and writes one scene; see `write_scene`."""
         if scene_id in self._scenes:
             raise ExportError(MANIFEST, "id", f"duplicate scene {scene_id}")
         entry = write_scene(
-            self.folder, scene_id, arrays, teacher, split=split, manifest=self.manifest
+            self.folder,
+            scene_id,
+            arrays,
+            teacher,
+            split=split,
+            manifest=self.manifest,
+            alignment=alignment,
         )
         self._finish(entry)
 

@@ -289,6 +289,7 @@ def depth_terms(out: StudentOutput, batch: Batch, literal_cross_view: bool = Fal
     grid = _grid(out, batch)
     centres = losses.depth_bin_centres(out.depth_logits_SVhwZ.shape[-1])
     target, logits = batch.target_depth_SVhw, out.depth_logits_SVhwZ
+    weight = batch.target_depth_weight_SVhw
     seen_SV11 = jnp.asarray(batch.view_mask_SV)[..., None, None]
     patch_logits = patch_depth_logits(logits, grid)
     patch_depth = losses.expected_depth(patch_logits, centres)
@@ -304,9 +305,11 @@ def depth_terms(out: StudentOutput, batch: Batch, literal_cross_view: bool = Fal
     depth_m = losses.expected_depth(logits, centres)
     terms = {
         "depth_ce": losses.depth_bin_ce(
-            logits, target, jnp.broadcast_to(seen_SV11, target.shape), centres
+            logits, target, jnp.broadcast_to(seen_SV11, target.shape), centres, weight
         ),
-        "depth_reg": losses.depth_l1(depth_m, target, jnp.broadcast_to(seen_SV11, target.shape)),
+        "depth_reg": losses.depth_l1(
+            depth_m, target, jnp.broadcast_to(seen_SV11, target.shape), weight
+        ),
         "multiview": losses.multi_view_consistency(
             patch_depth, batch.extrinsic_SV34, batch.intrinsic_SV33, grid, index, visible
         ),

@@ -43,6 +43,16 @@ def masked_sum(loss: Float[Array, "*axes"], mask: Bool[Array, "*axes"]) -> Pair:
     return jnp.sum(jnp.where(mask, loss, 0.0)), jnp.sum(mask, dtype=jnp.float32)
 
 
+def _weighted_sum(
+    loss: Float[Array, "*axes"], mask: Bool[Array, "*axes"], weight: Float[Array, "*axes"] | None
+) -> Pair:
+    """Returns the weighted sum of the entries where the mask is True, and the sum of weights."""
+    if weight is None:
+        return masked_sum(loss, mask)
+    weight = keep(weight, mask)
+    return jnp.sum(jnp.where(mask, weight * loss, 0.0)), jnp.sum(weight)
+
+
 def keep(
     value: Num[Array, "*axes"], mask: Bool[Array, "..."], fill: float = 0.0
 ) -> Float32[jax.Array, "*axes"]:
@@ -147,10 +157,18 @@ def distillation(
 # Depth (Sec. III-D.2)
 
 
-def depth_l1(depth: Float[Array, "*axes"], target: Float[Array, "*axes"], mask: Mask) -> Pair:
-    """|depth - target| in metres over known pixels (target > 0), Sec. III-D.2; count = pixels."""
+def depth_l1(
+    depth: Float[Array, "*axes"],
+    target: Float[Array, "*axes"],
+    mask: Mask,
+    weight: Float[Array, "*axes"] | None = None,
+) -> Pair:
+    """|depth - target| in metres over known pixels (target > 0), Sec. III-D.2; count = pixels.
+
+    With weights of the pixels, the count is the sum of those of known pixels.
+    """
     mask = _mask(mask, target.shape) & (target > 0)
-    return masked_sum(jnp.abs(keep(depth, mask) - keep(target, mask)), mask)
+    return _weighted_sum(jnp.abs(keep(depth, mask) - keep(target, mask)), mask, weight)
 
 
 def depth_bin_centres(bins: int) -> Float32[jax.Array, " Z"]:
@@ -187,17 +205,21 @@ def depth_bin_ce(
     target: Float[Array, "*axes"],
     mask: Mask,
     centres_Z: Float[Array, " Z"],
+    weight: Float[Array, "*axes"] | None = None,
 ) -> Pair:
     """Cross-entropy over depth bins, Sec. III-D.2; count = known pixels (target > 0).
 
     Args:
+        logits_Z: of the bins.
         target: metres, turned into the weights of `assign_bins`.
+        mask: pixels that count.
         centres_Z: increasing metres, of `depth_bin_centres`.
+        weight: of the pixels; the count is then the sum of those of known pixels.
     """
     mask = _mask(mask, target.shape) & (target > 0)
     weight_Z = jax.lax.stop_gradient(assign_bins(keep(target, mask, 1.0), centres_Z))
     log_prob_Z = jax.nn.log_softmax(keep(logits_Z, mask), axis=-1)
-    return masked_sum(-jnp.sum(weight_Z * log_prob_Z, axis=-1), mask)
+    return _weighted_sum(-jnp.sum(weight_Z * log_prob_Z, axis=-1), mask, weight)
 
 
 def depth_bin_kl(

@@ -84,5 +84,6 @@ def encode_export(source: Path, export: Path, out: Path) -> None:
             teacher = {n[8:]: array for n, array in stored.items() if n.startswith("teacher/")}
             arrays = {n: array for n, array in stored.items() if not n.startswith("teacher/")}
             arrays[TOKENS] = tokens.astype("bfloat16")
-            writer.add_scene(scene_id, arrays, split=split, teacher=teacher)
+            alignment = entry.get("alignment")
+            writer.add_scene(scene_id, arrays, split=split, teacher=teacher, alignment=alignment)
         writer.add_questions(old.questions())

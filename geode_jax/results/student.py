@@ -176,9 +176,14 @@ def _notes(run: Run) -> list[str]:
 
 
 def _score_notes(export: Export) -> dict[str, str]:
-    if not export.manifest["tokens_contain_depth"]:
+    remarks = ["input contains depth"] if export.manifest["tokens_contain_depth"] else []
+    aligned = (entry.get("alignment", {}) for entry in export.manifest["scenes"])
+    estimated = sum(found.get("depth_target") == "vggt" for found in aligned)
+    if estimated:
+        remarks.append(f"the target is VGGT's own depth in {estimated} scenes of the export")
+    remark = "; ".join(remarks)
+    if not remark:
         return {}
-    remark = "input contains depth"
     return {key: remark for key in ("depth_rmse", "depth_mae", "depth_delta1")}
 
 

@@ -20,7 +20,7 @@ from geode_jax.models.geode import encode_frames
 from geode_jax.models.vit import InternViT
 from geode_jax.objectives.base import Objective
 from geode_jax.runs.data import make_pipelines, prepare_tokenizer
-from geode_jax.runs.export import prepare_export
+from geode_jax.runs.export import prepare_export, refuse_stand_ins
 from geode_jax.runs.identity import open_run
 from geode_jax.runs.settings import Settings, refusal
 from geode_jax.runs.start import pretrained_folders, start_from_pretrained, start_from_run
@@ -85,6 +85,8 @@ def build(settings: Settings, workdir: Path) -> Run:
     mesh = _mesh(settings)
     with main_first("data"):  # the other processes find what process 0 makes
         export = Export(prepare_export(settings.data))
+        if not resumes:
+            refuse_stand_ins(settings, export)
         tokenizer = prepare_tokenizer(settings, export, workdir)
         pipelines = make_pipelines(settings.begun() if resumes else settings, export, tokenizer)
     train = pipelines["train"]

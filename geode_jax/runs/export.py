@@ -5,7 +5,7 @@ from pathlib import Path
 
 from geode_jax.errors import UserError
 from geode_jax.exports import Export
-from geode_jax.runs.settings import DataSettings
+from geode_jax.runs.settings import DataSettings, Settings
 from geode_jax.runtime.lock import beside, locked
 from geode_jax.sources.rgbd.export import VERSION as RGBD_VERSION
 from geode_jax.sources.rgbd.export import make_rgbd_export
@@ -27,6 +27,26 @@ def prepare_export(data: DataSettings) -> Path:
                 f"{folder}: made by {producer['commit']}, this is {PRODUCER['commit']}; delete it"
             )
     return folder
+
+
+def refuse_stand_ins(settings: Settings, export: Export) -> None:
+    """Refuses to train on stand-ins for VGGT's tokens of real scenes, unless that is asked for.
+
+    Such tokens are made from the depth that is their target. Rooms have no others, and an RGB-D
+    folder that a configuration converts asks for them.
+
+    Raises:
+        UserError: the model would see them, and the settings do not allow it.
+    """
+    data, producer = settings.data, export.manifest["producer"]
+    sees = settings.loss.vision and data.vision == "vggt/tokens"
+    asked = data.stand_in_tokens or data.rgbd or producer["project"] == PRODUCER["project"]
+    if sees and export.manifest["tokens_contain_depth"] and not asked:
+        raise UserError(
+            f"{export.folder}: its vggt/tokens are no VGGT's but made from the depth that is the "
+            f"target: third_party/vggt/export_vggt.py --export {export.folder} --out DIR writes "
+            "VGGT's; data.stand_in_tokens=True trains on these"
+        )
 
 
 def _make_export(data: DataSettings, folder: Path) -> None:

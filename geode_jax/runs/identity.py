@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "data/root",
     "data/on_bad_scene",
     "data/on_missing_targets",
+    "data/stand_in_tokens",
     "data/min_learned",
     "eval/examples",
     "eval/test_scenes",

@@ -84,6 +84,7 @@ class DataSettings:
         on_bad_scene: "stop" or "skip", see `data.settings.PipelineConfig`.
         on_missing_targets: what happens where no training scene has what a term of the loss
             learns from: "stop" refuses the run, "skip" trains on the other terms.
+        stand_in_tokens: trains on real scenes whose `vggt/tokens` are made from their true depth.
         kind_weights: kind of question -> its weight in the draw; 1 where it is not named.
         mixture: weights of data sets, as "scanqa=2,vsi590k=0.5".
         fraction: share of the training questions of every data set and kind, in (0, 1]; or shares
@@ -112,6 +113,7 @@ class DataSettings:
     workers: int
     on_bad_scene: str
     on_missing_targets: Literal["stop", "skip"] = "stop"
+    stand_in_tokens: bool = False
     kind_weights: Mapping[str, float]
     mixture: str = ""
     fraction: Annotated[float | str, "a number, or text such as s-mit=0.25,own=0.5"] = 1.0

@@ -73,6 +73,17 @@ def test_depth_is_averaged_over_known_pixels_only(scene):
     assert (rows["depth_hint_SVP"][2] == 0).all() and (rows["target_depth_SVhw"][2] == 0).all()
 
 
+def test_weights_of_depths_are_means_over_the_known_pixels(scene):
+    random = np.random.default_rng(0)
+    weight = random.random(scene["target/depth"].shape).astype(np.float32)
+    rows = batch_rows(scene | {"target/depth_weight": weight}, SHAPES)
+    cell = (slice(None), slice(2, 4), slice(4, 6))
+    known = scene["target/depth"][cell] > 0
+    total = np.where(known, weight[cell], 0).sum((1, 2)) / np.maximum(known.sum((1, 2)), 1)
+    np.testing.assert_allclose(rows["target_depth_weight_SVhw"][:2, 1, 2], total, rtol=1e-6)
+    assert (batch_rows(scene, SHAPES)["target_depth_weight_SVhw"] == 1).all()
+
+
 def test_a_point_projects_back_to_the_pixel_it_was_seen_at(scene):
     rows = batch_rows(scene, SHAPES)
     for v in range(2):

@@ -23,6 +23,9 @@ def test_missing_empty_and_unreadable_manifests(tmp_path):
 
 
 SHA = "0" * 64
+ENTRY = {"id": "a", "split": "val", "sha256": SHA}
+ALIGNMENT = {"method": "cameras", "depth_target": "sensor", "views": 2, "kept": 2}
+ALIGNMENT |= dict.fromkeys(("scale", "residual_m", "centres_m", "rotations_deg"), 0.5)
 
 
 BAD_FIELDS = [
@@ -52,6 +55,24 @@ BAD_FIELDS = [
     ("scenes", [{"id": "a", "split": "dev", "sha256": SHA}], "scenes[0].split: must be one of"),
     ("scenes", [{"id": "a", "split": "val", "sha256": "A" * 64}], "scenes[0].sha256: must be"),
     ("scenes", [{"id": "a", "split": "val"}], "scenes[0].sha256: missing"),
+    ("scenes", [ENTRY | {"alignment": []}], "scenes[0].alignment: must be an object"),
+    ("scenes", [ENTRY | {"alignment": {}}], "scenes[0].alignment: method is missing"),
+    *(
+        (
+            "scenes",
+            [ENTRY | {"alignment": ALIGNMENT | {field: value}}],
+            f"scenes[0].alignment: '{field}': {value!r} is not allowed",
+        )
+        for field, value in (
+            ("method", "guess"),
+            ("depth_target", []),
+            ("kept", -1),
+            ("views", 2.0),
+            ("residual_m", float("nan")),
+            ("depth_relative", -0.1),
+            ("colour", 1),
+        )
+    ),
     ("scenes", [{"id": "a", "split": "val", "sha256": SHA}] * 2, "scenes[1].id: duplicate scene a"),
     ("extra", 1, "'extra': unknown field"),
     ("categories", ["a" * 1001, "b"], "categories: must be a list of different non-empty strings"),

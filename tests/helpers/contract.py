@@ -49,6 +49,7 @@ def make_scene(seed: int = 0) -> dict[str, np.ndarray]:
     arrays["teacher/topk_id"] = rng.permuted(np.tile(np.arange(4, dtype="i4"), (4, 1)), axis=1)
     arrays["teacher/topk_logprob"] = -arrays["teacher/topk_logprob"] - np.float32(1.4)
     arrays["sonata/frame"] %= VIEWS
+    arrays["target/depth_weight"] %= 1
     arrays["vggt/tokens"] = arrays["vggt/tokens"].astype("f2")
     arrays["vggt/camera_tokens"] = arrays["vggt/camera_tokens"].astype("f2")
     rotation = np.linalg.qr(rng.normal(size=(VIEWS, 3, 3)))[0]

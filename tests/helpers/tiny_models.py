@@ -101,6 +101,7 @@ def tiny_batch(scenes: int = 2, questions: int = 3, seed: int = 0) -> Batch:
         target_labels_SN=np.tile(np.array([0, 2, -1], np.int32), (S, 1)),
         boxes_known_S=np.ones(S, bool),
         target_depth_SVhw=random.uniform(0.5, 5, (S, V, 2 * gh, 2 * gw)).astype(np.float32),
+        target_depth_weight_SVhw=np.ones((S, V, 2 * gh, 2 * gw), np.float32),
         target_segmentation_SVP=random.integers(-2, 3, (S, V, P)).astype(np.int32),
         teacher_features_SVPF=normal(S, V, P, F),
         teacher_features_mask_S=np.ones(S, bool),

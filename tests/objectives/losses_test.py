@@ -78,6 +78,30 @@ def test_what_a_mask_leaves_out_changes_neither_value_nor_gradient(case, garbage
     np.testing.assert_array_equal(counted, mask)
 
 
+@pytest.mark.parametrize("name", ["depth_l1", "depth_bin_ce"])
+def test_depths_count_by_their_weights(name):
+    """As sums of single pixels, each times its weight, in float64; a mask hides NaN weights."""
+    loss, student, (target,) = MASKED[name]
+    mask, weight = draw_mask(3, 5), np.random.default_rng(3).random((3, 5)).astype(np.float32)
+
+    def weighted(student, target, weight):
+        if name == "depth_l1":
+            return losses.depth_l1(student, target, mask, weight)
+        return losses.depth_bin_ce(student, target, mask, CENTRES, weight)
+
+    total, count = weighted(student, target, np.where(mask, weight, np.nan))
+    single = [
+        float(loss(student[i, j : j + 1], target[i, j : j + 1], np.array([True]))[0])
+        * float(weight[i, j])
+        for i, j in np.argwhere(mask)
+    ]
+    assert float(total) == pytest.approx(sum(single), rel=1e-5)
+    assert float(count) == pytest.approx(weight[mask].sum(dtype=np.float64), rel=1e-6)
+    even = weighted(student, target, np.full((3, 5), 0.5, np.float32))
+    plain = loss(student, target, mask)
+    assert float(even[0] / even[1]) == pytest.approx(float(plain[0] / plain[1]), rel=1e-6)
+
+
 @masked_losses
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 0.0])
 def test_an_empty_mask_gives_zero_and_no_gradient(case, garbage):

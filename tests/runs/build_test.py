@@ -22,7 +22,7 @@ from geode_jax.runs import build
 from geode_jax.runs import export as run_export
 from geode_jax.runs.config import flat, load_settings, make_settings
 from geode_jax.runs.data import make_pipelines, prepare_tokenizer
-from geode_jax.runs.export import export_folder, prepare_export
+from geode_jax.runs.export import export_folder, prepare_export, refuse_stand_ins
 from geode_jax.runs.systems import SYSTEMS
 from geode_jax.sharding import abstract_model, make_mesh, spec
 from tests.helpers.exports import HEADER, tiny_questions, tiny_scene
@@ -186,6 +186,38 @@ def test_a_term_of_the_loss_that_no_scene_has_a_target_for_is_refused(tmp_path, 
     monkeypatch.setattr(build, "has_checkpoint", lambda _: True)
     with pytest.raises(IsBuiltError):  # a run that was saved before goes on
         built("")
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        ({}, True),
+        ({"data.stand_in_tokens": True}, False),
+        ({"data.rgbd": "FOLDER"}, False),  # asks by its nature
+        ({"loss.vision": False}, False),  # sees nothing
+    ],
+)
+def test_tokens_made_from_the_true_depth_of_real_scenes_must_be_asked_for(change, refused):
+    config = tiny_config("export")
+    with config.unlocked():
+        for name, value in change.items():
+            group, field = name.split(".")
+            config[group][field] = value
+    settings = make_settings(config)
+
+    def made_by(project: str, contain: bool = True):
+        manifest = {"producer": {"project": project}, "tokens_contain_depth": contain}
+        return SimpleNamespace(folder="export", manifest=manifest)
+
+    real = made_by("geode_jax ScanNet")
+    if refused:
+        with pytest.raises(UserError, match=r"^export: its .* --export export --out DIR") as caught:
+            refuse_stand_ins(settings, real)
+        assert "\n" not in str(caught.value)
+    else:
+        refuse_stand_ins(settings, real)
+    refuse_stand_ins(settings, made_by("geode_jax rooms"))
+    refuse_stand_ins(settings, made_by("geode_jax ScanNet", contain=False))
 
 
 # --- Every rule of a configuration ----------------------------------------------------------------

@@ -54,6 +54,7 @@ def write_base():
         images=True,
         boxes=None,
         questions=4,
+        views=3,
         kind="proximity",
         **header,
     ) -> Path:
@@ -64,9 +65,9 @@ def write_base():
         options = {"token_width": 4, "patch_grid": GRID, "tokens_contain_depth": False}
         with ExportWriter(folder, producer=about, scale=scale, **options, **header) as writer:
             for scene, split in (("a", "train"), ("b", "val")):
-                arrays = scene_arrays(random, views=3, side=12)
+                arrays = scene_arrays(random, views=views, side=12)
                 if images:
-                    arrays["images"] = random.integers(0, 256, (3, 24, 24, 3)).astype(np.uint8)
+                    arrays["images"] = random.integers(0, 256, (views, 24, 24, 3)).astype(np.uint8)
                 if boxes:
                     arrays["target/boxes"] = random.uniform(0.5, 2, (1, 7)).astype(np.float32)
                     arrays["target/labels"] = np.zeros(1, np.int32)

@@ -1,5 +1,6 @@
 """Sonata's exporter, around a small torch encoder with Sonata's interfaces."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from geode_jax.data.settings import PipelineConfig
 from geode_jax.data.tokens import train_tokenizer
 from geode_jax.exports import Export, validate
 from geode_jax.exports.prompts import prompt
+from geode_jax.sources.datasets import Request
+from geode_jax.sources.datasets.prepare import prepare
+from tests.sources.datasets.scannet_test import write_scan
 
 CONTRACT = Path(__file__).resolve().parents[2] / "geode_jax" / "exports"
 VOXEL = 0.02
@@ -176,6 +180,45 @@ def test_geodes_batches_have_the_points(export, write_base, tmp_path):
     np.testing.assert_array_equal(batch.coord_SJ3[0, :count], arrays["sonata/coord"])
 
 
+@pytest.fixture(scope="module")
+def scanned(upstream, tmp_path_factory) -> Path:
+    """Two scans in ScanNet's layout as an export, with true boxes and questions about them."""
+    folder = tmp_path_factory.mktemp("scannet")
+    for n in range(2):
+        write_scan(folder / "in" / "scans", f"scene{n:04d}_00", seed=n)
+    prepare("scannet", Request(folder / "in", folder / "base", views=6))
+    return folder / "base"
+
+
+@pytest.mark.parametrize("points", ["depth", "points", "target"])
+def test_points_of_vggt_or_the_sensor_lie_on_the_boxes(
+    load, export, scanned, tmp_path, monkeypatch, points
+):
+    """ScanNet, then VGGT, then Sonata: tokens, true boxes and points in one metric world."""
+    monkeypatch.setenv("FAKE_VGGT_TRUTH", json.dumps({"export": str(scanned), "wrong": 0.1}))
+    given = ["--export", scanned, "--out", tmp_path / "base", "--size", 112, "--commit", "c"]
+    assert load("vggt/export_vggt.py").main([str(x) for x in given]) == 0
+    assert export("--points", points) == 0
+    found, base = Export(tmp_path / "out"), Export(scanned)
+    assert validate(found.folder)["alignment"] == validate(tmp_path / "base")["alignment"]
+    assert not found.manifest["tokens_contain_depth"] and found.manifest["scale"] == "metric"
+    assert list(found.questions()) == list(base.questions())
+    for scene in found.scene_ids():
+        arrays, old = found.read_scene(scene), base.read_scene(scene)
+        boxes = arrays["target/boxes"]
+        np.testing.assert_array_equal(boxes, old["target/boxes"])
+        # The encoder's cells are 8 cm, and a token's place is the mean of its points.
+        coord = arrays["sonata/coord"].astype(np.float64)
+        off = np.abs(coord[:, None] - boxes[None, :, :3]) - boxes[None, :, 3:6] / 2
+        on = np.abs(off.max(-1)) < 0.14  # the surface of an axis-aligned box
+        assert on.any(0).all()
+        low, high = np.array([-2.5, -2, 0]), np.array([2.5, 2, 2.6])  # the walls of every scan
+        wall = np.minimum(np.abs(coord - low), np.abs(coord - high)).min(-1) < 0.14
+        whole = on.any(1) | wall
+        # Pixels of wrong depths are off in a cloud of depths.
+        assert whole.mean() > (0.85 if points == "depth" else 0.99)
+
+
 def test_all_that_would_shuffle_is_fixed(load, weights):
     import torch
 
@@ -319,6 +362,9 @@ def test_what_has_no_place_in_the_world_is_refused(export, write_base, tmp_path,
     ):
         assert export(*arguments) == 1
         assert rule in capsys.readouterr().err
+    write_base(tmp_path / "metric")
+    assert export("--metres-per-unit", 2, base="metric") == 1
+    assert "--metres-per-unit: " in capsys.readouterr().err
     assert export(base="nowhere") == 1
     assert "manifest.json: missing in" in capsys.readouterr().err
 

@@ -408,7 +408,7 @@ class Teacher:
             report += (
                 f"; {respelled} spelled in other ids by the student: it cannot use their logits"
             )
-        return job.Made(arrays, records, report)
+        return job.Made(arrays, records, report, scene.source[0].get("alignment"))
 
 
 def _main(argv: list[str] | None = None) -> int:

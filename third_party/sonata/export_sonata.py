@@ -5,7 +5,8 @@ Runs in the environment of https://github.com/facebookresearch/sonata (README.md
     python export_sonata.py --export vggt_export --out with_points
     python export_sonata.py --export prepared --scans meshes --out with_points
 
-A metric export keeps its world frame, which `sonata/coord` uses too. An export without scale
+A metric export keeps its world frame, which `sonata/coord` uses too, beside cameras and boxes. An
+export without scale
 (VGGT's) is transformed, with cameras and points, to the frame that Sonata was trained in: metres
 (estimated), z up, centred, the floor at 0.
 """
@@ -210,7 +211,8 @@ def moved(arrays: dict[str, np.ndarray], similarity: Any) -> dict[str, np.ndarra
     """
     if "target/boxes" in arrays:
         raise job.InputError(
-            "the scene has target/boxes but no metric world: they cannot be turned"
+            "the scene has target/boxes but no metric world: they cannot be turned (VGGT's "
+            "exporter with --export keeps the metric world of an export that has boxes)"
         )
     out = dict(arrays)
     for name in ("vggt/depth", "target/depth", "vggt/points", "camera/extrinsic"):
@@ -253,7 +255,7 @@ def add_points(
         cloud.points,
         up=tuple(args.up or ((0.0, 0.0, 1.0) if metric else frames.Y_DOWN)),
         metres_per_unit=1.0 if metric else args.metres_per_unit,
-        height=args.height,
+        height=args.height or frames.ROOM_HEIGHT,
     )
     points = similarity.points(cloud.points)
     index, grid = choose_voxels(points, VOXEL_EDGE)
@@ -308,8 +310,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--height",
         type=float,
-        default=3.0,
-        help="metres from floor to ceiling, if the scale is unknown (%(default)s)",
+        help="metres from floor to ceiling, if the scale is unknown (default: 3)",
     )
     parser.add_argument("--weights", default="sonata", help="name in facebook/sonata, or a file")
     parser.add_argument("--licence", default=LICENCE, help="licence of the weights")
@@ -337,12 +338,16 @@ def header_of(args: argparse.Namespace, base: Any, commit: str) -> dict:
     metric = base.manifest["scale"] == "metric"
     if args.scans and not metric:
         raise job.InputError("--scans: the export has no metric world that a scan could be in")
+    scaled = [name for name in ("height", "metres_per_unit") if getattr(args, name) is not None]
+    if metric and scaled:
+        raise job.InputError(f"--{scaled[0].replace('_', '-')}: {args.export} is metric already")
     if metric:
         rule = "world kept (metric, z up); centred and put on the floor for the network alone"
     elif args.metres_per_unit:
         rule = f"scenes moved to z up, floor 0, {args.metres_per_unit} metres a unit (given)"
     else:
-        rule = f"scenes moved to z up, floor 0, scaled to {args.height} m from floor to ceiling"
+        height = args.height or job.load_contract(args.contract).frames.ROOM_HEIGHT
+        rule = f"scenes moved to z up, floor 0, scaled to {height} m from floor to ceiling"
     up = args.up or ("z" if metric else "-y of the first camera")
     notes = (
         f"Sonata: {'scans' if args.scans else args.points + ' of the views'}, the least confident "
@@ -399,7 +404,7 @@ def begin(args: argparse.Namespace, base: Any):
             lambda features, grid: encode(torch, model, features, grid),
             channels,
         )
-        return job.Made(out, report=words)
+        return job.Made(out, report=words, alignment=scene.source[0].get("alignment"))
 
     return header, make
 
@@ -413,7 +418,8 @@ def _main(argv: list[str] | None = None) -> int:
     metric = base.manifest["scale"] == "metric"
     if not metric and any("box" in r or "objects" in r for r in base.questions()):
         raise job.InputError(
-            f"{args.export}: questions have boxes but no metric world to turn them"
+            f"{args.export}: questions have boxes but no metric world to turn them (VGGT's "
+            "exporter with --export keeps that of an export with boxes)"
         )
     return job.run(args, contract, scenes, lambda: begin(args, base), base.questions)
 

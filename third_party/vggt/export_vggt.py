@@ -4,8 +4,11 @@ Runs in the environment of https://github.com/facebookresearch/vggt (README.md b
 
     python export_vggt.py --root scans --subfolder color --out export --shard 0/8
     python export_vggt.py --root scans --subfolder color --out export --merge
+    python export_vggt.py --export prepared --out with_vggt
 
-The world of a scene is its first camera's, OpenCV axes, in VGGT's own unit: `scale: scene`.
+The world of a scene is its first camera's, OpenCV axes, in VGGT's own unit: `scale: scene`. With
+`--export`, the scenes and pictures are those of a metric export, whose world, cameras, true depth,
+boxes, questions and teacher stay; VGGT's tokens, depth and points are added in that world.
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import export_aligned as onto
 import export_job as job
 import export_pictures as reading
 import export_views as views
@@ -107,31 +111,19 @@ def chunk_ranges(count: int, chunk: int, overlap: int) -> list[tuple[int, int]]:
     return [(start, min(start + chunk, count)) for start in starts]
 
 
-def alignment(moving: np.ndarray, fixed: np.ndarray, weight: np.ndarray) -> tuple:
-    """Returns the similarity that aligns points by weighted least squares (Umeyama 1991).
+def misfit_of(moved: np.ndarray, fixed: np.ndarray, weight: np.ndarray) -> float:
+    """Returns the RMS distance of points [N, 3], as a share of the fixed ones' from their centre.
 
     Args:
-        moving, fixed: [N, 3], the same points in two frames.
+        moved, fixed: [N, 3], the same points.
         weight: [N], not negative.
-
-    Returns:
-        (rotation [3, 3], scale, translation [3], misfit). The misfit is the remaining RMS distance,
-        as a share of the RMS distance of the fixed points from their centre.
     """
-    weight = weight / weight.sum()
-    centre_m, centre_f = weight @ moving, weight @ fixed
-    m, f = moving - centre_m, fixed - centre_f
-    u, s, vt = np.linalg.svd((f * weight[:, None]).T @ m)
-    sign = np.array([1.0, 1.0, np.linalg.det(u) * np.linalg.det(vt)])
-    rotation = (u * sign) @ vt
-    scale = float((s * sign).sum() / (weight @ (m**2).sum(-1)))
-    left = ((scale * m @ rotation.T - f) ** 2).sum(-1)
-    misfit = float(np.sqrt((weight @ left) / (weight @ (f**2).sum(-1))))
-    return rotation, scale, centre_f - scale * rotation @ centre_m, misfit
+    spread = ((fixed - weight @ fixed / weight.sum()) ** 2).sum(-1)
+    return float(np.sqrt((weight @ ((moved - fixed) ** 2).sum(-1)) / (weight @ spread)))
 
 
 def reconstruct_long(
-    torch: Any, model: Any, frames: Any, pictures: np.ndarray, chunk: int, overlap: int
+    torch: Any, model: Any, contract: Any, pictures: np.ndarray, chunk: int, overlap: int
 ) -> tuple[dict[str, np.ndarray], float]:
     """Returns `reconstruct` of many views, in chunks aligned to the first chunk's frame and scale.
 
@@ -154,20 +146,19 @@ def reconstruct_long(
             shared = len(whole["depth"]) - start
             sure = np.minimum(whole["points_conf"][start:], part["points_conf"][:shared])
             use = sure >= np.median(sure)
-            rotation, scale, translation, misfit = alignment(
-                part["points"][:shared][use].astype(np.float64),
-                whole["points"][start:][use].astype(np.float64),
-                sure[use].astype(np.float64),
-            )
+            moving = part["points"][:shared][use].astype(np.float64)
+            fixed = whole["points"][start:][use].astype(np.float64)
+            weight = sure[use].astype(np.float64)
+            similarity = contract.alignment.fit_similarity(moving, fixed, weight)
+            misfit = misfit_of(similarity.points(moving), fixed, weight)
             worst = max(worst, misfit)
             if not misfit <= MAX_MISFIT:
                 raise job.InputError(
                     f"views {start} to {start + shared - 1} do not fit between two chunks "
                     f"(misfit {misfit:.2f} > {MAX_MISFIT}): use a larger --chunk or fewer --views"
                 )
-            similarity = frames.Similarity(rotation, scale, translation)
             part["points"] = similarity.points(part["points"])
-            part["depth"] = scale * part["depth"]
+            part["depth"] = similarity.scale * part["depth"]
             part["extrinsic"] = similarity.extrinsic(part["extrinsic"])
         for name, array in part.items():
             array = np.asarray(array[shared:], np.float32)
@@ -255,6 +246,13 @@ def scenes_of(args: argparse.Namespace) -> list[job.Scene]:
     return [job.Scene(name, splits[name], source) for name, source in sources.items()]
 
 
+_OF_AN_EXPORT = (
+    *("root", "scene", "subfolder", "split", "splits", "allow_missing", "questions"),
+    *("preprocess", "views", "pool", "pixels", "no_images"),
+)
+"""Arguments that say what `--export` says."""
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Returns the command's arguments."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -263,6 +261,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--root", type=Path, help="data set: a folder of scenes (folders or videos)"
     )
     parser.add_argument("--scene", nargs="+", help="scenes: folders of pictures, or videos")
+    parser.add_argument(
+        "--export",
+        type=Path,
+        help="metric export whose scenes and pictures are taken, and to whose world VGGT's depth "
+        "and points are aligned",
+    )
+    parser.add_argument(
+        "--max-residual",
+        type=float,
+        default=onto.MAX_RESIDUAL,
+        help="with --export: metres by which a scene may be displaced after the alignment; more "
+        "is refused (%(default)s)",
+    )
     parser.add_argument(
         "--subfolder", default=".", help="folder of the pictures in a scene, such as color"
     )
@@ -293,6 +304,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--no-images", action="store_true", help="do not store the pictures")
     args = parser.parse_args(argv)
+    unused = _OF_AN_EXPORT if args.export else ("max_residual",)
+    given = [name for name in unused if getattr(args, name) != parser.get_default(name)]
+    if given:
+        option = f"--{given[0].replace('_', '-')}"
+        rule = "is not for --export, which has scenes, pictures, splits, questions and a grid"
+        raise job.InputError(f"{option}: {rule if args.export else 'is for --export alone'}")
+    if not 0 < args.max_residual < np.inf:
+        raise job.InputError(f"--max-residual: {args.max_residual} is no length above 0")
     if not 0 < args.overlap < args.chunk or min(args.views, args.pixels, args.size) < 1:
         raise job.InputError("needs 0 < --overlap < --chunk, and --views, --pixels, --size above 0")
     return args
@@ -312,8 +331,28 @@ def notes_of(args: argparse.Namespace) -> str:
     )
 
 
-def begin(args: argparse.Namespace, scenes: list[job.Scene]):
-    """Loads the model; see `job.run`."""
+class Loaded(NamedTuple):
+    """VGGT, ready to run.
+
+    Attributes:
+        torch: the module.
+        model: VGGT.
+        commit: of its code.
+        licence: of its weights.
+    """
+
+    torch: Any
+    model: Any
+    commit: str
+    licence: str
+
+
+def loaded(args: argparse.Namespace) -> Loaded:
+    """Returns VGGT.
+
+    Raises:
+        InputError: this is not its environment, or an argument is missing or wrong.
+    """
     try:
         import torch
         import vggt
@@ -323,12 +362,39 @@ def begin(args: argparse.Namespace, scenes: list[job.Scene]):
     if not licence:
         raise job.InputError(f"--licence: is needed for the weights {args.weights}")
     commit = job.commit_of(vggt, args.commit)
-    frames = job.load_contract(args.contract).frames
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(torch, args.weights, device)
     patch = model.aggregator.patch_size
     if args.size % patch:
         raise job.InputError(f"--size: {args.size} is no multiple of the patches' {patch} pixels")
+    return Loaded(torch, model, commit, licence)
+
+
+def begin_onto(args: argparse.Namespace, base: Any):
+    """Loads the model for the scenes of a metric export; see `job.run`."""
+    contract, vggt = job.load_contract(args.contract), loaded(args)
+    patch, grid = vggt.model.aggregator.patch_size, base.patch_grid
+
+    def make(scene: job.Scene) -> job.Made:
+        arrays = base.read_scene(scene.id)
+        size = onto.map_size(arrays, grid)
+        pictures = onto.pictures_of(arrays, size, args.size, patch)
+        made, _ = reconstruct_long(
+            vggt.torch, vggt.model, contract, pictures, args.chunk, args.overlap
+        )
+        found = onto.aligned(contract, arrays, made, grid, size, args.max_residual)
+        return job.Made(found.arrays, report=found.report, alignment=found.alignment)
+
+    width = 2 * vggt.model.aggregator.camera_token.shape[-1]
+    weights = job.name_of(args.weights)
+    header = onto.header_of(base, weights, vggt.commit, vggt.licence, width, args.max_residual)
+    return header, make
+
+
+def begin(args: argparse.Namespace, scenes: list[job.Scene]):
+    """Loads the model for pictures and videos; see `job.run`."""
+    contract, vggt = job.load_contract(args.contract), loaded(args)
+    model, patch = vggt.model, vggt.model.aggregator.patch_size
 
     def views_of(scene: job.Scene, most: int) -> tuple[np.ndarray, np.ndarray]:
         ready = [
@@ -353,7 +419,9 @@ def begin(args: argparse.Namespace, scenes: list[job.Scene]):
                 f"{scene.source}: {grid_of(pictures)} patches, {grid} in the first scene: "
                 "an export has one grid, which --preprocess pad gives"
             )
-        made, misfit = reconstruct_long(torch, model, frames, pictures, args.chunk, args.overlap)
+        made, misfit = reconstruct_long(
+            vggt.torch, model, contract, pictures, args.chunk, args.overlap
+        )
         arrays, clipped = to_contract(made, pictures, inside, grid, args.pixels, not args.no_images)
         report = [f"{len(pictures)} views"]
         if len(pictures) > args.chunk:
@@ -364,9 +432,9 @@ def begin(args: argparse.Namespace, scenes: list[job.Scene]):
 
     producer = {
         "project": "facebookresearch/vggt",
-        "commit": commit,
+        "commit": vggt.commit,
         "weights": job.name_of(args.weights),
-        "licence": licence,
+        "licence": vggt.licence,
         "preprocessing": args.preprocess,
     }
     header = {
@@ -385,6 +453,13 @@ def begin(args: argparse.Namespace, scenes: list[job.Scene]):
 def _main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     contract = job.load_contract(args.contract)
+    if args.export:
+        base = contract.Export(args.export)
+        if base.manifest["scale"] != "metric":
+            raise job.InputError(f"{args.export}: has no metric world to align VGGT's to")
+        asked = base.manifest["questions"]
+        scenes = [job.Scene(e["id"], e["split"], [e, asked]) for e in base.manifest["scenes"]]
+        return job.run(args, contract, scenes, lambda: begin_onto(args, base), base.questions)
     scenes = scenes_of(args)
     questions = (lambda: job.read_records(contract, args.questions)) if args.questions else tuple
     return job.run(args, contract, scenes, lambda: begin(args, scenes), questions)

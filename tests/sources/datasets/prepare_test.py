@@ -86,6 +86,9 @@ def test_one_command_makes_what_a_run_trains_on(tmp_path, monkeypatch, source, w
     with config.unlocked():
         config.data.row_length = 128
         config.optimizer.name = "adamw"  # compiles faster
+    with pytest.raises(UserError, match=r"export_vggt\.py --export .* data.stand_in_tokens=True"):
+        train_and_evaluate(config, tmp_path / "run")
+    config.data.stand_in_tokens = True
     with pytest.raises(UserError, match="depth_kl learns from teacher/depth_bins; feature"):
         train_and_evaluate(config, tmp_path / "run")
     config.data.on_missing_targets = "skip"

@@ -1,4 +1,4 @@
-"""Contact in scenes of data sets: which boxes and surfaces touch, and that answers come in pairs."""
+"""Contact in scenes of data sets: which things touch, and that answers come in pairs."""
 
 import dataclasses
 

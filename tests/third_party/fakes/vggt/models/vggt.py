@@ -1,10 +1,14 @@
 """A model whose answers are known: the red of a picture's corner is the number of its view."""
 
+import json
 import math
+import os
 
 import torch
 from torch import nn
 
+TRUTH = "FAKE_VGGT_TRUTH"
+"""Environment variable with the arguments of `truth.TrueVGGT` as JSON."""
 FOV = 1.0
 """Radians, of both sides."""
 
@@ -62,7 +66,11 @@ class VGGT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name):
-        """Any name has the same weights."""
+        """Any name has the same weights; `truth` says when the geometry is an export's."""
+        if TRUTH in os.environ:
+            from vggt.models.truth import TrueVGGT
+
+            return TrueVGGT(**json.loads(os.environ[TRUTH]))
         return cls()
 
     def camera_head(self, layers):
