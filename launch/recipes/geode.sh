@@ -54,7 +54,7 @@ with_points() {
     local count=$2
     step "VGGT's clouds of $1" "$OUT/$1-vggt/manifest.json" "$(gigabytes "$count" "$megabytes")" \
         "$VGGT_PYTHON" "$THIRD_PARTY/vggt/export_vggt.py" --export "$OUT/$1" --out "$OUT/$1-vggt" \
-        --views "$VIEWS" "${vggt_options[@]}"
+        "${vggt_options[@]}"
     step "Sonata's points of $1" "$OUT/$1-points/manifest.json" "$(gigabytes "$count" "$megabytes")" \
         "$SONATA_PYTHON" "$THIRD_PARTY/sonata/export_sonata.py" --export "$OUT/$1-vggt" \
         --out "$OUT/$1-points" "${sonata_options[@]}"

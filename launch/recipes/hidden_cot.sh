@@ -52,7 +52,7 @@ for source in scannet 3d-front; do
     step "VGGT's features of $source" "$OUT/$source-vggt/manifest.json" \
         "$(gigabytes "$scenes" "$megabytes") with the other data set" \
         "$VGGT_PYTHON" "$THIRD_PARTY/vggt/export_vggt.py" --export "$OUT/$source" \
-        --out "$OUT/$source-vggt" --views "$VIEWS" "${vggt_options[@]}"
+        --out "$OUT/$source-vggt" "${vggt_options[@]}"
     parts+=(--export "$OUT/$source-vggt")
 done
 

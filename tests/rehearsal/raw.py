@@ -22,6 +22,15 @@ from tests.sources.datasets.scannet_test import write_scan
 FAKES = Path(__file__).resolve().parent.parent / "third_party" / "fakes"
 SCANS = [f"scene{n:04d}_00" for n in range(8)]
 HOUSES = 4
+TRUE_VGGT = """before=
+for word; do
+    if [ "$before" = --export ]; then
+        export FAKE_VGGT_TRUTH="{\\"export\\": \\"$word\\"}"
+    fi
+    before=$word
+done
+"""
+"""Makes the stand-in for VGGT see the geometry of the export that it is asked about."""
 QWEN_ROWS, LLAMA_ROWS = 151_936, 600
 QWEN = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 32}
 INTERNVIT = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 32}
@@ -44,18 +53,19 @@ def write_raw(root: Path, data: Path | None) -> None:
     write_front(root / "3d-front", houses=HOUSES)
     write_questions(root, SCANS, [])
     _write_llama_tokenizer(root / "tokenizer")
-    for project in ("vggt", "LLaVA-3D", "sonata"):
+    for project in ("LLaVA-3D", "sonata"):
         _write_interpreter(root / project / ".venv" / "bin" / "python")
+    _write_interpreter(root / "vggt" / ".venv" / "bin" / "python", TRUE_VGGT)
     _write_sonata(root / "sonata" / "sonata.pth")
     _write_pretrained(root, data)
     (root / "LLaVA-3D" / "videos").mkdir()
     shutil.copytree(root / "tokenizer", root / "LLaVA-3D" / "llava-3d-tiny")
 
 
-def _write_interpreter(path: Path) -> None:
+def _write_interpreter(path: Path, before: str = "") -> None:
     """Writes an interpreter in which the stand-ins of the exporters' projects are installed."""
     path.parent.mkdir(parents=True)
-    path.write_text(f'#!/bin/sh\nPYTHONPATH="{FAKES}" exec "{sys.executable}" "$@"\n')
+    path.write_text(f'#!/bin/sh\n{before}PYTHONPATH="{FAKES}" exec "{sys.executable}" "$@"\n')
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
