@@ -10,10 +10,9 @@ def synthetic_notes(export: Export) -> list[str]:
     """Returns a note on the data if the export has the synthetic rooms of this package."""
     if export.manifest["producer"]["project"] != rooms.PRODUCER["project"]:
         return []
-    return [
-        "rooms are synthetic, and their vision tokens are a fixed function of the true geometry: "
-        "no number here compares with the papers' numbers"
-    ]
+    tokens = ", and their vision tokens are a fixed function of the true geometry"
+    made = tokens if export.manifest["tokens_contain_depth"] else ""
+    return [f"rooms are synthetic{made}: no number here compares with the papers' numbers"]
 
 
 def left_out_notes(dropped: Mapping[str, int]) -> list[str]:
