@@ -11,10 +11,9 @@ def synthetic_notes(export: Export) -> list[str]:
     # Merged exports name the projects of all parts.
     if rooms.PRODUCER["project"] not in export.manifest["producer"]["project"]:
         return []
-    return [
-        "rooms are synthetic, and their vision tokens are a fixed function of the true geometry: "
-        "no number here compares with the papers' numbers"
-    ]
+    tokens = ", and their vision tokens are a fixed function of the true geometry"
+    made = tokens if export.manifest["tokens_contain_depth"] else ""
+    return [f"rooms are synthetic{made}: no number here compares with the papers' numbers"]
 
 
 def left_out_notes(dropped: Mapping[str, int]) -> list[str]:
