@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_CONTRACT = Path(__file__).resolve().parent.parent / "geode_jax" / "exports"
+CONTRACT = Path(__file__).resolve().parent.parent / "geode_jax" / "exports"
+"""The package `exports` of this checkout."""
 _QUESTIONS = ".questions"
 """Folder of the questions of finished scenes, if the exporter adds answers to them."""
 
@@ -101,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contract",
         type=Path,
-        default=_CONTRACT,
+        default=CONTRACT,
         help="folder geode_jax/exports (%(default)s)",
     )
 
@@ -275,7 +276,7 @@ def splits_of(
     table: Path | None,
     *,
     allow_missing: bool = False,
-    contract: str | Path = _CONTRACT,
+    contract: str | Path = CONTRACT,
 ) -> dict[str, str]:
     """Returns {scene: split}.
 

@@ -47,15 +47,8 @@ def _opencv_frames(path: Path) -> Iterator[np.ndarray]:
 
 
 def _pyav_frames(path: Path) -> Iterator[np.ndarray]:
-    import av
-
-    with av.open(str(path)) as video:
-        for frame in video.decode(video=0):
-            # Degrees anticlockwise. PyAV has this attribute from version 14 on.
-            quarters, rest = divmod(frame.rotation, 90)
-            if rest:
-                raise ValueError("it is turned by no quarter")
-            yield np.rot90(frame.to_ndarray(format="rgb24"), quarters)
+    package = job.load_contract(job.CONTRACT)
+    yield from importlib.import_module(f"{package.__name__}.videos").decoded(path)
 
 
 def _imageio_frames(path: Path) -> Iterator[np.ndarray]:

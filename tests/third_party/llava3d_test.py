@@ -132,7 +132,7 @@ def test_relations_between_objects_are_of_their_names(load, tokenizer):
     from llava.model.builder import make_tokenizer
 
     module, words = load("llava3d/export_llava3d.py"), make_tokenizer()
-    kinds = module.job.load_contract(module.job._CONTRACT).kinds
+    kinds = module.job.load_contract(module.job.CONTRACT).kinds
     names = [{"name": name} for name in ("no", "chair", "near")]
     ids = words.get_vocab()
     top = np.array([[ids["near"], ids["chair"], ids["no"]]]), np.log([[0.2, 0.6, 0.1]])
