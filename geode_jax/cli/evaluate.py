@@ -8,7 +8,7 @@ from typing import Any
 from geode_jax.cli.options import Commands, add_command, add_gpu_kernels, positive
 from geode_jax.errors import UserError
 
-_PREDICTIONS_OPTIONS = ("dataset", "debiased_ids", "allow_missing", "blind")
+_PREDICTIONS_OPTIONS = ("dataset", "debiased_ids", "allow_missing")
 _PREDICTIONS_OPTIONS += ("revision", "frames", "decoding")
 _RUN_OPTIONS = ("export", "spatio", "gpu_kernels")
 _TEXT_OPTIONS = ("dataset", "revision", "frames", "decoding")
@@ -24,6 +24,7 @@ def add_commands(commands: Commands) -> None:
         "vsi is VSI-Bench; text is ScanQA and SQA3D, which score --predictions only. Predictions\n"
         "of any model are JSON lines with an id and a prediction.",
         "geode-jax evaluate vsi --workdir runs/geode_joint\n"
+        "geode-jax evaluate vsi --workdir runs/geode_joint --export data/vsi-bench\n"
         "geode-jax evaluate vsi --predictions answers.jsonl --dataset test.jsonl\n"
         "geode-jax evaluate text --predictions answers.jsonl --dataset ScanQA_v1.0_val.json",
     )
@@ -105,9 +106,12 @@ def _score_run(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
 
     workdir, export = arguments.workdir, arguments.export
     out = arguments.out or workdir / "vsi.json"
-    _refuse_input(out, [] if export is None else [export / "manifest.json"])
+    inputs = [arguments.blind, export / "manifest.json" if export else None]
+    _refuse_input(out, [path for path in inputs if path])
     with use_kernels(arguments.gpu_kernels):
-        return evaluate_run(workdir, out, export=export, spatio=arguments.spatio), out
+        return evaluate_run(
+            workdir, out, export=export, spatio=arguments.spatio, blind=arguments.blind
+        ), out
 
 
 def _score_predictions(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
@@ -116,7 +120,7 @@ def _score_predictions(arguments: argparse.Namespace) -> tuple[dict[str, Any], P
     from geode_jax.training.metrics import write_json
 
     predictions = arguments.predictions
-    options = {name: getattr(arguments, name) for name in _PREDICTIONS_OPTIONS}
+    options = {name: getattr(arguments, name) for name in ("blind", *_PREDICTIONS_OPTIONS)}
     out = arguments.out or predictions.parent / f"{predictions.stem}.vsi.json"
     paths = [path for path in options.values() if isinstance(path, Path)]
     _refuse_input(out, [predictions, *paths])

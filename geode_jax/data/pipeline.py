@@ -494,6 +494,10 @@ class Pipeline:
         finally:
             iterator.close()  # ends its threads
 
+    def question_count(self, max_scenes: int | None = None) -> int:
+        """Returns how many questions `eval_batches` yields, those of bad scenes included."""
+        return sum(len(used) for used in self._used[:max_scenes])
+
     def eval_batches(
         self,
         max_scenes: int | None = None,

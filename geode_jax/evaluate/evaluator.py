@@ -156,7 +156,8 @@ class Evaluator:
         with FinishedBatches(kept, same) as finished:
             for batch in finished.earlier:
                 out.add(batch)
-            bar = progress(None, len(out.predictions), " questions", label)
+            total = pipeline.question_count(scenes)
+            bar = progress(total, len(out.predictions), " questions", label)
             rows = rows_of_process(self._mesh, pipeline.config.scenes_per_batch)
             first = len(finished.earlier)
             for records, batch in pipeline.eval_batches(scenes, rows=rows, first=first):

@@ -25,10 +25,10 @@ from typing import Any
 from geode_jax.errors import UserError
 from geode_jax.evaluate.metrics.coco import coco_scores, exact_match
 from geode_jax.evaluate.metrics.text import references
-from geode_jax.evaluate.row_files import RowFile, check_prediction, read_rows, unmatched_notes
 from geode_jax.evaluate.scores import frequency_baseline
 from geode_jax.evaluate.text_table import text_table
 from geode_jax.exports import files
+from geode_jax.row_files import RowFile, check_prediction, read_rows, unmatched_notes
 from geode_jax.version import software
 
 LABELS = {

@@ -32,13 +32,6 @@ from geode_jax.evaluate.metrics.spatial import (
     letter_of,
     number_accuracy,
 )
-from geode_jax.evaluate.row_files import (
-    RowFile,
-    check_prediction,
-    read_rows,
-    require,
-    unmatched_notes,
-)
 from geode_jax.evaluate.scores import VSI_CHOICES, frequency_baseline, row_of
 from geode_jax.evaluate.text_table import text_table
 from geode_jax.exports import files, prompts
@@ -48,6 +41,13 @@ from geode_jax.exports.kinds import (
     VSI_CHOICE_KINDS,
     VSI_NUMERIC_KINDS,
     VSI_TASKS,
+)
+from geode_jax.row_files import (
+    RowFile,
+    check_prediction,
+    read_rows,
+    require,
+    unmatched_notes,
 )
 from geode_jax.version import software
 

@@ -215,7 +215,7 @@ def _logprob_rule(logprob: np.ndarray, manifest: Manifest, dtype: str) -> str | 
 
 
 def _frame_rule(frame: np.ndarray, manifest: Manifest, dtype: str) -> str | None:
-    return f"negative view at {_first(frame < 0)}" if (frame < 0).any() else None
+    return f"negative number at {_first(frame < 0)}" if (frame < 0).any() else None
 
 
 class TensorSpec(NamedTuple):
@@ -256,6 +256,7 @@ SPECS: dict[str, TensorSpec] = {
     FRAME: TensorSpec("J", ("I32", "I64"), _frame_rule, "sonata/coord"),
     "internvit/tokens": TensorSpec("V I E", _FLOAT, largest=LARGEST_FEATURE),
     "images": TensorSpec("V H W 3", ("U8",)),
+    "frame_index": TensorSpec("V", ("I32", "I64"), _frame_rule),
     "target/depth": TensorSpec("V h w", _FLOAT, _depth_rule),
     "target/depth_weight": TensorSpec("V h w", _FLOAT, _weight_rule, needs="target/depth"),
     "target/segmentation": TensorSpec("V h w", ("I16", "I32"), _category_rule(-1)),
@@ -283,7 +284,8 @@ points, N boxes, T answer tokens of the teacher, k alternatives of each.
 
 `vggt/tokens` and `vggt/camera_tokens` are VGGT's aggregated tokens, `sonata/frame` is the view that
 shows most of a point, `internvit/tokens` are InternViT's last hidden states of `images` with the
-class token first, `target/segmentation` is -1 where a pixel has no category.
+class token first, `frame_index` are the numbers of the views in their video, from 0, in display
+order, `target/segmentation` is -1 where a pixel has no category.
 `target/depth_weight` is the weight of a pixel of `target/depth` in the losses; without it all
 weights are 1.
 

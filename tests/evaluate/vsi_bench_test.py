@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from geode_jax import row_files
 from geode_jax.errors import UserError
-from geode_jax.evaluate import row_files, vsi_bench
+from geode_jax.evaluate import vsi_bench
 from geode_jax.evaluate.metrics import spatial
-from geode_jax.evaluate.row_files import read_rows
 from geode_jax.exports.kinds import VSI_TASKS
+from geode_jax.row_files import read_rows
 from geode_jax.version import software
 
 NUMBERS = (

@@ -13,6 +13,7 @@ from geode_jax.sources.datasets import (
     rationales,
     scannet,
     scannet_questions,
+    vsi_bench,
 )
 
 SOURCES: dict[str, Callable[[Request], Report]] = {
@@ -29,6 +30,7 @@ SOURCES: dict[str, Callable[[Request], Report]] = {
     "jsonl": own_questions.own_questions,
     "cambrian-alignment": captions.cambrian_alignment,
     "s-mit": captions.s_mit,
+    "vsi-bench": vsi_bench.prepare,
 }
 """Name of a data set -> function that writes its export."""
 DRAWS_SPLITS = ("scannet", "3d-front")
