@@ -18,6 +18,8 @@ from PIL import Image
 MAX_RESIDUAL = 0.25
 """Metres by which a reconstruction may be displaced: half the edge of a small piece of furniture.
 Points that are further off lie outside the boxes of the objects that they belong to."""
+MAP_PIXELS = 4
+"""Pixels of depth along the side of a patch, in scenes that have no world of their own."""
 _PIXELS = ("target/depth", "vggt/depth", "vggt/points", "target/segmentation")
 """Tensors with the size of the depth maps."""
 
@@ -85,6 +87,24 @@ def pictures_of(
         for picture in arrays["images"]
     )
     return np.stack([np.asarray(picture) for picture in resized])
+
+
+def squares_of(arrays: dict[str, np.ndarray], side: int) -> np.ndarray:
+    """Returns the pictures of a scene without cameras as squares, uint8 [V, side, side, 3].
+
+    Raises:
+        InputError: the scene has no picture, or cameras, whose world and scale are unknown.
+    """
+    if "images" not in arrays:
+        raise job.InputError("the scene has no images, which --export needs")
+    others = [name for name in ("camera/extrinsic", "target/boxes", *_PIXELS) if name in arrays]
+    if others:
+        raise job.InputError(f"the scene has {others[0]} in a world without scale: no alignment")
+    bicubic = Image.Resampling.BICUBIC
+    squares = (
+        Image.fromarray(picture).resize((side, side), bicubic) for picture in arrays["images"]
+    )
+    return np.stack([np.asarray(square) for square in squares])
 
 
 def aligned(
@@ -170,7 +190,7 @@ def header_of(base: Any, weights: str, commit: str, licence: str, width: int, mo
     """Returns the header of the new export.
 
     Args:
-        base: the metric export.
+        base: the export.
         weights, commit, licence: of VGGT.
         width: numbers of a token.
         most: metres, see `MAX_RESIDUAL`.
@@ -187,6 +207,12 @@ def header_of(base: Any, weights: str, commit: str, licence: str, width: int, mo
         "are the export's too; in scenes without any (depth_target: vggt) they are VGGT's own, "
         "weighted by the sigmoid of the logit of its confidence."
     )
+    if old["scale"] != "metric":
+        notes = (
+            "Tokens of VGGT (last aggregator layer, patch part), of the export's pictures as "
+            "squares, averaged over the export's patches. Cameras, depth and points are VGGT's, in "
+            "the world of the first camera and VGGT's unit."
+        )
     if old["notes"]:
         notes += f" Notes of the export before, without VGGT: {old['notes']}"
     return {

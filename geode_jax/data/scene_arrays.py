@@ -270,7 +270,9 @@ def _scaled(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     if images.shape[1:3] == size:
         return images
-    scaled = [Image.fromarray(i).resize(size[::-1], Image.Resampling.BICUBIC) for i in images]
+    height, width = size
+    bicubic = Image.Resampling.BICUBIC
+    scaled = [Image.fromarray(i).resize((width, height), bicubic) for i in images]
     return np.stack([np.asarray(image) for image in scaled])
 
 

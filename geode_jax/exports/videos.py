@@ -66,7 +66,7 @@ def read_frames(path: Path, frames: int) -> tuple[list[np.ndarray], np.ndarray]:
         UserError: PyAV is missing, or the video is missing, damaged, cut off or without a frame.
     """
     try:
-        import av
+        import av.error
     except ImportError:
         raise UserError(f"{path}: reading a video needs PyAV: pip install av") from None
     if not path.is_file():

@@ -188,6 +188,28 @@ def test_a_scene_that_does_not_fit_costs_itself_alone(export, write_base, tmp_pa
     assert "displacement: median" in text and "in b" in text
 
 
+def test_pictures_alone_get_vggts_own_world(load, tmp_path, monkeypatch):
+    monkeypatch.delenv("FAKE_VGGT_TRUTH", raising=False)
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 256, (3, 20, 30, 3), np.uint8)
+    about = {"project": "p", "commit": "c", "weights": "none", "licence": "l"}
+    options = {"token_width": 9, "patch_grid": (2, 2), "tokens_contain_depth": False}
+    with ExportWriter(tmp_path / "base", producer=about, scale="scene", dtype="float16",
+                      categories=[], notes="videos.", **options) as writer:  # fmt: skip
+        writer.add_scene("a", {"images": pictures}, split="test")
+    given = ["--export", tmp_path / "base", "--out", tmp_path / "out", "--size", 56]
+    given += ["--commit", "c0ffee", "--weights", "w", "--licence", "l"]
+    assert load("vggt/export_vggt.py").main(list(map(str, given))) == 0
+    out = Export(tmp_path / "out")
+    validate(out.folder)
+    assert out.manifest["scale"] == "scene" and out.manifest["token_width"] == 8
+    arrays = out.read_scene("a")
+    np.testing.assert_array_equal(arrays["images"], pictures)
+    assert arrays["vggt/tokens"].shape == (3, 4, 8) and arrays["vggt/depth"].shape == (3, 8, 8)
+    assert np.abs(arrays["camera/extrinsic"][0] - np.eye(3, 4)).max() < 1e-6
+    assert "notes of the export before" in out.manifest["notes"].lower()
+
+
 def test_a_process_of_its_own_knows_the_truth_by_its_environment(export, write_base, tmp_path):
     write_base(tmp_path / "base", views=6)
     assert export() == 0
@@ -205,7 +227,7 @@ def test_a_process_of_its_own_knows_the_truth_by_its_environment(export, write_b
     [
         (["--views", 5], {}, "--views: is not for --export"),
         (["--max-residual", 0], {}, "--max-residual: 0.0 is no length above 0"),
-        ([], {"scale": "scene"}, "base: has no metric world to align VGGT's to"),
+        ([], {"scale": "scene"}, "scene a: the scene has camera/extrinsic in a world without"),
         ([], {"images": False}, "scene a: the scene has no images, which --export needs"),
     ],
 )

@@ -8,7 +8,8 @@ Runs in the environment of https://github.com/facebookresearch/vggt (README.md b
 
 The world of a scene is its first camera's, OpenCV axes, in VGGT's own unit: `scale: scene`. With
 `--export`, the scenes and pictures are those of a metric export, whose world, cameras, true depth,
-boxes, questions and teacher stay; VGGT's tokens, depth and points are added in that world.
+boxes, questions and teacher stay; VGGT's tokens, depth and points are added in that world. Scenes
+that are pictures alone (VSI-Bench's) get VGGT's own world.
 """
 
 from __future__ import annotations
@@ -264,8 +265,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--export",
         type=Path,
-        help="metric export whose scenes and pictures are taken, and to whose world VGGT's depth "
-        "and points are aligned",
+        help="export whose scenes and pictures are taken; VGGT's depth and points are aligned to "
+        "its metric world, if it has one",
     )
     parser.add_argument(
         "--max-residual",
@@ -371,12 +372,26 @@ def loaded(args: argparse.Namespace) -> Loaded:
 
 
 def begin_onto(args: argparse.Namespace, base: Any):
-    """Loads the model for the scenes of a metric export; see `job.run`."""
+    """Loads the model for the scenes of an export; see `job.run`."""
     contract, vggt = job.load_contract(args.contract), loaded(args)
     patch, grid = vggt.model.aggregator.patch_size, base.patch_grid
+    metric = base.manifest["scale"] == "metric"
 
     def make(scene: job.Scene) -> job.Made:
         arrays = base.read_scene(scene.id)
+        return make_onto(scene, arrays) if metric else make_alone(scene, arrays)
+
+    def make_alone(scene: job.Scene, arrays: dict[str, np.ndarray]) -> job.Made:
+        pictures = onto.squares_of(arrays, args.size)
+        made, misfit = reconstruct_long(
+            vggt.torch, vggt.model, contract, pictures, args.chunk, args.overlap
+        )
+        inside = np.ones(pictures.shape[:3], bool)
+        new, _ = to_contract(made, pictures, inside, grid, onto.MAP_PIXELS, with_images=False)
+        report = f"{len(pictures)} views in VGGT's own world, misfit of chunks at most {misfit:.3f}"
+        return job.Made({**arrays, **new}, report=report)
+
+    def make_onto(scene: job.Scene, arrays: dict[str, np.ndarray]) -> job.Made:
         size = onto.map_size(arrays, grid)
         pictures = onto.pictures_of(arrays, size, args.size, patch)
         made, _ = reconstruct_long(
@@ -455,8 +470,6 @@ def _main(argv: list[str] | None = None) -> int:
     contract = job.load_contract(args.contract)
     if args.export:
         base = contract.Export(args.export)
-        if base.manifest["scale"] != "metric":
-            raise job.InputError(f"{args.export}: has no metric world to align VGGT's to")
         asked = base.manifest["questions"]
         scenes = [job.Scene(e["id"], e["split"], [e, asked]) for e in base.manifest["scenes"]]
         return job.run(args, contract, scenes, lambda: begin_onto(args, base), base.questions)
