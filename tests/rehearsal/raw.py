@@ -18,6 +18,7 @@ from tests.rehearsal.questions import write_questions
 from tests.rehearsal.scans import NAMES, write_real_scans
 from tests.sources.datasets.front3d_test import write_front
 from tests.sources.datasets.scannet_test import write_scan
+from tests.sources.datasets.vsi_bench_test import write_vsi_bench
 
 FAKES = Path(__file__).resolve().parent.parent / "third_party" / "fakes"
 SCANS = [f"scene{n:04d}_00" for n in range(8)]
@@ -52,6 +53,7 @@ def write_raw(root: Path, data: Path | None) -> None:
         write_scan(root / "scannet" / "scans", name, seed=n)
     write_front(root / "3d-front", houses=HOUSES)
     write_questions(root, SCANS, [])
+    write_vsi_bench(root / "vsi-bench")
     _write_llama_tokenizer(root / "tokenizer")
     for project in ("LLaVA-3D", "sonata"):
         _write_interpreter(root / project / ".venv" / "bin" / "python")
