@@ -240,7 +240,7 @@ def _inside(points: np.ndarray, box: np.ndarray) -> np.ndarray:
     cos, sin = np.cos(box[6]), np.sin(box[6])
     x, y, z = (points - box[:3]).T
     own = np.stack([cos * x + sin * y, cos * y - sin * x, z], axis=-1)
-    return (np.abs(own) <= box[3:6] / 2 + VOXEL_EDGE / 2).all(-1)
+    return np.all(np.abs(own) <= box[3:6] / 2 + VOXEL_EDGE / 2, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ from geode_jax.errors import UserError
 from geode_jax.sources.datasets import (
     Report,
     Request,
+    arkitscenes,
     captions,
     conversations,
     front3d,
@@ -17,6 +18,7 @@ from geode_jax.sources.datasets import (
 
 SOURCES: dict[str, Callable[[Request], Report]] = {
     "scannet": scannet.prepare,
+    "arkitscenes": arkitscenes.prepare,
     "3d-front": front3d.prepare,
     "scanqa": scannet_questions.scanqa,
     "sqa3d": scannet_questions.sqa3d,
