@@ -10,6 +10,7 @@ from geode_jax.sources.datasets import (
     captions,
     conversations,
     front3d,
+    images,
     own_questions,
     rationales,
     scannet,
@@ -20,6 +21,7 @@ SOURCES: dict[str, Callable[[Request], Report]] = {
     "scannet": scannet.prepare,
     "arkitscenes": arkitscenes.prepare,
     "3d-front": front3d.prepare,
+    "images": images.prepare,
     "scanqa": scannet_questions.scanqa,
     "sqa3d": scannet_questions.sqa3d,
     "vsi590k": conversations.vsi590k,
@@ -39,9 +41,12 @@ def prepare(source: str, request: Request) -> Report:
     """Writes the export of a data set; the same request continues an interrupted one.
 
     Raises:
-        UserError: `source` is not in the table, or the data set is not in its layout.
+        UserError: `source` is not in the table, the data set is not in its layout, or the source
+            does not know an option.
         ExportError: the export cannot be written.
     """
     if source not in SOURCES:
         raise UserError(f"--source: {source!r} is none of {', '.join(SOURCES)}")
+    if request.metric and source != "images":
+        raise UserError(f"--metric: is about the cameras of images, not of {source}")
     return SOURCES[source](request)

@@ -81,6 +81,7 @@ def write_scenes(
     categories: Sequence[str],
     tokens_contain_depth: bool,
     notes: str,
+    scale: str = "metric",
 ) -> Report:
     """Writes the export of a source of scenes.
 
@@ -92,7 +93,7 @@ def write_scenes(
         report: gets what is kept and dropped.
         source: returns what a scene is made from, as `exports.made_from.fingerprint` takes it.
             Scenes that an interrupted call made from something else are made again.
-        producer, categories, tokens_contain_depth, notes: see `exports.ExportWriter`.
+        producer, categories, tokens_contain_depth, notes, scale: see `exports.ExportWriter`.
 
     Returns:
         `report`.
@@ -108,7 +109,7 @@ def write_scenes(
         request.out,
         producer={**producer, "request": f"{arguments}, excluded {excluded:08x}"},
         dtype="float16",
-        scale="metric",
+        scale=scale,
         token_width=TOKEN_WIDTH,
         patch_grid=request.patch_grid,
         tokens_contain_depth=tokens_contain_depth,
@@ -120,7 +121,7 @@ def write_scenes(
         sources = {scene_id: made_from.fingerprint(source(scene_id)) for scene_id in splits}
         finished = _unchanged(writer, sources)
         written: dict[str, dict] = {}
-        check = exports.cameras.CameraCheck(metric=True)
+        check = exports.cameras.CameraCheck(metric=scale == "metric")
         for scene_id, split in progress_bar(splits.items(), desc="scenes", unit="scene"):
             try:
                 if scene_id not in finished:
