@@ -29,6 +29,8 @@ VOXEL_EDGE = 0.08
 MAX_TILT = np.radians(5)
 """Largest angle between an axis of an annotated box and the vertical; the contract's boxes turn
 about z only."""
+MIN_HELD = 0.9
+"""Least share of a thing's vertices that its annotated box must hold."""
 MAX_MESH_EXTENT = 400.0
 """Largest extent of a scan's mesh, metres; a larger one is damaged."""
 
@@ -43,6 +45,7 @@ class Labels:
         names: labels of the N instances.
         boxes: [N, 7].
         lost: labels of further instances, which have no vertex or are flat.
+        notes: what was corrected, a line an instance.
     """
 
     vertices: np.ndarray
@@ -50,6 +53,7 @@ class Labels:
     names: tuple[str, ...]
     boxes: np.ndarray
     lost: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 class Group(NamedTuple):
@@ -58,12 +62,12 @@ class Group(NamedTuple):
     Attributes:
         label: its label, as `label_of` returns it.
         segments: numbers of its segments of the mesh.
-        box: its annotated box (7,); None takes the axis-aligned box of its vertices.
+        obb: its annotated oriented box as in the file, see `upright_box`; None without one.
     """
 
     label: str
     segments: list
-    box: np.ndarray | None = None
+    obb: Any = None
 
 
 def label_of(text: str) -> str:
@@ -92,7 +96,8 @@ def labels_of_segments(
     """Returns the labelled instances of a mesh.
 
     Instances are the groups whose label is not in `EXCLUDED_LABELS`, and that have a vertex and an
-    extent along every axis.
+    extent along every axis. Their boxes are the annotated ones where these hold the vertices and
+    turn about z only, else the axis-aligned boxes of the vertices.
 
     Args:
         groups: the annotation.
@@ -109,8 +114,8 @@ def labels_of_segments(
         raise UserError(f"{path}: {rule}")
     ids, segments = np.unique(segments, return_inverse=True)
     instance = np.full(len(vertices), -1)
-    names, boxes, lost = [], [], []
-    for label, own, box in groups:
+    names, boxes, lost, notes = [], [], [], []
+    for label, own, obb in groups:
         if label in EXCLUDED_LABELS:
             continue
         own = np.isin(ids, _whole_numbers(path, f"segments of {label}", own))[segments]
@@ -121,8 +126,22 @@ def labels_of_segments(
             continue
         instance[own] = len(names)
         names.append(label)
-        boxes.append([*(points.min(0) + size / 2), *size, 0.0] if box is None else box)
-    return Labels(vertices, instance, tuple(names), np.array(boxes).reshape(-1, 7), tuple(lost))
+        box = np.array([*(points.min(0) + size / 2), *size, 0.0])
+        if obb is not None:
+            try:
+                box = _holding(upright_box(obb), points)
+            except Dropped as reason:
+                notes.append(f"an annotated box is {reason}: that of the vertices is used")
+        boxes.append(box)
+    found = np.array(boxes).reshape(-1, 7)
+    return Labels(vertices, instance, tuple(names), found, tuple(lost), tuple(notes))
+
+
+def _holding(box: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Returns a box (7,); raises Dropped if it does not hold the points [n, 3] of its thing."""
+    if _inside(points, box).mean() < MIN_HELD:
+        raise Dropped("not around its vertices")
+    return box
 
 
 def upright_box(annotated: Any) -> np.ndarray:
@@ -143,7 +162,7 @@ def upright_box(annotated: Any) -> np.ndarray:
     centre, lengths, axes = (np.asarray(n) for n in numbers)
     axes = axes.reshape(3, 3)
     if np.abs(axes @ axes.T - np.eye(3)).max() > _AXES_TOLERANCE:
-        raise Dropped("its axes are not orthonormal")
+        raise Dropped("with axes that are not orthonormal")
     if not (lengths > 0).all():
         raise Dropped("without an extent")
     upright = int(np.argmax(np.abs(axes[:, 2])))
@@ -215,6 +234,42 @@ def _voxel_owners(labels: Labels, low: np.ndarray) -> tuple[np.ndarray, np.ndarr
     keys, owner = pairs // rows, pairs % rows - 1
     last = np.append(keys[1:] != keys[:-1], True)  # the instance with most votes in a voxel
     return keys[last], owner[last]
+
+
+def pixels_of_vertices(
+    labels: Labels, extrinsic: np.ndarray, intrinsic: np.ndarray, size: tuple[int, int]
+) -> np.ndarray:
+    """Returns the pixels [V, N] that show every instance, scaled as `pixels_on_mesh`.
+
+    For views without depth: of the vertices that fall into a pixel, the nearest one hides the
+    others.
+
+    Args:
+        labels: the instances of a mesh, with vertices much closer to each other than pixels.
+        extrinsic: [V, 3, 4] camera-from-world.
+        intrinsic: [V, 3, 3] in pixels of pictures of `size`.
+        size: (width, height) in which pixels are counted, small.
+    """
+    width, height = size
+    rays = np.zeros((len(extrinsic), len(labels.names)), np.int64)
+    for view, (motion, matrix) in enumerate(zip(extrinsic, intrinsic, strict=True)):
+        seen = labels.vertices @ motion[:, :3].T + motion[:, 3]
+        rows = np.flatnonzero(seen[:, 2] > _NEAREST)
+        pixel = seen[rows] @ matrix.T
+        across, down = np.round(pixel[:, :2] / pixel[:, 2:]).T
+        shown = (across >= 0) & (across < width) & (down >= 0) & (down < height)
+        rows, place = rows[shown], (down * width + across)[shown].astype(np.int64)
+        order = np.lexsort([seen[rows, 2], place])
+        place, rows = place[order], rows[order]
+        nearest = rows[np.diff(place, prepend=-1) > 0]
+        owner = labels.instance[nearest]
+        counts = np.bincount(owner[owner >= 0], minlength=len(labels.names))
+        rays[view] = np.round(counts * (GRID * PATCH_SIDE) ** 2 / (width * height))
+    return rays
+
+
+_NEAREST = 0.1
+"""Least distance of a vertex that a camera shows, metres."""
 
 
 def pixels_in_boxes(boxes: np.ndarray, frames: Sequence[Frame]) -> np.ndarray:

@@ -15,10 +15,12 @@ from geode_jax.sources.datasets import (
     rationales,
     scannet,
     scannet_questions,
+    scannetpp,
 )
 
 SOURCES: dict[str, Callable[[Request], Report]] = {
     "scannet": scannet.prepare,
+    "scannetpp": scannetpp.prepare,
     "arkitscenes": arkitscenes.prepare,
     "3d-front": front3d.prepare,
     "images": images.prepare,

@@ -26,6 +26,7 @@ import numpy as np
 
 from geode_jax.errors import UserError
 from geode_jax.exports import SPLITS, files
+from geode_jax.exports.scene_names import room_of
 from geode_jax.sources.datasets import Report, Request
 from geode_jax.sources.datasets.instances import (
     EXCLUDED_LABELS,
@@ -38,12 +39,16 @@ from geode_jax.sources.datasets.instances import (
     pixels_on_mesh,
     read_mesh,
 )
-from geode_jax.sources.datasets.scene_export import Scene, exclude_from_training, write_scenes
+from geode_jax.sources.datasets.scene_export import (
+    Scene,
+    exclude_from_training,
+    listed_splits,
+    write_scenes,
+)
 from geode_jax.sources.rgbd.folder import open_folder
 from geode_jax.sources.rgbd.frame import frame_arrays, spread_frames
 from geode_jax.sources.rgbd.sens import open_sens
 from geode_jax.sources.rgbd.sequence import Dropped, RgbdSequence, rigid
-from geode_jax.sources.splits import split_places
 
 VERSION = 1
 """Version of an export's content; goes up with every change of this converter."""
@@ -64,8 +69,10 @@ def prepare(request: Request) -> Report:
     if not found:
         raise UserError(f"{scans}: no scan: <id>/<id>.sens and its neighbours are looked for")
     report = Report()
-    rooms = {scan: _room(scan) for scan in found}
-    splits = exclude_from_training(_splits(request, rooms, report), rooms, request, report)
+    rooms = {scan: room_of(scan) for scan in found}
+    lists = {request.root / f"scannetv2_{split}.txt": split for split in SPLITS}
+    splits = listed_splits(request, lists, rooms, scans, report)
+    splits = exclude_from_training(splits, rooms, request, report)
     labels: set[str] = set()
     for scan in splits:
         try:
@@ -93,53 +100,6 @@ def prepare(request: Request) -> Report:
         "measured depth and the colour, so they CONTAIN THE DEPTH that depth metrics score. Boxes "
         "are axis-aligned, of the instances that the views show.",
     )
-
-
-def _splits(request: Request, rooms: dict[str, str], report: Report) -> dict[str, str]:
-    """Returns scan -> split: ScanNet's own if there is a list, else drawn, by rooms.
-
-    Entries of the lists without a scan on disk are counted.
-
-    Args:
-        request: its root has the lists.
-        rooms: scan -> room of the scans on disk.
-        report: gets the counts of what is dropped.
-
-    Raises:
-        UserError: a scan, or two scans of a room, are in different lists, or no list names a scan
-            on disk.
-    """
-    lists = {s: request.root / f"scannetv2_{s}.txt" for s in SPLITS}
-    lists = {split: path for split, path in lists.items() if path.is_file()}
-    if not lists:
-        places = split_places(rooms.values(), request.seed)
-        return {scan: places[room] for scan, room in rooms.items()}
-    listed: dict[str, tuple[str, str]] = {}  # room -> split, first scan
-    splits: dict[str, str] = {}
-    for split, path in lists.items():
-        entries = files.read_list(path)
-        for where, (scan,) in entries:
-            other, before = listed.setdefault(_room(scan), (split, scan))
-            if other != split:
-                same = "" if scan == before else f", as {before}, of the same room"
-                raise UserError(f"{where}: {scan} is in the list of {other} too{same}")
-            splits[scan] = split
-        absent = sum(scan not in rooms for _, (scan,) in entries)
-        if absent:
-            which = "every entry" if absent == len(entries) else "entry"
-            report.dropped[f"{which} of {path.name}: no such scan in scans/"] += absent
-    kept = {scan: splits[scan] for scan in rooms if scan in splits}
-    if not kept:
-        names = ", ".join(path.name for path in lists.values())
-        raise UserError(f"{request.root}: {names}: none of the scans in scans/ is listed")
-    if len(kept) < len(rooms):
-        report.dropped["scene: in no scannetv2_*.txt"] += len(rooms) - len(kept)
-    return kept
-
-
-def _room(scan: str) -> str:
-    """Returns the room of a scan: scene0000 for scene0000_00 and scene0000_01."""
-    return scan.partition("_")[0]
 
 
 def make_scene(folder: Path, request: Request, categories: list[str]) -> Scene:

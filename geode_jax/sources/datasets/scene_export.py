@@ -10,19 +10,21 @@ import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from geode_jax import exports
 from geode_jax.errors import UserError
-from geode_jax.exports import made_from
-from geode_jax.exports.scene_names import Exclusion
+from geode_jax.exports import files, made_from
+from geode_jax.exports.scene_names import Exclusion, room_of
 from geode_jax.runtime.bars import progress_bar
 from geode_jax.sources.datasets import Report, Request
 from geode_jax.sources.questions.measured import BoxQuestioner
 from geode_jax.sources.questions.seen_room import SeenRoom
 from geode_jax.sources.rgbd.sequence import Dropped
+from geode_jax.sources.splits import split_places
 from geode_jax.sources.stand_ins import TOKEN_WIDTH
 
 _NOTES_FOLDER = ".made"
@@ -43,6 +45,55 @@ class Scene:
     seen: SeenRoom | None
     dropped: Counter[str]
     corrected: tuple[str, ...] = ()
+
+
+def listed_splits(
+    request: Request,
+    lists: Mapping[Path, str],
+    places: Mapping[str, str],
+    folder: Path,
+    report: Report,
+) -> dict[str, str]:
+    """Returns scan -> split: a data set's own if it has a list, else drawn, by places.
+
+    Entries of the lists without a scan on disk are counted, and so are scans in no list.
+
+    Args:
+        request: gives the seed of the draw.
+        lists: file -> split of the scans that it lists; absent files are ignored.
+        places: scan -> place, such as its room, of the scans on disk.
+        folder: the folder of the scans, named in messages.
+        report: gets the counts of what is dropped.
+
+    Raises:
+        UserError: a scan, or two scans of a place, are in lists of different splits, or no list
+            names a scan on disk.
+    """
+    lists = {path: split for path, split in lists.items() if path.is_file()}
+    if not lists:
+        drawn = split_places(places.values(), request.seed)
+        return {scan: drawn[place] for scan, place in places.items()}
+    listed: dict[str, tuple[str, str]] = {}  # place -> split, first scan
+    splits: dict[str, str] = {}
+    for path, split in lists.items():
+        entries = files.read_list(path)
+        for where, (scan,) in entries:
+            other, before = listed.setdefault(room_of(scan), (split, scan))
+            if other != split:
+                same = "" if scan == before else f", as {before}, of the same room"
+                raise UserError(f"{where}: {scan} is in the list of {other} too{same}")
+            splits[scan] = split
+        absent = sum(scan not in places for _, (scan,) in entries)
+        if absent:
+            which = "every entry" if absent == len(entries) else "entry"
+            report.dropped[f"{which} of {path.name}: no such scan in {folder.name}/"] += absent
+    kept = {scan: splits[scan] for scan in places if scan in splits}
+    names = ", ".join(path.name for path in lists)
+    if not kept:
+        raise UserError(f"{request.root}: {names}: none of the scans in {folder.name}/ is listed")
+    if len(kept) < len(places):
+        report.dropped[f"scene: in none of {names}"] += len(places) - len(kept)
+    return kept
 
 
 def exclude_from_training(

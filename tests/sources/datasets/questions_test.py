@@ -172,7 +172,7 @@ def test_a_line_of_ones_own_that_does_not_fit_is_refused_by_its_number(change, r
 
 
 def test_all_sources_are_covered():
-    assert {"scannet", "3d-front", "arkitscenes", "images", *CASES} == set(SOURCES)
+    assert {"scannet", "3d-front", "scannetpp", "arkitscenes", "images", *CASES} == set(SOURCES)
 
 
 # --- Scenes ---------------------------------------------------------------------------------------
