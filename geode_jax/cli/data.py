@@ -182,13 +182,15 @@ def _add_prepare(commands: Commands) -> None:
         "prepare",
         _prepare,
         "Make an export of a data set on disk.\n\n"
-        "A data set of scenes (scannet, 3d-front) becomes an export of scenes. A data set of\n"
+        "A data set of scenes (scannet, arkitscenes, 3d-front), or folders of your own pictures\n"
+        "(images), becomes an export of scenes. A data set of\n"
         "questions (scanqa, sqa3d, vsi590k, ...) needs such an export as --scenes and becomes a\n"
         "copy of it with these questions.\n\n"
         "Your own questions are the source jsonl: --root is a file of JSON lines with scene_id,\n"
         "question and answer and, if you like, id, kind, options, value, unit, box, rationale;\n"
         "docs/how-to/questions.md has all fields.",
         "geode-jax prepare --source scannet --root ScanNet --out data/scannet\n"
+        "geode-jax prepare --source images --root pictures --out data/pictures\n"
         "geode-jax prepare --source scanqa --root ScanQA --scenes data/scannet --out data/scanqa\n"
         "geode-jax prepare --source jsonl --root mine.jsonl --scenes data/room --out data/mine",
     )
@@ -203,6 +205,11 @@ def _add_prepare(commands: Commands) -> None:
     add("--views", type=positive, default=8, help="views of a scene; default 8")
     _add_grid(add)
     add("--seed", type=seed, default=0, help="seed of the splits and views; default 0")
+    add(
+        "--metric",
+        action="store_true",
+        help="images: the cameras in transforms.json are in metres, with z up",
+    )
 
 
 def _add_exclusion(add: Callable[..., Any]) -> None:
@@ -251,6 +258,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         arguments.seed,
         arguments.allow_missing,
         arguments.split,
+        arguments.metric,
     )
     with making(arguments.out):
         report = prepare(arguments.source, request)

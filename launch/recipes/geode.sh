@@ -103,7 +103,8 @@ for source in cambrian-alignment s-mit; do
     if ! have "$source"; then continue; fi
     step "pictures of $source" "$OUT/$source/manifest.json" \
         "$(gigabytes "$(entries "$RAW/$source/images")" 0.6) for each of its views" \
-        "${GEODE[@]}" prepare --source images --root "$RAW/$source/images" --out "$OUT/$source" \
+        "${GEODE[@]}" prepare --source images --part files --root "$RAW/$source/images" \
+        --out "$OUT/$source" \
         --views "$VIEWS" --grid "${grid[@]}"
     pictures+=(--export "$OUT/$source")
 done

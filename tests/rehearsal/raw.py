@@ -9,29 +9,36 @@ from pathlib import Path
 
 import tokenizers
 from flax import nnx
+from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from geode_jax.models.decoder import Decoder, DecoderConfig
 from geode_jax.models.vit import InternViT, VitConfig
 from geode_jax.weights import save_pretrained
+from tests.helpers.videos import write_video
 from tests.rehearsal.questions import write_questions
 from tests.rehearsal.scans import NAMES, write_real_scans
+from tests.sources.datasets.arkitscenes_test import write_arkitscenes
 from tests.sources.datasets.front3d_test import write_front
 from tests.sources.datasets.scannet_test import write_scan
+from tests.sources.datasets.scannetpp_test import write_scene as write_scannetpp_scene
 from tests.sources.datasets.vsi_bench_test import write_vsi_bench
 
 FAKES = Path(__file__).resolve().parent.parent / "third_party" / "fakes"
+PICTURES = [f"picture{n}" for n in range(6)]
 SCANS = [f"scene{n:04d}_00" for n in range(8)]
 HOUSES = 4
 TRUE_VGGT = """before=
 for word; do
-    if [ "$before" = --export ]; then
-        export FAKE_VGGT_TRUTH="{\\"export\\": \\"$word\\"}"
-    fi
+    case "$before $word" in
+    *vsi-bench) ;;
+    "--export "*) export FAKE_VGGT_TRUTH="{\\"export\\": \\"$word\\"}" ;;
+    esac
     before=$word
 done
 """
-"""Makes the stand-in for VGGT see the geometry of the export that it is asked about."""
+"""Makes the stand-in for VGGT see the geometry of the export that it is asked about, if that has
+any; the videos of VSI-Bench have none."""
 QWEN_ROWS, LLAMA_ROWS = 151_936, 600
 QWEN = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 32}
 INTERNVIT = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 32}
@@ -52,7 +59,15 @@ def write_raw(root: Path, data: Path | None) -> None:
     for n, name in enumerate(SCANS[real:]):
         write_scan(root / "scannet" / "scans", name, seed=n)
     write_front(root / "3d-front", houses=HOUSES)
-    write_questions(root, SCANS, [])
+    write_arkitscenes(root / "arkitscenes")
+    for n in range(3):
+        write_scannetpp_scene(root / "scannetpp" / "data" / f"{n:010x}", seed=n)
+    write_questions(root, SCANS, PICTURES)
+    for name in PICTURES:
+        picture = root / "cambrian-alignment" / "images" / "llava_pretrain" / f"{name}.jpg"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 48), (90, 120, 60)).save(picture)
+        write_video(root / "s-mit" / "images" / "sitting" / f"{name}.mp4", 9)
     write_vsi_bench(root / "vsi-bench")
     _write_llama_tokenizer(root / "tokenizer")
     for project in ("LLaVA-3D", "sonata"):

@@ -1,8 +1,8 @@
 """Published data sets as exports: what `geode-jax prepare` reads, in the data sets' own layouts.
 
-A source of scenes (ScanNet, 3D-FRONT) makes the arrays of scenes. A source of questions (ScanQA,
-VSI-590K, ...) adds questions to the scenes of an existing export, `Request.scenes`, made by a
-source of scenes or by an exporter in `third_party`. Its new export has the same scenes, the
+A source of scenes (ScanNet, 3D-FRONT, ...) makes the arrays of scenes. A source of questions
+(ScanQA, VSI-590K, ...) adds questions to the scenes of an existing export, `Request.scenes`, made
+by a source of scenes or by an exporter in `third_party`. Its new export has the same scenes, the
 questions of the old export, and then its own. The table of sources is in `prepare.py`.
 """
 
@@ -33,6 +33,7 @@ class Request:
         views: largest number of views of a scene.
         patch_grid: (gh, gw) of a view.
         seed: seed of all random draws.
+        metric: whether the cameras of pictures are in metres with z up; for `images` alone.
     """
 
     root: Path
@@ -45,6 +46,7 @@ class Request:
     seed: int = 0
     allow_missing: bool = False
     split: str = ""
+    metric: bool = False
 
     def __post_init__(self):
         ranges.check(self, {"views": ranges.whole(1), "seed": ranges.whole(0)})

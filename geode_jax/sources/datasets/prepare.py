@@ -6,19 +6,25 @@ from geode_jax.errors import UserError
 from geode_jax.sources.datasets import (
     Report,
     Request,
+    arkitscenes,
     captions,
     conversations,
     front3d,
+    images,
     own_questions,
     rationales,
     scannet,
     scannet_questions,
+    scannetpp,
     vsi_bench,
 )
 
 SOURCES: dict[str, Callable[[Request], Report]] = {
     "scannet": scannet.prepare,
+    "scannetpp": scannetpp.prepare,
+    "arkitscenes": arkitscenes.prepare,
     "3d-front": front3d.prepare,
+    "images": images.prepare,
     "scanqa": scannet_questions.scanqa,
     "sqa3d": scannet_questions.sqa3d,
     "vsi590k": conversations.vsi590k,
@@ -33,7 +39,7 @@ SOURCES: dict[str, Callable[[Request], Report]] = {
     "vsi-bench": vsi_bench.prepare,
 }
 """Name of a data set -> function that writes its export."""
-DRAWS_SPLITS = ("scannet", "3d-front")
+DRAWS_SPLITS = ("scannet", "scannetpp", "arkitscenes", "3d-front", "images")
 """Data sets whose splits are drawn in the shares of a request."""
 
 
@@ -41,8 +47,8 @@ def prepare(source: str, request: Request) -> Report:
     """Writes the export of a data set; the same request continues an interrupted one.
 
     Raises:
-        UserError: `source` is not in the table, its splits are not drawn though the request has
-            shares, or the data set is not in its layout.
+        UserError: `source` is not in the table, the data set is not in its layout, or the source
+            does not know an option.
         ExportError: the export cannot be written.
     """
     if source not in SOURCES:
@@ -50,4 +56,6 @@ def prepare(source: str, request: Request) -> Report:
     if request.split and source not in DRAWS_SPLITS:
         own = "its own splits or those of --scenes"
         raise UserError(f"--split: {source} has {own}; {', '.join(DRAWS_SPLITS)} take shares")
+    if request.metric and source != "images":
+        raise UserError(f"--metric: is about the cameras of images, not of {source}")
     return SOURCES[source](request)

@@ -10,14 +10,15 @@ import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from geode_jax import exports
 from geode_jax.errors import UserError
-from geode_jax.exports import made_from
-from geode_jax.exports.scene_names import Exclusion
+from geode_jax.exports import files, made_from
+from geode_jax.exports.scene_names import Exclusion, room_of
 from geode_jax.runtime.bars import progress_bar
 from geode_jax.sources.datasets import Report, Request
 from geode_jax.sources.questions.measured import BoxQuestioner
@@ -58,6 +59,56 @@ def draw_splits(places: Mapping[str, str], request: Request) -> dict[str, str]:
     return {scene: drawn[place] for scene, place in places.items()}
 
 
+def listed_splits(
+    request: Request,
+    lists: Mapping[Path, str],
+    places: Mapping[str, str],
+    folder: Path,
+    report: Report,
+) -> dict[str, str]:
+    """Returns scan -> split: a data set's own if it has a list, else drawn, by places.
+
+    Splits that the request asks for are drawn instead.
+
+    Entries of the lists without a scan on disk are counted, and so are scans in no list.
+
+    Args:
+        request: its `split` and the seed of the draw.
+        lists: file -> split of the scans that it lists; absent files are ignored.
+        places: scan -> place, such as its room, of the scans on disk.
+        folder: the folder of the scans, named in messages.
+        report: gets the counts of what is dropped.
+
+    Raises:
+        UserError: a scan, or two scans of a place, are in lists of different splits, or no list
+            names a scan on disk.
+    """
+    lists = {path: split for path, split in lists.items() if path.is_file()}
+    if request.split or not lists:
+        return draw_splits(places, request)
+    listed: dict[str, tuple[str, str]] = {}  # place -> split, first scan
+    splits: dict[str, str] = {}
+    for path, split in lists.items():
+        entries = files.read_list(path)
+        for where, (scan,) in entries:
+            other, before = listed.setdefault(room_of(scan), (split, scan))
+            if other != split:
+                same = "" if scan == before else f", as {before}, of the same room"
+                raise UserError(f"{where}: {scan} is in the list of {other} too{same}")
+            splits[scan] = split
+        absent = sum(scan not in places for _, (scan,) in entries)
+        if absent:
+            which = "every entry" if absent == len(entries) else "entry"
+            report.dropped[f"{which} of {path.name}: no such scan in {folder.name}/"] += absent
+    kept = {scan: splits[scan] for scan in places if scan in splits}
+    names = ", ".join(path.name for path in lists)
+    if not kept:
+        raise UserError(f"{request.root}: {names}: none of the scans in {folder.name}/ is listed")
+    if len(kept) < len(places):
+        report.dropped[f"scene: in none of {names}"] += len(places) - len(kept)
+    return kept
+
+
 def exclude_from_training(
     splits: dict[str, str], places: Mapping[str, str], request: Request, report: Report
 ) -> dict[str, str]:
@@ -94,6 +145,7 @@ def write_scenes(
     categories: Sequence[str],
     tokens_contain_depth: bool,
     notes: str,
+    scale: str = "metric",
 ) -> Report:
     """Writes the export of a source of scenes.
 
@@ -105,7 +157,7 @@ def write_scenes(
         report: gets what is kept and dropped.
         source: returns what a scene is made from, as `exports.made_from.fingerprint` takes it.
             Scenes that an interrupted call made from something else are made again.
-        producer, categories, tokens_contain_depth, notes: see `exports.ExportWriter`.
+        producer, categories, tokens_contain_depth, notes, scale: see `exports.ExportWriter`.
 
     Returns:
         `report`.
@@ -122,7 +174,7 @@ def write_scenes(
         request.out,
         producer={**producer, "request": f"{arguments}, excluded {excluded:08x}"},
         dtype="float16",
-        scale="metric",
+        scale=scale,
         token_width=TOKEN_WIDTH,
         patch_grid=request.patch_grid,
         tokens_contain_depth=tokens_contain_depth,
@@ -134,7 +186,7 @@ def write_scenes(
         sources = {scene_id: made_from.fingerprint(source(scene_id)) for scene_id in splits}
         finished = unchanged(writer, sources)
         written: dict[str, dict] = {}
-        check = exports.cameras.CameraCheck(metric=True)
+        check = exports.cameras.CameraCheck(metric=scale == "metric")
         for scene_id, split in progress_bar(splits.items(), desc="scenes", unit="scene"):
             try:
                 if scene_id not in finished:

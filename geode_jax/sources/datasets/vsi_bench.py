@@ -15,18 +15,16 @@ depth, camera or box. Pictures are squeezed into squares. The id of a question i
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from geode_jax import exports
 from geode_jax.errors import UserError
-from geode_jax.exports import made_from, videos
+from geode_jax.exports import made_from
 from geode_jax.exports.kinds import VSI_CHOICE_KINDS, VSI_NUMERIC_KINDS
 from geode_jax.exports.scene_names import MisfitError, path_parts
 from geode_jax.exports.units import KIND_UNITS
 from geode_jax.row_files import read_rows, require
 from geode_jax.runtime.bars import progress_bar
 from geode_jax.sources.datasets import Report, Request
+from geode_jax.sources.datasets.images import IMAGE_SIDE, video_arrays
 from geode_jax.sources.datasets.scene_export import unchanged
 from geode_jax.sources.stand_ins import TOKEN_WIDTH
 
@@ -35,8 +33,6 @@ VERSION = 1
 DATASETS = ("arkitscenes", "scannet", "scannetpp")
 """Folders of videos."""
 PARTS = ("full", "debiased")
-IMAGE_SIDE = 448
-"""Side of the pictures, pixels."""
 _TYPES = (*VSI_NUMERIC_KINDS, *VSI_CHOICE_KINDS)
 
 
@@ -99,7 +95,7 @@ def prepare(request: Request) -> Report:
                 writer.register(finished[scene])
             else:
                 made_from.note(writer, scene, sources[scene])
-                arrays = _views(videos_of[scene], request.views)
+                arrays = video_arrays(videos_of[scene], request.views)
                 writer.add_scene(scene, arrays, split="test")
         order = {scene: place for place, scene in enumerate(sources)}
         kept.sort(key=lambda row: order[row["scene_name"]])
@@ -172,17 +168,6 @@ def _check_row(row: dict, where: str) -> None:
 
 def _video(root: Path, row: dict) -> Path:
     return root / row["dataset"] / f"{row['scene_name']}.mp4"
-
-
-def _views(path: Path, frames: int) -> dict[str, np.ndarray]:
-    pictures, indices = videos.read_frames(path, frames)
-    size = (IMAGE_SIDE, IMAGE_SIDE)
-    squares = {
-        i: np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
-        for i, picture in zip(indices.tolist(), pictures, strict=True)
-    }
-    images = np.stack([squares[i] for i in indices.tolist()])
-    return {"images": images, "frame_index": indices.astype(np.int32)}
 
 
 def _question(scene: str, row: dict) -> dict:

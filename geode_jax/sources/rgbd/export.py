@@ -170,7 +170,7 @@ def make_rgbd_export(
                 for group in groups:
                     scene_id = f"{name}_{made:04d}"
                     chosen = [frames[n] for n in group]
-                    arrays = frame_arrays(source, chosen)
+                    arrays = frame_arrays(chosen)
                     check.add(arrays)
                     writer.add_scene(scene_id, arrays, split=split)
                     records = questioner.ask(

@@ -85,6 +85,10 @@ class RgbdFolder:
             pose = np.diag([1, -1, 1, 1]) @ pose @ np.diag([1, -1, 1, 1])
         return pose
 
+    def read_cameras(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns the intrinsics of depth and colour, which are those of all frames."""
+        return self.depth_intrinsic, self.color_intrinsic
+
     def read_depth(self, name: str) -> np.ndarray:
         """Returns depth [height, width] float32 metres, 0 = missing (stored as 0 or 65535).
 

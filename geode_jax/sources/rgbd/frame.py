@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from geode_jax.sources.rgbd.intrinsics import resized
 from geode_jax.sources.rgbd.questions import PLACES, SeenView
-from geode_jax.sources.rgbd.sequence import RgbdSequence
+from geode_jax.sources.rgbd.sequence import Dropped, RgbdSequence
 from geode_jax.sources.rooms.raycast import luminance
 from geode_jax.sources.stand_ins import patch_tokens
 
@@ -33,6 +34,7 @@ class Frame:
         normals: [2 gh, 2 gw, 3] unit vectors towards the camera, world frame; 0 = unknown.
         tokens: [gh * gw, TOKEN_WIDTH].
         image: [h, w, 3] uint8 over the depth camera's field of view.
+        intrinsic: [3, 3] in pixels of the exported depth map, pixel centres at integers.
         view: what questions are made from.
     """
 
@@ -41,6 +43,7 @@ class Frame:
     normals: np.ndarray
     tokens: np.ndarray
     image: np.ndarray
+    intrinsic: np.ndarray
     view: SeenView
 
 
@@ -67,10 +70,11 @@ def read_frame(
     """
     pose = source.read_pose(name)
     pose = pose if world is None else world @ pose
+    intrinsic, color_intrinsic = source.read_cameras(name)
     depth, color = source.read_depth(name), source.read_color(name)
     height, width = depth.shape
     rows, columns = 2 * patch_grid[0], 2 * patch_grid[1]
-    sampler = _DepthSampler(depth, source.depth_intrinsic, pose)
+    sampler = _DepthSampler(depth, intrinsic, pose)
     # A cell's depth comes from the middle of the cell: a mean over the cell would mix near and far
     # surfaces.
     reach = max(1, min(width, height) // 160)
@@ -80,7 +84,9 @@ def read_frame(
     _, patch_points = sampler.at(
         _centres(patch_grid[0], height)[:, None], _centres(patch_grid[1], width)[None, :], reach
     )
-    image = _aligned_image(source, color, (rows, columns), image_side, square)
+    image = _aligned_image(
+        color, color_intrinsic, intrinsic, (width, height), (rows, columns), image_side, square
+    )
     colour, contrast, slopes = _texture(image, rows, columns)
     tokens = patch_tokens(
         *(a[None] for a in (points, cell_depth, normals, colour, contrast, slopes, patch_points))
@@ -91,8 +97,52 @@ def read_frame(
     )
     seen = SeenView(pose, _places(sampler), surface[surface.any(-1)])
     return Frame(
-        cell_depth.astype(np.float32), points.astype(np.float32), normals, tokens[0], image, seen
+        cell_depth.astype(np.float32),
+        points.astype(np.float32),
+        normals,
+        tokens[0],
+        image,
+        resized(intrinsic, (width, height), (columns, rows)),
+        seen,
     )
+
+
+def spread_frames(
+    source: RgbdSequence,
+    views: int,
+    patch_grid: tuple[int, int],
+    image_side: int,
+    world: np.ndarray | None,
+    dropped: Counter[str],
+) -> list[Frame]:
+    """Returns frames spread evenly over those with a pose; a neighbour replaces a broken one.
+
+    The pictures are square.
+
+    Args:
+        source: the sequence.
+        views: largest number of frames.
+        patch_grid, image_side, world: see `read_frame`.
+        dropped: gets the counts of the frames that cannot be used, by reason.
+    """
+    tracked = []
+    for name in source.names:
+        try:
+            source.read_pose(name)
+            tracked.append(name)
+        except Dropped as reason:
+            dropped[f"frame: {reason}"] += 1
+    frames = []
+    for part in np.array_split(tracked, min(views, len(tracked)) or 1):
+        middle = len(part) // 2
+        for n in sorted(range(len(part)), key=lambda n: abs(n - middle)):
+            try:
+                name = str(part[n])
+                frames.append(read_frame(source, name, patch_grid, image_side, world, square=True))
+                break
+            except Dropped as reason:
+                dropped[f"frame: {reason}"] += 1
+    return frames
 
 
 def _centres(cells: int, size: int) -> np.ndarray:
@@ -177,17 +227,22 @@ def _places(sampler: _DepthSampler) -> dict[str, np.ndarray]:
 
 
 def _aligned_image(
-    source: RgbdSequence, color: Image.Image, cells: tuple[int, int], side: int, square: bool
+    color: Image.Image,
+    k_color: np.ndarray | None,
+    k_depth: np.ndarray,
+    depth_size: tuple[int, int],
+    cells: tuple[int, int],
+    side: int,
+    square: bool,
 ) -> np.ndarray:
     """Returns the colour image resampled to exactly the depth camera's field of view.
 
     Black where the colour camera saw nothing. Sides are multiples of the cells, so that cells are
     whole pixels.
     """
-    k_depth, (width, height) = source.depth_intrinsic, source.depth_size
-    k_color = source.color_intrinsic
+    width, height = depth_size
     if k_color is None:
-        k_color = resized(k_depth, source.depth_size, color.size)
+        k_color = resized(k_depth, depth_size, color.size)
     scale = min(1.0, side / max(width, height), max(color.size) / max(width, height))
     rows, columns = cells
     if square:
@@ -199,7 +254,7 @@ def _aligned_image(
     )
     image = Image.new("RGB", out)
     source_box, target_box = [], []
-    for axis, (size, limit) in enumerate(zip(source.depth_size, color.size, strict=True)):
+    for axis, (size, limit) in enumerate(zip(depth_size, color.size, strict=True)):
         # The depth image's edges as rays, then as positions in the colour image.
         rays = (np.array([-0.5, size - 0.5]) - k_depth[axis, 2]) / k_depth[axis, axis]
         edges = rays * k_color[axis, axis] + k_color[axis, 2] + 0.5
@@ -231,20 +286,18 @@ def _texture(image: np.ndarray, rows: int, columns: int) -> tuple[np.ndarray, ..
     return cells(colour).mean(2), cells(light).std(2)[..., 0], cells(slopes).mean(2) / SLOPE_UNIT
 
 
-def frame_arrays(source: RgbdSequence, frames: Sequence[Frame]) -> dict[str, np.ndarray]:
+def frame_arrays(frames: Sequence[Frame]) -> dict[str, np.ndarray]:
     """Returns a scene's tensors of its views, named as in the array contract."""
     poses = np.array([frame.view.world_from_camera for frame in frames])
     rotation = poses[:, :3, :3].swapaxes(1, 2)
     extrinsic = np.concatenate([rotation, -rotation @ poses[:, :3, 3:]], axis=2)
     depth = np.array([frame.depth for frame in frames])
-    _, rows, columns = depth.shape
-    intrinsic = resized(source.depth_intrinsic, source.depth_size, (columns, rows))
     return {
         "vggt/tokens": np.array([frame.tokens for frame in frames]),
         "vggt/depth": depth,
         "vggt/points": np.array([frame.points for frame in frames]),
         "camera/extrinsic": extrinsic.astype(np.float32),
-        "camera/intrinsic": np.repeat(intrinsic[None], len(frames), 0).astype(np.float32),
+        "camera/intrinsic": np.array([frame.intrinsic for frame in frames], np.float32),
         "images": np.array([frame.image for frame in frames]),
         "target/depth": depth.copy(),
     }

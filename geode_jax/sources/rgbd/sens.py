@@ -77,6 +77,10 @@ class SensFile:
         """
         return rigid(self.poses[int(name)].astype(np.float64))
 
+    def read_cameras(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns the intrinsics of depth and colour, which are those of all frames."""
+        return self.depth_intrinsic, self.color_intrinsic
+
     def read_stored_depth(self, name: str) -> np.ndarray:
         """Returns depth [height, width] uint16 as stored, 0 = missing.
 

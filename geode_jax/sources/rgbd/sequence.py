@@ -31,16 +31,6 @@ class RgbdSequence(Protocol):
         ...
 
     @property
-    def depth_intrinsic(self) -> np.ndarray:
-        """[3, 3] at that size, pixel centres at integers."""
-        ...
-
-    @property
-    def color_intrinsic(self) -> np.ndarray | None:
-        """[3, 3] at the colour images' size; None means the depth camera's, scaled."""
-        ...
-
-    @property
     def notes(self) -> tuple[str, ...]:
         """What was corrected on reading, a line each."""
         ...
@@ -50,6 +40,16 @@ class RgbdSequence(Protocol):
 
         Raises:
             Dropped: the pose is missing, not finite, or not a rigid motion.
+        """
+        ...
+
+    def read_cameras(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns the intrinsics [3, 3] of depth and of colour at their images' sizes.
+
+        Pixel centres are at integers. None for colour means the depth camera's, scaled.
+
+        Raises:
+            Dropped: a frame has an intrinsic of its own, which is missing or impossible.
         """
         ...
 

@@ -16,6 +16,7 @@ from geode_jax.errors import UserError
 from geode_jax.exports import Export, validate
 from geode_jax.exports.files import Entry
 from geode_jax.sources.datasets import Request, scannet
+from geode_jax.sources.datasets.instances import measure_room
 from geode_jax.sources.datasets.ply import read_vertices
 from geode_jax.sources.datasets.prepare import prepare
 from geode_jax.sources.rooms import raycast
@@ -195,7 +196,7 @@ def test_boxes_are_the_cuboids_in_the_aligned_frame(tmp_path):
     labels = scannet.read_labels(folder, scannet.read_alignment(folder))
     assert labels.names == NAMES and labels.lost == ()
     np.testing.assert_allclose(labels.boxes, boxes_of(3), atol=1e-5)
-    room, floor = scannet.measure_room(labels.vertices)
+    room, floor = measure_room(labels.vertices)
     np.testing.assert_allclose(room, ROOM, atol=1e-5)
     assert floor == pytest.approx(ROOM[0] * ROOM[1], rel=0.03)
 
@@ -205,7 +206,7 @@ def test_a_missing_corner_is_no_floor():
     ell = cells[(cells[:, 0] < 2) | (cells[:, 1] < 1)]  # 2 x 3 and 2 x 1
     under = (np.abs(ell - 1) > 0.3).any(-1)  # a hole under a table stays floor
     vertices = np.concatenate([ell[under], np.zeros((under.sum(), 1))], -1)
-    assert scannet.measure_room(vertices)[1] == pytest.approx(8.0, rel=0.03)
+    assert measure_room(vertices)[1] == pytest.approx(8.0, rel=0.03)
 
 
 # --- Writing --------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_all_rows_are_test_questions_about_the_frames_of_the_harness(prepare, ro
         arrays = export.read_scene(scene)
         frames, indices = read_frames(root / folder / f"{scene}.mp4", 8)
         assert arrays["frame_index"].tolist() == indices.tolist()
-        wanted = Image.fromarray(np.ascontiguousarray(frames[3])).resize((448, 448))
+        wanted = Image.fromarray(np.ascontiguousarray(frames[3])).resize((448, 448), 2)
         np.testing.assert_array_equal(arrays["images"][3], np.asarray(wanted))
     asked = {record["id"]: record for record in export.questions()}
     for row in rows():

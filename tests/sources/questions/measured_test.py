@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from geode_jax.sources.datasets.scannet import Labels, surface_contacts
+from geode_jax.sources.datasets.instances import Labels, surface_contacts
 from geode_jax.sources.questions.measured import BoxQuestioner, box_contacts
 from geode_jax.sources.questions.seen_room import SeenRoom
 
