@@ -307,6 +307,10 @@ of the logits does not change a softmax.
 """
 
 
+PLAIN = frozenset({"images", "frame_index", "internvit/tokens"})
+"""Tensors whose meaning depends on no field of the manifest."""
+
+
 def scene_error(scene_id: str, tensor: str, rule: str) -> ExportError:
     """Returns the error of a tensor; `tensor` is "*" for a whole file."""
     return ExportError(f"scene {scene_id}", f"tensor {tensor}", rule)

@@ -19,6 +19,7 @@ from .contract import (
     FILES,
     FRAME,
     MANIFEST,
+    PLAIN,
     QUESTIONS,
     SCHEMA_VERSION,
     ExportError,
@@ -325,7 +326,7 @@ class ExportWriter:
         """
         entry = dict(export._entry(scene_id))
         entry["split"] = split or entry["split"]
-        self._refuse_other_meaning(export)
+        self._refuse_other_meaning(export, scene_id)
         if scene_id in self._scenes:
             raise ExportError(MANIFEST, "id", f"duplicate scene {scene_id}")
         nouns = export.categories, self.manifest["categories"]
@@ -342,15 +343,15 @@ class ExportWriter:
         self._finish(entry)
         return entry
 
-    def _refuse_other_meaning(self, export: Export) -> None:
-        """Refuses an export whose scenes' numbers would mean something else in this one."""
+    def _refuse_other_meaning(self, export: Export, scene_id: str) -> None:
+        """Refuses a scene whose numbers would mean something else in this export."""
         for name in MEANING:
             theirs, own = export.manifest.get(name), self.manifest.get(name)
             if name == "categories":
                 same = set(export.categories) <= set(self.manifest["categories"])
             else:  # scenes of an export without the tokenizer have no ids
                 same = theirs == own or (name == "teacher_tokenizer" and theirs is None)
-            if not same:
+            if not same and not export.scene_shapes(scene_id).keys() <= PLAIN:
                 rule = f"differs from that of {export.folder}, whose scenes are taken over"
                 raise ExportError(MANIFEST, name, rule)
 

@@ -1,7 +1,7 @@
 """One export from several, such as ScanNet's and 3D-FRONT's as one training set.
 
-The scenes of all parts stand in one manifest, in the parts' order, and so do their questions. A
-scene's files are hard links where possible. Categories are the union of the parts' nouns, those of
+The scenes of all parts stand in one manifest, in the parts' order, and so do their questions. Parts
+must agree in what their numbers mean; a part of pictures alone goes with any other. A scene's files are hard links where possible. Categories are the union of the parts' nouns, those of
 the first part first: its labels keep their numbers. A file of another part whose labels get other
 numbers is written anew (`exports.labels`), so the largest part is best named first.
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from geode_jax.errors import UserError
 from geode_jax.exports import SPLITS, Export, ExportError, ExportWriter, made_from
-from geode_jax.exports.contract import QUESTIONS, shown
+from geode_jax.exports.contract import PLAIN, QUESTIONS, shown
 from geode_jax.exports.scene_names import place_of
 from geode_jax.runtime.bars import progress_bar
 from geode_jax.sources.datasets import Report, Request, front3d
@@ -155,10 +155,13 @@ def _header(parts: Sequence[Part]) -> dict:
             rule = "two parts have this name; tell them apart by NAME=FOLDER"
             raise UserError(f"--export: {part.name}: {rule}")
     headers = [part.export.header() for part in parts]
-    first = parts[0]
-    for part, header in zip(parts, headers, strict=True):
-        for field in sorted((headers[0].keys() | header.keys()) - _JOINED):
-            _refuse_difference(field, first, headers[0].get(field), part, header.get(field))
+    # The numbers of a part of pictures alone depend on no field.
+    bound = [n for n, part in enumerate(parts) if not _is_plain(part)] or [0]
+    first = bound[0]
+    for n in bound:
+        for field in sorted((headers[first].keys() | headers[n].keys()) - _JOINED):
+            own, other = headers[first].get(field), headers[n].get(field)
+            _refuse_difference(field, parts[first], own, parts[n], other)
     own = {n: header.get("teacher_tokenizer") for n, header in enumerate(headers)}
     known = [n for n, tokenizer in own.items() if tokenizer]
     for n in known[1:]:
@@ -171,7 +174,15 @@ def _header(parts: Sequence[Part]) -> dict:
     }
     if known:
         joined["teacher_tokenizer"] = own[known[0]]
-    return headers[0] | joined
+    return headers[first] | joined
+
+
+def _is_plain(part: Part) -> bool:
+    """Returns whether all tensors of all scenes are those of `contract.PLAIN`."""
+    with _named(part):
+        return all(
+            part.export.scene_shapes(scene).keys() <= PLAIN for scene in part.export.scene_ids()
+        )
 
 
 def _refuse_difference(field: str, a: Part, own_a: object, b: Part, own_b: object) -> None:

@@ -87,14 +87,22 @@ fi
 
 # --- The scenes -----------------------------------------------------------------------------------
 
+# listed FOLDER: true if the benchmark has a room of which there is a scan below the folder.
+listed() {
+    $dry || find -L "$1" -maxdepth 3 -printf '%f\n' | sed 's/_[0-9][0-9]$//' |
+        grep -qxFf <(sed 's/_[0-9][0-9]$//' "$OUT/vsi-bench-scenes.txt")
+}
+
 rooms=()
 for source in scannet scannetpp arkitscenes; do
     if ! have "$source"; then continue; fi
+    excluded=()
+    if ((${#exclude[@]})) && listed "$RAW/$source"; then excluded=("${exclude[@]}"); fi
     folder=$RAW/$source
     if [[ $source == scannet ]]; then folder=$RAW/scannet/scans; fi
     step "scenes of $source" "$OUT/$source/manifest.json" "a tenth of the step after it" \
         "${GEODE[@]}" prepare --source "$source" --root "$RAW/$source" --out "$OUT/$source" \
-        --views "$VIEWS" --grid "${grid[@]}" "${exclude[@]}"
+        --views "$VIEWS" --grid "${grid[@]}" "${excluded[@]}"
     with_points "$source" "$(entries "$folder")"
     rooms+=(--export "$OUT/$source-points")
 done

@@ -28,6 +28,8 @@ FAKES = Path(__file__).resolve().parent.parent / "third_party" / "fakes"
 PICTURES = [f"picture{n}" for n in range(6)]
 SCANS = [f"scene{n:04d}_00" for n in range(8)]
 HOUSES = 4
+BENCHMARK = {SCANS[0]: "scannet", f"{0:010x}": "scannetpp", "47333440": "arkitscenes"}
+"""Scenes of VSI-Bench, two of which are among those on disk and must not be trained on."""
 TRUE_VGGT = """before=
 for word; do
     case "$before $word" in
@@ -68,7 +70,7 @@ def write_raw(root: Path, data: Path | None) -> None:
         picture.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (64, 48), (90, 120, 60)).save(picture)
         write_video(root / "s-mit" / "images" / "sitting" / f"{name}.mp4", 9)
-    write_vsi_bench(root / "vsi-bench")
+    write_vsi_bench(root / "vsi-bench", scenes=BENCHMARK)
     _write_llama_tokenizer(root / "tokenizer")
     for project in ("LLaVA-3D", "sonata"):
         _write_interpreter(root / project / ".venv" / "bin" / "python")

@@ -208,6 +208,25 @@ def test_parts_without_a_teacher_or_with_one_name_are_merged(parts, tmp_path):
         merged(tmp_path / "no", twice.folder, last, split="80/20")
 
 
+def test_pictures_alone_go_with_any_other_part(parts, tmp_path):
+    other = {"dtype": "float16", "scale": "scene", "token_width": 76, "patch_grid": (8, 8)}
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 6, 8, 3), np.uint8)
+    with ExportWriter(tmp_path / "pictures", **HEADER | other | {"categories": []}) as writer:
+        writer.add_scene("picture", {"images": pictures}, split="train")
+    for n, order in enumerate(
+        ((parts[0], tmp_path / "pictures"), (tmp_path / "pictures", parts[0]))
+    ):
+        export = merged(tmp_path / f"both{n}", *order)
+        assert validate(export.folder)["scenes"] == 5
+        assert export.manifest["scale"] == "metric" and export.token_width == 5
+        np.testing.assert_array_equal(export.read_scene("picture")["images"], pictures)
+    with ExportWriter(tmp_path / "posed", **HEADER | other | {"categories": []}) as writer:
+        poses = np.tile(np.eye(3, 4, dtype=np.float32), (2, 1, 1))
+        writer.add_scene("a", {"images": pictures, "camera/extrinsic": poses}, split="train")
+    with pytest.raises(UserError, match="dtype: 'float32' in .*, 'float16' in"):
+        merged(tmp_path / "refused", parts[0], tmp_path / "posed")
+
+
 @pytest.mark.parametrize(
     ("scenes", "header", "rule"),
     [

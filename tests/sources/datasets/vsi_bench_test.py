@@ -30,11 +30,11 @@ CHOICES = (
 SCENES = {"41069025": "arkitscenes", "scene0015_00": "scannet", "09c1414f1b": "scannetpp"}
 
 
-def rows() -> list[dict]:
+def rows(scenes: dict[str, str] = SCENES) -> list[dict]:
     """Every question type about every scene, scenes interleaved as in the data set."""
     found = []
     for kind in (*NUMBERS, *CHOICES):
-        for scene, folder in SCENES.items():
+        for scene, folder in scenes.items():
             question, truth = NUMBERS.get(kind, (f"Which one, by {kind}?", "B"))
             options = None if kind in NUMBERS else ["A. chair", "B. sofa", "C. bed", "D. tv"]
             found.append(
@@ -44,12 +44,12 @@ def rows() -> list[dict]:
     return found
 
 
-def write_vsi_bench(root, own=None) -> None:
-    """Writes rows and short videos of three scenes; one video has a rotation flag."""
+def write_vsi_bench(root, own=None, scenes: dict[str, str] = SCENES) -> None:
+    """Writes rows and short videos of {scene: folder}; one video has a rotation flag."""
     root.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(row) + "\n" for row in own or rows())
+    lines = (json.dumps(row) + "\n" for row in own or rows(scenes))
     (root / "test.jsonl").write_text("".join(lines))
-    for n, (scene, folder) in enumerate(SCENES.items()):
+    for n, (scene, folder) in enumerate(scenes.items()):
         write_video(root / folder / f"{scene}.mp4", 5 + 30 * n, turned=90 * (n == 0))
 
 
