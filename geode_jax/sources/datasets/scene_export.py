@@ -6,6 +6,7 @@ continues an interrupted one and ends with the same content.
 """
 
 import dataclasses
+import os
 import shutil
 import zlib
 from collections import Counter
@@ -69,7 +70,7 @@ def listed_splits(
         UserError: a scan, or two scans of a place, are in lists of different splits, or no list
             names a scan on disk.
     """
-    lists = {path: split for path, split in lists.items() if path.is_file()}
+    lists = {path: split for path, split in lists.items() if os.path.lexists(path)}
     if not lists:
         drawn = split_places(places.values(), request.seed)
         return {scan: drawn[place] for scan, place in places.items()}
