@@ -182,10 +182,10 @@ def _add_prepare(commands: Commands) -> None:
         "prepare",
         _prepare,
         "Make an export of a data set on disk.\n\n"
-        "A data set of scenes (scannet, arkitscenes, 3d-front), or folders of your own pictures\n"
-        "(images), becomes an export of scenes. A data set of\n"
-        "questions (scanqa, sqa3d, vsi590k, ...) needs such an export as --scenes and becomes a\n"
-        "copy of it with these questions.\n\n"
+        "A data set of scenes (scannet, scannetpp, arkitscenes, 3d-front), or folders of your own\n"
+        "pictures (images), becomes an export of scenes. A data set of questions (scanqa, sqa3d,\n"
+        "vsi590k, ...) needs such an export as --scenes and becomes a copy of it with these\n"
+        "questions.\n\n"
         "Your own questions are the source jsonl: --root is a file of JSON lines with scene_id,\n"
         "question and answer and, if you like, id, kind, options, value, unit, box, rationale;\n"
         "docs/how-to/questions.md has all fields.",

@@ -1,9 +1,10 @@
 """One export from several, such as ScanNet's and 3D-FRONT's as one training set.
 
 The scenes of all parts stand in one manifest, in the parts' order, and so do their questions. Parts
-must agree in what their numbers mean; a part of pictures alone goes with any other. A scene's files are hard links where possible. Categories are the union of the parts' nouns, those of
-the first part first: its labels keep their numbers. A file of another part whose labels get other
-numbers is written anew (`exports.labels`), so the largest part is best named first.
+must agree in what their numbers mean; a part of pictures alone goes with any other. A scene's files
+are hard links where possible. Categories are the union of the parts' nouns, those of the first part
+first: its labels keep their numbers. A file of another part whose labels get other numbers is
+written anew (`exports.labels`), so the largest part is best named first.
 
 Questions that name no data set (`source`) get the name of their part. `data.mixture` and
 `data.fraction` then take the parts apart.

@@ -117,7 +117,7 @@ for source in cambrian-alignment s-mit; do
     pictures+=(--export "$OUT/$source")
 done
 step 'one export of all scenes' "$OUT/scenes/manifest.json" 'links, no copies' \
-    "${GEODE[@]}" merge "${rooms[@]}" "${pictures[@]}" --out "$OUT/scenes" --split 70/15/15
+    "${GEODE[@]}" merge "${rooms[@]}" "${pictures[@]}" --out "$OUT/scenes"
 
 # --- What each stage learns (Sec. 3.1) ------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,22 +178,48 @@ def _write_scannet(folder: Path) -> None:
     (folder / "scannetv2_val.txt").write_text("scene0001_00\n")
 
 
-def _read_scannet(folder: Path) -> dict[str, Any]:
-    from geode_jax.sources.datasets import scannet
+def _write_scannetpp(folder: Path) -> None:
+    from tests.sources.datasets.scannetpp_test import write_scene
 
-    scannet.IMAGE_SIDE = 32
-    out = folder.parent / "out"
-    printed = command(
-        ["prepare", "--source", "scannet", "--root", folder, "--out", out]
-        + ["--views", "2", "--grid", "2", "2"]
-    )
-    content = export_content(out)
-    shutil.rmtree(out)
-    printed = [re.sub(r" in \d+.*", "", line) for line in printed.splitlines()]
-    return {"content": content, "printed": printed}
+    for n in range(2):
+        write_scene(folder / "data" / f"0a5c01343{n}", n)
 
 
-def _scannet_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
+def _write_arkitscenes(folder: Path) -> None:
+    from tests.sources.datasets.arkitscenes_test import write_arkitscenes
+
+    write_arkitscenes(folder, videos=2)
+
+
+def _write_pictures(folder: Path) -> None:
+    from tests.sources.datasets.images_test import transforms, write_scene
+
+    write_scene(folder / "a", transforms())
+    write_scene(folder / "b")
+
+
+def _read_scans(source: str, *options: str) -> Callable[[Path], dict[str, Any]]:
+    """Returns a function that prepares a source of scenes."""
+
+    def read(folder: Path) -> dict[str, Any]:
+        from geode_jax.sources.datasets import arkitscenes, images, scannet, scannetpp
+
+        for module in (arkitscenes, images, scannet, scannetpp):
+            module.IMAGE_SIDE = 32
+        out = folder.parent / "out"
+        printed = command(
+            ["prepare", "--source", source, "--root", folder, "--out", out, *options]
+            + ["--views", "2", "--grid", "2", "2"]
+        )
+        content = export_content(out)
+        shutil.rmtree(out)
+        printed = [re.sub(r" in \d+.*", "", line) for line in printed.splitlines()]
+        return {"content": content, "printed": printed}
+
+    return read
+
+
+def _scans_silent(before: dict, after: dict, done: Damage, folder: Path) -> str:
     """Requires that losses are counted; there are no checksums."""
     fewer = [
         what
@@ -516,7 +543,21 @@ TARGETS = {
     "lists/exclude": Target(
         _write_excluded, _read_excluded, 1, ("excluded.txt",), _excluded_silent
     ),
-    "prepare/scannet": Target(_write_scannet, _read_scannet, 1, silent=_scannet_silent),
+    "prepare/scannet": Target(_write_scannet, _read_scans("scannet"), 1, silent=_scans_silent),
+    "prepare/scannetpp": Target(
+        _write_scannetpp, _read_scans("scannetpp"), 1, silent=_scans_silent
+    ),
+    "prepare/dslr": Target(
+        _write_scannetpp,
+        _read_scans("scannetpp", "--part", "dslr"),
+        1,
+        ("**/dslr/**/*", "**/scans/*"),
+        _scans_silent,
+    ),
+    "prepare/arkitscenes": Target(
+        _write_arkitscenes, _read_scans("arkitscenes"), 1, silent=_scans_silent
+    ),
+    "prepare/images": Target(_write_pictures, _read_scans("images"), 1, silent=_scans_silent),
     "sens": Target(_write_sens, _read_sens, 2, silent=any_reader_sees),
     "3d-front": Target(_write_front, _read_front, 2, silent=_front_silent),
     "rgbd": Target(_write_rgbd, _read_rgbd, 2, silent=_rgbd_silent),

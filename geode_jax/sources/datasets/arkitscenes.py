@@ -29,6 +29,7 @@ from geode_jax.sources.datasets import Report, Request
 from geode_jax.sources.datasets.instances import (
     EXCLUDED_LABELS,
     Things,
+    floor_to_zero,
     label_of,
     labelled_scene,
     pixels_in_boxes,
@@ -49,8 +50,6 @@ VERSION = 1
 """Version of an export's content; goes up with every change of this converter."""
 IMAGE_SIDE = 256
 """Side of the pictures, pixels; those of lowres_wide have 256 x 192."""
-FLOOR_SHARE = 0.02
-"""Share of the mesh's vertices that are taken to be below the floor: noise and reflections."""
 FOLDS = {"Training": "train", "Validation": "val"}
 """Fold of the data set -> split of the export."""
 _PARTS = ("", "raw", "3dod")
@@ -200,7 +199,7 @@ def make_scene(folder: Path, request: Request, categories: list[str]) -> Scene:
     mesh_file, world, mesh = folder / f"{video}_3dod_mesh.ply", np.eye(4), None
     if os.path.lexists(mesh_file):
         mesh = read_mesh(mesh_file, world)
-        world[2, 3] = -np.quantile(mesh[:, 2], FLOOR_SHARE)
+        world = floor_to_zero(mesh)
         mesh = mesh + world[:3, 3]
     else:
         dropped["mesh: a video has none, so nothing is asked about it"] += 1

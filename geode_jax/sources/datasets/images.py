@@ -18,6 +18,7 @@ intrinsics are those of maps of 2 x 2 cells a patch, as for other sources.
 """
 
 import dataclasses
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -86,7 +87,7 @@ def prepare(request: Request) -> Report:
     for name, path in scenes.items():
         if not _NAME.fullmatch(name):
             raise UserError(f"{path}: the name of a scene may have letters, digits, '.', '_', '-'")
-        if request.metric and not (path / "transforms.json").is_file():
+        if request.metric and not os.path.lexists(path / "transforms.json"):
             raise UserError(f"--metric: {path} has no transforms.json, so its scale is unknown")
     places = {name: name for name in scenes}
     splits = exclude_from_training(draw_splits(places, request), places, request, report)
@@ -138,7 +139,7 @@ def picture_files(folder: Path) -> list[Path]:
     """Returns the pictures in a folder, else those in its `images`, in natural order."""
     known = (*pictures.ENDINGS, *UNREAD)
     for place in (folder, folder / "images"):
-        found = [p for p in place.glob("*") if p.suffix.lower() in known and p.is_file()]
+        found = [p for p in place.glob("*") if p.suffix.lower() in known]
         if found:
             return sorted(found, key=natural_order)
     return []
@@ -168,7 +169,7 @@ def make_scene(folder: Path, request: Request) -> Scene:
         else:
             found.append(path)
     cameras = None
-    if (folder / "transforms.json").is_file():
+    if os.path.lexists(folder / "transforms.json"):
         cameras = read_transforms(folder / "transforms.json", dropped)
         names = {path.name for path in found}
         absent = sum(name not in names for name in cameras)

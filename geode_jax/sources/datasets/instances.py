@@ -34,6 +34,10 @@ VOXEL_EDGE = 0.08
 MAX_TILT = np.radians(5)
 """Largest angle between an axis of an annotated box and the vertical; the contract's boxes turn
 about z only."""
+FLOOR_SHARE = 0.02
+"""Share of a mesh's vertices that are taken to be below the floor: noise and reflections."""
+FLOOR_SLACK = 0.1
+"""Height of the floor up to which a scan's own frame is kept, metres."""
 MIN_HELD = 0.9
 """Least share of a thing's vertices that its annotated box must hold."""
 MAX_MESH_EXTENT = 400.0
@@ -93,6 +97,17 @@ def read_mesh(path: Path, world: np.ndarray) -> np.ndarray:
             f"{path}: a mesh of {extent:.3g} m; must be more than 0, at most {MAX_MESH_EXTENT}"
         )
     return vertices
+
+
+def floor_to_zero(vertices: np.ndarray) -> np.ndarray:
+    """Returns the motion [4, 4] along z that brings the floor of a mesh [n, 3] to height 0.
+
+    Answers name heights above the floor. A floor within FLOOR_SLACK of 0 stays where it is.
+    """
+    height, world = np.quantile(vertices[:, 2], FLOOR_SHARE), np.eye(4)
+    if abs(height) > FLOOR_SLACK:
+        world[2, 3] = -height
+    return world
 
 
 def labels_of_segments(

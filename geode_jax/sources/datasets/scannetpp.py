@@ -10,11 +10,12 @@ The layout is the data set's own, with what its toolbox makes from the downloads
     data/<id>/dslr/colmap/images.txt                            the poses
     splits/nvs_sem_train.txt, nvs_sem_val.txt, nvs_test.txt, sem_test.txt
 
-The world frame is that of the mesh and of COLMAP's poses: metres, z up. (The poses in nerfstudio's
-file are of another world.) `--part iphone`, the default, has the sensor's depth and stand-ins for
-`vggt/tokens`, as ScanNet: the tokens contain depth. `--part dslr` has pictures, cameras and boxes;
-there is no depth and no token. A box is the annotated one if it holds its thing's vertices and
-turns about z only, else the axis-aligned box of the vertices.
+The world frame is that of the mesh and of COLMAP's poses: metres, z up; if the floor of the mesh is
+not at height 0, the scene is moved along z. (The poses in nerfstudio's file are of another world.)
+`--part iphone`, the default, has the sensor's depth and stand-ins for `vggt/tokens`, as ScanNet:
+the tokens contain depth. `--part dslr` has pictures, cameras and boxes; there is no depth and no
+token. A box is the annotated one if it holds its thing's vertices and turns about z only, else the
+axis-aligned box of the vertices.
 """
 
 import dataclasses
@@ -38,6 +39,7 @@ from geode_jax.sources.datasets.instances import (
     Group,
     Labels,
     Things,
+    floor_to_zero,
     label_of,
     labelled_scene,
     labels_of_segments,
@@ -139,12 +141,12 @@ def make_iphone_scene(folder: Path, request: Request, categories: list[str]) -> 
     """
     dropped = Counter[str]()
     sequence = open_iphone(folder / "iphone")
-    frames = spread_frames(sequence, request.views, request.patch_grid, IMAGE_SIDE, None, dropped)
+    labels, world = read_labels(folder)
+    frames = spread_frames(sequence, request.views, request.patch_grid, IMAGE_SIDE, world, dropped)
     if not frames:
         why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise UserError(f"no usable frame ({why})")
     arrays = frame_arrays(frames)
-    labels = read_labels(folder)
     rays = None if labels is None else pixels_on_mesh(labels, frames)
     return _scene(folder.name, arrays, labels, rays, categories, dropped)
 
@@ -156,7 +158,11 @@ def make_dslr_scene(folder: Path, request: Request, categories: list[str]) -> Sc
         UserError: a file is damaged, or no picture is usable.
     """
     dropped = Counter[str]()
-    cameras = read_dslr_cameras(folder / "dslr", dropped)
+    labels, world = read_labels(folder)
+    cameras = {
+        name: camera._replace(pose=world @ camera.pose)
+        for name, camera in read_dslr_cameras(folder / "dslr", dropped).items()
+    }
     places = [folder / "dslr" / name for name in _PICTURES]
     place = next((path for path in places if path.is_dir()), None)
     if place is None:
@@ -168,7 +174,7 @@ def make_dslr_scene(folder: Path, request: Request, categories: list[str]) -> Sc
     if len(found) < len(cameras):
         dropped["camera: its picture does not exist"] += len(cameras) - len(found)
     arrays = picture_arrays(sorted(found, key=natural_order), cameras, request, dropped)
-    labels, rays = read_labels(folder), None
+    rays = None
     if labels is not None:
         rows, columns = (2 * n for n in request.patch_grid)
         intrinsic = np.array(
@@ -287,16 +293,22 @@ def read_groups(folder: Path) -> list[Group] | None:
     return found
 
 
-def read_labels(folder: Path) -> Labels | None:
-    """Returns a scene's instances, None if it has no annotation.
+def read_labels(folder: Path) -> tuple[Labels | None, np.ndarray]:
+    """Returns a scene's instances, None if it has no annotation, and the motion to their frame.
+
+    The motion [4, 4] from the scan's frame is the identity where the floor is at height 0.
 
     Raises:
         UserError: one of the three files is missing or damaged, or they do not belong together.
     """
     groups = read_groups(folder)
     if groups is None:
-        return None
+        return None, np.eye(4)
     vertices = read_mesh(folder / "scans" / "mesh_aligned_0.05.ply", np.eye(4))
     path = folder / "scans" / "segments.json"
     segments = files.read_json_object(path).get("segIndices")
-    return labels_of_segments(groups, vertices, segments, path)
+    labels = labels_of_segments(groups, vertices, segments, path)
+    world = floor_to_zero(vertices)
+    boxes = labels.boxes.copy()
+    boxes[:, :3] += world[:3, 3]
+    return dataclasses.replace(labels, vertices=vertices + world[:3, 3], boxes=boxes), world

@@ -6,6 +6,7 @@ continues an interrupted one and ends with the same content.
 """
 
 import dataclasses
+import os
 import shutil
 import zlib
 from collections import Counter
@@ -83,7 +84,7 @@ def listed_splits(
         UserError: a scan, or two scans of a place, are in lists of different splits, or no list
             names a scan on disk.
     """
-    lists = {path: split for path, split in lists.items() if path.is_file()}
+    lists = {path: split for path, split in lists.items() if os.path.lexists(path)}
     if request.split or not lists:
         return draw_splits(places, request)
     listed: dict[str, tuple[str, str]] = {}  # place -> split, first scan

@@ -118,7 +118,12 @@ def write_arkitscenes(root: Path, videos: int = 4) -> Path:
     rows = ["video_id,visit_id,fold"]
     for n in range(videos):
         fold, video = ("Validation", "Training")[n > 0], f"4106902{n}"
-        write_video(root / fold / video, n, [*SKIES][n])
+        folder = write_video(root / fold / video, n, [*SKIES][n])
+        if n == 2:  # as in 3dod
+            frames = folder / f"{video}_frames"
+            frames.mkdir()
+            for path in folder.glob("lowres_*"):
+                path.rename(frames / path.name)
         rows.append(f"{video},{420000 + n // 2},{fold}")
     (root / "metadata.csv").write_text("\n".join(rows) + "\n")
     return root

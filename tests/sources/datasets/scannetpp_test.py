@@ -42,8 +42,11 @@ def grey(surface: np.ndarray) -> Image.Image:
     return Image.fromarray(np.repeat((29 * surface % 255)[..., None], 3, -1).astype(np.uint8))
 
 
-def write_scene(folder: Path, seed: int = 0) -> Path:
-    """Writes both cameras and the scan; the third instance's annotated box is another's."""
+def write_scene(folder: Path, seed: int = 0, floor: float = 0.0) -> Path:
+    """Writes both cameras and the scan; the third instance's annotated box is another's.
+
+    Everything is `floor` metres higher than `turned_boxes` and `cameras`.
+    """
     boxes = turned_boxes(seed)
     for place in ("iphone/rgb", "iphone/depth", "dslr/undistorted_images", "dslr/nerfstudio"):
         (folder / place).mkdir(parents=True)
@@ -59,6 +62,7 @@ def write_scene(folder: Path, seed: int = 0) -> Path:
         )
         grey(colour).save(folder / "iphone" / "rgb" / f"{name}.jpg")
         pose = np.linalg.inv(np.vstack([camera, [0, 0, 0, 1]]))
+        pose[2, 3] += floor
         lost = {"aligned_pose": [[float("nan")] * 4] * 4} if n == 1 else {}
         records[name] = {
             "pose": np.eye(4).tolist(), "intrinsic": K_COLOR.tolist(),
@@ -67,8 +71,9 @@ def write_scene(folder: Path, seed: int = 0) -> Path:
         grey(hits(boxes, camera, K_DSLR, DSLR)[1]).save(
             folder / "dslr" / "undistorted_images" / f"DSC{n}.JPG"
         )
+        move = camera[:, 3] - camera[:, :3] @ [0, 0, floor]
         x, y, z, w = Rotation.from_matrix(camera[:, :3]).as_quat()
-        numbers = " ".join(f"{v:.12f}" for v in (w, x, y, z, *camera[:, 3]))
+        numbers = " ".join(f"{v:.12f}" for v in (w, x, y, z, *move))
         rows += [f"{n + 1} {numbers} 1 DSC{n}.JPG", "" if n % 2 else "1.5 2.5 -1"]
         # The poses of nerfstudio's file are of another world.
         frames.append({"file_path": f"DSC{n}.JPG", "transform_matrix": np.eye(4).tolist()})
@@ -84,7 +89,7 @@ def write_scene(folder: Path, seed: int = 0) -> Path:
     scans.mkdir()
     parts = [in_world(b, surface(np.array([0, 0, 0, *b[3:6], 0]), 0.02)) for b in boxes]
     parts.append(surface(np.array([0, 0, ROOM[2] / 2, *ROOM, 0]), 0.03))
-    (scans / "mesh_aligned_0.05.ply").write_bytes(ply_bytes(np.concatenate(parts)))
+    (scans / "mesh_aligned_0.05.ply").write_bytes(ply_bytes(np.concatenate(parts) + [0, 0, floor]))
     segments = [np.full(len(part), 7 * n) for n, part in enumerate(parts)]
     (scans / "segments.json").write_text(
         json.dumps({"segIndices": np.concatenate(segments).tolist()})
@@ -96,7 +101,7 @@ def write_scene(folder: Path, seed: int = 0) -> Path:
             box = boxes[n]
             cos, sin = np.cos(box[6]), np.sin(box[6])
             groups[-1]["obb"] = {
-                "centroid": boxes[n + (n == 2), :3].tolist(),
+                "centroid": (boxes[n + (n == 2), :3] + [0, 0, floor]).tolist(),
                 "axesLengths": box[3:6].tolist(),
                 "normalizedAxes": [cos, sin, 0, -sin, cos, 0, 0, 0, 1],
             }
@@ -108,7 +113,7 @@ def write_scene(folder: Path, seed: int = 0) -> Path:
 def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("scannetpp")
     for n, name in enumerate(("0a5c013435", "1ada7a0617")):
-        write_scene(root / "data" / name, n)
+        write_scene(root / "data" / name, n, floor=-0.7 * n)
     (root / "splits").mkdir()
     (root / "splits" / "nvs_sem_train.txt").write_text("0a5c013435\nffffffffff\n")
     (root / "splits" / "nvs_sem_val.txt").write_text("1ada7a0617\n")
