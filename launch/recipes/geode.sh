@@ -93,7 +93,7 @@ listed() {
         grep -qxFf <(sed 's/_[0-9][0-9]$//' "$OUT/vsi-bench-scenes.txt")
 }
 
-rooms=()
+rooms=() own=()
 for source in scannet scannetpp arkitscenes; do
     if ! have "$source"; then continue; fi
     excluded=()
@@ -104,7 +104,8 @@ for source in scannet scannetpp arkitscenes; do
         "${GEODE[@]}" prepare --source "$source" --root "$RAW/$source" --out "$OUT/$source" \
         --views "$VIEWS" --grid "${grid[@]}" "${excluded[@]}"
     with_points "$source" "$(entries "$folder")"
-    rooms+=(--export "$OUT/$source-points")
+    rooms+=(--export "$source=$OUT/$source-points")
+    own+=("$source=0")
 done
 pictures=()
 for source in cambrian-alignment s-mit; do
@@ -137,11 +138,12 @@ stage2=$export
 
 # The questions that `prepare` measures from boxes are not in the paper. Stage 2 keeps them, because
 # no data set of the paper asks for a box.
+without_own=$(IFS=, && echo "${own[*]}")
 train geode_align:full "$OUT/runs/align" --config.data.export="$stage0" --config.tokenizer="$QWEN" \
     --config.init_from="$QWEN,$INTERNVIT" --config.data.fraction=s-mit=0.25,cambrian-alignment=0.1 \
-    --config.data.mixture=own=0 --config.train.epochs="$(passes "$stage0" 4)"
+    --config.data.mixture="$without_own" --config.train.epochs="$(passes "$stage0" 4)"
 train geode_drm:full "$OUT/runs/drm" --config.data.export="$stage1" \
-    --config.init_from="$OUT/runs/align" --config.data.mixture=own=0 \
+    --config.init_from="$OUT/runs/align" --config.data.mixture="$without_own" \
     --config.train.epochs="$(passes "$stage1" 4)"
 joint=(--config.data.export="$stage2" --config.eval.blind="$OUT/runs/blind"
     --config.train.epochs="$(passes "$stage2" 4)")
@@ -156,7 +158,7 @@ if have vsi-bench; then
         --out "$OUT/runs/blind/vsi-bench.json"
     step "VSI-Bench" "$OUT/runs/joint/vsi-bench.json" 'a page' \
         "${GEODE[@]}" evaluate vsi --workdir "$OUT/runs/joint" --export "$OUT/vsi-bench-points" \
-        --out "$OUT/runs/joint/vsi-bench.json"
+        --blind "$OUT/runs/blind/vsi-bench_predictions.jsonl" --out "$OUT/runs/joint/vsi-bench.json"
 fi
 step 'Hugging Face folder of the model' "$OUT/model/config.json" 'parameters, 4 GB in bfloat16' \
     "${GEODE[@]}" convert export --workdir "$OUT/runs/joint" --out "$OUT/model"

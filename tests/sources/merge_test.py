@@ -223,7 +223,7 @@ def test_pictures_alone_go_with_any_other_part(parts, tmp_path):
     with ExportWriter(tmp_path / "posed", **HEADER | other | {"categories": []}) as writer:
         poses = np.tile(np.eye(3, 4, dtype=np.float32), (2, 1, 1))
         writer.add_scene("a", {"images": pictures, "camera/extrinsic": poses}, split="train")
-    with pytest.raises(UserError, match="dtype: 'float32' in .*, 'float16' in"):
+    with pytest.raises(UserError, match=r"dtype: 'float32' in .*, 'float16' in"):
         merged(tmp_path / "refused", parts[0], tmp_path / "posed")
 
 
