@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from geode_jax.objectives.losses import TERMS
 from geode_jax.exports import Export
+from geode_jax.objectives.losses import TERMS
 from tests.docs_test import LOADS_CONFIGS, check_command
 from tests.rehearsal.raw import BENCHMARK
 from tests.rehearsal.run import RECIPES, REPOSITORY, facts, run
