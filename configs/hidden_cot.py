@@ -134,12 +134,15 @@ def full() -> ml_collections.ConfigDict:
 
 
 def small() -> ml_collections.ConfigDict:
-    """The paper's "tiny" configuration for 10 GB GPUs: 12 layers, width 1024, smaller K."""
+    """The paper's "tiny" configuration for 10 GB GPUs (Sec. III-C): 12 layers, width 1024, "smaller
+    K and shorter sequence lengths".
+    """
     config = base()
     sizes = {"width": 1024, "layers": 12, "mlp_width": 4096, "cross_layers": (4, 8)}
     config.update(
         {
-            "data": {"question_length": 96, "answer_length": 64},
+            # A row holds one question and its answer.
+            "data": {"question_length": 96, "answer_length": 64, "row_length": 96 + 64},
             "model": sizes | {"thinking_tokens": 4},
         }
     )

@@ -177,7 +177,13 @@ def add_teacher_targets(request: TeacherRequest) -> Counter[str]:
             made = _targets(request, old, scene_id, arrays, counts)
             teacher = {n[8:]: array for n, array in arrays.items() if n.startswith("teacher/")}
             own = {n: array for n, array in arrays.items() if not n.startswith("teacher/")}
-            writer.add_scene(scene_id, own, split=entry["split"], teacher={**made, **teacher})
+            writer.add_scene(
+                scene_id,
+                own,
+                split=entry["split"],
+                teacher={**made, **teacher},
+                alignment=entry.get("alignment"),
+            )
         if not counts:
             needed = "vggt/depth, target/labels or target/boxes with camera/extrinsic"
             raise UserError(f"{request.export}: no scene has {needed} to make targets from")

@@ -16,9 +16,9 @@ from tests.helpers.command import one_error
 def test_every_run_starts_from_one_that_ends_before_it():
     runs = plan(Path("runs"), 0, tuple(ROWS.values()))
     for i, run in enumerate(runs):
-        assert run.start is None if i == 0 else run.start in [r.folder for r in runs[:i]]
+        assert run.start == "" if i == 0 else run.start in [str(r.folder) for r in runs[:i]]
     assert len({run.folder for run in runs}) == len(runs) == 8
-    starts = {run.arg: run.start.name for run in runs if run.stage == "joint"}
+    starts = {run.arg: Path(run.start).name for run in runs if run.stage == "joint"}
     # A row without the module shares the stages before the module's.
     assert starts == {
         "vision=off": "geode_align", "": "geode_drm", "drh=off": "geode_drm",
@@ -29,7 +29,7 @@ def test_every_run_starts_from_one_that_ends_before_it():
 def test_seeds_share_nothing_and_geode_is_part_of_table_4():
     first, second = (plan(Path("runs"), seed, tuple(ROWS.values())) for seed in (0, 1))
     assert not {run.folder for run in first} & {run.folder for run in second}
-    assert all(run.start is None or "seed_1" in run.start.parts for run in second)
+    assert all(run.start == "" or "seed_1" in Path(run.start).parts for run in second)
     whole = plan(Path("runs"), 0, ("",))
     assert set(whole) <= set(plan(Path("runs"), 0, tuple(ROWS.values())))
 
@@ -44,7 +44,40 @@ def test_a_command_names_a_config_that_there_is(run):
     assert config.system == f"geode_{run.stage}" == name
     assert config.loss.vision == (arg != BLIND)
     assert f"--config.eval.blind={run.folder.parent / 'geode_joint-vision=off'}" in argv
-    assert f"--config.init_from={run.start or ''}" in argv and f"--workdir={run.folder}" in argv
+    assert f"--config.init_from={run.start}" in argv and f"--workdir={run.folder}" in argv
+
+
+def test_the_papers_size_starts_from_pretrained_folders_and_given_exports():
+    inputs = stages._inputs("full", "qwen,vit", ["data", "joint=last"])
+    runs = plan(Path("runs"), 0, tuple(ROWS.values()), inputs)
+    assert [run.stage for run in runs] == ["align", "joint", "drm", *["joint"] * 4]
+    assert runs[0].start == "qwen,vit" and runs[2].start == str(runs[0].folder)
+    laptop = plan(Path("runs"), 0, tuple(ROWS.values()))
+    assert not {run.folder for run in runs} & {run.folder for run in laptop}
+    for run in runs:
+        argv = command(run, 0, [], inputs)
+        name, _, arg = argv[3].removeprefix("--config=").partition(":")
+        config = importlib.import_module(f"geode_jax.configs.{name}").get_config(arg)
+        assert config.model.decoder.width == 1536
+        wanted = "last" if run.stage == "joint" else "data"
+        assert f"--config.data.export={wanted}" in argv
+        assert ("--config.tokenizer=qwen" in argv) == (run.stage == "align")
+        assert f"--config.eval.blind={runs[1].folder}" in argv
+        assert config.loss.vision == (run is not runs[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (["geode", "--pretrained", "a"], "--pretrained, --export: are for geode:full"),
+        (["geode:full", "--export", "a"], "--pretrained: is needed"),
+        (["table4:full", "--pretrained", "a"], "--export: is missing for align, drm, joint"),
+        (["geode:full", "--pretrained", "a", "--export", "drm=a"], "missing for align, joint"),
+        (["geode:full", "--pretrained", "a", "--export", "x=a"], "'x' is not one of align, drm"),
+    ],
+)
+def test_inputs_that_do_not_fit_the_size_are_one_line(run, arguments, rule):
+    assert rule in one_error(run("stages", *arguments))
 
 
 def says(text: str, status: int = 0) -> list[str]:
@@ -54,7 +87,7 @@ def says(text: str, status: int = 0) -> list[str]:
 def test_a_failed_run_ends_all(tmp_path, monkeypatch, capfd):
     fails = {"align": 3}
     monkeypatch.setattr(
-        stages, "command", lambda run, seed, rest: says(f"its {run.stage}", fails.get(run.stage, 0))
+        stages, "command", lambda run, *_: says(f"its {run.stage}", fails.get(run.stage, 0))
     )
     with pytest.raises(SystemExit) as ended:
         train(plan(tmp_path, 0, ("",)), 0, [])
@@ -89,6 +122,6 @@ def test_seeds_are_numbers(run):
 
 def test_a_field_of_every_run_can_be_changed(run, monkeypatch):
     trained = []
-    monkeypatch.setattr(stages, "train", lambda runs, seed, rest: trained.append((seed, rest)))
+    monkeypatch.setattr(stages, "train", lambda runs, seed, rest, _: trained.append((seed, rest)))
     assert run("stages", "geode", "--config.train.steps=3", "--runs", "x")[0] == 0
     assert trained == [(0, ["--config.train.steps=3"])]

@@ -26,6 +26,12 @@ from tests.helpers.exports import CATEGORIES, HEADER, tiny_questions, tiny_scene
 from tests.helpers.tiny_models import STUDENT
 
 
+ALIGNMENT = {
+    **{"method": "cameras", "views": 2, "kept": 2, "scale": 1.5, "residual_m": 0.01},
+    **{"centres_m": 0.01, "rotations_deg": 0.2, "depth_target": "sensor"},
+}
+
+
 def test_a_pixel_has_a_laplace_distribution_over_the_bins():
     depth = np.array([[[2.0, 0.5], [20.0, 0.1]]])
     confidence = np.array([[[1.0, 4.0], [1.0, 1e9]]])
@@ -82,7 +88,9 @@ def taught(tmp_path_factory):
             arrays["vggt/depth_conf"] = random.uniform(1, 9, arrays["vggt/depth"].shape)
             arrays["vggt/depth_conf"] = arrays["vggt/depth_conf"].astype(np.float16)
             features = {"features": teacher["features"]}
-            writer.add_scene(f"s{i}", arrays, split="train" if i < 2 else "val", teacher=features)
+            fit = ALIGNMENT if i == 1 else None
+            split = "train" if i < 2 else "val"
+            writer.add_scene(f"s{i}", arrays, split=split, teacher=features, alignment=fit)
             writer.add_questions(tiny_questions(random, f"s{i}", arrays["target/boxes"]))
     return Export(folder)
 
@@ -104,6 +112,7 @@ def test_what_the_exporters_write_and_this_command_feeds_every_term(taught, run,
         wanted = pair_relations(old["target/boxes"], old["camera/extrinsic"][0]).reshape(-1, 4)
         np.testing.assert_allclose(new["teacher/relations"], wanted, atol=1e-3)
     assert list(found.questions()) == list(taught.questions())
+    assert [scene.get("alignment") for scene in found.manifest["scenes"]] == [None, ALIGNMENT, None]
 
     records = list(found.questions())
     texts = [prompt(r) for r in records] + [" " + r["answer"] for r in records]
