@@ -9,6 +9,7 @@ ARG (they compose)
                             (--config.tokenizer=DIR). small: the paper's 12 x 1024 for 10 GB, K = 4.
     thinking=0|2|4|8|16     Table III; 0 is the student without Hidden CoT
     drop=depth|detection|spatial|multiview|feature      Table II, one auxiliary loss left out
+    drop=eq1                eq. 1 alone left out: features and their agreement between views
     only=feature            Sec. IV-C: feature distillation alone, not even the answers
     encoder=teacher_features    train on the teacher's CLIP-type arrays instead of VGGT's
     weights=static          Table II: all weights 1 instead of eq. 2
@@ -51,7 +52,7 @@ from geode_jax.objectives.losses import TERMS
 SWITCHES = {
     "size": ("laptop", ("laptop", "small", "full")),
     "thinking": (None, (0, 2, 4, 8, 16)),
-    "drop": (None, tuple(GROUPS)),
+    "drop": (None, (*GROUPS, "eq1")),
     "only": (None, ("feature",)),
     "encoder": ("vggt", ("vggt", "teacher_features")),
     "weights": ("uncertainty", ("uncertainty", "static")),
@@ -72,7 +73,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = {"laptop": laptop, "small": small, "full": full}[switch["size"]]()
     if switch["thinking"] is not None:
         config.update({"model": {"thinking_tokens": switch["thinking"]}})
-    if switch["drop"]:
+    if switch["drop"] == "eq1":
+        config.update({"loss": {"eq_1": False}})
+    elif switch["drop"]:
         dropped = GROUPS[switch["drop"]]
         config.update({"loss": {"terms": tuple(term for term in TERMS if term not in dropped)}})
     if switch["only"]:
@@ -116,6 +119,8 @@ def base() -> ml_collections.ConfigDict:
                 "weights": "uncertainty",
                 "logits": True,  # learn from the teacher's logits, if the export has them
                 "temperature": 2.0,  # among listed tokens; at 1 for the mass of the others
+                "eq_1": True,
+                "cross_view_weight": 0.1,  # lambda_cross
                 "literal_cross_view": False,
                 "vision": True,
                 "log_variance_bounds": (-7.0, 7.0),

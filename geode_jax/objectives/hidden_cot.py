@@ -53,13 +53,13 @@ GROUPS = {
 }
 """Name in `drop=` and `only=` (Table II) -> terms of eq. 2."""
 
-WEIGHTS_INSIDE = {
-    "spatial/features": 0.5,
-    "spatial/cross_view": 0.1,
-    "detection/patches": 4.0,
-}
-"""Weights inside a term of eq. 2 other than 1. That of `cross_view` is lambda_cross of eq. 1. Every
-question needs the patches' categories, whose loss is small beside that of the boxes."""
+EQ_1 = frozenset({"spatial/features", "spatial/cross_view"})
+"""The parts of the term `spatial` that are eq. 1; the others are the relations' and questions'."""
+
+WEIGHTS_INSIDE = {"spatial/features": 0.5, "detection/patches": 4.0}
+"""Weights inside a term of eq. 2 other than 1; that of `spatial/cross_view` is lambda_cross of eq.
+1, `HiddenCoTConfig.cross_view_weight`. Every question needs the patches' categories, whose loss is
+small beside that of the boxes."""
 
 _DEPTH = frozenset({"target/depth"})
 _CAMERA = frozenset({"camera/extrinsic", "camera/intrinsic"})
@@ -87,6 +87,8 @@ class HiddenCoTConfig:
     terms: the terms of eq. 2 that are used.
     weights: "uncertainty" (eq. 2) or "static" (all 1).
     temperature: T of the teacher's logits, see `objectives.losses.distillation`.
+    eq_1: False leaves eq. 1 out of the term `spatial`.
+    cross_view_weight: lambda_cross of eq. 1.
     literal_cross_view: True uses the printed sign of eq. 1; see `objectives.losses.cross_view`.
     vision: False trains the blind baseline: no vision tokens or prefix of them, answers only.
     log_variance_bounds: of log sigma^2.
@@ -96,13 +98,16 @@ class HiddenCoTConfig:
     terms: tuple[str, ...] = losses.TERMS
     weights: Literal["uncertainty", "static"] = "uncertainty"
     temperature: float = 1.0
+    eq_1: bool = True
+    cross_view_weight: float = 0.1
     literal_cross_view: bool = False
     vision: bool = True
     log_variance_bounds: tuple[float, float] = totals.LOG_VARIANCE_BOUNDS
 
     def __post_init__(self):
         fields = {"weights": ranges.one_of(("uncertainty", "static"))}
-        ranges.check(self, {**fields, "temperature": ranges.real(0, above=True)})
+        fields |= {"temperature": ranges.real(0, above=True), "cross_view_weight": ranges.real(0)}
+        ranges.check(self, fields)
         unknown = sorted(set(self.terms) - set(losses.TERMS))
         if unknown or not self.terms:
             shown = ", ".join(losses.TERMS)
@@ -150,7 +155,11 @@ class HiddenCoT:
             terms |= depth_terms(out, batch, self.config.literal_cross_view)
             terms |= detection_terms(out, batch)
             terms |= spatial_terms(out, batch)
-        return {name: pair for name, pair in terms.items() if term_of(name) in self.config.terms}
+        return {
+            name: pair
+            for name, pair in terms.items()
+            if term_of(name) in self.config.terms and (self.config.eq_1 or name not in EQ_1)
+        }
 
     def missing_targets(self, targets: frozenset[str]) -> dict[str, str]:
         """Returns the used terms of eq. 2 without a target: {term: the tensors that it needs}."""
@@ -247,10 +256,11 @@ class HiddenCoT:
     def total(self, model: HiddenCoTModel, terms: Terms) -> tuple[Float[Array, ""], dict]:
         """Returns eq. 2, or the static ablation, and the weight of each term for the log."""
         grouped = {}
+        weights_inside = WEIGHTS_INSIDE | {"spatial/cross_view": self.config.cross_view_weight}
         for term in self.config.terms:
             parts = {name: pair for name, pair in terms.items() if term_of(name) == term}
             if parts:
-                inside = [WEIGHTS_INSIDE.get(name, 1.0) for name in parts]
+                inside = [weights_inside.get(name, 1.0) for name in parts]
                 grouped[term] = totals.combine(list(parts.values()), inside)
         if self.config.weights == "static":
             total, weights = totals.static_total(grouped, dict.fromkeys(grouped, 1.0))

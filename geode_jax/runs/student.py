@@ -74,6 +74,8 @@ class StudentLossSettings(LossSettings):
         weights: "uncertainty" (eq. 2) or "static" (all 1).
         logits: the teacher's logits are learned, where the export has them.
         temperature: of the teacher's logits.
+        eq_1: eq. 1 counts in the term `spatial`.
+        cross_view_weight: lambda_cross of eq. 1.
         literal_cross_view: the sign of eq. 1 as printed.
         log_variance_bounds: least and greatest log-variance.
     """
@@ -82,6 +84,8 @@ class StudentLossSettings(LossSettings):
     weights: Literal["uncertainty", "static"]
     logits: bool = False
     temperature: float
+    eq_1: bool = True
+    cross_view_weight: float = 0.1
     literal_cross_view: bool
     log_variance_bounds: Annotated[tuple[float, float], "two, the lower first"]
 
@@ -191,6 +195,8 @@ def make_objective(
             terms=loss.terms,
             weights=loss.weights,
             temperature=loss.temperature,
+            eq_1=loss.eq_1,
+            cross_view_weight=loss.cross_view_weight,
             literal_cross_view=loss.literal_cross_view,
             vision=loss.vision,
             log_variance_bounds=loss.log_variance_bounds,

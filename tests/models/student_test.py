@@ -48,6 +48,15 @@ def before(model, batch):
     return compute(model, batch)
 
 
+def test_eq_1_alone_can_be_left_out(model, batch):
+    names = [
+        set(jax.eval_shape(HiddenCoT(HiddenCoTConfig(STUDENT, eq_1=eq_1)).terms, model, batch))
+        for eq_1 in (True, False)
+    ]
+    assert names[0] - names[1] == {"spatial/features", "spatial/cross_view"}
+    assert names[1] < names[0]
+
+
 def changed(batch, **changes):
     return dataclasses.replace(batch, **changes)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax.nnx import Variable
 
+from geode_jax.errors import UserError
 from geode_jax.objectives import losses, totals
 from geode_jax.objectives.hidden_cot import GROUPS, TARGETS, HiddenCoT, HiddenCoTConfig
 from tests.helpers.losses import draw
@@ -125,6 +126,17 @@ def test_dropping_a_loss_takes_its_terms_out_of_the_total(dropped):
     gone = {name: terms[name] for name in GROUPS[dropped]}
     alone, _ = totals.uncertainty_total(gone, {name: s[name] for name in gone})
     assert float(all_of_them - without) == pytest.approx(float(alone), abs=1e-5)
+
+
+def test_lambda_cross_weighs_the_second_term_of_eq_1():
+    terms = {"spatial/cross_view": pair(6.0, 2.0), "spatial/relations": pair(8.0, 4.0)}
+    model = SimpleNamespace(log_variance={})
+    for weight in (0.0, 0.1, 2.0):
+        config = HiddenCoTConfig(STUDENT, weights="static", cross_view_weight=weight)
+        total, _ = HiddenCoT(config).total(model, terms)
+        assert float(total) == pytest.approx(3.0 * weight + 2.0)
+    with pytest.raises(UserError, match="cross_view_weight: -1 is not a number"):
+        HiddenCoTConfig(STUDENT, cross_view_weight=-1)
 
 
 def test_a_term_learns_from_any_of_its_targets():

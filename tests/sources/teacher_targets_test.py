@@ -25,7 +25,6 @@ from tests.helpers.command import one_error
 from tests.helpers.exports import CATEGORIES, HEADER, tiny_questions, tiny_scene
 from tests.helpers.tiny_models import STUDENT
 
-
 ALIGNMENT = {
     **{"method": "cameras", "views": 2, "kept": 2, "scale": 1.5, "residual_m": 0.01},
     **{"centres_m": 0.01, "rotations_deg": 0.2, "depth_target": "sensor"},
