@@ -105,6 +105,13 @@ train() {
         echo "   GPU hours: --topology=h100:1x8 computes their lower bound, some minutes a program"
         return
     fi
-    "${GEODE[@]}" plan --config "$config" --topology "$topology" --train-only --json 2>/dev/null |
-        python3 -c 'import json, sys; p = json.load(sys.stdin); print("   GPU hours: at least %.0f '"on $topology"' for %d steps of %d scenes" % (p["chip_hours"], p["steps"], p["scenes_per_batch"]))'
+    local facts
+    if facts=$("${GEODE[@]}" plan --config "$config" --topology "$topology" --train-only --json); then
+        python3 -c 'import json, sys
+plan = json.loads(sys.argv[1])
+print("   GPU hours: at least %.3g on %s, for %d steps of %d scenes"
+      % (plan["chip_hours"], plan["topology"], plan["steps"], plan["scenes_per_batch"]))' "$facts"
+    else
+        echo "   GPU hours: not planned, see the line above"
+    fi
 }
