@@ -72,6 +72,22 @@ def test_a_recipe_goes_on_without_what_it_can_spare(tmp_path):
     assert "--config.eval.reference=truth" in done.stdout
 
 
+def test_the_hours_of_a_dry_run_are_those_of_the_plan(tmp_path):
+    facts = '{"chip_hours": 12.345, "topology": "h100:1x8", "steps": 50, "scenes_per_batch": 8}'
+    program = tmp_path / "geode"
+    program.write_text(
+        f"#!/bin/sh\ncase \"$*\" in *vision*) echo no compiler >&2; exit 2;; esac\necho '{facts}'\n"
+    )
+    program.chmod(0o755)
+    environment = os.environ | {"RAW": str(tmp_path), "OUT": str(tmp_path), "GEODE": str(program)}
+    done = subprocess.run(
+        ["bash", FOLDER / "hidden_cot.sh", "--dry-run", "--topology=h100:1x8"],
+        capture_output=True, text=True, check=True, env=environment,
+    )  # fmt: skip
+    assert "at least 12.3 on h100:1x8, for 50 steps of 8 scenes" in done.stdout
+    assert done.stdout.count("GPU hours: not planned") == 1 and "no compiler" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, data_root):
     from tests.rehearsal.raw import write_raw
