@@ -12,6 +12,7 @@ SWITCHES = {
     "spatio": (16, (4, 8, 16)),
     "drm_frames": (0, int),
     "vision": ("on", ("on", "off")),
+    "regression": ("codes", ("codes", "raw")),
 }
 
 
@@ -50,7 +51,8 @@ def stage_config(stage: str, arg: str, laptop: dict) -> ml_collections.ConfigDic
         "slots": switch["spatio"],
         "frames": switch["drm_frames"],
     }
-    config.update({"model": {"drm": drm}, "loss": {"vision": switch["vision"] == "on"}})
+    loss = {"vision": switch["vision"] == "on", "regression": switch["regression"]}
+    config.update({"model": {"drm": drm}, "loss": loss})
     if switch["drh"] == "off":
         config.update({"model": {"drh_width": 0}})
     return config.lock()
@@ -106,6 +108,7 @@ def base(stage: str) -> ml_collections.ConfigDict:
             },
             "loss": {
                 "regression_weight": 1.0,
+                "regression": "codes",
                 "layout_weight": 0.0,
                 "rationale_weight": 0.0,
                 "patch_weight": 1.0,

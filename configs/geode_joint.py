@@ -9,6 +9,7 @@ ARG (they compose)
     spatio=4|8|16       rationale tokens, as in the stage before
     drm_frames=8|16     Table 2: cameras and points of so many frames; the ViT's frames stay
     vision=off          the blind baseline: nothing precedes the text
+    regression=raw      eq. 6 as printed: squared errors of the numbers themselves, in their units
 
 LOSS      eq. 7: the words of the answers, and lambda times the squared error of values (their
           logarithms) and boxes at their control tokens. The rationale module is frozen.

@@ -76,6 +76,8 @@ class GeodeStageConfig:
     model: sizes of the parts.
     stage: see the module's docstring.
     regression_weight: lambda of eq. 7, of values and boxes.
+    regression: what eq. 6 compares: "codes" of values and boxes (logarithms of values and sizes), or
+        the "raw" numbers, a value in its question's unit.
     layout_weight: of E_spatio's squared distance to the layout's columns, stage drm.
     rationale_weight: of `rationale_alignment`, stage drm.
     patch_weight: of the patches' categories, stage pretrain.
@@ -88,6 +90,7 @@ class GeodeStageConfig:
     model: GeodeConfig
     stage: Stage
     regression_weight: float = 1.0
+    regression: Literal["codes", "raw"] = "codes"
     layout_weight: float = 0.0
     rationale_weight: float = 0.0
     patch_weight: float = 1.0
@@ -98,7 +101,8 @@ class GeodeStageConfig:
 
     def __post_init__(self):
         weights = "regression_weight layout_weight rationale_weight patch_weight spatial_weight"
-        ranges.check(self, {weights: ranges.real(0), "stage": ranges.one_of(LEARNS)})
+        fields = {weights: ranges.real(0), "stage": ranges.one_of(LEARNS)}
+        ranges.check(self, fields | {"regression": ranges.one_of(("codes", "raw"))})
         drm = self.model.drm
         if self.slots is not None and not (drm and 0 < self.slots <= drm.slots):
             of = f"of {drm.slots} rationale tokens" if drm else "without a rationale module"
@@ -160,11 +164,16 @@ class GeodeStage:
         if c.stage == "joint" and model.drh is not None:
             # The state where the control token, an answer's first, is the input.
             state_SQD = states_SQAD[:, :, 1]
+            raw = c.regression == "raw"
             terms["values"] = value_regression(
-                model.drh.values(state_SQD), batch.value_SQ, batch.base_unit_SQ, batch.value_mask_SQ
+                model.drh.values(state_SQD),
+                batch.value_SQ,
+                batch.base_unit_SQ,
+                batch.value_mask_SQ,
+                raw=raw,
             )
             terms["boxes"] = box_regression(
-                model.drh.boxes(state_SQD), batch.box_SQ7, batch.box_mask_SQ
+                model.drh.boxes(state_SQD), batch.box_SQ7, batch.box_mask_SQ, raw=raw
             )
         return terms
 
@@ -330,23 +339,44 @@ def value_regression(
     values: Float[Array, "*axes"],
     base_unit: Float[Array, "*axes"],
     mask: Bool[Array, "*axes"],
+    *,
+    raw: bool = False,
 ) -> Pair:
-    """Eq. 6 on values: squared error of the codes of `drh.encode_values`; count = values."""
+    """Eq. 6 on values: squared error of the codes of `drh.encode_values`; count = values.
+
+    With `raw` it is that of the numbers themselves in the question's unit, as eq. 6 is printed.
+    """
     mask = jnp.asarray(mask)
-    target = encode_values(losses.keep(values, mask, 1.0), base_unit)
-    error = jnp.where(mask, codes - target, 0.0)
+    values = losses.keep(values, mask, 1.0)
+    if raw:
+        error = decode_values(losses.keep(codes, mask), base_unit) - values
+    else:
+        error = codes - encode_values(values, base_unit)
+    error = jnp.where(mask, error, 0.0)
     return jnp.sum(jnp.square(error)), jnp.sum(mask, dtype=jnp.float32)
 
 
 def box_regression(
-    codes_8: Float[Array, "*axes 8"], boxes_7: Float[Array, "*axes 7"], mask: Bool[Array, "*axes"]
+    codes_8: Float[Array, "*axes 8"],
+    boxes_7: Float[Array, "*axes 7"],
+    mask: Bool[Array, "*axes"],
+    *,
+    raw: bool = False,
 ) -> Pair:
     """Eq. 6 on boxes: squared error to the nearer of a box's two codes; count = boxes.
 
-    The codes are those of `geometry.boxes.encode_boxes`, see `geometry.boxes.nearer_code`.
+    The codes are those of `geometry.boxes.encode_boxes`, see `geometry.boxes.nearer_code`. With
+    `raw` the error is that of the seven numbers (metres, and radians up to half a turn).
     """
     mask = jnp.asarray(mask)
-    codes_8 = losses.keep(codes_8, mask)
+    codes_8 = losses.keep(codes_8, mask, 1.0)  # at a code of zeros the yaw has no derivative
     target_8 = encode_boxes(losses.keep(boxes_7, mask, 1.0))
-    error = nearer_code(lambda code_8: jnp.sum(jnp.square(codes_8 - code_8), axis=-1), target_8)
-    return losses.masked_sum(error, mask)
+
+    def to_code(code_8: jax.Array) -> jax.Array:
+        if not raw:
+            return jnp.sum(jnp.square(codes_8 - code_8), axis=-1)
+        error_7 = decode_boxes(codes_8) - decode_boxes(code_8)
+        yaw = jnp.mod(error_7[..., 6] + jnp.pi / 2, jnp.pi) - jnp.pi / 2
+        return jnp.sum(jnp.square(error_7[..., :6]), axis=-1) + jnp.square(yaw)
+
+    return losses.masked_sum(nearer_code(to_code, target_8), mask)

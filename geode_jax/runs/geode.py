@@ -140,6 +140,7 @@ class GeodeLossSettings(LossSettings):
 
     Attributes:
         regression_weight: lambda of eq. 7, of values and boxes.
+        regression: eq. 6 compares "codes" or the "raw" numbers.
         layout_weight: of the distance between E_spatio and the layout's columns.
         rationale_weight: of the distance between E_spatio and its rationales' embedding.
         patch_weight: of the patches' categories.
@@ -147,6 +148,7 @@ class GeodeLossSettings(LossSettings):
     """
 
     regression_weight: float
+    regression: Literal["codes", "raw"] = "codes"
     layout_weight: float
     rationale_weight: float
     patch_weight: float

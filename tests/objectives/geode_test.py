@@ -12,7 +12,7 @@ from PIL import Image
 
 from geode_jax.errors import UserError
 from geode_jax.exports import units
-from geode_jax.geometry.boxes import decode_boxes
+from geode_jax.geometry.boxes import decode_boxes, encode_boxes
 from geode_jax.models.drh import decode_values
 from geode_jax.models.drm import DrmConfig
 from geode_jax.models.geode import GeodeConfig, nearest_patches
@@ -24,7 +24,9 @@ from geode_jax.objectives.geode import (
     LEARNS,
     GeodeStage,
     GeodeStageConfig,
+    box_regression,
     layout_alignment,
+    value_regression,
 )
 from geode_jax.training.optimizer import OptimizerConfig, make_optimizer
 from geode_jax.training.step import TrainState, make_train_step
@@ -433,3 +435,24 @@ def test_numbers_are_written_as_answers_are(value, unit, text):
 
 def test_a_code_is_a_value_in_the_questions_unit():
     np.testing.assert_allclose(decode_values(jnp.log(1.5), jnp.float32(0.01)), 150, rtol=1e-5)
+
+
+def test_raw_regression_is_the_squared_error_of_the_numbers_in_their_units():
+    """Eq. 6 as printed, in float64, with what is masked out left without influence."""
+    values, unit = np.array([2.5, 180.0, np.nan]), np.array([1.0, 0.01, 1.0])
+    said, mask = np.array([3.0, 150.0, 7.0]), np.array([True, True, False])
+    codes = jnp.asarray(np.log(said * unit), jnp.float32)
+    total, count = value_regression(codes, values, jnp.asarray(unit, jnp.float32), mask, raw=True)
+    assert float(total) == pytest.approx(0.5**2 + 30.0**2, rel=1e-5) and count == 2
+
+    truth = np.array([[1, 2, 0.5, 2.0, 1.0, 1.0, 0.2], [0, 0, 0, 1, 1, 1, 1.5], np.full(7, np.nan)])
+    found = truth + [[0.1, 0, -0.2, 0.3, 0, 0, 0.1], [0, 0, 0, 0, 0, 0, 0.3], [0] * 7]
+    # The same as the first, described with length and width exchanged.
+    found[0, 3:5], found[0, 6] = found[0, [4, 3]], found[0, 6] + np.pi / 2
+    known = np.array([True, True, False])
+    codes = encode_boxes(jnp.asarray(np.where(known[:, None], found, 1.0), jnp.float32))
+    total, count = box_regression(codes, truth, known, raw=True)
+    wanted = 0.1**2 + 0.2**2 + 0.3**2 + 0.1**2 + 0.3**2
+    assert float(total) == pytest.approx(wanted, rel=1e-4) and count == 2
+    slope = jax.grad(lambda c: box_regression(c, truth, known, raw=True)[0])(codes * 0)
+    assert np.isfinite(slope[2]).all() and not slope[2].any()
