@@ -76,8 +76,8 @@ class GeodeStageConfig:
     model: sizes of the parts.
     stage: see the module's docstring.
     regression_weight: lambda of eq. 7, of values and boxes.
-    regression: what eq. 6 compares: "codes" of values and boxes (logarithms of values and sizes), or
-        the "raw" numbers, a value in its question's unit.
+    regression: what eq. 6 compares: "codes" of values and boxes (logarithms of values and sizes),
+        or the "raw" numbers, a value in its question's unit.
     layout_weight: of E_spatio's squared distance to the layout's columns, stage drm.
     rationale_weight: of `rationale_alignment`, stage drm.
     patch_weight: of the patches' categories, stage pretrain.
