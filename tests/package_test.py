@@ -33,7 +33,7 @@ CARD = {
     "transformers",
 }
 # Named by extras: `torch`, imported by parity tests and by readers of PyTorch's own files; `int8`.
-OPTIONAL = {"torch", "qwix"}
+OPTIONAL = {"av", "torch", "qwix"}
 
 
 def required(python: str) -> dict[str, Requirement]:
