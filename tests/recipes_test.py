@@ -50,7 +50,8 @@ def test_a_dry_run_shows_every_command_and_runs_none(recipe, tmp_path, monkeypat
             assert all(f'"{option}"' in text for option in options)
     assert {"prepare", "merge", "train", "convert"} <= used
     names = re.findall(r"^missing: (\S+): .+: .+$", done.stderr, re.MULTILINE)
-    inputs = re.findall(r"^input (\S+) ", (FOLDER / f"{recipe}.sh").read_text(), re.MULTILINE)
+    text = (FOLDER / f"{recipe}.sh").read_text()
+    inputs = re.findall(r"^(?:input|required) (\S+) ", text, re.MULTILINE)
     assert sorted(names) == sorted(inputs)
 
 
@@ -58,13 +59,21 @@ def test_a_dry_run_shows_every_command_and_runs_none(recipe, tmp_path, monkeypat
 def test_missing_inputs_end_a_recipe_before_its_first_step(recipe, tmp_path):
     done = planned(recipe, tmp_path)
     assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
-    assert re.search(r"^error: \d+ inputs are missing; --without-missing", done.stderr, re.M)
+    wanted = r"^error: \d+ inputs are missing; the recipe cannot do without .*vggt"
+    assert re.search(wanted, done.stderr, re.M)
+    assert re.search(wanted, planned(recipe, tmp_path, "--without-missing").stderr, re.M)
     done = planned(recipe, tmp_path, "--nonsense")
     assert done.returncode == 2 and "Edit two lines" in done.stderr
 
 
 def test_a_recipe_goes_on_without_what_it_can_spare(tmp_path):
+    for name in ("vggt/.venv/bin/python", "tokenizer/tokenizer.json"):
+        (tmp_path / "raw" / name).mkdir(parents=True)
+    done = planned("hidden_cot", tmp_path, "--without-missing")
+    assert done.returncode == 2 and "error: there is no scene to train on" in done.stderr
     (tmp_path / "raw" / "scannet" / "scans").mkdir(parents=True)
+    done = planned("hidden_cot", tmp_path)
+    assert "4 inputs are missing; --without-missing goes on without them" in done.stderr
     done = planned("hidden_cot", tmp_path, "--without-missing", "--dry-run")
     assert done.returncode == 0
     assert "--source' 'scannet'" in done.stdout and "3d-front" not in done.stdout

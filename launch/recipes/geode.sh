@@ -39,11 +39,16 @@ input vica-thinking "$RAW/vica-thinking" '2.7k rationales of stage 1'
 input vsi590k "$RAW/vsi590k" '590k questions of stage 2'
 input vlm3r "$RAW/vlm3r" '330k questions of stage 2'
 input vsi-bench "$RAW/vsi-bench" 'the score, and the list of scenes that must not be trained on'
-input vggt "$VGGT_PYTHON" 'the clouds from which Sonata makes the points that the rationale module reads'
-input sonata "$SONATA_PYTHON" 'the points that the rationale module reads; stage 1 cannot be trained'
-input Qwen2.5 "$QWEN/config.json" 'the pretrained decoder; nothing can be trained'
-input InternViT "$INTERNVIT/config.json" 'the pretrained vision encoder; nothing can be trained'
+required vggt "$VGGT_PYTHON" 'the clouds from which Sonata makes the points that the rationale module reads'
+required sonata "$SONATA_PYTHON" 'the points that the rationale module reads; stage 1 cannot be trained'
+required Qwen2.5 "$QWEN/config.json" 'the pretrained decoder; nothing can be trained'
+required InternViT "$INTERNVIT/config.json" 'the pretrained vision encoder; nothing can be trained'
 inputs_end
+
+if ! have scannet && ! have scannetpp && ! have arkitscenes; then
+    echo "error: there is no room to train on: none of scannet, scannetpp and arkitscenes" >&2
+    exit 2
+fi
 
 # Pictures of 448 x 448, and VGGT's tokens of 2,048 numbers of two bytes.
 megabytes=$(awk -v v="$VIEWS" -v r="${grid[0]}" -v c="${grid[1]}" \
@@ -82,7 +87,7 @@ if have vsi-bench; then
         bash -c '"${@:2}" > "$1.part" && mv "$1.part" "$1"' list "$OUT/vsi-bench-scenes.txt" \
         "${GEODE[@]}" scenes --export "$OUT/vsi-bench"
     exclude=(--exclude-scenes "$OUT/vsi-bench-scenes.txt" --allow-missing)
-    if have vggt sonata; then with_points vsi-bench 288; fi
+    with_points vsi-bench 288
 fi
 
 # --- The scenes -----------------------------------------------------------------------------------

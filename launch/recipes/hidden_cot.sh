@@ -34,10 +34,15 @@ input scannet "$RAW/scannet/scans" 'all scenes with a sensor; then only 3D-FRONT
 input 3d-front "$RAW/3d-front/3D-FRONT" 'all synthetic houses; then only ScanNet is learned'
 input scanqa "$RAW/scanqa" "people's questions about ScanNet; questions measured from boxes remain"
 input sqa3d "$RAW/sqa3d" 'questions that depend on a situation'
-input vggt "$VGGT_PYTHON" 'the features that the student sees; nothing can be trained'
+required vggt "$VGGT_PYTHON" 'the features that the student sees; nothing can be trained'
 input llava-3d "$LLAVA_PYTHON" "the teacher's answers and logits; the student learns the true answers"
-input tokenizer "$RAW/tokenizer/tokenizer.json" 'the vocabulary; nothing can be trained'
+required tokenizer "$RAW/tokenizer/tokenizer.json" 'the vocabulary; nothing can be trained'
 inputs_end
+
+if ! have scannet && ! have 3d-front; then
+    echo "error: there is no scene to train on: neither scannet nor 3d-front" >&2
+    exit 2
+fi
 
 # One VGGT token is 2,048 numbers of two bytes.
 megabytes=$(awk -v v="$VIEWS" -v r="${grid[0]}" -v c="${grid[1]}" 'BEGIN { print v * r * c * 4096 / 1e6 }')

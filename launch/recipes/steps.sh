@@ -26,6 +26,7 @@ for option; do
 done
 
 declare -A missing=()
+needed=()
 steps=0
 
 # input NAME PATH LOSS: the recipe reads PATH, and LOSS says what is lost without it.
@@ -33,14 +34,25 @@ input() {
     [[ -e $2 ]] || missing[$1]="$2: $3"
 }
 
-# inputs_end: lists what is missing; that ends a recipe that was not told to go on.
+# required NAME PATH LOSS: an input without which the recipe cannot go on.
+required() {
+    input "$@"
+    if [[ -v missing[$1] ]]; then needed+=("$1"); fi
+}
+
+# inputs_end: lists what is missing; that ends a recipe that was not told to go on, or cannot.
 inputs_end() {
-    local name
+    local name hint='--without-missing goes on without them'
     for name in $(printf '%s\n' "${!missing[@]}" | sort); do
         echo "missing: $name: ${missing[$name]}" >&2
     done
-    if ((${#missing[@]})) && ! $dry && ! $partial; then
-        echo "error: ${#missing[@]} inputs are missing; --without-missing goes on without them" >&2
+    if ((${#needed[@]})); then
+        hint="the recipe cannot do without ${needed[*]}"
+    elif ((${#missing[@]} == 0)) || $partial; then
+        return
+    fi
+    if ! $dry; then
+        echo "error: ${#missing[@]} inputs are missing; $hint" >&2
         exit 2
     fi
 }
