@@ -198,6 +198,12 @@ def _write_pictures(folder: Path) -> None:
     write_scene(folder / "b")
 
 
+def _write_vsi_bench(folder: Path) -> None:
+    from tests.sources.datasets.vsi_bench_test import write_vsi_bench
+
+    write_vsi_bench(folder, scenes={"41069025": "arkitscenes", "scene0015_00": "scannet"})
+
+
 def _read_scans(source: str, *options: str) -> Callable[[Path], dict[str, Any]]:
     """Returns a function that prepares a source of scenes."""
 
@@ -558,6 +564,9 @@ TARGETS = {
         _write_arkitscenes, _read_scans("arkitscenes"), 1, silent=_scans_silent
     ),
     "prepare/images": Target(_write_pictures, _read_scans("images"), 1, silent=_scans_silent),
+    "prepare/vsi-bench": Target(
+        _write_vsi_bench, _read_scans("vsi-bench"), 1, silent=_scans_silent
+    ),
     "sens": Target(_write_sens, _read_sens, 2, silent=any_reader_sees),
     "3d-front": Target(_write_front, _read_front, 2, silent=_front_silent),
     "rgbd": Target(_write_rgbd, _read_rgbd, 2, silent=_rgbd_silent),
