@@ -76,6 +76,7 @@ DATA = {
     "mixture": "",  # weights of data sets, as scanqa=2,vsi590k=0.5
     "fraction": 1.0,  # of the training questions of every data set and kind; see `data`
     "min_learned": 0.5,  # a data set of which a smaller share can be learned is refused
+    "asks_rationales": True,  # False: nothing but the prefix precedes a rationale
 }
 
 

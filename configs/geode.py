@@ -13,6 +13,7 @@ SWITCHES = {
     "drm_frames": (0, int),
     "vision": ("on", ("on", "off")),
     "regression": ("codes", ("codes", "raw")),
+    "question": (None, ("on", "off")),
 }
 
 
@@ -52,7 +53,11 @@ def stage_config(stage: str, arg: str, laptop: dict) -> ml_collections.ConfigDic
         "frames": switch["drm_frames"],
     }
     loss = {"vision": switch["vision"] == "on", "regression": switch["regression"]}
-    config.update({"model": {"drm": drm}, "loss": loss})
+    # Eq. 4 has no question. A room has many rationales, which only their questions tell apart.
+    literal = stage == "drm" and switch["size"] == "full"
+    asks = {"on": True, "off": False, None: not literal}[switch["question"]]
+    data = {"asks_rationales": asks}
+    config.update({"model": {"drm": drm}, "loss": loss, "data": data})
     if switch["drh"] == "off":
         config.update({"model": {"drh_width": 0}})
     return config.lock()

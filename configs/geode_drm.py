@@ -6,6 +6,8 @@ ARG (they compose)
     laptop | full       sizes
     spatio=4|8|16       number of rationale tokens (M in the paper)
     drm_frames=8|16     Table 2: cameras and points of so many frames; the ViT's frames stay
+    question=on|off     whether its question precedes a rationale. Eq. 4 has none: off in `full`, on
+                        in laptop, where a room has many rationales
 
 LOSS      eq. 4: the rationales that the frozen decoder reads behind E_spatio alone. Two alignments
           besides, 0 in `full` (Sec. 2.1.2 names one, eq. 4 has none): `loss.rationale_weight`, of

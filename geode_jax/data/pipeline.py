@@ -189,6 +189,8 @@ class Pipeline:
         """Chooses the scenes and questions that are used, and counts the others."""
         config = self.config
         lengths = question_lengths(self._records, self.split, self._tokenizer)
+        if not config.asks:
+            lengths = lengths | {"question": np.ones_like(lengths["question"])}  # the bos
         kind, source = lengths["kind"], lengths["source"]
         answer = answer_lengths(lengths, config.answer_field, bool(config.controls))
         boxes = lengths["control"] == BOX
@@ -395,6 +397,7 @@ class Pipeline:
                 config.answer_length,
                 config.answer_field,
                 config.controls,
+                config.asks,
             )
             if self.shapes.topk:
                 tensors = self._export.read_scene(self._scene_ids[scene], TEACHER_LOGITS)
@@ -459,7 +462,9 @@ class Pipeline:
         length, answer = config.question_length, config.answer_length
         while length < 1 + len(tokenizer.encode(prompt(record))):
             length *= 2
-        arrays = stack_questions([record], tokenizer, length, answer, config.answer_field)
+        arrays = stack_questions(
+            [record], tokenizer, length, answer, config.answer_field, asks=config.asks
+        )
         columns, pad_id = length + answer, tokenizer.pad_id
         questions = lay_out_questions(arrays, [(0, 0)], scene.tensors, 1, 1, columns, pad_id)
         rows = {name: array[None] for name, array in questions.items()}

@@ -43,6 +43,7 @@ def stack_questions(
     answer_length: int,
     answer_field: str,
     controls: tuple[int, int] | None = None,
+    asks: bool = True,
 ) -> dict[str, np.ndarray]:
     """Returns n question records as arrays [n, ...] under the names of the fields of `Batch`.
 
@@ -59,6 +60,7 @@ def stack_questions(
         question_length, answer_length: L and A.
         answer_field: "answer", "teacher_answer" or "rationale".
         controls: ids of REG and BOX, which replace an "answer" that is a number or a box.
+        asks: whether the question precedes its answer; without it there is the bos alone.
     """
     n, lq, la = len(records), question_length, answer_length
     arrays = {
@@ -87,7 +89,7 @@ def stack_questions(
         "topk_logprob_SQAk": np.zeros((n, la, 0), np.float32),
         "topk_mask_SQA": np.zeros((n, la), bool),
     }
-    texts = [prompt(record) for record in records]
+    texts = [prompt(record) if asks else "" for record in records]
     prompts = tokenizer.encode_with_ends(texts)
     answers = tokenizer.encode_answers([record[answer_field] for record in records])
     if controls and answer_field == "answer":

@@ -42,6 +42,7 @@ class PipelineConfig:
             the epoch's next good scene in its place.
         answer_field: "answer", or "teacher_answer" to learn from and score against the teacher, or
             "rationale"; questions without this field are left out and counted.
+        asks_rationales: whether its question precedes a "rationale"; other answers always have one.
         controls: ids of `<REG>` and `<3DBBOX>`, which replace an "answer" that is a number or a
             box. Without them, questions whose answer is a box are left out and counted.
         kind_weights: {kind: weight of its questions in the draw}, 1 by default; 0 leaves them out.
@@ -68,6 +69,7 @@ class PipelineConfig:
     workers: int = 1
     on_bad_scene: str = "stop"
     answer_field: str = "answer"
+    asks_rationales: bool = True
     controls: tuple[int, int] | None = None
     kind_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     source_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -112,6 +114,11 @@ class PipelineConfig:
                 raise UserError(f"data: fraction: {name}: {share} is not in (0, 1]")
         if not 0 <= self.min_learned <= 1:
             raise UserError(f"data: min_learned: {self.min_learned} is not in [0, 1]")
+
+    @property
+    def asks(self) -> bool:
+        """Whether questions precede the answers."""
+        return self.asks_rationales or self.answer_field != "rationale"
 
     def asking_all(self) -> "PipelineConfig":
         """Returns the settings without weights and fraction, which only training uses."""

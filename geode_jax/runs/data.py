@@ -84,6 +84,7 @@ def pipeline_config(settings: Settings, export: Export, tokenizer: Tokenizer) ->
         workers=data.workers,
         on_bad_scene=data.on_bad_scene,
         answer_field=field,
+        asks_rationales=data.asks_rationales,
         controls=controls,
         kind_weights=data.kind_weights,
         source_weights=parse_mixture(data.mixture),

@@ -89,7 +89,7 @@ class DataSettings:
         mixture: weights of data sets, as "scanqa=2,vsi590k=0.5".
         fraction: share of the training questions of every data set and kind, in (0, 1]; or shares
             of single data sets, as "s-mit=0.25,cambrian-alignment=0.1", the others being whole.
-        min_learned: see `data.settings.PipelineConfig`.
+        min_learned, asks_rationales: see `data.settings.PipelineConfig`.
     """
 
     root: str
@@ -118,6 +118,7 @@ class DataSettings:
     mixture: str = ""
     fraction: Annotated[float | str, "a number, or text such as s-mit=0.25,own=0.5"] = 1.0
     min_learned: float = 0.5
+    asks_rationales: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -54,11 +54,15 @@ def test_the_papers_size_starts_from_pretrained_folders_and_given_exports():
     assert runs[0].start == "qwen,vit" and runs[2].start == str(runs[0].folder)
     laptop = plan(Path("runs"), 0, tuple(ROWS.values()))
     assert not {run.folder for run in runs} & {run.folder for run in laptop}
+    drm = importlib.import_module("geode_jax.configs.geode_drm")
+    assert drm.get_config("").data.asks_rationales
+    assert drm.get_config("full,question=on").data.asks_rationales
     for run in runs:
         argv = command(run, 0, [], inputs)
         name, _, arg = argv[3].removeprefix("--config=").partition(":")
         config = importlib.import_module(f"geode_jax.configs.{name}").get_config(arg)
         assert config.model.decoder.width == 1536
+        assert config.data.asks_rationales == (run.stage != "drm")  # eq. 4
         wanted = "last" if run.stage == "joint" else "data"
         assert f"--config.data.export={wanted}" in argv
         assert ("--config.tokenizer=qwen" in argv) == (run.stage == "align")

@@ -11,6 +11,7 @@ from geode_jax.data.control import BOX, REG, control_of
 from geode_jax.data.pipeline import Pipeline
 from geode_jax.data.settings import PipelineConfig, measure_lengths
 from geode_jax.data.tokens import Tokenizer, train_tokenizer
+from geode_jax.errors import UserError
 from geode_jax.exports import Export, ExportError, ExportWriter, write_scene
 from geode_jax.exports.prompts import prompt
 from tests.helpers.batches import asked, changed, check_packing, digest
@@ -178,6 +179,25 @@ def test_rationales_can_be_learned(geode_export, tokenizer, config):
         geode_export, tokenizer, answer_field="rationale", controls=config.controls
     )
     assert measured.answer == pipeline.max_answer_length == longest
+
+
+def test_a_rationale_may_come_without_its_question(geode_export, tokenizer, config):
+    """Eq. 4 as printed: nothing but the bos stands before the rationale."""
+    short = changed(config, answer_field="rationale", min_learned=0, question_length=1)
+    assert Pipeline(geode_export, tokenizer, changed(short, asks_rationales=False), "train")
+    with pytest.raises(UserError, match="no question to use"):
+        Pipeline(geode_export, tokenizer, short, "train")
+    stage1 = changed(config, answer_field="rationale", min_learned=0, asks_rationales=False)
+    pipeline = Pipeline(geode_export, tokenizer, stage1, "train")
+    for records, batch in pipeline.eval_batches():
+        for row, scene in zip(records, asked(batch, tokenizer), strict=True):
+            assert [("", r["rationale"]) for r in row] == scene
+        counted = batch.answer_length_SQ > 0
+        assert (batch.question_length_SQ[counted] == 1).all()
+        assert (batch.question_SQL[..., -1][counted] == tokenizer.bos_id).all()
+    # Answers always have their questions.
+    answers = Pipeline(geode_export, tokenizer, changed(config, asks_rationales=False), "train")
+    assert (answers.batch(0).question_length_SQ.max()) > 1
 
 
 @pytest.mark.parametrize("field", ["answer", "rationale"])
