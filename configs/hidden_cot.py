@@ -106,6 +106,7 @@ def base() -> ml_collections.ConfigDict:
                 "cross_layers": (8, 16),
                 "thinking_tokens": 8,
                 "vision_prefix": 1,
+                "question_sees_thinking": True,  # Sec. III-C: [V][T][Q][A], causal
                 "heads_width": 128,  # with projector_width: what is left of 2.29B
                 "depth_bins": 64,
                 "depth_cells": 2,
@@ -180,6 +181,8 @@ def laptop() -> ml_collections.ConfigDict:
                 "mlp_width": 256,
                 "projector_width": 128,
                 "cross_layers": (0, 2),
+                # As it was measured: the heads read a question that has not seen T (see TRIED).
+                "question_sees_thinking": False,
                 "heads_width": 128,
                 "depth_bins": 16,
                 "queries": 16,

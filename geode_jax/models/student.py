@@ -53,6 +53,8 @@ class StudentConfig:
         projector_width: inner width of the projector.
         thinking_tokens: K; 0: the baseline without Hidden CoT.
         vision_prefix: length of V in tokens, 1 in the paper.
+        question_sees_thinking: whether the question attends to T, as in a causal `[V][T][Q][A]`;
+            else only the answer does.
         category_ids: token ids of every category's noun, whose embeddings are the weights of the
             patch classifier.
     """
@@ -66,6 +68,7 @@ class StudentConfig:
     camera_width: int = 0
     thinking_tokens: int = 8
     vision_prefix: int = 1
+    question_sees_thinking: bool = False
     category_ids: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self):
@@ -78,6 +81,11 @@ class StudentConfig:
     def prefix_length(self) -> int:
         """Number of columns of `[V][T]`."""
         return self.vision_prefix + self.thinking_tokens
+
+    @property
+    def prompt_prefix(self) -> int:
+        """Number of columns of `[V][T]` that the question sees."""
+        return self.prefix_length if self.question_sees_thinking else self.vision_prefix
 
 
 @jax.tree_util.register_dataclass
@@ -210,7 +218,8 @@ class Student(nnx.Module):
 
         Returns:
             Hidden states that predict the answer tokens; each question's encoding, its last state;
-            and the states at the names of its objects. The question's states have not seen T.
+            and the states at the names of its objects. The question's states have seen T only if
+            the config says so.
         """
         columns = self.config.prefix_length
         hidden = read_packed(
@@ -218,7 +227,7 @@ class Student(nnx.Module):
             batch,
             scene.prefix,
             jnp.full(len(scene.seen_length_S), columns, jnp.int32),
-            jnp.where(batch.packed_answer_SWT, columns, self.config.vision_prefix),
+            jnp.where(batch.packed_answer_SWT, columns, self.config.prompt_prefix),
             seen=scene.seen,
             seen_length_S=scene.seen_length_S,
         )

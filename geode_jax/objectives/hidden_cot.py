@@ -217,7 +217,7 @@ class HiddenCoT:
             batch.question_length_SQ,
             max_new_tokens=batch.answer_SQA.shape[-1],
             eos_id=eos_id,
-            prompt_prefix=student.config.vision_prefix,
+            prompt_prefix=student.config.prompt_prefix,
             seen=encoded.seen,
             seen_length_S=encoded.seen_length_S,
             sampling=sampling,

@@ -39,6 +39,7 @@ class StudentModelSettings:
         cross_layers: blocks that are preceded by cross-attention to the vision tokens.
         thinking_tokens: K; 0: the student without Hidden CoT.
         vision_prefix: number of V tokens.
+        question_sees_thinking: the question attends to the thinking tokens.
         heads_width: width of the task heads.
         depth_bins: bins of the depth head, where the export brings none.
         depth_cells: cells of predicted depth along a side of a patch.
@@ -56,6 +57,7 @@ class StudentModelSettings:
     cross_layers: tuple[int, ...]
     thinking_tokens: int
     vision_prefix: int
+    question_sees_thinking: bool = False
     heads_width: int
     depth_bins: int
     depth_cells: int
@@ -187,6 +189,7 @@ def make_objective(
         projector_width=model.projector_width,
         thinking_tokens=model.thinking_tokens,
         vision_prefix=model.vision_prefix,
+        question_sees_thinking=model.question_sees_thinking,
         category_ids=tuple(tuple(tokenizer.encode(" " + noun)) for noun in nouns),
     )
     return HiddenCoT(

@@ -32,6 +32,7 @@ _OWN = (
     *("thinking_tokens", "vision_prefix"),
 )
 """Fields with the same name on both sides."""
+_SEES = "question_sees_thinking"
 
 _DECODER = {
     "vocab_size": "vocab_size",
@@ -69,6 +70,7 @@ def write_student(config: StudentConfig) -> dict:
         **{name: getattr(decoder, field) for name, field in _DECODER.items()},
         "cross_attention_layers": list(decoder.cross_layers),
         **{name: getattr(c, name) for name in _OWN},
+        _SEES: c.question_sees_thinking,
         "patch_grid": list(c.patch_grid),
         "heads": dataclasses.asdict(c.heads),
         "category_ids": [list(ids) for ids in c.category_ids],
@@ -76,7 +78,7 @@ def write_student(config: StudentConfig) -> dict:
 
 
 _READ = frozenset(
-    (*_DECODER, *_OWN, "cross_attention_layers", "patch_grid", "heads", "category_ids")
+    (*_DECODER, *_OWN, _SEES, "cross_attention_layers", "patch_grid", "heads", "category_ids")
     # read by the modelling file or by the encoder of frames
     + ("answer_length", "vision", "reg_token_id", "box_token_id")
 )
@@ -115,6 +117,7 @@ def read_student(json: Mapping, tensors: Collection[str]) -> StudentConfig:
         ),
         heads=heads,
         **{name: size(json, name, least=0) for name in _OWN},
+        question_sees_thinking=flag(json, _SEES, False),  # older folders do not have it
         patch_grid=number_pair(json, "patch_grid"),
         category_ids=nouns,
     )

@@ -48,6 +48,23 @@ def before(model, batch):
     return compute(model, batch)
 
 
+@pytest.mark.parametrize("sees", [False, True])
+def test_a_question_sees_the_thinking_tokens_if_it_may(batch, sees):
+    config = dataclasses.replace(STUDENT, question_sees_thinking=sees)
+    model = materialize(HiddenCoT(HiddenCoTConfig(config)).build).student
+
+    @jax.jit
+    def states(model, batch):
+        return model.read(model.encode_scene(batch), batch)
+
+    answers, encoding, _ = states(model, batch)
+    model.thinking[...] = jnp.flip(model.thinking[...], axis=-1)
+    others = states(model, batch)
+    asks = asked(batch)
+    assert not np.allclose(answers[paid(batch)], others[0][paid(batch)], atol=1e-3)
+    assert np.allclose(encoding[asks], others[1][asks], atol=1e-6) != sees
+
+
 def test_eq_1_alone_can_be_left_out(model, batch):
     names = [
         set(jax.eval_shape(HiddenCoT(HiddenCoTConfig(STUDENT, eq_1=eq_1)).terms, model, batch))

@@ -142,9 +142,12 @@ def paid(batch: Batch) -> np.ndarray:
 # --- The student ----------------------------------------------------------------------------------
 
 
-def test_the_students_twin_computes_what_the_student_computes(torch, trained, batch, tmp_path):
+@pytest.mark.parametrize("sees", [False, True])
+def test_the_students_twin_computes_what_the_student_computes(torch, batch, tmp_path, sees):
     from geode_jax.weights.remote.modeling_hidden_cot import HiddenCotModel
 
+    config = dataclasses.replace(STUDENT, question_sees_thinking=sees)
+    trained = materialize(HiddenCoT(HiddenCoTConfig(config)).build, seed=3)
     write_model(trained.student, tmp_path / "out", like=ENTRIES)
     twin = loaded(HiddenCotModel, tmp_path / "out")
 

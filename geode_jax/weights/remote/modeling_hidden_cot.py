@@ -49,6 +49,7 @@ class HiddenCotConfig(PretrainedConfig):
         max_views: size of the view embedding.
         thinking_tokens: K.
         vision_prefix: number of V tokens.
+        question_sees_thinking: whether the question attends to the thinking tokens.
         cross_attention_layers: layers that begin with cross-attention to Z.
         heads: sizes of the depth, detection and feature heads.
         category_ids: token ids of every category's noun; () = not known.
@@ -78,6 +79,7 @@ class HiddenCotConfig(PretrainedConfig):
         projector_width=1024,
         thinking_tokens=8,
         vision_prefix=1,
+        question_sees_thinking=True,
         heads=None,
         category_ids=(),
         answer_length=32,
@@ -102,6 +104,7 @@ class HiddenCotConfig(PretrainedConfig):
         self.projector_width = projector_width
         self.thinking_tokens = thinking_tokens
         self.vision_prefix = vision_prefix
+        self.question_sees_thinking = question_sees_thinking
         self.heads = dict(heads or HEAD_SIZES)
         self.category_ids = category_ids
         self.answer_length = answer_length
@@ -383,7 +386,9 @@ class HiddenCotModel(SceneModel):
         return self.decoder(x, positions, visible, cache, scene.cross, scene.patch_mask)
 
     def _visible_prefix(self, before, length, prompt):
-        # T is seen from bos on, which is the last column of a prompt; V is seen everywhere.
+        # V is seen everywhere, T from bos on, which is the last column of a prompt, or everywhere.
+        if self.config.question_sees_thinking:
+            return before[:, None].expand(-1, length, -1)
         from_bos = torch.arange(length, device=before.device) >= prompt - 1
         in_v = torch.arange(before.shape[1], device=before.device) < self.config.vision_prefix
         return before[:, None] & (in_v | from_bos[:, None])
