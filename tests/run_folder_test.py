@@ -9,6 +9,7 @@ import pytest
 
 from geode_jax.errors import UserError
 from geode_jax.exports.files import read_json_object, write_json
+from geode_jax.runs import identity
 from geode_jax.runs.config import load_settings, make_settings
 from geode_jax.runs.trained import open_trained
 from geode_jax.train import find_ended, train_and_evaluate, update_best
@@ -86,3 +87,23 @@ def test_a_loss_that_is_not_finite_is_never_best(capsys):
     assert capsys.readouterr().out.count("there is no best yet") == 2
     position["best"] = {"val/loss": math.nan}  # of before such losses were refused
     assert update_best({"val/loss": 5.0}, "loss", position, 9)
+
+
+@pytest.mark.parametrize("section", ["data", "loss", "model"])
+def test_a_run_saved_before_a_field_existed_goes_on(tiny_run, tmp_path, section):
+    workdir, now = tmp_path / "run", make_settings(tiny_run.config)
+    shutil.copytree(tiny_run.workdir, workdir)
+    saved = read_json_object(workdir / "config.json")
+    later = {name.split("/")[1] for name in identity.LATER}
+    gone = later & saved[section].keys()
+    assert gone
+    for name in gone:
+        del saved[section][name]
+    write_json(workdir / "config.json", saved)
+    assert find_ended(now, workdir)["scores"] == tiny_run.summary["scores"]
+    assert identity.made_with(load_settings(workdir), None) == identity.made_with(now, None)
+    name = min(gone)
+    other = 0.5 if name == "cross_view_weight" else not identity.LATER[f"{section}/{name}"]
+    write_json(workdir / "config.json", saved | {section: saved[section] | {name: other}})
+    with pytest.raises(UserError, match=f"holds a run with {section}/{name} = {other}, not"):
+        find_ended(now, workdir)

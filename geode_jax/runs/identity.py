@@ -21,12 +21,23 @@ MAY_CHANGE = (
     "data/on_missing_targets",
     "data/stand_in_tokens",
     "data/min_learned",
+    "eval/blind",
     "eval/examples",
     "eval/test_scenes",
     "train/checkpoint_every",
     "train/checkpoint_minutes",
 )
 """Fields that a resumed run may change: they do not affect what is learned."""
+
+LATER = {
+    "data/asks_rationales": True,
+    "loss/cross_view_weight": 0.1,
+    "loss/eq_1": True,
+    "loss/regression": "codes",
+    "model/question_sees_thinking": False,
+}
+"""Fields that affect what is learned and came after runs had been saved, with the value that runs
+had before. A run without the field is one with that value."""
 
 _PLACES = ("data/export", "data/rgbd", "tokenizer", "init_from", "eval/blind")
 """Fields that name files, which may move."""
@@ -38,8 +49,12 @@ def made_with(
     """Returns the checksums that are stored with a checkpoint (`checkpoint_files.Metadata`):
     of the configuration, the tokenizer and the export that it belongs to.
     """
-    left_out = (*MAY_CHANGE, *_PLACES)
-    learned = {n: x for n, x in flat(settings.values).items() if n not in left_out}
+    left_out, nothing = (*MAY_CHANGE, *_PLACES), object()
+    learned = {
+        n: x
+        for n, x in flat(settings.values).items()
+        if n not in left_out and LATER.get(n, nothing) != x
+    }
     return (
         {"configuration": checksum(learned)}
         | (_tokenizer_made(tokenizer) if tokenizer else {})
@@ -74,7 +89,7 @@ def refuse_another_run(settings: Settings, workdir: Path) -> None:
     before, stored = load_settings(workdir), stored_made_with(workdir)
     old, new = flat(before.values), flat(settings.values)
     for name in sorted(old.keys() | new.keys()):
-        was, now = old.get(name), new.get(name)
+        was, now = (of.get(name, LATER.get(name)) for of in (old, new))
         if name in MAY_CHANGE or was == now or (name in _PLACES and _same_place(was, now)):
             continue
         if name in ("data/export", "data/rgbd") and was and now and "export" in stored:
@@ -109,7 +124,7 @@ def _same_place(was: Any, now: Any) -> bool:
 
 def same_run(settings: Settings, workdir: Path) -> bool:
     """Returns whether a run that `refuse_another_run` accepts has exactly these settings."""
-    old, new = flat(load_settings(workdir).values), flat(settings.values)
+    old, new = (LATER | flat(of.values) for of in (load_settings(workdir), settings))
     for name in _PLACES:
         old.pop(name, None)
         new.pop(name, None)
