@@ -96,7 +96,8 @@ def facts(recipe: str, out: Path) -> dict:
     folder = out / {"hidden_cot": "student", "geode": "model"}[recipe]
     weights = b"".join(p.read_bytes() for p in sorted(folder.glob("*.safetensors")))
     if recipe == "hidden_cot":
-        rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").open()]
+        lines = (out / "run" / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
         counts: dict[str, float] = {}
         for row in rows:
             for name, value in row.items():
