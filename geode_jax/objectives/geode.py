@@ -372,7 +372,7 @@ def box_regression(
     codes_8 = losses.keep(codes_8, mask, 1.0)  # at a code of zeros the yaw has no derivative
     target_8 = encode_boxes(losses.keep(boxes_7, mask, 1.0))
 
-    def to_code(code_8: jax.Array) -> jax.Array:
+    def to_code(code_8: Array) -> jax.Array:
         if not raw:
             return jnp.sum(jnp.square(codes_8 - code_8), axis=-1)
         error_7 = decode_boxes(codes_8) - decode_boxes(code_8)
