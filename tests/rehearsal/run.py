@@ -90,8 +90,8 @@ def facts(recipe: str, out: Path) -> dict:
 
     Returns:
         For "hidden_cot": `counts`, {term of eq. 2: targets learned from}, and `scores`, {column:
-        scores}. For "geode": `scores`, {"model", "blind"} -> VSI-Bench's scores. For both
-        `predictions`, the answers as text, and `weights`, the bytes of the exported folder.
+        scores}. For "geode": `scores`, {"model", "blind"} -> VSI-Bench's questions and scores. For
+        both `predictions`, the answers as text, and `weights`, the bytes of the exported folder.
     """
     folder = out / {"hidden_cot": "student", "geode": "model"}[recipe]
     weights = b"".join(p.read_bytes() for p in sorted(folder.glob("*.safetensors")))
@@ -108,10 +108,13 @@ def facts(recipe: str, out: Path) -> dict:
         predictions = (out / "run" / "predictions.jsonl").read_text()
         return {"counts": counts, "scores": scores, "predictions": predictions, "weights": weights}
     names = {"model": "joint", "blind": "blind"}
-    scores = {
+    reports = {
         column: json.loads((out / "runs" / name / "vsi-bench.json").read_text())
         for column, name in names.items()
     }
+    # A report also names its files, whose folder differs between two rehearsals.
+    kept = ("questions", "scores")
+    scores = {column: {key: report[key] for key in kept} for column, report in reports.items()}
     predictions = (out / "runs" / "joint" / "predictions.jsonl").read_text()
     return {"scores": scores, "predictions": predictions, "weights": weights}
 
